@@ -1,0 +1,1 @@
+"""Launch profiles: where a recipe runs; see README.md."""

@@ -1,0 +1,1 @@
+"""Checkpoints as streams: Hugging Face folders and NeMo checkpoints, one tensor at a time."""

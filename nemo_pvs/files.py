@@ -1,0 +1,140 @@
+"""Files that are either whole or absent: temporary siblings, fsync, rename, checksums."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.errors import UserError
+
+_BLOCK_BYTES = 1 << 20
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the hexadecimal SHA-256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of ``value`` as canonical JSON (sorted keys, no spaces): equal values, equal hashes."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """Return one SHA-256 over the relative names and bytes of every file below ``folder``."""
+    return sha256_json({str(file.relative_to(folder)): sha256_file(file) for file in _files_below(folder)})
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the path.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it from its source.") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON; readers see the old file or the new one, never a part."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``; readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_name(path)
+    with disk_errors(path):
+        partial.write_text(text)
+        _fsync(partial)
+        os.replace(partial, path)
+
+
+@contextmanager
+def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of ``target`` that becomes ``target`` when the block ends without an error.
+
+    Every file is flushed to disk before the rename, so a crash leaves either nothing or a finished folder. What an
+    earlier, killed run of the same target left behind is removed.
+
+    Raises:
+        UserError: ``target`` exists and ``overwrite`` is false, or it cannot be written.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    partial = _partial_name(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    try:
+        with disk_errors(target):
+            yield partial
+            for file in _files_below(partial):
+                _fsync(file)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(partial, target)
+            _fsync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def refuse_existing(target: Path, *, overwrite: bool = False) -> None:
+    """Raise UserError when ``target`` exists and may not be replaced."""
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} already exists; remove it, choose another name, or pass --overwrite.")
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a UserError that names ``target``."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full; free some space and run the command again",
+            errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
+            errno.EACCES: "permission is denied; choose a folder that you may write to",
+            errno.EPERM: "permission is denied; choose a folder that you may write to",
+            errno.EROFS: "the file system is read-only; choose another folder",
+        }
+        if error.errno not in reasons:
+            raise
+        raise UserError(f"Cannot write {target}: {reasons[error.errno]}.") from error
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

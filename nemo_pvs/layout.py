@@ -1,0 +1,133 @@
+"""Layout: the table of a model family's weights, and the index arithmetic of Megatron's fused tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.shape import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face tensor inside a Megatron tensor."""
+
+    name: str
+    """Hugging Face name, complete (``model.layers.3.mlp.up_proj.weight``)."""
+    axes: tuple[str, ...]
+    """Axis names, outermost first; ``Shape.axis`` gives their lengths."""
+
+    def size(self, shape: Shape) -> tuple[int, ...]:
+        """Return the tensor's size in a model of this shape."""
+        return tuple(shape.axis(axis) for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron tensor of one layer (or of the model) and the Hugging Face tensors that it holds."""
+
+    megatron: str
+    """Megatron name without prefix (``mlp.linear_fc1.weight``)."""
+    layer: int | None
+    """Index of the decoder layer, from 0; None for a tensor that exists once."""
+    parts: tuple[Part, ...]
+    fuse: str
+    """plain, qkv or gate_up (conversions/README.md)."""
+    tensor_parallel_axis: int | None
+
+    def size(self, shape: Shape) -> tuple[int, ...]:
+        """Return the size of the fused tensor; parts are stacked along the first axis."""
+        sizes = [part.size(shape) for part in self.parts]
+        return (sum(size[0] for size in sizes), *sizes[0][1:])
+
+    def join(self, tensors: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+        """Fuse the parts, in the order of ``parts``, into the Megatron tensor."""
+        import torch
+
+        if self.fuse == "plain":
+            return tensors[0]
+        if self.fuse == "gate_up":
+            return torch.cat(list(tensors))
+        groups = [tensor.unflatten(0, (shape.kv_groups, -1)) for tensor in tensors]
+        return torch.cat(groups, dim=1).flatten(0, 1)
+
+    def split(self, fused: torch.Tensor, shape: Shape) -> list[torch.Tensor]:
+        """Undo ``join``: return the parts of a Megatron tensor, as views where the fusion allows."""
+        if self.fuse == "plain":
+            return [fused]
+        if self.fuse == "gate_up":
+            return list(fused.chunk(2))
+        rows = [part.size(shape)[0] // shape.kv_groups for part in self.parts]
+        groups = fused.unflatten(0, (shape.kv_groups, -1)).split(rows, dim=1)
+        return [group.flatten(0, 1) for group in groups]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weights of one model family (``conversions/<family>.yaml``)."""
+
+    family: str
+    architectures: tuple[str, ...]
+    table: Mapping[str, Any]
+
+    @classmethod
+    def for_config(cls, config: Mapping[str, Any]) -> Layout:
+        """Return the layout that serves a Hugging Face ``config.json``.
+
+        Raises:
+            UserError: no table in ``conversions/`` names the config's architecture.
+        """
+        wanted = config.get("architectures") or ["(none)"]
+        for layout in _layouts():
+            if set(wanted) & set(layout.architectures):
+                return layout
+        known = ", ".join(name for layout in _layouts() for name in layout.architectures)
+        raise UserError(
+            f"No weight table for architecture {wanted[0]} (known: {known}); "
+            "to add the family, write conversions/<family>.yaml as conversions/README.md explains."
+        )
+
+    def entries(self, shape: Shape) -> Iterator[Entry]:
+        """Yield every Megatron tensor of a model of this shape, embedding first, then layer by layer."""
+        head, *tail = self.table["model"]
+        yield self._entry(head, None)
+        for layer in range(shape.layers):
+            for row in self.table["layer"]:
+                yield self._entry(row, layer)
+        for row in tail:
+            if row.get("only_when") != "untied" or not shape.tied:
+                yield self._entry(row, None)
+
+    def parts(self, shape: Shape) -> dict[str, tuple[Part, Entry]]:
+        """Return every Hugging Face tensor of a model of this shape by name, with the entry that holds it."""
+        return {part.name: (part, entry) for entry in self.entries(shape) for part in entry.parts}
+
+    @staticmethod
+    def _entry(row: Mapping[str, Any], layer: int | None) -> Entry:
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        return Entry(
+            megatron=row["megatron"],
+            layer=layer,
+            parts=tuple(Part(prefix + name, tuple(axes)) for name, axes in row["huggingface"].items()),
+            fuse=row.get("fuse", "plain"),
+            tensor_parallel_axis=row.get("tensor_parallel_axis"),
+        )
+
+
+@cache
+def _layouts() -> tuple[Layout, ...]:
+    files = sorted(
+        (file for file in resources.files("nemo_pvs.conversions").iterdir() if file.name.endswith(".yaml")),
+        key=lambda file: file.name,
+    )
+    tables = [yaml.safe_load(file.read_text()) for file in files]
+    return tuple(Layout(table["family"], tuple(table["architectures"]), table) for table in tables)

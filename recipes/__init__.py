@@ -1,0 +1,1 @@
+"""Recipes: YAML files that say what to train; see README.md."""
