@@ -51,7 +51,7 @@ def fingerprint(source: WeightSource) -> str:
         if len(part.axes) == 1 or entry.layer in sampled:
             tensor = source.read(name).contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

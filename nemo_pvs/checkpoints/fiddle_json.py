@@ -1,0 +1,109 @@
+"""Fiddle's JSON form of configs, the little of it that NeMo's checkpoints need, written and read without Fiddle.
+
+A file lists objects under keys. A config is an object with the class that it configures and its arguments, each of
+which is a leaf (a JSON value), a pyref (something importable, by name) or a ref (another object, by key). Objects and
+arguments know their path from the root, which is how NeMo finds a part such as ``<root>.model``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_VERSION = "0.0.1"  # of the format, in Fiddle 0.3
+_MODULE = "fiddle._src.config"
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """Something importable, by name."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """A class (or function) and the arguments to call it with: leaves, Symbols and further Configs."""
+
+    symbol: Symbol
+    arguments: Mapping[str, Any]
+
+
+def dump(root: Config) -> dict[str, Any]:
+    """Return the JSON form of a tree of configs in which no two configure the same class."""
+    objects: dict[str, Any] = {}
+    reference = _encode(root, "<root>", objects)
+    return {"root": reference, "objects": objects, "refcounts": dict.fromkeys(objects, 1), "version": _VERSION}
+
+
+def find(document: Any, *paths: str) -> Config | None:
+    """Return the config at the first of ``paths`` that a file has; arguments that are other objects are left out."""
+    try:
+        objects = document["objects"]
+        for path in paths:
+            for stored in objects.values():
+                if path in stored.get("paths", ()):
+                    return _decode(stored, objects)
+    except (AttributeError, KeyError, TypeError, IndexError, StopIteration):
+        pass  # not a file of this format: as good as one without the config
+    return None
+
+
+def _encode(value: Any, path: str, objects: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(value, Symbol):
+        return {**_pyref(value), "paths": [path]}
+    if not isinstance(value, Config):
+        return {"type": "leaf", "value": value, "paths": [path]}
+    items = [
+        [f"Attr(name={name!r})", _encode(argument, f"{path}.{name}", objects)]
+        for name, argument in value.arguments.items()
+    ]
+    key = re.sub(r"(?<=[^_A-Z])(?=[A-Z])", "_", value.symbol.name).lower() + "_1"
+    objects[key] = {
+        "type": _pyref(Symbol(_MODULE, "Config")),
+        "items": items,
+        "metadata": _metadata(value),
+        "paths": [path],
+    }
+    return {"type": "ref", "key": key}
+
+
+def _metadata(config: Config) -> dict[str, Any]:
+    """Return what Fiddle keeps beside the arguments: the class, their names, and empty tags and history."""
+    kind = _pyref(Symbol(_MODULE, "BuildableTraverserMetadata"))
+    nothing = {"type": _pyref(Symbol("builtins", "dict")), "items": [], "metadata": _tuple()}
+    values = {
+        "fn_or_cls": _pyref(config.symbol),
+        "argument_names": _tuple(*config.arguments),
+        "argument_tags": nothing,
+        "argument_history": nothing,
+    }
+    items = [[f"Attr(name={name!r})", value] for name, value in values.items()]
+    return {"type": kind, "items": items, "metadata": kind}
+
+
+def _tuple(*values: str) -> dict[str, Any]:
+    items = [[f"Index(index={index})", value] for index, value in enumerate(values)]
+    return {"type": _pyref(Symbol("builtins", "tuple")), "items": items, "metadata": None}
+
+
+def _pyref(symbol: Symbol) -> dict[str, Any]:
+    return {"type": "pyref", "module": symbol.module, "name": symbol.name}
+
+
+def _decode(stored: Mapping[str, Any], objects: Mapping[str, Any]) -> Config:
+    metadata = stored["metadata"]
+    if metadata["type"] == "ref":
+        metadata = objects[metadata["key"]]
+    symbol = next(value for name, value in metadata["items"] if name == "Attr(name='fn_or_cls')")
+    arguments: dict[str, Any] = {}
+    for label, value in stored["items"]:
+        name = label.removeprefix("Attr(name='").removesuffix("')")
+        if value["type"] == "leaf":
+            arguments[name] = value["value"]
+        elif value["type"] == "pyref":
+            arguments[name] = Symbol(value["module"], value["name"])
+    return Config(Symbol(symbol["module"], symbol["name"]), arguments)

@@ -1,0 +1,209 @@
+"""NeMo 2 checkpoints as a source and a sink of tensors, one layer's slice in memory at a time.
+
+``weights/`` is a torch_dist checkpoint in which each kind of layer tensor is one tensor ``[layers, ...]``, fused as
+Megatron fuses it and independent of the parallelism that wrote it; ``context/`` describes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pvs.checkpoints.context import context_assets, read_context, write_context
+from nemo_pvs.checkpoints.manifest import Manifest, Progress, Recorder, dtype_name
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.checkpoints.torch_dist import Block, TorchDistReader, write_torch_dist
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import whole_folder
+from nemo_pvs.layout import Entry, Layout, Part
+from nemo_pvs.shape import Shape
+
+_EMBEDDING = "module.embedding.word_embeddings.weight"
+
+# Transformer Engine modules whose extra state (FP8 scales) Megatron asks for; None means that there is none.
+_STATEFUL_MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+class NemoSource:
+    """A NeMo checkpoint: an imported model, one of ours, or one that training left (its optimizer is not read)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a checkpoint; no weight is read yet.
+
+        Raises:
+            UserError: it is not a torch_dist checkpoint of a Llama-family model, or its context does not fit it.
+        """
+        self.folder = Path(folder)
+        self._weights = TorchDistReader(self.folder / "weights")
+        self.config: Mapping[str, Any] = read_context(
+            self.folder / "context",
+            vocab_rows=self._weights.size(_EMBEDDING)[0],
+            dtype=dtype_name(self._weights.dtype(_EMBEDDING)),
+        )
+        self._shape = Shape.from_config(self.config)
+        layout = Layout.for_config(self.config)
+        self._parts = layout.parts(self._shape)
+        self._check_sizes(layout)
+        self._siblings: dict[str, torch.Tensor] = {}
+
+    @property
+    def assets(self) -> tuple[Path, ...]:
+        """Tokenizer files and generation config."""
+        return context_assets(self.folder / "context")
+
+    @property
+    def extra_tensors(self) -> tuple[str, ...]:
+        """Stored tensors that are no weights of the model, such as optimizer states."""
+        known = {stored_name(entry) for _, entry in self._parts.values()}
+        return tuple(name for name in self._weights.names if name not in known)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor without reading it."""
+        return self._weights.dtype(stored_name(self._parts[name][1]))
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor under its Hugging Face name, without padding rows.
+
+        A fused tensor is read once for all its parts if they are asked for one after the other; each part is handed
+        out once and then forgotten, so a caller may change it.
+
+        Raises:
+            UserError: the model has no such tensor, or the file that holds it is missing or broken.
+        """
+        if name not in self._siblings:
+            if name not in self._parts:
+                raise UserError(f"The model in {self.folder} has no tensor {name}.")
+            entry = self._parts[name][1]
+            parts = entry.split(self._read_entry(entry), self._shape)
+            self._siblings = dict(zip((part.name for part in entry.parts), parts, strict=True))
+        return self._siblings.pop(name)
+
+    def _read_entry(self, entry: Entry) -> torch.Tensor:
+        size = entry.size(self._shape)
+        if entry.layer is None:
+            return self._weights.read(stored_name(entry), (0,) * len(size), size)
+        return self._weights.read(stored_name(entry), (entry.layer, *(0 for _ in size)), (1, *size)).squeeze(0)
+
+    def _check_sizes(self, layout: Layout) -> None:
+        """Refuse weights that are not of the context's shape; only the vocabulary may have (padding) rows to spare."""
+        for entry in layout.entries(self._shape):
+            name = stored_name(entry)
+            stored, expected = self._weights.size(name), _stored_size(entry, self._shape, self._shape.vocab)
+            padded = entry.parts[0].axes[0] == "vocab" and stored[0] > expected[0]
+            if stored != expected and not (padded and stored[1:] == expected[1:]):
+                raise UserError(
+                    f"{name} in {self.folder} is {list(stored)}, but its context implies {list(expected)}; "
+                    "use the context that belongs to these weights."
+                )
+
+
+def write_nemo(
+    source: WeightSource,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    pad_vocab_to_multiple: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write a model as a NeMo checkpoint that stock NeMo loads at any tensor and pipeline parallelism.
+
+    Args:
+        source: The model.
+        target: The folder to make.
+        dtype: Cast every tensor to it; None keeps each as it is stored.
+        pad_vocab_to_multiple: Rows of zeros are added to embedding and output head up to a multiple of this, so that
+            tensor parallelism divides them. ``NemoSource`` leaves them out again.
+        overwrite: Replace an existing ``target``.
+        progress: Called with (done, total) parameters.
+
+    Returns:
+        The manifest, which is also in the folder.
+
+    Raises:
+        UserError: ``target`` exists or cannot be written, NeMo cannot express the config, or the source is broken.
+    """
+    recorder = Recorder(source, dtype, progress)
+    vocab_rows = -(-recorder.shape.vocab // pad_vocab_to_multiple) * pad_vocab_to_multiple
+    with whole_folder(Path(target), overwrite=overwrite) as folder:
+        write_torch_dist(folder / "weights", _blocks(recorder, vocab_rows), _extra_states(recorder.shape.layers))
+        write_context(folder / "context", recorder.config(), source.assets, vocab_rows=vocab_rows)
+        return recorder.finish(folder, "nemo")
+
+
+def stored_name(entry: Entry) -> str:
+    """Return the name under which a checkpoint stores a Megatron tensor, all its layers together."""
+    return f"module.{'' if entry.layer is None else 'decoder.layers.'}{entry.megatron}"
+
+
+def _stored_size(entry: Entry, shape: Shape, vocab_rows: int) -> tuple[int, ...]:
+    size = entry.size(shape.replace(vocab=vocab_rows))
+    return size if entry.layer is None else (shape.layers, *size)
+
+
+def _blocks(recorder: Recorder, vocab_rows: int) -> Iterator[Block]:
+    """Yield the blocks of a checkpoint in the order in which a source is best read."""
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in recorder.layout.entries(recorder.shape):
+        name = stored_name(entry)
+        if name not in dtypes:  # a stacked tensor has one dtype, so its first layer tells it
+            dtypes[name] = recorder.dtype or recorder.source.read(entry.parts[0].name).dtype
+        full_size = _stored_size(entry, recorder.shape, vocab_rows)
+        layer = () if entry.layer is None else (entry.layer,)
+        all_rows, *columns = full_size[len(layer) :]
+        first_row = 0
+        for rows, make in _row_blocks(recorder, entry, (all_rows, *columns), dtypes[name]):
+            yield Block(
+                name=name,
+                full_size=full_size,
+                offset=(*layer, first_row, *(0 for _ in columns)),
+                size=(*(1 for _ in layer), rows, *columns),
+                dtype=dtypes[name],
+                make=make,
+            )
+            first_row += rows
+
+
+def _row_blocks(
+    recorder: Recorder, entry: Entry, size: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
+    """Yield the blocks of one entry from its first row to its last: their numbers of rows, and how to make them.
+
+    Gate and up rows lie apart and Megatron reads them apart, so each is a block; so are the padding rows.
+    """
+    pieces = [(part,) for part in entry.parts] if entry.fuse == "gate_up" else [entry.parts]
+    for parts in pieces:
+        rows = sum(part.size(recorder.shape)[0] for part in parts)
+        yield rows, partial(_fused, recorder, entry, parts, dtype)
+    padding = size[0] - entry.size(recorder.shape)[0]
+    if padding:
+        yield padding, partial(torch.zeros, (padding, *size[1:]), dtype=dtype)
+
+
+def _fused(recorder: Recorder, entry: Entry, parts: tuple[Part, ...], dtype: torch.dtype) -> torch.Tensor:
+    tensors = [recorder.read(part.name) for part in parts]
+    for part, tensor in zip(parts, tensors, strict=True):
+        if tensor.dtype != dtype:
+            raise UserError(
+                f"{part.name} is {dtype_name(tensor.dtype)}, but a NeMo checkpoint holds it in one tensor with "
+                f"weights in {dtype_name(dtype)}; convert with an explicit dtype."
+            )
+    return tensors[0] if len(tensors) == 1 else entry.join(tensors, recorder.shape)
+
+
+def _extra_states(layers: int) -> list[str]:
+    return [
+        f"module.decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for layer in range(layers)
+        for module in _STATEFUL_MODULES
+    ]

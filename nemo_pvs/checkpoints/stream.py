@@ -1,0 +1,166 @@
+"""Conversion: one source, one sink, one stream of tensors; and what can be said of a checkpoint without loading it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.manifest import Manifest, Progress, dtype_name, sha256_tensor
+from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.source import open_source
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import refuse_existing
+from nemo_pvs.layout import Layout
+from nemo_pvs.shape import Shape
+
+
+def convert(
+    source_path: str | Path,
+    target: str | Path,
+    *,
+    to: Literal["hf", "nemo"],
+    dtype: torch.dtype | None = None,
+    pad_vocab_to_multiple: int = 1,
+    verify: Literal["checksum", "none"] = "checksum",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Convert a checkpoint; memory is a few tensors, whatever the model's size.
+
+    Args:
+        source_path: A Hugging Face folder or a NeMo checkpoint.
+        target: The folder to make.
+        to: The format of ``target``.
+        dtype: Cast every tensor to it; None keeps each as it is stored.
+        pad_vocab_to_multiple: For NeMo: pad the vocabulary up to a multiple of this (``write_nemo``).
+        verify: ``checksum`` reads the finished target back and compares every tensor with what was written.
+        overwrite: Replace an existing ``target``.
+        progress: Called with (done, total) parameters; verification starts it anew.
+
+    Returns:
+        The target's manifest.
+
+    Raises:
+        UserError: the source is not a checkpoint that we read, ``target`` may not be written, or it reads back
+            differently, in which case it is removed.
+    """
+    source_path, target = Path(source_path), Path(target)
+    source = open_source(source_path)
+    if source_path.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{target} is or holds the checkpoint to convert; choose another target.")
+    refuse_existing(target, overwrite=overwrite)
+    if to == "hf":
+        manifest = write_huggingface(source, target, dtype=dtype, overwrite=overwrite, progress=progress)
+    else:
+        manifest = write_nemo(
+            source,
+            target,
+            dtype=dtype,
+            pad_vocab_to_multiple=pad_vocab_to_multiple,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if verify == "checksum":
+        try:
+            verify_checkpoint(target, progress=progress)
+        except UserError:
+            shutil.rmtree(target)
+            raise
+    return manifest
+
+
+def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> Manifest:
+    """Read a checkpoint that we wrote, and compare every tensor with its manifest.
+
+    Raises:
+        UserError: there is no manifest, or a tensor is missing, surplus or different.
+    """
+    folder = Path(path)
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no manifest to compare with; only checkpoints written by nemo_pvs have one.")
+    source = _open(folder)
+    shape = Shape.from_config(source.config)
+    expected = Layout.for_config(source.config).parts(shape)
+    odd = sorted({*expected} ^ {*manifest.tensors}) + sorted(source.extra_tensors)
+    if odd:
+        raise UserError(f"{folder} does not hold exactly the tensors of its config (see {odd[0]}); convert it again.")
+    done = 0
+    for name, record in manifest.tensors.items():
+        tensor = source.read(name)
+        if dtype_name(tensor.dtype) != record.dtype or sha256_tensor(tensor) != record.sha256:
+            raise UserError(f"{name} in {folder} is not what its manifest says; convert the checkpoint again.")
+        done += tensor.numel()
+        if progress:
+            progress(done, shape.parameters)
+    return manifest
+
+
+def describe(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
+    """Return what can be known of a checkpoint without reading a weight.
+
+    Args:
+        path: A Hugging Face folder or a NeMo checkpoint.
+        tensors: Add ``tensors``: name, dtype, size and place in Megatron of each.
+
+    Returns:
+        ``format`` (huggingface or nemo), ``family``, ``shape``, ``parameters``, ``body_parameters``,
+        ``flops_per_token`` (training, without attention), ``dtypes`` (parameters by dtype), ``bytes`` of weights,
+        ``extra_tensors`` (stored but no weights of the model), ``assets`` (file names) and ``manifest``: absent,
+        complete (all its files are there with their lengths) or broken.
+
+    Raises:
+        UserError: it is not a checkpoint that we read.
+    """
+    folder = Path(path)
+    source = _open(folder)
+    shape = Shape.from_config(source.config)
+    layout = Layout.for_config(source.config)
+    parts = layout.parts(shape)
+    dtypes: Counter[torch.dtype] = Counter()
+    for name, (part, _) in parts.items():
+        dtypes[source.dtype(name)] += math.prod(part.size(shape))
+    description: dict[str, Any] = {
+        "format": "nemo" if isinstance(source, NemoSource) else "huggingface",
+        "family": layout.family,
+        "shape": shape.to_dict(),
+        "parameters": shape.parameters,
+        "body_parameters": shape.body_parameters,
+        "flops_per_token": shape.flops_per_token(training=True),
+        "dtypes": {dtype_name(dtype): count for dtype, count in dtypes.items()},
+        "bytes": sum(count * dtype.itemsize for dtype, count in dtypes.items()),
+        "extra_tensors": len(source.extra_tensors),
+        "assets": [asset.name for asset in source.assets],
+        "manifest": _manifest_status(folder),
+    }
+    if tensors:
+        description["tensors"] = [
+            {
+                "name": name,
+                "dtype": dtype_name(source.dtype(name)),
+                "size": list(part.size(shape)),
+                "megatron": entry.megatron,
+                "layer": entry.layer,
+            }
+            for name, (part, entry) in parts.items()
+        ]
+    return description
+
+
+def _manifest_status(folder: Path) -> str:
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        return "absent"
+    return "broken" if manifest.changed_files(folder) else "complete"
+
+
+def _open(folder: Path) -> HuggingFaceSource | NemoSource:
+    source = open_source(folder)
+    assert isinstance(source, (HuggingFaceSource, NemoSource))
+    return source

@@ -1,0 +1,49 @@
+"""Splits of a corpus: whole documents, no text in two of them, the same ones every time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from nemo_pvs.data.corpus import Document
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import sha256_bytes
+
+
+def split_documents(
+    documents: Iterable[Document], fractions: Mapping[str, float], *, seed: int = 0
+) -> dict[str, list[Document]]:
+    """Divide documents among named splits, each getting its fraction of the characters.
+
+    Which document goes where depends on the texts and the seed alone, not on their order or on file names. Documents
+    with equal texts stay together, so nothing of one split can be read in another. In the order of the SHA-256 of seed
+    and text, each text goes to a split that has none yet, then to the one that lacks most characters. No split exceeds
+    its share by more than one text (and its copies), and none is left empty while there are as many texts as splits.
+
+    Args:
+        documents: the corpus; it is held in memory.
+        fractions: split name to share of the characters, e.g. ``{"train": 0.9, "validation": 0.1}``; they add up to 1.
+        seed: another seed, another split.
+
+    Raises:
+        UserError: the fractions are not positive numbers that add up to 1, or there are too few different texts.
+    """
+    if not fractions or min(fractions.values()) <= 0 or not abs(sum(fractions.values()) - 1) < 1e-6:
+        given = ", ".join(f"{name} {fraction:g}" for name, fraction in fractions.items())
+        raise UserError(f"The fractions of a split must be positive and add up to 1, not: {given or 'none'}.")
+    same_text: dict[str, list[Document]] = defaultdict(list)
+    for document in documents:
+        same_text[sha256_bytes(f"{seed}:{document.text}".encode())].append(document)
+    if len(same_text) < len(fractions):
+        raise UserError(
+            f"{len(same_text)} different document(s) cannot fill the {len(fractions)} splits {', '.join(fractions)}; "
+            "add documents, or cut long ones into several."
+        )
+    total = sum(len(document.text) for copies in same_text.values() for document in copies)
+    missing = {name: fraction * total for name, fraction in fractions.items()}
+    splits: dict[str, list[Document]] = {name: [] for name in fractions}
+    for _, copies in sorted(same_text.items()):
+        neediest = max(fractions, key=lambda name: (not splits[name], missing[name]))
+        splits[neediest].extend(copies)
+        missing[neediest] -= sum(len(document.text) for document in copies)
+    return splits

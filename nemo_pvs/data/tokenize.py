@@ -1,0 +1,184 @@
+"""Token files as Megatron reads them (.bin and .idx), with a manifest that says what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nemo_pvs.data.corpus import Document
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import disk_errors, sha256_file, sha256_json, write_json
+
+# Everything that decides which ids a text becomes; chat templates and the like do not.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+_BATCH = 64  # documents that the Rust tokenizer gets at once
+
+# The .idx file: magic, version, type code, number of sequences, number of documents; then the sequence lengths.
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+
+
+def tokenize(
+    documents: Iterable[Document],
+    tokenizer_folder: Path,
+    prefix: Path,
+    *,
+    append_eos: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write ``prefix.bin``, ``prefix.idx`` and, last, the manifest ``prefix.json``; return the manifest.
+
+    No special tokens are added but the end-of-text token after each document. Ids are stored as uint16 where the
+    vocabulary allows and as int32 otherwise, as Megatron's own preprocessing does. Files of an earlier run are
+    replaced; a manifest, where there is one, belongs to the files beside it. Its ``source_sha256`` covers the texts in
+    their order, ``bin_sha256`` the ids.
+
+    Args:
+        documents: read once, a batch at a time, so a corpus may be larger than memory.
+        tokenizer_folder: a Hugging Face folder with the tokenizer's files; nothing is fetched from the network.
+        prefix: path of the token files without suffix.
+        append_eos: end every document with the tokenizer's end-of-text token.
+        progress: called with (documents done, documents in all), the latter 0 where ``documents`` has no length.
+
+    Raises:
+        UserError: no tokenizer in the folder, no end-of-text token, no documents, or the disk refuses.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    end = [tokenizer.eos_token_id] if append_eos else []
+    if None in end:
+        raise UserError(
+            f"The tokenizer in {tokenizer_folder} names no end-of-text token; set eos_token in its config."
+        )
+    dtype = DType.optimal_dtype(len(tokenizer))
+    partial = {suffix: prefix.with_name(f".{prefix.name}.partial{suffix}") for suffix in (".bin", ".idx")}
+    digest = hashlib.sha256()
+    count, tokens = 0, 0
+    total = len(documents) if isinstance(documents, Sized) else 0
+    try:
+        with disk_errors(prefix):
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            builder = IndexedDatasetBuilder(str(partial[".bin"]), dtype=dtype)
+            for batch in _batches(documents):
+                for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+                    digest.update(hashlib.sha256(document.text.encode()).digest())
+                    builder.add_document(torch.tensor([*ids, *end]), [len(ids) + len(end)])
+                    tokens += len(ids) + len(end)
+                count += len(batch)
+                if progress:
+                    progress(count, total)
+            if not tokens:
+                raise UserError(f"There are no documents to write to {prefix}.bin; check the corpus and its split.")
+            builder.finalize(str(partial[".idx"]))
+            manifest = {
+                "documents": count,
+                "tokens": tokens,
+                "dtype": dtype.__name__,
+                "append_eos": append_eos,
+                "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
+                "source_sha256": digest.hexdigest(),
+                "bin_sha256": sha256_file(partial[".bin"]),
+            }
+            _with_suffix(prefix, ".json").unlink(missing_ok=True)
+            for suffix, path in partial.items():
+                _flush(path)
+                os.replace(path, _with_suffix(prefix, suffix))
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+    write_json(_with_suffix(prefix, ".json"), manifest)
+    return manifest
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder, never from the network and never with code of its own.
+
+    Raises:
+        UserError: there is no tokenizer that transformers can read.
+    """
+    tokenizer_hash(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UserError(f"The tokenizer in {folder} cannot be loaded ({reason[0]}); copy it anew.") from error
+    return tokenizer
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """Return one SHA-256 over the files in a folder that decide which ids a text becomes.
+
+    Raises:
+        UserError: the folder holds none of them.
+    """
+    found = {name: sha256_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    if not found.keys() - {"special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"}:
+        raise UserError(f"{folder} holds no tokenizer (tokenizer.json or the like); copy the model's tokenizer there.")
+    return sha256_json(found)
+
+
+def count_tokens(prefix: Path) -> int:
+    """Return how many tokens ``prefix.bin`` holds, by the index beside it; any Megatron token file will do.
+
+    Raises:
+        UserError: a file is missing, the index is not Megatron's, or the two do not fit each other.
+    """
+    data, index = _with_suffix(prefix, ".bin"), _with_suffix(prefix, ".idx")
+    for path in (data, index):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; give the path of a .bin and .idx pair without the suffix.")
+    with open(index, "rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+        raise UserError(f"{index} is not an index of Megatron's token files; tokenise the corpus again.")
+    _, _, code, sequences, _ = _INDEX_HEADER.unpack(header)
+    lengths = np.fromfile(index, dtype=np.int32, count=sequences, offset=_INDEX_HEADER.size)
+    tokens = int(lengths.sum(dtype=np.int64))
+    if len(lengths) < sequences or tokens * _ITEM_BYTES.get(code, 0) != data.stat().st_size:
+        raise UserError(f"{data} and {index} do not fit each other; one may be cut short, tokenise the corpus again.")
+    return tokens
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    remaining = iter(documents)
+    while batch := list(islice(remaining, _BATCH)):
+        yield batch
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[Document]) -> list[list[int]]:
+    # verbose=False: texts longer than the model's context are expected here, training cuts them into sequences.
+    texts = [document.text for document in batch]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+    return ids
+
+
+def _with_suffix(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

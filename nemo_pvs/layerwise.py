@@ -1,0 +1,145 @@
+"""Run a model one decoder layer at a time, straight from its checkpoint.
+
+Memory is one layer, the hidden states and, at the end, the output head: never the model. The layers are those of
+``transformers``, so every variant of rotary scaling comes with them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.layout import Layout
+
+MEMORY_LIMIT = 8 << 30
+"""Bytes of hidden states held at once, unless told otherwise."""
+
+# Logits held at once, in elements (256 MB in fp32): 128k vocabularies need the loss in chunks of tokens.
+_LOGITS_AT_ONCE = 1 << 26
+
+
+class LayerwiseModel:
+    """A causal language model whose weights stay in the checkpoint until they are needed.
+
+    Hidden states live on the CPU; each batch visits ``device``.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> None:
+        """Prepare the model; no weight is read yet.
+
+        Args:
+            source: The checkpoint.
+            dtype: Computing type of layers and hidden states; weights are cast to it as they are read.
+            device: Where layers run.
+            memory_limit: Bytes that hidden states may take; ``chunks`` cuts a token set accordingly.
+        """
+        self.source = source
+        self.shape = shape_of(source)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.memory_limit = memory_limit
+        self._skeleton = _skeleton(source.config)
+        self._rotary = type(self._skeleton.model.rotary_emb)(config=self._skeleton.config).to(self.device)
+        self._layer_names: dict[int, list[str]] = {layer: [] for layer in range(self.shape.layers)}
+        for name, (_, entry) in Layout.for_config(source.config).parts(self.shape).items():
+            if entry.layer is not None:
+                self._layer_names[entry.layer].append(name)
+
+    def chunks(self, ids: torch.Tensor, states: int = 1) -> Iterator[torch.Tensor]:
+        """Cut token ids [N, S] along N so that ``states`` copies of a chunk's hidden states fit ``memory_limit``."""
+        bytes_per_sequence = states * ids.shape[1] * self.shape.hidden * self.dtype.itemsize
+        yield from ids.split(max(1, self.memory_limit // bytes_per_sequence))
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states [N, S, d] in front of the first layer, for token ids [N, S].
+
+        Raises:
+            UserError: the sequences are longer than the model's context, or an id is not in its vocabulary.
+        """
+        context = self._skeleton.config.max_position_embeddings
+        if ids.shape[1] > context:
+            raise UserError(
+                f"Sequences of {ids.shape[1]} tokens do not fit the model's context of {context} "
+                "(max_position_embeddings); choose a shorter sequence_length."
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.shape.vocab:
+            raise UserError(
+                f"Token ids reach from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has "
+                f"{self.shape.vocab} entries; tokenise the text with this model's tokenizer."
+            )
+        table = self.source.read("model.embed_tokens.weight")
+        return functional.embedding(ids.long(), table).to(self.dtype)
+
+    def layer(self, index: int) -> nn.Module:
+        """Load decoder layer ``index`` (from 0), ready for ``run_layer``; drop it to free its weights."""
+        layer = copy.deepcopy(self._skeleton.model.layers[index])
+        prefix = f"model.layers.{index}."
+        weights = {name.removeprefix(prefix): self._read(name) for name in self._layer_names[index]}
+        layer.load_state_dict(weights, assign=True)
+        return layer
+
+    @torch.no_grad()
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+        """Replace hidden states [N, S, d] by the layer's outputs, in place, and return them.
+
+        Attention is causal; sequences carry no padding, so there is no mask tensor.
+        """
+        positions = torch.arange(hidden.shape[1], device=self.device)[None]
+        rotary = self._rotary(hidden.new_empty(0, device=self.device), positions)
+        for batch in hidden.split(batch_size):
+            batch.copy_(layer(batch.to(self.device), position_embeddings=rotary))
+        return hidden
+
+    @torch.no_grad()
+    def losses(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[float, int]:
+        """Return the summed next-token cross entropy (nats, float64) and the number of predicted tokens, N (S - 1).
+
+        Args:
+            hidden: Outputs of the last decoder layer [N, S, d].
+            ids: Token ids [N, S]; each is predicted from the states in front of it.
+        """
+        norm, head = self._head
+        total = 0.0
+        sequences, length = ids.shape
+        positions = torch.arange(sequences * length).view(sequences, length)[:, :-1].flatten()
+        for some in positions.split(max(1, _LOGITS_AT_ONCE // self.shape.vocab)):
+            states = hidden.flatten(0, 1)[some].to(self.device)
+            targets = ids.flatten()[some + 1].to(self.device).long()
+            loss = functional.cross_entropy(functional.linear(norm(states), head).float(), targets, reduction="none")
+            total += float(loss.double().sum())
+        return total, positions.numel()
+
+    @cached_property
+    def _head(self) -> tuple[nn.Module, torch.Tensor]:
+        """The final norm and the output matrix [V, d], read once and kept."""
+        norm = copy.deepcopy(self._skeleton.model.norm)
+        norm.load_state_dict({"weight": self._read("model.norm.weight")}, assign=True)
+        return norm, self._read("model.embed_tokens.weight" if self.shape.tied else "lm_head.weight")
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.source.read(name).to(self.device, self.dtype)
+
+
+def _skeleton(config: Mapping[str, Any]) -> Any:
+    """Build the model's class from ``transformers`` without memory for its weights."""
+    known = Layout.for_config(config).architectures
+    model_class = getattr(transformers, next(name for name in config["architectures"] if name in known))
+    with torch.device("meta"):
+        model_config = model_class.config_class.from_dict(dict(config))
+        return model_class._from_config(model_config, attn_implementation="sdpa").eval()

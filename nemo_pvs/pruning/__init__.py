@@ -1,0 +1,1 @@
+"""Pruning: from scores to a plan, and from a plan to a smaller checkpoint."""

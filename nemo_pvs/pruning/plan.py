@@ -1,0 +1,178 @@
+"""Plan: which layers, channels and heads of a model stay; small, readable, and made without a model in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import read_json, sha256_json, write_json
+from nemo_pvs.layout import Layout
+from nemo_pvs.shape import Shape
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pruned model keeps of its parent. Indices count from 0 in the parent, in the parent's order."""
+
+    method: str
+    """For example minitron-width or minitron-depth."""
+    parent: Shape
+    target: Shape
+    keep_layers: Indices
+    keep_hidden: Indices
+    """One set for the whole model: the residual stream runs through all of it."""
+    keep_ffn: tuple[Indices, ...]
+    """FFN channels of each kept layer, in the order of ``keep_layers``."""
+    keep_kv_groups: tuple[Indices, ...]
+    """KV groups of each kept layer; a group's query heads stay or go with it."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What the plan was made from: ``model_fingerprint``, hashes of scores or tokens, and settings."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless the indices are in order and add up to the target."""
+        groups_only = self.parent.replace(
+            layers=self.target.layers,
+            hidden=self.target.hidden,
+            ffn=self.target.ffn,
+            kv_groups=self.target.kv_groups,
+        )
+        if groups_only != self.target:
+            raise UserError(
+                f"A plan cannot make [{self.target}] from [{self.parent}]: it removes layers, hidden and FFN channels "
+                "and whole KV groups, and leaves head_dim, the heads of a group and the vocabulary alone."
+            )
+        _check("keep_layers", self.keep_layers, self.parent.layers, self.target.layers)
+        _check("keep_hidden", self.keep_hidden, self.parent.hidden, self.target.hidden)
+        for name, rows in (("keep_ffn", self.keep_ffn), ("keep_kv_groups", self.keep_kv_groups)):
+            if len(rows) != self.target.layers:
+                raise UserError(f"The plan's {name} has {len(rows)} layers, but {self.target.layers} are kept.")
+            size = name.removeprefix("keep_")
+            for layer, row in zip(self.keep_layers, rows, strict=True):
+                _check(f"{name} of layer {layer}", row, getattr(self.parent, size), getattr(self.target, size))
+
+    def kept(self, axis: str, layer: int | None) -> Indices:
+        """Return the positions that stay along a Layout axis.
+
+        Args:
+            axis: hidden, ffn, query, key or vocab.
+            layer: Index of the layer in the pruned model; None for a tensor outside the layers.
+        """
+        if axis == "hidden":
+            return self.keep_hidden
+        if axis == "vocab" or layer is None:
+            return tuple(range(self.parent.axis(axis)))
+        if axis == "ffn":
+            return self.keep_ffn[layer]
+        # Heads of a group lie side by side, so a group is one run of channels: g*h for queries, h for keys and values.
+        run = self.parent.axis(axis) // self.parent.kv_groups
+        return tuple(group * run + channel for group in self.keep_kv_groups[layer] for channel in range(run))
+
+    def kept_parameters(self, layout: Layout) -> int:
+        """Return how many parameters stay, counted tensor by tensor; ``target.parameters`` if all is well."""
+        return sum(
+            math.prod(len(self.kept(axis, entry.layer)) for axis in part.axes)
+            for part, entry in layout.parts(self.target).values()
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values; indices become ranges, one line a layer, so that plans can be compared."""
+
+        def by_layer(rows: Iterable[Indices]) -> dict[str, str]:
+            return {str(layer): format_ranges(row) for layer, row in zip(self.keep_layers, rows, strict=True)}
+
+        return {
+            "method": self.method,
+            "parent": self.parent.to_dict(),
+            "target": self.target.to_dict(),
+            "keep_layers": format_ranges(self.keep_layers),
+            "keep_hidden": format_ranges(self.keep_hidden),
+            "keep_ffn": by_layer(self.keep_ffn),
+            "keep_kv_groups": by_layer(self.keep_kv_groups),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+        """Rebuild a plan from ``to_json``.
+
+        Raises:
+            UserError: something is missing, malformed or contradictory.
+        """
+        try:
+            layers = parse_ranges(values["keep_layers"])
+            for name in ("keep_ffn", "keep_kv_groups"):
+                if [int(layer) for layer in values[name]] != list(layers):
+                    raise UserError(f"The plan's {name} must name exactly the layers of keep_layers, in their order.")
+            return cls(
+                method=str(values["method"]),
+                parent=Shape(**values["parent"]),
+                target=Shape(**values["target"]),
+                keep_layers=layers,
+                keep_hidden=parse_ranges(values["keep_hidden"]),
+                keep_ffn=tuple(parse_ranges(row) for row in values["keep_ffn"].values()),
+                keep_kv_groups=tuple(parse_ranges(row) for row in values["keep_kv_groups"].values()),
+                provenance=dict(values["provenance"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"This is not a plan of nemo_pvs ({type(error).__name__}: {error}); plan again.") from None
+
+    def save(self, path: Path) -> None:
+        """Write the plan as a JSON file."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            UserError: the file is missing, or it is not a valid plan.
+        """
+        return cls.from_json(read_json(path))
+
+    @property
+    def plan_hash(self) -> str:
+        """A SHA-256 of the whole plan, provenance included."""
+        return sha256_json(self.to_json())
+
+
+def whole_layers(shape: Shape, layers: Sequence[int]) -> dict[str, Any]:
+    """Return the ``keep_*`` arguments of a Plan that keeps these layers and everything in them."""
+    return {
+        "keep_layers": tuple(layers),
+        "keep_hidden": tuple(range(shape.hidden)),
+        "keep_ffn": (tuple(range(shape.ffn)),) * len(layers),
+        "keep_kv_groups": (tuple(range(shape.kv_groups)),) * len(layers),
+    }
+
+
+def format_ranges(indices: Sequence[int]) -> str:
+    """Return ascending indices as ranges: ``(0, 1, 2, 3, 5)`` becomes ``0-3,5``."""
+    runs = ([index for _, index in run] for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]))
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def parse_ranges(text: str) -> Indices:
+    """Undo ``format_ranges``.
+
+    Raises:
+        ValueError: the text is not a list of ranges.
+    """
+    indices: list[int] = []
+    for piece in text.split(","):
+        first, _, last = piece.partition("-")
+        indices.extend(range(int(first), int(last or first) + 1))
+    return tuple(indices)
+
+
+def _check(name: str, indices: Indices, size: int, count: int) -> None:
+    if len(indices) != count:
+        raise UserError(f"The plan's {name} holds {len(indices)} indices, but its target has {count}.")
+    if list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= size:
+        raise UserError(f"The plan's {name} must be ascending, without repetition, and within 0-{size - 1}.")

@@ -1,0 +1,1 @@
+"""What a run cost, what came out of it, and the report that shows both."""

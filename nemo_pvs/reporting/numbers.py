@@ -1,0 +1,55 @@
+"""How the report writes numbers: the same everywhere, a dash for what is not known."""
+
+from __future__ import annotations
+
+import math
+
+DASH = "–"
+_PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def fixed(value: float | None, decimals: int = 2, *, signed: bool = False) -> str:
+    """Write a number with so many decimals and thousands separators."""
+    if value is None:
+        return DASH
+    if not math.isfinite(value):
+        return "not finite"
+    text = f"{value:{'+' if signed else ''},.{decimals}f}"
+    return text.replace("-", "−")
+
+
+def scientific(value: float | None) -> str:
+    """Write a number as three digits times a power of ten, e.g. FLOPs."""
+    if value is None or value == 0:
+        return DASH if value is None else "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa}\u00a0×\u00a010{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def perplexity(value: float | None) -> str:
+    """Write a perplexity: two decimals while they mean something, none where a model knows nothing yet."""
+    return fixed(value, 2 if value is None or value < 1000 else 0)
+
+
+def unit_of(values: list[float | int | None]) -> tuple[float, str]:
+    """Return the divisor and the prefix (k, M, B or T; "" for ones) that suit the largest of some counts."""
+    largest = max((abs(value) for value in values if value is not None), default=0)
+    return next(((size, prefix) for size, prefix in _PREFIXES if largest >= size), (1.0, ""))
+
+
+def scaled(value: float | int | None, unit: tuple[float, str]) -> str:
+    """Write a count in a unit that ``unit_of`` chose."""
+    if value is None:
+        return DASH
+    divisor, prefix = unit
+    return fixed(value / divisor, 2 if prefix else 0)
+
+
+def duration(seconds: float | None) -> str:
+    """Write a wall-clock time as hours, minutes and seconds."""
+    if seconds is None:
+        return DASH
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,168 @@
+"""Results: what a finished run hands to its report, and the file ``results.json`` that keeps it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import read_json, write_json
+from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.shape import Shape
+
+
+@dataclass
+class Point:
+    """The loss at one moment of a training run."""
+
+    step: int
+    tokens: int
+    """Training tokens seen so far; 0 before the first step."""
+    loss: float
+    """Mean cross-entropy, nats per token."""
+    learning_rate: float | None = None
+    """Of the step's update; None for a point of validation."""
+
+
+@dataclass
+class ParentResult:
+    """The model that was pruned."""
+
+    name: str
+    shape: Shape
+    validation_loss: float | None = None
+    """Nats per token."""
+    test_perplexity: float | None = None
+    """exp of the mean cross-entropy per token on the test split."""
+
+
+@dataclass
+class ArmResult:
+    """One training run of the comparison."""
+
+    name: str
+    """For people: ``width, pruned``."""
+    target: str
+    """Arms of one target have one shape and are compared with each other: ``width``."""
+    method: str
+    """How the shape was chosen, or the pruning method: ``minitron-width``."""
+    initialisation: Literal["pruned", "random"]
+    shape: Shape
+    parallel: dict[str, int] = field(default_factory=dict)
+    """Ranks by dimension: tensor, pipeline, data."""
+    masked_parameters: int = 0
+    """Weights that a sparsity mask holds at zero; 0 for a dense model."""
+    validation: list[Point] = field(default_factory=list)
+    training: list[Point] = field(default_factory=list)
+    test_perplexity_before: float | None = None
+    """Of the model that training starts from, pruned or random."""
+    test_perplexity_after: float | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    seconds: float | None = None
+    """Wall-clock time of the training."""
+    tokens_per_second: float | None = None
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The last validation loss, nats per token."""
+        return self.validation[-1].loss if self.validation else None
+
+
+@dataclass
+class Results:
+    """Everything that the report shows. What was not measured is None or empty, never zero."""
+
+    title: str
+    recipe_name: str
+    recipe: dict[str, Any]
+    created: str
+    """ISO 8601 with time zone."""
+    environment: dict[str, Any]
+    hashes: dict[str, str]
+    parent: ParentResult
+    arms: list[ArmResult]
+
+    @property
+    def targets(self) -> dict[str, list[ArmResult]]:
+        """The arms by target, in the order in which they were given."""
+        return {arm.target: [other for other in self.arms if other.target == arm.target] for arm in self.arms}
+
+    def scratch_of(self, arm: ArmResult) -> ArmResult | None:
+        """Return the arm of the same target that started from random weights; None for such an arm itself."""
+        if arm.initialisation == "random":
+            return None
+        return next((other for other in self.targets[arm.target] if other.initialisation == "random"), None)
+
+    def gap(self, arm: ArmResult) -> float | None:
+        """Return scratch loss minus this arm's, in nats per token: positive where the pruned start won.
+
+        Both are validation losses after the same number of training tokens, the largest at which both were measured;
+        None if there is none.
+        """
+        scratch = self.scratch_of(arm)
+        if scratch is None:
+            return None
+        pruned_losses, scratch_losses = (
+            {point.tokens: point.loss for point in run.validation} for run in (arm, scratch)
+        )
+        common = max(pruned_losses.keys() & scratch_losses.keys(), default=0)
+        return scratch_losses[common] - pruned_losses[common] if common else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data; a loss that is not a finite number becomes its name (``nan``, ``inf``)."""
+        data = asdict(self)
+        for arm, plain in zip(self.arms, data["arms"], strict=True):
+            plain["ledger"] = arm.ledger.to_json()
+        return _names_for_non_finite(data)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Results:
+        """Read what ``to_json`` returned.
+
+        Raises:
+            UserError: something is missing or of the wrong type.
+        """
+        try:
+            data = {**data, "arms": [{**arm, "ledger": {"charges": arm["ledger"]}} for arm in data["arms"]]}
+            return _READER.validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the top level"
+            raise UserError(
+                f"The results are not those of a finished run: {place}: {first['msg']}; use the file that a run wrote."
+            ) from None
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"The results are not those of a finished run ({error!r}); use the file that a run wrote."
+            ) from None
+
+    def save(self, path: Path) -> None:
+        """Write ``results.json``."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read the file that ``save`` wrote.
+
+        Raises:
+            UserError: the file is missing or holds something else.
+        """
+        return cls.from_json(read_json(path))
+
+
+_READER = TypeAdapter(Results)
+
+
+def _names_for_non_finite(value: Any) -> Any:
+    """Replace NaN and infinity, for which JSON has no spelling, by strings that ``float`` reads back."""
+    if isinstance(value, dict):
+        return {key: _names_for_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_names_for_non_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value

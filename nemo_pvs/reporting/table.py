@@ -1,0 +1,183 @@
+"""The outcome in words and the results table: one set of rows for the page, the Markdown file and the terminal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+
+from nemo_pvs.reporting.numbers import DASH, fixed, perplexity, scaled, scientific, unit_of
+from nemo_pvs.reporting.results import ArmResult, Results
+from nemo_pvs.shape import Shape
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the results table, units in its headings."""
+
+    group: str
+    """Heading that neighbouring columns share; empty for none."""
+    heading: str
+    """Heading below the group's."""
+    plain: str
+    """The heading of the same column where there are no groups."""
+    terminal: str | None = None
+    """Heading in the terminal; None leaves the column out there."""
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """Formatted cells; the first of a row is its name, all others are numbers or a dash."""
+
+    columns: list[Column]
+    rows: list[list[str]]
+    """The parent first, then the arms in order."""
+
+
+NOTES = (
+    "Body: decoder layers and final norm, without embedding and output head.",
+    "TP × PP: tensor-parallel times pipeline-parallel ranks.",
+    "Gap: loss of the model from scratch minus loss of the pruned one after the same number of training tokens; "
+    "positive where pruning won.",
+    "Before and after: the training on the tokens counted here.",
+    "Each arm is one run: differences that another seed would make are not measured.",
+    f"{DASH}: not measured or not known.",
+)
+
+
+def outcome(results: Results) -> str:
+    """Return the headline: at equal training tokens, which arm won on each target, and by how many nats per token."""
+    compared = [arm for arm in results.arms if results.scratch_of(arm) is not None]
+    if not compared:
+        return "No pruned model here has a counterpart trained from scratch."
+    several = {target for target, arms in results.targets.items() if sum(arm in compared for arm in arms) > 1}
+    verdicts = [
+        f"on {arm.target}{f' ({arm.name})' if arm.target in several else ''} {_verdict(results.gap(arm))}"
+        for arm in compared
+    ]
+    return f"At equal training tokens, {', '.join(verdicts)}."
+
+
+def _verdict(gap: float | None) -> str:
+    if gap is None:
+        return "the difference was not measured"
+    if not math.isfinite(gap):
+        return "no arm won, as a loss is not finite"
+    if fixed(abs(gap)) == "0.00":
+        return "there was no difference to two decimals"
+    return f"{'pruning' if gap > 0 else 'training from scratch'} won by {fixed(abs(gap))} nats per token"
+
+
+def total_cost(results: Results) -> str:
+    """Return one sentence on what the comparison costs once the parent is charged, the paper's second budget."""
+    ratios = []
+    for arm in results.arms:
+        scratch = results.scratch_of(arm)
+        ours, theirs = arm.ledger.total.flops, scratch.ledger.total.flops if scratch else None
+        if ours and theirs:
+            ratio = ours / theirs
+            ratios.append(f"{fixed(ratio) if ratio < 1000 else scientific(ratio)} ({arm.name})")
+    if not ratios:
+        return "What the pruned models cost with all their ancestors is not known."
+    return (
+        "With all that made it charged, the parent's pretraining included, a pruned model took this many times the "
+        f"FLOPs of its counterpart from scratch: {', '.join(ratios)}."
+    )
+
+
+def results_rows(results: Results) -> ResultsTable:
+    """Return the main table of the report, cells formatted, units in the headings."""
+    shapes = [results.parent.shape, *(arm.shape for arm in results.arms)]
+    size = unit_of([shape.parameters for shape in shapes])
+    tokens = unit_of([arm.ledger.training.tokens for arm in results.arms])
+    unit, token_unit = (f" ({prefix})" if prefix else "" for _, prefix in (size, tokens))
+    columns = [
+        Column("", "Model", "Model", "Model"),
+        Column(f"Parameters{unit}", "total", f"Parameters{unit}", f"params\n{unit.strip()}"),
+        Column(f"Parameters{unit}", "removed (%)", "removed (%)", "removed\n(%)"),
+        Column(f"Body parameters{unit}", "total", f"Body{unit}"),
+        Column(f"Body parameters{unit}", "removed (%)", "body removed (%)"),
+        Column("", "TP\u00a0×\u00a0PP", "TP × PP", "TP × PP\n(ranks)"),
+        Column("Training", f"tokens{token_unit}", f"training tokens{token_unit}", f"tokens\n{token_unit.strip()}"),
+        Column("Training", "FLOPs", "training FLOPs"),
+        Column("", "FLOPs with ancestors", "FLOPs with ancestors"),
+        Column("Validation (nats per token)", "loss", "validation loss (nats)", "loss\n(nats)"),
+        Column("Validation (nats per token)", "gap", "gap (nats)", "gap\n(nats)"),
+        Column("Test perplexity", "before", "test PPL before", "PPL\nbefore"),
+        Column("Test perplexity", "after", "test PPL after", "PPL\nafter"),
+    ]
+    parent = results.parent
+    parent_row = [
+        f"{parent.name} (parent)",
+        scaled(parent.shape.parameters, size),
+        DASH,
+        scaled(parent.shape.body_parameters, size),
+        *[DASH] * 5,
+        fixed(parent.validation_loss),
+        DASH,
+        DASH,
+        perplexity(parent.test_perplexity),
+    ]
+    return ResultsTable(columns, [parent_row, *(_arm_row(results, arm, size, tokens) for arm in results.arms)])
+
+
+def _arm_row(results: Results, arm: ArmResult, size: tuple[float, str], tokens: tuple[float, str]) -> list[str]:
+    parent: Shape = results.parent.shape
+    total = arm.shape.parameters - arm.masked_parameters
+    body = arm.shape.body_parameters - arm.masked_parameters
+    sizes = [arm.parallel.get(dimension) for dimension in ("tensor", "pipeline")]
+    return [
+        arm.name,
+        scaled(total, size),
+        fixed(100 * (1 - total / parent.parameters), 1),
+        scaled(body, size),
+        fixed(100 * (1 - body / parent.body_parameters), 1),
+        DASH if None in sizes else "\u00a0×\u00a0".join(map(str, sizes)),
+        scaled(arm.ledger.training.tokens if arm.ledger.charges else None, tokens),
+        scientific(arm.ledger.training.flops if arm.ledger.charges else None),
+        scientific(arm.ledger.total.flops if arm.ledger.charges else None),
+        fixed(arm.validation_loss),
+        fixed(results.gap(arm), signed=True),
+        perplexity(arm.test_perplexity_before),
+        perplexity(arm.test_perplexity_after),
+    ]
+
+
+def results_table(results: Results) -> Table:
+    """Return the results as a table for the terminal, without the columns on cost (the report has them)."""
+    rows = results_rows(results)
+    shown = [(index, column.terminal) for index, column in enumerate(rows.columns) if column.terminal is not None]
+    table = Table(
+        title=results.title,
+        caption=outcome(results),
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for index, heading in shown:
+        # A name may be folded; a number that is cut short would be another number.
+        if index:
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold", min_width=12)
+    for row in rows.rows:
+        table.add_row(*(row[index] for index, _ in shown))
+    return table
+
+
+def markdown_table(results: Results) -> str:
+    """Return the results table in GitHub's Markdown."""
+    rows = results_rows(results)
+    headings = [column.plain for column in rows.columns]
+    ruler = ["-", *["-:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(map(_escape, cells))} |" for cells in [headings, ruler, *rows.rows]) + "\n"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")

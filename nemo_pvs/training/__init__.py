@@ -1,0 +1,1 @@
+"""Training on NeMo and Megatron-Core: the only rooms that import NeMo."""

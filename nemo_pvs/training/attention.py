@@ -1,0 +1,102 @@
+"""Megatron layers without Transformer Engine: causal attention by PyTorch's SDPA and an RMSNorm for sequence parallel.
+
+Used on CPUs and on GPUs where Transformer Engine is not installed. Megatron's own local attention builds the full
+score matrix and a mask; this one is fused, needs no mask and shards over tensor parallel ranks by heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec, gpt_data_step
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class SdpaCausalAttention(MegatronModule):
+    """Megatron's core attention on ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Takes the place of ``DotProductAttention`` and equals it for causal self-attention without packing: same
+    arguments, same ``[s, b, heads * head_dim]`` result. Heads are the local ones of a tensor parallel rank.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal or config.context_parallel_size != 1:
+            raise ValueError("SdpaCausalAttention is causal and knows no context parallelism; use Transformer Engine.")
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params=None,
+    ):
+        """Attend causally: query ``[s, b, heads, h]``, key and value ``[s, b, groups, h]`` -> ``[s, b, heads * h]``.
+
+        ``attention_mask`` is not read: the causal one is all that pretraining uses.
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("SdpaCausalAttention takes neither packed sequences nor an attention bias.")
+        context = scaled_dot_product_attention(
+            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """PyTorch's RMSNorm with the mark by which Megatron sums its gradient over sequence parallel ranks.
+
+    Megatron's ``WrappedTorchNorm`` refuses sequence parallelism because it lacks this mark.
+    """
+
+    def __init__(self, config, hidden_size, eps=1e-5, **_):
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def sdpa_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Return the decoder block of this pipeline stage: Megatron's local layers with the two modules above."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = SdpaCausalAttention
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
+    )
+
+
+def layer_spec(config: GPTConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+    """Return NeMo's own choice where Transformer Engine is installed, else the SDPA block."""
+    return default_layer_spec(config, vp_stage) if HAVE_TE else sdpa_layer_spec(config, vp_stage)
+
+
+def causal_data_step(dataloader_iter, use_mtp: bool = False) -> dict[str, torch.Tensor | None]:
+    """NeMo's data step for attention that is causal by itself: the mask is absent rather than built.
+
+    Without Transformer Engine NeMo's forward step insists on the key ``attention_mask`` and passes on its value.
+    """
+    return {"attention_mask": None, **gpt_data_step(dataloader_iter, use_mtp)}

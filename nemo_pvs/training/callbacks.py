@@ -1,0 +1,90 @@
+"""Callbacks of a run: metrics that people and reports read, and a context beside every checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+from nemo.lightning.io import IOMixin
+
+from nemo_pvs.training import metrics
+
+
+class MetricsLog(pl.Callback, IOMixin):
+    """Write each step's metrics as a line of JSON and a readable line of text, on rank 0 only.
+
+    Takes the place of NeMo's ProgressPrinter, whose timers run a collective on rank 0 alone and so deadlock. Only
+    values that are on rank 0 already are read: no collective runs here.
+    """
+
+    def __init__(self, path: str, tokens_per_step: int, total_steps: int) -> None:
+        self.path = Path(path)
+        self.tokens_per_step = tokens_per_step
+        self.total_steps = total_steps
+        self._step_began = self._run_began = time.monotonic()
+
+    def on_train_start(self, trainer, pl_module):
+        """Start the clock after set-up and loading."""
+        self._step_began = self._run_began = time.monotonic()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Record loss, learning rate, gradient norm and speed of a step."""
+        if not trainer.is_global_zero:
+            return
+        now = time.monotonic()
+        values = trainer.callback_metrics
+        record = {
+            "kind": "training",
+            "step": trainer.global_step,
+            "tokens": trainer.global_step * self.tokens_per_step,
+            "loss": float(values["reduced_train_loss"]),
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": float(values["grad_norm"]),
+            "tokens_per_second": self.tokens_per_step / (now - self._step_began),
+            "seconds": now - self._run_began,
+        }
+        metrics.append(self.path, record)
+        print(
+            f"step {record['step']}/{self.total_steps}  tokens {record['tokens']:,}  loss {record['loss']:.4f}  "
+            f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            flush=True,
+        )
+        self._step_began = now
+
+    def on_validation_end(self, trainer, pl_module):
+        """Record the validation loss; the time it took is not charged to the next step."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            loss = float(trainer.callback_metrics["val_loss"])
+            metrics.append(
+                self.path,
+                {
+                    "kind": "validation",
+                    "step": trainer.global_step,
+                    "tokens": trainer.global_step * self.tokens_per_step,
+                    "loss": loss,
+                },
+            )
+            print(f"step {trainer.global_step}/{self.total_steps}  validation loss {loss:.4f}", flush=True)
+        self._step_began = time.monotonic()
+
+
+class CheckpointContext(pl.Callback, IOMixin):
+    """Put the initial checkpoint's ``context/`` beside the weights of every checkpoint when the run ends.
+
+    The architecture never changes during a run, and that context names stock NeMo classes only, so what this run
+    saves can be read without this package. NeMo's own would name our layer and data classes.
+    """
+
+    def __init__(self, initial: str) -> None:
+        self.initial = Path(initial)
+
+    def on_train_end(self, trainer, pl_module):
+        """Copy the context into checkpoints that lack one, on rank 0."""
+        if not trainer.is_global_zero or trainer.checkpoint_callback is None:
+            return
+        for checkpoint in Path(trainer.checkpoint_callback.dirpath).glob("*"):
+            if (checkpoint / "weights").is_dir() and not (checkpoint / "context" / "io.json").exists():
+                shutil.copytree(self.initial / "context", checkpoint / "context", dirs_exist_ok=True)

@@ -1,0 +1,78 @@
+"""TrainingJob: one training run as plain data, written by the pipeline and read by the ranks. Imports no NeMo."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.files import read_json, sha256_json, write_json
+from nemo_pvs.recipe import Layout, Training
+
+JOB_FILE = "job.json"
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything that the ranks of one run need to know."""
+
+    name: str
+    """What progress and messages call the run."""
+    folder: Path
+    """Where checkpoints, metrics and the log go; also where an interrupted run is resumed from."""
+    initial: Path
+    """NeMo checkpoint with the initial weights: pruned, or drawn at random. Fixes the architecture too."""
+    data: dict[str, str]
+    """Megatron .bin/.idx prefixes of ``train`` and ``validation``; validation holds exactly the fixed windows."""
+    layout: Layout
+    training: Training
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: what was measured at which step."""
+        return self.folder / METRICS_FILE
+
+    @property
+    def log(self) -> Path:
+        """Everything that NeMo and Megatron print."""
+        return self.folder / LOG_FILE
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of NeMo checkpoints, the newest being the one to resume from, inside what NeMo tidies up itself."""
+        return self.folder / "nemo" / "checkpoints"
+
+    def save(self) -> Path:
+        """Write the job into its folder and return the file."""
+        path = self.folder / JOB_FILE
+        write_json(path, self.to_json())
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the job as plain data."""
+        return {
+            **asdict(self),
+            "folder": str(self.folder),
+            "initial": str(self.initial),
+            "layout": self.layout.model_dump(),
+            "training": self.training.model_dump(),
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> TrainingJob:
+        """Read a job that ``save`` wrote."""
+        values = read_json(path)
+        return cls(
+            name=values["name"],
+            folder=Path(values["folder"]),
+            initial=Path(values["initial"]),
+            data=values["data"],
+            layout=Layout.model_validate(values["layout"]),
+            training=Training.model_validate(values["training"]),
+        )
+
+    def fingerprint(self) -> str:
+        """Return a hash of what the run computes, whatever folder it runs in."""
+        return sha256_json({key: value for key, value in self.to_json().items() if key not in ("folder", "name")})

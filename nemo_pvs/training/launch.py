@@ -1,0 +1,117 @@
+"""Start the ranks of training jobs: forked here on a CPU, by torchrun on GPUs, or as whatever launched us.
+
+Run as ``python -m nemo_pvs.training.launch JOB...``; importing it is cheap on purpose, because Megatron's checkpoint
+writer spawns a helper that imports the main module again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from nemo_pvs.training.job import TrainingJob
+
+
+def main(arguments: list[str]) -> int:
+    """Train every job whose file is named, one after the other; return the first exit code that is not 0."""
+    jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
+    if "WORLD_SIZE" in os.environ:  # torchrun, Slurm or Kubernetes already made this process one of the ranks
+        from nemo_pvs.training.train import train
+
+        for job in jobs:
+            train(job)
+        return 0
+    import torch
+
+    start = _torchrun if torch.cuda.is_available() else _fork_ranks
+    for job in jobs:
+        print(f"starting {job.name}", flush=True)
+        if code := start(job):
+            return code
+        print(f"finished {job.name}", flush=True)
+    return 0
+
+
+def _torchrun(job: TrainingJob) -> int:
+    """Run the job's ranks under torchrun; their output goes to the job's log."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(job.layout.processes), "-m", "nemo_pvs.training.launch", str(job.folder / "job.json")]
+    with open(job.log, "a") as log:
+        return subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+
+
+def _fork_ranks(job: TrainingJob) -> int:
+    """Fork the job's ranks from this process, which imports NeMo once for all of them."""
+    from nemo_pvs.training.train import train_on_cpu
+
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    ranks = [
+        context.Process(target=_rank, args=(train_on_cpu, job, rank, port), daemon=False)
+        for rank in range(job.layout.processes)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        return _wait(ranks)
+    finally:
+        # A rank that waits for a dead partner ignores SIGTERM inside a collective.
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _wait(ranks: list[multiprocessing.Process]) -> int:
+    """Wait until every rank has ended, or one has failed; return its exit code."""
+    waiting = {process.sentinel: process for process in ranks}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting)):
+            process = waiting.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                return process.exitcode
+    return 0
+
+
+def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
+    """Be one rank: environment as torchrun sets it, output into the job's log, dead as soon as the parent is."""
+    _die_with_parent()
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(job.layout.processes),
+        LOCAL_WORLD_SIZE=str(job.layout.processes),
+        TORCHELASTIC_RUN_ID="nemo_pvs",  # tells Lightning that the processes exist already
+    )
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    target(job)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, even by kill -9: no rank trains on as an orphan."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

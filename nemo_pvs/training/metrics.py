@@ -1,0 +1,41 @@
+"""Metrics of a run: one JSON object a line, written by rank 0, read by progress bars, curves and reports. No NeMo."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run measured, in step order, each step once."""
+
+    training: list[dict[str, Any]]
+    """step, tokens, loss (nats per token), learning_rate, grad_norm, tokens_per_second, seconds."""
+    validation: list[dict[str, Any]]
+    """step, tokens, loss (nats per token)."""
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add one record; a single write, so that a reader never sees half of one as a whole line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> Curve:
+    """Read a metrics file; where an interrupted run repeated steps after resuming, the later record counts.
+
+    Half a line at the end, left by a killed run, is ignored.
+    """
+    training: dict[int, dict[str, Any]] = {}
+    validation: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        kind = record.pop("kind")
+        (validation if kind == "validation" else training)[record["step"]] = record
+    return Curve(*([records[step] for step in sorted(records)] for records in (training, validation)))

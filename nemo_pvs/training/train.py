@@ -1,0 +1,27 @@
+"""Be one rank of a training job."""
+
+from __future__ import annotations
+
+import os
+
+import fiddle
+import torch
+
+from nemo_pvs.training.cpu import megatron_on_cpu
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.recipe import pretrain_recipe
+
+
+def train(job: TrainingJob) -> None:
+    """Train, or go on training, as one of the ranks that the environment describes."""
+    if not torch.cuda.is_available():
+        train_on_cpu(job)
+        return
+    fiddle.build(pretrain_recipe(job))()
+
+
+def train_on_cpu(job: TrainingJob) -> None:
+    """Train as one rank on this machine's CPU, the cores shared out among the ranks."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.layout.processes))
+    with megatron_on_cpu():
+        fiddle.build(pretrain_recipe(job))()

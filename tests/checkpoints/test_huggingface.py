@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import sha256_file
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["5GB", "100KB"])
+def test_reads_what_transformers_wrote(make_tiny_llama, tmp_path, tied, shard):
+    make_tiny_llama(tmp_path, tie_word_embeddings=tied, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors").exists() == (shard == "5GB")
+    source = HuggingFaceSource(tmp_path)
+    expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert all(torch.equal(source.read(name), value) for name, value in expected.items())
+    assert source.extra_tensors == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_transformers_loads_what_is_written(make_tiny_llama, tmp_path, dtype):
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "in", dtype=dtype))
+    write_huggingface(source, tmp_path / "out", max_shard_bytes=50_000)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert len(shards) > 4
+    assert all(sum(tensor.nbytes for tensor in load_file(shard).values()) <= 50_000 for shard in shards)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / side, dtype="auto", output_loading_info=True)
+        for side in ("in", "out")
+    )
+    assert not any(after[1].values())
+    assert after[0].dtype == dtype
+    ids = torch.arange(20)[None]
+    assert torch.equal(before[0](ids).logits, after[0](ids).logits)
+
+
+def test_a_tensor_larger_than_a_shard_gets_its_own(make_tiny_llama, tmp_path):
+    write_huggingface(HuggingFaceSource(make_tiny_llama(tmp_path / "in")), tmp_path / "out", max_shard_bytes=1)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == len(index["weight_map"]) == 4 * 9 + 3
+    tensors = load_file(tmp_path / "in" / "model.safetensors").values()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_the_config_is_kept_and_made_explicit(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path / "in", num_attention_heads=4, head_dim=16)
+    edit_json(tmp_path / "in" / "config.json", head_dim=None, eos_token_id=[5, 7])
+    write_huggingface(HuggingFaceSource(tmp_path / "in"), tmp_path / "out", dtype=torch.bfloat16)
+    before, after = (json.loads((tmp_path / side / "config.json").read_text()) for side in ("in", "out"))
+    assert after == {**before, "head_dim": 16, "dtype": "bfloat16"}
+
+
+def test_casting_rounds_like_torch(make_tiny_llama, tmp_path):
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "in"))
+    manifest = write_huggingface(source, tmp_path / "out", dtype=torch.bfloat16)
+    written = HuggingFaceSource(tmp_path / "out")
+    for name, record in manifest.tensors.items():
+        assert record.dtype == "bfloat16"
+        assert torch.equal(written.read(name), source.read(name).to(torch.bfloat16))
+
+
+def test_the_manifest_names_every_tensor_and_file(make_tiny_llama, tmp_path):
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "in"))
+    manifest = write_huggingface(source, tmp_path / "out")
+    assert Manifest.read(tmp_path / "out") == manifest
+    assert {*manifest.files, MANIFEST} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert all(record.sha256 == sha256_file(tmp_path / "out" / name) for name, record in manifest.files.items())
+    assert manifest.tensors.keys() == load_file(tmp_path / "out" / "model.safetensors").keys()
+    again = write_huggingface(source, tmp_path / "again")
+    assert again == manifest
+
+
+def test_only_assets_travel(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path / "in")
+    kept = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
+    kept += ["chat_template.jinja", "generation_config.json"]
+    for name in [*kept, "README.md", "optimizer.pt", "tokenizer.bin"]:
+        (tmp_path / "in" / name).write_text("{}")
+    (tmp_path / "in" / "tokenizer.model").write_bytes(b"GGUF and 98 MB of weights")
+    source = HuggingFaceSource(tmp_path / "in")
+    assert sorted(path.name for path in source.assets) == sorted(kept)
+    write_huggingface(source, tmp_path / "out")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {*kept, "config.json", "model.safetensors", MANIFEST}
+
+
+def test_progress_ends_at_all_parameters(make_tiny_llama, tmp_path):
+    seen = []
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "in", tie_word_embeddings=True))
+    write_huggingface(source, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "in" / "model.safetensors").values())
+    assert seen[-1] == (parameters, parameters)
+    assert seen == sorted(seen)
+
+
+def test_an_existing_target_is_refused(make_tiny_llama, tmp_path):
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "in"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(UserError, match="already exists"):
+        write_huggingface(source, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").exists()
+    write_huggingface(source, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "precious").exists()
+
+
+def test_a_failure_leaves_nothing(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path / "in", max_shard_size="100KB")
+    source = HuggingFaceSource(tmp_path / "in")
+    sorted((tmp_path / "in").glob("model-*.safetensors"))[-1].unlink()
+    with pytest.raises(UserError, match=r"model-\d+-of-\d+\.safetensors is missing"):
+        write_huggingface(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_folder_without_weights_is_refused(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path, max_shard_size="100KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        HuggingFaceSource(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": {"a": "../a.safetensors"}}', "{"])
+def test_a_broken_index_is_refused(make_tiny_llama, tmp_path, index):
+    make_tiny_llama(tmp_path, max_shard_size="100KB")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index\.json"):
+        HuggingFaceSource(tmp_path)
+
+
+def test_a_missing_tensor_is_refused(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(UserError, match=r"no tensor model\.norm\.weight"):
+        HuggingFaceSource(tmp_path).read("model.norm.weight")
+
+
+def test_an_index_that_names_the_wrong_shard_is_refused(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    first, last = (index["weight_map"][name] for name in ("model.embed_tokens.weight", "model.norm.weight"))
+    assert first != last
+    index["weight_map"]["model.norm.weight"] = first
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"no tensor model\.norm\.weight"):
+        HuggingFaceSource(tmp_path).read("model.norm.weight")
+
+
+def test_weights_of_another_config_are_refused(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path)
+    edit_json(tmp_path / "config.json", intermediate_size=80)
+    with pytest.raises(UserError, match=r"up_proj\.weight .* is \[96, 64\], but config\.json implies \[80, 64\]"):
+        HuggingFaceSource(tmp_path).read("model.layers.0.mlp.up_proj.weight")
+
+
+def test_biases_are_refused_but_old_buffers_are_not(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path, tie_word_embeddings=True)
+    edit_weights(
+        tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    )
+    edit_weights(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(128, 64)}))
+    assert len(HuggingFaceSource(tmp_path).extra_tensors) == 2
+    edit_weights(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}))
+    with pytest.raises(UserError, match=r"1 tensors .*o_proj\.bias"):
+        HuggingFaceSource(tmp_path)
+
+
+def test_rope_settings_of_transformers_5_are_understood(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_theta"], config["rope_scaling"]
+    config["rope_parameters"] = {"rope_theta": 5e5, **scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = HuggingFaceSource(tmp_path)
+    assert source.config["rope_theta"] == 5e5
+    assert source.config["rope_scaling"] == scaling
+    assert "rope_parameters" not in source.config
+    edit_json(tmp_path / "config.json", rope_parameters={"rope_theta": 7.0, "rope_type": "default"})
+    assert HuggingFaceSource(tmp_path).config["rope_scaling"] is None
+
+
+def test_a_broken_config_is_refused(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json is not a model's configuration"):
+        HuggingFaceSource(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        HuggingFaceSource(tmp_path)

@@ -1,0 +1,60 @@
+"""What many tests share: tiny random Llamas in the Hugging Face format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(1)
+
+
+def tiny_llama_config(**overrides: Any) -> LlamaConfig:
+    """Return the config of a Llama that takes milliseconds; its head_dim is not hidden / heads, on purpose."""
+    settings: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 128,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    return LlamaConfig(**{**settings, **overrides})
+
+
+def make_tiny_llama(
+    folder: Path,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Path:
+    """Save a randomly initialised tiny Llama (every norm weight random too) in ``folder`` and return ``folder``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(tiny_llama_config(**overrides))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.uniform_(0.5, 1.5)
+        model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+@pytest.fixture(name="tiny_llama_config")
+def tiny_llama_config_fixture() -> Callable[..., LlamaConfig]:
+    return tiny_llama_config
+
+
+@pytest.fixture(name="make_tiny_llama")
+def make_tiny_llama_fixture() -> Callable[..., Path]:
+    return make_tiny_llama

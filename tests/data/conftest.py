@@ -1,0 +1,38 @@
+"""A tokenizer small enough to train in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SENTENCES = [
+    "The parent model is pruned, and the pruned model is trained on.",
+    "Training from scratch starts from random weights; it sees the same tokens in the same order.",
+    "Zwei Sätze auf Deutsch – mit Umlauten: äöü, ß.",
+]
+
+
+def save_tokenizer(folder: Path, *, vocab_size: int = 400, eos: str | None = "<|end|>") -> Path:
+    """Save a byte-level BPE tokenizer, which decodes to exactly what it encoded, in ``folder``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|end|>", "<|begin|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token=eos, model_max_length=16
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    return save_tokenizer(tmp_path / "tokenizer")
