@@ -107,23 +107,21 @@ class LayerwiseModel:
         return hidden
 
     @torch.no_grad()
-    def losses(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[float, int]:
-        """Return the summed next-token cross entropy (nats, float64) and the number of predicted tokens, N (S - 1).
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
+        """Return the summed cross entropy (nats, added up in float64) and the number of predicted tokens.
 
         Args:
             hidden: Outputs of the last decoder layer [N, S, d].
-            ids: Token ids [N, S]; each is predicted from the states in front of it.
+            targets: Token ids [N, S]: the token that follows each position.
         """
         norm, head = self._head
         total = 0.0
-        sequences, length = ids.shape
-        positions = torch.arange(sequences * length).view(sequences, length)[:, :-1].flatten()
-        for some in positions.split(max(1, _LOGITS_AT_ONCE // self.shape.vocab)):
-            states = hidden.flatten(0, 1)[some].to(self.device)
-            targets = ids.flatten()[some + 1].to(self.device).long()
-            loss = functional.cross_entropy(functional.linear(norm(states), head).float(), targets, reduction="none")
+        at_once = max(1, _LOGITS_AT_ONCE // self.shape.vocab)
+        for states, ids in zip(hidden.flatten(0, 1).split(at_once), targets.flatten().split(at_once), strict=True):
+            logits = functional.linear(norm(states.to(self.device)), head).float()
+            loss = functional.cross_entropy(logits, ids.to(self.device).long(), reduction="none")
             total += float(loss.double().sum())
-        return total, positions.numel()
+        return total, targets.numel()
 
     @cached_property
     def _head(self) -> tuple[nn.Module, torch.Tensor]:

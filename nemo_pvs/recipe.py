@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.target import SIZES, parse_target
 from nemo_pvs.shape import Shape
 
 Positive = Annotated[int, Field(ge=1)]
@@ -100,11 +101,20 @@ class Target(_Block):
     kv_groups: Positive | None = None
     layout: Layout = Layout()
 
-    def sizes(self) -> dict[str, int]:
-        """Return the sizes that the target sets."""
-        return {
-            name: size for name in ("layers", "hidden", "ffn", "kv_groups") if (size := getattr(self, name)) is not None
-        }
+    @model_validator(mode="after")
+    def _changes_something(self) -> Target:
+        if all(getattr(self, name) is None for name in SIZES):
+            raise ValueError(f"give at least one of {', '.join(SIZES)}")
+        return self
+
+    def shape(self, parent: Shape) -> Shape:
+        """Return the target's shape.
+
+        Raises:
+            UserError: the parent cannot be pruned to it.
+        """
+        sizes = ((name, getattr(self, name)) for name in SIZES)
+        return parse_target(",".join(f"{name}={size}" for name, size in sizes if size is not None), parent)
 
 
 class Training(_Block):
@@ -151,6 +161,13 @@ class Training(_Block):
         return self
 
 
+class Evaluation(_Block):
+    """How perplexity on the test split is measured."""
+
+    samples: Positive = 64
+    sequence_length: Positive = 2048
+
+
 class Recipe(_Block):
     """Everything that ``pvs run`` needs to know."""
 
@@ -163,6 +180,7 @@ class Recipe(_Block):
     arms: list[Literal["pruned", "random"]] = ["pruned", "random"]
     """Initial weights to train every target from."""
     train: Training
+    evaluate: Evaluation = Evaluation()
 
     def check(self, parent: Shape, context_length: int) -> None:
         """Refuse what this parent cannot be pruned or trained to, before any work.
@@ -170,19 +188,17 @@ class Recipe(_Block):
         Raises:
             UserError: a target, a layout or a sequence length is impossible.
         """
-        from nemo_pvs.pruning.target import check_target
-
-        for name, length in (("calibrate", self.calibrate.sequence_length), ("train", self.train.sequence_length)):
+        for name in ("calibrate", "train", "evaluate"):
+            length = getattr(self, name).sequence_length
             if length > context_length:
                 raise UserError(
                     f"{name}.sequence_length is {length}, but the parent's context ends at {context_length} tokens; "
                     "choose a shorter one."
                 )
         for name, target in self.targets.items():
-            shape = check_target(parent, target.sizes())
             layout = target.layout
             try:
-                shape.check_parallel(
+                target.shape(parent).check_parallel(
                     tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
                 )
             except UserError as error:
@@ -242,6 +258,7 @@ _BLOCKS: dict[tuple[str, ...], type[_Block]] = {
     ("targets", "*"): Target,
     ("targets", "*", "layout"): Layout,
     ("train",): Training,
+    ("evaluate",): Evaluation,
 }
 
 

@@ -78,7 +78,7 @@ def write_context(folder: Path, config: Mapping[str, Any], assets: Iterable[Path
         destination.parent.mkdir(exist_ok=True)
         shutil.copyfile(asset, destination)
     model = Config(Symbol(nemo_classes.MODULE, "LlamaModel"), {"config": model_config, "tokenizer": tokenizer})
-    context = Config(Symbol("nemo.lightning.io.pl", "TrainerContext"), {"model": model, "trainer": None})
+    context = Config(Symbol("nemo.lightning.io.pl", "TrainerContext"), {"model": model, "trainer": None, "extra": {}})
     write_json(folder / "io.json", fiddle_json.dump(context))
     write_json(folder / _HUGGINGFACE_CONFIG, dict(config))
 

@@ -26,7 +26,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Config:
-    """A class (or function) and the arguments to call it with: leaves, Symbols and further Configs."""
+    """A class (or function) and the arguments to call it with: leaves, empty dicts, Symbols and further Configs."""
 
     symbol: Symbol
     arguments: Mapping[str, Any]
@@ -55,6 +55,8 @@ def find(document: Any, *paths: str) -> Config | None:
 def _encode(value: Any, path: str, objects: dict[str, Any]) -> dict[str, Any]:
     if isinstance(value, Symbol):
         return {**_pyref(value), "paths": [path]}
+    if value == {}:
+        return {**_empty_dict(), "paths": [path]}
     if not isinstance(value, Config):
         return {"type": "leaf", "value": value, "paths": [path]}
     items = [
@@ -74,12 +76,11 @@ def _encode(value: Any, path: str, objects: dict[str, Any]) -> dict[str, Any]:
 def _metadata(config: Config) -> dict[str, Any]:
     """Return what Fiddle keeps beside the arguments: the class, their names, and empty tags and history."""
     kind = _pyref(Symbol(_MODULE, "BuildableTraverserMetadata"))
-    nothing = {"type": _pyref(Symbol("builtins", "dict")), "items": [], "metadata": _tuple()}
     values = {
         "fn_or_cls": _pyref(config.symbol),
         "argument_names": _tuple(*config.arguments),
-        "argument_tags": nothing,
-        "argument_history": nothing,
+        "argument_tags": _empty_dict(),
+        "argument_history": _empty_dict(),
     }
     items = [[f"Attr(name={name!r})", value] for name, value in values.items()]
     return {"type": kind, "items": items, "metadata": kind}
@@ -88,6 +89,10 @@ def _metadata(config: Config) -> dict[str, Any]:
 def _tuple(*values: str) -> dict[str, Any]:
     items = [[f"Index(index={index})", value] for index, value in enumerate(values)]
     return {"type": _pyref(Symbol("builtins", "tuple")), "items": items, "metadata": None}
+
+
+def _empty_dict() -> dict[str, Any]:
+    return {"type": _pyref(Symbol("builtins", "dict")), "items": [], "metadata": _tuple()}
 
 
 def _pyref(symbol: Symbol) -> dict[str, Any]:

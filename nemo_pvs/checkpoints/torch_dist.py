@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
@@ -43,11 +43,30 @@ _FORMAT = {
 }
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
-# All that a .metadata file has reason to name. Megatron's class only adds a field to PyTorch's, for optimizer states.
+_CLASS_NAMES = {
+    *metadata.__all__,
+    "_MEM_FORMAT_ENCODING",
+    "SavePlan",
+    "WriteItem",
+    "WriteItemType",
+    "TensorWriteData",
+    "BytesIOWriteData",
+    "_StorageInfo",
+    "_StoragePrefix",
+}
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+
+# All that a .metadata file has reason to name. Megatron keeps its saving plan in there, too; its own two classes only
+# add a field for optimizer states to PyTorch's, which can therefore stand in for them.
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
-    **{(metadata.__name__, name): getattr(metadata, name) for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")},
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): metadata.Metadata,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+    **{
+        (module.__name__, name): value
+        for module in (metadata, planner, filesystem)
+        for name, value in vars(module).items()
+        if name in _CLASS_NAMES
+    },
+    (_MEGATRON, "MCoreMetadata"): metadata.Metadata,
+    (_MEGATRON, "MCoreSavePlan"): planner.SavePlan,
     ("torch.serialization", "_get_layout"): _get_layout,
     ("torch", "Size"): torch.Size,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
@@ -80,12 +99,12 @@ def write_torch_dist(folder: Path, blocks: Iterable[Block], empty_objects: Itera
         empty_objects: Names under which Megatron expects a pickled object and accepts None in its place.
     """
     writer = _Writer(folder, thread_count=1, per_thread_copy_ahead=0, overwrite=False)
-    planner = _LazyPlanner(blocks)
+    lazy = _LazyPlanner(blocks)
     items = [WriteItem(metadata.MetadataIndex(name), WriteItemType.BYTE_IO) for name in empty_objects]
-    plan = writer.prepare_local_plan(SavePlan([*planner.items(), *items]))
+    plan = writer.prepare_local_plan(SavePlan([*lazy.items(), *items]))
     [plan], description = create_default_global_save_plan([plan])
     [plan] = writer.prepare_global_plan([plan])
-    writer.finish(description, [writer.write_data(plan, planner).value()])
+    writer.finish(description, [writer.write_data(plan, lazy).value()])
     torch.save({"content_metadata": _CONTENT}, folder / "common.pt")
     write_json(folder / "metadata.json", _FORMAT)
 

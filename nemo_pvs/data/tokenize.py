@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,43 +61,71 @@ def tokenize(
     Raises:
         UserError: no tokenizer in the folder, no end-of-text token, no documents, or the disk refuses.
     """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     tokenizer = load_tokenizer(tokenizer_folder)
     end = [tokenizer.eos_token_id] if append_eos else []
     if None in end:
         raise UserError(
             f"The tokenizer in {tokenizer_folder} names no end-of-text token; set eos_token in its config."
         )
-    dtype = DType.optimal_dtype(len(tokenizer))
-    partial = {suffix: prefix.with_name(f".{prefix.name}.partial{suffix}") for suffix in (".bin", ".idx")}
     digest = hashlib.sha256()
-    count, tokens = 0, 0
     total = len(documents) if isinstance(documents, Sized) else 0
+    count = 0
+
+    def tokenized() -> Iterator[list[int]]:
+        nonlocal count
+        for batch in _batches(documents):
+            for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+                digest.update(hashlib.sha256(document.text.encode()).digest())
+                yield [*ids, *end]
+            count += len(batch)
+            if progress:
+                progress(count, total)
+
+    dtype = write_token_file(prefix, tokenized(), len(tokenizer))
+    manifest = {
+        "documents": count,
+        "tokens": count_tokens(prefix),
+        "dtype": dtype,
+        "append_eos": append_eos,
+        "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
+        "source_sha256": digest.hexdigest(),
+        "bin_sha256": sha256_file(_with_suffix(prefix, ".bin")),
+    }
+    write_json(_with_suffix(prefix, ".json"), manifest)
+    return manifest
+
+
+def write_token_file(prefix: Path, documents: Iterable[Sequence[int]], vocab: int) -> str:
+    """Write ``prefix.bin`` and ``prefix.idx`` from the ids of each document; both, or neither if anything fails.
+
+    An earlier pair is replaced, and its manifest removed, since it describes other tokens.
+
+    Args:
+        prefix: path of the token files without suffix.
+        documents: the ids of one document each, read once.
+        vocab: number of ids there are, which decides between uint16 and int32.
+
+    Returns:
+        The name of the stored type.
+
+    Raises:
+        UserError: there are no tokens, or the disk refuses.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # takes seconds
+
+    dtype = DType.optimal_dtype(vocab)
+    partial = {suffix: prefix.with_name(f".{prefix.name}.partial{suffix}") for suffix in (".bin", ".idx")}
     try:
         with disk_errors(prefix):
             prefix.parent.mkdir(parents=True, exist_ok=True)
             builder = IndexedDatasetBuilder(str(partial[".bin"]), dtype=dtype)
-            for batch in _batches(documents):
-                for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
-                    digest.update(hashlib.sha256(document.text.encode()).digest())
-                    builder.add_document(torch.tensor([*ids, *end]), [len(ids) + len(end)])
-                    tokens += len(ids) + len(end)
-                count += len(batch)
-                if progress:
-                    progress(count, total)
+            tokens = 0
+            for ids in documents:
+                builder.add_document(torch.tensor(ids), [len(ids)])
+                tokens += len(ids)
             if not tokens:
                 raise UserError(f"There are no documents to write to {prefix}.bin; check the corpus and its split.")
             builder.finalize(str(partial[".idx"]))
-            manifest = {
-                "documents": count,
-                "tokens": tokens,
-                "dtype": dtype.__name__,
-                "append_eos": append_eos,
-                "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
-                "source_sha256": digest.hexdigest(),
-                "bin_sha256": sha256_file(partial[".bin"]),
-            }
             _with_suffix(prefix, ".json").unlink(missing_ok=True)
             for suffix, path in partial.items():
                 _flush(path)
@@ -105,8 +133,7 @@ def tokenize(
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
-    write_json(_with_suffix(prefix, ".json"), manifest)
-    return manifest
+    return str(dtype.__name__)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -44,13 +44,13 @@ def perplexity(
     chunks = list(model.chunks(tokens.ids))
     total, count, done = 0.0, 0, 0
     for ids in chunks:
-        hidden = model.embed(ids)
+        hidden = model.embed(ids[:, :-1])
         for index in range(model.shape.layers):
             model.run_layer(model.layer(index), hidden, batch_size)
             done += 1
             if progress:
                 progress(done, len(chunks) * model.shape.layers)
-        loss, predicted = model.losses(hidden, ids)
+        loss, predicted = model.losses(hidden, ids[:, 1:])
         total, count = total + loss, count + predicted
     mean = total / count
     # An untrained or broken model can have a loss whose exponential is no longer a float.

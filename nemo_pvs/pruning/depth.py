@@ -98,7 +98,7 @@ def scan_windows(
             progress(done, forwards)
 
     for ids in chunks:
-        dense = model.embed(ids)
+        dense = model.embed(ids[:, :-1])
         pruned: list[torch.Tensor] = []
         for index in range(layers):
             if len(pruned) < candidates:
@@ -107,7 +107,7 @@ def scan_windows(
             for states in pruned[: max(0, index - remove + 1)]:
                 advance(layer, states)
             advance(layer, dense)
-        results = [model.losses(states, ids) for states in (*pruned, dense)]
+        results = [model.losses(states, ids[:, 1:]) for states in (*pruned, dense)]
         totals += torch.tensor([loss for loss, _ in results], dtype=torch.float64)
         predicted += results[-1][1]
     *losses, dense_loss = (totals / predicted).tolist()

@@ -36,7 +36,9 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nemo_pvs",
     "font.size": 10,
+    "text.parse_math": False,  # a $ in a name is a $
     "figure.facecolor": "none",
+    "figure.constrained_layout.h_pad": 0.12,  # inches
     "axes.facecolor": "none",
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
@@ -73,13 +75,13 @@ def loss_figure(results: Results) -> str:
     unit = unit_of([point.tokens for arm in results.arms for point in arm.validation])
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.4 * columns, 3.9 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+        panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
         low, high = _loss_range(results)
         for axes, (name, arms) in zip(panels, targets.items(), strict=False):
             _draw_panel(axes, results, arms, unit, high)
             axes.set_title(name, loc="left", fontweight="bold")
             axes.set_ylim(low, high)
-        for axes in list(panels):
+        for axes in panels[len(targets) :]:
             axes.remove()
         for axes in figure.axes[::columns]:
             axes.set_ylabel("validation loss (nats per token)")
@@ -110,8 +112,11 @@ def _draw_panel(
     pruned = [arm for arm in arms if arm.initialisation == "pruned"]
     for arm in arms:
         points = _finite(arm.validation)
-        if not points:
-            continue
+        label = arm.name
+        if points and points[0].loss > top_of_axis:
+            label += f" (starts at {fixed(points[0].loss)})"
+        if len(points) < len(arm.validation):
+            label += " (diverged)"
         rank = pruned.index(arm) if arm in pruned else 0
         axes.plot(
             [point.tokens / divisor for point in points],
@@ -121,7 +126,7 @@ def _draw_panel(
             marker=_MARKERS[rank % len(_MARKERS)] if arm in pruned else "s",
             markersize=5,
             linewidth=1.8,
-            label=arm.name + (f" (starts at {fixed(points[0].loss)})" if points[0].loss > top_of_axis else ""),
+            label=label,
         )
     last = max(point.tokens for arm in arms for point in _finite(arm.validation)) / divisor or 1.0
     parent_loss = results.parent.validation_loss

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from nemo_pvs.reporting.numbers import DASH, fixed, perplexity, scaled, scientific, unit_of
@@ -52,35 +53,34 @@ def outcome(results: Results) -> str:
     compared = [arm for arm in results.arms if results.scratch_of(arm) is not None]
     if not compared:
         return "No pruned model here has a counterpart trained from scratch."
-    several = {target for target, arms in results.targets.items() if sum(arm in compared for arm in arms) > 1}
-    verdicts = [
-        f"on {arm.target}{f' ({arm.name})' if arm.target in several else ''} {_verdict(results.gap(arm))}"
-        for arm in compared
-    ]
+    verdicts = []
+    for arm in compared:
+        alone = sum(other in compared for other in results.targets[arm.target]) == 1
+        verdicts.append(f"on {arm.target} {_verdict(results.gap(arm), 'pruning' if alone else f'“{arm.name}”')}")
     return f"At equal training tokens, {', '.join(verdicts)}."
 
 
-def _verdict(gap: float | None) -> str:
+def _verdict(gap: float | None, pruned: str) -> str:
     if gap is None:
-        return "the difference was not measured"
+        return f"{pruned} was not compared with training from scratch"
     if not math.isfinite(gap):
-        return "no arm won, as a loss is not finite"
+        return f"{pruned} or training from scratch diverged"
     if fixed(abs(gap)) == "0.00":
-        return "there was no difference to two decimals"
-    return f"{'pruning' if gap > 0 else 'training from scratch'} won by {fixed(abs(gap))} nats per token"
+        return f"{pruned} and training from scratch were equal to two decimals"
+    return f"{pruned if gap > 0 else 'training from scratch'} won by {fixed(abs(gap))} nats per token"
 
 
 def total_cost(results: Results) -> str:
     """Return one sentence on what the comparison costs once the parent is charged, the paper's second budget."""
     ratios = []
     for arm in results.arms:
-        scratch = results.scratch_of(arm)
-        ours, theirs = arm.ledger.total.flops, scratch.ledger.total.flops if scratch else None
-        if ours and theirs:
-            ratio = ours / theirs
-            ratios.append(f"{fixed(ratio) if ratio < 1000 else scientific(ratio)} ({arm.name})")
+        if scratch := results.scratch_of(arm):
+            ours, theirs = arm.ledger.total.flops, scratch.ledger.total.flops
+            ratio = ours / theirs if ours and theirs else None
+            known = fixed(ratio) if ratio is None or ratio < 1000 else scientific(ratio)
+            ratios.append(f"{'unknown' if ratio is None else known} ({arm.name})")
     if not ratios:
-        return "What the pruned models cost with all their ancestors is not known."
+        return "No pruned model here has a counterpart to compare its cost with."
     return (
         "With all that made it charged, the parent's pretraining included, a pruned model took this many times the "
         f"FLOPs of its counterpart from scratch: {', '.join(ratios)}."
@@ -150,8 +150,8 @@ def results_table(results: Results) -> Table:
     rows = results_rows(results)
     shown = [(index, column.terminal) for index, column in enumerate(rows.columns) if column.terminal is not None]
     table = Table(
-        title=results.title,
-        caption=outcome(results),
+        title=escape(results.title),
+        caption=escape(outcome(results)),
         title_justify="left",
         caption_justify="left",
         title_style="bold",
@@ -167,7 +167,7 @@ def results_table(results: Results) -> Table:
         else:
             table.add_column(heading, overflow="fold", min_width=12)
     for row in rows.rows:
-        table.add_row(*(row[index] for index, _ in shown))
+        table.add_row(*(escape(row[index]) for index, _ in shown))
     return table
 
 
@@ -176,8 +176,8 @@ def markdown_table(results: Results) -> str:
     rows = results_rows(results)
     headings = [column.plain for column in rows.columns]
     ruler = ["-", *["-:"] * (len(headings) - 1)]
-    return "\n".join(f"| {' | '.join(map(_escape, cells))} |" for cells in [headings, ruler, *rows.rows]) + "\n"
+    return "\n".join(f"| {' | '.join(map(_escape_bars, cells))} |" for cells in [headings, ruler, *rows.rows]) + "\n"
 
 
-def _escape(cell: str) -> str:
+def _escape_bars(cell: str) -> str:
     return cell.replace("|", "\\|")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.files import read_json, sha256_json, write_json
+from nemo_pvs.files import read_json, write_json
 from nemo_pvs.recipe import Layout, Training
 
 JOB_FILE = "job.json"
@@ -72,7 +72,3 @@ class TrainingJob:
             layout=Layout.model_validate(values["layout"]),
             training=Training.model_validate(values["training"]),
         )
-
-    def fingerprint(self) -> str:
-        """Return a hash of what the run computes, whatever folder it runs in."""
-        return sha256_json({key: value for key, value in self.to_json().items() if key not in ("folder", "name")})

@@ -7,13 +7,14 @@ writer spawns a helper that imports the main module again.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from nemo_pvs.processes import die_with_parent
 from nemo_pvs.training.job import TrainingJob
 
 
@@ -81,7 +82,7 @@ def _wait(ranks: list[multiprocessing.Process]) -> int:
 
 def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
     """Be one rank: environment as torchrun sets it, output into the job's log, dead as soon as the parent is."""
-    _die_with_parent()
+    die_with_parent()
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -96,15 +97,6 @@ def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     target(job)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, even by kill -9: no rank trains on as an orphan."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _free_port() -> int:

@@ -144,7 +144,7 @@ def trainer(job: TrainingJob, precision: str) -> run.Config:
             grad_reduce_in_fp32=True,
         ),
         val_check_interval=interval(training.steps, training.validations),
-        limit_val_batches=training.validation_samples // training.global_batch_size,
+        limit_val_batches=1.0,  # one whole epoch of the validation windows, each time the same
         limit_test_batches=0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,

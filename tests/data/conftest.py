@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+needs_wikipedia_sample = pytest.mark.skipif(
+    importlib.util.find_spec("gensim") is None, reason="the sample lies in gensim's wheel"
+)
 
 SENTENCES = [
     "The parent model is pruned, and the pruned model is trained on.",

@@ -13,6 +13,8 @@ import zstandard
 from nemo_pvs.data.corpus import Document, read_documents
 from nemo_pvs.errors import UserError
 
+from .conftest import needs_wikipedia_sample
+
 TEXTS = ["one\n\ntwo", "drei – äöü", "four\u2028five"]
 
 
@@ -138,8 +140,8 @@ def test_a_parquet_column_must_be_there_and_be_text(tmp_path: Path) -> None:
     assert [document.text for document in read_documents(path, text_key="texts")] == ["a"]
 
 
+@needs_wikipedia_sample
 def test_the_wikipedia_sample_is_read_by_its_name() -> None:
-    pytest.importorskip("gensim")
     first = next(read_documents("wikipedia-sample"))
     assert first.id == "Anarchism"
     assert first.text.startswith("Anarchism is a political philosophy")

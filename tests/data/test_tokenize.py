@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from nemo_pvs.data.corpus import Document
-from nemo_pvs.data.tokenize import count_tokens, load_tokenizer, tokenize, tokenizer_hash
+from nemo_pvs.data.tokenize import count_tokens, load_tokenizer, tokenize, tokenizer_hash, write_token_file
 from nemo_pvs.errors import UserError
 
 from .conftest import SENTENCES, save_tokenizer
@@ -81,6 +81,18 @@ def test_the_same_texts_give_the_same_bytes_and_any_change_another_source_hash(
     joined = [Document(TEXTS[0] + TEXTS[1], "joined"), *DOCUMENTS[2:]]
     assert tokenize(joined, tokenizer_folder, tmp_path / "a")["source_sha256"] != first["source_sha256"]
     assert json.loads((tmp_path / "a.json").read_text())["documents"] == len(TEXTS) - 1
+
+
+def test_ids_are_written_as_they_are_and_an_old_manifest_does_not_outlive_its_tokens(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    tokenize(DOCUMENTS, tokenizer_folder, tmp_path / "a")
+    assert write_token_file(tmp_path / "a", iter([[7, 65_499], [0]]), vocab=65_499 + 1) == "int32"
+    stored = IndexedDataset(str(tmp_path / "a"))  # kept, because its rows point into the file that it maps
+    assert [stored[0].tolist(), stored[1].tolist()] == [[7, 65_499], [0]]
+    assert not (tmp_path / "a.json").exists()
+    assert write_token_file(tmp_path / "b", [[1, 2], [3]], vocab=65_499) == "uint16"
+    assert (count_tokens(tmp_path / "a"), count_tokens(tmp_path / "b")) == (3, 3)
 
 
 def test_progress_counts_documents(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import bz2
 from pathlib import Path
 
-import pytest
-
 from nemo_pvs.data.wikipedia import MINIMUM_CHARACTERS, articles, prose, sample_articles
+
+from .conftest import needs_wikipedia_sample
 
 SENTENCE = "The aardvark is a medium-sized, burrowing, nocturnal mammal native to Africa."
 PAGE = f"""{{{{Infobox animal | name = Aardvark | range = {{{{nested|1}}}} | table = yes }}}}
@@ -83,8 +83,8 @@ def test_only_long_articles_are_taken_from_a_dump(tmp_path: Path) -> None:
     assert list(articles(dump)) == [("Aardvark", long), ("Exactly long enough", exactly)]
 
 
+@needs_wikipedia_sample
 def test_the_sample_is_clean_prose_of_known_size() -> None:
-    pytest.importorskip("gensim")
     sample = dict(sample_articles())
     text = "\n".join(sample.values())
     assert len(sample) == 88

@@ -1,0 +1,55 @@
+"""Progress that people like: what, how far, how fast, how long left, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+
+_SECONDS_BETWEEN_LINES = 20.0
+
+Report = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@contextmanager
+def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
+    """Show how far a piece of work is: a bar on a terminal, a line every 20 s elsewhere.
+
+    Yields a function to call with (done, total) and, if there is more to say, ``note="loss 3.21"``.
+    """
+    if console.is_terminal:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console, transient=True) as bars:
+            task = bars.add_task(what, total=None, note="")
+
+            def show(done: int, total: int, note: str = "") -> None:
+                bars.update(task, completed=done, total=total, note=note)
+
+            yield show
+        return
+
+    began = last = time.monotonic()
+
+    def say(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
+            last = now
+            left = (now - began) / done * (total - done)
+            console.print(f"  {what}: {done:,}/{total:,} {unit}, {left:.0f} s left{', ' + note if note else ''}")
+
+    yield say

@@ -1,0 +1,71 @@
+"""Stages: steps of a run that are done once, and again only when what they were made from has changed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.files import read_json, sha256_json, write_json
+from nemo_pvs.progress import console
+
+
+class Stages:
+    """The finished stages of one run folder, a small record each; a record is written last.
+
+    A stage is skipped when its record was made from the same inputs and its outputs are still there. One without a
+    record (interrupted, killed) is done again.
+    """
+
+    def __init__(self, folder: Path, force: tuple[str, ...] = ()) -> None:
+        self.folder = folder
+        self._force = force
+
+    def run(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: list[Path],
+        work: Callable[[], Mapping[str, Any]],
+        *,
+        keep_partial: bool = False,
+    ) -> dict[str, Any]:
+        """Do a stage, or take its result from the record.
+
+        Args:
+            name: ``calibrate``, or ``prune/width`` for one of several; ``--force prune`` means all of them.
+            inputs: settings and hashes of what the stage reads, as plain data.
+            outputs: files or folders that it makes; leftovers are removed before it starts.
+            work: does it, and returns the result as plain data.
+            keep_partial: the stage resumes by itself from what an interrupted attempt at the same inputs left.
+
+        Returns:
+            What ``work`` returned, now or earlier.
+        """
+        record_file = self.folder / "stages" / f"{name.replace('/', '-')}.json"
+        attempt_file = record_file.with_suffix(".started.json")
+        inputs_hash = sha256_json(inputs)
+        forced = any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
+        record = read_json(record_file) if record_file.exists() else {}
+        if not forced and record.get("inputs_hash") == inputs_hash and all(path.exists() for path in outputs):
+            console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
+            return dict(record["result"])
+        record_file.unlink(missing_ok=True)
+        same_attempt = attempt_file.exists() and read_json(attempt_file)["inputs_hash"] == inputs_hash
+        if forced or not (keep_partial and same_attempt):
+            for path in outputs:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_json(attempt_file, {"inputs_hash": inputs_hash})
+        console.print(f"[bold]→[/] {name}")
+        began = time.monotonic()
+        result = dict(work())
+        seconds = time.monotonic() - began
+        write_json(
+            record_file,
+            {"stage": name, "inputs_hash": inputs_hash, "inputs": inputs, "result": result, "seconds": seconds},
+        )
+        attempt_file.unlink()
+        console.print(f"[green]✓[/] {name} [dim]({seconds:.0f} s)[/]")
+        return result

@@ -1,0 +1,233 @@
+"""A pruned model computes what its parent computes with the removed units switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.layout import Layout
+from nemo_pvs.pruning import apply
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.plan import Plan, whole_layers
+from tests.pruning.test_plan import make_plan
+from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
+
+IDS = random_ids(3, 20).long()
+
+
+class MaskedNorm(nn.Module):
+    """RMSNorm of the kept channels alone, zero elsewhere."""
+
+    def __init__(self, weight: torch.Tensor, keep: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.mask = torch.zeros_like(weight).index_fill(0, keep, 1.0)
+        self.weight, self.eps = weight, eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden * self.mask
+        mean_square = hidden.square().sum(-1, keepdim=True) / self.mask.sum()
+        return self.mask * self.weight * hidden * torch.rsqrt(mean_square + self.eps)
+
+
+def logits(model: LlamaForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def masked(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
+    """Switch the removed units of a whole model off, without slicing anything."""
+    head_dim, heads_per_group = plan.parent.head_dim, plan.parent.heads_per_group
+    hidden = torch.tensor(plan.keep_hidden)
+    removed = torch.ones(plan.parent.hidden).index_fill(0, hidden, 0.0).bool()
+
+    def norm(module: nn.Module) -> MaskedNorm:
+        return MaskedNorm(module.weight, hidden, module.variance_epsilon)
+
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, removed] = 0
+        for index, layer in enumerate(model.model.layers):
+            layer.input_layernorm = norm(layer.input_layernorm)
+            layer.post_attention_layernorm = norm(layer.post_attention_layernorm)
+            layer.self_attn.o_proj.weight[removed] = 0
+            layer.mlp.down_proj.weight[removed] = 0
+            if index not in plan.keep_layers:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+                continue
+            kept = plan.keep_layers.index(index)
+            for channel in set(range(plan.parent.ffn)) - set(plan.keep_ffn[kept]):
+                layer.mlp.down_proj.weight[:, channel] = 0
+            for head in range(plan.parent.heads):
+                if head // heads_per_group not in plan.keep_kv_groups[kept]:
+                    layer.self_attn.o_proj.weight[:, head * head_dim : (head + 1) * head_dim] = 0
+        model.model.norm = norm(model.model.norm)
+    return model
+
+
+def tiny_plan(model: LlamaForCausalLM, seed: int = 0, **sizes: int) -> Plan:
+    parent = shape_of(StateSource(model))
+    return make_plan(parent, seed, **{"kv_groups": parent.kv_groups, **sizes})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"layers": 4, "hidden": 40, "ffn": 96},
+        {"layers": 4, "hidden": 64, "ffn": 50},
+        {"layers": 4, "hidden": 64, "ffn": 96, "kv_groups": 3},
+        {"layers": 2, "hidden": 64, "ffn": 96},
+        {"layers": 3, "hidden": 24, "ffn": 31, "kv_groups": 1},
+    ],
+    ids=["hidden", "ffn", "kv_groups", "layers", "all"],
+)
+def test_sliced_is_masked(sizes: dict[str, int], tied: bool) -> None:
+    model = tiny_model(num_key_value_heads=4, tie_word_embeddings=tied)
+    plan = tiny_plan(model, **sizes)
+    sliced = logits(as_transformers(PrunedSource(StateSource(model), plan)))
+    torch.testing.assert_close(sliced, logits(masked(model, plan)), rtol=1e-5, atol=1e-5)
+
+
+def test_removing_layers_is_zeroing_their_branches_bit_for_bit() -> None:
+    model = tiny_model()
+    plan = Plan(
+        "depth", *(shape := shape_of(StateSource(model)), shape.replace(layers=2)), **whole_layers(shape, [0, 3])
+    )
+    removed = logits(as_transformers(PrunedSource(StateSource(model), plan)))
+    with torch.no_grad():
+        for layer in model.model.layers[1:3]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    assert torch.equal(removed, logits(model))
+
+
+def test_the_identity_plan_changes_no_bit() -> None:
+    source = StateSource(tiny_model())
+    shape = shape_of(source)
+    pruned = PrunedSource(source, Plan("identity", shape, shape, **whole_layers(shape, range(4))))
+    for name in Layout.for_config(source.config).parts(shape):
+        assert torch.equal(pruned.read(name), source.read(name))
+    assert fingerprint(pruned) == fingerprint(source)
+
+
+def test_pruning_twice_is_pruning_once() -> None:
+    source = StateSource(tiny_model(num_key_value_heads=4))
+    shape = shape_of(source)
+    depth = Plan("depth", shape, shape.replace(layers=2), **whole_layers(shape, [1, 3]))
+    width = make_plan(depth.target, layers=2)
+    layers = tuple(depth.keep_layers[layer] for layer in width.keep_layers)
+    both = replace(width, parent=shape, keep_layers=layers)
+    once, twice = PrunedSource(source, both), PrunedSource(PrunedSource(source, depth), width)
+    assert fingerprint(once) == fingerprint(twice)
+
+
+def test_the_order_of_units_is_no_part_of_the_function() -> None:
+    """Shuffle the units of a model, and a plan with them: the logits stay, dense and pruned."""
+    model = tiny_model(num_key_value_heads=4)
+    plan = tiny_plan(model, layers=4, kv_groups=2)
+    generator = torch.Generator().manual_seed(9)
+    shuffle_hidden = torch.randperm(64, generator=generator)
+    shuffled = tiny_model(num_key_value_heads=4)
+    ffn, groups = [], []
+    with torch.no_grad():
+        for weight in (shuffled.model.embed_tokens.weight, shuffled.lm_head.weight):
+            weight.copy_(weight[:, shuffle_hidden])
+        shuffled.model.norm.weight.copy_(shuffled.model.norm.weight[shuffle_hidden])
+        for layer in shuffled.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            ffn.append(torch.randperm(96, generator=generator))
+            groups.append(torch.randperm(4, generator=generator))
+            query = torch.arange(8 * 16).view(4, -1)[groups[-1]].flatten()
+            key = torch.arange(4 * 16).view(4, -1)[groups[-1]].flatten()
+            for linear, rows in ((attention.q_proj, query), (attention.k_proj, key), (attention.v_proj, key)):
+                linear.weight.copy_(linear.weight[rows][:, shuffle_hidden])
+            attention.o_proj.weight.copy_(attention.o_proj.weight[shuffle_hidden][:, query])
+            for linear in (mlp.gate_proj, mlp.up_proj):
+                linear.weight.copy_(linear.weight[ffn[-1]][:, shuffle_hidden])
+            mlp.down_proj.weight.copy_(mlp.down_proj.weight[shuffle_hidden][:, ffn[-1]])
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.copy_(norm.weight[shuffle_hidden])
+
+    def moved(indices: tuple[int, ...], order: torch.Tensor) -> tuple[int, ...]:
+        return tuple(position for position, index in enumerate(order.tolist()) if index in indices)
+
+    shuffled_plan = replace(
+        plan,
+        keep_hidden=moved(plan.keep_hidden, shuffle_hidden),
+        keep_ffn=tuple(moved(keep, order) for keep, order in zip(plan.keep_ffn, ffn, strict=True)),
+        keep_kv_groups=tuple(moved(keep, order) for keep, order in zip(plan.keep_kv_groups, groups, strict=True)),
+    )
+    torch.testing.assert_close(logits(shuffled), logits(model), rtol=1e-5, atol=1e-4)
+    pruned, shuffled_pruned = (
+        logits(as_transformers(PrunedSource(StateSource(some), its_plan)))
+        for some, its_plan in ((model, plan), (shuffled, shuffled_plan))
+    )
+    torch.testing.assert_close(shuffled_pruned, pruned, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(pruned, logits(model), atol=0.1)
+
+
+def test_gate_up_and_down_lose_the_same_channels() -> None:
+    source = StateSource(tiny_model())
+    plan = tiny_plan(source.model, layers=4, hidden=64, ffn=3)
+    pruned = PrunedSource(source, plan)
+    for layer, channels in enumerate(plan.keep_ffn):
+        mlp = f"model.layers.{layer}.mlp."
+        for position, channel in enumerate(channels):
+            for name in ("gate_proj.weight", "up_proj.weight"):
+                assert torch.equal(pruned.read(mlp + name)[position], source.read(mlp + name)[channel])
+            down = pruned.read(f"{mlp}down_proj.weight")[:, position]
+            assert torch.equal(down, source.read(f"{mlp}down_proj.weight")[:, channel])
+
+
+def test_exports_keep_head_dim_and_load_in_transformers_and_nemo(
+    make_tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "parent", dtype=torch.bfloat16))
+    pruned = PrunedSource(source, make_plan(shape_of(source), kv_groups=1))
+    assert pruned.config["head_dim"] == 16
+    assert pruned.config["hidden_size"] == 40
+    write_huggingface(pruned, tmp_path / "huggingface")
+    write_nemo(pruned, tmp_path / "nemo")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface", dtype=torch.float32)
+    assert exported.config.head_dim == 16
+    assert torch.equal(logits(exported), logits(as_transformers(pruned)))
+    assert fingerprint(NemoSource(tmp_path / "nemo")) == fingerprint(pruned)
+
+
+def test_only_the_wanted_tensor_is_read() -> None:
+    source = StateSource(tiny_model())
+    pruned = PrunedSource(source, tiny_plan(source.model))
+    source.reads.clear()
+    pruned.read("model.layers.2.mlp.up_proj.weight")
+    assert source.reads == [f"model.layers.{pruned._plan.keep_layers[2]}.mlp.up_proj.weight"]
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    source = StateSource(tiny_model())
+    plan = tiny_plan(source.model)
+    with pytest.raises(UserError, match="The plan was made for"):
+        PrunedSource(StateSource(tiny_model(hidden_size=48)), plan)
+    named = replace(plan, provenance={"model_fingerprint": fingerprint(source)})
+    PrunedSource(source, named)
+    with pytest.raises(UserError, match="a model of this size with other weights"):
+        PrunedSource(StateSource(tiny_model(seed=1)), named)
+
+
+def test_a_weight_table_that_does_not_add_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new family's table may forget a tensor; what is not in the table would be lost silently."""
+    source = StateSource(tiny_model())
+    layout = Layout.for_config(source.config)
+    forgetful = Layout("llama", layout.architectures, {**layout.table, "layer": layout.table["layer"][1:]})
+    monkeypatch.setattr(apply.Layout, "for_config", lambda config: forgetful)
+    with pytest.raises(UserError, match="mend the table"):
+        PrunedSource(source, tiny_plan(source.model))

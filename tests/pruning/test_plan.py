@@ -1,0 +1,193 @@
+"""Plans: what they hold, how they look on disk, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.layout import Layout
+from nemo_pvs.pruning.plan import Plan, format_ranges, parse_ranges, whole_layers
+from nemo_pvs.shape import Shape
+
+PARENT = Shape(layers=4, hidden=64, ffn=96, heads=8, kv_groups=4, head_dim=16, vocab=128, tied=False)
+LAYOUT = Layout.for_config({"architectures": ["LlamaForCausalLM"]})
+
+
+def make_plan(parent: Shape = PARENT, seed: int = 0, **sizes: int) -> Plan:
+    """Return a plan that keeps random units."""
+    choose = random.Random(seed)
+    target = parent.replace(**{"layers": 3, "hidden": 40, "ffn": 50, "kv_groups": 2, **sizes})
+
+    def keep(size: int, count: int) -> tuple[int, ...]:
+        return tuple(sorted(choose.sample(range(size), count)))
+
+    return Plan(
+        method="random",
+        parent=parent,
+        target=target,
+        keep_layers=keep(parent.layers, target.layers),
+        keep_hidden=keep(parent.hidden, target.hidden),
+        keep_ffn=tuple(keep(parent.ffn, target.ffn) for _ in range(target.layers)),
+        keep_kv_groups=tuple(keep(parent.kv_groups, target.kv_groups) for _ in range(target.layers)),
+        provenance={"settings": {"seed": seed}},
+    )
+
+
+def test_ranges_by_hand() -> None:
+    assert format_ranges((0, 1, 2, 3, 5, 7, 8, 9)) == "0-3,5,7-9"
+    assert format_ranges((4,)) == "4"
+    assert parse_ranges("0-3,5,7-9") == (0, 1, 2, 3, 5, 7, 8, 9)
+
+
+@given(st.sets(st.integers(0, 300), min_size=1))
+def test_ranges_round_trip(indices: set[int]) -> None:
+    ordered = tuple(sorted(indices))
+    text = format_ranges(ordered)
+    assert parse_ranges(text) == ordered
+    # As short as can be: neighbouring ranges never touch.
+    pieces = [parse_ranges(piece) for piece in text.split(",")]
+    assert all(after[0] - before[-1] > 1 for before, after in pairwise(pieces))
+
+
+def test_round_trip_on_disk(tmp_path: Path) -> None:
+    plan = make_plan()
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert loaded.plan_hash == plan.plan_hash
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+def test_changing_one_layer_changes_one_line(tmp_path: Path) -> None:
+    plan = make_plan()
+    ffn = list(plan.keep_ffn)
+    ffn[1] = tuple(range(plan.target.ffn))
+    other = replace(plan, keep_ffn=tuple(ffn))
+    plan.save(tmp_path / "one.json")
+    other.save(tmp_path / "other.json")
+    lines = [(tmp_path / name).read_text().splitlines() for name in ("one.json", "other.json")]
+    changed = [after for before, after in zip(*lines, strict=True) if before != after]
+    assert [line.strip() for line in changed] == [f'"{plan.keep_layers[1]}": "0-49",']
+
+
+def test_the_hash_follows_every_field() -> None:
+    plan = make_plan()
+    others = [
+        make_plan(seed=1),
+        replace(plan, method="other"),
+        replace(plan, provenance={}),
+        replace(plan, keep_hidden=tuple(range(40))),
+    ]
+    assert len({plan.plan_hash, make_plan().plan_hash, *(other.plan_hash for other in others)}) == 5
+
+
+@given(
+    layers=st.integers(1, 4),
+    hidden=st.integers(1, 64),
+    ffn=st.integers(1, 96),
+    kv_groups=st.integers(1, 4),
+    tied=st.booleans(),
+)
+def test_kept_tensors_add_up_to_the_target(layers: int, hidden: int, ffn: int, kv_groups: int, tied: bool) -> None:
+    plan = make_plan(replace(PARENT, tied=tied), layers=layers, hidden=hidden, ffn=ffn, kv_groups=kv_groups)
+    assert plan.kept_parameters(LAYOUT) == plan.target.parameters
+
+
+def test_llama_31_minitron_width_counts() -> None:
+    """Llama-3.1-8B to hidden 3072, ffn 9216: 4,512,746,496 parameters (Llama-3.1-Minitron-4B-Width's shape)."""
+    parent = Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False)
+    plan = Plan(
+        method="prefix",
+        parent=parent,
+        target=parent.replace(hidden=3072, ffn=9216),
+        keep_layers=tuple(range(32)),
+        keep_hidden=tuple(range(3072)),
+        keep_ffn=(tuple(range(9216)),) * 32,
+        keep_kv_groups=(tuple(range(8)),) * 32,
+    )
+    assert plan.kept_parameters(LAYOUT) == 4_512_746_496
+
+
+def test_query_heads_follow_their_group() -> None:
+    plan = Plan(
+        method="by hand",
+        parent=PARENT,
+        target=PARENT.replace(layers=1, kv_groups=2),
+        keep_layers=(2,),
+        keep_hidden=tuple(range(64)),
+        keep_ffn=(tuple(range(96)),),
+        keep_kv_groups=((1, 3),),
+    )
+    # 2 heads of 16 channels a group: group 1 has query channels 32-63 and key channels 16-31.
+    assert format_ranges(plan.kept("query", 0)) == "32-63,96-127"
+    assert format_ranges(plan.kept("key", 0)) == "16-31,48-63"
+    assert plan.kept("vocab", None) == tuple(range(128))
+
+
+def test_whole_layers_keep_everything_in_them() -> None:
+    plan = Plan("depth", PARENT, PARENT.replace(layers=2), **whole_layers(PARENT, [0, 3]))
+    assert plan.kept_parameters(LAYOUT) == PARENT.replace(layers=2).parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep_hidden": tuple(range(39))}, "keep_hidden holds 39 indices, but its target has 40"),
+        ({"keep_hidden": (*range(39), 64)}, "keep_hidden must be ascending, without repetition, and within 0-63"),
+        ({"keep_hidden": (-1, *range(39))}, "within 0-63"),
+        ({"keep_hidden": (0, 0, *range(1, 39))}, "without repetition"),
+        ({"keep_layers": (2, 1, 0)}, "keep_layers must be ascending"),
+        ({"keep_ffn": (tuple(range(50)),) * 2}, "keep_ffn has 2 layers, but 3 are kept"),
+        ({"keep_ffn": (tuple(range(50)), tuple(range(49)), tuple(range(50)))}, "keep_ffn of layer 2 holds 49"),
+        ({"keep_kv_groups": ((0, 4),) * 3}, "keep_kv_groups of layer 0 must be"),
+        ({"target": replace(PARENT, layers=3, vocab=100)}, "leaves head_dim"),
+        ({"target": PARENT.replace(layers=3, kv_groups=2, heads=2)}, "whole KV groups"),
+    ],
+)
+def test_contradictions_are_refused(change: dict[str, Any], message: str) -> None:
+    plan = replace(make_plan(), keep_layers=(0, 2, 3))
+    with pytest.raises(UserError, match=message) as caught:
+        replace(plan, **change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep_layers": None},
+        {"keep_hidden": "0-3;5"},
+        {"keep_hidden": ""},
+        {"keep_hidden": 7},
+        {"keep_ffn": ["0-49"] * 3},
+        {"keep_ffn": {"0": "0-49"}},
+        {"parent": {"layers": 4}},
+        {"target": {"layers": 4, "colour": 1}},
+        {"provenance": None},
+    ],
+)
+def test_a_malformed_plan_is_one_sentence(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**make_plan().to_json(), **change}))
+    with pytest.raises(UserError) as caught:
+        Plan.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_that_lacks_a_field_is_refused() -> None:
+    for name in make_plan().to_json():
+        values = make_plan().to_json()
+        del values[name]
+        with pytest.raises(UserError, match="not a plan of nemo_pvs"):
+            Plan.from_json(values)
+    with pytest.raises(UserError, match="not a plan of nemo_pvs"):
+        Plan.from_json([])  # type: ignore[arg-type]

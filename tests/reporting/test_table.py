@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from rich.console import Console
+
+from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.table import markdown_table, outcome, results_rows, results_table, total_cost
+
+from .conftest import PARENT, make_arm
+
+
+def _terminal(results: Results, width: int) -> str:
+    console = Console(width=width, file=None, color_system=None)
+    with console.capture() as capture:
+        console.print(results_table(results))
+    return capture.get()
+
+
+def test_the_headline_names_the_winner_and_the_margin(results: Results) -> None:
+    assert outcome(results) == (
+        "At equal training tokens, on depth pruning won by 0.10 nats per token, "
+        "on width training from scratch won by 0.20 nats per token."
+    )
+
+
+def test_the_headline_claims_nothing_that_was_not_measured(results: Results) -> None:
+    results.arms[0].validation[-1].loss = results.arms[1].validation[-1].loss - 0.004
+    results.arms[2].validation = []
+    assert outcome(results) == (
+        "At equal training tokens, on depth pruning and training from scratch were equal to two decimals, "
+        "on width pruning was not compared with training from scratch."
+    )
+    results.arms[0].validation[-1].loss = math.nan
+    assert "on depth pruning or training from scratch diverged" in outcome(results)
+    results.arms = [results.arms[1]]
+    assert outcome(results) == "No pruned model here has a counterpart trained from scratch."
+
+
+def test_several_pruned_models_of_a_target_are_told_apart(results: Results) -> None:
+    distilled = make_arm("depth", pruned=True, losses=[4.0, 2.7, 2.6, 2.34], shape=results.arms[0].shape)
+    distilled.name = "depth, distilled"
+    results.arms.append(distilled)
+    assert "“depth, pruned” won by 0.10" in outcome(results)
+    assert "“depth, distilled” won by 0.30" in outcome(results)
+
+
+def test_a_row_says_what_the_numbers_say(results: Results) -> None:
+    table = results_rows(results)
+    cells = dict(zip([column.plain for column in table.columns], table.rows[1], strict=True))
+    shape = results.arms[0].shape
+    # By hand: a layer has 2 * 64 * 8 * 10 + 3 * 64 * 128 = 34,816 weights in matrices and 128 in norms.
+    assert (PARENT.parameters, shape.parameters) == (267_840, 197_952)
+    assert (PARENT.body_parameters, shape.body_parameters) == (139_840, 69_952)
+    assert cells["Model"] == "depth, pruned"
+    assert cells["Parameters (k)"] == "197.95"
+    assert cells["removed (%)"] == "26.1"
+    assert cells["Body (k)"] == "69.95"
+    assert cells["body removed (%)"] == "50.0"
+    assert cells["TP × PP"] == "2\u00a0×\u00a01"
+    assert cells["training tokens (k)"] == "40.96"
+    # 3 * (2 * (2 * 34,816 + 64,000) + 2 * 2 * 64 * 64) = 850,944 a token of this model, 1,317,888 of the parent.
+    assert cells["training FLOPs"] == "3.49\u00a0×\u00a010¹⁰"
+    assert cells["FLOPs with ancestors"] == "1.32\u00a0×\u00a010¹⁵"
+    assert cells["validation loss (nats)"] == "2.54"
+    assert cells["gap (nats)"] == "+0.10"
+    assert cells["test PPL before"] == "1,234"
+    assert cells["test PPL after"] == "45.68"
+
+
+def test_masked_weights_count_as_removed(results: Results) -> None:
+    arm = results.arms[0]
+    arm.shape, arm.masked_parameters = PARENT, 69_920
+    row = results_rows(results).rows[1]
+    assert row[2] == "26.1"  # 69,920 / 267,840
+    assert row[4] == "50.0"  # 69,920 / 139,840
+
+
+def test_what_is_missing_is_a_dash(results: Results) -> None:
+    arm = results.arms[0]
+    arm.validation, arm.training, arm.parallel, arm.ledger = [], [], {}, Ledger()
+    arm.test_perplexity_before = arm.test_perplexity_after = None
+    assert results_rows(results).rows[1][5:] == ["–"] * 8
+
+
+def test_an_unknown_pretraining_is_unknown_and_not_free(results: Results) -> None:
+    arm = results.arms[0]
+    arm.ledger.charge("parent pretraining", None, PARENT, 0, training=True)
+    assert results_rows(results).rows[1][8] == "–"
+    assert "unknown (depth, pruned)" in total_cost(results)
+
+
+def test_the_second_budget_is_the_ratio_of_all_flops(results: Results) -> None:
+    pruned, scratch = results.arms[0].ledger.total.flops, results.arms[1].ledger.total.flops
+    assert pruned is not None
+    assert scratch is not None
+    training = 40_960 * 850_944
+    assert (pruned, scratch) == (10**9 * 1_317_888 + 2048 * 1_317_888 // 3 + training, training)
+    assert "3.78\u00a0×\u00a010⁴ (depth, pruned)" in total_cost(results)
+    results.arms[0].ledger.charges = results.arms[1].ledger.charges * 2
+    assert "2.00 (depth, pruned)" in total_cost(results)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_number_is_cut_off_in_the_terminal(results: Results, width: int) -> None:
+    results.parent.name = "a-parent-with-quite-a-long-name"
+    text = _terminal(results, width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for number in ("267.84", "26.1", "2\u00a0×\u00a01", "40.96", "2.54", "+0.10", "−0.20", "1,234", "45.68", "11.02"):
+        assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d.,])", text), number
+
+
+def test_names_are_no_markup(results: Results) -> None:
+    results.arms[0].name = "[red]a|b[/red]"
+    assert "[red]a|b[/red]" in _terminal(results, 120)
+    lines = markdown_table(results).splitlines()
+    assert lines[3].startswith("| [red]a\\|b[/red] |")
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {14}
