@@ -231,6 +231,30 @@ def load_recipe(name_or_path: str) -> Recipe:
     return parse_recipe(values, str(path))
 
 
+def parse_training(values: Mapping[str, Any]) -> Training:
+    """Check training settings that were given as options.
+
+    Raises:
+        UserError: naming the first wrong one.
+    """
+    try:
+        return Training.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+
+
+def parse_layout(values: Mapping[str, Any]) -> Layout:
+    """Check a parallel layout that was given as options.
+
+    Raises:
+        UserError: naming the first wrong one.
+    """
+    try:
+        return Layout.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+
+
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     """Check the values of a recipe; ``where`` names their file in messages.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.checkpoints import fiddle_json, nemo_classes
+from nemo_pvs.checkpoints.assets import asset_files
 from nemo_pvs.checkpoints.fiddle_json import Config, Symbol
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, write_json
@@ -110,13 +111,10 @@ def context_assets(folder: Path) -> tuple[Path, ...]:
     """Return the tokenizer files and the generation config of a checkpoint."""
     tokenizer = fiddle_json.find(_io_json(folder), "<root>.model.tokenizer")
     place = tokenizer.arguments.get("pretrained_model_name") if tokenizer else None
-    files: list[Path] = []
+    assets = {file.name: file for file in asset_files((folder / _GENERATION).parent)}
     if isinstance(place, str) and (folder / place).resolve().is_relative_to(folder.resolve()):
-        files = sorted(path for path in (folder / place).glob("*") if path.is_file())
-    generation = folder / _GENERATION
-    if generation.is_file() and generation.name not in {file.name for file in files}:
-        files.append(generation)
-    return tuple(files)
+        assets.update({file.name: file for file in asset_files(folder / place)})
+    return tuple(assets[name] for name in sorted(assets))
 
 
 def _io_json(folder: Path) -> Any:

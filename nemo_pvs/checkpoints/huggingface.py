@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nemo_pvs.checkpoints.assets import asset_files
 from nemo_pvs.checkpoints.manifest import Manifest, Progress, Recorder
 from nemo_pvs.checkpoints.safetensors_file import SafetensorsReader, SafetensorsWriter
 from nemo_pvs.checkpoints.source import WeightSource
@@ -19,16 +20,6 @@ from nemo_pvs.shape import Shape
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-
-_ASSETS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 class HuggingFaceSource:
@@ -145,12 +136,6 @@ def write_huggingface(
         return recorder.finish(folder, "huggingface")
 
 
-def asset_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files of a model folder that are not weights but travel with them."""
-    found = {path for pattern in _ASSETS for path in folder.glob(pattern) if path.is_file()}
-    return tuple(sorted(path for path in found if not _holds_weights(path)))
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return config.json; the rope settings of transformers 5 are put where transformers 4 and we look for them."""
     config = read_json(folder / "config.json")
@@ -182,9 +167,3 @@ def _write_shards(recorder: Recorder, folder: Path, max_shard_bytes: int) -> Non
     if len(shards) > 1:
         total = sum(shard.bytes_written for shard in shards)
         write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _holds_weights(path: Path) -> bool:
-    """Whether a file is a model after all: tokenizers saved from a GGUF model copy it as ``tokenizer.model``."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF" or path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".gguf"}

@@ -126,8 +126,8 @@ class Recorder:
         for record in self.records.values():
             parameters[record.dtype] += math.prod(record.size)
         config = self.shape.to_config(self.source.config)
-        key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
-        return {**config, key: parameters.most_common(1)[0][0]}
+        keys = {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}  # transformers renamed it in 4.56
+        return {**config, **dict.fromkeys(keys, parameters.most_common(1)[0][0])}
 
     def finish(self, folder: Path, file_format: str) -> Manifest:
         """Write the manifest of what was read, and of every file below ``folder``, and return it."""

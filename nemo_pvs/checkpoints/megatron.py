@@ -133,6 +133,8 @@ def write_nemo(
     Raises:
         UserError: ``target`` exists or cannot be written, NeMo cannot express the config, or the source is broken.
     """
+    if pad_vocab_to_multiple < 1:
+        raise UserError(f"The vocabulary cannot be padded to a multiple of {pad_vocab_to_multiple}; give 1 or more.")
     recorder = Recorder(source, dtype, progress)
     vocab_rows = -(-recorder.shape.vocab // pad_vocab_to_multiple) * pad_vocab_to_multiple
     with whole_folder(Path(target), overwrite=overwrite) as folder:

@@ -136,7 +136,7 @@ def describe(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
         "dtypes": {dtype_name(dtype): count for dtype, count in dtypes.items()},
         "bytes": sum(count * dtype.itemsize for dtype, count in dtypes.items()),
         "extra_tensors": len(source.extra_tensors),
-        "assets": sorted(asset.name for asset in source.assets),
+        "assets": [asset.name for asset in source.assets],
         "manifest": _manifest_status(folder),
     }
     if tensors:

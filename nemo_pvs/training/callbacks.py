@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+from nemo import lightning as nl
+from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
 
 from nemo_pvs.training import metrics
@@ -71,20 +73,25 @@ class MetricsLog(pl.Callback, IOMixin):
         self._step_began = time.monotonic()
 
 
-class CheckpointContext(pl.Callback, IOMixin):
-    """Put the initial checkpoint's ``context/`` beside the weights of every checkpoint when the run ends.
+class Checkpoint(nl.ModelCheckpoint):
+    """NeMo's checkpoint callback that puts the initial checkpoint's ``context/`` beside the weights.
 
-    The architecture never changes during a run, and that context names stock NeMo classes only, so what this run
-    saves can be read without this package. NeMo's own would name our layer and data classes.
+    The architecture never changes during a run, and that context names stock NeMo classes only, so every checkpoint
+    of the run can be read without this package; NeMo's own would name our layer and data classes. It is copied before
+    the save is declared finished, because resuming needs it.
     """
 
-    def __init__(self, initial: str) -> None:
-        self.initial = Path(initial)
+    def __init__(self, initial: str, **kwargs):
+        super().__init__(always_save_context=False, save_context_on_train_end=False, **kwargs)
+        self.initial = initial
 
-    def on_train_end(self, trainer, pl_module):
-        """Copy the context into checkpoints that lack one, on rank 0."""
-        if not trainer.is_global_zero or trainer.checkpoint_callback is None:
-            return
-        for checkpoint in Path(trainer.checkpoint_callback.dirpath).glob("*"):
-            if (checkpoint / "weights").is_dir() and not (checkpoint / "context" / "io.json").exists():
-                shutil.copytree(self.initial / "context", checkpoint / "context", dirs_exist_ok=True)
+    def _get_finalize_save_checkpoint_callback(self, trainer, filepath, global_step):
+        finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+
+        def finish_with_context():
+            if trainer.is_global_zero:
+                context = ckpt_to_dir(filepath) / "context"
+                shutil.copytree(Path(self.initial) / "context", context, dirs_exist_ok=True)
+            finish()
+
+        return finish_with_context

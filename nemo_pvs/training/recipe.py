@@ -23,7 +23,7 @@ from nemo.lightning import io
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
 from nemo_pvs.training.attention import causal_data_step, layer_spec
-from nemo_pvs.training.callbacks import CheckpointContext, MetricsLog
+from nemo_pvs.training.callbacks import Checkpoint, MetricsLog
 from nemo_pvs.training.data import PretrainingData
 from nemo_pvs.training.job import TrainingJob
 
@@ -155,7 +155,6 @@ def trainer(job: TrainingJob, precision: str) -> run.Config:
             run.Config(
                 MetricsLog, path=str(job.metrics), tokens_per_step=training.tokens_per_step, total_steps=training.steps
             ),
-            run.Config(CheckpointContext, initial=str(job.initial)),
         ],
     )
 
@@ -163,7 +162,8 @@ def trainer(job: TrainingJob, precision: str) -> run.Config:
 def checkpointing(job: TrainingJob) -> run.Config:
     """Return the checkpoint callback: one checkpoint, the newest, with optimizer state, replaced by the next."""
     return run.Config(
-        nl.ModelCheckpoint,
+        Checkpoint,
+        initial=str(job.initial),
         dirpath=str(job.checkpoints),
         filename="{step}",
         save_last=True,
@@ -171,8 +171,6 @@ def checkpointing(job: TrainingJob) -> run.Config:
         save_on_train_epoch_end=True,  # and not after every validation
         every_n_train_steps=interval(job.training.steps, job.training.checkpoints),
         save_optim_on_train_end=True,
-        always_save_context=False,
-        save_context_on_train_end=False,
     )
 
 

@@ -188,7 +188,8 @@ def test_assets_are_kept_where_nemo_looks_for_them(tmp_path):
     write_context(tmp_path / "c", CONFIG, [tmp_path / name for name in names], vocab_rows=100)
     assert (tmp_path / "c" / "artifacts" / "generation_config.json").read_text() == names[0]
     assert (tmp_path / "c" / "tokenizer" / "tokenizer.json").read_text() == names[1]
-    assert sorted(path.name for path in context_assets(tmp_path / "c")) == names
+    (tmp_path / "c" / "tokenizer" / "tokenizer.model").write_bytes(b"GGUF: weights in disguise")
+    assert [path.name for path in context_assets(tmp_path / "c")] == names
     tokenizer = fiddle_json.find(json.loads((tmp_path / "c" / "io.json").read_text()), "<root>.model.tokenizer")
     assert tokenizer.arguments == {"pretrained_model_name": "tokenizer"}
 

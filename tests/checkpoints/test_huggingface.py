@@ -69,6 +69,19 @@ def test_the_config_is_kept_and_made_explicit(make_tiny_llama, tmp_path):
     assert after == {**before, "head_dim": 16, "dtype": "bfloat16"}
 
 
+@pytest.mark.parametrize("keys", [["torch_dtype"], ["dtype"], ["dtype", "torch_dtype"], []])
+def test_both_spellings_of_the_dtype_are_corrected(make_tiny_llama, tmp_path, keys):
+    make_tiny_llama(tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "in" / "config.json").write_text(json.dumps({**config, **dict.fromkeys(keys, "float16")}))
+    write_huggingface(HuggingFaceSource(tmp_path / "in"), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: written[key] for key in written if "dtype" in key} == dict.fromkeys(
+        keys or ["torch_dtype"], "float32"
+    )
+
+
 def test_casting_rounds_like_torch(make_tiny_llama, tmp_path):
     source = HuggingFaceSource(make_tiny_llama(tmp_path / "in"))
     manifest = write_huggingface(source, tmp_path / "out", dtype=torch.bfloat16)

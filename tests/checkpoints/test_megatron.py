@@ -219,6 +219,11 @@ def test_a_context_that_does_not_fit_is_refused(make_tiny_llama, tmp_path):
         config.write_text(original)
 
 
+def test_an_impossible_padding_is_refused(make_tiny_llama, tmp_path):
+    with pytest.raises(UserError, match="multiple of 0"):
+        write_nemo(HuggingFaceSource(make_tiny_llama(tmp_path / "hf")), tmp_path / "nemo", pad_vocab_to_multiple=0)
+
+
 def test_a_failure_leaves_nothing(make_tiny_llama, tmp_path):
     make_tiny_llama(tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"

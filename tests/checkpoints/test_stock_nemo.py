@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from nemo_pvs.checkpoints import nemo_classes
 from nemo_pvs.checkpoints.context import read_context
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
 from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.source import fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +117,29 @@ def test_we_read_the_context_that_nemo_dumps(nemo, checkpoint, tmp_path, keep_ou
         assert {key: after[key] for key in common} == {key: before[key] for key in common}
         assert after["vocab_size"] == 200
         assert after["rope_scaling"] == ROPE
+
+
+def test_megatrons_own_description_of_a_checkpoint_is_read(checkpoint):
+    """Megatron pickles classes of its own, and its saving plan, into .metadata."""
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreMetadata, MCoreSavePlan
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+    path = checkpoint / "weights" / ".metadata"
+    plain = pickle.loads(path.read_bytes())
+    described = MCoreMetadata(**vars(plain), mcore_data={"a": {"nd_reformulated_orig_global_shape": (1, 2)}})
+    items = [
+        WriteItem(
+            MetadataIndex(name, stored.chunks[0].offsets, 0),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(stored.chunks[0], stored.properties, stored.size),
+        )
+        for name, stored in plain.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    ]
+    described.all_local_plans = [MCoreSavePlan(items=items, mcore_data={})]
+    expected = fingerprint(NemoSource(checkpoint))
+    path.write_bytes(pickle.dumps(described))
+    assert fingerprint(NemoSource(checkpoint)) == expected
 
 
 def test_the_table_of_defaults_is_that_of_the_installed_nemo(nemo):

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_pvs.checkpoints.torch_dist import Block, TorchDistReader, write_torch_dist
 from nemo_pvs.errors import UserError
+from nemo_pvs.files import disk_errors
 
 MATRIX = torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(0))
 VECTOR = torch.arange(3, dtype=torch.bfloat16)
@@ -72,6 +73,14 @@ def test_blocks_are_made_once_and_in_order(tmp_path):
 
     write_torch_dist(tmp_path, [block(index) for index in (3, 0, 1, 2, 8, 7, 6, 5, 4)], [])
     assert made == [3, 0, 1, 2, 8, 7, 6, 5, 4]
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_a_full_disk_is_named(tmp_path, size):
+    (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
+    block = Block("m", (size,), (0,), (size,), torch.float32, lambda: torch.ones(size))
+    with pytest.raises(UserError, match="the disk is full"), disk_errors(tmp_path):
+        write_torch_dist(tmp_path, [block], [])
 
 
 class Bomb:

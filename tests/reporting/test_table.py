@@ -114,6 +114,15 @@ def test_no_number_is_cut_off_in_the_terminal(results: Results, width: int) -> N
         assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d.,])", text), number
 
 
+def test_a_terminal_that_is_too_narrow_shows_no_part_of_a_number_as_a_number(results: Results) -> None:
+    results.title, results.arms = "", results.arms[:2]
+    table = _terminal(results, 48).split("At equal")[0]
+    cells = {part for row in results_rows(results).rows for cell in row for part in cell.split("\u00a0")}
+    shown = re.findall(r"[\d.,+−]*\d[\d.,]*…?", table)
+    assert any(number.endswith("…") for number in shown)
+    assert all(number in cells or number.endswith("…") for number in shown), shown
+
+
 def test_names_are_no_markup(results: Results) -> None:
     results.arms[0].name = "[red]a|b[/red]"
     assert "[red]a|b[/red]" in _terminal(results, 120)

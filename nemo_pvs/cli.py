@@ -1,0 +1,60 @@
+"""The command ``pvs``: verbs.py as commands, mistakes as one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import typer
+
+import nemo_pvs
+from nemo_pvs.errors import UserError
+from nemo_pvs.progress import console
+from nemo_pvs.verbs import VERBS
+
+app = typer.Typer(
+    name="pvs",
+    help="Prune a Llama-family model, keep training it on Megatron, and compare it with training from scratch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in VERBS:
+    # The docstring's first line is the help; the Args section is for `nemo pvs`, where options have no help of their own.
+    app.command(help=(verb.__doc__ or "").split("\n\n")[0])(verb)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="print the version and exit")) -> None:
+    if version:
+        console.print(nemo_pvs.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; exit with 2 for a mistake that the user can mend, 1 for a run that failed."""
+    # PyTorch warns on import about a package that NeMo pins and nothing here calls.
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from nemo_pvs.training.run import TrainingFailed
+
+    try:
+        app()
+    except UserError as error:
+        _complain(error)
+        sys.exit(2)
+    except TrainingFailed as error:
+        _complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _complain("Interrupted; the same command goes on where it stopped.")
+        sys.exit(130)
+
+
+def _complain(message: object) -> None:
+    print(f"pvs: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""From a checkpoint and token files that a user names to a TrainingJob."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.random import RandomSource
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, open_source, shape_of
+from nemo_pvs.data.tokenize import count_tokens
+from nemo_pvs.data.windows import validation_windows, write_validation_document
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import read_json, write_json
+from nemo_pvs.progress import progress
+from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.training.job import TrainingJob
+
+
+def prepare_job(
+    initial: str, out: Path, data: Path, layout: Layout, training: Training, *, random_init: bool
+) -> TrainingJob:
+    """Write initial weights and validation windows into ``out``, unless an earlier call did, and return the job.
+
+    Raises:
+        UserError: the layout does not fit the model, the data are too short, or ``out`` holds another run.
+    """
+    source: WeightSource = open_source(initial)
+    shape = shape_of(source)
+    shape.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
+    available = count_tokens(data / "train")
+    if training.tokens > available:
+        raise UserError(
+            f"--tokens is {int(training.tokens):,}, but {data / 'train'}.bin has {available:,}; "
+            "tokenise more text or train on fewer tokens."
+        )
+    windows = validation_windows(
+        data / "validation", samples=training.validation_samples, sequence_length=training.sequence_length
+    )
+    if random_init:
+        source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16)
+    settings = {
+        "initial": fingerprint(source),
+        "training": training.model_dump(mode="json"),
+        "validation": windows.manifest["ids_sha256"],
+    }
+    settings_file = out / "settings.json"
+    if settings_file.exists() and read_json(settings_file) != settings:
+        raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
+    if not settings_file.exists():
+        with progress("write initial weights", "parameters") as show:
+            write_nemo(source, out / "initial", overwrite=True, progress=show)
+        write_validation_document(windows, out / "validation_windows", shape.vocab)
+        write_json(settings_file, settings)
+    folder = out.resolve()
+    return TrainingJob(
+        name=out.name,
+        folder=folder,
+        initial=folder / "initial",
+        data={"train": str((data / "train").resolve()), "validation": str(folder / "validation_windows")},
+        layout=layout,
+        training=training,
+    )
