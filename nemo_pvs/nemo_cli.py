@@ -7,4 +7,5 @@ import nemo_run
 from nemo_pvs.verbs import VERBS
 
 for verb in VERBS:
-    nemo_run.cli.entrypoint(verb, namespace="pvs", name=verb.__name__)
+    help_line = (verb.__doc__ or "").split("\n\n")[0]
+    nemo_run.cli.entrypoint(verb, namespace="pvs", name=verb.__name__, help=help_line)

@@ -33,7 +33,7 @@ from nemo_pvs.reporting.html import write_report
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import run_job
+from nemo_pvs.training.run import Trainer
 
 STAGES = ("parent", "data", "calibrate", "prune", "random", "train", "evaluate", "report")
 
@@ -72,9 +72,10 @@ class Pipeline:
             self.prune(name, target)
             if "random" in self.recipe.arms:
                 self.random(name)
-        for name, target in self.recipe.targets.items():
-            for initialisation in self.recipe.arms:
-                self.train(name, target, initialisation)
+        with Trainer(self.folder / "train" / "launcher.log") as trainer:
+            for name, target in self.recipe.targets.items():
+                for initialisation in self.recipe.arms:
+                    self.train(trainer, name, target, initialisation)
         self.evaluate()
         results = assemble(self)
         write_report(results, self.folder)
@@ -188,7 +189,7 @@ class Pipeline:
 
         self._stage(f"random/{name}", inputs, [folder], work)
 
-    def train(self, name: str, target: Target, initialisation: str) -> None:
+    def train(self, trainer: Trainer, name: str, target: Target, initialisation: str) -> None:
         """Train one arm on Megatron, and hand the result over as a Hugging Face folder."""
         arm = arm_name(name, initialisation)
         job = self.job(name, target, initialisation)
@@ -201,7 +202,7 @@ class Pipeline:
         }
 
         def work() -> dict[str, Any]:
-            checkpoint = run_job(job)
+            checkpoint = trainer.train(job)
             convert(checkpoint, self.model(arm), to="hf", overwrite=True)
             return {"fingerprint": fingerprint(open_source(self.model(arm)))}
 

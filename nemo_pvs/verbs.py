@@ -272,7 +272,7 @@ def train(
     """
     from nemo_pvs.recipe import parse_layout, parse_training
     from nemo_pvs.training.prepare import prepare_job
-    from nemo_pvs.training.run import run_job
+    from nemo_pvs.training.run import Trainer
 
     layout = parse_layout(
         {
@@ -294,7 +294,9 @@ def train(
         }
     )
     job = prepare_job(initial, Path(out), Path(data), layout, training, random_init=random_init)
-    console.print(f"{out}: trained checkpoint {run_job(job)}")
+    with Trainer(Path(out) / "launcher.log") as trainer:
+        checkpoint = trainer.train(job)
+    console.print(f"trained checkpoint: {checkpoint}", soft_wrap=True)
 
 
 def evaluate(

@@ -58,3 +58,17 @@ def tiny_llama_config_fixture() -> Callable[..., LlamaConfig]:
 @pytest.fixture(name="make_tiny_llama")
 def make_tiny_llama_fixture() -> Callable[..., Path]:
     return make_tiny_llama
+
+
+def save_tiny_tokenizer(folder: Path, vocab: int = 128) -> Path:
+    """Save a tokenizer of one token a word (``w3`` is token 3) in ``folder``, end of text being 0; return ``folder``."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<eos>": 0, "<unk>": 1, **{f"w{index}": index for index in range(2, vocab)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    return folder

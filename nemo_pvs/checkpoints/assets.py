@@ -17,7 +17,7 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
 def asset_files(folder: Path) -> tuple[Path, ...]:
-    """Return the tokenizer files, chat templates and generation config in a folder, and no weights under their names."""
+    """Return the tokenizer files, chat templates and generation config in a folder, and never weights."""
     found = {path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
     return tuple(sorted(path for path in found if not _holds_weights(path)))
 

@@ -17,6 +17,7 @@ import torch
 from nemo_pvs.training.adamw import GroupStepAdamW
 
 _HOST = torch.device("cpu")
+_INHERITED = object()
 
 # Modules that write device="cuda" or .to("cuda") in code that training on a CPU reaches.
 _MODULES_WITH_LITERAL_CUDA = (
@@ -41,12 +42,15 @@ def megatron_on_cpu() -> Iterator[None]:
     originals: list[tuple[Any, str, Any]] = []
     try:
         for owner, name, replacement in _redirections():
-            originals.append((owner, name, getattr(owner, name)))
+            originals.append((owner, name, vars(owner).get(name, _INHERITED)))
             setattr(owner, name, replacement)
         yield
     finally:
         for owner, name, original in reversed(originals):
-            setattr(owner, name, original)
+            if original is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
 
 def _redirections() -> Iterator[tuple[Any, str, Any]]:

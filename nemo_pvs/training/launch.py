@@ -1,6 +1,7 @@
 """Start the ranks of training jobs: forked here on a CPU, by torchrun on GPUs, or as whatever launched us.
 
-Run as ``python -m nemo_pvs.training.launch JOB...``; importing it is cheap on purpose, because Megatron's checkpoint
+Run as ``python -m nemo_pvs.training.launch JOB...``, or with ``-`` to read job files from standard input, one a line,
+and answer each with a line that holds its exit code. Importing this module is cheap on purpose: Megatron's checkpoint
 writer spawns a helper that imports the main module again.
 """
 
@@ -19,7 +20,9 @@ from nemo_pvs.training.job import TrainingJob
 
 
 def main(arguments: list[str]) -> int:
-    """Train every job whose file is named, one after the other; return the first exit code that is not 0."""
+    """Train every job that is named, one after the other; return the first exit code that is not 0."""
+    if arguments == ["-"]:
+        return _serve()
     jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
     if "WORLD_SIZE" in os.environ:  # torchrun, Slurm or Kubernetes already made this process one of the ranks
         from nemo_pvs.training.train import train
@@ -27,35 +30,39 @@ def main(arguments: list[str]) -> int:
         for job in jobs:
             train(job)
         return 0
+    return next((code for job in jobs if (code := _start(job))), 0)
+
+
+def _serve() -> int:
+    """Train the jobs that standard input names; the libraries' own output must not mix with the answers."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(_start(TrainingJob.load(Path(line.strip()))), file=answers)
+    return 0
+
+
+def _start(job: TrainingJob) -> int:
     import torch
 
-    start = _torchrun if torch.cuda.is_available() else _fork_ranks
-    for job in jobs:
-        print(f"starting {job.name}", flush=True)
-        if code := start(job):
-            return code
-        print(f"finished {job.name}", flush=True)
-    return 0
+    return _torchrun(job) if torch.cuda.is_available() else _fork_ranks(job)
 
 
 def _torchrun(job: TrainingJob) -> int:
     """Run the job's ranks under torchrun; their output goes to the job's log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(job.layout.processes), "-m", "nemo_pvs.training.launch", str(job.folder / "job.json")]
+    command += [str(job.layout.processes), "-m", "nemo_pvs.training.launch", str(job.save())]
     with open(job.log, "a") as log:
         return subprocess.run(command, stdout=log, stderr=log, check=False).returncode
 
 
 def _fork_ranks(job: TrainingJob) -> int:
-    """Fork the job's ranks from this process, which imports NeMo once for all of them."""
+    """Fork the job's ranks from this process, which imports NeMo once for all jobs and ranks."""
     from nemo_pvs.training.train import train_on_cpu
 
     context = multiprocessing.get_context("fork")
     port = _free_port()
-    ranks = [
-        context.Process(target=_rank, args=(train_on_cpu, job, rank, port), daemon=False)
-        for rank in range(job.layout.processes)
-    ]
+    ranks = [context.Process(target=_rank, args=(train_on_cpu, job, rank, port)) for rank in range(job.layout.processes)]
     for process in ranks:
         process.start()
     try:
@@ -81,7 +88,7 @@ def _wait(ranks: list[multiprocessing.Process]) -> int:
 
 
 def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
-    """Be one rank: environment as torchrun sets it, output into the job's log, dead as soon as the parent is."""
+    """Be one rank: environment as torchrun sets it, output into the job's log, dead as soon as the launcher is."""
     die_with_parent()
     os.environ.update(
         MASTER_ADDR="127.0.0.1",

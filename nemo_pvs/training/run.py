@@ -1,11 +1,13 @@
-"""Run a training job from the light process: start the launcher, show its progress, hand over the trained model."""
+"""Run training jobs from the light process: keep a launcher, show progress, hand over the trained checkpoint."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
 
 from nemo_pvs.processes import die_with_parent
 from nemo_pvs.progress import progress
@@ -19,28 +21,73 @@ class TrainingFailed(Exception):
     """A training run ended early; says where its log is."""
 
 
-def run_job(job: TrainingJob) -> Path:
-    """Train ``job``, going on where an earlier attempt stopped, and return its last checkpoint.
+class Trainer:
+    """Trains jobs one after the other in processes of their own, which import NeMo once for all of them.
 
-    Raises:
-        TrainingFailed: a rank failed.
+    The launcher starts with the first job and ends with the ``with`` block, its ranks with it.
     """
-    job_file = job.save()
-    command = [sys.executable, "-m", "nemo_pvs.training.launch", str(job_file)]
-    with open(job.log, "a") as log, progress(f"train {job.name}", "tokens") as show:
-        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=die_with_parent)
-        try:
-            while process.poll() is None:
+
+    def __init__(self, log: Path) -> None:
+        """Prepare; ``log`` takes what the launcher prints while it imports NeMo."""
+        self._log = log
+        self._launcher: subprocess.Popen[str] | None = None
+        self._answers: SimpleQueue[str] = SimpleQueue()
+
+    def __enter__(self) -> Trainer:
+        """Return the trainer; nothing is started yet."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the launcher."""
+        if self._launcher is not None:
+            self._launcher.kill()
+            self._launcher.wait()
+
+    def train(self, job: TrainingJob) -> Path:
+        """Train ``job``, going on where an earlier attempt stopped, and return its last checkpoint.
+
+        Raises:
+            TrainingFailed: a rank failed.
+        """
+        launcher = self._start()
+        assert launcher.stdin is not None
+        print(job.save(), file=launcher.stdin, flush=True)
+        with progress(f"train {job.name}", "tokens") as show:
+            while (answer := self._answer()) is None:
                 _show(job, show)
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
             _show(job, show)
-        finally:
-            if process.poll() is None:
-                process.kill()  # its ranks die with it
-                process.wait()
-    if process.returncode:
-        raise TrainingFailed(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
-    return last_checkpoint(job)
+        if answer != "0":
+            raise TrainingFailed(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
+        return last_checkpoint(job)
+
+    def _start(self) -> subprocess.Popen[str]:
+        if self._launcher is None:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._log, "a") as log:
+                self._launcher = subprocess.Popen(
+                    [sys.executable, "-W", "ignore", "-m", "nemo_pvs.training.launch", "-"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    preexec_fn=die_with_parent,
+                )
+            threading.Thread(target=self._listen, args=(self._launcher,), daemon=True).start()
+        return self._launcher
+
+    def _listen(self, launcher: subprocess.Popen[str]) -> None:
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            self._answers.put(line.strip())
+        self._answers.put("the launcher ended")
+
+    def _answer(self) -> str | None:
+        try:
+            return self._answers.get(timeout=_SECONDS_BETWEEN_LOOKS)
+        except Empty:
+            return None
 
 
 def last_checkpoint(job: TrainingJob) -> Path:

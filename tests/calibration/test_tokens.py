@@ -45,6 +45,12 @@ def test_random_windows_are_those_of_pythons_random() -> None:
     assert tokens.ids.tolist() == [stream[start : start + 8].tolist() for start in starts]
 
 
+def test_random_windows_stop_one_token_before_the_end() -> None:
+    """As in the reference: the last possible start is left out."""
+    tokens = TokenSet.from_stream(list(range(9)), sequence_length=8, samples=50, seed=0)
+    assert tokens.ids.tolist() == [list(range(8))] * 50
+
+
 def test_random_windows_leave_the_global_generator_alone() -> None:
     random.seed(1)
     expected = random.random()

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 needs_wikipedia_sample = pytest.mark.skipif(
@@ -32,6 +32,8 @@ def save_tokenizer(folder: Path, *, vocab_size: int = 400, eos: str | None = "<|
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
+    # Like Llama 3's, it puts a begin-of-text token before a text unless told otherwise.
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token=eos, model_max_length=16
     ).save_pretrained(folder)

@@ -18,6 +18,9 @@ nocturnal animal&nbsp;native to [[Africa]].<ref name="a/b" /><ref>{{{{cite|last=
 {{| class="wikitable"
 |-
 | one || two [[three]]
+|
+A sentence in a cell of a table, although it reads like any other sentence.
+|-
 {{|
 | inner
 |}}

@@ -1,0 +1,180 @@
+"""Real NeMo training over gloo: the loss curve does not depend on how a run is spread over processes."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.training import metrics
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.run import last_checkpoint
+from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.parallel.ranks import run_ranks, write_tokens
+
+pytestmark = pytest.mark.parallel
+
+STEPS = 20
+SEQUENCE = 32
+VALIDATION_SAMPLES = 8
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> TrainingJob:
+    """A run of 20 steps in fp32 on text that can be learned; tests choose the layout and the folder."""
+    folder = tmp_path_factory.mktemp("job")
+    save_tiny_tokenizer(make_tiny_llama(folder / "model", tie_word_embeddings=False))
+    write_nemo(HuggingFaceSource(folder / "model"), folder / "initial")
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.randint(3, 128, (97,), generator=generator).repeat(200).tolist()
+    return TrainingJob(
+        name="test",
+        folder=folder / "run",
+        initial=folder / "initial",
+        data={
+            "train": write_tokens(folder / "train", pattern),
+            "validation": write_tokens(folder / "validation", pattern[: VALIDATION_SAMPLES * SEQUENCE + 1]),
+        },
+        layout=Layout(),
+        training=Training(
+            tokens=STEPS * 8 * SEQUENCE,
+            sequence_length=SEQUENCE,
+            global_batch_size=8,
+            micro_batch_size=2,
+            learning_rate=3e-3,
+            precision="fp32",
+            validations=4,
+            validation_samples=VALIDATION_SAMPLES,
+            checkpoints=2,
+        ),
+    )
+
+
+def _train(job: TrainingJob, die_at_step: int = 0) -> None:
+    import os
+    import signal
+
+    import lightning.pytorch as pl
+
+    from nemo_pvs.training import train
+
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if die_at_step:
+
+        class Die(pl.Callback):
+            def on_train_batch_start(self, trainer, *_):
+                if trainer.global_step == die_at_step and trainer.global_rank == trainer.world_size - 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        original = train.pretrain_recipe
+
+        def doomed(job):
+            recipe = original(job)
+            recipe.trainer.callbacks.append(Die())
+            return recipe
+
+        train.pretrain_recipe = doomed
+    train.train_on_cpu(job)
+
+
+def _run(job: TrainingJob, folder: Path, training: dict | None = None, **layout) -> metrics.Curve:
+    job = replace(
+        job,
+        folder=folder,
+        layout=Layout(**layout),
+        training=job.training.model_copy(update=training or {}),
+    )
+    folder.mkdir(exist_ok=True)
+    run_ranks(job.layout.processes, _train, job)
+    return metrics.read(job.metrics)
+
+
+def _losses(curve: metrics.Curve) -> list[float]:
+    return [point["loss"] for point in curve.training]
+
+
+def _largest_difference(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(job, tmp_path_factory) -> metrics.Curve:
+    """The curve of one process."""
+    curve = _run(job, tmp_path_factory.mktemp("reference"), distributed_optimizer=False)
+    assert len(curve.training) == STEPS
+    assert [point["step"] for point in curve.validation] == [5, 10, 15, 20]
+    assert curve.training[-1]["loss"] < curve.training[0]["loss"] - 0.5, "it does not learn"
+    return curve
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel": 2, "distributed_optimizer": False},
+        {"tensor_parallel": 2, "sequence_parallel": True},
+        {"pipeline_parallel": 2, "distributed_optimizer": False},
+        {"data_parallel": 2, "distributed_optimizer": False},
+        {"data_parallel": 2},
+        {"tensor_parallel": 2, "pipeline_parallel": 2},
+    ],
+    ids=lambda layout: " ".join(f"{name}={value}" for name, value in layout.items()),
+)
+def test_every_layout_has_the_same_curve(job, reference, layout, tmp_path):
+    curve = _run(job, tmp_path / "run", **layout)
+    assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
+    ours, theirs = ([point["loss"] for point in one.validation] for one in (curve, reference))
+    assert _largest_difference(ours, theirs) < 1e-3
+
+
+def test_bf16_follows_fp32(job, reference, tmp_path):
+    curve = _run(job, tmp_path / "run", training={"precision": "bf16"}, tensor_parallel=2)
+    assert _largest_difference(_losses(curve), _losses(reference)) < 0.05
+    assert curve.training[-1]["loss"] < curve.training[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"tensor_parallel": 2}, {"pipeline_parallel": 2}),
+        ({"pipeline_parallel": 2, "distributed_optimizer": False}, {"tensor_parallel": 2, "distributed_optimizer": False}),
+        ({"data_parallel": 2}, {"data_parallel": 2}),
+    ],
+    ids=["TP=2 to PP=2", "PP=2 to TP=2, plain optimizer", "DP=2"],
+)
+def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    doomed = replace(job, folder=folder, layout=Layout(**before))
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(2, _train, doomed, 13)
+    assert metrics.read(doomed.metrics).training[-1]["step"] >= 12
+    curve = _run(job, folder, **after)
+    resumed = doomed.log.read_text().count("step 11/20")
+    assert resumed == 2, "it began anew instead of at the checkpoint of step 10"
+    assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
+
+
+def test_trained_checkpoint_reads_back_through_our_stream(job, reference, tmp_path):
+    """The last checkpoint's weights, read without NeMo, have the validation loss that NeMo measured."""
+    from nemo_pvs.checkpoints.source import open_source
+    from nemo_pvs.data.windows import validation_windows
+    from nemo_pvs.evaluation.perplexity import perplexity
+
+    curve = _run(job, tmp_path / "run", tensor_parallel=2)
+    trained = open_source(last_checkpoint(replace(job, folder=tmp_path / "run")))
+    windows = validation_windows(
+        Path(job.data["validation"]), samples=VALIDATION_SAMPLES, sequence_length=SEQUENCE
+    )
+    assert perplexity(trained, windows)["loss"] == pytest.approx(curve.validation[-1]["loss"], abs=1e-4)
+
+
+def test_steps_come_in_order_and_count_tokens(reference):
+    for earlier, later in itertools.pairwise(reference.training):
+        assert later["step"] == earlier["step"] + 1
+        assert later["tokens"] - earlier["tokens"] == 8 * SEQUENCE
