@@ -32,9 +32,9 @@ def calibrate(
 ) -> Scores:
     """Measure a model's hidden channels, FFN channels, query heads and layers on some text.
 
-    Hidden channels are measured at the outputs of both norms of a layer (after the weight) and summed over layers,
-    the final norm left out; FFN channels at the input of ``down_proj``; heads at the input of ``o_proj``, their
-    channels together; layers by block influence (methods.md 5.1, 6.2, 4.2). All in fp32.
+    The sites are those of Minitron (2407.14679): hidden channels at the outputs of both norms of a layer (after the
+    weight), summed over layers, the final norm left out; FFN channels at the input of ``down_proj``; heads at the
+    input of ``o_proj``, their channels together. Layers are measured by block influence (ShortGPT, 2403.03853).
 
     Args:
         source: The model, dense.
@@ -123,6 +123,6 @@ def _collect(layers: list[_LayerStatistics], shape: Shape) -> dict[str, torch.Te
         tensors[f"hidden.{name}"] = torch.stack(norms).sum(dim=0)
         tensors[f"ffn.{name}"] = torch.stack([layer.ffn[name].result() for layer in layers])
         channels = torch.stack([layer.heads[name].result() for layer in layers]).unflatten(1, (shape.heads, -1))
-        # An energy is a sum of squares already; norms of channels combine to the norm of the head (methods.md 6.2).
+        # An energy is a sum of squares already; norms of channels combine to the norm of the head.
         tensors[f"heads.{name}"] = channels.sum(dim=2) if name == "energy" else channels.norm(dim=2)
     return tensors

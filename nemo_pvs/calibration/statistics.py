@@ -1,7 +1,7 @@
 """Statistics of activations that can be updated batch by batch and merged across processes.
 
-Within a batch sums run in fp32, across batches in fp64; so the result depends on the batching only by fp32 rounding
-(methods.md 3.2: reductions; 14.1: bf16 sums lose every term after some 256 equal ones).
+Within a batch sums run in fp32, across batches in fp64; so the result depends on the batching only by fp32 rounding.
+In bf16 a sum of equal terms would stop growing after 256 of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ChannelStatistic(ABC):
 
 
 class Energy(ChannelStatistic):
-    """Sum over sequences and tokens of the squared activation: what the paper's width runs use (methods.md 5.1)."""
+    """Sum over sequences and tokens of the squared activation, as llm-pruning-collection's width pruning takes it."""
 
     def _summand(self, activations: torch.Tensor) -> torch.Tensor:
         return activations.square().sum(dim=(0, 1))
@@ -48,8 +48,8 @@ class Energy(ChannelStatistic):
 class MeanAbsL2(ChannelStatistic):
     """L2 norm over sequences of the mean absolute activation over tokens: ``sqrt(sum_n (mean_t |x_ntc|)^2)``.
 
-    The aggregation of Minitron (Muralidharan et al., 2407.14679) as ModelOpt computes it (methods.md 6.2). Sequences
-    must be whole: the square of a mean is not the sum of its parts' squares.
+    The aggregation of Minitron (Muralidharan et al., 2407.14679) as ModelOpt computes it. Sequences must be
+    whole: the square of a mean is not the sum of its parts' squares.
     """
 
     def _summand(self, activations: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class MeanAbsL2(ChannelStatistic):
 class CosineDistance:
     """Mean over tokens of 1 - cos(input, output): a layer's block influence (ShortGPT, 2403.03853, equation 1).
 
-    Dot products and norms are fp32: in bf16 a cosine near 1 has steps of 2^-8, and middle layers tie (methods.md 4.2).
+    Dot products and norms are fp32: in bf16 a cosine near 1 has steps of 2^-8, and middle layers tie.
     """
 
     def __init__(self) -> None:

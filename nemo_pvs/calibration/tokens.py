@@ -42,8 +42,8 @@ class TokenSet:
         """Cut windows out of one long stream of token ids.
 
         Without a seed they are consecutive and do not overlap, from the stream's start, the tail dropped
-        (``wikitext103_seq``, methods.md 3.4). With a seed each starts at ``randint(0, len - S - 1)`` of Python's
-        ``random.Random(seed)``, so they may overlap (``wikitext2_random``, the same section).
+        (the loader of Minitron in llm-pruning-collection). With a seed each starts at ``randint(0, len - S - 1)`` of
+        Python's ``random.Random(seed)``, so they may overlap (the WikiText-2 loader of FLAP and SparseGPT).
 
         Args:
             stream: Token ids, one document after the other.
@@ -105,7 +105,8 @@ class TokenSet:
         Args:
             documents: Texts; ``separator`` goes between them.
             tokenize: Turns the joined text into ids, special tokens as it sees fit.
-            separator: Two line breaks for the sets named after WikiText, a space for C4 (methods.md 3.4).
+            separator: Two line breaks for the sets named after WikiText, a space for C4, as in
+                llm-pruning-collection.
             **settings: ``sequence_length``, ``samples``, ``seed``, ``data_set``, ``tokenizer_sha256``.
 
         Raises:

@@ -144,6 +144,7 @@ def trainer(job: TrainingJob, precision: str) -> run.Config:
             grad_reduce_in_fp32=True,
         ),
         val_check_interval=interval(training.steps, training.validations),
+        check_val_every_n_epoch=None,  # count steps over the whole run, so that resuming does not shift validations
         limit_val_batches=1.0,  # one whole epoch of the validation windows, each time the same
         limit_test_batches=0,
         num_sanity_val_steps=0,

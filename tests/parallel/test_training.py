@@ -158,6 +158,7 @@ def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp
     resumed = doomed.log.read_text().count("step 11/20")
     assert resumed == 2, "it began anew instead of at the checkpoint of step 10"
     assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
+    assert [point["step"] for point in curve.validation] == [5, 10, 15, 20]
 
 
 def test_trained_checkpoint_reads_back_through_our_stream(job, reference, tmp_path):
