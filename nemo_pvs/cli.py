@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -34,8 +35,10 @@ def _version(version: bool = typer.Option(False, "--version", help="print the ve
 
 def main() -> None:
     """Run the command line; exit with 2 for a mistake that the user can mend, 1 for a run that failed."""
-    # PyTorch warns on import about a package that NeMo pins and nothing here calls.
+    # PyTorch warns on import about a package that NeMo pins and nothing here calls; Megatron about optional kernels.
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from nemo_pvs.training.run import TrainingFailed
 

