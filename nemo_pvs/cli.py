@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for verb in VERBS:
-    # The docstring's first line is the help; the Args section is for `nemo pvs`, where options have no help of their own.
+    # The docstring's first line is the help; its Args section is what `nemo pvs` shows for each option.
     app.command(help=(verb.__doc__ or "").split("\n\n")[0])(verb)
 
 
@@ -40,14 +40,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from nemo_pvs.training.run import TrainingFailed
+    from nemo_pvs.training.run import TrainingError
 
     try:
         app()
     except UserError as error:
         _complain(error)
         sys.exit(2)
-    except TrainingFailed as error:
+    except TrainingError as error:
         _complain(error)
         sys.exit(1)
     except KeyboardInterrupt:

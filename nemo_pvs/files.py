@@ -111,7 +111,9 @@ def disk_errors(target: Path) -> Iterator[None]:
     """Turn a full, read-only or forbidden disk into a UserError that names ``target``."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # PyTorch's zip writer fails once more, with a RuntimeError, while it closes the file that the disk refused.
+        refusal = _os_error(error)
         reasons = {
             errno.ENOSPC: "the disk is full; free some space and run the command again",
             errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
@@ -119,9 +121,16 @@ def disk_errors(target: Path) -> Iterator[None]:
             errno.EPERM: "permission is denied; choose a folder that you may write to",
             errno.EROFS: "the file system is read-only; choose another folder",
         }
-        if error.errno not in reasons:
+        if refusal is None or refusal.errno not in reasons:
             raise
-        raise UserError(f"Cannot write {target}: {reasons[error.errno]}.") from error
+        raise UserError(f"Cannot write {target}: {reasons[refusal.errno]}.") from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Return the operating system's error that an error is, or was raised while handling."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _partial_name(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,30 @@ class Pipeline:
         """Do every stage that is not done yet, and return what the report shows."""
         from nemo_pvs.reporting.assemble import assemble
 
+        self.prepare()
+        with Trainer(self.folder / "train" / "launcher.log") as trainer:
+            for name, target, initialisation in self._arms():
+                self.train(trainer, name, target, initialisation)
+        self.evaluate()
+        results = assemble(self)
+        write_report(results, self.folder)
+        return results
+
+    def prepare_only(self) -> list[Path]:
+        """Do every stage before training, and return the job files for ranks that something else starts."""
+        self.prepare()
+        jobs = []
+        for name, target, initialisation in self._arms():
+            job = self.job(name, target, initialisation)
+            outputs = [job.folder, self.model(job.name)]
+            self.stages.begin(
+                f"train/{job.name}", self._training_inputs(name, target, initialisation), outputs, keep_partial=True
+            )
+            jobs.append(job.save())
+        return jobs
+
+    def prepare(self) -> None:
+        """Do every stage that makes initial weights and token files."""
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
         self.parent()
         self.data()
@@ -72,14 +97,6 @@ class Pipeline:
             self.prune(name, target)
             if "random" in self.recipe.arms:
                 self.random(name)
-        with Trainer(self.folder / "train" / "launcher.log") as trainer:
-            for name, target in self.recipe.targets.items():
-                for initialisation in self.recipe.arms:
-                    self.train(trainer, name, target, initialisation)
-        self.evaluate()
-        results = assemble(self)
-        write_report(results, self.folder)
-        return results
 
     def parent(self) -> None:
         """Get the parent as a checkpoint folder, and check that the recipe can be done with it."""
@@ -156,7 +173,7 @@ class Pipeline:
 
         def work() -> dict[str, Any]:
             source = self.parent_source
-            result: dict[str, Any] = {"searched_tokens": 0}
+            result: dict[str, Any] = {}
             if target.method == "minitron-width":
                 plan = plan_width(Scores.load(self.folder / "scores", source), shape)
             else:
@@ -164,8 +181,7 @@ class Pipeline:
                 with progress(f"scan windows of {layers_to_remove(shape_of(source), shape)} layers", "passes") as show:
                     scan = scan_windows(source, tokens, layers_to_remove(shape_of(source), shape), progress=show)
                 plan = plan_depth(scan)
-                result["searched_tokens"] = tokens.ids.numel() * scan.layer_forwards // scan.shape.layers
-                result["window_losses"] = list(scan.losses)
+                result["search"] = {"tokens": scan.tokens_read, "flops": scan.flops, "losses": list(scan.losses)}
             folder.mkdir(parents=True)
             plan.save(folder / "plan.json")
             pruned = PrunedSource(source, plan)
@@ -193,13 +209,7 @@ class Pipeline:
         """Train one arm on Megatron, and hand the result over as a Hugging Face folder."""
         arm = arm_name(name, initialisation)
         job = self.job(name, target, initialisation)
-        inputs = {
-            "initial": self.results[f"{'prune' if initialisation == 'pruned' else 'random'}/{name}"]["fingerprint"],
-            "text": self._text("train"),
-            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
-            "layout": target.layout.model_dump(),
-            "training": self.recipe.train.model_dump(),
-        }
+        inputs = self._training_inputs(name, target, initialisation)
 
         def work() -> dict[str, Any]:
             checkpoint = trainer.train(job)
@@ -237,11 +247,10 @@ class Pipeline:
     def models_to_evaluate(self) -> dict[str, Path]:
         """Return every model of the run by label: the parent, each arm's initial weights, each trained arm."""
         models = {"parent": self.parent_path}
-        for name in self.recipe.targets:
-            for initialisation in self.recipe.arms:
-                arm = arm_name(name, initialisation)
-                models[f"{arm}-initial"] = self.initial(name, initialisation)
-                models[arm] = self.model(arm)
+        for name, _, initialisation in self._arms():
+            arm = arm_name(name, initialisation)
+            models[f"{arm}-initial"] = self.initial(name, initialisation)
+            models[arm] = self.model(arm)
         return models
 
     @property
@@ -295,6 +304,20 @@ class Pipeline:
             training=self.recipe.train,
         )
 
+    def _arms(self) -> Iterator[tuple[str, Target, str]]:
+        for name, target in self.recipe.targets.items():
+            for initialisation in self.recipe.arms:
+                yield name, target, initialisation
+
+    def _training_inputs(self, name: str, target: Target, initialisation: str) -> dict[str, Any]:
+        return {
+            "initial": self.results[f"{'prune' if initialisation == 'pruned' else 'random'}/{name}"]["fingerprint"],
+            "text": self._text("train"),
+            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
+            "layout": target.layout.model_dump(),
+            "training": self.recipe.train.model_dump(),
+        }
+
     def _stage(self, name: str, *args: Any, **kwargs: Any) -> None:
         self.results[name] = self.stages.run(name, *args, **kwargs)
 
@@ -317,4 +340,3 @@ def _identity(source: str | list[str]) -> dict[str, list[int]]:
     paths = [Path(name) for name in names if name != WIKIPEDIA_SAMPLE]
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
-

@@ -44,28 +44,48 @@ class Stages:
         Returns:
             What ``work`` returned, now or earlier.
         """
-        record_file = self.folder / "stages" / f"{name.replace('/', '-')}.json"
-        attempt_file = record_file.with_suffix(".started.json")
-        inputs_hash = sha256_json(inputs)
-        forced = any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
-        record = read_json(record_file) if record_file.exists() else {}
-        if not forced and record.get("inputs_hash") == inputs_hash and all(path.exists() for path in outputs):
+        record = self.begin(name, inputs, outputs, keep_partial=keep_partial)
+        if record is not None:
             console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
             return dict(record["result"])
-        record_file.unlink(missing_ok=True)
-        same_attempt = attempt_file.exists() and read_json(attempt_file)["inputs_hash"] == inputs_hash
-        if forced or not (keep_partial and same_attempt):
-            for path in outputs:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        write_json(attempt_file, {"inputs_hash": inputs_hash})
         console.print(f"[bold]→[/] {name}")
         began = time.monotonic()
         result = dict(work())
         seconds = time.monotonic() - began
         write_json(
-            record_file,
-            {"stage": name, "inputs_hash": inputs_hash, "inputs": inputs, "result": result, "seconds": seconds},
+            self._record(name),
+            {
+                "stage": name,
+                "inputs_hash": sha256_json(inputs),
+                "inputs": inputs,
+                "result": result,
+                "seconds": seconds,
+            },
         )
-        attempt_file.unlink()
+        self._attempt(name).unlink()
         console.print(f"[green]✓[/] {name} [dim]({seconds:.0f} s)[/]")
         return result
+
+    def begin(
+        self, name: str, inputs: Mapping[str, Any], outputs: list[Path], *, keep_partial: bool = False
+    ) -> dict[str, Any] | None:
+        """Return the record of a stage that is done; else clear its outputs and note that it was begun."""
+        inputs_hash = sha256_json(inputs)
+        forced = any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
+        record = read_json(self._record(name)) if self._record(name).exists() else {}
+        if not forced and record.get("inputs_hash") == inputs_hash and all(path.exists() for path in outputs):
+            return dict(record)
+        self._record(name).unlink(missing_ok=True)
+        attempt = self._attempt(name)
+        same_attempt = attempt.exists() and read_json(attempt)["inputs_hash"] == inputs_hash
+        if forced or not (keep_partial and same_attempt):
+            for path in outputs:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_json(attempt, {"inputs_hash": inputs_hash})
+        return None
+
+    def _record(self, name: str) -> Path:
+        return self.folder / "stages" / f"{name.replace('/', '-')}.json"
+
+    def _attempt(self, name: str) -> Path:
+        return self._record(name).with_suffix(".begun.json")

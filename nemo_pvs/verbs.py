@@ -1,7 +1,7 @@
 """What ``pvs`` can do: one plain function a verb, used by the command line, by ``nemo pvs`` and from Python.
 
-Arguments are primitives, so that NeMo-Run can carry them to a cluster. Heavy modules are imported inside the functions:
-``pvs --help`` starts in about a second.
+Arguments are primitives, so that NeMo-Run can carry them to a cluster. Heavy modules are imported inside the
+functions: ``pvs --help`` starts in about a second.
 """
 
 from __future__ import annotations
@@ -76,12 +76,16 @@ def inspect(
     table = Table(show_header=False, box=None)
     rows = {
         "format": f"{about['format']}, family {about['family']}",
-        **{name.replace("_", " "): f"{value:,}" if name != "tied" else str(value) for name, value in about["shape"].items()},
+        **{
+            name.replace("_", " "): f"{value:,}" if name != "tied" else str(value)
+            for name, value in about["shape"].items()
+        },
         "parameters": f"{about['parameters']:,} ({about['body_parameters']:,} without embedding and head)",
         "FLOPs per token": f"{about['flops_per_token'] / 1e9:,.3f} G in training, attention scores not counted",
         "stored": ", ".join(f"{count:,} as {dtype}" for dtype, count in about["dtypes"].items())
         + f", {about['bytes'] / 1e9:,.2f} GB",
-        "beside it": f"{about['extra_tensors']} tensors that are no weights; files: {', '.join(about['assets']) or 'none'}",
+        "other tensors": f"{about['extra_tensors']:,} (optimizer state, buffers)",
+        "other files": ", ".join(about["assets"]) or "none",
         "manifest": about["manifest"],
     }
     for name, value in rows.items():
@@ -342,6 +346,7 @@ def run(
     force: Annotated[
         Optional[list[str]], typer.Option(help="do this stage again: calibrate, prune/width, train, ...")
     ] = None,
+    prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
 ) -> None:
     """Run a recipe: calibrate, prune, train every arm, evaluate, report.
 
@@ -349,6 +354,7 @@ def run(
         recipe: Path or name of a recipe.
         out: Run folder.
         force: Stages to do again.
+        prepare_only: Stop before training.
     """
     from nemo_pvs.recipe import load_recipe
 
@@ -356,8 +362,12 @@ def run(
     from nemo_pvs.pipeline import Pipeline
 
     folder = Path(out or f"runs/{checked.name}")
-    results = Pipeline(checked, folder, tuple(force or ())).run()
-    _show(results, folder)
+    pipeline = Pipeline(checked, folder, tuple(force or ()))
+    if prepare_only:
+        for job in pipeline.prepare_only():
+            console.print(f"ready to train: {job}", soft_wrap=True)
+        return
+    _show(pipeline.run(), folder)
 
 
 def report(

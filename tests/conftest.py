@@ -61,7 +61,7 @@ def make_tiny_llama_fixture() -> Callable[..., Path]:
 
 
 def save_tiny_tokenizer(folder: Path, vocab: int = 128) -> Path:
-    """Save a tokenizer of one token a word (``w3`` is token 3) in ``folder``, end of text being 0; return ``folder``."""
+    """Save a tokenizer of one token a word (``w3`` is token 3, the end of text 0) in ``folder``; return ``folder``."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

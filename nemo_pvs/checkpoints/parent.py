@@ -89,7 +89,9 @@ def _download(repository: str, target: Path) -> Path:
                 repository, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
             )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"Cannot download {repository} from the Hugging Face hub: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"Cannot download {repository} from the Hugging Face hub: {str(error).splitlines()[0]}"
+        ) from None
     return target
 
 

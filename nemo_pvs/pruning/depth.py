@@ -39,6 +39,22 @@ class Scan:
         return self.losses.index(min(self.losses))
 
     @property
+    def tokens_read(self) -> int:
+        """Tokens that went through the dense model and through every candidate."""
+        return int(self.tokens["samples"] * self.tokens["sequence_length"]) * (len(self.losses) + 1)
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs of the scan: the layers that were really run, and the output head for every model."""
+        length = self.tokens["sequence_length"]
+        whole = self.shape.flops_per_token(sequence_length=length, training=False)
+        shorter = self.shape.replace(layers=self.shape.layers - 1)
+        layer = whole - shorter.flops_per_token(sequence_length=length, training=False)
+        head = whole - self.shape.layers * layer
+        tokens = self.tokens["samples"] * length
+        return int(tokens * (self.layer_forwards * layer + (len(self.losses) + 1) * head))
+
+    @property
     def reference_layer_forwards(self) -> int:
         """Layer forwards of a scan that runs every model from its first layer, as llm-pruning-collection does.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pvs.checkpoints.source import open_source, shape_of
 from nemo_pvs.pipeline import arm_name
 from nemo_pvs.recipe import Target
-from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.reporting.ledger import Charge, Ledger
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
 from nemo_pvs.training import metrics
 
@@ -95,9 +95,8 @@ def _ledger(run: Pipeline, name: str, initialisation: str, arm: str) -> Ledger:
         )
         length = recipe.calibrate.sequence_length
         ledger.charge("calibration", run.results["calibrate"]["tokens"], parent, length, False, "one dense pass")
-        if searched := run.results[f"prune/{name}"]["searched_tokens"]:
-            note = "depth scan, as tokens through the whole parent"
-            ledger.charge("search", searched, parent, length, False, note)
+        if search := run.results[f"prune/{name}"].get("search"):
+            ledger.charges.append(Charge("search", search["tokens"], search["flops"], "depth scan, prefixes shared"))
     training = recipe.train
     shape = shape_of(open_source(run.model(arm)))
     ledger.charge(

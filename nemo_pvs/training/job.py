@@ -41,7 +41,7 @@ class TrainingJob:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of NeMo checkpoints, the newest being the one to resume from, inside what NeMo tidies up itself."""
+        """The folder of NeMo checkpoints, inside the folder that NeMo tidies up itself when it resumes."""
         return self.folder / "nemo" / "checkpoints"
 
     def save(self) -> Path:

@@ -62,7 +62,9 @@ def _fork_ranks(job: TrainingJob) -> int:
 
     context = multiprocessing.get_context("fork")
     port = _free_port()
-    ranks = [context.Process(target=_rank, args=(train_on_cpu, job, rank, port)) for rank in range(job.layout.processes)]
+    ranks = [
+        context.Process(target=_rank, args=(train_on_cpu, job, rank, port)) for rank in range(job.layout.processes)
+    ]
     for process in ranks:
         process.start()
     try:

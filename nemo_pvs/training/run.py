@@ -17,7 +17,7 @@ from nemo_pvs.training.job import TrainingJob
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class TrainingFailed(Exception):
+class TrainingError(Exception):
     """A training run ended early; says where its log is."""
 
 
@@ -49,8 +49,10 @@ class Trainer:
         """Train ``job``, going on where an earlier attempt stopped, and return its last checkpoint.
 
         Raises:
-            TrainingFailed: a rank failed.
+            TrainingError: a rank failed.
         """
+        if is_finished(job):
+            return last_checkpoint(job)
         launcher = self._start()
         assert launcher.stdin is not None
         print(job.save(), file=launcher.stdin, flush=True)
@@ -59,7 +61,7 @@ class Trainer:
                 _show(job, show)
             _show(job, show)
         if answer != "0":
-            raise TrainingFailed(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
+            raise TrainingError(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
         return last_checkpoint(job)
 
     def _start(self) -> subprocess.Popen[str]:
@@ -90,11 +92,17 @@ class Trainer:
             return None
 
 
+def is_finished(job: TrainingJob) -> bool:
+    """Return whether the checkpoint of the job's last step is there, wherever it was trained."""
+    final = job.checkpoints / f"step={job.training.steps - 1}-last"
+    return (final / "context").is_dir() and not final.with_name(f"{final.name}-unfinished").exists()
+
+
 def last_checkpoint(job: TrainingJob) -> Path:
     """Return the newest finished checkpoint of a job.
 
     Raises:
-        TrainingFailed: there is none.
+        TrainingError: there is none.
     """
     finished = [
         folder
@@ -102,7 +110,7 @@ def last_checkpoint(job: TrainingJob) -> Path:
         if not folder.with_name(f"{folder.name}-unfinished").exists()
     ]
     if not finished:
-        raise TrainingFailed(f"Training of {job.name} left no checkpoint in {job.checkpoints}; see {job.log}.")
+        raise TrainingError(f"Training of {job.name} left no checkpoint in {job.checkpoints}; see {job.log}.")
     return max(finished, key=lambda folder: folder.stat().st_mtime)
 
 

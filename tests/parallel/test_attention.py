@@ -34,9 +34,7 @@ def _compare(tensor_parallel: int) -> tuple[float, float]:
         )
         heads, groups = 8 // tensor_parallel, 4 // tensor_parallel
         torch.manual_seed(torch.distributed.get_rank())
-        query, key, value = (
-            torch.randn(33, 2, count, 16, requires_grad=True) for count in (heads, groups, groups)
-        )
+        query, key, value = (torch.randn(33, 2, count, 16, requires_grad=True) for count in (heads, groups, groups))
         mask = torch.triu(torch.ones(1, 1, 33, 33, dtype=torch.bool), 1)
         results = []
         for attention in (SdpaCausalAttention, DotProductAttention):

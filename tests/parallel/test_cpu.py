@@ -52,6 +52,8 @@ def test_leaving_puts_every_name_back():
 
 def test_the_launchers_main_module_is_light():
     # Megatron's checkpoint writer spawns a helper that imports the main module again.
-    script = "import sys, nemo_pvs.training.launch; print([m for m in ('nemo', 'megatron', 'torch') if m in sys.modules])"
+    script = (
+        "import sys, nemo_pvs.training.launch; print([m for m in ('nemo', 'megatron', 'torch') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -142,7 +142,10 @@ def test_bf16_follows_fp32(job, reference, tmp_path):
     ("before", "after"),
     [
         ({"tensor_parallel": 2}, {"pipeline_parallel": 2}),
-        ({"pipeline_parallel": 2, "distributed_optimizer": False}, {"tensor_parallel": 2, "distributed_optimizer": False}),
+        (
+            {"pipeline_parallel": 2, "distributed_optimizer": False},
+            {"tensor_parallel": 2, "distributed_optimizer": False},
+        ),
         ({"data_parallel": 2}, {"data_parallel": 2}),
     ],
     ids=["TP=2 to PP=2", "PP=2 to TP=2, plain optimizer", "DP=2"],
@@ -169,9 +172,7 @@ def test_trained_checkpoint_reads_back_through_our_stream(job, reference, tmp_pa
 
     curve = _run(job, tmp_path / "run", tensor_parallel=2)
     trained = open_source(last_checkpoint(replace(job, folder=tmp_path / "run")))
-    windows = validation_windows(
-        Path(job.data["validation"]), samples=VALIDATION_SAMPLES, sequence_length=SEQUENCE
-    )
+    windows = validation_windows(Path(job.data["validation"]), samples=VALIDATION_SAMPLES, sequence_length=SEQUENCE)
     assert perplexity(trained, windows)["loss"] == pytest.approx(curve.validation[-1]["loss"], abs=1e-4)
 
 

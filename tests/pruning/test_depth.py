@@ -176,3 +176,14 @@ def test_layers_to_remove() -> None:
     assert layers_to_remove(parent, replace(parent, layers=14)) == 16
     with pytest.raises(UserError, match="in width"):
         layers_to_remove(parent, replace(parent, layers=14, hidden=32))
+
+
+def test_scan_charges_the_layers_that_ran_and_every_head():
+    """By hand: 3 layers, one removed, 2 windows of 5 tokens; d=4, f=6, H=2, G=1, h=2, V=10."""
+    shape = Shape(layers=3, hidden=4, ffn=6, heads=2, kv_groups=1, head_dim=2, vocab=10, tied=True)
+    tokens = {"samples": 2, "sequence_length": 5}
+    scan = Scan(shape, "", tokens, removed=1, losses=(1.0, 2.0, 3.0), dense_loss=0.5, layer_forwards=6)
+    layer = 2 * (2 * 4 * 2 * (2 + 1) + 3 * 4 * 6) + 2 * 5 * 2 * 2
+    head = 2 * 10 * 4
+    assert scan.tokens_read == 40
+    assert scan.flops == 10 * (6 * layer + 4 * head)

@@ -1,0 +1,205 @@
+"""The command line: what a user types, what they see, and what they are told when it cannot work."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from nemo_pvs import cli
+from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+
+
+@pytest.fixture
+def pvs(monkeypatch, capsys):
+    """Run ``pvs`` with arguments in this process; return exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pvs", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    generator = random.Random(0)
+    for index in range(8):
+        (folder / f"{index}.txt").write_text(" ".join(f"w{generator.randint(2, 127)}" for _ in range(400)))
+    return folder
+
+
+def _refused(outcome: tuple[int, str, str], sentence: str) -> None:
+    """Exit code 2 and one clear sentence."""
+    code, _, errors = outcome
+    assert code == 2
+    assert sentence in errors
+    assert errors.startswith("pvs: ")
+    assert errors.count("\n") == 1
+
+
+def test_help_is_light():
+    script = (
+        "import sys, nemo_pvs.cli; heavy = {'torch', 'nemo', 'transformers', 'megatron', 'matplotlib', 'pandas'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_verb_has_help(pvs):
+    code, out, _ = pvs("--help")
+    assert code == 0
+    for verb in ("convert", "inspect", "calibrate", "prune", "train", "evaluate", "run", "report", "tokenize"):
+        assert verb in out
+        assert pvs(verb, "--help")[0] == 0
+
+
+def test_round_trip_through_nemo(pvs, model, tmp_path):
+    assert pvs("convert", model, tmp_path / "nemo")[0] == 0
+    code, out, _ = pvs("inspect", tmp_path / "nemo", "--tensors")
+    assert code == 0
+    assert "mlp.linear_fc1.weight" in out
+    assert pvs("convert", tmp_path / "nemo", tmp_path / "back")[0] == 0
+    one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (model, tmp_path / "back"))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize("source_format", ["hf", "nemo"])
+def test_prune_in_one_line(pvs, model, text, tmp_path, source_format):
+    source = model
+    if source_format == "nemo":
+        source = tmp_path / "nemo"
+        pvs("convert", model, source)
+    settings = ("--data", text, "--samples", 4, "--sequence-length", 32)
+    target = tmp_path / "small"
+    code, out, errors = pvs(
+        "prune", source, target, "--method", "minitron-width", "--target", "hidden=32,ffn=48", *settings
+    )
+    assert code == 0, errors
+    assert "hidden 32" in out
+    assert (target / ("config.json" if source_format == "hf" else "weights")).exists()
+    assert json.loads((target / "pvs_plan.json").read_text())["method"] == "minitron-width"
+    if source_format == "hf":
+        assert AutoModelForCausalLM.from_pretrained(target).config.head_dim == 16
+
+
+def test_scores_once_then_many_targets(pvs, model, text, tmp_path):
+    settings = ("--data", text, "--samples", 4, "--sequence-length", 32)
+    assert pvs("calibrate", model, "--out", tmp_path / "scores", *settings)[0] == 0
+    for ffn in (48, 32):
+        target = tmp_path / str(ffn)
+        options = ("--method", "minitron-width", "--target", f"ffn={ffn}", "--scores", tmp_path / "scores")
+        assert pvs("prune", model, target, *options)[0] == 0
+        assert json.loads((target / "config.json").read_text())["intermediate_size"] == ffn
+
+
+def test_prune_depth_says_which_layers(pvs, model, text, tmp_path):
+    code, out, _ = pvs(
+        "prune", model, tmp_path / "small", "--method", "minitron-depth", "--target", "layers=2", "--format", "nemo",
+        "--data", text, "--samples", 4, "--sequence-length", 32,
+    )  # fmt: skip
+    assert code == 0
+    assert "without layers" in out
+    assert (tmp_path / "small" / "context" / "io.json").exists()
+
+
+def test_evaluate_agrees_on_both_formats(pvs, model, text, tmp_path):
+    pvs("convert", model, tmp_path / "nemo")
+    options = ("--data", text, "--samples", 8, "--sequence-length", 64)
+    code, out, _ = pvs("evaluate", model, tmp_path / "nemo", *options)
+    assert code == 0
+    rows = [line for line in out.splitlines() if "504" in line]
+    assert len(rows) == 2
+    assert rows[0].split("│")[3:5] == rows[1].split("│")[3:5]
+
+
+def test_tokenize_splits_by_document(pvs, model, text, tmp_path):
+    code, out, _ = pvs(
+        "tokenize", text, "--tokenizer", model, "--out", tmp_path / "data", "--split", "train=0.75,validation=0.25"
+    )
+    assert code == 0
+    assert (tmp_path / "data" / "train.idx").exists()
+    assert "tokens" in out
+
+
+def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path):
+    target = tmp_path / "target"
+    width = ("--method", "minitron-width", "--data", text, "--samples", 4, "--sequence-length", 32)
+    mistakes = {
+        "no/such/model does not exist": ("convert", "no/such/model", target),
+        "neither a Hugging Face model": ("convert", text, target),
+        "asks for hidden=4096, but the model has 64": ("prune", model, target, "--target", "hidden=4096", *width),
+        "did you mean hidden?": ("prune", model, target, "--target", "hiden=32", *width),
+        "Tensor parallelism 4 does not divide kv_groups=2": (
+            "prune", model, target, "--target", "ffn=48", "--tensor-parallel", 4, *width,
+        ),
+        "--method is 'magic'; choose minitron-width or minitron-depth": (
+            "prune", model, target, "--method", "magic", "--target", "ffn=48",
+        ),
+        "too few for 4 random windows of 100000": (
+            "prune", model, target, "--target", "ffn=48", "--method", "minitron-width", "--data", text,
+            "--samples", 4, "--sequence-length", 100000,
+        ),
+        "--to is 'gguf'; choose hf or nemo": ("convert", model, target, "--to", "gguf"),
+        "There is no recipe nothing": ("run", "nothing"),
+        "--split is 'half'": ("tokenize", text, "--tokenizer", model, "--out", target, "--split", "half"),
+    }  # fmt: skip
+    for sentence, arguments in mistakes.items():
+        _refused(pvs(*arguments), sentence)
+        assert not target.exists(), sentence
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_existing_target_is_kept_unless_told_otherwise(pvs, model, tmp_path):
+    pvs("convert", model, tmp_path / "nemo")
+    before = (tmp_path / "nemo" / "pvs_manifest.json").stat().st_mtime_ns
+    _refused(pvs("convert", model, tmp_path / "nemo"), "already exists")
+    assert (tmp_path / "nemo" / "pvs_manifest.json").stat().st_mtime_ns == before
+    assert pvs("convert", model, tmp_path / "nemo", "--overwrite")[0] == 0
+
+
+def test_corrupt_weights(pvs, model, tmp_path):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    _refused(pvs("convert", model, tmp_path / "nemo"), "model.safetensors")
+    assert not (tmp_path / "nemo").exists()
+
+
+def test_another_architecture(pvs, model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    _refused(pvs("inspect", model), "No weight table for architecture MambaForCausalLM")
+
+
+def test_full_disk(pvs, model, tmp_path):
+    """A file system of 64 KiB that root may mount; elsewhere there is nothing to fill."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip("needs root to mount a small file system")
+    try:
+        for to in ("hf", "nemo"):
+            _refused(pvs("convert", model, disk / to, "--to", to), "the disk is full")
+            assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
