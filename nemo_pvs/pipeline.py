@@ -12,6 +12,7 @@ import yaml
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.huggingface import write_huggingface
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.parent import prepare_parent
@@ -266,8 +267,7 @@ class Pipeline:
     @property
     def tokenizer(self) -> Path:
         """A folder with the parent's tokenizer."""
-        stored = self.parent_path / "context" / "tokenizer"
-        return stored if stored.is_dir() else self.parent_path
+        return tokenizer_folder(self.parent_path)
 
     @property
     def validation_tokens(self) -> TokenSet:

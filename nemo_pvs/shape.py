@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nemo_pvs.errors import UserError
@@ -84,7 +84,7 @@ class Shape:
         """Return a copy with some sizes changed; query heads follow the KV groups unless they are given too."""
         if "kv_groups" in sizes and "heads" not in sizes:
             sizes["heads"] = sizes["kv_groups"] * self.heads_per_group
-        return replace(self, **sizes)
+        return Shape(**{**asdict(self), **sizes})
 
     @property
     def heads_per_group(self) -> int:

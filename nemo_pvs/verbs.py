@@ -48,12 +48,11 @@ def convert(
     from nemo_pvs.checkpoints.stream import describe
 
     found = describe(source)["format"]
-    wanted = to or ("hf" if found == "nemo" else "nemo")
-    _one_of("--to", wanted, ("hf", "nemo"))
-    _one_of("--verify", verify, ("checksum", "none"))
+    wanted = _one_of("--to", to or ("hf" if found == "nemo" else "nemo"), ("hf", "nemo"))
+    check = _one_of("--verify", verify, ("checksum", "none"))
     with progress(f"convert to {wanted}", "parameters") as show:
         convert_stream(
-            source, target, to=wanted, dtype=_dtype(dtype), verify=verify, overwrite=overwrite, progress=show
+            source, target, to=wanted, dtype=_dtype(dtype), verify=check, overwrite=overwrite, progress=show
         )
     console.print(f"{target}: {_sentence(describe(target))}")
 
@@ -401,14 +400,18 @@ def _show(results: Any, folder: Path) -> None:
 def _tokens(source: str, data: str, samples: int, sequence_length: int, seed: int) -> Any:
     """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file."""
     from nemo_pvs.calibration.tokens import TokenSet
+    from nemo_pvs.checkpoints.assets import tokenizer_folder
     from nemo_pvs.data.corpus import read_documents
     from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 
-    settings = {"samples": samples, "sequence_length": sequence_length, "seed": None if seed < 0 else seed}
+    settings: dict[str, Any] = {
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": None if seed < 0 else seed,
+    }
     if data.endswith(".bin"):
         return TokenSet.from_token_file(Path(data.removesuffix(".bin")), **settings)
-    inside = Path(source) / "context" / "tokenizer"
-    folder = inside if inside.is_dir() else Path(source)
+    folder = tokenizer_folder(Path(source))
     tokenizer = load_tokenizer(folder)
     return TokenSet.from_documents(
         (document.text for document in read_documents(data)),
@@ -428,9 +431,10 @@ def _dtype(name: str | None) -> Any:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
         raise UserError(f"{option} is {value!r}; choose {', '.join(allowed[:-1])} or {allowed[-1]}.")
+    return value
 
 
 def _shares(text: str) -> dict[str, float]:

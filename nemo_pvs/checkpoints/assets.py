@@ -26,3 +26,9 @@ def _holds_weights(path: Path) -> bool:
     """Whether a file is a model after all: tokenizers saved from a GGUF model copy it as ``tokenizer.model``."""
     with open(path, "rb") as file:
         return path.suffix in _WEIGHTS or file.read(4) == b"GGUF"
+
+
+def tokenizer_folder(checkpoint: Path) -> Path:
+    """Return the folder with the tokenizer of a checkpoint: its own, or the one inside a NeMo context."""
+    inside = checkpoint / "context" / "tokenizer"
+    return inside if inside.is_dir() else checkpoint

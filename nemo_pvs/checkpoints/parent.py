@@ -7,7 +7,9 @@ import importlib.util
 import io
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import whole_folder
@@ -53,7 +55,7 @@ def dequantize_gguf(file: Path, target: Path) -> Path:
     with whole_folder(target) as folder, _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{file} is not a GGUF model that transformers reads ({error}).") from None
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -96,7 +98,7 @@ def _download(repository: str, target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """Silence the progress bar and the advice that transformers prints while it dequantises."""
     logger = logging.getLogger("transformers")
     level = logger.level
