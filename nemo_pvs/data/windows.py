@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from nemo_pvs.calibration.tokens import TokenSet, read_token_file
+from nemo_pvs.data.tokenize import write_token_file
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import sha256_bytes
 
@@ -39,9 +40,4 @@ def validation_windows(prefix: Path, *, samples: int, sequence_length: int) -> T
 
 def write_validation_document(windows: TokenSet, prefix: Path, vocab: int) -> None:
     """Write the windows' tokens as one document, so that Megatron's dataset of one epoch is these windows."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    tokens = torch.cat([windows.ids[0], windows.ids[1:, 1:].flatten()])
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab))
-    builder.add_document(tokens, [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
+    write_token_file(prefix, [torch.cat([windows.ids[0], windows.ids[1:, 1:].flatten()]).tolist()], vocab)

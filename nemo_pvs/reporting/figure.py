@@ -91,6 +91,14 @@ def loss_figure(results: Results) -> str:
     return _themed(image.getvalue(), description, pixels=_PIXELS_AN_INCH * figure.get_figwidth())
 
 
+def standalone(figure: str) -> str:
+    """Return ``loss_figure``'s element as a file of its own, readable on light and on dark pages."""
+    style = "svg { color: #1d1f23; background: #ffffff; padding: 8px; }"
+    return figure.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(
+        ">", f"><style>{style}</style>", 1
+    )
+
+
 def _finite(points: list[Point]) -> list[Point]:
     return [point for point in points if math.isfinite(point.loss)]
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from nemo_pvs.files import write_text
-from nemo_pvs.reporting.figure import loss_figure
+from nemo_pvs.reporting.figure import loss_figure, standalone
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.numbers import DASH, duration, fixed, scientific
 from nemo_pvs.reporting.results import ArmResult, Results
@@ -28,7 +28,7 @@ class _LedgerRow:
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write ``results.json``, ``report.md`` and ``report.html`` into ``folder``, replacing older ones.
+    """Write ``results.json``, ``report.md``, ``report.html`` and ``loss.svg`` into ``folder``, replacing older ones.
 
     The page needs neither network nor scripts, follows the reader's light or dark scheme, and prints on A4.
 
@@ -38,6 +38,7 @@ def write_report(results: Results, folder: Path) -> None:
     results.save(folder / "results.json")
     write_text(folder / "report.md", markdown_report(results))
     write_text(folder / "report.html", html_report(results))
+    write_text(folder / "loss.svg", standalone(loss_figure(results)))
 
 
 def html_report(results: Results) -> str:

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nemo_pvs.reporting.figure import loss_figure
+from nemo_pvs.reporting.figure import loss_figure, standalone
 from nemo_pvs.reporting.results import Results
 
 from .conftest import make_arm
@@ -89,3 +89,9 @@ def test_panels_are_wrapped_and_none_is_empty(results: Results) -> None:
         "axes_2",
         "axes_3",
     ]
+
+
+def test_standalone_figure_is_a_whole_svg_file(results):
+    root = ElementTree.fromstring(standalone(loss_figure(results)))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root[0].tag.endswith("style")

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from nemo_pvs.checkpoints.random import RandomSource
+from nemo_pvs.layout import Layout
+from nemo_pvs.shape import Shape
+from tests.conftest import tiny_llama_config
+
+CONFIG = tiny_llama_config(hidden_size=128, intermediate_size=512, vocab_size=1000).to_dict()
+
+
+def test_draws_do_not_depend_on_the_order_of_reading():
+    names = list(Layout.for_config(CONFIG).parts(Shape.from_config(CONFIG)))
+    forward = {name: RandomSource(CONFIG, 7).read(name) for name in names}
+    source = RandomSource(CONFIG, 7)
+    for name in reversed(names):
+        assert torch.equal(source.read(name), forward[name])
+
+
+def test_seeds_and_tensors_differ():
+    one, other = RandomSource(CONFIG, 1), RandomSource(CONFIG, 2)
+    gate, up = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(one.read(gate), other.read(gate))
+    assert not torch.equal(one.read(gate), one.read(up))
+
+
+@pytest.mark.parametrize(
+    ("name", "deviation"),
+    [
+        ("model.embed_tokens.weight", 0.02),
+        ("model.layers.1.mlp.up_proj.weight", 0.02),
+        ("model.layers.1.mlp.down_proj.weight", 0.02 / (2 * 4) ** 0.5),
+        ("model.layers.3.self_attn.o_proj.weight", 0.02 / (2 * 4) ** 0.5),
+    ],
+)
+def test_deviation_is_megatrons(name, deviation):
+    drawn = RandomSource(CONFIG, 0).read(name)
+    assert abs(float(drawn.mean())) < 5 * deviation / drawn.numel() ** 0.5
+    assert float(drawn.std()) == pytest.approx(deviation, rel=0.02)
+
+
+def test_norms_are_one_and_dtype_is_kept():
+    source = RandomSource(CONFIG, 0, dtype=torch.bfloat16)
+    assert torch.equal(source.read("model.norm.weight"), torch.ones(128, dtype=torch.bfloat16))
+    assert source.read("lm_head.weight").dtype == torch.bfloat16

@@ -1,0 +1,19 @@
+import json
+
+from nemo_pvs.training import metrics
+
+
+def test_resumed_steps_replace_earlier_ones_and_half_a_line_is_ignored(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step, loss in [(1, 5.0), (2, 4.0), (3, 3.5), (2, 4.25), (3, 3.75)]:
+        metrics.append(path, {"kind": "training", "step": step, "loss": loss})
+    metrics.append(path, {"kind": "validation", "step": 2, "loss": 4.5})
+    with open(path, "a") as file:
+        file.write(json.dumps({"kind": "training", "step": 4, "loss": 1.0})[:20])
+    curve = metrics.read(path)
+    assert [(point["step"], point["loss"]) for point in curve.training] == [(1, 5.0), (2, 4.25), (3, 3.75)]
+    assert [(point["step"], point["loss"]) for point in curve.validation] == [(2, 4.5)]
+
+
+def test_no_file_is_an_empty_curve(tmp_path):
+    assert metrics.read(tmp_path / "none") == metrics.Curve([], [])
