@@ -119,10 +119,10 @@ def test_nothing_measured_is_a_page_of_dashes(results: Results) -> None:
     assert environment == hashes == [["–"]]
 
 
-def test_the_three_files_are_written_and_replaced(results: Results, tmp_path: Path) -> None:
+def test_the_files_are_written_and_replaced(results: Results, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "demo"
     write_report(results, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["loss.svg", "report.html", "report.md", "results.json"]
     assert Results.load(folder / "results.json") == results
     assert (folder / "report.html").read_text() == html_report(results)
     results.title = "Another title"
