@@ -13,11 +13,12 @@ from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.huggingface import write_huggingface
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.parent import prepare_parent
 from nemo_pvs.checkpoints.random import RandomSource
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, open_source, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, read_documents
 from nemo_pvs.data.split import split_documents
@@ -31,8 +32,6 @@ from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.depth import layers_to_remove, plan_depth, scan_windows
 from nemo_pvs.pruning.width import plan_width
 from nemo_pvs.recipe import Recipe, Target
-from nemo_pvs.reporting.html import write_report
-from nemo_pvs.reporting.results import Results
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer
@@ -62,18 +61,13 @@ class Pipeline:
         self.stages = Stages(folder, force)
         self.results: dict[str, dict[str, Any]] = {}
 
-    def run(self) -> Results:
-        """Do every stage that is not done yet, and return what the report shows."""
-        from nemo_pvs.reporting.assemble import assemble
-
+    def run(self) -> None:
+        """Do every stage that is not done yet."""
         self.prepare()
         with Trainer(self.folder / "train" / "launcher.log") as trainer:
             for name, target, initialisation in self._arms():
                 self.train(trainer, name, target, initialisation)
         self.evaluate()
-        results = assemble(self)
-        write_report(results, self.folder)
-        return results
 
     def prepare_only(self) -> list[Path]:
         """Do every stage before training, and return the job files for ranks that something else starts."""

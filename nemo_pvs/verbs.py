@@ -149,7 +149,7 @@ def calibrate(
         overwrite: Replace the scores if they exist.
     """
     from nemo_pvs.calibration.engine import calibrate as measure
-    from nemo_pvs.checkpoints.source import open_source
+    from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.files import refuse_existing
 
     refuse_existing(Path(out), overwrite=overwrite)
@@ -195,9 +195,10 @@ def prune(
     """
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.calibration.scores import Scores
+    from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.huggingface import write_huggingface
     from nemo_pvs.checkpoints.megatron import write_nemo
-    from nemo_pvs.checkpoints.source import open_source, shape_of
+    from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stream import describe
     from nemo_pvs.files import refuse_existing
     from nemo_pvs.pruning.apply import PrunedSource
@@ -320,7 +321,8 @@ def evaluate(
     """
     from rich.table import Table
 
-    from nemo_pvs.checkpoints.source import open_source, shape_of
+    from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.evaluation.perplexity import perplexity
 
     models = {path: open_source(path) for path in paths}
@@ -359,6 +361,8 @@ def run(
 
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
     from nemo_pvs.pipeline import Pipeline
+    from nemo_pvs.reporting.assemble import assemble
+    from nemo_pvs.reporting.html import write_report
 
     folder = Path(out or f"runs/{checked.name}")
     pipeline = Pipeline(checked, folder, tuple(force or ()))
@@ -366,7 +370,10 @@ def run(
         for job in pipeline.prepare_only():
             console.print(f"ready to train: {job}", soft_wrap=True)
         return
-    _show(pipeline.run(), folder)
+    pipeline.run()
+    results = assemble(pipeline)
+    write_report(results, folder)
+    _show(results, folder)
 
 
 def report(

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.recipe import parse_recipe
+from nemo_pvs.reporting.assemble import assemble
+from nemo_pvs.reporting.html import write_report
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.stages import Stages
 from nemo_pvs.training import metrics
@@ -112,8 +114,11 @@ def test_kill_9_in_each_stage_loses_no_finished_stage(values, tmp_path):
         assert finished.items() <= records.items(), f"killed in {stage}: a finished stage was done again"
         finished = {name: time_ for name, time_ in records.items() if not name.endswith(".begun.json")}
 
-    results = Pipeline(recipe, folder).run()
+    pipeline = Pipeline(recipe, folder)
+    pipeline.run()
     assert finished.items() <= _records(folder).items()
+    results = assemble(pipeline)
+    write_report(results, folder)
     _check(results, folder, values)
 
 

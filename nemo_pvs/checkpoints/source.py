@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from nemo_pvs.errors import UserError
 from nemo_pvs.files import sha256_json
 from nemo_pvs.layout import Layout
 from nemo_pvs.shape import Shape
@@ -53,24 +52,3 @@ def fingerprint(source: WeightSource) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def open_source(path: str | Path) -> WeightSource:
-    """Open a checkpoint, whatever its format.
-
-    Raises:
-        UserError: there is nothing at ``path``, or it is not a checkpoint that we read.
-    """
-    from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-    from nemo_pvs.checkpoints.megatron import NemoSource
-
-    folder = Path(path)
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist; give the folder of a Hugging Face model or a NeMo checkpoint.")
-    if (folder / "config.json").is_file():
-        return HuggingFaceSource(folder)
-    if (folder / "weights").is_dir():
-        return NemoSource(folder)
-    raise UserError(
-        f"{folder} is neither a Hugging Face model (no config.json) nor a NeMo checkpoint (no weights/ folder)."
-    )

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.huggingface import write_huggingface
 from nemo_pvs.checkpoints.manifest import Manifest, Progress, dtype_name, sha256_tensor
 from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
-from nemo_pvs.checkpoints.source import open_source
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import refuse_existing
 from nemo_pvs.layout import Layout
@@ -85,7 +85,7 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
     manifest = Manifest.read(folder)
     if manifest is None:
         raise UserError(f"{folder} has no manifest to compare with; only checkpoints written by nemo_pvs have one.")
-    source = _open(folder)
+    source = open_source(folder)
     shape = Shape.from_config(source.config)
     expected = Layout.for_config(source.config).parts(shape)
     odd = sorted({*expected} ^ {*manifest.tensors}) + sorted(source.extra_tensors)
@@ -119,7 +119,7 @@ def describe(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
         UserError: it is not a checkpoint that we read.
     """
     folder = Path(path)
-    source = _open(folder)
+    source = open_source(folder)
     shape = Shape.from_config(source.config)
     layout = Layout.for_config(source.config)
     parts = layout.parts(shape)
@@ -158,9 +158,3 @@ def _manifest_status(folder: Path) -> str:
     if manifest is None:
         return "absent"
     return "broken" if manifest.changed_files(folder) else "complete"
-
-
-def _open(folder: Path) -> HuggingFaceSource | NemoSource:
-    source = open_source(folder)
-    assert isinstance(source, (HuggingFaceSource, NemoSource))
-    return source

@@ -7,17 +7,15 @@ import platform
 import statistics
 from datetime import datetime, timezone
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_pvs.checkpoints.source import open_source, shape_of
-from nemo_pvs.pipeline import arm_name
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.pipeline import Pipeline, arm_name
 from nemo_pvs.recipe import Target
 from nemo_pvs.reporting.ledger import Charge, Ledger
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
 from nemo_pvs.training import metrics
-
-if TYPE_CHECKING:
-    from nemo_pvs.pipeline import Pipeline
 
 _PACKAGES = ("nemo-pvs", "nemo-toolkit", "megatron-core", "torch", "transformers", "numpy")
 

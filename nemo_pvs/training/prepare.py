@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.random import RandomSource
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, open_source, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.manifest import MANIFEST
-from nemo_pvs.checkpoints.source import fingerprint, open_source
+from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.checkpoints.stream import convert, describe, verify_checkpoint
 from nemo_pvs.errors import UserError
 from nemo_pvs.shape import Shape
