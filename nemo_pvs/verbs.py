@@ -396,11 +396,10 @@ VERBS = (convert, inspect, tokenize, calibrate, prune, train, evaluate, run, rep
 
 
 def _show(results: Any, folder: Path) -> None:
-    from nemo_pvs.reporting.table import outcome, results_table
+    from nemo_pvs.reporting.table import results_table
 
     console.print()
     console.print(results_table(results))
-    console.print(outcome(results))
     console.print(f"\nReport: {(folder / 'report.html').resolve()}", soft_wrap=True)
 
 
