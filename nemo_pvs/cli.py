@@ -22,8 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for verb in VERBS:
-    # The docstring's first line is the help; its Args section is what `nemo pvs` shows for each option.
-    app.command(help=(verb.__doc__ or "").split("\n\n")[0])(verb)
+    app.command()(verb)
 
 
 @app.callback(invoke_without_command=True)

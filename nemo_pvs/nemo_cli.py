@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Callable
+from typing import Any
 
 import nemo_run
 
 from nemo_pvs.verbs import VERBS
 
+
+def _register(verb: Callable[..., None]) -> None:
+    """Register a verb; NeMo-Run wants plain types, and each argument's help in the docstring."""
+    annotated = typing.get_type_hints(verb, include_extras=True)
+    helps = {name: hint.__metadata__[0].help for name, hint in annotated.items() if hasattr(hint, "__metadata__")}
+    summary = verb.__doc__ or ""
+    verb.__doc__ = "\n".join([summary, "", "Args:", *(f"    {name}: {text}" for name, text in helps.items())])
+    plain: dict[str, Any] = typing.get_type_hints(verb)
+    verb.__annotations__ = plain
+    nemo_run.cli.entrypoint(verb, namespace="pvs", name=verb.__name__, help=summary)
+
+
 for verb in VERBS:
-    # NeMo-Run parses arguments by plain types; the help that typer reads from the annotations is in the docstring too.
-    verb.__annotations__ = typing.get_type_hints(verb)
-    help_line = (verb.__doc__ or "").split("\n\n")[0]
-    nemo_run.cli.entrypoint(verb, namespace="pvs", name=verb.__name__, help=help_line)
+    _register(verb)

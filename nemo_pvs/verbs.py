@@ -34,16 +34,7 @@ def convert(
     verify: Annotated[str, typer.Option(help="checksum (read everything back) or none")] = "checksum",
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert between Hugging Face and NeMo, as a stream.
-
-    Args:
-        source: Hugging Face folder or NeMo checkpoint.
-        target: Folder to write.
-        to: hf or nemo.
-        dtype: bf16, fp16 or fp32.
-        verify: checksum or none.
-        overwrite: Replace the target if it exists.
-    """
+    """Convert between Hugging Face and NeMo, as a stream."""
     from nemo_pvs.checkpoints.stream import convert as convert_stream
     from nemo_pvs.checkpoints.stream import describe
 
@@ -61,12 +52,7 @@ def inspect(
     path: Source,
     tensors: Annotated[bool, typer.Option(help="list every tensor")] = False,
 ) -> None:
-    """Show what a checkpoint is, without reading its weights.
-
-    Args:
-        path: Hugging Face folder or NeMo checkpoint.
-        tensors: List every tensor.
-    """
+    """Show what a checkpoint is, without reading its weights."""
     from rich.table import Table
 
     from nemo_pvs.checkpoints.stream import describe
@@ -107,16 +93,7 @@ def tokenize(
     text_key: Annotated[str, typer.Option(help="key or column that holds the text")] = "text",
     seed: Annotated[int, typer.Option(help="another seed, another split")] = 0,
 ) -> None:
-    """Turn text into Megatron token files, split by document.
-
-    Args:
-        inputs: Text files or folders.
-        tokenizer: Hugging Face folder.
-        out: Folder to write to.
-        split: Shares of the text.
-        text_key: Key or column that holds the text.
-        seed: Seed of the split.
-    """
+    """Turn text into Megatron token files, split by document."""
     from nemo_pvs.data.corpus import read_documents
     from nemo_pvs.data.split import split_documents
     from nemo_pvs.data.tokenize import tokenize as write_tokens
@@ -137,17 +114,7 @@ def calibrate(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure importance once, for every width target.
-
-    Args:
-        source: Hugging Face folder or NeMo checkpoint.
-        out: Folder for the scores.
-        data: Text to measure on.
-        samples: Number of sequences.
-        sequence_length: Tokens per sequence.
-        seed: Which windows of the text.
-        overwrite: Replace the scores if they exist.
-    """
+    """Measure importance once, for every width target."""
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.files import refuse_existing
@@ -176,23 +143,7 @@ def prune(
     pipeline_parallel: Annotated[int, typer.Option(help="refuse a shape that has no such pipeline stages")] = 1,
     overwrite: Overwrite = False,
 ) -> None:
-    """Prune a model to a smaller architecture.
-
-    Args:
-        source: Hugging Face folder or NeMo checkpoint.
-        target_folder: Folder to write.
-        method: minitron-width or minitron-depth.
-        target: Sizes to reach.
-        scores: Folder that calibrate wrote.
-        data: Text to measure on when there are no scores.
-        samples: Number of sequences.
-        sequence_length: Tokens per sequence.
-        seed: Which windows of the text.
-        format: hf or nemo.
-        tensor_parallel: Ranks that the result must be divisible by.
-        pipeline_parallel: Pipeline stages that the result must have.
-        overwrite: Replace the target if it exists.
-    """
+    """Prune a model to a smaller architecture."""
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.checkpoints.detect import open_source
@@ -248,32 +199,14 @@ def train(
     micro_batch_size: Annotated[int, typer.Option(help="sequences per forward pass of a rank")] = 1,
     learning_rate: Annotated[float, typer.Option(help="peak")] = 3e-4,
     validation_samples: Annotated[int, typer.Option(help="sequences, a multiple of the global batch size")] = 512,
-    tensor_parallel: Annotated[int, typer.Option()] = 1,
-    pipeline_parallel: Annotated[int, typer.Option()] = 1,
-    data_parallel: Annotated[int, typer.Option()] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="ranks that share every layer")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="stages that share the layers out")] = 1,
+    data_parallel: Annotated[int, typer.Option(help="replicas that share the batch out")] = 1,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
     random_init: Annotated[bool, typer.Option(help="keep the architecture, draw the weights: the baseline")] = False,
     seed: Annotated[int, typer.Option(help="order of the data and random weights")] = 1234,
 ) -> None:
-    """Train on NeMo and Megatron, from pruned or random weights.
-
-    Args:
-        initial: Checkpoint with the initial weights.
-        out: Run folder.
-        data: Folder with the token files.
-        tokens: Training tokens.
-        sequence_length: Tokens per sequence.
-        global_batch_size: Sequences per optimizer step.
-        micro_batch_size: Sequences per forward pass of a rank.
-        learning_rate: Peak learning rate.
-        validation_samples: Validation sequences.
-        tensor_parallel: Ranks per layer.
-        pipeline_parallel: Pipeline stages.
-        data_parallel: Replicas.
-        precision: auto, bf16 or fp32.
-        random_init: Draw the weights instead of reading them.
-        seed: Order of the data and random weights.
-    """
+    """Train on NeMo and Megatron, from pruned or random weights."""
     from nemo_pvs.recipe import parse_layout, parse_training
     from nemo_pvs.training.prepare import prepare_job
     from nemo_pvs.training.run import Trainer
@@ -310,15 +243,7 @@ def evaluate(
     sequence_length: SequenceLength = 512,
     seed: Seed = -1,
 ) -> None:
-    """Measure perplexity of checkpoints on the same text.
-
-    Args:
-        paths: Checkpoints.
-        data: Text to predict, or a Megatron .bin file.
-        samples: Number of sequences.
-        sequence_length: Tokens per sequence.
-        seed: Which windows of the text.
-    """
+    """Measure perplexity of checkpoints on the same text."""
     from rich.table import Table
 
     from nemo_pvs.checkpoints.detect import open_source
@@ -349,14 +274,7 @@ def run(
     ] = None,
     prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
 ) -> None:
-    """Run a recipe: calibrate, prune, train every arm, evaluate, report.
-
-    Args:
-        recipe: Path or name of a recipe.
-        out: Run folder.
-        force: Stages to do again.
-        prepare_only: Stop before training.
-    """
+    """Run a recipe: calibrate, prune, train every arm, evaluate, report."""
     from nemo_pvs.recipe import load_recipe
 
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
@@ -379,11 +297,7 @@ def run(
 def report(
     folder: Annotated[str, typer.Argument(help="run folder with results.json")],
 ) -> None:
-    """Write a finished run's report again and show its table.
-
-    Args:
-        folder: Run folder.
-    """
+    """Write a finished run's report again and show its table."""
     from nemo_pvs.reporting.html import write_report
     from nemo_pvs.reporting.results import Results
 

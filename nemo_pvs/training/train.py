@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import fiddle
 import torch
 
@@ -22,6 +20,6 @@ def train(job: TrainingJob) -> None:
 
 def train_on_cpu(job: TrainingJob) -> None:
     """Train as one rank on this machine's CPU, the cores shared out among the ranks."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.layout.processes))
+    torch.set_num_threads(max(1, torch.get_num_threads() // job.layout.processes))
     with megatron_on_cpu():
         fiddle.build(pretrain_recipe(job))()
