@@ -215,6 +215,7 @@ class Pipeline:
 
     def evaluate(self) -> None:
         """Measure perplexity on the test split, and the validation loss of models that no training measured."""
+        trained = {arm_name(name, initialisation) for name, _, initialisation in self._arms()}
         for label, path in self.models_to_evaluate().items():
             source = open_source(path)
             inputs = {
@@ -231,10 +232,13 @@ class Pipeline:
                     samples=settings.samples,
                     sequence_length=settings.sequence_length,
                 )
-                with progress(f"test perplexity of {label}", "layers") as show:
-                    measured = {"test": perplexity(source, test, progress=show)}
-                with progress(f"validation loss of {label}", "layers") as show:
-                    measured["validation"] = perplexity(source, self.validation_tokens, progress=show)
+                texts = {"test": test}
+                if label not in trained:  # training has measured the validation loss of these already
+                    texts["validation"] = self.validation_tokens
+                measured = {}
+                for text, tokens in texts.items():
+                    with progress(f"{text} loss of {label}", "layers") as show:
+                        measured[text] = perplexity(source, tokens, progress=show)
                 return measured
 
             self._stage(f"evaluate/{label}", inputs, [], work)
