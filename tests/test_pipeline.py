@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline import Pipeline
-from nemo_pvs.recipe import parse_recipe
+from nemo_pvs.recipe import load_recipe, parse_recipe
 from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.html import write_report
 from nemo_pvs.reporting.results import Results
@@ -20,6 +20,7 @@ from nemo_pvs.stages import Stages
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.parallel.ranks import fork_context
 
 STAGES_BEFORE_TRAINING = ["parent", "data", "calibrate", "prune/width", "random/width", "prune/depth", "random/depth"]
 
@@ -80,14 +81,17 @@ class KilledAfter(Stages):
         return super().run(name, inputs, outputs, doomed if name == self.stage else work, **options)
 
 
-def _in_child(pipeline: Pipeline) -> int:
-    """Start a run in a process of its own, and return its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            pipeline.run()
-        finally:
-            os._exit(0)
+def _run(values: dict, folder: Path, doomed_stage: str | None = None) -> None:
+    pipeline = Pipeline(parse_recipe(values, "test"), folder)
+    if doomed_stage:
+        pipeline.stages = KilledAfter(folder, doomed_stage)
+    pipeline.run()
+
+
+def _in_child(*arguments):
+    """Start a run in a process of its own, and return the process."""
+    child = fork_context().Process(target=_run, args=arguments)
+    child.start()
     return child
 
 
@@ -98,23 +102,22 @@ def _records(folder: Path) -> dict[str, int]:
 @pytest.mark.parallel
 @pytest.mark.slow
 def test_kill_9_in_each_stage_loses_no_finished_stage(values, tmp_path):
-    recipe, folder = parse_recipe(values, "test"), tmp_path / "run"
+    folder = tmp_path / "run"
     finished: dict[str, int] = {}
     for stage in [*STAGES_BEFORE_TRAINING, "evaluate/depth-random"]:
         if stage.startswith("evaluate"):
-            _kill_in_the_middle_of_training(recipe, folder)
+            _kill_in_the_middle_of_training(values, folder)
             finished = _records(folder) | finished
             finished = {name: time_ for name, time_ in finished.items() if not name.endswith(".begun.json")}
-        pipeline = Pipeline(recipe, folder)
-        pipeline.stages = KilledAfter(folder, stage)
-        _, status = os.waitpid(_in_child(pipeline), 0)
-        assert os.WIFSIGNALED(status), stage
+        child = _in_child(values, folder, stage)
+        child.join(timeout=300)
+        assert child.exitcode == -signal.SIGKILL, stage
         records = _records(folder)
         assert f"{stage.replace('/', '-')}.json" not in records, "a stage that was killed counts as done"
         assert finished.items() <= records.items(), f"killed in {stage}: a finished stage was done again"
         finished = {name: time_ for name, time_ in records.items() if not name.endswith(".begun.json")}
 
-    pipeline = Pipeline(recipe, folder)
+    pipeline = Pipeline(parse_recipe(values, "test"), folder)
     pipeline.run()
     assert finished.items() <= _records(folder).items()
     results = assemble(pipeline)
@@ -122,16 +125,16 @@ def test_kill_9_in_each_stage_loses_no_finished_stage(values, tmp_path):
     _check(results, folder, values)
 
 
-def _kill_in_the_middle_of_training(recipe, folder: Path) -> None:
+def _kill_in_the_middle_of_training(values: dict, folder: Path) -> None:
     """Kill the run when the first arm has saved its checkpoint of step 8 and gone on; nothing may train on."""
     curve = folder / "train" / "width-pruned" / METRICS_FILE
-    child = _in_child(Pipeline(recipe, folder))
+    child = _in_child(values, folder)
     deadline = time.monotonic() + 240
     while not [point for point in metrics.read(curve).training if point["step"] >= 9]:
         assert time.monotonic() < deadline, "training did not get to step 9"
         time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
+    child.join()
     time.sleep(1)
     size = curve.stat().st_size
     time.sleep(2)
@@ -158,6 +161,7 @@ def _check(results: Results, folder: Path, values: dict) -> None:
 def test_prepare_only_stops_before_training(values, tmp_path):
     pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
     jobs = pipeline.prepare_only()
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == pipeline.recipe, "the run cannot be repeated"
     assert [job.parent.name for job in jobs] == ["width-pruned", "width-random", "depth-pruned", "depth-random"]
     assert all(job.is_file() for job in jobs)
     assert not (tmp_path / "run" / "models").exists()

@@ -93,7 +93,7 @@ def loss_figure(results: Results) -> str:
 
 def standalone(figure: str) -> str:
     """Return ``loss_figure``'s element as a file of its own, readable on light and on dark pages."""
-    style = "svg { color: #1d1f23; background: #ffffff; padding: 8px; }"
+    style = "svg { color: #1d1f23; background: #ffffff; }"
     return figure.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(
         ">", f"><style>{style}</style>", 1
     )

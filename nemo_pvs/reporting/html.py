@@ -18,6 +18,8 @@ from nemo_pvs.reporting.numbers import DASH, duration, fixed, scientific
 from nemo_pvs.reporting.results import ArmResult, Results
 from nemo_pvs.reporting.table import NOTES, markdown_table, outcome, results_rows, total_cost
 
+_REPEAT = "pvs run recipe.yaml --out again"  # every run folder holds its recipe
+
 
 @dataclass(frozen=True)
 class _LedgerRow:
@@ -60,7 +62,7 @@ def html_report(results: Results) -> str:
         runs=[_run_row(arm) for arm in results.arms],
         ledgers=[(arm.name, _ledger_rows(arm.ledger)) for arm in results.arms],
         recipe=_recipe_text(results),
-        command=_command(results),
+        command=_REPEAT,
     )
 
 
@@ -75,7 +77,7 @@ def markdown_report(results: Results) -> str:
             markdown_table(results),
             f"{notes}\n",
             f"Made {results.created} from the recipe below; figure, ledger and environment are in report.html.\n",
-            f"Repeat it: `{_command(results)}`\n",
+            f"Repeat it, in the folder of this file: `{_REPEAT}`\n",
             f"```yaml\n{_recipe_text(results)}```\n",
         ]
     )
@@ -111,7 +113,3 @@ def _ledger_rows(ledger: Ledger) -> list[_LedgerRow]:
 def _recipe_text(results: Results) -> str:
     text: str = yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True)
     return text
-
-
-def _command(results: Results) -> str:
-    return f"pvs run {results.recipe_name} --out runs/again"

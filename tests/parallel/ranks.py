@@ -13,8 +13,15 @@ from typing import Any
 
 from nemo_pvs.processes import die_with_parent
 
-_PRELOAD = ["nemo_pvs.training.recipe"]
+_PRELOAD = ["nemo_pvs.training.recipe", "nemo_pvs.pipeline"]
 _SECONDS = 300
+
+
+def fork_context() -> Any:
+    """Return the context whose processes are forked from the server; forking pytest would inherit its threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -22,8 +29,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
     A rank that fails, dies or hangs fails the test, with the end of its output.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = fork_context()
     port = _free_port()
     pipes, processes = [], []
     for rank in range(world_size):

@@ -141,7 +141,7 @@ def test_the_markdown_says_the_same(results: Results, tmp_path: Path) -> None:
     assert rows[2:] == main[2:]
     recipe = text[text.index("```yaml\n") + 8 : text.rindex("```")]
     assert yaml.safe_load(recipe) == results.recipe
-    assert "`pvs run tiny/demo --out runs/again`" in text
+    assert "`pvs run recipe.yaml --out again`" in text
 
 
 def test_a_folder_that_cannot_be_written_is_named(results: Results, tmp_path: Path) -> None:
