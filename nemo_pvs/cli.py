@@ -14,6 +14,8 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.progress import console
 from nemo_pvs.verbs import VERBS
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="pvs",
     help="Prune a Llama-family model, keep training it on Megatron, and compare it with training from scratch.",
@@ -49,9 +51,10 @@ def main() -> None:
     except TrainingError as error:
         _complain(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        _complain("Interrupted; the same command goes on where it stopped.")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            _complain("interrupted; the same command goes on where it stopped.")
+        raise
 
 
 def _complain(message: object) -> None:

@@ -50,6 +50,8 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
         if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
             left = (now - began) / done * (total - done)
-            console.print(f"  {what}: {done:,}/{total:,} {unit}, {left:.0f} s left{', ' + note if note else ''}")
+            console.print(
+                f"  {what}: {done:,}/{total:,} {unit}, {left:.0f} s left{', ' + note if note else ''}", soft_wrap=True
+            )
 
     yield say

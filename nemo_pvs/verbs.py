@@ -45,7 +45,7 @@ def convert(
         convert_stream(
             source, target, to=wanted, dtype=_dtype(dtype), verify=check, overwrite=overwrite, progress=show
         )
-    console.print(f"{target}: {_sentence(describe(target))}")
+    console.print(f"{target}: {_sentence(describe(target))}", soft_wrap=True)
 
 
 def inspect(
@@ -177,7 +177,8 @@ def prune(
         plan = plan_depth(scan)
         console.print(
             f"without layers {scan.start} to {scan.start + scan.removed - 1} the loss is {min(scan.losses):.3f} "
-            f"instead of {scan.dense_loss:.3f} nats per token"
+            f"instead of {scan.dense_loss:.3f} nats per token",
+            soft_wrap=True,
         )
     pruned = PrunedSource(model, plan)
     with progress(f"write {wanted}", "parameters") as show:
@@ -186,7 +187,7 @@ def prune(
         else:
             write_nemo(pruned, Path(target_folder), overwrite=overwrite, progress=show)
     plan.save(Path(target_folder) / "pvs_plan.json")
-    console.print(f"{target_folder}: {shape}")
+    console.print(f"{target_folder}: {shape}", soft_wrap=True)
 
 
 def train(

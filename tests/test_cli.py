@@ -2,8 +2,10 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -203,3 +205,19 @@ def test_full_disk(pvs, model, tmp_path):
             assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_interrupt_says_how_to_go_on(tmp_path):
+    command = [str(Path(sys.executable).with_name("pvs")), "run", "smollm2_135m/demo", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = tmp_path / "run" / "stages" / "parent.begun.json"
+    deadline = time.monotonic() + 60
+    while not begun.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "pvs: interrupted; the same command goes on where it stopped.\n"
+    assert not (tmp_path / "run" / "stages" / "parent.json").exists()
