@@ -1,6 +1,8 @@
 """Real NeMo training over gloo: the loss curve does not depend on how a run is spread over processes."""
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import last_checkpoint
+from nemo_pvs.training.run import Trainer, is_finished, last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.ranks import run_ranks, write_tokens
 
@@ -180,3 +182,20 @@ def test_steps_come_in_order_and_count_tokens(reference):
     for earlier, later in itertools.pairwise(reference.training):
         assert later["step"] == earlier["step"] + 1
         assert later["tokens"] - earlier["tokens"] == 8 * SEQUENCE
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_train_a_prepared_job(job, reference, tmp_path):
+    """What Slurm and torchrun do on a cluster; afterwards the run counts as trained and no launcher is started."""
+    job = replace(job, folder=tmp_path / "run", layout=Layout(tensor_parallel=2))
+    assert not is_finished(job)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "nemo_pvs.training.launch", str(job.save())], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _largest_difference(_losses(metrics.read(job.metrics)), _losses(reference)) < 1e-3
+    assert is_finished(job)
+    with Trainer(tmp_path / "launcher.log") as trainer:
+        assert trainer.train(job) == last_checkpoint(job)
+    assert not (tmp_path / "launcher.log").exists()
