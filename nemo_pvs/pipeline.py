@@ -23,9 +23,9 @@ from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, read_documents
 from nemo_pvs.data.split import split_documents
 from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
-from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.perplexity import perplexity
+from nemo_pvs.evaluation.windows import validation_windows, write_validation_document
 from nemo_pvs.files import write_text
 from nemo_pvs.progress import progress
 from nemo_pvs.pruning.apply import PrunedSource

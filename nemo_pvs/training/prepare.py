@@ -11,8 +11,8 @@ from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.random import RandomSource
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.data.tokenize import count_tokens
-from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.windows import validation_windows, write_validation_document
 from nemo_pvs.files import read_json, write_json
 from nemo_pvs.progress import progress
 from nemo_pvs.recipe import Layout, Training

@@ -169,8 +169,8 @@ def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp
 def test_trained_checkpoint_reads_back_through_our_stream(job, reference, tmp_path):
     """The last checkpoint's weights, read without NeMo, have the validation loss that NeMo measured."""
     from nemo_pvs.checkpoints.detect import open_source
-    from nemo_pvs.data.windows import validation_windows
     from nemo_pvs.evaluation.perplexity import perplexity
+    from nemo_pvs.evaluation.windows import validation_windows
 
     curve = _run(job, tmp_path / "run", tensor_parallel=2)
     trained = open_source(last_checkpoint(replace(job, folder=tmp_path / "run")))
