@@ -27,7 +27,7 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn(unit),
             TimeRemainingColumn(),
