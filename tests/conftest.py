@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nemo_pvs.megatron_import import import_megatron
+
 torch.set_num_threads(1)
+import_megatron()  # before any test module imports a part of it
 
 
 def tiny_llama_config(**overrides: Any) -> LlamaConfig:

@@ -15,6 +15,7 @@ import torch
 from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, sha256_bytes, sha256_file
+from nemo_pvs.megatron_import import import_megatron
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def read_token_file(prefix: Path) -> npt.NDArray[Any]:
     """
     if not count_tokens(prefix):
         raise UserError(f"{prefix}.bin holds no tokens; tokenise some text into it.")
+    import_megatron()
     from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds, and only this needs it
 
     dtype = IndexedDataset(str(prefix)).index.dtype

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import disk_errors, sha256_file, sha256_json, write_json
+from nemo_pvs.megatron_import import import_megatron
 
 # Everything that decides which ids a text becomes; chat templates and the like do not.
 _TOKENIZER_FILES = (
@@ -111,6 +112,7 @@ def write_token_file(prefix: Path, documents: Iterable[Sequence[int]], vocab: in
     Raises:
         UserError: there are no tokens, or the disk refuses.
     """
+    import_megatron()
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # takes seconds
 
     dtype = DType.optimal_dtype(vocab)

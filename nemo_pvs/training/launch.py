@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nemo_pvs.megatron_import import import_megatron
 from nemo_pvs.processes import die_with_parent
 from nemo_pvs.training.job import TrainingJob
 
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
         return _serve()
     jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
     if "WORLD_SIZE" in os.environ:  # torchrun, Slurm or Kubernetes already made this process one of the ranks
+        import_megatron()
         from nemo_pvs.training.train import train
 
         for job in jobs:
@@ -58,6 +60,7 @@ def _torchrun(job: TrainingJob) -> int:
 
 def _fork_ranks(job: TrainingJob) -> int:
     """Fork the job's ranks from this process, which imports NeMo once for all jobs and ranks."""
+    import_megatron()
     from nemo_pvs.training.train import train_on_cpu
 
     context = multiprocessing.get_context("fork")

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_pvs.processes import die_with_parent
 
-_PRELOAD = ["nemo_pvs.training.recipe", "nemo_pvs.pipeline"]
+_PRELOAD = ["tests.parallel.preload"]
 _SECONDS = 300
 
 

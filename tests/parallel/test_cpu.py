@@ -30,6 +30,8 @@ def test_importing_the_project_changes_nothing_in_torch():
     # In a fresh interpreter: first what we import, then we.
     script = """
 import importlib, pkgutil
+from nemo_pvs.megatron_import import import_megatron
+import_megatron()
 import lightning.pytorch, megatron.core.optimizer, nemo.collections.llm, nemo.lightning, nemo_run, transformers
 from tests.parallel.test_cpu import _snapshot
 before = _snapshot()

@@ -1,0 +1,24 @@
+"""Import Megatron-Core on machines that have the CUDA toolkit but no device, such as a cluster's login node."""
+
+from __future__ import annotations
+
+import importlib
+
+
+def import_megatron() -> None:
+    """Import ``megatron.core``; call this before the first import of anything of Megatron or NeMo.
+
+    On import Megatron 0.15 compiles a CUDA memory allocator if PyTorch finds a toolkit, and PyTorch fails with an
+    IndexError when it then asks the absent devices what to compile for. Hiding the toolkit for the moment of the import
+    takes the way that Megatron has for machines without one. With a device, nothing is hidden.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    toolkit = cpp_extension.CUDA_HOME
+    if not torch.cuda.is_available():
+        cpp_extension.CUDA_HOME = None
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        cpp_extension.CUDA_HOME = toolkit
