@@ -9,8 +9,8 @@ def import_megatron() -> None:
     """Import ``megatron.core``; call this before the first import of anything of Megatron or NeMo.
 
     On import Megatron 0.15 compiles a CUDA memory allocator if PyTorch finds a toolkit, and PyTorch fails with an
-    IndexError when it then asks the absent devices what to compile for. Hiding the toolkit for the moment of the import
-    takes the way that Megatron has for machines without one. With a device, nothing is hidden.
+    IndexError when it then asks the absent devices what to compile for. Hiding the toolkit for the moment of the
+    import takes the way that Megatron has for machines without one. With a device, nothing is hidden.
     """
     import torch
     from torch.utils import cpp_extension
