@@ -8,12 +8,16 @@ Megatron calls unconditionally; only the modules that spell out ``device="cuda"`
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 
+from nemo_pvs.processes import die_with_parent
 from nemo_pvs.training.adamw import GroupStepAdamW
 
 _HOST = torch.device("cpu")
@@ -88,8 +92,25 @@ def _redirections() -> Iterator[tuple[Any, str, Any]]:
     restore = distributed_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
     yield distributed_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", torch.no_grad()(restore)
 
+    # The checkpoint writer spawns a helper process that would outlive a killed rank for ever, 200 MB each.
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    yield writer, "_get_write_results_queue", _write_results_queue
+
     # NeMo asserts a live CUDA context before it moves loaded tensors to "their" device.
     yield importlib.import_module("nemo.lightning.io.pl"), "_fix_tensors_device", lambda checkpoint: checkpoint
+
+
+@cache
+def _writer_helper() -> SyncManager:
+    helper = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    helper.start(initializer=die_with_parent)
+    return helper
+
+
+@cache
+def _write_results_queue() -> Any:
+    """Return the queue of Megatron's checkpoint writer, one a process, held by a helper that dies with us."""
+    return _writer_helper().Queue()
 
 
 def _cuda_names() -> dict[str, Any]:
