@@ -11,6 +11,7 @@ import typer
 
 import nemo_pvs
 from nemo_pvs.errors import UserError
+from nemo_pvs.processes import heeding_interrupts
 from nemo_pvs.progress import console
 from nemo_pvs.verbs import VERBS
 
@@ -44,7 +45,8 @@ def main() -> None:
     from nemo_pvs.training.run import TrainingError
 
     try:
-        app()
+        with heeding_interrupts():
+            app()
     except UserError as error:
         _complain(error)
         sys.exit(2)

@@ -1,8 +1,10 @@
 """Real NeMo training over gloo: the loss curve does not depend on how a run is spread over processes."""
 
+import contextlib
 import itertools
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +99,21 @@ def _run(job: TrainingJob, folder: Path, training: dict | None = None, **layout)
     return metrics.read(job.metrics)
 
 
+def _checkpoint_writers(folder: Path) -> list[int]:
+    """Return the helpers of Megatron's checkpoint writer whose output goes to this run's log."""
+    deadline = time.monotonic() + 10
+    while True:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours
+                spawned = b"spawn_main" in (process / "cmdline").read_bytes()
+                if spawned and (process / "fd" / "1").readlink().is_relative_to(folder):
+                    found.append(int(process.name))
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
 def _losses(curve: metrics.Curve) -> list[float]:
     return [point["loss"] for point in curve.training]
 
@@ -158,6 +175,7 @@ def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp
     doomed = replace(job, folder=folder, layout=Layout(**before))
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(2, _train, doomed, 13)
+    assert _checkpoint_writers(doomed.folder) == [], "the checkpoint writer's helper outlives its killed rank"
     assert metrics.read(doomed.metrics).training[-1]["step"] >= 12
     curve = _run(job, folder, **after)
     resumed = doomed.log.read_text().count("step 11/20")
