@@ -25,10 +25,12 @@ class Part:
     """Hugging Face name, complete (``model.layers.3.mlp.up_proj.weight``)."""
     axes: tuple[str, ...]
     """Axis names, outermost first; ``Shape.axis`` gives their lengths."""
+    layer: int | None
+    """Index of the decoder layer, from 0; None for a tensor that exists once."""
 
     def size(self, shape: Shape) -> tuple[int, ...]:
         """Return the tensor's size in a model of this shape."""
-        return tuple(shape.axis(axis) for axis in self.axes)
+        return tuple(shape.at(self.layer).axis(axis) for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Entry:
             return tensors[0]
         if self.fuse == "gate_up":
             return torch.cat(list(tensors))
-        groups = [tensor.unflatten(0, (shape.kv_groups, -1)) for tensor in tensors]
+        kv_groups = shape.at(self.layer).kv_groups
+        groups = [tensor.unflatten(0, (kv_groups, -1)) for tensor in tensors]
         return torch.cat(groups, dim=1).flatten(0, 1)
 
     def split(self, fused: torch.Tensor, shape: Shape) -> list[torch.Tensor]:
@@ -66,8 +69,9 @@ class Entry:
             return [fused]
         if self.fuse == "gate_up":
             return list(fused.chunk(2))
-        rows = [part.size(shape)[0] // shape.kv_groups for part in self.parts]
-        groups = fused.unflatten(0, (shape.kv_groups, -1)).split(rows, dim=1)
+        kv_groups = shape.at(self.layer).kv_groups
+        rows = [part.size(shape)[0] // kv_groups for part in self.parts]
+        groups = fused.unflatten(0, (kv_groups, -1)).split(rows, dim=1)
         return [group.flatten(0, 1) for group in groups]
 
 
@@ -76,8 +80,23 @@ class Layout:
     """The weights of one model family (``conversions/<family>.yaml``)."""
 
     family: str
-    architectures: tuple[str, ...]
     table: Mapping[str, Any]
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The Hugging Face classes that the table serves, the one for uneven layers included."""
+        return tuple(one[0] for one in (self.even_class, self.uneven_class) if one)
+
+    @property
+    def even_class(self) -> tuple[str, str]:
+        """Architecture and model_type of the stock class in ``transformers``."""
+        return self.table["architecture"], self.table["model_type"]
+
+    @property
+    def uneven_class(self) -> tuple[str, str] | None:
+        """Architecture and model_type of our class for uneven layers, if the family has one."""
+        names = self.table.get("uneven")
+        return (names["architecture"], names["model_type"]) if names else None
 
     @classmethod
     def for_config(cls, config: Mapping[str, Any]) -> Layout:
@@ -96,16 +115,44 @@ class Layout:
             "to add the family, write conversions/<family>.yaml as conversions/README.md explains."
         )
 
+    def shape(self, config: Mapping[str, Any]) -> Shape:
+        """Return the Shape that a Hugging Face ``config.json`` of this family describes.
+
+        Raises:
+            UserError: a size is missing or impossible.
+        """
+        return Shape.from_config(config, self.table.get("always", ()))
+
+    def config(self, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy of a Hugging Face ``config`` with the sizes of ``shape`` and the class that loads them.
+
+        Raises:
+            UserError: the family has no class for uneven layers or for the biases of the shape.
+        """
+        if shape.uneven and self.uneven_class is None:
+            raise UserError(f"Uneven layers of the family {self.family} have no class; pad them (--uneven pad).")
+        optional = {*self.table.get("always", ()), *self.table.get("optional", ())}
+        if not optional.issuperset(shape.features):
+            raise UserError(
+                f"The family {self.family} has no {', '.join(sorted({*shape.features} - optional))}; "
+                "use a method that adds no biases."
+            )
+        architecture, model_type = (shape.uneven and self.uneven_class) or self.even_class
+        return {**shape.to_config(config), "architectures": [architecture], "model_type": model_type}
+
     def entries(self, shape: Shape) -> Iterator[Entry]:
         """Yield every Megatron tensor of a model of this shape, embedding first, then layer by layer."""
-        head, *tail = self.table["model"]
+        (head, *tail), layer_rows = (self._rows(part, shape) for part in ("model", "layer"))
         yield self._entry(head, None)
         for layer in range(shape.layers):
-            for row in self.table["layer"]:
+            for row in layer_rows:
                 yield self._entry(row, layer)
         for row in tail:
-            if row.get("only_when") != "untied" or not shape.tied:
-                yield self._entry(row, None)
+            yield self._entry(row, None)
+
+    def _rows(self, part: str, shape: Shape) -> list[Mapping[str, Any]]:
+        present = {None, *shape.features, *(() if shape.tied else ("untied",))}
+        return [row for row in self.table[part] if row.get("only_when") in present]
 
     def parts(self, shape: Shape) -> dict[str, tuple[Part, Entry]]:
         """Return every Hugging Face tensor of a model of this shape by name, with the entry that holds it."""
@@ -117,7 +164,7 @@ class Layout:
         return Entry(
             megatron=row["megatron"],
             layer=layer,
-            parts=tuple(Part(prefix + name, tuple(axes)) for name, axes in row["huggingface"].items()),
+            parts=tuple(Part(prefix + name, tuple(axes), layer) for name, axes in row["huggingface"].items()),
             fuse=row.get("fuse", "plain"),
             tensor_parallel_axis=row.get("tensor_parallel_axis"),
         )
@@ -130,4 +177,4 @@ def _layouts() -> tuple[Layout, ...]:
         key=lambda file: file.name,
     )
     tables = [yaml.safe_load(file.read_text()) for file in files]
-    return tuple(Layout(table["family"], tuple(table["architectures"]), table) for table in tables)
+    return tuple(Layout(table["family"], table) for table in tables)

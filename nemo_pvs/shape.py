@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_pvs.errors import UserError
 
@@ -19,11 +19,28 @@ _CONFIG_KEYS = {
     "vocab": "vocab_size",
     "tied": "tie_word_embeddings",
 }
+_LAYER_SHAPES = "layer_shapes"
+"""The key of the sizes of uneven layers in config.json: a list with a dictionary of three sizes a layer."""
+
+# Features that a config.json states under their own names; a family's table knows the rest.
+_CONFIG_FEATURES = ("attention_bias", "mlp_bias")
+
+
+class LayerSizes(NamedTuple):
+    """The sizes that may differ from layer to layer."""
+
+    ffn: int
+    heads: int
+    kv_groups: int
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one model. Counts, FLOPs and legality are computed here and nowhere else."""
+    """The sizes of one model. Counts, FLOPs and legality are computed here and nowhere else.
+
+    Where layers are uneven, ``ffn``, ``heads`` and ``kv_groups`` are those of the smallest even model that all layers
+    fit into, and ``uneven`` has the sizes of each layer; ``at`` gives the sizes of one.
+    """
 
     layers: int
     """Decoder layers (L)."""
@@ -41,21 +58,38 @@ class Shape:
     """Rows of the embedding (V), without padding."""
     tied: bool
     """Whether the output head shares the embedding's weights."""
+    features: tuple[str, ...] = ()
+    """Vectors that not every Llama has, in alphabetical order: attention_bias (q, k, v, o), qkv_bias (q, k, v),
+    mlp_bias (gate, up, down) and qk_norm (a weight per channel of a head, for queries and for keys)."""
+    uneven: tuple[LayerSizes, ...] = ()
+    """Sizes layer by layer; empty where all layers are alike."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "tied" and (not isinstance(value, int) or value < 1):
-                raise UserError(f"A model needs {field.name} to be a positive whole number, not {value!r}.")
-        if self.heads % self.kv_groups:
+            if field.name in _CONFIG_KEYS and field.name != "tied":
+                _check_size(field.name, getattr(self, field.name))
+        for layer in self.uneven:
+            for name, value in layer._asdict().items():
+                _check_size(name, value)
+        for sizes in (self._sizes, *self.uneven):
+            if sizes.heads % sizes.kv_groups:
+                raise UserError(
+                    f"{sizes.heads} query heads cannot be shared by {sizes.kv_groups} KV groups; "
+                    "choose a number of heads that the groups divide."
+                )
+        if self.uneven and (len(self.uneven), _bounds(self.uneven)) != (self.layers, self._sizes):
             raise UserError(
-                f"{self.heads} query heads cannot be shared by {self.kv_groups} KV groups; "
-                "choose a number of heads that the groups divide."
+                f"The sizes of {len(self.uneven)} uneven layers do not fit a model of {self.layers} layers with ffn "
+                f"{self.ffn} and {self.heads} heads in {self.kv_groups} KV groups; give their common bounds."
             )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Shape:
+    def from_config(cls, config: Mapping[str, Any], features: Iterable[str] = ()) -> Shape:
         """Read the sizes out of a Hugging Face ``config.json``.
+
+        Args:
+            config: The parsed file.
+            features: What the family always has; ``Layout.shape`` knows.
 
         Raises:
             UserError: a size is missing or impossible.
@@ -70,21 +104,81 @@ class Shape:
         missing = [key for key in _CONFIG_KEYS.values() if values.get(key) is None]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}; is this a Llama-family model?")
-        return cls(**{name: values[key] for name, key in _CONFIG_KEYS.items()})
+        stated = {name for name in _CONFIG_FEATURES if config.get(name)}
+        shape = cls(
+            **{name: values[key] for name, key in _CONFIG_KEYS.items()},
+            features=tuple(sorted({*features, *stated})),
+        )
+        if _LAYER_SHAPES not in values:
+            return shape
+        try:
+            sizes = [
+                LayerSizes(*(layer[_CONFIG_KEYS[name]] for name in LayerSizes._fields))
+                for layer in values[_LAYER_SHAPES]
+            ]
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{_LAYER_SHAPES} in config.json lacks {error}; restore the file.") from None
+        return shape.with_layers(sizes)
 
     def to_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a copy of a Hugging Face ``config`` with this shape's sizes, ``head_dim`` always explicit."""
-        return {**config, **{key: getattr(self, name) for name, key in _CONFIG_KEYS.items()}}
+        stated = {name: name in self.features for name in _CONFIG_FEATURES if name in {*config, *self.features}}
+        sizes = {key: getattr(self, name) for name, key in _CONFIG_KEYS.items()}
+        layers = [{_CONFIG_KEYS[name]: size for name, size in sizes._asdict().items()} for sizes in self.uneven]
+        kept = {key: value for key, value in config.items() if key != _LAYER_SHAPES}
+        return {**kept, **sizes, **stated, **({_LAYER_SHAPES: layers} if layers else {})}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the sizes as a plain dictionary."""
-        return asdict(self)
+        """Return the sizes as plain data; ``features`` and ``uneven`` only where there are any."""
+        values = {name: value for name, value in asdict(self).items() if value != ()}
+        if self.uneven:
+            values["uneven"] = [sizes._asdict() for sizes in self.uneven]
+        if self.features:
+            values["features"] = list(self.features)
+        return values
 
-    def replace(self, **sizes: int) -> Shape:
-        """Return a copy with some sizes changed; query heads follow the KV groups unless they are given too."""
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Shape:
+        """Undo ``to_dict``.
+
+        Raises:
+            UserError: a size is impossible.
+            TypeError: a size is missing or unknown.
+        """
+        uneven = tuple(LayerSizes(**sizes) for sizes in values.get("uneven", ()))
+        return cls(**{**values, "features": tuple(values.get("features", ())), "uneven": uneven})
+
+    def replace(self, **sizes: Any) -> Shape:
+        """Return a copy with some sizes changed; query heads follow the KV groups unless they are given too.
+
+        Sizes of all layers make uneven layers even again.
+        """
         if "kv_groups" in sizes and "heads" not in sizes:
             sizes["heads"] = sizes["kv_groups"] * self.heads_per_group
-        return Shape(**{**asdict(self), **sizes})
+        if {"layers", *LayerSizes._fields} & sizes.keys():
+            sizes.setdefault("uneven", ())
+        return Shape(**{**_values(self), **sizes})
+
+    def with_layers(self, sizes: Iterable[LayerSizes]) -> Shape:
+        """Return the shape whose layers have these sizes; the same as an even one where they are all alike."""
+        layers = tuple(sizes)
+        uneven = layers if len(set(layers)) > 1 else ()
+        return self.replace(layers=len(layers), **_bounds(layers)._asdict(), uneven=uneven)
+
+    def at(self, layer: int | None) -> Shape:
+        """Return the even shape with the sizes of one layer; the shape itself for None and for even layers."""
+        if layer is None or not self.uneven:
+            return self
+        return self.replace(**self.uneven[layer]._asdict())
+
+    @property
+    def layer_sizes(self) -> tuple[LayerSizes, ...]:
+        """The sizes of every layer, even ones too."""
+        return self.uneven or (self._sizes,) * self.layers
+
+    @property
+    def _sizes(self) -> LayerSizes:
+        return LayerSizes(self.ffn, self.heads, self.kv_groups)
 
     @property
     def heads_per_group(self) -> int:
@@ -100,14 +194,33 @@ class Shape:
         return int(getattr(self, name))
 
     @property
-    def layer_matrix_parameters(self) -> int:
-        """Weights in the matrices of one decoder layer: attention ``2 d h (H + G)`` and MLP ``3 d f``."""
-        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_groups) + 3 * self.hidden * self.ffn
+    def matrix_parameters(self) -> int:
+        """Weights in the matrices of all decoder layers: attention ``2 d h (H + G)`` and MLP ``3 d f`` in each."""
+        return self.hidden * sum(
+            2 * self.head_dim * (heads + kv_groups) + 3 * ffn for ffn, heads, kv_groups in self.layer_sizes
+        )
+
+    @property
+    def vector_parameters(self) -> int:
+        """Weights in the vectors of all decoder layers: two norms, and what ``features`` adds."""
+        return sum(
+            2 * self.hidden + sum(self._feature_parameters(name, sizes) for name in self.features)
+            for sizes in self.layer_sizes
+        )
+
+    def _feature_parameters(self, feature: str, sizes: LayerSizes) -> int:
+        qkv = (sizes.heads + 2 * sizes.kv_groups) * self.head_dim
+        return {
+            "qkv_bias": qkv,
+            "attention_bias": qkv + self.hidden,
+            "mlp_bias": 2 * sizes.ffn + self.hidden,
+            "qk_norm": 2 * self.head_dim,
+        }[feature]
 
     @property
     def body_parameters(self) -> int:
         """Parameters without embedding and output head: decoder layers and the final norm."""
-        return self.layers * (self.layer_matrix_parameters + 2 * self.hidden) + self.hidden
+        return self.matrix_parameters + self.vector_parameters + self.hidden
 
     @property
     def parameters(self) -> int:
@@ -119,10 +232,10 @@ class Shape:
 
         Matrices and output head count 2 per weight forward and 4 backward (Kaplan et al., 2001.08361, 6 N); with a
         ``sequence_length`` causal attention adds ``2 s H h`` per layer forward, i.e. half of the full score matrix.
-        The embedding lookup costs nothing.
+        The embedding lookup costs nothing, and neither do vectors.
         """
-        matrices = 2 * (self.layers * self.layer_matrix_parameters + self.vocab * self.hidden)
-        attention = 2 * self.layers * sequence_length * self.heads * self.head_dim
+        matrices = 2 * (self.matrix_parameters + self.vocab * self.hidden)
+        attention = 2 * sequence_length * self.head_dim * sum(layer.heads for layer in self.layer_sizes)
         return (3 if training else 1) * (matrices + attention)
 
     def check_parallel(self, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
@@ -131,10 +244,9 @@ class Shape:
         Raises:
             UserError: tensor parallelism does not divide KV groups, ffn or vocabulary; pipeline stages not layers.
         """
-        for name in ("kv_groups", "ffn", "vocab"):
-            size = getattr(self, name)
+        for name, size in self._sharded_sizes():
             if size % tensor_parallel:
-                legal = [n for n in range(1, size + 1) if self._tensor_parallel_is_legal(n)]
+                legal = [n for n in range(1, size + 1) if not any(size % n for _, size in self._sharded_sizes())]
                 raise UserError(
                     f"Tensor parallelism {tensor_parallel} does not divide {name}={size}; "
                     f"legal for this model: {', '.join(map(str, legal[:8]))}."
@@ -146,12 +258,40 @@ class Shape:
                 f"legal for this model: {', '.join(map(str, legal))}."
             )
 
-    def _tensor_parallel_is_legal(self, tensor_parallel: int) -> bool:
-        return not any(size % tensor_parallel for size in (self.kv_groups, self.ffn, self.vocab))
+    def _sharded_sizes(self) -> list[tuple[str, int]]:
+        sizes = [*dict.fromkeys(self.layer_sizes)]
+        return [
+            *(("kv_groups", layer.kv_groups) for layer in sizes),
+            *(("ffn", layer.ffn) for layer in sizes),
+            ("vocab", self.vocab),
+        ]
 
     def __str__(self) -> str:
+        ffn, heads, groups = (_span(row) for row in zip(*self.layer_sizes, strict=True))
         return (
-            f"{self.layers} layers, hidden {self.hidden}, ffn {self.ffn}, "
-            f"{self.heads} heads in {self.kv_groups} KV groups of {self.head_dim}, "
-            f"vocabulary {self.vocab}{' (tied)' if self.tied else ''}, {self.parameters / 1e6:,.1f} M parameters"
+            f"{self.layers} layers, hidden {self.hidden}, ffn {ffn}, "
+            f"{heads} heads in {groups} KV groups of {self.head_dim}, "
+            f"vocabulary {self.vocab}{' (tied)' if self.tied else ''}, "
+            f"{''.join(f'{name}, ' for name in self.features)}{self.parameters / 1e6:,.1f} M parameters"
         )
+
+
+def _values(shape: Shape) -> dict[str, Any]:
+    return {field.name: getattr(shape, field.name) for field in fields(shape)}
+
+
+def _bounds(layers: tuple[LayerSizes, ...]) -> LayerSizes:
+    """Return the sizes of the smallest layer that each of these fits into, whole groups and heads of a group apart."""
+    groups = max(layer.kv_groups for layer in layers)
+    heads_per_group = max(layer.heads // layer.kv_groups for layer in layers)
+    return LayerSizes(max(layer.ffn for layer in layers), groups * heads_per_group, groups)
+
+
+def _span(sizes: tuple[int, ...]) -> str:
+    """Return one size, or the smallest and the largest of uneven layers."""
+    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"A model needs {name} to be a positive whole number, not {value!r}.")

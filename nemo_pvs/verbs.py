@@ -368,4 +368,4 @@ def _shares(text: str) -> dict[str, float]:
 def _sentence(about: dict[str, Any]) -> str:
     from nemo_pvs.shape import Shape
 
-    return f"{about['format']}, {Shape(**about['shape'])}, {about['bytes'] / 1e9:,.2f} GB"
+    return f"{about['format']}, {Shape.from_dict(about['shape'])}, {about['bytes'] / 1e9:,.2f} GB"

@@ -34,7 +34,7 @@ class Scores:
     @property
     def shape(self) -> Shape:
         """The Shape of the model that was measured."""
-        return Shape(**self.manifest["shape"])
+        return Shape.from_dict(self.manifest["shape"])
 
     @property
     def model_fingerprint(self) -> str:

@@ -16,7 +16,6 @@ from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, whole_folder, write_json
 from nemo_pvs.layout import Layout
-from nemo_pvs.shape import Shape
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -33,7 +32,7 @@ class HuggingFaceSource:
         """
         self.folder = Path(folder)
         self.config: Mapping[str, Any] = _read_config(self.folder)
-        self._shape = Shape.from_config(self.config)
+        self._shape = Layout.for_config(self.config).shape(self.config)
         self._parts = Layout.for_config(self.config).parts(self._shape)
         self._shards: dict[str, SafetensorsReader] = {}
         self._shard_of = self._weight_map()

@@ -125,7 +125,7 @@ class Recorder:
         parameters: Counter[str] = Counter()
         for record in self.records.values():
             parameters[record.dtype] += math.prod(record.size)
-        config = self.shape.to_config(self.source.config)
+        config = self.layout.config(self.shape, self.source.config)
         keys = {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}  # transformers renamed it in 4.56
         return {**config, **dict.fromkeys(keys, parameters.most_common(1)[0][0])}
 

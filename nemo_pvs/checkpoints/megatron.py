@@ -50,7 +50,7 @@ class NemoSource:
             vocab_rows=self._weights.size(_EMBEDDING)[0],
             dtype=dtype_name(self._weights.dtype(_EMBEDDING)),
         )
-        self._shape = Shape.from_config(self.config)
+        self._shape = Layout.for_config(self.config).shape(self.config)
         layout = Layout.for_config(self.config)
         self._parts = layout.parts(self._shape)
         self._check_sizes(layout)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from nemo_pvs.layout import Layout
-from nemo_pvs.shape import Shape
 
 
 class RandomSource:
@@ -32,7 +31,7 @@ class RandomSource:
         self.assets = assets
         self._seed = seed
         self._dtype = dtype
-        self._shape = Shape.from_config(config)
+        self._shape = Layout.for_config(config).shape(config)
         self._parts = Layout.for_config(config).parts(self._shape)
 
     def read(self, name: str) -> torch.Tensor:

@@ -34,7 +34,7 @@ class WeightSource(Protocol):
 
 def shape_of(source: WeightSource) -> Shape:
     """Return the Shape of a source's model."""
-    return Shape.from_config(source.config)
+    return Layout.for_config(source.config).shape(source.config)
 
 
 def fingerprint(source: WeightSource) -> str:

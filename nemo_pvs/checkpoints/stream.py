@@ -17,7 +17,6 @@ from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import refuse_existing
 from nemo_pvs.layout import Layout
-from nemo_pvs.shape import Shape
 
 
 def convert(
@@ -86,7 +85,7 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
     if manifest is None:
         raise UserError(f"{folder} has no manifest to compare with; only checkpoints written by nemo_pvs have one.")
     source = open_source(folder)
-    shape = Shape.from_config(source.config)
+    shape = Layout.for_config(source.config).shape(source.config)
     expected = Layout.for_config(source.config).parts(shape)
     odd = sorted({*expected} ^ {*manifest.tensors}) + sorted(source.extra_tensors)
     if odd:
@@ -120,7 +119,7 @@ def describe(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
     """
     folder = Path(path)
     source = open_source(folder)
-    shape = Shape.from_config(source.config)
+    shape = Layout.for_config(source.config).shape(source.config)
     layout = Layout.for_config(source.config)
     parts = layout.parts(shape)
     dtypes: Counter[torch.dtype] = Counter()

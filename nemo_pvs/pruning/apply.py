@@ -38,7 +38,7 @@ class PrunedSource:
             )
         self._source = source
         self._plan = plan
-        self.config: Mapping[str, Any] = plan.target.to_config(source.config)
+        self.config: Mapping[str, Any] = layout.config(plan.target, source.config)
         self._origins = _origins(layout, plan)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, sha256_json, write_json
 from nemo_pvs.layout import Layout
-from nemo_pvs.shape import Shape
+from nemo_pvs.shape import LayerSizes, Shape
 
 Indices = tuple[int, ...]
 
@@ -37,41 +37,40 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Raise UserError unless the indices are in order and add up to the target."""
-        groups_only = self.parent.replace(
-            layers=self.target.layers,
-            hidden=self.target.hidden,
-            ffn=self.target.ffn,
-            kv_groups=self.target.kv_groups,
-        )
-        if groups_only != self.target:
-            raise UserError(
-                f"A plan cannot make [{self.target}] from [{self.parent}]: it removes layers, hidden and FFN channels "
-                "and whole KV groups, and leaves head_dim, the heads of a group and the vocabulary alone."
-            )
-        _check("keep_layers", self.keep_layers, self.parent.layers, self.target.layers)
-        _check("keep_hidden", self.keep_hidden, self.parent.hidden, self.target.hidden)
         for name, rows in (("keep_ffn", self.keep_ffn), ("keep_kv_groups", self.keep_kv_groups)):
-            if len(rows) != self.target.layers:
-                raise UserError(f"The plan's {name} has {len(rows)} layers, but {self.target.layers} are kept.")
-            size = name.removeprefix("keep_")
-            for layer, row in zip(self.keep_layers, rows, strict=True):
-                _check(f"{name} of layer {layer}", row, getattr(self.parent, size), getattr(self.target, size))
+            if len(rows) != len(self.keep_layers):
+                raise UserError(f"The plan's {name} has {len(rows)} layers, but {len(self.keep_layers)} are kept.")
+        _check("keep_layers", self.keep_layers, self.parent.layers)
+        _check("keep_hidden", self.keep_hidden, self.parent.hidden)
+        sizes = []
+        for layer, ffn, groups in zip(self.keep_layers, self.keep_ffn, self.keep_kv_groups, strict=True):
+            parent = self.parent.at(layer)
+            _check(f"keep_ffn of layer {layer}", ffn, parent.ffn)
+            _check(f"keep_kv_groups of layer {layer}", groups, parent.kv_groups)
+            sizes.append(LayerSizes(len(ffn), len(groups) * parent.heads_per_group, len(groups)))
+        kept = self.parent.replace(hidden=len(self.keep_hidden)).with_layers(sizes)
+        if kept != self.target:
+            raise UserError(
+                f"The plan keeps [{kept}], but its target is [{self.target}]; it removes layers, hidden and FFN "
+                "channels and whole KV groups, and leaves head_dim, the heads of a group and the vocabulary alone."
+            )
 
     def kept(self, axis: str, layer: int | None) -> Indices:
         """Return the positions that stay along a Layout axis.
 
         Args:
-            axis: hidden, ffn, query, key or vocab.
+            axis: hidden, ffn, query, key, head_dim or vocab.
             layer: Index of the layer in the pruned model; None for a tensor outside the layers.
         """
         if axis == "hidden":
             return self.keep_hidden
-        if axis == "vocab" or layer is None:
+        if layer is None or axis in {"vocab", "head_dim"}:
             return tuple(range(self.parent.axis(axis)))
         if axis == "ffn":
             return self.keep_ffn[layer]
         # Heads of a group lie side by side, so a group is one run of channels: g*h for queries, h for keys and values.
-        run = self.parent.axis(axis) // self.parent.kv_groups
+        parent = self.parent.at(self.keep_layers[layer])
+        run = parent.axis(axis) // parent.kv_groups
         return tuple(group * run + channel for group in self.keep_kv_groups[layer] for channel in range(run))
 
     def kept_parameters(self, layout: Layout) -> int:
@@ -112,8 +111,8 @@ class Plan:
                     raise UserError(f"The plan's {name} must name exactly the layers of keep_layers, in their order.")
             return cls(
                 method=str(values["method"]),
-                parent=Shape(**values["parent"]),
-                target=Shape(**values["target"]),
+                parent=Shape.from_dict(values["parent"]),
+                target=Shape.from_dict(values["target"]),
                 keep_layers=layers,
                 keep_hidden=parse_ranges(values["keep_hidden"]),
                 keep_ffn=tuple(parse_ranges(row) for row in values["keep_ffn"].values()),
@@ -144,11 +143,12 @@ class Plan:
 
 def whole_layers(shape: Shape, layers: Sequence[int]) -> dict[str, Any]:
     """Return the ``keep_*`` arguments of a Plan that keeps these layers and everything in them."""
+    kept = [shape.at(layer) for layer in layers]
     return {
         "keep_layers": tuple(layers),
         "keep_hidden": tuple(range(shape.hidden)),
-        "keep_ffn": (tuple(range(shape.ffn)),) * len(layers),
-        "keep_kv_groups": (tuple(range(shape.kv_groups)),) * len(layers),
+        "keep_ffn": tuple(tuple(range(layer.ffn)) for layer in kept),
+        "keep_kv_groups": tuple(tuple(range(layer.kv_groups)) for layer in kept),
     }
 
 
@@ -171,8 +171,8 @@ def parse_ranges(text: str) -> Indices:
     return tuple(indices)
 
 
-def _check(name: str, indices: Indices, size: int, count: int) -> None:
-    if len(indices) != count:
-        raise UserError(f"The plan's {name} holds {len(indices)} indices, but its target has {count}.")
-    if list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= size:
-        raise UserError(f"The plan's {name} must be ascending, without repetition, and within 0-{size - 1}.")
+def _check(name: str, indices: Indices, size: int) -> None:
+    if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= size:
+        raise UserError(
+            f"The plan's {name} must be ascending, without repetition, not empty, and within 0-{size - 1}."
+        )

@@ -227,7 +227,7 @@ def test_a_weight_table_that_does_not_add_up_is_refused(monkeypatch: pytest.Monk
     """A new family's table may forget a tensor; what is not in the table would be lost silently."""
     source = StateSource(tiny_model())
     layout = Layout.for_config(source.config)
-    forgetful = Layout("llama", layout.architectures, {**layout.table, "layer": layout.table["layer"][1:]})
+    forgetful = Layout("llama", {**layout.table, "layer": layout.table["layer"][1:]})
     monkeypatch.setattr(apply.Layout, "for_config", lambda config: forgetful)
     with pytest.raises(UserError, match="mend the table"):
         PrunedSource(source, tiny_plan(source.model))

@@ -142,13 +142,16 @@ def test_whole_layers_keep_everything_in_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keep_hidden": tuple(range(39))}, "keep_hidden holds 39 indices, but its target has 40"),
-        ({"keep_hidden": (*range(39), 64)}, "keep_hidden must be ascending, without repetition, and within 0-63"),
+        ({"keep_hidden": tuple(range(39))}, "keeps .*hidden 39.* target is .*hidden 40"),
+        (
+            {"keep_hidden": (*range(39), 64)},
+            "keep_hidden must be ascending, without repetition, not empty, and within 0-63",
+        ),
         ({"keep_hidden": (-1, *range(39))}, "within 0-63"),
         ({"keep_hidden": (0, 0, *range(1, 39))}, "without repetition"),
         ({"keep_layers": (2, 1, 0)}, "keep_layers must be ascending"),
         ({"keep_ffn": (tuple(range(50)),) * 2}, "keep_ffn has 2 layers, but 3 are kept"),
-        ({"keep_ffn": (tuple(range(50)), tuple(range(49)), tuple(range(50)))}, "keep_ffn of layer 2 holds 49"),
+        ({"keep_ffn": (tuple(range(50)), tuple(range(49)), tuple(range(50)))}, "ffn 49 to 50"),
         ({"keep_kv_groups": ((0, 4),) * 3}, "keep_kv_groups of layer 0 must be"),
         ({"target": replace(PARENT, layers=3, vocab=100)}, "leaves head_dim"),
         ({"target": PARENT.replace(layers=3, kv_groups=2, heads=2)}, "whole KV groups"),
