@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import torch
 from nemo_pvs.errors import UserError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+PACKED_BITS = {"U8": torch.uint8}
+"""The dtype of a file of masks (masks.py)."""
+_DTYPE_NAMES = {dtype: name for name, dtype in {**_DTYPES, **PACKED_BITS}.items()}
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _ENTRY_BYTES = (
@@ -30,13 +32,14 @@ _ENTRY_BYTES = (
 class SafetensorsReader:
     """The tensors of one file; only the header is kept, and the file is open only while it is read."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the header.
+    def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES) -> None:
+        """Read the header; ``dtypes`` are those that may be read, by their code in the file.
 
         Raises:
             UserError: the file is missing, or is not a complete safetensors file.
         """
         self._path = path
+        self._dtypes = dtypes
         try:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -67,12 +70,12 @@ class SafetensorsReader:
             UserError: it is not one of the floating-point types of unquantised weights.
         """
         code = self._header[name]["dtype"]
-        if code not in _DTYPES:
+        if code not in self._dtypes:
             raise UserError(
-                f"{name} in {self._path} is stored as {code}; only {', '.join(_DTYPES)} are read, "
+                f"{name} in {self._path} is stored as {code}; only {', '.join(self._dtypes)} are read, "
                 "so use the unquantised model."
             )
-        return _DTYPES[code]
+        return self._dtypes[code]
 
     def read(self, name: str) -> torch.Tensor:
         """Return a fresh copy of a tensor."""
@@ -91,8 +94,8 @@ class SafetensorsReader:
             if not 0 <= begin <= end <= room:
                 raise ValueError(f"it ends before {name} does")
             if (
-                entry["dtype"] in _DTYPES
-                and end - begin != math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+                entry["dtype"] in self._dtypes
+                and end - begin != math.prod(entry["shape"]) * self._dtypes[entry["dtype"]].itemsize
             ):
                 raise ValueError(f"{name} has {end - begin} bytes, which is not its shape")
 
