@@ -114,14 +114,24 @@ class LayerwiseModel:
             hidden: Outputs of the last decoder layer [N, S, d].
             targets: Token ids [N, S]: the token that follows each position.
         """
-        norm, head = self._head
         total = 0.0
-        at_once = max(1, _LOGITS_AT_ONCE // self.shape.vocab)
-        for states, ids in zip(hidden.flatten(0, 1).split(at_once), targets.flatten().split(at_once), strict=True):
-            logits = functional.linear(norm(states.to(self.device)), head).float()
-            loss = functional.cross_entropy(logits, ids.to(self.device).long(), reduction="none")
+        ids = targets.flatten()
+        for logits in self.logits(hidden):
+            chunk, ids = ids[: len(logits)], ids[len(logits) :]
+            loss = functional.cross_entropy(logits, chunk.to(self.device).long(), reduction="none")
             total += float(loss.double().sum())
         return total, targets.numel()
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the fp32 logits [n, V] of the tokens in order, a bounded number of tokens at a time.
+
+        Args:
+            hidden: Outputs of the last decoder layer [N, S, d].
+        """
+        norm, head = self._head
+        for states in hidden.flatten(0, 1).split(max(1, _LOGITS_AT_ONCE // self.shape.vocab)):
+            yield functional.linear(norm(states.to(self.device)), head).float()
 
     @cached_property
     def _head(self) -> tuple[nn.Module, torch.Tensor]:
