@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout
+from nemo_pvs.modeling import model_class
 
 MEMORY_LIMIT = 8 << 30
 """Bytes of hidden states held at once, unless told otherwise."""
@@ -72,12 +72,13 @@ class LayerwiseModel:
         Raises:
             UserError: the sequences are longer than the model's context, or an id is not in its vocabulary.
         """
-        context = self._skeleton.config.max_position_embeddings
-        if ids.shape[1] > context:
-            raise UserError(
-                f"Sequences of {ids.shape[1]} tokens do not fit the model's context of {context} "
-                "(max_position_embeddings); choose a shorter sequence_length."
-            )
+        for limit in ("max_position_embeddings", "sliding_window"):  # layers run without a mask, so without a window
+            context = getattr(self._skeleton.config, limit, None)
+            if context is not None and ids.shape[1] > context:
+                raise UserError(
+                    f"Sequences of {ids.shape[1]} tokens do not fit the model's context of {context} "
+                    f"({limit}); choose a shorter sequence_length."
+                )
         if int(ids.min()) < 0 or int(ids.max()) >= self.shape.vocab:
             raise UserError(
                 f"Token ids reach from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has "
@@ -145,9 +146,8 @@ class LayerwiseModel:
 
 
 def _skeleton(config: Mapping[str, Any]) -> Any:
-    """Build the model's class from ``transformers`` without memory for its weights."""
-    known = Layout.for_config(config).architectures
-    model_class = getattr(transformers, next(name for name in config["architectures"] if name in known))
+    """Build the model's class without memory for its weights."""
     with torch.device("meta"):
-        model_config = model_class.config_class.from_dict(dict(config))
-        return model_class._from_config(model_config, attn_implementation="sdpa").eval()
+        class_ = model_class(config)
+        model_config = class_.config_class.from_dict(dict(config))
+        return class_._from_config(model_config, attn_implementation="sdpa").eval()

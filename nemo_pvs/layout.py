@@ -98,6 +98,21 @@ class Layout:
         names = self.table.get("uneven")
         return (names["architecture"], names["model_type"]) if names else None
 
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What ``transformers`` takes for a key that config.json leaves out."""
+        return self.table["defaults"]
+
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """Keys of config.json and the only values with which NeMo computes the same."""
+        return self.table["fixed"]
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Features that some models of the family have."""
+        return tuple(self.table.get("optional", ()))
+
     @classmethod
     def for_config(cls, config: Mapping[str, Any]) -> Layout:
         """Return the layout that serves a Hugging Face ``config.json``.
@@ -106,13 +121,13 @@ class Layout:
             UserError: no table in ``conversions/`` names the config's architecture.
         """
         wanted = config.get("architectures") or ["(none)"]
-        for layout in _layouts():
+        for layout in layouts():
             if set(wanted) & set(layout.architectures):
                 return layout
-        known = ", ".join(name for layout in _layouts() for name in layout.architectures)
+        known = ", ".join(name for layout in layouts() for name in layout.architectures)
         raise UserError(
-            f"No weight table for architecture {wanted[0]} (known: {known}); "
-            "to add the family, write conversions/<family>.yaml as conversions/README.md explains."
+            f"No weight table for architecture {wanted[0]} (known: {known}); to add the family, write "
+            f"conversions/{config.get('model_type') or '<family>'}.yaml as conversions/README.md explains."
         )
 
     def shape(self, config: Mapping[str, Any]) -> Shape:
@@ -121,7 +136,7 @@ class Layout:
         Raises:
             UserError: a size is missing or impossible.
         """
-        return Shape.from_config(config, self.table.get("always", ()))
+        return Shape.from_config({**self.defaults, **config}, self.table.get("always", ()))
 
     def config(self, shape: Shape, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a copy of a Hugging Face ``config`` with the sizes of ``shape`` and the class that loads them.
@@ -131,14 +146,15 @@ class Layout:
         """
         if shape.uneven and self.uneven_class is None:
             raise UserError(f"Uneven layers of the family {self.family} have no class; pad them (--uneven pad).")
-        optional = {*self.table.get("always", ()), *self.table.get("optional", ())}
-        if not optional.issuperset(shape.features):
+        possible = {*self.table.get("always", ()), *self.optional}
+        if not possible.issuperset(shape.features):
             raise UserError(
-                f"The family {self.family} has no {', '.join(sorted({*shape.features} - optional))}; "
+                f"The family {self.family} has no {', '.join(sorted({*shape.features} - possible))}; "
                 "use a method that adds no biases."
             )
         architecture, model_type = (shape.uneven and self.uneven_class) or self.even_class
-        return {**shape.to_config(config), "architectures": [architecture], "model_type": model_type}
+        names = {"architectures": [architecture], "model_type": model_type}
+        return {**shape.to_config(config), **_layer_types(shape, config), **names}
 
     def entries(self, shape: Shape) -> Iterator[Entry]:
         """Yield every Megatron tensor of a model of this shape, embedding first, then layer by layer."""
@@ -170,8 +186,22 @@ class Layout:
         )
 
 
+def _layer_types(shape: Shape, config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the kinds of attention (``layer_types``) for another number of layers; transformers wants one a layer."""
+    kinds = config.get("layer_types")
+    if not kinds or len(kinds) == shape.layers:
+        return {}
+    if len(set(kinds)) > 1:
+        raise UserError(
+            f"The layers of this model have several kinds of attention ({', '.join(sorted(set(kinds)))}); "
+            "their number cannot be changed."
+        )
+    return {"layer_types": kinds[:1] * shape.layers}
+
+
 @cache
-def _layouts() -> tuple[Layout, ...]:
+def layouts() -> tuple[Layout, ...]:
+    """Return the layout of every family in ``conversions/``."""
     files = sorted(
         (file for file in resources.files("nemo_pvs.conversions").iterdir() if file.name.endswith(".yaml")),
         key=lambda file: file.name,

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.layout import Layout
+from nemo_pvs.modeling import model_class
 from tests.conftest import tiny_llama_config
 
 
@@ -43,7 +44,8 @@ def tiny_model(seed: int = 0, std: float = 0.2, **overrides: Any) -> LlamaForCau
 
 def as_transformers(source: WeightSource) -> LlamaForCausalLM:
     """Build the whole model from every tensor that the weight table names, and nothing else."""
-    model = LlamaForCausalLM(LlamaConfig.from_dict(dict(source.config))).eval()
+    class_ = model_class(source.config)
+    model = class_(class_.config_class.from_dict(dict(source.config))).eval()
     names = Layout.for_config(source.config).parts(shape_of(source))
     missing, unexpected = model.load_state_dict({name: source.read(name) for name in names}, strict=False)
     assert not unexpected

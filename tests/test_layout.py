@@ -10,6 +10,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout
 from nemo_pvs.shape import Shape
 from tests.conftest import tiny_llama_config
+from tests.families import CASES, LAYOUTS, model_class, tiny_config
 
 LLAMA = Layout.for_config({"architectures": ["LlamaForCausalLM"]})
 SHAPES = [
@@ -84,8 +85,65 @@ def test_embedding_comes_first_and_layers_in_order():
     assert layers == [None] + [0] * 6 + [1] * 6 + [2] * 6 + [None, None]
 
 
+# One feature alone is no Llama that Megatron has, but it is one that the table has.
+HALF_BIASED = [("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}), ("qwen3", {"attention_bias": True})]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [*((family, settings) for family, _, settings in CASES), *HALF_BIASED], ids=str
+)
+def test_every_family_has_the_names_sizes_and_counts_of_transformers(family, settings):
+    config = tiny_config(family, **settings)
+    with torch.device("meta"):
+        model = model_class(LAYOUTS[family])(config)
+    layout = Layout.for_config(config.to_dict())
+    shape = layout.shape(config.to_dict())
+    expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert layout.family == family
+    assert {name: part.size(shape) for name, (part, _) in layout.parts(shape).items()} == expected
+    assert sum(prod(entry.size(shape)) for entry in layout.entries(shape)) == model.num_parameters()
+    assert shape.parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_sizes_that_config_json_leaves_out_are_those_of_transformers(family):
+    config = tiny_config(family).to_dict()
+    stated = {key: value for key, value in config.items() if key not in {"head_dim", "num_key_value_heads"}}
+    stated["num_attention_heads"] = 32  # which the KV groups that a family assumes must divide
+    with torch.device("meta"):
+        model = model_class(LAYOUTS[family])(model_class(LAYOUTS[family]).config_class.from_dict(dict(stated)))
+    shape = LAYOUTS[family].shape(stated)
+    expected = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert {name: part.size(shape) for name, (part, _) in LAYOUTS[family].parts(shape).items()} == expected
+
+
+@pytest.mark.parametrize(("family", "settings"), [case[::2] for case in CASES], ids=str)
+def test_join_and_split_are_inverse_for_vectors_too(family, settings):
+    layout = LAYOUTS[family]
+    shape = layout.shape(tiny_config(family, **settings).to_dict())
+    for entry in layout.entries(shape):
+        tensors = random_parts(entry, shape)
+        fused = entry.join(tensors, shape)
+        assert tuple(fused.shape) == entry.size(shape)
+        assert all(torch.equal(part, tensor) for part, tensor in zip(entry.split(fused, shape), tensors, strict=True))
+
+
+def test_biases_are_fused_in_the_order_of_their_weights():
+    """A bias row belongs to the weight row of the same place, so a bias made from the weights stays made from them."""
+    layout = LAYOUTS["llama"]
+    shape = layout.shape(tiny_config("llama", attention_bias=True, mlp_bias=True).to_dict())
+    entries = {entry.megatron: entry for entry in layout.entries(shape) if entry.layer == 0}
+    for module in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        weights = random_parts(entries[f"{module}.weight"], shape)
+        biases = [weight[:, 0] for weight in weights]
+        fused = entries[f"{module}.weight"].join(weights, shape)
+        assert torch.equal(entries[f"{module}.bias"].join(biases, shape), fused[:, 0])
+
+
 def test_unknown_architecture_is_refused():
-    with pytest.raises(UserError, match=r"MambaForCausalLM .*LlamaForCausalLM"):
+    with pytest.raises(UserError, match=r"MambaForCausalLM .*LlamaForCausalLM.* write conversions/<family>\.yaml"):
         Layout.for_config({"architectures": ["MambaForCausalLM"]})
+    with pytest.raises(UserError, match=r"write conversions/mamba\.yaml"):
+        Layout.for_config({"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
     with pytest.raises(UserError, match="none"):
         Layout.for_config({})

@@ -6,50 +6,28 @@ directly, so that stock NeMo builds the model from it, and reads the JSON of che
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.checkpoints import fiddle_json, nemo_classes
-from nemo_pvs.checkpoints.assets import asset_files
+from nemo_pvs.checkpoints import fiddle_json
+from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.checkpoints.fiddle_json import Config, Symbol
+from nemo_pvs.checkpoints.nemo_classes import NemoFamily
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, write_json
+from nemo_pvs.layout import Layout
+from nemo_pvs.shape import LayerSizes
 
 _HUGGINGFACE_CONFIG = "huggingface_config.json"
 _TOKENIZER = "tokenizer"
 _GENERATION = Path("artifacts", "generation_config.json")  # where NeMo's importer leaves it
 
-# Hugging Face key, NeMo field.
-_FIELDS = {
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "seq_length",
-    "rms_norm_eps": "layernorm_epsilon",
-    "rope_theta": "rotary_base",
-    "initializer_range": "init_method_std",
-    "tie_word_embeddings": "share_embeddings_and_output_weights",
-}
-_ROPE_SCALING_FIELDS = {
-    "factor": "scale_factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "old_context_len",
-}
+# Fields of our config classes for uneven layers (training/uneven.py), in the order of LayerSizes.
+_BY_LAYER = ("ffn_hidden_size_by_layer", "num_attention_heads_by_layer", "num_query_groups_by_layer")
 
-# What transformers' LlamaConfig takes for a key that config.json leaves out; sizes are explicit by now.
-_HUGGINGFACE_DEFAULTS = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "initializer_range": 0.02,
-}
+# The features that Megatron's add_bias_linear stands for, both at once.
+_BIASES = frozenset({"attention_bias", "mlp_bias"})
 
 
 def write_context(folder: Path, config: Mapping[str, Any], assets: Iterable[Path], *, vocab_rows: int) -> None:
@@ -62,23 +40,22 @@ def write_context(folder: Path, config: Mapping[str, Any], assets: Iterable[Path
         vocab_rows: Rows of the stored embedding, padding included.
 
     Raises:
-        UserError: NeMo's Llama cannot express the config.
+        UserError: NeMo cannot express the config.
     """
-    model_config = _nemo_config(config, vocab_rows)
+    family = NemoFamily(Layout.for_config(config))
+    model_config = _with_layers(family, config, _nemo_config(family, config, vocab_rows))
     folder.mkdir(parents=True)
     tokenizer = None
     for asset in assets:
         if asset.name == _GENERATION.name:
-            destination = folder / _GENERATION
+            copy_asset(asset, (folder / _GENERATION).parent)
         else:
-            destination = folder / _TOKENIZER / asset.name
+            copy_asset(asset, folder / _TOKENIZER)
             tokenizer = Config(
                 Symbol("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
                 {"pretrained_model_name": _TOKENIZER},
             )
-        destination.parent.mkdir(exist_ok=True)
-        shutil.copyfile(asset, destination)
-    model = Config(Symbol(nemo_classes.MODULE, "LlamaModel"), {"config": model_config, "tokenizer": tokenizer})
+    model = Config(family.model, {"config": model_config, "tokenizer": tokenizer})
     context = Config(Symbol("nemo.lightning.io.pl", "TrainerContext"), {"model": model, "trainer": None, "extra": {}})
     write_json(folder / "io.json", fiddle_json.dump(context))
     write_json(folder / _HUGGINGFACE_CONFIG, dict(config))
@@ -93,13 +70,12 @@ def read_context(folder: Path, *, vocab_rows: int, dtype: str) -> dict[str, Any]
         dtype: Name of the stored dtype, for a rebuilt config.
 
     Raises:
-        UserError: there is no usable context, or its model is not a Llama that Hugging Face can express.
+        UserError: there is no usable context, or its model is none that Hugging Face can express.
     """
     if (folder / _HUGGINGFACE_CONFIG).is_file():
         config: dict[str, Any] = read_json(folder / _HUGGINGFACE_CONFIG)
         return config
-    config = _huggingface_config(folder)
-    config["vocab_size"] = config["vocab_size"] or vocab_rows
+    config = _huggingface_config(folder, vocab_rows)
     config["torch_dtype"] = dtype
     if (folder / _GENERATION).is_file():
         generation = read_json(folder / _GENERATION)
@@ -121,16 +97,18 @@ def _io_json(folder: Path) -> Any:
     return read_json(folder / "io.json")
 
 
-def _nemo_config(config: Mapping[str, Any], vocab_rows: int) -> Config:
-    """Return the NeMo config that describes a Hugging Face config, every field explicit."""
-    config = {**_HUGGINGFACE_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(f"NeMo's Llama has the activation silu, not {activation}; this model cannot be converted.")
+def _nemo_config(family: NemoFamily, config: Mapping[str, Any], vocab_rows: int) -> Config:
+    """Return the NeMo config that describes a Hugging Face config, every field that differs in a family explicit."""
+    name = family.layout.family
+    for key, wanted in family.layout.fixed.items():
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"NeMo's {name} has {key} {wanted}, not {config[key]}; this model cannot be converted.")
+    stated = {**family.layout.defaults, **config}
     dtype = config.get("torch_dtype") or config["dtype"]
     fields = {
-        **{field: config[key] for key, field in _FIELDS.items()},
+        **{field: _to_nemo(field, stated[key]) for key, field in family.fields.items()},
         "vocab_size": vocab_rows,
+        "add_bias_linear": _has_biases(family.layout, config),
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "params_dtype": Symbol("torch", dtype),
@@ -138,31 +116,73 @@ def _nemo_config(config: Mapping[str, Any], vocab_rows: int) -> Config:
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
-        return Config(Symbol(nemo_classes.MODULE, nemo_classes.PLAIN), fields)
-    missing = [key for key in _ROPE_SCALING_FIELDS if key not in scaling]
-    if kind != "llama3" or missing:
-        what = f"lacks {', '.join(missing)}" if kind == "llama3" else f"is {kind}, which NeMo's Llama does not have"
-        raise UserError(f"The rope_scaling of this model {what}; only none and llama3 can be converted.")
-    fields.update({field: scaling[key] for key, field in _ROPE_SCALING_FIELDS.items()})
-    return Config(Symbol(nemo_classes.MODULE, nemo_classes.SCALED), fields)
+        return Config(family.config, fields)
+    known = family.rope_scaling
+    if known is None or kind != known.kind:
+        can = f"only none and {known.kind} can" if known else "only none can"
+        raise UserError(
+            f"The rope_scaling of this model is {kind}, which NeMo's {name} does not have; {can} be converted."
+        )
+    missing = [key for key in known.fields if key not in scaling]
+    if missing:
+        raise UserError(f"The rope_scaling of this model lacks {', '.join(missing)}; restore its config.json.")
+    return Config(known.config, {**fields, **{field: scaling[key] for key, field in known.fields.items()}})
 
 
-def _huggingface_config(folder: Path) -> dict[str, Any]:
-    """Return the Hugging Face config of the model that NeMo describes in ``folder``; the vocabulary may be None."""
+def _with_layers(family: NemoFamily, config: Mapping[str, Any], stored: Config) -> Config:
+    """Return our class with the sizes of each layer where layers are uneven, else NeMo's config as it is."""
+    layers = family.layout.shape(config).uneven
+    if not layers:
+        return stored
+    by_layer = {name: list(sizes) for name, sizes in zip(_BY_LAYER, zip(*layers, strict=True), strict=True)}
+    return Config(family.uneven[stored.symbol], {**stored.arguments, **by_layer})
+
+
+def _has_biases(layout: Layout, config: Mapping[str, Any]) -> bool:
+    """Return Megatron's one switch for the biases of all linear layers of a decoder layer."""
+    biases = _BIASES.intersection(layout.shape(config).features)
+    if biases and biases != _BIASES:
+        raise UserError(
+            f"This model has {', '.join(biases)} alone, but Megatron has biases on all linear layers or on none; "
+            "fill the missing ones with zeros."
+        )
+    return bool(biases)
+
+
+def _to_nemo(field: str, value: Any) -> Any:
+    """Return a Hugging Face value as NeMo states it.
+
+    A window of w is ``[w, 0]``, as in NeMo's own importer, although Megatron counts the keys before a query (w + 1
+    with its own) and Hugging Face all (w): beyond w tokens NeMo sees one key more.
+    """
+    return [value, 0] if field == "window_size" and value is not None else value
+
+
+def _from_nemo(field: str, value: Any) -> Any:
+    """Undo ``_to_nemo``."""
+    return value[0] if field == "window_size" and value is not None else value
+
+
+def _huggingface_config(folder: Path, vocab_rows: int) -> dict[str, Any]:
+    """Return the Hugging Face config of the model that NeMo describes in ``folder``."""
     path = folder / "io.json"
     stored = fiddle_json.find(_io_json(folder), "<root>.model.config", "<root>.config")
     if stored is None:
         raise UserError(f"{path} describes no model; use the checkpoint folder that NeMo wrote.")
-    if stored.symbol.module != nemo_classes.MODULE or stored.symbol.name not in nemo_classes.KNOWN:
+    family = NemoFamily.of_class(stored.symbol)
+    if family is None:
         raise UserError(
-            f"{path} has the config class {stored.symbol.module}.{stored.symbol.name}, which is not a Llama 2 or 3 "
-            f"of NeMo; put the model's Hugging Face config beside it as {_HUGGINGFACE_CONFIG}."
+            f"{path} has the config class {stored.symbol.module}.{stored.symbol.name}, which no table in conversions/ "
+            f"lists; put the model's Hugging Face config beside it as {_HUGGINGFACE_CONFIG}, or write "
+            "conversions/<family>.yaml as conversions/README.md explains."
         )
-    for field, wanted in nemo_classes.REQUIRED.items():
-        value = stored.arguments.get(field, wanted)
-        if value != wanted:
-            raise UserError(f"{path} has {field}={value}, which a Llama in the Hugging Face format cannot have.")
-    fields = {**nemo_classes.defaults(stored.symbol.name), **stored.arguments}
+    fields = {**family.defaults(stored.symbol), **stored.arguments}
+    layout = family.layout
+    for field, wanted in family.fixed.items():
+        if fields.get(field, wanted) != wanted:
+            raise UserError(
+                f"{path} has {field}={fields[field]}, which a {layout.family} in the Hugging Face format cannot have."
+            )
     missing = [
         field
         for field in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
@@ -172,14 +192,26 @@ def _huggingface_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not state {', '.join(missing)}; use the checkpoint folder that NeMo wrote.")
     fields["num_query_groups"] = fields["num_query_groups"] or fields["num_attention_heads"]
     fields["kv_channels"] = fields["kv_channels"] or fields["hidden_size"] // fields["num_attention_heads"]
-    scaling = {key: fields.get(field) for key, field in _ROPE_SCALING_FIELDS.items()}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{key: fields[field] for key, field in _FIELDS.items()},
+    fields["vocab_size"] = fields["vocab_size"] or vocab_rows
+    architecture, model_type = layout.even_class
+    config = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **{key: _from_nemo(field, fields[field]) for key, field in family.fields.items()},
         "rope_theta": float(fields["rotary_base"]),
-        "rope_scaling": None if scaling["factor"] is None else {"rope_type": "llama3", **scaling},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "rope_scaling": _rope_scaling(family, fields),
+        **layout.fixed,
+        **{name: fields.get("add_bias_linear", False) for name in sorted(_BIASES.intersection(layout.optional))},
     }
+    if stored.symbol not in family.uneven.values():
+        return config
+    sizes = zip(*(fields[name] for name in _BY_LAYER), strict=True)
+    return layout.config(layout.shape(config).with_layers(LayerSizes(*layer) for layer in sizes), config)
+
+
+def _rope_scaling(family: NemoFamily, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return ``rope_scaling`` as Hugging Face has it; only the classes that scale have the fields."""
+    known = family.rope_scaling
+    if known is None or not fields.keys() & set(known.fields.values()):
+        return None
+    return {"rope_type": known.kind, **{key: fields[field] for key, field in known.fields.items()}}

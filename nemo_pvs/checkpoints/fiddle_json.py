@@ -14,6 +14,7 @@ from typing import Any
 
 _VERSION = "0.0.1"  # of the format, in Fiddle 0.3
 _MODULE = "fiddle._src.config"
+_NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,16 @@ class Symbol:
     name: str
 
 
+_LIST = Symbol("builtins", "list")
+_TUPLE = Symbol("builtins", "tuple")
+
+
 @dataclass(frozen=True)
 class Config:
-    """A class (or function) and the arguments to call it with: leaves, empty dicts, Symbols and further Configs."""
+    """A class (or function) and the arguments to call it with.
+
+    These are leaves, lists of leaves, empty dicts, Symbols and further Configs.
+    """
 
     symbol: Symbol
     arguments: Mapping[str, Any]
@@ -40,7 +48,7 @@ def dump(root: Config) -> dict[str, Any]:
 
 
 def find(document: Any, *paths: str) -> Config | None:
-    """Return the config at the first of ``paths`` that a file has; arguments that are other objects are left out."""
+    """Return the config at the first of ``paths`` that a file has; arguments that are other configs are left out."""
     try:
         objects = document["objects"]
         for path in paths:
@@ -57,6 +65,11 @@ def _encode(value: Any, path: str, objects: dict[str, Any]) -> dict[str, Any]:
         return {**_pyref(value), "paths": [path]}
     if value == {}:
         return {**_empty_dict(), "paths": [path]}
+    if isinstance(value, list):
+        items = [
+            [f"Index(index={index})", _encode(one, f"{path}[{index}]", objects)] for index, one in enumerate(value)
+        ]
+        return {"type": _pyref(_LIST), "items": items, "metadata": None, "paths": [path]}
     if not isinstance(value, Config):
         return {"type": "leaf", "value": value, "paths": [path]}
     items = [
@@ -88,7 +101,7 @@ def _metadata(config: Config) -> dict[str, Any]:
 
 def _tuple(*values: str) -> dict[str, Any]:
     items = [[f"Index(index={index})", value] for index, value in enumerate(values)]
-    return {"type": _pyref(Symbol("builtins", "tuple")), "items": items, "metadata": None}
+    return {"type": _pyref(_TUPLE), "items": items, "metadata": None}
 
 
 def _empty_dict() -> dict[str, Any]:
@@ -107,8 +120,19 @@ def _decode(stored: Mapping[str, Any], objects: Mapping[str, Any]) -> Config:
     arguments: dict[str, Any] = {}
     for label, value in stored["items"]:
         name = label.removeprefix("Attr(name='").removesuffix("')")
-        if value["type"] == "leaf":
-            arguments[name] = value["value"]
-        elif value["type"] == "pyref":
-            arguments[name] = Symbol(value["module"], value["name"])
+        argument = _decode_argument(value, objects)
+        if argument is not _NOTHING:
+            arguments[name] = argument
     return Config(Symbol(symbol["module"], symbol["name"]), arguments)
+
+
+def _decode_argument(value: Mapping[str, Any], objects: Mapping[str, Any]) -> Any:
+    if value["type"] == "ref":
+        value = objects[value["key"]]
+    if value["type"] == "leaf":
+        return value["value"]
+    if value["type"] == "pyref":
+        return Symbol(value["module"], value["name"])
+    if value["type"] in (_pyref(_LIST), _pyref(_TUPLE)):
+        return [_decode_argument(item, objects) for _, item in value["items"]]
+    return _NOTHING

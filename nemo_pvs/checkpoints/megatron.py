@@ -1,7 +1,8 @@
 """NeMo 2 checkpoints as a source and a sink of tensors, one layer's slice in memory at a time.
 
-``weights/`` is a torch_dist checkpoint in which each kind of layer tensor is one tensor ``[layers, ...]``, fused as
-Megatron fuses it and independent of the parallelism that wrote it; ``context/`` describes the model.
+``weights/`` is a torch_dist checkpoint in which each kind of layer tensor is one tensor ``[layers, ...]``, or one for
+each layer where layers are uneven, fused as Megatron fuses it and independent of the parallelism that wrote it;
+``context/`` describes the model.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 
+from nemo_pvs.checkpoints.biases import with_both_biases
 from nemo_pvs.checkpoints.context import context_assets, read_context, write_context
 from nemo_pvs.checkpoints.manifest import Manifest, Progress, Recorder, dtype_name
+from nemo_pvs.checkpoints.shards import few
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.checkpoints.torch_dist import Block, TorchDistReader, write_torch_dist
 from nemo_pvs.errors import UserError
@@ -22,6 +25,7 @@ from nemo_pvs.files import whole_folder
 from nemo_pvs.layout import Entry, Layout, Part
 from nemo_pvs.shape import Shape
 
+_LAYERS = "module.decoder.layers."
 _EMBEDDING = "module.embedding.word_embeddings.weight"
 
 # Transformer Engine modules whose extra state (FP8 scales) Megatron asks for; None means that there is none.
@@ -44,17 +48,24 @@ class NemoSource:
             UserError: it is not a torch_dist checkpoint of a Llama-family model, or its context does not fit it.
         """
         self.folder = Path(folder)
-        self._weights = TorchDistReader(self.folder / "weights")
-        self.config: Mapping[str, Any] = read_context(
-            self.folder / "context",
-            vocab_rows=self._weights.size(_EMBEDDING)[0],
-            dtype=dtype_name(self._weights.dtype(_EMBEDDING)),
+        self._weights = self._open_weights()
+        self.config: Mapping[str, Any] = self._read_config(
+            vocab_rows=self._weights.size(_EMBEDDING)[0], dtype=dtype_name(self._weights.dtype(_EMBEDDING))
         )
         self._shape = Layout.for_config(self.config).shape(self.config)
         layout = Layout.for_config(self.config)
         self._parts = layout.parts(self._shape)
+        # Megatron can be told to store even layers apart, too.
+        self._stacked = not any(name.startswith(f"{_LAYERS}0.") for name in self._weights.names)
         self._check_sizes(layout)
+        self._refuse_unknown_tensors()
         self._siblings: dict[str, torch.Tensor] = {}
+
+    def _open_weights(self) -> TorchDistReader:
+        return TorchDistReader(self.folder / "weights")
+
+    def _read_config(self, *, vocab_rows: int, dtype: str) -> Mapping[str, Any]:
+        return read_context(self.folder / "context", vocab_rows=vocab_rows, dtype=dtype)
 
     @property
     def assets(self) -> tuple[Path, ...]:
@@ -64,12 +75,12 @@ class NemoSource:
     @property
     def extra_tensors(self) -> tuple[str, ...]:
         """Stored tensors that are no weights of the model, such as optimizer states."""
-        known = {stored_name(entry) for _, entry in self._parts.values()}
+        known = {self._name(entry) for _, entry in self._parts.values()}
         return tuple(name for name in self._weights.names if name not in known)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor without reading it."""
-        return self._weights.dtype(stored_name(self._parts[name][1]))
+        return self._weights.dtype(self._name(self._parts[name][1]))
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor under its Hugging Face name, without padding rows.
@@ -88,23 +99,36 @@ class NemoSource:
             self._siblings = dict(zip((part.name for part in entry.parts), parts, strict=True))
         return self._siblings.pop(name)
 
+    def _name(self, entry: Entry) -> str:
+        return stored_name(entry, stacked=self._stacked)
+
     def _read_entry(self, entry: Entry) -> torch.Tensor:
         size = entry.size(self._shape)
-        if entry.layer is None:
-            return self._weights.read(stored_name(entry), (0,) * len(size), size)
-        return self._weights.read(stored_name(entry), (entry.layer, *(0 for _ in size)), (1, *size)).squeeze(0)
+        if entry.layer is None or not self._stacked:
+            return self._weights.read(self._name(entry), (0,) * len(size), size)
+        return self._weights.read(self._name(entry), (entry.layer, *(0 for _ in size)), (1, *size)).squeeze(0)
 
     def _check_sizes(self, layout: Layout) -> None:
         """Refuse weights that are not of the context's shape; only the vocabulary may have (padding) rows to spare."""
         for entry in layout.entries(self._shape):
-            name = stored_name(entry)
-            stored, expected = self._weights.size(name), _stored_size(entry, self._shape, self._shape.vocab)
+            name = self._name(entry)
+            stored = self._weights.size(name)
+            expected = _stored_size(entry, self._shape, self._shape.vocab, stacked=self._stacked)
             padded = entry.parts[0].axes[0] == "vocab" and stored[0] > expected[0]
             if stored != expected and not (padded and stored[1:] == expected[1:]):
                 raise UserError(
                     f"{name} in {self.folder} is {list(stored)}, but its context implies {list(expected)}; "
                     "use the context that belongs to these weights."
                 )
+
+    def _refuse_unknown_tensors(self) -> None:
+        """Refuse parts of the model that its context does not tell of: without them it would be another model."""
+        unknown = [name for name in self.extra_tensors if name.startswith("module.")]
+        if unknown:
+            raise UserError(
+                f"{self.folder} has {len(unknown)} tensors that {self.config['architectures'][0]} with its context "
+                f"does not have: {few(unknown)}; adapters and quantised weights are not supported."
+            )
 
 
 def write_nemo(
@@ -113,10 +137,14 @@ def write_nemo(
     *,
     dtype: torch.dtype | None = None,
     pad_vocab_to_multiple: int = 1,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write a model as a NeMo checkpoint that stock NeMo loads at any tensor and pipeline parallelism.
+    """Write a model as a NeMo checkpoint that NeMo loads at any tensor and pipeline parallelism.
+
+    Stock NeMo does where layers are even; the context of an uneven model names a class of ours
+    (``training/uneven.py``). Biases on one side of the layers only get zeros beside them (``with_both_biases``).
 
     Args:
         source: The model.
@@ -124,6 +152,7 @@ def write_nemo(
         dtype: Cast every tensor to it; None keeps each as it is stored.
         pad_vocab_to_multiple: Rows of zeros are added to embedding and output head up to a multiple of this, so that
             tensor parallelism divides them. ``NemoSource`` leaves them out again.
+        allow_nonfinite: Write NaN and infinite values, too, instead of refusing the tensor that has them.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
 
@@ -135,33 +164,36 @@ def write_nemo(
     """
     if pad_vocab_to_multiple < 1:
         raise UserError(f"The vocabulary cannot be padded to a multiple of {pad_vocab_to_multiple}; give 1 or more.")
-    recorder = Recorder(source, dtype, progress)
+    recorder = Recorder(with_both_biases(source), dtype, progress, allow_nonfinite=allow_nonfinite)
     vocab_rows = -(-recorder.shape.vocab // pad_vocab_to_multiple) * pad_vocab_to_multiple
     with whole_folder(Path(target), overwrite=overwrite) as folder:
-        write_torch_dist(folder / "weights", _blocks(recorder, vocab_rows), _extra_states(recorder.shape.layers))
+        write_torch_dist(folder / "weights", _blocks(recorder, vocab_rows), _extra_states(recorder.shape))
         write_context(folder / "context", recorder.config(), source.assets, vocab_rows=vocab_rows)
         return recorder.finish(folder, "nemo")
 
 
-def stored_name(entry: Entry) -> str:
-    """Return the name under which a checkpoint stores a Megatron tensor, all its layers together."""
-    return f"module.{'' if entry.layer is None else 'decoder.layers.'}{entry.megatron}"
+def stored_name(entry: Entry, *, stacked: bool) -> str:
+    """Return the name under which a checkpoint stores a Megatron tensor: of all layers together, or of one layer."""
+    if entry.layer is None:
+        return f"module.{entry.megatron}"
+    return f"{_LAYERS}{'' if stacked else f'{entry.layer}.'}{entry.megatron}"
 
 
-def _stored_size(entry: Entry, shape: Shape, vocab_rows: int) -> tuple[int, ...]:
+def _stored_size(entry: Entry, shape: Shape, vocab_rows: int, *, stacked: bool) -> tuple[int, ...]:
     size = entry.size(shape.replace(vocab=vocab_rows))
-    return size if entry.layer is None else (shape.layers, *size)
+    return (shape.layers, *size) if stacked and entry.layer is not None else size
 
 
 def _blocks(recorder: Recorder, vocab_rows: int) -> Iterator[Block]:
     """Yield the blocks of a checkpoint in the order in which a source is best read."""
+    stacked = not recorder.shape.uneven
     dtypes: dict[str, torch.dtype] = {}
     for entry in recorder.layout.entries(recorder.shape):
-        name = stored_name(entry)
+        name = stored_name(entry, stacked=stacked)
         if name not in dtypes:  # a stacked tensor has one dtype, so its first layer tells it
-            dtypes[name] = recorder.dtype or recorder.source.read(entry.parts[0].name).dtype
-        full_size = _stored_size(entry, recorder.shape, vocab_rows)
-        layer = () if entry.layer is None else (entry.layer,)
+            dtypes[name] = recorder.dtype_of(entry.parts[0].name)
+        full_size = _stored_size(entry, recorder.shape, vocab_rows, stacked=stacked)
+        layer = (entry.layer,) if stacked and entry.layer is not None else ()
         all_rows, *columns = full_size[len(layer) :]
         first_row = 0
         for rows, make in _row_blocks(recorder, entry, (all_rows, *columns), dtypes[name]):
@@ -203,9 +235,11 @@ def _fused(recorder: Recorder, entry: Entry, parts: tuple[Part, ...], dtype: tor
     return tensors[0] if len(tensors) == 1 else entry.join(tensors, recorder.shape)
 
 
-def _extra_states(layers: int) -> list[str]:
+def _extra_states(shape: Shape) -> list[str]:
     return [
-        f"module.decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-        for layer in range(layers)
+        f"{_LAYERS}{layer}.{module}._extra_state/shard_0_1"
+        if shape.uneven
+        else f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.layers}"
+        for layer in range(shape.layers)
         for module in _STATEFUL_MODULES
     ]

@@ -1,191 +1,110 @@
-"""What NeMo's Llama config classes leave unsaid: a checkpoint stores only the fields that differ from its class.
-
-Read from nemo/collections/llm/gpt/model/llama.py of NeMo 2.7.3; a test compares every value with the installed NeMo.
-"""
+"""The NeMo side of a model family: the ``nemo`` section of its table in ``conversions/``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-MODULE = "nemo.collections.llm.gpt.model.llama"
-PLAIN = "LlamaConfig"
-SCALED = "Llama31Config"
-"""The class whose rotary embedding is scaled the way Hugging Face calls ``llama3``."""
+from nemo_pvs.checkpoints.fiddle_json import Symbol
+from nemo_pvs.errors import UserError
+from nemo_pvs.layout import Layout, layouts
 
-# Each class: the one that it extends, and the fields that it sets.
-_CLASSES: dict[str, tuple[str | None, dict[str, Any]]] = {
-    PLAIN: (
-        None,
-        {
-            "seq_length": 4096,
-            "layernorm_epsilon": 1e-5,
-            "rotary_base": 10000,
-            "init_method_std": 0.02,
-            "share_embeddings_and_output_weights": False,
-            "num_query_groups": None,
-            "kv_channels": None,
-            "vocab_size": None,
-        },
-    ),
-    "Llama2Config7B": (
-        PLAIN,
-        {
-            "num_layers": 32,
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "num_query_groups": 32,
-            "ffn_hidden_size": 11008,
-        },
-    ),
-    "Llama2Config13B": (
-        PLAIN,
-        {
-            "num_layers": 40,
-            "hidden_size": 5120,
-            "num_attention_heads": 40,
-            "num_query_groups": 40,
-            "ffn_hidden_size": 13824,
-        },
-    ),
-    "Llama2Config70B": (
-        PLAIN,
-        {
-            "num_layers": 80,
-            "hidden_size": 8192,
-            "num_attention_heads": 64,
-            "num_query_groups": 8,
-            "ffn_hidden_size": 28672,
-        },
-    ),
-    "Llama3Config": (PLAIN, {"num_query_groups": 8, "init_method_std": 0.01}),
-    "Llama3Config8B": (
-        "Llama3Config",
-        {
-            "rotary_base": 500_000,
-            "seq_length": 8192,
-            "num_layers": 32,
-            "hidden_size": 4096,
-            "ffn_hidden_size": 14336,
-            "num_attention_heads": 32,
-        },
-    ),
-    "Llama3Config70B": (
-        "Llama3Config",
-        {
-            "rotary_base": 500_000,
-            "seq_length": 8192,
-            "num_layers": 80,
-            "hidden_size": 8192,
-            "ffn_hidden_size": 28672,
-            "num_attention_heads": 64,
-            "init_method_std": 0.008944,
-        },
-    ),
-    SCALED: (
-        "Llama3Config",
-        {
-            "scale_factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "old_context_len": 8192,
-            "init_method_std": 0.02,
-        },
-    ),
-    "Llama31Config8B": (
-        SCALED,
-        {
-            "rotary_base": 500_000,
-            "seq_length": 131072,
-            "num_layers": 32,
-            "hidden_size": 4096,
-            "ffn_hidden_size": 14336,
-            "num_attention_heads": 32,
-        },
-    ),
-    "Llama31Config70B": (
-        SCALED,
-        {
-            "rotary_base": 500_000,
-            "seq_length": 131072,
-            "num_layers": 80,
-            "hidden_size": 8192,
-            "ffn_hidden_size": 28672,
-            "num_attention_heads": 64,
-        },
-    ),
-    "Llama31Config405B": (
-        SCALED,
-        {
-            "rotary_base": 500_000,
-            "seq_length": 131072,
-            "num_layers": 126,
-            "hidden_size": 16384,
-            "ffn_hidden_size": 53248,
-            "num_attention_heads": 128,
-        },
-    ),
-    "Llama32Config1B": (
-        SCALED,
-        {
-            "scale_factor": 32.0,
-            "share_embeddings_and_output_weights": True,
-            "rotary_base": 500_000,
-            "seq_length": 131072,
-            "num_layers": 16,
-            "hidden_size": 2048,
-            "ffn_hidden_size": 8192,
-            "num_attention_heads": 32,
-        },
-    ),
-    "Llama32Config3B": (
-        SCALED,
-        {
-            "scale_factor": 32,
-            "share_embeddings_and_output_weights": True,
-            "rotary_base": 500_000,
-            "seq_length": 131072,
-            "num_layers": 28,
-            "hidden_size": 3072,
-            "ffn_hidden_size": 8192,
-            "num_attention_heads": 24,
-        },
-    ),
-    "CodeLlamaConfig7B": ("Llama2Config7B", {"rotary_base": 1_000_000, "seq_length": 16384}),
-    "CodeLlamaConfig13B": ("Llama2Config13B", {"rotary_base": 1_000_000, "seq_length": 16384}),
-    "CodeLlamaConfig70B": ("Llama2Config70B", {}),
-    "CodeLlamaConfig34B": (
-        PLAIN,
-        {
-            "rotary_base": 1_000_000,
-            "seq_length": 16384,
-            "num_layers": 48,
-            "hidden_size": 8192,
-            "num_attention_heads": 64,
-            "num_query_groups": 8,
-            "ffn_hidden_size": 22016,
-        },
-    ),
-}
-
-KNOWN = tuple(_CLASSES)
-
-# Fields that a checkpoint may state, and the only values with which the model is a Llama as Hugging Face has it.
-REQUIRED: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "seq_len_interpolation_factor": None,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "layernorm_zero_centered_gamma": False,
-    "num_moe_experts": None,
+# Hugging Face key, NeMo field: what Megatron calls alike for every family.
+_FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_length",
+    "rms_norm_eps": "layernorm_epsilon",
+    "rope_theta": "rotary_base",
+    "initializer_range": "init_method_std",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
 }
 
 
-def defaults(name: str) -> dict[str, Any]:
-    """Return the fields that a config class sets, its parents' included."""
-    parent, fields = _CLASSES[name]
-    return {**(defaults(parent) if parent else {}), **fields}
+@dataclass(frozen=True)
+class RopeScaling:
+    """The one kind of scaled rotary embedding that NeMo has for a family."""
+
+    kind: str
+    """Hugging Face's ``rope_type``."""
+    config: Symbol
+    """The config class whose models have it."""
+    fields: Mapping[str, str]
+    """Hugging Face key within ``rope_scaling``, NeMo field."""
+
+
+class NemoFamily:
+    """What NeMo calls the models of one family, and what its config classes leave unsaid in a checkpoint."""
+
+    def __init__(self, layout: Layout) -> None:
+        """Read the section of a family's table.
+
+        Raises:
+            UserError: the table has none, because NeMo does not have the family.
+        """
+        if "nemo" not in layout.table:
+            raise UserError(
+                f"NeMo does not have the family {layout.family}, so it stays in the Hugging Face format; if it has, "
+                f"describe it under nemo in conversions/{layout.family}.yaml."
+            )
+        self.layout = layout
+        self._section: Mapping[str, Any] = layout.table["nemo"]
+
+    @classmethod
+    def of_class(cls, symbol: Symbol) -> NemoFamily | None:
+        """Return the family that has a config class; None if no table lists it."""
+        families = [cls(layout) for layout in layouts() if "nemo" in layout.table]
+        return next((family for family in families if symbol in (*family.classes, *family.uneven.values())), None)
+
+    @property
+    def model(self) -> Symbol:
+        """The model class."""
+        return self._symbol(self._section["model"])
+
+    @property
+    def config(self) -> Symbol:
+        """The config class of models without scaled rotary embeddings."""
+        return self._symbol(self._section["config"])
+
+    @property
+    def classes(self) -> tuple[Symbol, ...]:
+        """Every config class that can be read."""
+        return tuple(self._symbol(name) for name in self._section["classes"])
+
+    @property
+    def uneven(self) -> dict[Symbol, Symbol]:
+        """Our config class beside one of NeMo's: the same with sizes for each layer."""
+        section = self._section.get("uneven", {"module": "", "classes": {}})
+        return {self._symbol(name): Symbol(section["module"], ours) for name, ours in section["classes"].items()}
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Hugging Face key and NeMo field of every setting that both state."""
+        return {**_FIELDS, **self._section.get("fields", {})}
+
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """NeMo fields and the only values with which a model is one of this family as Hugging Face has it."""
+        return self._section["fixed"]
+
+    @property
+    def rope_scaling(self) -> RopeScaling | None:
+        """The family's scaled rotary embedding, if NeMo has one."""
+        section = self._section.get("rope_scaling")
+        return section and RopeScaling(section["kind"], self._symbol(section["config"]), section["fields"])
+
+    def defaults(self, symbol: Symbol) -> dict[str, Any]:
+        """Return the fields that a config class sets, its parents' included: a checkpoint stores only what differs."""
+        even = {ours: name for name, ours in self.uneven.items()}.get(symbol, symbol)
+        fields = dict(self._section["classes"][even.name])
+        parent = fields.pop("extends", None)
+        return {**(self.defaults(self._symbol(parent)) if parent else {}), **fields}
+
+    def _symbol(self, name: str) -> Symbol:
+        return Symbol(self._section["module"], name)

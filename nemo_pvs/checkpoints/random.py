@@ -16,8 +16,9 @@ class RandomSource:
     """A model drawn as Megatron draws it, the same on every layout and machine.
 
     Matrices are normal with standard deviation ``initializer_range``; those that write into the residual stream
-    (attention output, MLP down) are divided by ``sqrt(2 L)`` as in GPT-2 and Megatron; norms are one. Each tensor has
-    a generator of its own, seeded by the seed and its name, so that tensors can be read in any order.
+    (attention output, MLP down) are divided by ``sqrt(2 L)`` as in GPT-2 and Megatron; norms are one, biases
+    zero. Each tensor has a generator of its own, seeded by the seed and its name, so that tensors can be read in any
+    order.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class RandomSource:
         part, entry = self._parts[name]
         size = part.size(self._shape)
         if len(size) == 1:
-            return torch.ones(size, dtype=self._dtype)
+            return torch.full(size, 0.0 if name.endswith(".bias") else 1.0, dtype=self._dtype)
         deviation = float(self.config.get("initializer_range", 0.02))
         if entry.layer is not None and part.axes[0] == "hidden":
             deviation /= (2 * self._shape.layers) ** 0.5

@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec, gpt_data_step
 from torch.nn.functional import scaled_dot_product_attention
 
+from nemo_pvs.errors import UserError
+
 
 class SdpaCausalAttention(MegatronModule):
     """Megatron's core attention on ``torch.nn.functional.scaled_dot_product_attention``.
@@ -40,6 +42,7 @@ class SdpaCausalAttention(MegatronModule):
             raise ValueError("SdpaCausalAttention is causal and knows no context parallelism; use Transformer Engine.")
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.window = config.window_size[0] if config.window_size else None
 
     def forward(
         self,
@@ -54,9 +57,17 @@ class SdpaCausalAttention(MegatronModule):
         """Attend causally: query ``[s, b, heads, h]``, key and value ``[s, b, groups, h]`` -> ``[s, b, heads * h]``.
 
         ``attention_mask`` is not read: the causal one is all that pretraining uses.
+
+        Raises:
+            UserError: the sequence is longer than the model's sliding window (``window_size``).
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("SdpaCausalAttention takes neither packed sequences nor an attention bias.")
+        if self.window is not None and key.shape[0] > self.window:
+            raise UserError(
+                f"Sequences of {key.shape[0]} tokens do not fit the model's attention window of {self.window}, which "
+                "only Transformer Engine has; install it or choose a shorter sequence_length."
+            )
         context = scaled_dot_product_attention(
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
             dropout_p=self.dropout if self.training else 0.0,
@@ -83,7 +94,10 @@ def sdpa_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> Transform
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = SdpaCausalAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaCausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
     )

@@ -79,7 +79,7 @@ def model(job: TrainingJob, precision: str) -> run.Config:
         config.data_step_fn = causal_data_step
         # Initialisation must not ask for a CUDA generator; the restored weights replace it in any case.
         config.use_cpu_initialization = not torch.cuda.is_available()
-    return run.Config(llm.LlamaModel, config=config)
+    return run.Config(fiddle.get_callable(stored), config=config)
 
 
 def data(job: TrainingJob) -> run.Config:

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from nemo_pvs.checkpoints import fiddle_json, nemo_classes
+from nemo_pvs.checkpoints import fiddle_json
 from nemo_pvs.checkpoints.context import context_assets, read_context, write_context
 from nemo_pvs.checkpoints.fiddle_json import Config, Symbol
 from nemo_pvs.errors import UserError
 
+LLAMA = "nemo.collections.llm.gpt.model.llama"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 3,
@@ -36,7 +37,7 @@ LLAMA3_ROPE = {
 }
 
 
-def write_stock(folder, name, fields, *, module=nemo_classes.MODULE, tokenizer=None):
+def write_stock(folder, name, fields, *, module=LLAMA, tokenizer=None):
     """Write an io.json with the given class and explicit fields, as NeMo does for a model built from it."""
     model = {"config": Config(Symbol(module, name), fields), "tokenizer": tokenizer}
     context = Config(Symbol("x", "TrainerContext"), {"model": Config(Symbol("x", "LlamaModel"), model)})
@@ -67,6 +68,7 @@ def test_every_field_is_explicit(tmp_path):
         "rotary_base": 250000.0,
         "init_method_std": 0.03,
         "share_embeddings_and_output_weights": True,
+        "add_bias_linear": False,
         "bf16": True,
         "fp16": False,
         "params_dtype": Symbol("torch", "bfloat16"),
@@ -137,7 +139,7 @@ def test_special_tokens_come_from_the_generation_config(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "gelu"}, "activation silu, not gelu"),
+        ({"hidden_act": "gelu"}, "llama has hidden_act silu, not gelu"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of this model is yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of this model is linear"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks low_freq_factor, high_freq_factor"),
@@ -152,7 +154,7 @@ def test_what_nemo_cannot_express_is_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("Llama4Config", {}, r"Llama4Config, which is not a Llama 2 or 3"),
+        ("Llama4Config", {}, r"Llama4Config, which no table in conversions/ lists"),
         ("LlamaConfig", {"num_layers": 2}, "does not state hidden_size, num_attention_heads, ffn_hidden_size"),
         ("Llama31Config8B", {"qk_layernorm": True}, "qk_layernorm=True"),
         ("Llama31Config8B", {"seq_len_interpolation_factor": 4.0}, r"seq_len_interpolation_factor=4\.0"),
@@ -184,10 +186,10 @@ def test_a_missing_context_is_refused(tmp_path):
 def test_assets_are_kept_where_nemo_looks_for_them(tmp_path):
     names = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     for name in names:
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(json.dumps(name))
     write_context(tmp_path / "c", CONFIG, [tmp_path / name for name in names], vocab_rows=100)
-    assert (tmp_path / "c" / "artifacts" / "generation_config.json").read_text() == names[0]
-    assert (tmp_path / "c" / "tokenizer" / "tokenizer.json").read_text() == names[1]
+    assert (tmp_path / "c" / "artifacts" / "generation_config.json").read_text() == json.dumps(names[0])
+    assert (tmp_path / "c" / "tokenizer" / "tokenizer.json").read_text() == json.dumps(names[1])
     (tmp_path / "c" / "tokenizer" / "tokenizer.model").write_bytes(b"GGUF: weights in disguise")
     assert [path.name for path in context_assets(tmp_path / "c")] == names
     tokenizer = fiddle_json.find(json.loads((tmp_path / "c" / "io.json").read_text()), "<root>.model.tokenizer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from nemo_pvs.checkpoints import nemo_classes
 from nemo_pvs.checkpoints.context import read_context
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
 from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
@@ -140,25 +138,3 @@ def test_megatrons_own_description_of_a_checkpoint_is_read(checkpoint):
     expected = fingerprint(NemoSource(checkpoint))
     path.write_bytes(pickle.dumps(described))
     assert fingerprint(NemoSource(checkpoint)) == expected
-
-
-def test_the_table_of_defaults_is_that_of_the_installed_nemo(nemo):
-    from nemo.collections.llm.gpt.model import llama
-
-    assert llama.__name__ == nemo_classes.MODULE
-    for name in nemo_classes.KNOWN:
-        fields = {field.name: field.default for field in dataclasses.fields(getattr(llama, name))}
-        for field, value in nemo_classes.defaults(name).items():
-            assert fields[field] == value, (name, field)
-        for field, value in nemo_classes.REQUIRED.items():
-            assert fields[field] == value, (name, field)
-        stated = {field for field in fields if fields[field] != getattr(llama.LlamaConfig, field, None)}
-        relevant = {
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "kv_channels",
-            "rotary_base",
-        }
-        assert stated & relevant <= nemo_classes.defaults(name).keys(), name

@@ -11,6 +11,7 @@ from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.parent import SMOLLM2, prepare_parent
 from tests.conftest import make_tiny_llama
+from tests.families import CASES, save_tiny
 from tests.parallel.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
@@ -94,6 +95,28 @@ def test_tiny_llama_has_the_same_logits(config, layout, tmp_path):
     write_nemo(HuggingFaceSource(folder), tmp_path / "nemo")
     ids = torch.randint(0, 128, (2, 200), generator=torch.Generator().manual_seed(0))
     assert _largest_difference(folder, tmp_path / "nemo", ids, layout) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "layout"),
+    [
+        *(pytest.param(family, settings, (1, 1), id=f"{family} {about}") for family, about, settings in CASES),
+        # A layer in which everything that is sharded by heads or rows is there: biases, or norms of queries and keys.
+        *(pytest.param(*CASES[case][::2], (2, 1), id=f"{CASES[case][0]} TP=2") for case in (1, 4, 6)),
+    ],
+)
+def test_every_family_has_the_same_logits(family, settings, layout, tmp_path):
+    folder = save_tiny(tmp_path / "hf", family, **settings)
+    write_nemo(HuggingFaceSource(folder), tmp_path / "nemo")
+    ids = torch.randint(0, 128, (2, 60), generator=torch.Generator().manual_seed(0))
+    assert _largest_difference(folder, tmp_path / "nemo", ids, layout) < 1e-4
+
+
+def test_attention_without_a_window_refuses_sequences_beyond_it(tmp_path):
+    write_nemo(HuggingFaceSource(save_tiny(tmp_path / "hf", "mistral", sliding_window=48)), tmp_path / "nemo")
+    ids = torch.zeros(1, 49, dtype=torch.long)
+    with pytest.raises(AssertionError, match=r"UserError: Sequences of 49 tokens do not fit .* window of 48"):
+        run_ranks(1, _megatron_logits, tmp_path / "nemo", ids, 1, 1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,53 @@
+"""NeMo's Llama with uneven layers: FFN width, query heads and KV groups may differ from layer to layer.
+
+A checkpoint of such a model names one of these classes in its ``context/io.json``, so ``io.load_context`` of stock
+NeMo reads it where this package is installed. For NeMo without it, pad the model (``checkpoints/pad.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, fields
+
+from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
+
+
+@dataclass
+class UnevenLayers:
+    """Sizes of each layer, the first one first; beside them, the config's own sizes are their common bounds.
+
+    Megatron asks a config with ``heterogeneous_block_specs`` for the config of each layer, and then stores layers
+    under names of their own. Its own class of this kind has no query heads by layer.
+    """
+
+    ffn_hidden_size_by_layer: list[int] = field(default_factory=list)
+    num_attention_heads_by_layer: list[int] = field(default_factory=list)
+    num_query_groups_by_layer: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        """Raise ValueError unless every layer has each size."""
+        super().__post_init__()
+        self.heterogeneous_block_specs = True
+        for name, sizes in self._by_layer().items():
+            if len(sizes) != self.num_layers:
+                raise ValueError(f"{name}_by_layer has {len(sizes)} entries for {self.num_layers} layers.")
+
+    def get_config_for_layer(self, layer_number: int):
+        """Return the config of one layer, counted from 1 over all pipeline stages."""
+        config = copy.copy(self)
+        for name, sizes in self._by_layer().items():
+            setattr(config, name, sizes[layer_number - 1])
+        return config
+
+    def _by_layer(self) -> dict[str, list[int]]:
+        return {one.name.removesuffix("_by_layer"): getattr(self, one.name) for one in fields(UnevenLayers)}
+
+
+@dataclass
+class PrunedLlamaConfig(UnevenLayers, LlamaConfig):
+    """LlamaConfig with uneven layers."""
+
+
+@dataclass
+class PrunedLlama31Config(UnevenLayers, Llama31Config):
+    """Llama31Config, whose rotary embedding is scaled, with uneven layers."""
