@@ -1,4 +1,4 @@
-"""The command ``pvs``: verbs.py as commands, mistakes as one sentence."""
+"""The command ``pvs``: verbs as commands, mistakes as one sentence."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path)
         "Tensor parallelism 4 does not divide kv_groups=2": (
             "prune", model, target, "--target", "ffn=48", "--tensor-parallel", 4, *width,
         ),
-        "--method is 'magic'; choose minitron-width or minitron-depth": (
+        "--method is 'magic'; choose minitron-depth, shortgpt, minitron-width": (
             "prune", model, target, "--method", "magic", "--target", "ffn=48",
         ),
         "too few for 4 random windows of 100000": (

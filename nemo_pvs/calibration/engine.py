@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 
 import nemo_pvs
+from nemo_pvs.calibration import ranks
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.calibration.statistics import ChannelStatistic, CosineDistance, Energy, MeanAbsL2
+from nemo_pvs.calibration.statistics import ChannelStatistic, CosineDistance, Energy, MeanAbsL2, Moments
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint
 from nemo_pvs.errors import UserError
@@ -34,7 +35,12 @@ def calibrate(
 
     The sites are those of Minitron (2407.14679): hidden channels at the outputs of both norms of a layer (after the
     weight), summed over layers, the final norm left out; FFN channels at the input of ``down_proj``; heads at the
-    input of ``o_proj``, their channels together. Layers are measured by block influence (ShortGPT, 2403.03853).
+    input of ``o_proj``, their channels together. Layers are measured by block influence (ShortGPT, 2403.03853). For
+    FLAP (2312.11983) and its relatives the inputs of ``down_proj`` and ``o_proj`` have mean and variance as well, and
+    the columns of these weights their squares and absolute values, so that no plan needs the model.
+
+    Where ``torch.distributed`` is initialised every rank reads its share of the sequences and gets all scores, those
+    of one rank up to the order of summation; FLAP's order-dependent ``fluctuation`` is left out.
 
     Args:
         source: The model, dense.
@@ -45,11 +51,13 @@ def calibrate(
         progress: Called with (layers done, layers in all).
 
     Raises:
-        UserError: the tokens do not fit the model, or its activations are not finite.
+        UserError: the tokens do not fit the model, its layers are uneven, or its activations are not finite.
     """
     model = LayerwiseModel(source, device=device, memory_limit=memory_limit)
+    if model.shape.uneven:
+        raise UserError("The layers of this model are uneven already; calibrate the model that it was pruned from.")
     layers = [_LayerStatistics(model.shape) for _ in range(model.shape.layers)]
-    chunks = list(model.chunks(tokens.ids))
+    chunks = list(model.chunks(ranks.split(tokens.ids)))
     done = 0
     for ids in chunks:
         hidden = model.embed(ids)
@@ -57,13 +65,14 @@ def calibrate(
             layer = model.layer(index)
             statistics.attach(layer)
             model.run_layer(layer, hidden, batch_size)
+            if not statistics.finite:
+                raise UserError(f"The activations of layer {index} are not finite; is the checkpoint damaged?")
             done += 1
             if progress:
                 progress(done, len(chunks) * len(layers))
+    for statistics in layers:
+        statistics.all_reduce()
     tensors = _collect(layers, model.shape)
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise UserError(f"The model's activations overflow ({name} is not finite); is the checkpoint damaged?")
     manifest = {
         "model_fingerprint": fingerprint(source),
         "shape": model.shape.to_dict(),
@@ -78,22 +87,72 @@ def calibrate(
 
 
 class _LayerStatistics:
-    """The statistics of one layer, fed by hooks on its modules; each site has both aggregations."""
+    """The statistics of one layer, fed by hooks on its modules."""
 
     def __init__(self, shape: Shape) -> None:
         self.input_norm = _aggregations(shape.hidden)
         self.post_attention_norm = _aggregations(shape.hidden)
-        self.ffn = _aggregations(shape.ffn)
-        self.heads = _aggregations(shape.heads * shape.head_dim)
+        self.ffn = _LinearInput(shape.axis("ffn"))
+        self.attention = _LinearInput(shape.axis("query"))
         self.block_influence = CosineDistance()
 
     def attach(self, layer: Any) -> None:
         """Watch a decoder layer for as long as it lives."""
         _watch_output(layer.input_layernorm, self.input_norm)
         _watch_output(layer.post_attention_layernorm, self.post_attention_norm)
-        _watch_input(layer.mlp.down_proj, self.ffn)
-        _watch_input(layer.self_attn.o_proj, self.heads)
+        self.ffn.attach(layer.mlp.down_proj)
+        self.attention.attach(layer.self_attn.o_proj)
         layer.register_forward_hook(lambda _, inputs, output: self.block_influence.update(inputs[0], output))
+
+    @property
+    def finite(self) -> bool:
+        """Whether no activation was infinite or not a number, which no sum over them forgets."""
+        sums = [statistic.result() for site in self._sites() for statistic in site.values()]
+        return all(bool(total.isfinite().all()) for total in (*sums, torch.tensor(self.block_influence.result())))
+
+    def all_reduce(self) -> None:
+        """Add up what all ranks saw, on every rank."""
+        for site in self._sites():
+            for statistic in site.values():
+                statistic.all_reduce()
+        for linear in (self.ffn, self.attention):
+            linear.moments.all_reduce()
+        self.block_influence.all_reduce()
+
+    def _sites(self) -> Iterator[_Site]:
+        yield from (self.input_norm, self.post_attention_norm, self.ffn.site, self.attention.site)
+
+
+class _LinearInput:
+    """The input of a linear module, and the columns of its weight [outputs, inputs] that meet it."""
+
+    def __init__(self, channels: int) -> None:
+        self.site = _aggregations(channels)
+        self.moments = Moments(channels)
+        self.weight_energy = torch.empty(0)
+        self.weight_mean_abs = torch.empty(0)
+
+    def attach(self, linear: Any) -> None:
+        weight = linear.weight.detach().float()
+        self.weight_energy = weight.square().sum(dim=0).double().cpu()
+        self.weight_mean_abs = weight.abs().mean(dim=0).double().cpu()
+        linear.register_forward_pre_hook(lambda _, inputs: self._update(inputs[0]))
+
+    def _update(self, activations: torch.Tensor) -> None:
+        _update(self.site, activations)
+        self.moments.update(activations)
+
+    def channels(self) -> dict[str, torch.Tensor]:
+        """Return one number a channel under each name, float64 [channels]."""
+        tensors = {
+            "energy": self.site["energy"].result(),
+            "mean": self.moments.mean(),
+            "variance": self.moments.variance(),
+            "weight_energy": self.weight_energy,
+            "weight_mean_abs": self.weight_mean_abs,
+        }
+        fluctuation = self.moments.fluctuation()
+        return tensors if fluctuation is None else {**tensors, "fluctuation": fluctuation}
 
 
 _Site = dict[str, ChannelStatistic]
@@ -107,10 +166,6 @@ def _watch_output(module: nn.Module, site: _Site) -> None:
     module.register_forward_hook(lambda _, __, output: _update(site, output))
 
 
-def _watch_input(module: nn.Module, site: _Site) -> None:
-    module.register_forward_pre_hook(lambda _, inputs: _update(site, inputs[0]))
-
-
 def _update(site: _Site, activations: torch.Tensor) -> None:
     for statistic in site.values():
         statistic.update(activations)
@@ -121,8 +176,16 @@ def _collect(layers: list[_LayerStatistics], shape: Shape) -> dict[str, torch.Te
     for name in AGGREGATIONS:
         norms = [site[name].result() for layer in layers for site in (layer.input_norm, layer.post_attention_norm)]
         tensors[f"hidden.{name}"] = torch.stack(norms).sum(dim=0)
-        tensors[f"ffn.{name}"] = torch.stack([layer.ffn[name].result() for layer in layers])
-        channels = torch.stack([layer.heads[name].result() for layer in layers]).unflatten(1, (shape.heads, -1))
+        tensors[f"ffn.{name}"] = torch.stack([layer.ffn.site[name].result() for layer in layers])
+        channels = torch.stack([layer.attention.site[name].result() for layer in layers]).unflatten(
+            1, (shape.heads, -1)
+        )
         # An energy is a sum of squares already; norms of channels combine to the norm of the head.
         tensors[f"heads.{name}"] = channels.sum(dim=2) if name == "energy" else channels.norm(dim=2)
+    for site, linears in {
+        "attention": [layer.attention for layer in layers],
+        "ffn": [layer.ffn for layer in layers],
+    }.items():
+        rows = [linear.channels() for linear in linears]
+        tensors |= {f"{site}.{name}": torch.stack([row[name] for row in rows]) for name in rows[0]}
     return tensors

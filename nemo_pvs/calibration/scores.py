@@ -27,7 +27,11 @@ class Scores:
 
     tensors: Mapping[str, torch.Tensor]
     """For each aggregation (``energy``, ``meanabs_l2``): ``hidden.<aggregation>`` [d], ``ffn.<aggregation>`` [L, f]
-    and ``heads.<aggregation>`` [L, H]; then ``block_influence`` [L], and the calibration ``tokens``, int32 [N, S]."""
+    and ``heads.<aggregation>`` [L, H]; then ``block_influence`` [L], and the calibration ``tokens``, int32 [N, S].
+
+    For the inputs of ``o_proj`` (``attention.<name>`` [L, H*h]) and of ``down_proj`` (``ffn.<name>`` [L, f]) also:
+    ``energy``, ``mean``, ``variance`` and, from one rank only, ``fluctuation`` (``statistics.Moments``); of the
+    weight's columns ``weight_energy``, the sum of squares, and ``weight_mean_abs``, the mean absolute value."""
     manifest: Mapping[str, Any]
     """The model (``model_fingerprint``, ``shape``), the token set (``tokens``) and the ``versions`` of what ran."""
 
@@ -40,6 +44,17 @@ class Scores:
     def model_fingerprint(self) -> str:
         """The fingerprint of the model that was measured (``checkpoints.source.fingerprint``)."""
         return str(self.manifest["model_fingerprint"])
+
+    def channels(self, site: str, name: str) -> torch.Tensor:
+        """Return a tensor of the inputs of ``o_proj`` (site ``attention``) or ``down_proj`` (``ffn``).
+
+        Raises:
+            UserError: an older version, or a calibration on several ranks, did not measure it.
+        """
+        try:
+            return self.tensors[f"{site}.{name}"]
+        except KeyError:
+            raise UserError(f"These scores lack {site}.{name}; calibrate again, on one rank.") from None
 
     @property
     def tokens(self) -> TokenSet:

@@ -1,4 +1,4 @@
-"""Statistics of activations that can be updated batch by batch and merged across processes.
+"""Statistics of activations that can be updated batch by batch, and merged or summed over ranks.
 
 Within a batch sums run in fp32, across batches in fp64; so the result depends on the batching only by fp32 rounding.
 In bf16 a sum of equal terms would stop growing after 256 of them.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+
+from nemo_pvs.calibration import ranks
 
 
 class ChannelStatistic(ABC):
@@ -24,6 +26,10 @@ class ChannelStatistic(ABC):
     def merge(self, other: ChannelStatistic) -> None:
         """Add what another process saw."""
         self._sum += other._sum
+
+    def all_reduce(self) -> None:
+        """Add up what all ranks saw, on every rank."""
+        ranks.all_reduce(self._sum)
 
     @abstractmethod
     def _summand(self, activations: torch.Tensor) -> torch.Tensor:
@@ -83,6 +89,81 @@ class CosineDistance:
         self._sum += other._sum
         self._tokens += other._tokens
 
+    def all_reduce(self) -> None:
+        """Add up what all ranks saw, on every rank."""
+        total = ranks.all_reduce(torch.tensor([self._sum, self._tokens], dtype=torch.float64))
+        self._sum, self._tokens = float(total[0]), int(total[1])
+
     def result(self) -> float:
         """Return the mean distance."""
         return self._sum / self._tokens
+
+
+class Moments:
+    """Mean and variance over all tokens, a channel each, and FLAP's own recurrence for the latter.
+
+    Within a sequence squared deviations are taken from its mean in fp32, so a large mean does not swallow a small
+    variance; sequences, all of one length S, are combined in float64 by the formulas of Chan, Golub and LeVeque
+    (1983).
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._sequences = 0
+        self._tokens = 0
+        self._mean = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)
+        self._recurrence: torch.Tensor | None = torch.zeros(channels, dtype=torch.float64)
+
+    def update(self, activations: torch.Tensor) -> None:
+        """Add a batch of whole sequences [n, S, channels]."""
+        x = activations.float()
+        sequence_means = x.mean(dim=1)
+        squares = (x - sequence_means[:, None]).square_().sum(dim=1).double().cpu()
+        means = sequence_means.double().cpu()
+        sequences, length = x.shape[:2]
+        number = torch.arange(self._sequences + 1, self._sequences + sequences + 1).double()[:, None]
+        after = (self._mean * self._sequences + means.cumsum(dim=0)) / number  # the mean up to and with each sequence
+        before = torch.cat([self._mean[None], after[:-1]])
+        self._squares += (squares + length * (means - before) * (means - after)).sum(dim=0)
+        if self._recurrence is not None:
+            self._recurrence += ((squares + length * (means - after).square()) * (1 - 1 / number)).sum(dim=0)
+        self._mean = after[-1]
+        self._sequences += sequences
+        self._tokens += sequences * length
+
+    def merge(self, other: Moments) -> None:
+        """Add what another process saw; the recurrence, which follows the order of the sequences, is lost."""
+        tokens = self._tokens + other._tokens
+        difference = other._mean - self._mean
+        self._squares += other._squares + difference.square() * (self._tokens * other._tokens / tokens)
+        self._mean = self._mean + difference * (other._tokens / tokens)
+        self._sequences, self._tokens = self._sequences + other._sequences, tokens
+        self._recurrence = None
+
+    def all_reduce(self) -> None:
+        """Add up what all ranks saw, on every rank; with more than one of them the recurrence is lost."""
+        if ranks.world_size() == 1:
+            return
+        counts = ranks.all_reduce(torch.tensor([self._sequences, self._tokens]))
+        mean = ranks.all_reduce(self._mean * self._tokens) / counts[1]
+        self._squares = ranks.all_reduce(self._squares + self._tokens * (self._mean - mean).square())
+        self._mean, self._recurrence = mean, None
+        self._sequences, self._tokens = counts.tolist()
+
+    def mean(self) -> torch.Tensor:
+        """Return the mean over tokens, float64 [channels]."""
+        return self._mean.clone()
+
+    def variance(self) -> torch.Tensor:
+        """Return the unbiased variance over tokens, float64 [channels]."""
+        return self._squares / max(1, self._tokens - 1)
+
+    def fluctuation(self) -> torch.Tensor | None:
+        """Return the fluctuation as FLAP's script computes it, float64 [channels]; None after ``merge``.
+
+        CASIA-IVA-Lab/FLAP updates the variance of its paper (2312.11983) with a mean that already contains
+        the new sequence, and drops the first one. With D_n the sum over the tokens of sequence n of the squared
+        distance from the mean of sequences 1 to n, that is ``sum_{n=2..N} D_n (n - 1) / n / (N - 1)``. It depends on
+        the order of the sequences.
+        """
+        return None if self._recurrence is None else self._recurrence / max(1, self._sequences - 1)

@@ -58,11 +58,7 @@ class TokenSet:
         Raises:
             UserError: the stream is too short for so many windows, or a number makes no sense.
         """
-        if sequence_length < 2 or (samples is not None and samples < 1):
-            raise UserError(
-                f"{samples} samples of {sequence_length} tokens predict nothing; "
-                "choose at least 1 sample and a sequence_length of at least 2."
-            )
+        check_size(samples, sequence_length)
         if seed is not None and samples is None:
             raise UserError("Random windows need a number of samples; give it, or leave out the seed.")
         ids = np.asarray(stream)
@@ -78,17 +74,47 @@ class TokenSet:
         else:
             generator = random.Random(seed)
             starts = [generator.randint(0, len(ids) - sequence_length - 1) for _ in range(samples or 0)]
-        windows = np.stack([ids[start : start + sequence_length] for start in starts]).astype(np.int32)
+        return cls.from_windows(
+            [ids[start : start + sequence_length] for start in starts],
+            data_set=data_set,
+            source_sha256=source_sha256,
+            tokenizer_sha256=tokenizer_sha256,
+            seed=seed,
+        )
+
+    @classmethod
+    def from_windows(
+        cls,
+        windows: Sequence[Sequence[int] | npt.NDArray[Any]],
+        *,
+        data_set: str,
+        source_sha256: str | None,
+        tokenizer_sha256: str | None,
+        seed: int | None,
+        **more: Any,
+    ) -> TokenSet:
+        """Put windows of one length together and write down where they come from.
+
+        Args:
+            windows: N windows of S token ids.
+            data_set: Name of the text.
+            source_sha256: Hash of the text.
+            tokenizer_sha256: Hash of the tokenizer's files.
+            seed: What they were drawn with, if they were.
+            **more: Further entries of the manifest.
+        """
+        ids = np.stack([np.asarray(window) for window in windows]).astype(np.int32)
         return cls(
-            torch.from_numpy(windows),
+            torch.from_numpy(ids),
             {
                 "data_set": data_set,
                 "source_sha256": source_sha256,
                 "tokenizer_sha256": tokenizer_sha256,
-                "samples": len(starts),
-                "sequence_length": sequence_length,
+                "samples": ids.shape[0],
+                "sequence_length": ids.shape[1],
                 "seed": seed,
-                "ids_sha256": sha256_bytes(windows.tobytes()),
+                "ids_sha256": sha256_bytes(ids.tobytes()),
+                **more,
             },
         )
 
@@ -131,6 +157,15 @@ class TokenSet:
         settings = {"data_set": prefix.name, "tokenizer_sha256": manifest.get("tokenizer_sha256"), **settings}
         source_sha256 = sha256_file(prefix.with_name(prefix.name + ".bin"))
         return cls.from_stream(stream, source_sha256=source_sha256, **settings)
+
+
+def check_size(samples: int | None, sequence_length: int) -> None:
+    """Raise UserError unless windows of this length, and so many of them, predict something."""
+    if sequence_length < 2 or (samples is not None and samples < 1):
+        raise UserError(
+            f"{samples} samples of {sequence_length} tokens predict nothing; "
+            "choose at least 1 sample and a sequence_length of at least 2."
+        )
 
 
 def read_token_file(prefix: Path) -> npt.NDArray[Any]:

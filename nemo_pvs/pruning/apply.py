@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout, Part
+from nemo_pvs.pruning.input_means import AXES
 from nemo_pvs.pruning.plan import Plan
 
 
@@ -21,7 +24,8 @@ class PrunedSource:
         """Prepare the slices; no matrix is read but those that tell the model apart from another.
 
         Raises:
-            UserError: the plan was made for another model, or the family's weight table does not add up.
+            UserError: the plan was made for another model, its family cannot have the plan's biases, or the family's
+                weight table does not add up.
         """
         shape = shape_of(source)
         if shape != plan.parent:
@@ -30,6 +34,7 @@ class PrunedSource:
         if made_for is not None and made_for != fingerprint(source):
             raise UserError("The plan was made for a model of this size with other weights; plan again for this one.")
         layout = Layout.for_config(source.config)
+        self.config: Mapping[str, Any] = layout.config(plan.target, source.config)
         kept = plan.kept_parameters(layout)
         if kept != plan.target.parameters:
             raise UserError(
@@ -38,8 +43,11 @@ class PrunedSource:
             )
         self._source = source
         self._plan = plan
-        self.config: Mapping[str, Any] = layout.config(plan.target, source.config)
         self._origins = _origins(layout, plan)
+        self._bias_weights = _bias_weights(layout, plan, self._origins)
+        self._biases: dict[str, torch.Tensor] = {}
+        masks = masks_of(source)
+        self.masks: Masks = _SlicedMasks(masks, plan, self._origins) if masks.names else NoMasks()
 
     @property
     def assets(self) -> tuple[Path, ...]:
@@ -47,22 +55,98 @@ class PrunedSource:
         return self._source.assets
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor of the pruned model, in the parent's dtype."""
+        """Return one tensor of the pruned model, in the parent's dtype.
+
+        A bias that makes up for removed inputs takes all of the parent's weight to compute, once: it is kept.
+        """
+        if name in self._bias_weights:
+            if name not in self._biases:
+                self._biases[name] = self._bias(name)
+            return self._biases[name].clone()
         origin, layer = self._origins[name]
-        tensor = self._source.read(origin.name)
-        for dimension, axis in enumerate(origin.axes):
-            keep = self._plan.kept(axis, layer)
-            if len(keep) < tensor.shape[dimension]:
-                tensor = tensor.index_select(dimension, torch.tensor(keep, device=tensor.device))
-        return tensor
+        return _slice(self._source.read(origin.name), origin, layer, self._plan)
+
+    def _bias(self, name: str) -> torch.Tensor:
+        """Return the parent's bias, or zeros, plus the mean of what the removed inputs gave; summed in fp32."""
+        weight, layer = self._bias_weights[name]
+        outputs, inputs = weight.axes
+        if name in self._origins:
+            origin, _ = self._origins[name]
+            bias = _slice(self._source.read(origin.name), origin, layer, self._plan)
+        else:
+            bias = torch.zeros(len(self._plan.kept(outputs, layer)), dtype=self._dtype)
+        if self._plan.input_means is None or inputs not in AXES:
+            return bias
+        matrix = self._source.read(weight.name)
+        rows, removed = (
+            torch.tensor(positions, dtype=torch.long, device=matrix.device)
+            for positions in (self._plan.kept(outputs, layer), self._plan.removed(inputs, layer))
+        )
+        means = self._plan.input_means.at(inputs, layer).to(matrix.device)
+        lost = matrix.index_select(1, removed).index_select(0, rows).float() @ means
+        return (bias.to(matrix.device).float() + lost).to(bias.dtype)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """That of the first weight that gets a bias."""
+        weight, _ = next(iter(self._bias_weights.values()))
+        return self._source.read(weight.name).dtype
+
+
+class _SlicedMasks:
+    """The parent's masks, sliced like their weights."""
+
+    def __init__(self, masks: Masks, plan: Plan, origins: Mapping[str, tuple[Part, int | None]]) -> None:
+        self._masks = masks
+        self._plan = plan
+        self._origins = {name: origin for name, origin in origins.items() if origin[0].name in set(masks.names)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._origins)
+
+    def read(self, name: str) -> torch.Tensor:
+        origin, layer = self._origins[name]
+        return _slice(self._masks.read(origin.name), origin, layer, self._plan)
+
+
+def _slice(tensor: torch.Tensor, origin: Part, layer: int | None, plan: Plan) -> torch.Tensor:
+    """Return what a plan keeps of a parent's tensor; ``layer`` is its place in the pruned model."""
+    for dimension, axis in enumerate(origin.axes):
+        keep = plan.kept(axis, layer)
+        if len(keep) < tensor.shape[dimension]:
+            tensor = tensor.index_select(dimension, torch.tensor(keep, device=tensor.device))
+    return tensor
 
 
 def _origins(layout: Layout, plan: Plan) -> dict[str, tuple[Part, int | None]]:
-    """Return for each tensor of the pruned model the parent's tensor, and the layer in the pruned model."""
+    """Return for each tensor of the pruned model the parent's tensor, and the layer in the pruned model.
+
+    Biases that the parent lacks are not among them.
+    """
     parents = {(entry.layer, entry.megatron): entry for entry in layout.entries(plan.parent)}
     origins: dict[str, tuple[Part, int | None]] = {}
     for entry in layout.entries(plan.target):
-        parent = parents[None if entry.layer is None else plan.keep_layers[entry.layer], entry.megatron]
-        for part, origin in zip(entry.parts, parent.parts, strict=True):
-            origins[part.name] = (origin, entry.layer)
+        parent = parents.get((None if entry.layer is None else plan.keep_layers[entry.layer], entry.megatron))
+        if parent is not None:
+            for part, origin in zip(entry.parts, parent.parts, strict=True):
+                origins[part.name] = (origin, entry.layer)
     return origins
+
+
+def _bias_weights(
+    layout: Layout, plan: Plan, origins: Mapping[str, tuple[Part, int | None]]
+) -> dict[str, tuple[Part, int]]:
+    """Return the parent's weight, and the layer in the pruned model, of each bias that is not just sliced.
+
+    That is a bias which the parent lacks, or which makes up for removed inputs.
+    """
+    weights: dict[str, tuple[Part, int]] = {}
+    if plan.input_means is None:
+        return weights
+    for name in layout.parts(plan.target):
+        if name.endswith(".bias"):
+            weight, layer = origins[f"{name.removesuffix('bias')}weight"]
+            if layer is not None and (name not in origins or weight.axes[1] in AXES):
+                weights[name] = weight, layer
+    return weights

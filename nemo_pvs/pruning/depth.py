@@ -1,9 +1,9 @@
-"""Depth pruning: remove the contiguous run of layers whose loss the model feels least (Minitron, 2407.14679)."""
+"""Depth pruning: remove the layers whose loss the model feels least (Minitron, 2407.14679)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,14 @@ import torch
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.layerwise import MEMORY_LIMIT
 from nemo_pvs.pruning.plan import Plan, whole_layers
+from nemo_pvs.pruning.sweep import LayerSweep, count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.shape import Shape
+
+METHOD = "minitron-depth"
+SEARCHES = ("contiguous", "greedy", "individual")
+"""Ways to find the layers by loss: ``scan_windows``, ``greedy.scan_greedy``, ``scan_windows`` of one layer."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,29 @@ class Scan:
         return self.losses.index(min(self.losses))
 
     @property
+    def nearest_start(self) -> int:
+        """First layer of the run whose perplexity is nearest to the dense model's: llm-pruning-collection's choice.
+
+        It passes over a model that is better than the dense one.
+        """
+        dense = _perplexity(self.dense_loss)
+        distances = [abs(_perplexity(loss) - dense) for loss in self.losses]
+        return distances.index(min(distances))
+
+    @property
+    def models(self) -> int:
+        """Models whose loss was measured: the dense one and every candidate."""
+        return len(self.losses) + 1
+
+    @property
     def tokens_read(self) -> int:
         """Tokens that went through the dense model and through every candidate."""
-        return int(self.tokens["samples"] * self.tokens["sequence_length"]) * (len(self.losses) + 1)
+        return sweep_tokens(self.tokens, self.models)
 
     @property
     def flops(self) -> int:
         """Forward FLOPs of the scan: the layers that were really run, and the output head for every model."""
-        length = self.tokens["sequence_length"]
-        whole = self.shape.flops_per_token(sequence_length=length, training=False)
-        shorter = self.shape.replace(layers=self.shape.layers - 1)
-        layer = whole - shorter.flops_per_token(sequence_length=length, training=False)
-        head = whole - self.shape.layers * layer
-        tokens = self.tokens["samples"] * length
-        return int(tokens * (self.layer_forwards * layer + (len(self.losses) + 1) * head))
+        return sweep_flops(self.shape, self.tokens, self.layer_forwards, self.models)
 
     @property
     def reference_layer_forwards(self) -> int:
@@ -75,11 +89,7 @@ def scan_windows(
     memory_limit: int = MEMORY_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
-    """Measure the loss without each run of ``remove`` layers.
-
-    One sweep from the first layer to the last, each read once. Candidate i shares the dense model's states up to
-    layer i, waits there for ``remove`` layers, and then moves on with all others: the losses of whole models for about
-    half of the work.
+    """Measure the loss without each run of ``remove`` layers, in one sweep over the layers (``LayerSweep``).
 
     Args:
         source: The dense model.
@@ -96,48 +106,61 @@ def scan_windows(
         UserError: there is nothing to remove or nothing would be left, or a loss is not finite.
     """
     layers = shape_of(source).layers
-    if not 1 <= remove < layers:
-        raise UserError(f"Cannot remove {remove} of {layers} layers; choose from 1 to {layers - 1}.")
-    model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
-    candidates = layers - remove + 1
-    chunks = list(model.chunks(tokens.ids, states=candidates + 1))
-    forwards = len(chunks) * (layers + candidates * (candidates - 1) // 2)
-    totals = torch.zeros(candidates + 1, dtype=torch.float64)
-    predicted = 0
-    done = 0
-
-    def advance(layer: torch.nn.Module, states: torch.Tensor) -> None:
-        nonlocal done
-        model.run_layer(layer, states, batch_size)
-        done += 1
-        if progress:
-            progress(done, forwards)
-
-    for ids in chunks:
-        dense = model.embed(ids[:, :-1])
-        pruned: list[torch.Tensor] = []
-        for index in range(layers):
-            if len(pruned) < candidates:
-                pruned.append(dense.clone())
-            layer = model.layer(index)
-            for states in pruned[: max(0, index - remove + 1)]:
-                advance(layer, states)
-            advance(layer, dense)
-        results = [model.losses(states, ids[:, 1:]) for states in (*pruned, dense)]
-        totals += torch.tensor([loss for loss, _ in results], dtype=torch.float64)
-        predicted += results[-1][1]
-    *losses, dense_loss = (totals / predicted).tolist()
-    if not all(map(math.isfinite, (*losses, dense_loss))):
-        raise UserError("The model's loss is not finite during the depth scan; is the checkpoint damaged?")
+    check_removal(layers, remove)
+    starts = range(layers - remove + 1)
+    forwards = count_forwards(layers, remove, starts)
+    sweep = LayerSweep(
+        source,
+        tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        memory_limit=memory_limit,
+        on_forward=progress and (lambda done: progress(round(done), forwards)),
+    )
+    losses, dense_loss = sweep.losses(range(layers), remove, starts)
+    assert dense_loss is not None
     return Scan(
-        shape=model.shape,
+        shape=sweep.model.shape,
         model_fingerprint=fingerprint(source),
         tokens=tokens.manifest,
         removed=remove,
-        losses=tuple(losses),
+        losses=tuple(losses.values()),
         dense_loss=dense_loss,
-        layer_forwards=done // len(chunks),
+        layer_forwards=round(sweep.layer_forwards),
     )
+
+
+def plan_depth(scan: Scan, *, compat: bool = False) -> Plan:
+    """Remove the run of layers with the lowest loss.
+
+    Args:
+        scan: What ``scan_windows`` measured.
+        compat: Take the run whose perplexity is nearest to the dense model's instead, as llm-pruning-collection does.
+    """
+    start = scan.nearest_start if compat else scan.start
+    run = range(start, start + scan.removed)
+    return layer_plan(scan.shape, run, METHOD, _provenance(scan, search="contiguous", removed=len(run), compat=compat))
+
+
+def plan_individual(scan: Scan, remove: int, *, protect_first: int = 0, protect_last: int = 0) -> Plan:
+    """Remove the layers that the model misses least when each is missing alone (Shortened LLaMA, 2402.02834).
+
+    Args:
+        scan: A scan of single layers (``removed`` is 1).
+        remove: Layers to remove (k).
+        protect_first: Layers at the input that stay in any case; Shortened LLaMA keeps 4 where it scores by weights.
+        protect_last: Layers at the output that stay in any case; Shortened LLaMA keeps 2 there.
+
+    Raises:
+        UserError: fewer than ``remove`` layers are unprotected, or the scan is not of single layers.
+    """
+    if scan.removed != 1:
+        raise UserError(f"A choice of single layers needs a scan of single layers, not of runs of {scan.removed}.")
+    free = unprotected(scan.shape.layers, remove, protect_first, protect_last)
+    chosen = sorted(free, key=lambda layer: scan.losses[layer])[:remove]
+    settings = {"removed": remove, "protect_first": protect_first, "protect_last": protect_last}
+    return layer_plan(scan.shape, chosen, METHOD, _provenance(scan, search="individual", **settings))
 
 
 def layers_to_remove(parent: Shape, target: Shape) -> int:
@@ -154,24 +177,44 @@ def layers_to_remove(parent: Shape, target: Shape) -> int:
     return parent.layers - target.layers
 
 
-def plan_depth(scan: Scan) -> Plan:
-    """Remove the run of layers with the lowest loss.
+def check_removal(layers: int, remove: int) -> None:
+    """Raise UserError unless something is removed and something stays."""
+    if not 1 <= remove < layers:
+        raise UserError(f"Cannot remove {remove} of {layers} layers; choose from 1 to {layers - 1}.")
 
-    llm-pruning-collection takes the loss nearest to the dense model's instead, which would pass over a model that is
-    better than the dense one.
+
+def unprotected(layers: int, remove: int, protect_first: int, protect_last: int) -> range:
+    """Return the layers that may go.
+
+    Raises:
+        UserError: there are not ``remove`` of them, or ``remove`` makes no sense.
     """
-    layers = [layer for layer in range(scan.shape.layers) if not 0 <= layer - scan.start < scan.removed]
-    return Plan(
-        method="minitron-depth",
-        parent=scan.shape,
-        target=scan.shape.replace(layers=len(layers)),
-        **whole_layers(scan.shape, layers),
-        provenance={
-            "model_fingerprint": scan.model_fingerprint,
-            "tokens": scan.tokens,
-            "settings": {"removed": scan.removed},
-            "dense_loss": scan.dense_loss,
-            "losses": list(scan.losses),
-            "layer_forwards": scan.layer_forwards,
-        },
-    )
+    check_removal(layers, remove)
+    if min(protect_first, protect_last) < 0 or layers - protect_first - protect_last < remove:
+        raise UserError(
+            f"Cannot remove {remove} of {layers} layers and keep the first {protect_first} and the last "
+            f"{protect_last}; protect fewer layers."
+        )
+    return range(protect_first, layers - protect_last)
+
+
+def layer_plan(shape: Shape, remove: Sequence[int], method: str, provenance: dict[str, Any]) -> Plan:
+    """Return the plan that removes some layers and keeps everything in the others."""
+    kept = [layer for layer in range(shape.layers) if layer not in set(remove)]
+    target = shape.with_layers(shape.layer_sizes[layer] for layer in kept)
+    return Plan(method=method, parent=shape, target=target, **whole_layers(shape, kept), provenance=provenance)
+
+
+def _provenance(scan: Scan, **settings: Any) -> dict[str, Any]:
+    return {
+        "model_fingerprint": scan.model_fingerprint,
+        "tokens": scan.tokens,
+        "settings": settings,
+        "dense_loss": scan.dense_loss,
+        "losses": list(scan.losses),
+        "layer_forwards": scan.layer_forwards,
+    }
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # past that it is no float any more

@@ -12,9 +12,13 @@ from typing import Any
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, sha256_json, write_json
 from nemo_pvs.layout import Layout
+from nemo_pvs.pruning.input_means import AXES, FEATURES, InputMeans
 from nemo_pvs.shape import LayerSizes, Shape
 
 Indices = tuple[int, ...]
+
+_MEANS = ".input_means"
+"""End of the name of the file with a plan's vectors."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Plan:
     """KV groups of each kept layer; a group's query heads stay or go with it."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the plan was made from: ``model_fingerprint``, hashes of scores or tokens, and settings."""
+    input_means: InputMeans | None = None
+    """Of the removed inputs of ``o_proj`` and ``down_proj``, where biases make up for them: the pruned model then has
+    attention_bias and mlp_bias (Llama's own switches), and biases of other modules that the parent lacks are zero."""
 
     def __post_init__(self) -> None:
         """Raise UserError unless the indices are in order and add up to the target."""
@@ -49,11 +56,22 @@ class Plan:
             _check(f"keep_kv_groups of layer {layer}", groups, parent.kv_groups)
             sizes.append(LayerSizes(len(ffn), len(groups) * parent.heads_per_group, len(groups)))
         kept = self.parent.replace(hidden=len(self.keep_hidden)).with_layers(sizes)
+        if self.input_means is not None:
+            kept = kept.replace(features=tuple(sorted({*kept.features, *FEATURES})))
+            self._check_input_means(self.input_means)
         if kept != self.target:
             raise UserError(
                 f"The plan keeps [{kept}], but its target is [{self.target}]; it removes layers, hidden and FFN "
                 "channels and whole KV groups, and leaves head_dim, the heads of a group and the vocabulary alone."
             )
+
+    def _check_input_means(self, means: InputMeans) -> None:
+        for axis in AXES:
+            removed = [len(self.removed(axis, layer)) for layer in range(len(self.keep_layers))]
+            if means.counts(axis) != removed:
+                raise UserError(
+                    f"The plan's input means do not fit the channels that it removes ({axis}); plan again."
+                )
 
     def kept(self, axis: str, layer: int | None) -> Indices:
         """Return the positions that stay along a Layout axis.
@@ -73,8 +91,14 @@ class Plan:
         run = parent.axis(axis) // parent.kv_groups
         return tuple(group * run + channel for group in self.keep_kv_groups[layer] for channel in range(run))
 
+    def removed(self, axis: str, layer: int) -> Indices:
+        """Return the positions that go along a Layout axis (query or ffn), of the parent's layer kept as ``layer``."""
+        kept = set(self.kept(axis, layer))
+        size = self.parent.at(self.keep_layers[layer]).axis(axis)
+        return tuple(position for position in range(size) if position not in kept)
+
     def kept_parameters(self, layout: Layout) -> int:
-        """Return how many parameters stay, counted tensor by tensor; ``target.parameters`` if all is well."""
+        """Return how many parameters the pruned model has by its tensors; ``target.parameters`` if all is well."""
         return sum(
             math.prod(len(self.kept(axis, entry.layer)) for axis in part.axes)
             for part, entry in layout.parts(self.target).values()
@@ -95,16 +119,19 @@ class Plan:
             "keep_ffn": by_layer(self.keep_ffn),
             "keep_kv_groups": by_layer(self.keep_kv_groups),
             "provenance": dict(self.provenance),
+            **({"input_means": self.input_means.content_hash} if self.input_means else {}),
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Plan:
-        """Rebuild a plan from ``to_json``.
+    def from_json(cls, values: Mapping[str, Any], input_means: InputMeans | None = None) -> Plan:
+        """Rebuild a plan from ``to_json``, and from the vectors that this mentions by their hash alone.
 
         Raises:
             UserError: something is missing, malformed or contradictory.
         """
         try:
+            if values.get("input_means") != (input_means and input_means.content_hash):
+                raise UserError("The plan's input means are not those that it names; plan again.")
             layers = parse_ranges(values["keep_layers"])
             for name in ("keep_ffn", "keep_kv_groups"):
                 if [int(layer) for layer in values[name]] != list(layers):
@@ -118,12 +145,18 @@ class Plan:
                 keep_ffn=tuple(parse_ranges(row) for row in values["keep_ffn"].values()),
                 keep_kv_groups=tuple(parse_ranges(row) for row in values["keep_kv_groups"].values()),
                 provenance=dict(values["provenance"]),
+                input_means=input_means,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"This is not a plan of nemo_pvs ({type(error).__name__}: {error}); plan again.") from None
 
     def save(self, path: Path) -> None:
-        """Write the plan as a JSON file."""
+        """Write the plan as a JSON file, and beside it the input means that it may have, as ``<name>.input_means``.
+
+        The latter is a safetensors file, but not by its name: loaders of models take all that are for weights.
+        """
+        if self.input_means is not None:
+            self.input_means.save(path.with_suffix(_MEANS))
         write_json(path, self.to_json())
 
     @classmethod
@@ -131,9 +164,11 @@ class Plan:
         """Read a plan back.
 
         Raises:
-            UserError: the file is missing, or it is not a valid plan.
+            UserError: a file is missing, or it is not a valid plan.
         """
-        return cls.from_json(read_json(path))
+        values = read_json(path)
+        named = values.get("input_means") if isinstance(values, dict) else None
+        return cls.from_json(values, InputMeans.load(path.with_suffix(_MEANS), named) if named else None)
 
     @property
     def plan_hash(self) -> str:

@@ -91,3 +91,10 @@ def test_existing_scores_are_replaced_only_when_asked(tmp_path: Path) -> None:
     assert Scores.load(tmp_path / "scores").content_hash == first.content_hash
     second.save(tmp_path / "scores", overwrite=True)
     assert Scores.load(tmp_path / "scores").content_hash == second.content_hash
+
+
+def test_what_was_not_measured_is_named() -> None:
+    scores = make_scores(StateSource(tiny_model()))
+    assert torch.equal(scores.channels("ffn", "energy"), scores.tensors["ffn.energy"])
+    with pytest.raises(UserError, match=r"lack attention\.variance; calibrate again"):
+        scores.channels("attention", "variance")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from nemo_pvs.calibration.statistics import ChannelStatistic, CosineDistance, Energy, MeanAbsL2
+from nemo_pvs.calibration.statistics import ChannelStatistic, CosineDistance, Energy, MeanAbsL2, Moments
 
 BOTH = pytest.mark.parametrize("statistic", [Energy, MeanAbsL2])
 
@@ -134,3 +135,87 @@ def test_merged_cosine_distances_weigh_tokens_equally() -> None:
     one.merge(other)
     whole.update(inputs, outputs)
     assert one.result() == pytest.approx(whole.result(), rel=1e-12)
+
+
+def moments(*batches: torch.Tensor) -> Moments:
+    measured = Moments(batches[0].shape[-1])
+    for activations in batches:
+        measured.update(activations)
+    return measured
+
+
+def assert_same_moments(one: Moments, other: Moments, rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(one.mean(), other.mean(), rtol=rtol, atol=1e-12)
+    torch.testing.assert_close(one.variance(), other.variance(), rtol=rtol, atol=0)
+
+
+def test_moments_of_three_sequences_by_hand() -> None:
+    """One channel, three sequences of two tokens: running means 2, 3, 3."""
+    sequences = torch.tensor([[1.0, 3.0], [2.0, 6.0], [5.0, 1.0]])[:, :, None]
+    results = [moments(sequences[:count]) for count in (1, 2, 3)]
+    assert [measured.mean().item() for measured in results] == [2.0, 3.0, 3.0]
+    assert [measured.fluctuation().item() for measured in results] == pytest.approx([0, 5, 5 + 1 / 6], rel=1e-12)
+    assert results[-1].variance().item() == pytest.approx(4.4, rel=1e-12)
+
+
+def test_moments_are_those_of_numpy_over_all_tokens() -> None:
+    activations = 3 * batch(7, 11, 5) + batch(1, 1, 5, seed=1)
+    tokens = activations.double().flatten(0, 1).numpy()
+    measured = moments(*activations.split(3))
+    np.testing.assert_allclose(measured.mean().numpy(), tokens.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(measured.variance().numpy(), tokens.var(axis=0, ddof=1), rtol=1e-6)
+
+
+def test_fluctuation_is_the_published_recurrence_and_its_closed_form() -> None:
+    activations = (batch(9, 13, 4) + 0.5 * batch(9, 1, 4, seed=1)).double()
+    recurrence = torch.zeros(4).double()
+    closed = torch.zeros(4).double()
+    for n in range(1, 10):
+        mean = activations[:n].mean(dim=(0, 1))
+        distance = ((activations[n - 1] - mean) ** 2).sum(dim=0)
+        if n > 1:
+            recurrence = recurrence * (n - 2) / (n - 1) + distance / n
+            closed += (n - 1) / n * distance
+    torch.testing.assert_close(recurrence, closed / 8, rtol=1e-10, atol=0)
+    # Ours sees fp32 activations: exact to their rounding, whatever the batches.
+    for size in (1, 4, 9):
+        measured = moments(*activations.float().split(size)).fluctuation()
+        torch.testing.assert_close(measured, recurrence, rtol=1e-5, atol=0)
+
+
+def test_fluctuation_follows_the_order_and_the_variance_does_not() -> None:
+    activations = batch(6, 5, 3) * torch.arange(1, 7)[:, None, None]
+    forward, backward = moments(activations), moments(activations.flip(0))
+    assert_same_moments(forward, backward)
+    assert ((forward.fluctuation() / backward.fluctuation() - 1).abs() > 0.05).all()
+
+
+def test_merging_moments_is_associative_and_loses_the_order() -> None:
+    parts = [batch(count, 6, 4, seed=count) + count for count in (1, 2, 5)]
+    left, middle, right = (moments(part) for part in parts)
+    left.merge(middle)
+    left.merge(right)
+    other, tail = moments(parts[0]), moments(parts[1])
+    tail.merge(moments(parts[2]))
+    other.merge(tail)
+    assert_same_moments(left, other)
+    assert_same_moments(left, moments(*parts))
+    assert left.fluctuation() is None
+
+
+def test_a_large_mean_does_not_swallow_a_small_variance() -> None:
+    """E[x^2] - E[x]^2 in fp32 would be off by more than the variance itself."""
+    noise = batch(8, 64, 3)
+    measured = moments(*(1000 + noise).split(2))
+    exact = (1000 + noise).double().flatten(0, 1).var(dim=0)
+    torch.testing.assert_close(measured.variance(), exact, rtol=1e-5, atol=0)
+
+
+def test_constant_channels_have_no_variance() -> None:
+    measured = moments(torch.full((3, 4, 2), 0.5))
+    assert measured.variance().tolist() == measured.fluctuation().tolist() == [0.0, 0.0]
+
+
+def test_bfloat16_moments_are_not_summed_in_bfloat16() -> None:
+    activations = (batch(4, 300, 2) + 3).bfloat16()
+    assert_same_moments(moments(activations), moments(activations.float()), rtol=0)

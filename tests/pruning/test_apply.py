@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from nemo_pvs.layout import Layout
 from nemo_pvs.pruning import apply
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan, whole_layers
-from tests.pruning.test_plan import make_plan
+from tests.pruning.test_plan import make_plan, with_means
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
+from tests.uneven_model import BIASES
 
 IDS = random_ids(3, 20).long()
 
@@ -231,3 +233,138 @@ def test_a_weight_table_that_does_not_add_up_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(apply.Layout, "for_config", lambda config: forgetful)
     with pytest.raises(UserError, match="mend the table"):
         PrunedSource(source, tiny_plan(source.model))
+
+
+def lost_means(model: LlamaForCausalLM, plan: Plan, layer: int, module: str) -> list[float]:
+    """Return what the removed inputs of o_proj or down_proj give on average, by a float64 loop over kept outputs."""
+    axis = "query" if module == "self_attn.o_proj" else "ffn"
+    weight = model.model.layers[plan.keep_layers[layer]].get_submodule(module).weight.double().tolist()
+    mean = dict(zip(plan.removed(axis, layer), plan.input_means.at(axis, layer).double().tolist(), strict=True))
+    return [sum(weight[row][channel] * value for channel, value in mean.items()) for row in plan.keep_hidden]
+
+
+@pytest.mark.parametrize("biases", [{}, {"attention_bias": True}, BIASES], ids=["none", "attention", "both"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_biases_are_the_mean_of_what_went_added_to_what_was_there(biases: dict[str, bool], tied: bool) -> None:
+    model = tiny_model(num_key_value_heads=4, tie_word_embeddings=tied, **biases)
+    source, plan = StateSource(model), with_means(tiny_plan(model, kv_groups=2))
+    pruned = PrunedSource(source, plan)
+    plain = PrunedSource(source, tiny_plan(model, kv_groups=2))
+    names = set(Layout.for_config(source.config).parts(plan.target))
+    had = set(Layout.for_config(source.config).parts(shape_of(plain)))
+    assert {name.split(".", 3)[-1] for name in names if name.endswith("bias")} == {
+        *(f"self_attn.{letter}_proj.bias" for letter in "qkvo"),
+        *(f"mlp.{which}_proj.bias" for which in ("gate", "up", "down")),
+    }
+    for name in sorted(names):
+        tensor = pruned.read(name)
+        if name in had and not name.endswith(("o_proj.bias", "down_proj.bias")):
+            assert torch.equal(tensor, plain.read(name))
+        elif name.endswith(("o_proj.bias", "down_proj.bias")):
+            layer, module = int(name.split(".")[2]), name.split(".", 3)[-1].removesuffix(".bias")
+            before = plain.read(name).double() if name in had else torch.zeros(40).double()
+            expected = before + torch.tensor(lost_means(model, plan, layer, module)).double()
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+def test_sliced_with_biases_is_masked_with_the_means_added() -> None:
+    model = tiny_model(num_key_value_heads=4)
+    plan = with_means(tiny_plan(model, layers=4, hidden=64, ffn=50, kv_groups=2))
+    sliced = logits(as_transformers(PrunedSource(StateSource(model), plan)))
+    lost = {
+        (layer, module): torch.tensor(lost_means(model, plan, layer, module))
+        for layer in range(4)
+        for module in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    whole = masked(model, plan)
+    for (layer, module), values in lost.items():
+        linear = whole.model.layers[layer].get_submodule(module)
+        linear.register_forward_hook(lambda _, __, output, values=values: output + values)
+    torch.testing.assert_close(sliced, logits(whole), rtol=1e-5, atol=1e-5)
+    assert (sliced - logits(as_transformers(PrunedSource(StateSource(model), tiny_plan(model))))).abs().max() > 0.1
+
+
+def test_zero_means_give_zero_biases() -> None:
+    model = tiny_model()
+    plan = with_means(tiny_plan(model), scale=0)
+    pruned = PrunedSource(StateSource(model), plan)
+    for layer in range(3):
+        for module in ("self_attn.o_proj", "mlp.down_proj"):
+            assert torch.equal(pruned.read(f"model.layers.{layer}.{module}.bias"), torch.zeros(40))
+
+
+def test_a_bias_is_computed_once_in_fp32_and_stored_in_the_parent_s_dtype() -> None:
+    model = tiny_model(num_key_value_heads=4).bfloat16()
+    source, plan = StateSource(model), with_means(tiny_plan(model, kv_groups=2))
+    pruned = PrunedSource(source, plan)
+    source.reads.clear()
+    name = "model.layers.2.mlp.down_proj.bias"
+    first, second = pruned.read(name), pruned.read(name)
+    parent = f"model.layers.{plan.keep_layers[2]}.mlp.down_proj.weight"
+    assert source.reads.count(parent) == 1
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(first, second)
+    expected = torch.tensor(lost_means(model.float(), plan, 2, "mlp.down_proj"))
+    assert torch.equal(first, expected.bfloat16())
+
+
+def test_biases_stream_to_both_formats(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "parent", dtype=torch.bfloat16))
+    pruned = PrunedSource(source, with_means(make_plan(shape_of(source), kv_groups=1)))
+    write_huggingface(pruned, tmp_path / "huggingface")
+    write_nemo(pruned, tmp_path / "nemo")
+    config = json.loads((tmp_path / "huggingface" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["attention_bias"]
+    assert config["mlp_bias"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface", dtype=torch.float32)
+    assert torch.equal(logits(exported), logits(as_transformers(pruned)))
+    assert fingerprint(NemoSource(tmp_path / "nemo")) == fingerprint(pruned)
+
+
+def test_a_family_without_these_biases_is_refused() -> None:
+    source = StateSource(tiny_model())
+    source.config = {**source.config, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    shape = shape_of(source)
+    plan = make_plan(shape, kv_groups=1)
+    with pytest.raises(UserError, match=r"qwen2 has no .*mlp_bias; use a method that adds no biases"):
+        PrunedSource(source, with_means(plan))
+
+
+class RandomMasks:
+    """A mask for every FFN matrix of layers 1 and 3, and for one o_proj."""
+
+    names = (
+        *(f"model.layers.{layer}.mlp.{which}_proj.weight" for layer in (1, 3) for which in ("gate", "up", "down")),
+        "model.layers.3.self_attn.o_proj.weight",
+    )
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        generator = torch.Generator().manual_seed(0)
+        sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self.masks = {name: torch.rand(sizes[name], generator=generator) < 0.5 for name in self.names}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.masks[name]
+
+
+def test_masks_are_sliced_like_their_weights() -> None:
+    """A mask of each weight's own non-zeros stays that through pruning."""
+    model = tiny_model(num_key_value_heads=4)
+    masks = RandomMasks(model)
+    with torch.no_grad():
+        for name, mask in masks.masks.items():
+            model.get_parameter(name).masked_fill_(~mask, 0)
+    source = StateSource(model)
+    source.masks = masks
+    plan = replace(tiny_plan(model, kv_groups=2), keep_layers=(0, 2, 3))
+    pruned = PrunedSource(source, plan)
+    assert sorted(pruned.masks.names) == sorted(
+        name.replace("layers.3", "layers.2") for name in masks.names if "layers.3" in name
+    )
+    for name in pruned.masks.names:
+        assert pruned.masks.read(name).dtype == torch.bool
+        assert torch.equal(pruned.masks.read(name), pruned.read(name) != 0)
+    assert PrunedSource(StateSource(model), plan).masks.names == ()

@@ -17,7 +17,8 @@ from nemo_pvs.checkpoints.source import fingerprint, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.depth import Scan, layers_to_remove, plan_depth, scan_windows
+from nemo_pvs.pruning.depth import Scan, layers_to_remove, plan_depth, plan_individual, scan_windows
+from nemo_pvs.pruning.sweep import LayerSweep, sweep_flops
 from nemo_pvs.shape import Shape
 from tests.state_source import StateSource, random_ids, tiny_model
 
@@ -139,6 +140,14 @@ def test_the_lowest_loss_wins_the_first_of_equals_even_below_the_dense_loss() ->
     # The nearest to the dense loss would be the fourth.
     plan = plan_depth(make_scan((3.0, 2.4, 2.5, 2.61, 4.0), dense_loss=2.6))
     assert plan.keep_layers == (0, 3, 4, 5)
+    assert plan_depth(make_scan((3.0, 2.4, 2.5, 2.61, 4.0), dense_loss=2.6), compat=True).keep_layers == (0, 1, 2, 5)
+
+
+def test_the_reference_measures_nearness_in_perplexity_the_first_of_equals() -> None:
+    """2.0 is 0.6 nats from 2.6 and 3.1 only 0.5, but exp(2.6) - exp(2.0) = 6.1 and exp(3.1) - exp(2.6) = 8.7."""
+    scan = make_scan((3.1, 2.0, 3.1, 2.0, 9.0), dense_loss=2.6)
+    assert scan.nearest_start == 1
+    assert make_scan((800.0, 900.0, 5.0, 1000.0, 2000.0), dense_loss=2.0).nearest_start == 2
 
 
 @pytest.mark.parametrize(("best", "kept"), [(0, (2, 3, 4, 5)), (2, (0, 1, 4, 5)), (4, (0, 1, 2, 3))])
@@ -155,6 +164,37 @@ def test_the_scan_names_its_model_and_text() -> None:
     plan = plan_depth(scan_windows(source, tokens, 3))
     assert plan.provenance["model_fingerprint"] == fingerprint(source)
     assert plan.provenance["tokens"] == tokens.manifest
+
+
+def test_single_layers_go_by_their_own_losses() -> None:
+    scan = make_scan((3.0, 2.0, 2.5, 2.0, 2.2, 4.0), dense_loss=1.0, removed=1)
+    assert plan_individual(scan, 3).keep_layers == (0, 2, 5)
+    assert plan_individual(scan, 1).keep_layers == (0, 2, 3, 4, 5)
+    assert plan_individual(scan, 2, protect_first=2, protect_last=2).keep_layers == (0, 1, 4, 5)
+    assert plan_individual(scan, 1, protect_first=2).target == scan.shape.replace(layers=5)
+    with pytest.raises(UserError, match="keep the first 4 and the last 1; protect fewer"):
+        plan_individual(scan, 2, protect_first=4, protect_last=1)
+    with pytest.raises(UserError, match="needs a scan of single layers, not of runs of 2"):
+        plan_individual(make_scan((1.0,) * 5, 1.0), 1)
+
+
+def test_a_sweep_over_layers_that_are_left_equals_models_without_the_others() -> None:
+    """Layers 1 and 4 are gone already; runs of two of the other four."""
+    model, tokens = six_layers(), token_set()
+    sweep = LayerSweep(StateSource(model), tokens, batch_size=2)
+    losses, whole = sweep.losses([0, 2, 3, 5], 2, [2, 0])
+    for start, kept in ((0, [3, 5]), (2, [0, 2]), (None, [0, 2, 3, 5])):
+        smaller = copy.deepcopy(model)
+        smaller.model.layers = torch.nn.ModuleList([smaller.model.layers[layer] for layer in kept])
+        smaller.config.num_hidden_layers = len(kept)
+        expected = independent_loss(smaller, range(0), tokens.ids, batch_size=2)
+        assert (whole if start is None else losses[start]) == expected
+    assert sweep.layer_forwards == 4 + 2
+    alone, nothing = sweep.losses([0, 2, 3, 5], 2, [2, 0], whole=False)
+    assert nothing is None
+    assert alone == losses
+    # The whole model is followed only up to the last candidate's start.
+    assert sweep.layer_forwards == 6 + 2 + 2
 
 
 @pytest.mark.parametrize("remove", [0, 6, 7, -1])
@@ -187,3 +227,13 @@ def test_scan_charges_the_layers_that_ran_and_every_head():
     head = 2 * 10 * 4
     assert scan.tokens_read == 40
     assert scan.flops == 10 * (6 * layer + 4 * head)
+
+
+def test_uneven_layers_are_charged_as_their_mean():
+    """By hand: ffn 6 and 12, so a layer costs the mean of the two."""
+    shape = Shape(layers=1, hidden=4, ffn=6, heads=2, kv_groups=1, head_dim=2, vocab=10, tied=True)
+    small = shape.layer_sizes[0]
+    shape = shape.with_layers([small, small._replace(ffn=12)])
+    attention, head = 2 * 4 * 2 * 2 * (2 + 1) + 2 * 5 * 2 * 2, 2 * 10 * 4
+    mean = attention + 2 * 3 * 4 * 9
+    assert sweep_flops(shape, {"samples": 3, "sequence_length": 5}, 7, 2) == 15 * (7 * mean + 2 * head)

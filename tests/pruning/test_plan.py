@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout
+from nemo_pvs.pruning.input_means import AXES, FEATURES, InputMeans
 from nemo_pvs.pruning.plan import Plan, format_ranges, parse_ranges, whole_layers
 from nemo_pvs.shape import Shape
 
@@ -40,6 +42,20 @@ def make_plan(parent: Shape = PARENT, seed: int = 0, **sizes: int) -> Plan:
         keep_kv_groups=tuple(keep(parent.kv_groups, target.kv_groups) for _ in range(target.layers)),
         provenance={"settings": {"seed": seed}},
     )
+
+
+def with_means(plan: Plan, seed: int = 0, scale: float = 1.0) -> Plan:
+    """Return the plan with random means of what it removes."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        [
+            scale * torch.randn(len(plan.removed(axis, layer)), generator=generator)
+            for layer in range(len(plan.keep_ffn))
+        ]
+        for axis in AXES
+    ]
+    features = tuple(sorted({*plan.target.features, *FEATURES}))
+    return replace(plan, target=plan.target.replace(features=features), input_means=InputMeans.of(*rows))
 
 
 def test_ranges_by_hand() -> None:
@@ -194,3 +210,60 @@ def test_a_plan_that_lacks_a_field_is_refused() -> None:
             Plan.from_json(values)
     with pytest.raises(UserError, match="not a plan of nemo_pvs"):
         Plan.from_json([])  # type: ignore[arg-type]
+
+
+def test_removed_is_what_is_not_kept() -> None:
+    plan = make_plan()
+    for axis in ("query", "key", "ffn"):
+        kept, removed = plan.kept(axis, 1), plan.removed(axis, 1)
+        assert sorted((*kept, *removed)) == list(range(PARENT.axis(axis)))
+
+
+def test_means_travel_beside_the_plan(tmp_path: Path) -> None:
+    plan = with_means(make_plan())
+    plan.save(tmp_path / "plan.json")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.input_means", "plan.json"]
+    assert len((tmp_path / "plan.json").read_text()) < 3000
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert loaded.plan_hash == plan.plan_hash
+    for axis in AXES:
+        for layer in range(3):
+            assert torch.equal(loaded.input_means.at(axis, layer), plan.input_means.at(axis, layer))
+
+
+def test_the_hash_follows_every_mean() -> None:
+    plan = with_means(make_plan())
+    rows = {axis: [plan.input_means.at(axis, layer) for layer in range(3)] for axis in AXES}
+    rows["ffn"][2] = rows["ffn"][2].clone()
+    rows["ffn"][2][-1] += 1e-6
+    other = replace(plan, input_means=InputMeans.of(rows["query"], rows["ffn"]))
+    assert other != plan
+    assert other.plan_hash != plan.plan_hash
+    assert with_means(make_plan()) == plan
+    assert plan.plan_hash != make_plan().plan_hash
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_means_that_are_not_the_plan_s_are_refused(damage: str, tmp_path: Path) -> None:
+    with_means(make_plan()).save(tmp_path / "plan.json")
+    vectors = tmp_path / "plan.input_means"
+    if damage == "missing":
+        vectors.unlink()
+    elif damage == "cut":
+        vectors.write_bytes(vectors.read_bytes()[:-5])
+    else:
+        with_means(make_plan(), seed=1).input_means.save(vectors)
+    with pytest.raises(UserError, match=r"plan\.input_means, which belongs to the plan beside it") as caught:
+        Plan.load(tmp_path / "plan.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_means_must_fit_what_is_removed() -> None:
+    plan = with_means(make_plan())
+    with pytest.raises(UserError, match=r"do not fit the channels that it removes \(query\)"):
+        replace(plan, input_means=with_means(make_plan(kv_groups=3)).input_means)
+    with pytest.raises(UserError, match="its target is"):
+        replace(plan, target=make_plan().target)
+    with pytest.raises(UserError, match="not those that it names"):
+        Plan.from_json(plan.to_json())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.target import parse_target
+from nemo_pvs.pruning.target import choose_target, describe_removal, parse_target, target_for_ratio, write_target
 from nemo_pvs.shape import Shape
+from tests.test_shape import DEPTH_4B, LLAMA_8B, WIDTH_4B
 
 PARENT = Shape(layers=30, hidden=576, ffn=1536, heads=9, kv_groups=3, head_dim=64, vocab=49152, tied=True)
 
@@ -39,3 +43,81 @@ def test_mistakes_get_one_sentence(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         parse_target(text, PARENT)
     assert "\n" not in str(caught.value)
+
+
+def test_a_ratio_by_depth_is_the_nearest_number_of_layers() -> None:
+    """The paper's depths, by their own share of the body."""
+    for ratio, layers in ((0.5, 16), (0.75, 8), (0.875, 4), (0.9375, 2)):
+        for method in ("minitron-depth", "shortgpt"):
+            assert target_for_ratio(LLAMA_8B, ratio, method) == LLAMA_8B.replace(layers=layers)
+    # Of all parameters, 0.435 is what half of the layers is.
+    assert target_for_ratio(LLAMA_8B, 0.435, "minitron-depth", "total") == DEPTH_4B
+
+
+@pytest.mark.parametrize("parent", [LLAMA_8B, PARENT])
+@pytest.mark.parametrize("of", ["body", "total"])
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 1 / 3, 0.5, 0.65, 0.8])
+def test_ratios_are_met(parent: Shape, of: str, ratio: float) -> None:
+    def share(shape: Shape) -> float:
+        count = shape.body_parameters if of == "body" else shape.parameters
+        return count / (parent.body_parameters if of == "body" else parent.parameters)
+
+    depth = target_for_ratio(parent, ratio, "minitron-depth", of)
+    others = [share(parent.replace(layers=layers)) for layers in range(1, parent.layers)]
+    assert abs(share(depth) - (1 - ratio)) == min(abs(other - (1 - ratio)) for other in others)
+
+    width = target_for_ratio(parent, ratio, "minitron-width", of)
+    multiple = 128 if parent is LLAMA_8B else 64
+    assert width == parent.replace(hidden=width.hidden, ffn=width.ffn)
+    assert (width.hidden % multiple, width.ffn % multiple) == (0, 0)
+    # Within half a step of ffn, which is at most 2 % of these models.
+    step = share(parent) - share(parent.replace(ffn=parent.ffn - multiple))
+    assert step < 0.04
+    assert abs(share(width) - (1 - ratio)) <= step / 2 + 1e-9
+    # In the parent's proportion but for what brings the count near: one step of hidden.
+    assert abs(width.ffn - width.hidden * parent.ffn / parent.hidden) <= (parent.ffn / parent.hidden + 2) * multiple
+
+
+@pytest.mark.parametrize(
+    ("ratio", "method", "of", "message"),
+    [
+        (0.0, "minitron-width", "body", "ratio 0 leaves nothing or removes nothing"),
+        (1.0, "minitron-depth", "body", "ratio 1 leaves nothing"),
+        (float("nan"), "minitron-depth", "body", "ratio nan"),
+        (0.5, "minitron-width", "layers", "share of body or total, not of 'layers'"),
+        (0.5, "wanda", "body", "wanda takes no ratio here; minitron-depth, shortgpt, minitron-width do"),
+        (0.001, "minitron-width", "body", "No width of this model comes near"),
+        (0.99, "minitron-depth", "total", "No depth of this model comes near a ratio of 0.99 of total"),
+    ],
+)
+def test_impossible_ratios_get_one_sentence(ratio: float, method: str, of: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        target_for_ratio(PARENT, ratio, method, of)
+
+
+def test_both_denominators_are_told() -> None:
+    assert describe_removal(LLAMA_8B, DEPTH_4B).startswith("removes 43.5% of all parameters, 50.0% of the body")
+    assert describe_removal(LLAMA_8B, WIDTH_4B).startswith("removes 43.8% of all parameters, 46.6% of the body")
+
+
+def test_one_of_three_ways_is_chosen(tmp_path: Path) -> None:
+    assert choose_target(LLAMA_8B, "minitron-width", target="hidden=3072,ffn=9216") == WIDTH_4B
+    assert choose_target(LLAMA_8B, "minitron-depth", ratio=0.5) == DEPTH_4B
+    assert choose_target(LLAMA_8B, "minitron-depth", preset="4b-depth") == DEPTH_4B
+    write_target(WIDTH_4B, tmp_path / "best.json")
+    assert choose_target(LLAMA_8B, "minitron-width", target=str(tmp_path / "best.json")) == WIDTH_4B
+    with pytest.raises(UserError, match="Nothing says what to prune to; give one of --target"):
+        choose_target(LLAMA_8B, "minitron-width")
+    with pytest.raises(UserError, match="--target and --ratio says"):
+        choose_target(LLAMA_8B, "minitron-width", target="ffn=1", ratio=0.5)
+
+
+def test_a_file_of_another_kind_is_no_target(tmp_path: Path) -> None:
+    path = tmp_path / "best.json"
+    for content, message in (([1], "is not a target"), ({"hiden": 3072}, "did you mean hidden")):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            choose_target(LLAMA_8B, "minitron-width", target=str(path))
+    write_target(WIDTH_4B, path)
+    with pytest.raises(UserError, match="asks for layers=32, but the model has 30"):
+        choose_target(PARENT, "minitron-width", target=str(path))

@@ -1,0 +1,92 @@
+"""Mean inputs of removed channels: what a plan needs to make up for them with a bias (FLAP, 2312.11983)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import disk_errors, sha256_bytes, sha256_json
+
+FEATURES = frozenset({"attention_bias", "mlp_bias"})
+"""The features of a Shape that hold the biases."""
+
+AXES = ("query", "ffn")
+"""Layout axes whose removed channels have means."""
+
+
+@dataclass(frozen=True, eq=False)
+class InputMeans:
+    """Means over the calibration tokens, fp32, of the channels that a plan removes, in the parent's order.
+
+    A linear module that loses inputs gets ``b = W[:, removed] mean[removed]``, which leaves the mean of its output
+    where it was. The vectors lie in a safetensors file beside the plan's JSON, which has their hash.
+    """
+
+    query: tuple[torch.Tensor, ...]
+    """Removed inputs of ``o_proj`` in each kept layer."""
+    ffn: tuple[torch.Tensor, ...]
+    """Removed inputs of ``down_proj`` in each kept layer."""
+
+    @classmethod
+    def of(cls, query: Sequence[torch.Tensor], ffn: Sequence[torch.Tensor]) -> InputMeans:
+        """Return the means, cast to fp32."""
+        return cls(*(tuple(row.float().contiguous() for row in rows) for rows in (query, ffn)))
+
+    def at(self, axis: str, layer: int) -> torch.Tensor:
+        """Return the means of the channels removed from an axis (query or ffn) of a layer of the pruned model."""
+        rows: tuple[torch.Tensor, ...] = getattr(self, axis)
+        return rows[layer]
+
+    def counts(self, axis: str) -> list[int]:
+        """Return how many channels each layer loses along an axis, query or ffn."""
+        return [len(row) for row in getattr(self, axis)]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """A SHA-256 over the numbers and their places."""
+        return sha256_json({name: sha256_bytes(row.numpy().tobytes()) for name, row in self._rows().items()})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InputMeans) and self.content_hash == other.content_hash
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash)
+
+    def save(self, path: Path) -> None:
+        """Write the vectors; readers see the old file or the new one, never a part."""
+        partial = path.with_name(f".{path.name}.partial")
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(self._rows(), partial)
+            os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path, content_hash: str) -> InputMeans:
+        """Read vectors back.
+
+        Raises:
+            UserError: the file is missing, damaged, or not the one with this hash.
+        """
+        try:
+            means = cls._from_rows(load_file(path))
+        except (FileNotFoundError, SafetensorError, KeyError):
+            means = None
+        if means is None or means.content_hash != content_hash:
+            raise UserError(f"{path}, which belongs to the plan beside it, is missing or damaged; plan again.")
+        return means
+
+    def _rows(self) -> dict[str, torch.Tensor]:
+        return {f"{axis}.{layer}": row for axis in AXES for layer, row in enumerate(getattr(self, axis))}
+
+    @classmethod
+    def _from_rows(cls, rows: Mapping[str, torch.Tensor]) -> InputMeans:
+        layers = len(rows) // len(AXES)
+        return cls(*(tuple(rows[f"{axis}.{layer}"] for layer in range(layers)) for axis in AXES))

@@ -1,0 +1,282 @@
+"""The pruning methods by name: what each takes, and how it makes a pruned model of a dense one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.checkpoints.huggingface import write_huggingface
+from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.pad import pad_layers
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import write_json
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
+from nemo_pvs.pruning.flap import plan_flap
+from nemo_pvs.pruning.greedy import plan_greedy, scan_greedy
+from nemo_pvs.pruning.magnitude import MagnitudeSource
+from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.sequential import prune_layers
+from nemo_pvs.pruning.shortgpt import plan_shortgpt
+from nemo_pvs.pruning.sparse_source import SparseSource
+from nemo_pvs.pruning.sparsegpt import SparseGPT
+from nemo_pvs.pruning.sparsity import Sparsity
+from nemo_pvs.pruning.target import choose_target
+from nemo_pvs.pruning.wanda import Wanda
+from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
+from nemo_pvs.pruning.width import plan_width
+from nemo_pvs.shape import Shape
+
+PLAN = "pvs_plan.json"
+"""The file in a pruned checkpoint that says what was kept of the parent."""
+SETTINGS = "pvs_pruning.json"
+"""The file in a sparse checkpoint that says how it was made."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of a method; None is the method's own default."""
+
+    target: str | None = None
+    ratio: float | None = None
+    of: str | None = None
+    preset: str | None = None
+    sparsity: str | None = None
+    search: str | None = None
+    aggregation: str | None = None
+    metric: str | None = None
+    structure: str | None = None
+    bias: bool | None = None
+    uniform: bool | None = None
+    remove_groups: int | None = None
+    ffn_multiple: int | None = None
+    kv_groups_multiple: int | None = None
+    sequential: bool | None = None
+    compat: bool | None = None
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return those of the options that were given, as keyword arguments."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to prune."""
+
+    source: WeightSource
+    options: Options
+    tokens: Callable[[], TokenSet]
+    """Reads the calibration text when a method needs it."""
+    scores: Callable[[], Scores]
+    """Loads the scores, or measures them, when a method needs them."""
+    check: Callable[[Shape], None]
+    """Raises UserError for a shape that is not wanted, before any work on it."""
+    work_folder: Path
+    """Where a method keeps what it has finished, to go on from."""
+    progress: Callable[..., Any]
+    """``progress.progress``, or something like it."""
+    say: Callable[[str], None]
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model, not written yet."""
+
+    source: WeightSource
+    plan: Plan | None
+    """Absent for sparse models: masks say it all."""
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune."""
+
+    summary: str
+    takes: tuple[str, ...]
+    """The options that mean something to it."""
+    prune: Callable[[Job], Pruned]
+
+
+def prune(method: str, job: Job) -> Pruned:
+    """Prune a model; what is returned streams the result when it is read.
+
+    Raises:
+        UserError: there is no such method, an option is not one of its own, or it cannot be done.
+    """
+    if method not in METHODS:
+        raise UserError(f"--method is {method!r}; choose {', '.join(METHODS)}.")
+    chosen = METHODS[method]
+    given = job.options.given(*(field.name for field in fields(Options)))
+    foreign = [f"--{name.replace('_', '-')}" for name in given if name not in chosen.takes]
+    if foreign:
+        own = ", ".join(f"--{name.replace('_', '-')}" for name in chosen.takes)
+        raise UserError(f"{method} has no {' or '.join(foreign)}; its own options are {own}.")
+    return chosen.prune(job)
+
+
+def write(
+    pruned: Pruned,
+    target: Path,
+    to: str,
+    *,
+    pad: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a pruned model with a record of how it was made, and remove what was kept to go on from.
+
+    Args:
+        pruned: The model.
+        target: The folder to make.
+        to: hf or nemo.
+        pad: Make uneven layers even by zeros, so that stock classes load the model.
+        overwrite: Replace an existing ``target``.
+        progress: Called with (done, total) parameters.
+
+    Raises:
+        UserError: ``target`` exists or cannot be written.
+    """
+    source = pad_layers(pruned.source) if pad else pruned.source
+    writer = write_huggingface if to == "hf" else write_nemo
+    writer(source, target, overwrite=overwrite, progress=progress)
+    if pruned.plan:
+        pruned.plan.save(target / PLAN)
+    else:
+        write_json(target / SETTINGS, dict(pruned.settings))
+    if isinstance(pruned.source, SparseSource):
+        shutil.rmtree(pruned.source.folder)
+
+
+def _sized(method: str, plan: Callable[[Job, Shape], Plan]) -> Callable[[Job], Pruned]:
+    """A method that is given the shape to reach."""
+
+    def prune(job: Job) -> Pruned:
+        options = job.options
+        target = choose_target(
+            shape_of(job.source),
+            method,
+            target=options.target,
+            ratio=options.ratio,
+            of=options.of or "body",
+            preset=options.preset,
+        )
+        job.check(target)
+        return _planned(job, plan(job, target))
+
+    return prune
+
+
+def _scored(plan: Callable[..., Plan], *takes: str) -> Callable[[Job], Pruned]:
+    """A method that is given a ratio and finds the shape itself."""
+
+    def prune(job: Job) -> Pruned:
+        if job.options.ratio is None:
+            raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of the decoder layers.")
+        made = plan(job.scores(), job.options.ratio, **job.options.given(*takes))
+        job.check(made.target)
+        return _planned(job, made)
+
+    return prune
+
+
+def _planned(job: Job, plan: Plan) -> Pruned:
+    return Pruned(PrunedSource(job.source, plan), plan, {"method": plan.method})
+
+
+def _depth(job: Job, target: Shape) -> Plan:
+    search = job.options.search or "contiguous"
+    remove = layers_to_remove(shape_of(job.source), target)
+    if search not in {"contiguous", "greedy", "individual"}:
+        raise UserError(f"--search is {search!r}; choose contiguous, greedy or individual.")
+    with job.progress(f"scan layers ({search})", "layer passes") as show:
+        if search == "greedy":
+            return plan_greedy(scan_greedy(job.source, job.tokens(), remove, progress=show))
+        scan = scan_windows(job.source, job.tokens(), 1 if search == "individual" else remove, progress=show)
+    if search == "individual":
+        return plan_individual(scan, remove)
+    plan = plan_depth(scan, **job.options.given("compat"))
+    job.say(
+        f"without layers {scan.start} to {scan.start + scan.removed - 1} the loss is {min(scan.losses):.3f} "
+        f"instead of {scan.dense_loss:.3f} nats per token"
+    )
+    return plan
+
+
+def _shortgpt(job: Job, target: Shape) -> Plan:
+    return plan_shortgpt(job.scores(), layers_to_remove(shape_of(job.source), target))
+
+
+def _width(job: Job, target: Shape) -> Plan:
+    return plan_width(job.scores(), target, **job.options.given("aggregation"))
+
+
+def _magnitude(job: Job) -> Pruned:
+    sparsity = _sparsity(job)
+    source = MagnitudeSource(job.source, sparsity, **job.options.given("compat"))
+    return Pruned(source, None, {"method": "magnitude", "sparsity": str(sparsity)})
+
+
+def _layer_by_layer(method: Callable[..., Any], *takes: str) -> Callable[[Job], Pruned]:
+    """A method that prunes every matrix by its inputs, behind the layers pruned before."""
+
+    def prune(job: Job) -> Pruned:
+        made = method(_sparsity(job), **job.options.given(*takes))
+        with job.progress(f"prune by {made.settings['method']}", "sequences through a layer") as show:
+            source = prune_layers(
+                job.source,
+                job.tokens(),
+                made,
+                job.work_folder,
+                calibration="dense" if job.options.sequential is False else "sequential",
+                overwrite=job.overwrite,
+                progress=show,
+                warn=job.say,
+            )
+        return Pruned(source, None, source.record["settings"])
+
+    return prune
+
+
+def _sparsity(job: Job) -> Sparsity:
+    if job.options.sparsity is None:
+        raise UserError("Nothing says how sparse; give --sparsity 0.5 or --sparsity 2:4.")
+    return Sparsity.parse(job.options.sparsity)
+
+
+_SIZES = ("target", "ratio", "of", "preset")
+_UNITS = ("ratio", "structure", "remove_groups", "ffn_multiple", "kv_groups_multiple")
+_FLAP = ("metric", "structure", "remove_groups", "bias", "uniform", "ffn_multiple", "kv_groups_multiple", "compat")
+
+METHODS: Mapping[str, Method] = {
+    "minitron-depth": Method(
+        "whole layers, by the loss without them", (*_SIZES, "search", "compat"), _sized("minitron-depth", _depth)
+    ),
+    "shortgpt": Method("whole layers, by how little they change", _SIZES, _sized("shortgpt", _shortgpt)),
+    "minitron-width": Method(
+        "hidden and FFN channels and KV groups, by activations",
+        (*_SIZES, "aggregation"),
+        _sized("minitron-width", _width),
+    ),
+    "flap": Method(
+        "KV groups and FFN channels by fluctuation, with biases", ("ratio", *_FLAP), _scored(plan_flap, *_FLAP)
+    ),
+    "wanda-sp": Method("KV groups and FFN channels by |W| |x|", _UNITS, _scored(plan_wanda_sp, *_UNITS[1:])),
+    "magnitude-sp": Method("KV groups and FFN channels by |W|", _UNITS, _scored(plan_magnitude_sp, *_UNITS[1:])),
+    "magnitude": Method("single weights by |W|", ("sparsity", "compat"), _magnitude),
+    "wanda": Method("single weights by |W| |x|", ("sparsity", "sequential"), _layer_by_layer(Wanda)),
+    "sparsegpt": Method(
+        "single weights by the error they leave, the rest updated",
+        ("sparsity", "sequential", "compat"),
+        _layer_by_layer(SparseGPT, "compat"),
+    ),
+}
+"""Every method by the name that ``pvs prune --method`` takes."""

@@ -1,0 +1,42 @@
+"""Wanda-sp: structured pruning by weight times input norm, a baseline in FLAP's paper (2312.11983)."""
+
+from __future__ import annotations
+
+from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.pruning.flap import channel_scores
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.unit_counts import Rules
+from nemo_pvs.pruning.units import plan_units
+
+
+def plan_wanda_sp(
+    scores: Scores,
+    ratio: float,
+    *,
+    structure: str = "UL-UM",
+    remove_groups: int | None = None,
+    ffn_multiple: int = 1,
+    kv_groups_multiple: int = 1,
+) -> Plan:
+    """Keep the units whose channels have the largest ``mean_i |W_ij| sqrt(sum x_j^2)``; no bias makes up for the rest.
+
+    All inputs are those of the dense model, so that one calibration serves every ratio. The published script (in
+    CASIA-IVA-Lab/FLAP) measures each layer behind pruned ones instead, anew for each ratio.
+
+    Args:
+        scores: What ``calibrate`` measured.
+        ratio: Share of the weights in the decoder layers' matrices that goes; with the published structure, UL-UM,
+            the share of KV groups and of FFN channels of every layer, each rounded down.
+        structure: UL-UM or UL-MM; scores of different layers are not comparable.
+        remove_groups: KV groups removed per layer, for UL-MM; by default the ratio of them.
+        ffn_multiple: Multiples in which FFN channels stay.
+        kv_groups_multiple: Multiples in which KV groups stay.
+
+    Raises:
+        UserError: an argument makes no sense for this model, or the scores lack what it needs.
+    """
+    attention, ffn = (channel_scores(scores, site, "WIFN") for site in ("attention", "ffn"))
+    rules = Rules(
+        ratio, structure, remove_groups, ffn_multiple=ffn_multiple, kv_groups_multiple=kv_groups_multiple
+    ).within_layers("wanda-sp")
+    return plan_units(scores, "wanda-sp", attention, ffn, rules)

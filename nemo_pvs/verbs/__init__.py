@@ -1,0 +1,14 @@
+"""What ``pvs`` can do: one plain function a verb, used by the command line, by ``nemo pvs`` and from Python.
+
+Arguments are primitives, so that NeMo-Run can carry them to a cluster. Heavy modules are imported inside the
+functions: ``pvs --help`` starts in about a second.
+"""
+
+from __future__ import annotations
+
+from nemo_pvs.verbs.checkpoints import convert, inspect
+from nemo_pvs.verbs.pruning import calibrate, prune, search
+from nemo_pvs.verbs.results import evaluate, report, run
+from nemo_pvs.verbs.training import tokenize, train
+
+VERBS = (convert, inspect, tokenize, calibrate, search, prune, train, evaluate, run, report)

@@ -1,0 +1,80 @@
+"""Arguments that several verbs share, and the values that users write into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nemo_pvs.errors import UserError
+
+Source = Annotated[str, typer.Argument(help="Hugging Face folder or NeMo checkpoint; detected")]
+Destination = Annotated[str, typer.Argument(help="folder to write; must not exist")]
+Overwrite = Annotated[bool, typer.Option(help="replace the target if it exists")]
+Samples = Annotated[int, typer.Option(help="number of sequences")]
+SequenceLength = Annotated[int, typer.Option(help="tokens per sequence")]
+Seed = Annotated[int, typer.Option(help="which windows of the text; -1 for consecutive ones")]
+Text = Annotated[str, typer.Option(help=".txt, .jsonl[.gz|.zst], .parquet, a folder of them, or wikipedia-sample")]
+
+
+def tokens_of(source: str, data: str, samples: int, sequence_length: int, seed: int) -> Any:
+    """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file."""
+    from nemo_pvs.calibration.tokens import TokenSet
+    from nemo_pvs.checkpoints.assets import tokenizer_folder
+    from nemo_pvs.data.corpus import read_documents
+    from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
+
+    settings: dict[str, Any] = {
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": None if seed < 0 else seed,
+    }
+    if data.endswith(".bin"):
+        return TokenSet.from_token_file(Path(data.removesuffix(".bin")), **settings)
+    folder = tokenizer_folder(Path(source))
+    tokenizer = load_tokenizer(folder)
+    return TokenSet.from_documents(
+        (document.text for document in read_documents(data)),
+        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        data_set=data,
+        tokenizer_sha256=tokenizer_hash(folder),
+        **settings,
+    )
+
+
+def parse_dtype(name: str | None) -> Any:
+    """Return the torch dtype that bf16, fp16 or fp32 names; None stays None."""
+    import torch
+
+    if name is None:
+        return None
+    one_of("--dtype", name, ("bf16", "fp16", "fp32"))
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Return a size such as 5GB or 500MB in bytes, decimal as on a disk's label."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    try:
+        size = int(float(text[:-2]) * units[text[-2:].upper()])
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise UserError(f"{option} is {text!r}; write a size such as 5GB or 500MB.")
+    return size
+
+
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    """Return ``value`` if it is allowed; else raise a UserError that names the option."""
+    if value not in allowed:
+        raise UserError(f"{option} is {value!r}; choose {', '.join(allowed[:-1])} or {allowed[-1]}.")
+    return value
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """Return ``train=0.9,validation=0.1`` as a dictionary."""
+    try:
+        return {name.strip(): float(share) for name, share in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        raise UserError(f"--split is {text!r}; write it as train=0.9,validation=0.1.") from None

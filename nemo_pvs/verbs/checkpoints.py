@@ -1,0 +1,128 @@
+"""The verbs about checkpoints: convert, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from nemo_pvs.progress import console, progress
+from nemo_pvs.verbs.arguments import Destination, Overwrite, Source, one_of, parse_bytes, parse_dtype, tokens_of
+
+# nemo_run reads these signatures too, and knows Optional[X] but not X | None.
+# ruff: noqa: UP045
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Hugging Face folder, NeMo or Megatron-LM checkpoint, .gguf, hf://o/n")
+    ],
+    target: Destination,
+    to: Annotated[Optional[str], typer.Option(help="hf or nemo; the other one of the source by default")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32; as stored by default")] = None,
+    verify: Annotated[str, typer.Option(help="checksum (read back), logits (and run both) or none")] = "checksum",
+    max_shard_size: Annotated[str, typer.Option(help="of a Hugging Face weights file, e.g. 5GB or 500MB")] = "5GB",
+    uneven: Annotated[str, typer.Option(help="keep layers of different sizes, or pad them with zeros")] = "keep",
+    text: Annotated[str, typer.Option(help="for --verify logits: as --data of pvs evaluate")] = "wikipedia-sample",
+    config: Annotated[Optional[str], typer.Option(help="config.json for a bare Megatron-LM folder")] = None,
+    pad_vocab_to_multiple: Annotated[int, typer.Option(help="for NeMo: of the tensor-parallel size")] = 1,
+    allow_nonfinite: Annotated[bool, typer.Option(help="copy NaN and infinite weights instead of refusing")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert between Hugging Face and NeMo, as a stream."""
+    one_of("--verify", verify, ("checksum", "logits", "none"))
+    one_of("--uneven", uneven, ("keep", "pad"))
+    shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
+    from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.checkpoints.parent import local_checkpoint
+    from nemo_pvs.checkpoints.stream import convert as convert_stream
+    from nemo_pvs.checkpoints.stream import describe
+    from nemo_pvs.files import refuse_existing
+
+    refuse_existing(Path(target), overwrite=overwrite)
+    with local_checkpoint(source, Path(target)) as folder:
+        found = describe(folder, config=config)["format"]
+        wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))
+        with progress(f"convert to {wanted}", "parameters") as show:
+            convert_stream(
+                folder,
+                target,
+                to=wanted,
+                dtype=parse_dtype(dtype),
+                max_shard_bytes=shard_bytes,
+                pad_vocab_to_multiple=pad_vocab_to_multiple,
+                allow_nonfinite=allow_nonfinite,
+                uneven=one_of("--uneven", uneven, ("keep", "pad")),
+                config=config,
+                verify="none" if verify == "none" else "checksum",
+                overwrite=overwrite,
+                progress=show,
+            )
+        console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True)
+        if verify == "logits":
+            from nemo_pvs.checkpoints.agreement import compare
+
+            tokens = tokens_of(target, text, samples=4, sequence_length=256, seed=0)
+            with progress("run both on the same text", "layers") as show:
+                agreement = compare(open_source(folder, config), open_source(target), tokens.ids, progress=show)
+            console.print(f"source and target, {agreement}", soft_wrap=True)
+
+
+def inspect(
+    path: Source,
+    tensors: Annotated[bool, typer.Option(help="list every tensor")] = False,
+    sparsity: Annotated[bool, typer.Option(help="count the zeros of every matrix, which reads the weights")] = False,
+) -> None:
+    """Show what a checkpoint is; without --sparsity no weight is read."""
+    from rich.table import Table
+
+    from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.checkpoints.sparsity import matrix_sparsity
+    from nemo_pvs.checkpoints.stream import describe
+
+    about = describe(path, tensors=tensors)
+    table = Table(show_header=False, box=None)
+    for name, value in _description(about).items():
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(table)
+    if tensors:
+        listing = Table("tensor", "dtype", "size", "in Megatron")
+        for tensor in about["tensors"]:
+            listing.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["size"])), tensor["megatron"])
+        console.print(listing)
+    if sparsity:
+        zeros = Table("matrix", "zeros", "pattern", "mask")
+        for matrix in matrix_sparsity(open_source(path)):
+            mask = "none" if matrix.masked is None else f"{matrix.masked / matrix.weights:.2%} pruned"
+            back = f", {matrix.disagreements:,} of them not zero" if matrix.disagreements else ""
+            zeros.add_row(matrix.name, f"{matrix.zeros / matrix.weights:.2%}", matrix.pattern, mask + back)
+        console.print(zeros)
+
+
+def _description(about: dict[str, Any]) -> dict[str, str]:
+    """Return what ``pvs inspect`` says, in its order."""
+    from nemo_pvs.shape import Shape
+
+    sizes = {name: value for name, value in about["shape"].items() if name not in {"features", "uneven"}}
+    return {
+        "format": f"{about['format']}, family {about['family']}",
+        "model": str(Shape.from_dict(about["shape"])),
+        **{name.replace("_", " "): f"{value:,}" if name != "tied" else str(value) for name, value in sizes.items()},
+        "features": ", ".join(about["shape"].get("features", ())) or "none",
+        "parameters": f"{about['parameters']:,} ({about['body_parameters']:,} without embedding and head)",
+        "FLOPs per token": f"{about['flops_per_token'] / 1e9:,.3f} G in training, attention scores not counted",
+        "stored": ", ".join(f"{count:,} as {dtype}" for dtype, count in about["dtypes"].items())
+        + f", {about['bytes'] / 1e9:,.2f} GB",
+        "masks": f"of {about['masks']:,} matrices" if about["masks"] else "none",
+        "other tensors": f"{about['extra_tensors']:,} (optimizer state, buffers)",
+        "other files": ", ".join(about["assets"]) or "none",
+        "manifest": about["manifest"],
+    }
+
+
+def sentence(about: dict[str, Any]) -> str:
+    """Say in a line what ``stream.describe`` found."""
+    from nemo_pvs.shape import Shape
+
+    return f"{about['format']}, {Shape.from_dict(about['shape'])}, {about['bytes'] / 1e9:,.2f} GB"

@@ -1,0 +1,80 @@
+"""The verbs about tokens and training: tokenize, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_pvs.progress import console, progress
+from nemo_pvs.verbs.arguments import SequenceLength, parse_shares
+
+
+def tokenize(
+    inputs: Annotated[list[str], typer.Argument(help="text files or folders, or wikipedia-sample")],
+    tokenizer: Annotated[str, typer.Option(help="Hugging Face folder whose tokenizer to use")],
+    out: Annotated[str, typer.Option(help="folder for <split>.bin and <split>.idx")],
+    split: Annotated[
+        str, typer.Option(help="shares of the text by document; none may be left out of 1")
+    ] = "train=0.9,validation=0.1",
+    text_key: Annotated[str, typer.Option(help="key or column that holds the text")] = "text",
+    seed: Annotated[int, typer.Option(help="another seed, another split")] = 0,
+) -> None:
+    """Turn text into Megatron token files, split by document."""
+    from nemo_pvs.data.corpus import read_documents
+    from nemo_pvs.data.split import split_documents
+    from nemo_pvs.data.tokenize import tokenize as write_tokens
+
+    parts = split_documents(read_documents(inputs, text_key=text_key), parse_shares(split), seed=seed)
+    for name, documents in parts.items():
+        with progress(f"tokenise {name}", "documents") as show:
+            made = write_tokens(documents, Path(tokenizer), Path(out) / name, progress=show)
+        console.print(f"{Path(out) / name}.bin: {made['documents']:,} documents, {made['tokens']:,} tokens")
+
+
+def train(
+    initial: Annotated[str, typer.Argument(help="checkpoint with the initial weights, Hugging Face or NeMo")],
+    out: Annotated[str, typer.Argument(help="run folder; an interrupted run in it is resumed")],
+    data: Annotated[str, typer.Option(help="folder with train.bin and validation.bin from pvs tokenize")],
+    tokens: Annotated[float, typer.Option(help="training tokens, e.g. 50e9")],
+    sequence_length: SequenceLength = 8192,
+    global_batch_size: Annotated[int, typer.Option(help="sequences per optimizer step")] = 512,
+    micro_batch_size: Annotated[int, typer.Option(help="sequences per forward pass of a rank")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="peak")] = 3e-4,
+    validation_samples: Annotated[int, typer.Option(help="sequences, a multiple of the global batch size")] = 512,
+    tensor_parallel: Annotated[int, typer.Option(help="ranks that share every layer")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="stages that share the layers out")] = 1,
+    data_parallel: Annotated[int, typer.Option(help="replicas that share the batch out")] = 1,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
+    random_init: Annotated[bool, typer.Option(help="keep the architecture, draw the weights: the baseline")] = False,
+    seed: Annotated[int, typer.Option(help="order of the data and random weights")] = 1234,
+) -> None:
+    """Train on NeMo and Megatron, from pruned or random weights."""
+    from nemo_pvs.recipe import parse_layout, parse_training
+    from nemo_pvs.training.prepare import prepare_job
+    from nemo_pvs.training.run import Trainer
+
+    layout = parse_layout(
+        {
+            "tensor_parallel": tensor_parallel,
+            "pipeline_parallel": pipeline_parallel,
+            "data_parallel": data_parallel,
+        }
+    )
+    training = parse_training(
+        {
+            "tokens": tokens,
+            "sequence_length": sequence_length,
+            "global_batch_size": global_batch_size,
+            "micro_batch_size": micro_batch_size,
+            "learning_rate": learning_rate,
+            "validation_samples": validation_samples,
+            "precision": precision,
+            "seed": seed,
+        }
+    )
+    job = prepare_job(initial, Path(out), Path(data), layout, training, random_init=random_init)
+    with Trainer(Path(out) / "launcher.log") as trainer:
+        checkpoint = trainer.train(job)
+    console.print(f"trained checkpoint: {checkpoint}", soft_wrap=True)

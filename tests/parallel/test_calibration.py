@@ -1,0 +1,70 @@
+"""Calibration on several ranks gives the scores, and the plans, of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_pvs.calibration.engine import calibrate
+from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.flap import plan_flap
+from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
+from nemo_pvs.pruning.width import plan_width
+from tests.calibration.test_engine import token_set
+from tests.parallel.ranks import run_ranks
+from tests.state_source import StateSource, tiny_model
+
+pytestmark = pytest.mark.parallel
+
+SAMPLES = 7
+"""Neither 2 nor 4 ranks get equal shares."""
+
+
+def measure(batch_size: int = 2) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return the scores, what plans keep by them, and the scores' hash."""
+    source = StateSource(tiny_model(num_key_value_heads=4))
+    scores = calibrate(source, token_set(samples=SAMPLES), batch_size=batch_size)
+    return {name: tensor.numpy() for name, tensor in scores.tensors.items()}, kept(scores), scores.content_hash
+
+
+def kept(scores: Scores) -> dict[str, Any]:
+    plans = {
+        "flap": plan_flap(scores, 0.4),
+        "wanda-sp": plan_wanda_sp(scores, 0.3),
+        "width": plan_width(scores, scores.shape.replace(hidden=40, ffn=50)),
+    }
+    return {name: (plan.keep_hidden, plan.keep_ffn, plan.keep_kv_groups) for name, plan in plans.items()}
+
+
+def measure_on_a_rank() -> tuple[dict[str, Any], dict[str, Any], str]:
+    torch.distributed.init_process_group("gloo")
+    return measure()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_do_not_change_scores_or_plans(world_size: int) -> None:
+    expected, plans, _ = measure()
+    results = run_ranks(world_size, measure_on_a_rank)
+    order_dependent = set() if world_size == 1 else {"attention.fluctuation", "ffn.fluctuation"}
+    for scores, its_plans, content_hash in results:
+        assert scores.keys() == expected.keys() - order_dependent
+        for name, values in scores.items():
+            atol = 1e-6 * abs(expected[name]).max() if name.endswith(".mean") else 0
+            np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=atol, err_msg=name)
+        assert its_plans == plans
+        assert content_hash == results[0][2]  # the same bits on every rank
+
+
+def measure_too_little() -> str:
+    torch.distributed.init_process_group("gloo")
+    with pytest.raises(UserError) as caught:
+        calibrate(StateSource(tiny_model()), token_set(samples=1))
+    return str(caught.value)
+
+
+def test_more_ranks_than_sequences_are_refused() -> None:
+    assert "cannot be split over 2 ranks" in run_ranks(2, measure_too_little)[0]

@@ -1,0 +1,107 @@
+"""Which shapes a search looks at."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.grid import Budget, Grid, flops_at, inference_bytes, legal_shapes
+from nemo_pvs.shape import Shape
+from tests.test_shape import LLAMA_8B, WIDTH_4B
+
+
+def test_modelopts_grid_for_an_8b() -> None:
+    grid = Grid.of(LLAMA_8B)
+    assert grid.layers == (26, 28, 30, 32)
+    assert grid.hidden == (2560, 2816, 3072, 3328, 3584, 3840, 4096)
+    assert grid.ffn == tuple(range(8704, 14337, 512))
+    assert grid.kv_groups == (8,)
+
+
+def test_steps_are_the_users_and_the_parents_own_size_is_a_choice() -> None:
+    parent = LLAMA_8B.replace(hidden=4000)
+    grid = Grid.of(parent, layers_step=0, hidden_step=1500, ffn_step=0, kv_groups_step=2, max_width_pruning=0.5)
+    assert grid == Grid(layers=(32,), hidden=(3000, 4000), ffn=(14336,), kv_groups=(4, 6, 8))
+    with pytest.raises(UserError, match="steps of 0 or more"):
+        Grid.of(LLAMA_8B, layers_step=-1)
+    with pytest.raises(UserError, match="from 0 to below 1"):
+        Grid.of(LLAMA_8B, max_width_pruning=1.0)
+
+
+def test_by_brute_force_over_every_size() -> None:
+    """A small model, and every combination of its sizes tried one by one."""
+    parent = Shape(layers=4, hidden=32, ffn=48, heads=4, kv_groups=2, head_dim=8, vocab=64, tied=False)
+    settings = {"layers_step": 1, "hidden_step": 8, "ffn_step": 6, "kv_groups_step": 1}
+    grid = Grid.of(parent, **settings, max_width_pruning=0.9, max_depth_pruning=0.9)
+    wanted = set()
+    for layers in range(1, 5):
+        for hidden in (8, 16, 24, 32):
+            for ffn in (6, 12, 18, 24, 30, 36, 42, 48):
+                for groups in (1, 2):
+                    count = 2 * 64 * hidden + hidden
+                    count += layers * (hidden * 8 * 6 * groups + 3 * hidden * ffn + 2 * hidden)
+                    if 13300 <= count <= 14700 and groups == 2 and layers % 2 == 0:
+                        wanted.add((layers, hidden, ffn, groups))
+    found = legal_shapes(parent, grid, Budget(parameters=14000), tensor_parallel=2, pipeline_parallel=2)
+    assert {(one.layers, one.hidden, one.ffn, one.kv_groups) for one in found} == wanted
+    assert len(wanted) > 1
+    assert len(found) == len(set(found))
+
+
+def test_the_published_width_is_among_the_legal_shapes_of_its_budget() -> None:
+    shapes = legal_shapes(LLAMA_8B, Grid.of(LLAMA_8B), Budget(parameters=4.5e9), tensor_parallel=8, fp8=True)
+    assert WIDTH_4B in shapes
+    assert LLAMA_8B not in shapes
+    for shape in shapes:
+        shape.check_parallel(tensor_parallel=8, fp8=True)
+        assert abs(shape.parameters - 4.5e9) <= 0.05 * 4.5e9
+
+
+def test_memory_is_weights_and_kv_cache() -> None:
+    """Llama-3.1-8B: 16.06 GB in bf16, and 128 KiB of keys and values a token (32 layers x 8 groups x 128 x 2 x 2)."""
+    assert inference_bytes(LLAMA_8B, context=1) - 2 * 8_030_261_248 == 131072
+    assert inference_bytes(LLAMA_8B, 4096, 3) - 2 * 8_030_261_248 == 3 * 4096 * 131072
+    budget = Budget(memory_bytes=12e9, context=32768, batch_size=1)
+    shapes = legal_shapes(LLAMA_8B, Grid.of(LLAMA_8B), budget)
+    for shape in shapes:
+        cache = 2 * 2 * 32768 * shape.layers * 8 * 128
+        assert abs(2 * shape.parameters + cache - 12e9) <= 0.05 * 12e9
+    longer = legal_shapes(LLAMA_8B, Grid.of(LLAMA_8B), Budget(memory_bytes=12e9, context=1))
+    assert min(shape.parameters for shape in longer) > min(shape.parameters for shape in shapes)
+
+
+def test_latency_bounds_what_is_left() -> None:
+    grid, budget = Grid.of(LLAMA_8B), Budget(parameters=6e9)
+    every = legal_shapes(LLAMA_8B, grid, budget)
+    flops = flops_at(4096)
+    assert flops(LLAMA_8B) == LLAMA_8B.flops_per_token(sequence_length=4096, training=False)
+    bound = sorted(map(flops, every))[len(every) // 2]
+    fast = legal_shapes(LLAMA_8B, grid, Budget(parameters=6e9, latency=bound))
+    assert fast == [shape for shape in every if flops(shape) <= bound]
+    # A latency of one's own: layers.
+    shallow = legal_shapes(LLAMA_8B, grid, Budget(parameters=6e9, latency=28), latency=lambda shape: shape.layers)
+    assert {shape.layers for shape in shallow} == {26, 28}
+    with pytest.raises(UserError, match="is below the latency 25; the fastest has 26"):
+        legal_shapes(LLAMA_8B, grid, Budget(parameters=6e9, latency=25), latency=lambda shape: shape.layers)
+
+
+def test_nothing_to_choose_from_gets_one_sentence() -> None:
+    grid = Grid.of(LLAMA_8B)
+    with pytest.raises(
+        UserError, match=r"No shape .* reaches from 3\.\d+e\+09 to 7\.8\d+e\+09 parameters; allow more"
+    ):
+        legal_shapes(LLAMA_8B, grid, Budget(parameters=1e9))
+    with pytest.raises(UserError, match=r"reaches from .* bytes"):
+        legal_shapes(LLAMA_8B, grid, Budget(memory_bytes=1e9))
+    with pytest.raises(UserError, match="holds the parent alone"):
+        legal_shapes(LLAMA_8B, Grid((32,), (4096,), (14336,), (8,)), Budget(parameters=8e9))
+    with pytest.raises(UserError, match="can be split by tensor parallelism 16 and pipeline parallelism 1 in FP8"):
+        legal_shapes(LLAMA_8B, grid, Budget(parameters=4.5e9), tensor_parallel=16, fp8=True)
+    with pytest.raises(UserError, match="give a number of parameters or of bytes"):
+        Budget()
+    with pytest.raises(UserError, match="needs numbers above 0"):
+        Budget(parameters=-1)
+    sizes = LLAMA_8B.layer_sizes
+    uneven = LLAMA_8B.with_layers([*sizes[1:], sizes[0]._replace(ffn=8192)])
+    with pytest.raises(UserError, match="layers are alike"):
+        legal_shapes(uneven, grid, Budget(parameters=4e9))
