@@ -91,13 +91,20 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             for file in _files_below(partial):
                 _fsync(file)
-            if target.exists():
-                shutil.rmtree(target)
+            _move_away(target)
             os.replace(partial, target)
             _fsync(target.parent)
+            shutil.rmtree(_old_name(target), ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _move_away(target: Path) -> None:
+    """Rename what is to be replaced, because a folder cannot be removed in one go; nothing half-removed stays."""
+    shutil.rmtree(_old_name(target), ignore_errors=True)
+    if target.exists():
+        os.replace(target, _old_name(target))
 
 
 def refuse_existing(target: Path, *, overwrite: bool = False) -> None:
@@ -135,6 +142,10 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _old_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -22,6 +22,9 @@ _CONFIG_KEYS = {
 _LAYER_SHAPES = "layer_shapes"
 """The key of the sizes of uneven layers in config.json: a list with a dictionary of three sizes a layer."""
 
+# Transformer Engine multiplies matrices in FP8 only where both sides are multiples of 16.
+_FP8_MULTIPLE = 16
+
 # Features that a config.json states under their own names; a family's table knows the rest.
 _CONFIG_FEATURES = ("attention_bias", "mlp_bias")
 
@@ -238,11 +241,17 @@ class Shape:
         attention = 2 * sequence_length * self.head_dim * sum(layer.heads for layer in self.layer_sizes)
         return (3 if training else 1) * (matrices + attention)
 
-    def check_parallel(self, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+    def check_parallel(self, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, fp8: bool = False) -> None:
         """Refuse a layout that Megatron cannot shard this shape into.
 
+        Args:
+            tensor_parallel: Ranks that share every layer.
+            pipeline_parallel: Stages that share the layers out.
+            fp8: Also ask that Transformer Engine can multiply the shards in FP8: sizes that are multiples of 16.
+
         Raises:
-            UserError: tensor parallelism does not divide KV groups, ffn or vocabulary; pipeline stages not layers.
+            UserError: tensor parallelism does not divide KV groups, ffn or vocabulary; pipeline stages not layers; or
+                a shard does not suit FP8.
         """
         for name, size in self._sharded_sizes():
             if size % tensor_parallel:
@@ -257,6 +266,23 @@ class Shape:
                 f"Pipeline parallelism {pipeline_parallel} does not divide {self.layers} layers; "
                 f"legal for this model: {', '.join(map(str, legal))}."
             )
+        if fp8:
+            self._check_fp8(tensor_parallel)
+
+    def _check_fp8(self, tensor_parallel: int) -> None:
+        sizes = [("hidden", self.hidden, 1)]
+        for layer in dict.fromkeys(self.layer_sizes):
+            sizes.append(("ffn", layer.ffn, tensor_parallel))
+            # Rows of keys; those of queries, and of all three together, are multiples of them.
+            sizes.append(("kv_groups * head_dim", layer.kv_groups * self.head_dim, tensor_parallel))
+        for name, size, ranks in sizes:
+            step = _FP8_MULTIPLE * ranks
+            if size % step:
+                raise UserError(
+                    f"FP8 needs shards that are multiples of {_FP8_MULTIPLE}, but {name}={size}"
+                    f"{f' over {ranks} ranks' if ranks > 1 else ''} is not; "
+                    f"take a multiple of {step} such as {max(1, size // step) * step}."
+                )
 
     def _sharded_sizes(self) -> list[tuple[str, int]]:
         sizes = [*dict.fromkeys(self.layer_sizes)]

@@ -204,7 +204,7 @@ def test_full_disk(pvs, model, tmp_path):
             _refused(pvs("convert", model, disk / to, "--to", to), "the disk is full")
             assert list(disk.iterdir()) == []
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.slow

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-_PATTERNS = (
+from nemo_pvs.files import read_json, write_json
+
+_MORE_TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps chat templates but the default one, each in a file of its name."""
+
+ASSET_PATTERNS = (
     "tokenizer*",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    f"{_MORE_TEMPLATES}/*.jinja",
     "generation_config.json",
 )
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
@@ -18,8 +26,25 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 def asset_files(folder: Path) -> tuple[Path, ...]:
     """Return the tokenizer files, chat templates and generation config in a folder, and never weights."""
-    found = {path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in ASSET_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     return tuple(sorted(path for path in found if not _holds_weights(path)))
+
+
+def copy_asset(asset: Path, folder: Path) -> Path:
+    """Copy one of ``asset_files`` to its place in another folder; return the copy."""
+    parent = folder / _MORE_TEMPLATES if asset.parent.name == _MORE_TEMPLATES else folder
+    parent.mkdir(parents=True, exist_ok=True)
+    copy = Path(shutil.copyfile(asset, parent / asset.name))
+    if asset.name == "tokenizer_config.json":
+        _name_the_class_for_both(copy)
+    return copy
+
+
+def _name_the_class_for_both(tokenizer_config: Path) -> None:
+    """Rename a class of transformers 5 to what transformers 4, and so NeMo, calls it; 5 knows the old name, too."""
+    values = read_json(tokenizer_config)
+    if isinstance(values, dict) and values.get("tokenizer_class") == "TokenizersBackend":
+        write_json(tokenizer_config, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _holds_weights(path: Path) -> bool:

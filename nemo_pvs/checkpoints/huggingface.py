@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.assets import asset_files
+from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.checkpoints.manifest import Manifest, Progress, Recorder
-from nemo_pvs.checkpoints.safetensors_file import SafetensorsReader, SafetensorsWriter
+from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
+from nemo_pvs.checkpoints.safetensors_file import SafetensorsWriter
+from nemo_pvs.checkpoints.shards import Shards, few
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, whole_folder, write_json
@@ -20,85 +22,83 @@ from nemo_pvs.layout import Layout
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
+MAX_SHARD_BYTES = 5_000_000_000
+"""What transformers splits at, too."""
+
+# Ends of names of tensors that old checkpoints hold beside the weights: a buffer, and the copy of a tied embedding.
+_HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")
+
 
 class HuggingFaceSource:
-    """A Hugging Face model folder with safetensors weights."""
+    """A Hugging Face model folder: its weights in one file or many, of safetensors or of PyTorch."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a folder; no weight is read yet.
+        """Open a folder and compare what its files promise with the config; no weight is read yet.
 
         Raises:
-            UserError: a file is missing or broken, or the weights are not those of the config's family.
+            UserError: a file is missing or broken, or the weights are not those of the config: one is missing,
+                surplus, of another size or quantised.
         """
         self.folder = Path(folder)
-        self.config: Mapping[str, Any] = _read_config(self.folder)
+        self.config: Mapping[str, Any] = read_config(self.folder / "config.json")
         self._shape = Layout.for_config(self.config).shape(self.config)
         self._parts = Layout.for_config(self.config).parts(self._shape)
-        self._shards: dict[str, SafetensorsReader] = {}
-        self._shard_of = self._weight_map()
-        self._refuse_unknown_tensors()
+        self._weights = Shards(self.folder)
+        self._check_weights()
 
     @property
     def assets(self) -> tuple[Path, ...]:
         """Tokenizer, chat template and generation config; never weights, whatever their name."""
         return asset_files(self.folder)
 
+    @cached_property
+    def masks(self) -> Masks:
+        """The masks in the file that config.json names; most models have none."""
+        file = self.config.get(CONFIG_KEY)
+        if file is None:
+            return NoMasks()
+        sizes = {name: part.size(self._shape) for name, (part, _) in self._parts.items()}
+        return MaskFile(self.folder / Path(str(file)).name, sizes)
+
     @property
     def extra_tensors(self) -> tuple[str, ...]:
         """Tensors that are stored but are no weights of the model: old rotary buffers, a tied head's copy."""
-        return tuple(name for name in self._shard_of if name not in self._parts)
+        return tuple(name for name in self._weights.names if name not in self._parts)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor without reading it."""
-        return self._shard(name).dtype(name)
+        return self._weights.dtype(name)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a fresh copy of one tensor.
 
         Raises:
-            UserError: the tensor or its file is missing or broken, or its size is not what config.json says.
+            UserError: there is no such tensor, or its file can no longer be read.
         """
-        shard = self._shard(name)
-        if name in self._parts:
-            expected = self._parts[name][0].size(self._shape)
-            if shard.size(name) != expected:
-                raise UserError(
-                    f"{name} in {self.folder} is {list(shard.size(name))}, but config.json implies {list(expected)}; "
-                    "use the config.json that belongs to these weights."
-                )
-        return shard.read(name)
+        return self._weights.read(name)
 
-    def _shard(self, name: str) -> SafetensorsReader:
-        file = self._shard_of.get(name)
-        if file is not None and file not in self._shards:
-            self._shards[file] = SafetensorsReader(self.folder / file)
-        if file is None or name not in self._shards[file].names:
-            raise UserError(f"{self.folder} has no tensor {name}, which its files promise; download the model again.")
-        return self._shards[file]
-
-    def _weight_map(self) -> dict[str, str]:
-        index = self.folder / _INDEX
-        if index.is_file():
-            content = read_json(index)
-            weight_map = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
-                raise UserError(f"{index} has no usable weight_map; download it again.")
-            return weight_map
-        if not (self.folder / _WEIGHTS).is_file():
-            raise UserError(
-                f"{self.folder} has neither {_WEIGHTS} nor {_INDEX}; download the model's safetensors files."
-            )
-        self._shards[_WEIGHTS] = SafetensorsReader(self.folder / _WEIGHTS)
-        return dict.fromkeys(self._shards[_WEIGHTS].names, _WEIGHTS)
-
-    def _refuse_unknown_tensors(self) -> None:
-        harmless = ("rotary_emb.inv_freq", "lm_head.weight")
-        unknown = [name for name in self.extra_tensors if not name.endswith(harmless)]
+    def _check_weights(self) -> None:
+        unknown = [name for name in self.extra_tensors if not name.endswith(_HARMLESS)]
         if unknown:
             raise UserError(
-                f"{self.folder} has {len(unknown)} tensors that {self.config['architectures'][0]} does not have, such "
-                f"as {unknown[0]}; models with biases, adapters or quantised weights are not supported."
+                f"{self.folder} has {len(unknown)} tensors that {self.config['architectures'][0]} with this "
+                f"config.json does not have: {few(unknown)}; adapters and quantised weights are not supported."
             )
+        stored = set(self._weights.names)
+        missing = [name for name in self._parts if name not in stored]
+        if missing:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} tensors that its config.json implies: {few(missing)}; "
+                "download the model again."
+            )
+        for name, (part, _) in self._parts.items():
+            expected = part.size(self._shape)
+            if self._weights.size(name) != expected:
+                raise UserError(
+                    f"{name} in {self.folder} is {list(self._weights.size(name))}, but config.json implies "
+                    f"{list(expected)}; use the config.json that belongs to these weights."
+                )
+            self._weights.dtype(name)
 
 
 def write_huggingface(
@@ -106,7 +106,8 @@ def write_huggingface(
     target: Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -117,6 +118,7 @@ def write_huggingface(
         target: The folder to make.
         dtype: Cast every tensor to it; None keeps each as it is stored.
         max_shard_bytes: A shard is closed before it would grow beyond this, unless one tensor alone is larger.
+        allow_nonfinite: Write NaN and infinite values, too, instead of refusing the tensor that has them.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
 
@@ -126,20 +128,30 @@ def write_huggingface(
     Raises:
         UserError: ``target`` exists or cannot be written, or the source is broken.
     """
-    recorder = Recorder(source, dtype, progress)
+    recorder = Recorder(source, dtype, progress, allow_nonfinite=allow_nonfinite)
     with whole_folder(Path(target), overwrite=overwrite) as folder:
-        _write_shards(recorder, folder, max_shard_bytes)
-        write_json(folder / "config.json", recorder.config())
+        masks = masks_of(source)
+        # Some loaders take every *.safetensors for weights unless an index tells which are.
+        _write_shards(recorder, folder, max_shard_bytes, with_index=bool(masks.names))
+        config = {key: value for key, value in recorder.config().items() if key != CONFIG_KEY}
+        if masks.names:
+            write_masks(masks, folder / FILE)
+            config[CONFIG_KEY] = FILE
+        write_json(folder / "config.json", config)
         for asset in source.assets:
-            shutil.copyfile(asset, folder / asset.name)
+            copy_asset(asset, folder)
         return recorder.finish(folder, "huggingface")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json; the rope settings of transformers 5 are put where transformers 4 and we look for them."""
-    config = read_json(folder / "config.json")
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a config.json; the rope settings of transformers 5 are put where transformers 4 and we look for them.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    config = read_json(path)
     if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is not a model's configuration; download it again.")
+        raise UserError(f"{path} is not a model's configuration; download it again.")
     rope = config.pop("rope_parameters", None)
     if isinstance(rope, dict):
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -148,21 +160,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _write_shards(recorder: Recorder, folder: Path, max_shard_bytes: int) -> None:
-    """Write the weights, and the index if they fill more than one file."""
+def _write_shards(recorder: Recorder, folder: Path, max_shard_bytes: int, *, with_index: bool) -> None:
+    """Write the weights, and the index if it is asked for or they fill more than one file."""
     names = list(recorder.parts)
     shards: list[SafetensorsWriter] = []
     for position, name in enumerate(names):
         tensor = recorder.read(name)
         if not shards or shards[-1].bytes_written + tensor.nbytes > max_shard_bytes:
+            if shards:
+                shards[-1].finish()
             shards.append(SafetensorsWriter(folder / f"shard-{len(shards)}", names[position:]))
         shards[-1].write(name, tensor)
+    shards[-1].finish()
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
-        shard.finish()
         file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard.path.rename(folder / file)
         weight_map.update(dict.fromkeys(shard.names, file))
-    if len(shards) > 1:
+    if with_index or len(shards) > 1:
         total = sum(shard.bytes_written for shard in shards)
         write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -8,7 +8,7 @@ each layer where layers are uneven, fused as Megatron fuses it and independent o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from nemo_pvs.checkpoints.biases import with_both_biases
 from nemo_pvs.checkpoints.context import context_assets, read_context, write_context
 from nemo_pvs.checkpoints.manifest import Manifest, Progress, Recorder, dtype_name
+from nemo_pvs.checkpoints.masks import FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
 from nemo_pvs.checkpoints.shards import few
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.checkpoints.torch_dist import Block, TorchDistReader, write_torch_dist
@@ -71,6 +72,13 @@ class NemoSource:
     def assets(self) -> tuple[Path, ...]:
         """Tokenizer files and generation config."""
         return context_assets(self.folder / "context")
+
+    @cached_property
+    def masks(self) -> Masks:
+        """The masks in its context; most models have none."""
+        path = self.folder / "context" / FILE
+        sizes = {name: part.size(self._shape) for name, (part, _) in self._parts.items()}
+        return MaskFile(path, sizes) if path.is_file() else NoMasks()
 
     @property
     def extra_tensors(self) -> tuple[str, ...]:
@@ -169,6 +177,8 @@ def write_nemo(
     with whole_folder(Path(target), overwrite=overwrite) as folder:
         write_torch_dist(folder / "weights", _blocks(recorder, vocab_rows), _extra_states(recorder.shape))
         write_context(folder / "context", recorder.config(), source.assets, vocab_rows=vocab_rows)
+        if masks_of(source).names:
+            write_masks(masks_of(source), folder / "context" / FILE)
         return recorder.finish(folder, "nemo")
 
 

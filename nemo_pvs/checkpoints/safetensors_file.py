@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.streamed_file import StreamedReader, StreamedWriter
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PACKED_BITS = {"U8": torch.uint8}
@@ -80,7 +81,7 @@ class SafetensorsReader:
     def read(self, name: str) -> torch.Tensor:
         """Return a fresh copy of a tensor."""
         tensor = torch.empty(self.size(name), dtype=self.dtype(name))
-        with open(self._path, "rb") as file:
+        with StreamedReader(self._path) as file:
             file.seek(self._start + self._header[name]["data_offsets"][0])
             received = file.readinto(tensor_bytes(tensor))
         if received != tensor.nbytes:
@@ -113,8 +114,8 @@ class SafetensorsWriter:
         self._header: dict[str, Any] = {}
         needed = _ENTRY_BYTES + sum(len(json.dumps(name)) + _ENTRY_BYTES for name in may_hold)
         self._header_bytes = (needed + 7) // 8 * 8  # tensors start at a multiple of 8, as the format recommends
-        with open(path, "wb") as file:
-            file.truncate(8 + self._header_bytes)
+        self._file = StreamedWriter(path)
+        self._file.write(bytes(8 + self._header_bytes))
 
     @property
     def names(self) -> list[str]:
@@ -124,8 +125,7 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor."""
         begin = self.bytes_written
-        with open(self.path, "ab") as file:
-            self.bytes_written += file.write(tensor_bytes(tensor))
+        self.bytes_written += self._file.write(tensor_bytes(tensor))
         self._header[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -134,6 +134,7 @@ class SafetensorsWriter:
 
     def finish(self) -> None:
         """Write the header, padded with spaces; before this the file is not readable."""
+        self._file.close()
         header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
         with open(self.path, "r+b") as file:
             file.write(self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes))

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 
 from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import write_huggingface
-from nemo_pvs.checkpoints.manifest import Manifest, Progress, dtype_name, sha256_tensor
+from nemo_pvs.checkpoints.huggingface import MAX_SHARD_BYTES, write_huggingface
+from nemo_pvs.checkpoints.manifest import Manifest, Progress, dtype_name
 from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.pad import pad_layers
+from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import refuse_existing
+from nemo_pvs.files import refuse_existing, sha256_file
 from nemo_pvs.layout import Layout
 
 
@@ -25,7 +27,11 @@ def convert(
     *,
     to: Literal["hf", "nemo"],
     dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     pad_vocab_to_multiple: int = 1,
+    allow_nonfinite: bool = False,
+    uneven: Literal["keep", "pad"] = "keep",
+    config: str | Path | None = None,
     verify: Literal["checksum", "none"] = "checksum",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -37,7 +43,11 @@ def convert(
         target: The folder to make.
         to: The format of ``target``.
         dtype: Cast every tensor to it; None keeps each as it is stored.
+        max_shard_bytes: For Hugging Face: a file of weights is closed before it would grow beyond this.
         pad_vocab_to_multiple: For NeMo: pad the vocabulary up to a multiple of this (``write_nemo``).
+        allow_nonfinite: Write NaN and infinite values, too, instead of refusing the tensor that has them.
+        uneven: Whether layers of different sizes are kept, or padded with zeros to a stock model (``pad_layers``).
+        config: As for ``open_source``.
         verify: ``checksum`` reads the finished target back and compares every tensor with what was written.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters; verification starts it anew.
@@ -50,18 +60,29 @@ def convert(
             differently, in which case it is removed.
     """
     source_path, target = Path(source_path), Path(target)
-    source = open_source(source_path)
+    source: WeightSource = open_source(source_path, config)
+    if uneven == "pad":
+        source = pad_layers(source)
     if source_path.resolve().is_relative_to(target.resolve()):
         raise UserError(f"{target} is or holds the checkpoint to convert; choose another target.")
     refuse_existing(target, overwrite=overwrite)
     if to == "hf":
-        manifest = write_huggingface(source, target, dtype=dtype, overwrite=overwrite, progress=progress)
+        manifest = write_huggingface(
+            source,
+            target,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            allow_nonfinite=allow_nonfinite,
+            overwrite=overwrite,
+            progress=progress,
+        )
     else:
         manifest = write_nemo(
             source,
             target,
             dtype=dtype,
             pad_vocab_to_multiple=pad_vocab_to_multiple,
+            allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,
         )
@@ -75,25 +96,29 @@ def convert(
 
 
 def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> Manifest:
-    """Read a checkpoint that we wrote, and compare every tensor with its manifest.
+    """Read a checkpoint that we wrote, and compare every tensor and every other file with its manifest.
 
     Raises:
-        UserError: there is no manifest, or a tensor is missing, surplus or different.
+        UserError: there is no manifest, or a tensor or file is missing or different, or a tensor is surplus.
     """
     folder = Path(path)
     manifest = Manifest.read(folder)
     if manifest is None:
         raise UserError(f"{folder} has no manifest to compare with; only checkpoints written by nemo_pvs have one.")
+    changed = manifest.changed_files(folder)
     source = open_source(folder)
     shape = Layout.for_config(source.config).shape(source.config)
     expected = Layout.for_config(source.config).parts(shape)
     odd = sorted({*expected} ^ {*manifest.tensors}) + sorted(source.extra_tensors)
     if odd:
         raise UserError(f"{folder} does not hold exactly the tensors of its config (see {odd[0]}); convert it again.")
+    for name, file in manifest.files.items():
+        if name in changed or (file.sha256 is not None and sha256_file(folder / name) != file.sha256):
+            raise UserError(f"{name} in {folder} is not what its manifest says; convert the checkpoint again.")
     done = 0
-    for name, record in manifest.tensors.items():
+    for name in manifest.tensors:
         tensor = source.read(name)
-        if dtype_name(tensor.dtype) != record.dtype or sha256_tensor(tensor) != record.sha256:
+        if not manifest.describes(name, tensor):
             raise UserError(f"{name} in {folder} is not what its manifest says; convert the checkpoint again.")
         done += tensor.numel()
         if progress:
@@ -101,16 +126,18 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
     return manifest
 
 
-def describe(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
+def describe(path: str | Path, *, tensors: bool = False, config: str | Path | None = None) -> dict[str, Any]:
     """Return what can be known of a checkpoint without reading a weight.
 
     Args:
         path: A Hugging Face folder or a NeMo checkpoint.
+        config: As for ``open_source``.
         tensors: Add ``tensors``: name, dtype, size and place in Megatron of each.
 
     Returns:
         ``format`` (huggingface or nemo), ``family``, ``shape``, ``parameters``, ``body_parameters``,
         ``flops_per_token`` (training, without attention), ``dtypes`` (parameters by dtype), ``bytes`` of weights,
+        ``masks`` (matrices that have one),
         ``extra_tensors`` (stored but no weights of the model), ``assets`` (file names) and ``manifest``: absent,
         complete (all its files are there with their lengths) or broken.
 
@@ -118,7 +145,7 @@ def describe(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
         UserError: it is not a checkpoint that we read.
     """
     folder = Path(path)
-    source = open_source(folder)
+    source = open_source(folder, config)
     shape = Layout.for_config(source.config).shape(source.config)
     layout = Layout.for_config(source.config)
     parts = layout.parts(shape)
@@ -134,6 +161,7 @@ def describe(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
         "flops_per_token": shape.flops_per_token(training=True),
         "dtypes": {dtype_name(dtype): count for dtype, count in dtypes.items()},
         "bytes": sum(count * dtype.itemsize for dtype, count in dtypes.items()),
+        "masks": len(source.masks.names),
         "extra_tensors": len(source.extra_tensors),
         "assets": [asset.name for asset in source.assets],
         "manifest": _manifest_status(folder),

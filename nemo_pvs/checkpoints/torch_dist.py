@@ -6,35 +6,28 @@ Needs no NeMo, no Megatron, no process group and no GPU.
 
 from __future__ import annotations
 
-import io
 import math
 import pathlib
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import _get_layout
 
+from nemo_pvs.checkpoints.safetensors_file import tensor_bytes
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import write_json
+from nemo_pvs.streamed_file import StreamedReader, StreamedWriter
 
+_DATA = "__0_0.distcp"
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -89,24 +82,46 @@ class Block:
 
 
 def write_torch_dist(folder: Path, blocks: Iterable[Block], empty_objects: Iterable[str]) -> None:
-    """Write a checkpoint of weights, calling each block's ``make`` once, in order.
+    """Write a checkpoint of weights, calling each block's ``make`` once, in order, before the next block is asked for.
 
-    Memory is one block, and the last block of every name, which PyTorch's writer holds on to.
+    Memory is one block.
 
     Args:
         folder: Where ``.metadata``, the data file, ``common.pt`` and ``metadata.json`` go; made if needed.
         blocks: They must cover every tensor that they name.
         empty_objects: Names under which Megatron expects a pickled object and accepts None in its place.
     """
-    writer = _Writer(folder, thread_count=1, per_thread_copy_ahead=0, overwrite=False)
-    lazy = _LazyPlanner(blocks)
-    items = [WriteItem(metadata.MetadataIndex(name), WriteItemType.BYTE_IO) for name in empty_objects]
-    plan = writer.prepare_local_plan(SavePlan([*lazy.items(), *items]))
-    [plan], description = create_default_global_save_plan([plan])
-    [plan] = writer.prepare_global_plan([plan])
-    writer.finish(description, [writer.write_data(plan, lazy).value()])
+    folder.mkdir(parents=True, exist_ok=True)
+    description = metadata.Metadata({}, storage_data={}, storage_meta=metadata.StorageMeta())
+    file = StreamedWriter(folder / _DATA)
+    for name in empty_objects:
+        description.state_dict_metadata[name] = metadata.BytesStorageMetadata()
+        _append(file, [None], metadata.MetadataIndex(name), description)  # Megatron pickles an object as a list of one
+    for block in blocks:
+        stored = description.state_dict_metadata.setdefault(
+            block.name,
+            metadata.TensorStorageMetadata(
+                metadata.TensorProperties(dtype=block.dtype), torch.Size(block.full_size), chunks=[]
+            ),
+        )
+        assert isinstance(stored, metadata.TensorStorageMetadata)
+        offset = torch.Size(block.offset)
+        index = metadata.MetadataIndex(block.name, offset, len(stored.chunks))
+        stored.chunks.append(metadata.ChunkStorageMetadata(offset, torch.Size(block.size)))
+        # torch.save writes all memory that a view hangs on to; this is a tensor of the same bytes and no others.
+        exact = torch.frombuffer(tensor_bytes(block.make()), dtype=block.dtype).view(block.size)
+        _append(file, exact, index, description)
+    file.close()
+    (folder / ".metadata").write_bytes(pickle.dumps(description))
     torch.save({"content_metadata": _CONTENT}, folder / "common.pt")
     write_json(folder / "metadata.json", _FORMAT)
+
+
+def _append(file: StreamedWriter, value: Any, index: metadata.MetadataIndex, description: metadata.Metadata) -> None:
+    """Append one item as PyTorch's reader expects it, and note its place in the description."""
+    begin = file.tell()
+    torch.save(value, cast(Any, file))
+    description.storage_data[index] = filesystem._StorageInfo(_DATA, begin, file.tell() - begin)
 
 
 class TorchDistReader:
@@ -119,9 +134,8 @@ class TorchDistReader:
             UserError: there is none, it is broken, or it asks for code to be run.
         """
         self._folder = folder
-        self._files = _Reader(folder)
-        description = self._files.read_metadata()
-        self._files.set_up_storage_reader(description, is_coordinator=True)
+        description = _read_description(folder / ".metadata")
+        self._places: Mapping[metadata.MetadataIndex, filesystem._StorageInfo] = description.storage_data
         self._tensors = {
             name: stored
             for name, stored in description.state_dict_metadata.items()
@@ -156,27 +170,35 @@ class TorchDistReader:
             UserError: there is no such tensor, or a file that holds a part of it is missing or broken.
         """
         stored = self._stored(name)
-        slice_ = metadata.ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
-        items = create_read_items_for_chunk_list(name, stored, [slice_])
-        if sum(math.prod(item.lengths) for item in items) != math.prod(size):
+        wanted = metadata.ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
+        pieces = create_read_items_for_chunk_list(name, stored, [wanted])
+        if sum(math.prod(piece.lengths) for piece in pieces) != math.prod(size):
             raise UserError(f"{self._folder} holds only a part of {name}; copy the checkpoint again.")
-        tensor = torch.empty(size, dtype=stored.properties.dtype)
         try:
-            self._files.read_data(LoadPlan(items), _SlicePlanner(tensor))
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            EOFError,
-            AssertionError,
-            pickle.UnpicklingError,
-        ) as error:
+            if len(pieces) == 1:
+                return self._read_piece(pieces[0], stored.properties.dtype)
+            tensor = torch.empty(size, dtype=stored.properties.dtype)
+            for piece in pieces:
+                target = _narrow(tensor, piece.dest_offsets, piece.lengths)
+                target.copy_(self._read_piece(piece, stored.properties.dtype))
+            return tensor
+        except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"Cannot read {name} from {self._folder} ({reason}); copy the checkpoint again."
             ) from error
-        return tensor
+
+    def _read_piece(self, piece: ReadItem, dtype: torch.dtype) -> torch.Tensor:
+        """Return the wanted part of one stored chunk."""
+        place = self._places[piece.storage_index]
+        with StreamedReader(self._folder / place.relative_path) as file:
+            saved = cast(BinaryIO, _create_file_view(file, place.offset, place.length))
+            chunk = torch.load(saved, map_location="cpu", weights_only=True)
+        if not isinstance(chunk, torch.Tensor):
+            raise ValueError("it is no tensor")
+        part = _narrow(chunk, piece.storage_offsets, piece.lengths).to(dtype)
+        # A small part must not hold on to all of the chunk; a large one is not worth a second copy.
+        return part.clone() if 2 * part.nbytes < part.untyped_storage().nbytes() else part
 
     def _stored(self, name: str) -> metadata.TensorStorageMetadata:
         if name not in self._tensors:
@@ -184,91 +206,29 @@ class TorchDistReader:
         return self._tensors[name]
 
 
-class _LazyPlanner(SavePlanner):
-    """Plans with sizes alone, and makes each block when the writer asks for it."""
-
-    def __init__(self, blocks: Iterable[Block]) -> None:
-        self._blocks = {(block.name, block.offset): block for block in blocks}
-
-    def items(self) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=metadata.MetadataIndex(block.name, torch.Size(block.offset)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=metadata.ChunkStorageMetadata(torch.Size(block.offset), torch.Size(block.size)),
-                    properties=metadata.TensorProperties(dtype=block.dtype),
-                    size=torch.Size(block.full_size),
-                ),
-            )
-            for block in self._blocks.values()
-        ]
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            buffer = io.BytesIO()
-            torch.save([None], buffer)  # Megatron pickles an object as a list of one
-            return buffer
-        assert write_item.index.offset is not None
-        block = self._blocks[write_item.index.fqn, tuple(write_item.index.offset)]
-        return block.make().view(block.size)
-
-    # The rest of the interface serves dcp.save, which would wrap our errors in its own.
-    def set_up_planner(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> SavePlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], metadata.Metadata]:
-        raise NotImplementedError
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        raise NotImplementedError
+def _narrow(tensor: torch.Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> torch.Tensor:
+    for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor
 
 
-class _Writer(FileSystemWriter):
-    def storage_meta(self) -> metadata.StorageMeta:
-        """Leave out the folder's name and the random id, so that equal weights make equal files."""
-        return metadata.StorageMeta()
-
-
-class _SlicePlanner(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        view = self._target
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            view = view.narrow(axis, start, length)
-        return view
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: ``tensor`` is a view of the target."""
-
-
-class _Reader(FileSystemReader):
-    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
-        """Read ``.metadata``, which is a pickle, without giving it a way to run anything."""
-        path = Path(self.path) / ".metadata"
-        try:
-            with open(path, "rb") as file:
-                description = _MetadataUnpickler(file).load()
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.path} has no .metadata file, so it is not a torch_dist checkpoint; a zarr checkpoint of an "
-                "older NeMo must first be saved again with NeMo 2."
-            ) from None
-        except UserError:
-            raise
-        except Exception as error:  # a broken pickle can raise anything
-            raise UserError(f"{path} is broken ({error}); copy the checkpoint again.") from error
-        if not isinstance(description, metadata.Metadata):
-            raise UserError(f"{path} does not describe a checkpoint; copy the checkpoint again.")
-        return description
+def _read_description(path: Path) -> metadata.Metadata:
+    """Read ``.metadata``, which is a pickle, without giving it a way to run anything."""
+    try:
+        with open(path, "rb") as file:
+            description = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} has no .metadata file, so it is not a torch_dist checkpoint; a zarr checkpoint of an "
+            "older NeMo must first be saved again with NeMo 2."
+        ) from None
+    except UserError:
+        raise
+    except Exception as error:  # a broken pickle can raise anything
+        raise UserError(f"{path} is broken ({error}); copy the checkpoint again.") from error
+    if not isinstance(description, metadata.Metadata) or not isinstance(description.storage_data, dict):
+        raise UserError(f"{path} does not describe a checkpoint; copy the checkpoint again.")
+    return description
 
 
 class _MetadataUnpickler(pickle.Unpickler):

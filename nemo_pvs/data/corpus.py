@@ -32,20 +32,25 @@ class Document:
 
 
 def read_documents(
-    inputs: str | Path | Sequence[str | Path], *, text_key: str = "text", encoding: str = "utf-8"
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    text_key: str = "text",
+    encoding: str = "utf-8",
+    keep_blank: bool = False,
 ) -> Iterator[Document]:
     """Return the documents of one input or several, in the order given; a folder's files in order of their names.
 
     A ``.txt`` file is one document; a line of ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` and a row of ``.parquet``
     are one each, their text under ``text_key``. The name ``wikipedia-sample`` needs no file. Blank documents are
-    skipped. Files are read as the documents are asked for; that the inputs exist is checked at once.
+    skipped unless ``keep_blank``. Files are read as the documents are asked for; that the inputs exist is checked at
+    once.
 
     Raises:
         UserError: an input is missing or of an unknown kind, a line is broken or has no text, or nothing is there.
     """
     names = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     sources = [source for name in names for source in _sources(name)]
-    return _non_blank(sources, text_key, encoding, ", ".join(map(str, names)))
+    return _not_nothing(sources, text_key, encoding, ", ".join(map(str, names)), keep_blank)
 
 
 def _sources(name: str | Path) -> list[Path | None]:
@@ -67,12 +72,14 @@ def _sources(name: str | Path) -> list[Path | None]:
     return [path]
 
 
-def _non_blank(sources: list[Path | None], text_key: str, encoding: str, names: str) -> Iterator[Document]:
+def _not_nothing(
+    sources: list[Path | None], text_key: str, encoding: str, names: str, keep_blank: bool
+) -> Iterator[Document]:
     empty = True
     for source in sources:
         for document in _documents(source, text_key, encoding):
-            if document.text.strip():
-                empty = False
+            if keep_blank or document.text.strip():
+                empty = empty and not document.text.strip()
                 yield document
     if empty:
         raise UserError(f"{names} holds no text at all; give a corpus with at least one document.")

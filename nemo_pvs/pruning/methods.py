@@ -20,6 +20,7 @@ from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
 from nemo_pvs.pruning.flap import plan_flap
 from nemo_pvs.pruning.greedy import plan_greedy, scan_greedy
+from nemo_pvs.pruning.joint import plan_joint
 from nemo_pvs.pruning.magnitude import MagnitudeSource
 from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.plan import Plan
@@ -28,7 +29,7 @@ from nemo_pvs.pruning.shortgpt import plan_shortgpt
 from nemo_pvs.pruning.sparse_source import SparseSource
 from nemo_pvs.pruning.sparsegpt import SparseGPT
 from nemo_pvs.pruning.sparsity import Sparsity
-from nemo_pvs.pruning.target import choose_target
+from nemo_pvs.pruning.target import choose_target, describe_removal
 from nemo_pvs.pruning.wanda import Wanda
 from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.width import plan_width
@@ -59,6 +60,8 @@ class Options:
     ffn_multiple: int | None = None
     kv_groups_multiple: int | None = None
     sequential: bool | None = None
+    protect_first: int | None = None
+    protect_last: int | None = None
     compat: bool | None = None
 
     def given(self, *names: str) -> dict[str, Any]:
@@ -170,6 +173,7 @@ def _sized(method: str, plan: Callable[[Job, Shape], Plan]) -> Callable[[Job], P
             preset=options.preset,
         )
         job.check(target)
+        job.say(f"target: {target}; {describe_removal(shape_of(job.source), target)} go")
         return _planned(job, plan(job, target))
 
     return prune
@@ -183,6 +187,7 @@ def _scored(plan: Callable[..., Plan], *takes: str) -> Callable[[Job], Pruned]:
             raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of the decoder layers.")
         made = plan(job.scores(), job.options.ratio, **job.options.given(*takes))
         job.check(made.target)
+        job.say(f"target: {made.target}; {describe_removal(shape_of(job.source), made.target)} go")
         return _planned(job, made)
 
     return prune
@@ -199,10 +204,12 @@ def _depth(job: Job, target: Shape) -> Plan:
         raise UserError(f"--search is {search!r}; choose contiguous, greedy or individual.")
     with job.progress(f"scan layers ({search})", "layer passes") as show:
         if search == "greedy":
-            return plan_greedy(scan_greedy(job.source, job.tokens(), remove, progress=show))
+            return plan_greedy(
+                scan_greedy(job.source, job.tokens(), remove, **job.options.given(*_PROTECT), progress=show)
+            )
         scan = scan_windows(job.source, job.tokens(), 1 if search == "individual" else remove, progress=show)
     if search == "individual":
-        return plan_individual(scan, remove)
+        return plan_individual(scan, remove, **job.options.given(*_PROTECT))
     plan = plan_depth(scan, **job.options.given("compat"))
     job.say(
         f"without layers {scan.start} to {scan.start + scan.removed - 1} the loss is {min(scan.losses):.3f} "
@@ -212,11 +219,16 @@ def _depth(job: Job, target: Shape) -> Plan:
 
 
 def _shortgpt(job: Job, target: Shape) -> Plan:
-    return plan_shortgpt(job.scores(), layers_to_remove(shape_of(job.source), target))
+    remove = layers_to_remove(shape_of(job.source), target)
+    return plan_shortgpt(job.scores(), remove, **job.options.given(*_PROTECT))
 
 
 def _width(job: Job, target: Shape) -> Plan:
     return plan_width(job.scores(), target, **job.options.given("aggregation"))
+
+
+def _joint(job: Job, target: Shape) -> Plan:
+    return plan_joint(job.scores(), target, **job.options.given("aggregation"))
 
 
 def _magnitude(job: Job) -> Pruned:
@@ -253,18 +265,26 @@ def _sparsity(job: Job) -> Sparsity:
 
 
 _SIZES = ("target", "ratio", "of", "preset")
+_PROTECT = ("protect_first", "protect_last")
 _UNITS = ("ratio", "structure", "remove_groups", "ffn_multiple", "kv_groups_multiple")
 _FLAP = ("metric", "structure", "remove_groups", "bias", "uniform", "ffn_multiple", "kv_groups_multiple", "compat")
 
 METHODS: Mapping[str, Method] = {
     "minitron-depth": Method(
-        "whole layers, by the loss without them", (*_SIZES, "search", "compat"), _sized("minitron-depth", _depth)
+        "whole layers, by the loss without them",
+        (*_SIZES, "search", *_PROTECT, "compat"),
+        _sized("minitron-depth", _depth),
     ),
-    "shortgpt": Method("whole layers, by how little they change", _SIZES, _sized("shortgpt", _shortgpt)),
+    "shortgpt": Method("whole layers, by how little they change", (*_SIZES, *_PROTECT), _sized("shortgpt", _shortgpt)),
     "minitron-width": Method(
         "hidden and FFN channels and KV groups, by activations",
         (*_SIZES, "aggregation"),
         _sized("minitron-width", _width),
+    ),
+    "minitron-joint": Method(
+        "layers and widths at once, to what pvs search found",
+        ("target", "preset", "aggregation"),
+        _sized("minitron-joint", _joint),
     ),
     "flap": Method(
         "KV groups and FFN channels by fluctuation, with biases", ("ratio", *_FLAP), _scored(plan_flap, *_FLAP)

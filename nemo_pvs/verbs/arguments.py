@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
 from nemo_pvs.errors import UserError
 
-Source = Annotated[str, typer.Argument(help="Hugging Face folder or NeMo checkpoint; detected")]
+# nemo_run reads these signatures too, and knows Optional[X] but not X | None.
+# ruff: noqa: UP045
+
+Source = Annotated[
+    str, typer.Argument(help="checkpoint folder of any format, .gguf file, smollm2-135m or hf://owner/name")
+]
 Destination = Annotated[str, typer.Argument(help="folder to write; must not exist")]
 Overwrite = Annotated[bool, typer.Option(help="replace the target if it exists")]
 Samples = Annotated[int, typer.Option(help="number of sequences")]
 SequenceLength = Annotated[int, typer.Option(help="tokens per sequence")]
 Seed = Annotated[int, typer.Option(help="which windows of the text; -1 for consecutive ones")]
+Loader = Annotated[
+    Optional[str],
+    typer.Option(help="read --data as a reference does: c4_random_docs, wikitext2_random, wikitext103_seq, ..."),
+]
 Text = Annotated[str, typer.Option(help=".txt, .jsonl[.gz|.zst], .parquet, a folder of them, or wikipedia-sample")]
 
 
-def tokens_of(source: str, data: str, samples: int, sequence_length: int, seed: int) -> Any:
+def tokens_of(
+    checkpoint: str | Path, data: str, samples: int, sequence_length: int, seed: int, loader: str | None = None
+) -> Any:
     """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file."""
     from nemo_pvs.calibration.tokens import TokenSet
     from nemo_pvs.checkpoints.assets import tokenizer_folder
@@ -30,9 +41,20 @@ def tokens_of(source: str, data: str, samples: int, sequence_length: int, seed: 
         "sequence_length": sequence_length,
         "seed": None if seed < 0 else seed,
     }
+    if loader is not None:
+        from nemo_pvs.calibration.loaders import load_tokens
+
+        return load_tokens(
+            loader,
+            data,
+            tokenizer_folder(Path(checkpoint)),
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=max(seed, 0),
+        )
     if data.endswith(".bin"):
         return TokenSet.from_token_file(Path(data.removesuffix(".bin")), **settings)
-    folder = tokenizer_folder(Path(source))
+    folder = tokenizer_folder(Path(checkpoint))
     tokenizer = load_tokenizer(folder)
     return TokenSet.from_documents(
         (document.text for document in read_documents(data)),

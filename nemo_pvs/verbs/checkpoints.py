@@ -15,9 +15,7 @@ from nemo_pvs.verbs.arguments import Destination, Overwrite, Source, one_of, par
 
 
 def convert(
-    source: Annotated[
-        str, typer.Argument(help="Hugging Face folder, NeMo or Megatron-LM checkpoint, .gguf, hf://o/n")
-    ],
+    source: Source,
     target: Destination,
     to: Annotated[Optional[str], typer.Option(help="hf or nemo; the other one of the source by default")] = None,
     dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32; as stored by default")] = None,
@@ -78,26 +76,30 @@ def inspect(
     from rich.table import Table
 
     from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.checkpoints.parent import local_checkpoint
     from nemo_pvs.checkpoints.sparsity import matrix_sparsity
     from nemo_pvs.checkpoints.stream import describe
 
-    about = describe(path, tensors=tensors)
-    table = Table(show_header=False, box=None)
-    for name, value in _description(about).items():
-        table.add_row(f"[bold]{name}[/]", value)
-    console.print(table)
-    if tensors:
-        listing = Table("tensor", "dtype", "size", "in Megatron")
-        for tensor in about["tensors"]:
-            listing.add_row(tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["size"])), tensor["megatron"])
-        console.print(listing)
-    if sparsity:
-        zeros = Table("matrix", "zeros", "pattern", "mask")
-        for matrix in matrix_sparsity(open_source(path)):
-            mask = "none" if matrix.masked is None else f"{matrix.masked / matrix.weights:.2%} pruned"
-            back = f", {matrix.disagreements:,} of them not zero" if matrix.disagreements else ""
-            zeros.add_row(matrix.name, f"{matrix.zeros / matrix.weights:.2%}", matrix.pattern, mask + back)
-        console.print(zeros)
+    with local_checkpoint(path) as folder:
+        about = describe(folder, tensors=tensors)
+        table = Table(show_header=False, box=None)
+        for name, value in _description(about).items():
+            table.add_row(f"[bold]{name}[/]", value)
+        console.print(table)
+        if tensors:
+            listing = Table("tensor", "dtype", "size", "in Megatron")
+            for tensor in about["tensors"]:
+                listing.add_row(
+                    tensor["name"], tensor["dtype"], " x ".join(map(str, tensor["size"])), tensor["megatron"]
+                )
+            console.print(listing)
+        if sparsity:
+            zeros = Table("matrix", "zeros", "pattern", "mask")
+            for matrix in matrix_sparsity(open_source(folder)):
+                mask = "none" if matrix.masked is None else f"{matrix.masked / matrix.weights:.2%} pruned"
+                back = f", {matrix.disagreements:,} of them not zero" if matrix.disagreements else ""
+                zeros.add_row(matrix.name, f"{matrix.zeros / matrix.weights:.2%}", matrix.pattern, mask + back)
+            console.print(zeros)
 
 
 def _description(about: dict[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import typer
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
     Destination,
+    Loader,
     Overwrite,
     Samples,
     Seed,
@@ -34,23 +35,26 @@ def calibrate(
     samples: Samples = 128,
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
+    loader: Loader = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure importance once, for every width target."""
     from nemo_pvs.calibration import ranks
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.checkpoints.parent import local_checkpoint
     from nemo_pvs.files import refuse_existing
 
     refuse_existing(Path(out), overwrite=overwrite)
-    model = open_source(source)
-    tokens = tokens_of(source, data, samples, sequence_length, seed)
-    with ranks.joined(), progress("calibrate", "layers") as show:
-        scores = measure(model, tokens, progress=show)
-        if not ranks.is_main():
-            return
-    scores.save(Path(out), overwrite=overwrite)
-    console.print(f"{out}: scores of {tokens.ids.numel():,} tokens, {scores.content_hash[:12]}")
+    with local_checkpoint(source) as folder:
+        model = open_source(folder)
+        tokens = tokens_of(folder, data, samples, sequence_length, seed, loader)
+        with ranks.joined(), progress("calibrate", "layers") as show:
+            scores = measure(model, tokens, progress=show)
+            if not ranks.is_main():
+                return
+        scores.save(Path(out), overwrite=overwrite)
+        console.print(f"{out}: scores of {tokens.ids.numel():,} tokens, {scores.content_hash[:12]}")
 
 
 def search(
@@ -143,7 +147,8 @@ def prune(
     method: Annotated[
         str,
         typer.Option(
-            help="minitron-depth, shortgpt, minitron-width, flap, wanda-sp, magnitude-sp, magnitude, wanda, sparsegpt"
+            help="minitron-depth, shortgpt, minitron-width, minitron-joint, flap, wanda-sp, magnitude-sp, magnitude, "
+            "wanda, sparsegpt"
         ),
     ],
     target: Annotated[Optional[str], typer.Option(help="sizes to reach, e.g. hidden=288,ffn=768 or layers=14")] = None,
@@ -160,6 +165,8 @@ def prune(
     remove_groups: Annotated[Optional[int], typer.Option(help="KV groups to remove from every layer")] = None,
     ffn_multiple: Annotated[Optional[int], typer.Option(help="FFN channels stay in multiples of this")] = None,
     kv_groups_multiple: Annotated[Optional[int], typer.Option(help="KV groups stay in multiples of this")] = None,
+    protect_first: Annotated[Optional[int], typer.Option(help="layers at the input that stay in any case")] = None,
+    protect_last: Annotated[Optional[int], typer.Option(help="layers at the output that stay in any case")] = None,
     sequential: Annotated[Optional[bool], typer.Option(help="measure each layer behind the pruned ones")] = None,
     compat: Annotated[Optional[bool], typer.Option(help="the published code's quirks, to repeat its numbers")] = None,
     scores: Annotated[Optional[str], typer.Option(help="folder that pvs calibrate wrote; else calibrates now")] = None,
@@ -167,6 +174,7 @@ def prune(
     samples: Samples = 32,
     sequence_length: SequenceLength = 256,
     seed: Seed = 0,
+    loader: Loader = None,
     format: Annotated[Optional[str], typer.Option(help="hf or nemo; as the source by default")] = None,  # noqa: A002
     uneven: Annotated[str, typer.Option(help="keep layers of different sizes, or pad them with zeros")] = "keep",
     tensor_parallel: Annotated[int, typer.Option(help="refuse a shape that cannot be split over so many ranks")] = 1,
@@ -178,46 +186,48 @@ def prune(
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.checkpoints.parent import local_checkpoint
     from nemo_pvs.checkpoints.stream import describe
     from nemo_pvs.files import refuse_existing
     from nemo_pvs.pruning import methods
     from nemo_pvs.pruning.work_folder import work_folder
 
     options = {name: value for name, value in locals().items() if name in methods.Options.__dataclass_fields__}
-    wanted = one_of("--format", format or _format(describe(source)), ("hf", "nemo"))
     one_of("--uneven", uneven, ("keep", "pad"))
     refuse_existing(Path(target_folder), overwrite=overwrite)
-    model = open_source(source)
+    with local_checkpoint(source, Path(target_folder)) as folder:
+        wanted = one_of("--format", format or _format(describe(folder)), ("hf", "nemo"))
+        model = open_source(folder)
 
-    def read_tokens() -> Any:
-        return known_scores().tokens if scores else tokens_of(source, data, samples, sequence_length, seed)
+        def read_tokens() -> Any:
+            return known_scores().tokens if scores else tokens_of(folder, data, samples, sequence_length, seed, loader)
 
-    @cache
-    def known_scores() -> Any:
-        if scores:
-            return Scores.load(Path(scores), model)
-        with progress("calibrate", "layers") as show:
-            return measure(model, read_tokens(), progress=show)
+        @cache
+        def known_scores() -> Any:
+            if scores:
+                return Scores.load(Path(scores), model)
+            with progress("calibrate", "layers") as show:
+                return measure(model, read_tokens(), progress=show)
 
-    pruned = methods.prune(
-        method,
-        methods.Job(
-            source=model,
-            options=methods.Options(**options),
-            tokens=read_tokens,
-            scores=known_scores,
-            check=lambda shape: shape.check_parallel(
-                tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, fp8=fp8
+        pruned = methods.prune(
+            method,
+            methods.Job(
+                source=model,
+                options=methods.Options(**options),
+                tokens=read_tokens,
+                scores=known_scores,
+                check=lambda shape: shape.check_parallel(
+                    tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, fp8=fp8
+                ),
+                work_folder=work_folder(Path(target_folder)),
+                progress=progress,
+                say=lambda text: console.print(text, soft_wrap=True),
+                overwrite=overwrite,
             ),
-            work_folder=work_folder(Path(target_folder)),
-            progress=progress,
-            say=lambda text: console.print(text, soft_wrap=True),
-            overwrite=overwrite,
-        ),
-    )
-    with progress(f"write {wanted}", "parameters") as show:
-        methods.write(pruned, Path(target_folder), wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)
-    console.print(f"{target_folder}: {sentence(describe(target_folder))}", soft_wrap=True)
+        )
+        with progress(f"write {wanted}", "parameters") as show:
+            methods.write(pruned, Path(target_folder), wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)
+        console.print(f"{target_folder}: {sentence(describe(target_folder))}", soft_wrap=True)
 
 
 def _format(about: dict[str, Any]) -> str:

@@ -127,6 +127,7 @@ def test_description(make_tiny_llama, tmp_path, to):
         "flops_per_token": 6 * (PARAMETERS - 128 * 64 - 9 * 64),
         "dtypes": {"bfloat16": PARAMETERS},
         "bytes": 2 * PARAMETERS,
+        "masks": 0,
         "extra_tensors": 0,
         "assets": ["generation_config.json", "tokenizer.json"],
         "manifest": "complete",
