@@ -142,10 +142,8 @@ class Layout:
         """Return a copy of a Hugging Face ``config`` with the sizes of ``shape`` and the class that loads them.
 
         Raises:
-            UserError: the family has no class for uneven layers or for the biases of the shape.
+            UserError: the family cannot have the biases of the shape.
         """
-        if shape.uneven and self.uneven_class is None:
-            raise UserError(f"Uneven layers of the family {self.family} have no class; pad them (--uneven pad).")
         possible = {*self.table.get("always", ()), *self.optional}
         if not possible.issuperset(shape.features):
             raise UserError(
@@ -155,6 +153,11 @@ class Layout:
         architecture, model_type = (shape.uneven and self.uneven_class) or self.even_class
         names = {"architectures": [architecture], "model_type": model_type}
         return {**shape.to_config(config), **_layer_types(shape, config), **names}
+
+    def require_class(self, shape: Shape) -> None:
+        """Raise UserError if no class can load a model of this shape: uneven layers of some families."""
+        if shape.uneven and self.uneven_class is None:
+            raise UserError(f"Uneven layers of the family {self.family} have no class; pad them (--uneven pad).")
 
     def entries(self, shape: Shape) -> Iterator[Entry]:
         """Yield every Megatron tensor of a model of this shape, embedding first, then layer by layer."""

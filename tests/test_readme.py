@@ -18,6 +18,7 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "launch" / "README.md",
     ROOT / "recipes" / "README.md",
+    ROOT / "conversions" / "README.md",
 ]
 
 
@@ -28,20 +29,21 @@ def _commands(document: Path) -> list[str]:
 
 
 def test_one_liners_run_as_they_stand(tmp_path, monkeypatch, capsys):
-    """MODEL is a model of three layers that is wide enough for the sizes in the README."""
+    """In place of SmolLM2 there is a model of three layers that is wide enough for the sizes in the README."""
     pytest.importorskip("gensim")
     sizes = {"num_hidden_layers": 3, "hidden_size": 320, "intermediate_size": 800, "max_position_embeddings": 512}
     save_tiny_tokenizer(make_tiny_llama(tmp_path / "MODEL", **sizes))
     monkeypatch.chdir(tmp_path)
     commands = [line for line in _commands(ROOT / "README.md") if line.startswith("pvs ")]
-    assert [line.split()[1] for line in commands] == ["prune", "convert", "evaluate"]
+    assert [line.split()[1] for line in commands] == ["prune", "convert", "inspect", "evaluate"]
     for command in commands:
-        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        monkeypatch.setattr(sys, "argv", shlex.split(command.replace("smollm2-135m", "MODEL")))
         with pytest.raises(SystemExit) as end:
             cli.main()
         assert end.value.code in (0, None), capsys.readouterr().err
     assert (tmp_path / "SMALLER-nemo" / "weights" / ".metadata").exists()
-    assert "SMALLER" in capsys.readouterr().out
+    assert "logits differ by" in (said := capsys.readouterr().out)
+    assert "SMALLER-nemo" in said
 
 
 def test_every_verb_and_option_in_the_documents_exists():

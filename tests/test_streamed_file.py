@@ -93,10 +93,14 @@ def test_files_share_their_blocks_one_after_the_other(tmp_path):
 @pytest.mark.parametrize("size", [10, 3 * BLOCK])
 def test_a_full_disk_is_told(tmp_path, size):
     (tmp_path / "x").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="the disk is full"), disk_errors(tmp_path / "x"):
+
+    def fill():
         file = StreamedWriter(tmp_path / "x")
         file.write(CONTENT[:size])
         file.close()
+
+    with pytest.raises(UserError, match="the disk is full"), disk_errors(tmp_path / "x"):
+        fill()
 
 
 def test_a_missing_file_is_told(tmp_path):

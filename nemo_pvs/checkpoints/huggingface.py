@@ -129,6 +129,7 @@ def write_huggingface(
         UserError: ``target`` exists or cannot be written, or the source is broken.
     """
     recorder = Recorder(source, dtype, progress, allow_nonfinite=allow_nonfinite)
+    recorder.layout.require_class(recorder.shape)
     with whole_folder(Path(target), overwrite=overwrite) as folder:
         masks = masks_of(source)
         # Some loaders take every *.safetensors for weights unless an index tells which are.

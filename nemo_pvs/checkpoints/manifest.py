@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import xxhash
 
+from nemo_pvs.checkpoints.read_ahead import ReadAhead
 from nemo_pvs.checkpoints.safetensors_file import tensor_bytes
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.errors import UserError
@@ -137,13 +138,14 @@ class Recorder:
         self._progress = progress
         self._allow_nonfinite = allow_nonfinite
         self._done = 0
-        self._ahead: dict[str, torch.Tensor] = {}
+        self._reads = ReadAhead(source, self.parts)
+        self._looked_at: dict[str, torch.Tensor] = {}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype in which a tensor will be written; what must be read to tell is kept for ``read``."""
-        if self.dtype is None and name not in self._ahead:
-            self._ahead[name] = self.source.read(name)
-        return self.dtype or self._ahead[name].dtype
+        if self.dtype is None and name not in self._looked_at:
+            self._looked_at[name] = self._reads.read(name)
+        return self.dtype or self._looked_at[name].dtype
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor as it is to be written.
@@ -152,7 +154,7 @@ class Recorder:
             UserError: its size is not the one that the source's config implies, or it has NaN or infinite values
                 that are not allowed.
         """
-        tensor = self._ahead.pop(name) if name in self._ahead else self.source.read(name)
+        tensor = self._looked_at.pop(name) if name in self._looked_at else self._reads.read(name)
         expected = self.parts[name][0].size(self.shape)
         if tuple(tensor.shape) != expected:
             raise UserError(f"{name} is {list(tensor.shape)}, but the config implies {list(expected)}.")

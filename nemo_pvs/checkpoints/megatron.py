@@ -173,6 +173,7 @@ def write_nemo(
     if pad_vocab_to_multiple < 1:
         raise UserError(f"The vocabulary cannot be padded to a multiple of {pad_vocab_to_multiple}; give 1 or more.")
     recorder = Recorder(with_both_biases(source), dtype, progress, allow_nonfinite=allow_nonfinite)
+    recorder.layout.require_class(recorder.shape)
     vocab_rows = -(-recorder.shape.vocab // pad_vocab_to_multiple) * pad_vocab_to_multiple
     with whole_folder(Path(target), overwrite=overwrite) as folder:
         write_torch_dist(folder / "weights", _blocks(recorder, vocab_rows), _extra_states(recorder.shape))

@@ -15,6 +15,7 @@ from nemo_pvs.checkpoints.huggingface import MAX_SHARD_BYTES, write_huggingface
 from nemo_pvs.checkpoints.manifest import Manifest, Progress, dtype_name
 from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
 from nemo_pvs.checkpoints.pad import pad_layers
+from nemo_pvs.checkpoints.read_ahead import ReadAhead
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import refuse_existing, sha256_file
@@ -116,8 +117,9 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
         if name in changed or (file.sha256 is not None and sha256_file(folder / name) != file.sha256):
             raise UserError(f"{name} in {folder} is not what its manifest says; convert the checkpoint again.")
     done = 0
+    reads = ReadAhead(source, manifest.tensors)
     for name in manifest.tensors:
-        tensor = source.read(name)
+        tensor = reads.read(name)
         if not manifest.describes(name, tensor):
             raise UserError(f"{name} in {folder} is not what its manifest says; convert the checkpoint again.")
         done += tensor.numel()

@@ -173,7 +173,7 @@ def _sized(method: str, plan: Callable[[Job, Shape], Plan]) -> Callable[[Job], P
             preset=options.preset,
         )
         job.check(target)
-        job.say(f"target: {target}; {describe_removal(shape_of(job.source), target)} go")
+        job.say(f"target: {target}; {describe_removal(shape_of(job.source), target)}")
         return _planned(job, plan(job, target))
 
     return prune
@@ -187,7 +187,7 @@ def _scored(plan: Callable[..., Plan], *takes: str) -> Callable[[Job], Pruned]:
             raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of the decoder layers.")
         made = plan(job.scores(), job.options.ratio, **job.options.given(*takes))
         job.check(made.target)
-        job.say(f"target: {made.target}; {describe_removal(shape_of(job.source), made.target)} go")
+        job.say(f"target: {made.target}; {describe_removal(shape_of(job.source), made.target)}")
         return _planned(job, made)
 
     return prune

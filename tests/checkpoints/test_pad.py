@@ -12,7 +12,11 @@ from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingfac
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.pad import pad_layers
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.shape import LayerSizes
+from tests import families
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
 from tests.uneven_model import BIASES, BOUNDS, LLAMA3_ROPE, make_uneven_llama, uneven_model
 
@@ -99,3 +103,34 @@ def test_stock_transformers_loads_the_padded_folder(tmp_path):
     ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = random_ids(2, 50).long()
     torch.testing.assert_close(stock(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+@torch.no_grad()
+def test_a_family_without_a_class_for_uneven_layers_is_padded_or_refused(family, tmp_path):
+    """Pruned and padded equals the parent with the same units silenced, and unpadded it cannot be written."""
+    settings = (
+        {"num_key_value_heads": 4, "sliding_window": None} if family == "mistral" else {"num_key_value_heads": 4}
+    )
+    parent = families.tiny_model(family, **settings)
+    shape = shape_of(StateSource(parent))
+    ffn = ((0, 5, 9), tuple(range(40)), tuple(range(10, 96)))
+    groups = ((1,), (0, 1, 2, 3), (0, 2))
+    kept = shape.with_layers(
+        LayerSizes(len(f), len(g) * shape.heads_per_group, len(g)) for f, g in zip(ffn, groups, strict=True)
+    )
+    plan = Plan("by hand", shape, kept, (0, 1, 2), tuple(range(shape.hidden)), ffn, groups)
+    pruned = PrunedSource(StateSource(parent), plan)
+    padded = as_transformers(pad_layers(pruned))
+    for index, layer in enumerate(parent.model.layers):
+        silent = torch.ones(shape.ffn, dtype=torch.bool)
+        silent[list(ffn[index])] = False
+        layer.mlp.down_proj.weight[:, silent] = 0
+        heads = torch.ones(shape.kv_groups, dtype=torch.bool)
+        heads[list(groups[index])] = False
+        layer.self_attn.o_proj.weight[:, heads.repeat_interleave(shape.heads_per_group * shape.head_dim)] = 0
+    ids = random_ids(2, 60).long()
+    torch.testing.assert_close(padded(ids).logits, parent(ids).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="--uneven pad"):
+        write_huggingface(pruned, tmp_path / "uneven")
+    assert not (tmp_path / "uneven").exists()

@@ -235,6 +235,14 @@ def test_counts_are_exact_and_compat_takes_one_more_a_block() -> None:
         assert blocks == [56 + more, 56 + more, 28 + more]
 
 
+def test_of_equals_the_first_of_the_first_row_goes() -> None:
+    factor = inverse_factor(torch.eye(6, dtype=torch.float64))
+    _, kept = sparsegpt(torch.ones(3, 6), factor, Sparsity(0.5))
+    assert kept.int().tolist() == [[0] * 6, [0] * 3 + [1] * 3, [1] * 6]
+    _, kept = sparsegpt(torch.ones(2, 6), factor, Sparsity.parse("1:3"))
+    assert kept.int().tolist() == [[0, 1, 1] * 2] * 2
+
+
 def test_the_hessian_for_any_batches_and_strips() -> None:
     x = torch.randn(6, 10, 300, generator=torch.Generator().manual_seed(0))
     tokens = x.flatten(0, 1).double().numpy()
@@ -250,12 +258,17 @@ def test_the_hessian_for_any_batches_and_strips() -> None:
 
 
 def test_the_method_scales_the_hessian_and_shares_one_factor() -> None:
-    x = correlated(24, 60)
+    """The scale shows beside dead inputs only, whose ones count in the mean of the diagonal."""
+    x = correlated(24, 60) / 10
+    x[5] = 0
+    hessian = 2 / 3 * x @ x.T
+    hessian[5, 5] = 1
+    hessian += 0.01 * np.diag(hessian).mean() * np.eye(24)
     method = SparseGPT(Sparsity(0.5), block=24)
     prune = method.pruner(torch.from_numpy(x @ x.T), 3, lambda _: None)
     for seed in (1, 2):
         w = torch.from_numpy(weights(4, 24, seed))
-        expected = oracle(w.numpy(), x @ x.T + 0.01 * np.diag(x @ x.T).mean() * np.eye(24), 0.5, 24)
+        expected = oracle(np.where(np.arange(24) == 5, 0, w.numpy()), hessian, 0.5, 24)
         pruned, kept = prune(w)
         assert np.array_equal(~kept.numpy(), expected[1])
         np.testing.assert_allclose(pruned.numpy(), expected[0], rtol=1e-8, atol=1e-9)
