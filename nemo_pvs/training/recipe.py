@@ -28,7 +28,7 @@ from nemo_pvs.training.data import PretrainingData
 from nemo_pvs.training.job import TrainingJob
 
 # Kernels of Transformer Engine and Apex that NeMo's Llama configs ask for; without them Megatron refuses the config.
-_FUSED_KERNELS = (
+FUSED_KERNELS = (
     "apply_rope_fusion",
     "masked_softmax_fusion",
     "bias_activation_fusion",
@@ -73,7 +73,7 @@ def model(job: TrainingJob, precision: str) -> run.Config:
     config.params_dtype = config.pipeline_dtype = _DTYPES[precision]
     config.bf16, config.fp16 = precision == "bf16", False
     if not has_transformer_engine():
-        for kernel in _FUSED_KERNELS:
+        for kernel in FUSED_KERNELS:
             setattr(config, kernel, False)
         config.transformer_layer_spec = layer_spec
         config.data_step_fn = causal_data_step

@@ -40,7 +40,7 @@ def _megatron_logits(checkpoint: Path, ids: torch.Tensor, tensor_parallel: int, 
 
     from nemo_pvs.training.attention import sdpa_layer_spec
     from nemo_pvs.training.cpu import megatron_on_cpu
-    from nemo_pvs.training.recipe import _FUSED_KERNELS
+    from nemo_pvs.training.recipe import FUSED_KERNELS
 
     with megatron_on_cpu():
         torch.distributed.init_process_group("gloo")
@@ -48,7 +48,7 @@ def _megatron_logits(checkpoint: Path, ids: torch.Tensor, tensor_parallel: int, 
         model_parallel_cuda_manual_seed(1)
         stored = io.load_context(checkpoint / "context", subpath="model", build=False).config
         settings = {
-            **dict.fromkeys(_FUSED_KERNELS, False),
+            **dict.fromkeys(FUSED_KERNELS, False),
             "transformer_layer_spec": sdpa_layer_spec,
             "use_cpu_initialization": True,
             "params_dtype": torch.float32,
