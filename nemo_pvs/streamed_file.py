@@ -23,6 +23,8 @@ _BLOCK_BYTES = 16 << 20
 _SECTOR_BYTES = 4096
 """Direct access starts and ends at sectors of the disk, of 512 or 4096 bytes."""
 
+_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such thing: macOS
+
 _idle_blocks: list[memoryview] = []
 """Blocks that no file uses now; they are kept because fresh memory is what costs most."""
 
@@ -146,7 +148,8 @@ class StreamedWriter:
                     raise
         if not _is_direct(self._file):
             os.fdatasync(self._file.fileno())
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _blocks_of(path: Path, start: int, end: int) -> Iterator[memoryview]:
@@ -193,15 +196,15 @@ def _take_block() -> memoryview:
 
 
 def _open_directly(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_DIRECT, 0o666)
+    return os.open(path, flags | _DIRECT, 0o666)
 
 
 def _is_direct(file: FileIO) -> bool:
-    return bool(fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_DIRECT)
+    return bool(fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & _DIRECT)
 
 
 def _leave_direct_mode(file: FileIO) -> bool:
     """Let writes go through the page cache from now on; return whether they did not before."""
     was_direct = _is_direct(file)
-    fcntl.fcntl(file.fileno(), fcntl.F_SETFL, fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & ~os.O_DIRECT)
+    fcntl.fcntl(file.fileno(), fcntl.F_SETFL, fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & ~_DIRECT)
     return was_direct

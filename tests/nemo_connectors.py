@@ -1,8 +1,8 @@
 """NeMo's own importer and exporter of Llama, made to run on a CPU: what our conversion is compared with.
 
-They need a CUDA device, Transformer Engine and its kernels. ``megatron_on_cpu`` stands in for the first; here the kernels
-are switched off, and the norms, which Transformer Engine fuses into the matrices behind them, get the names that they
-have without it. Everything else is NeMo's code.
+They need a CUDA device, Transformer Engine and its kernels. ``megatron_on_cpu`` stands in for the first; here the
+kernels are switched off, and the norms, which Transformer Engine fuses into the matrices behind them, get the names
+that they have without it. Everything else is NeMo's code.
 """
 
 from __future__ import annotations
