@@ -147,7 +147,7 @@ class StreamedWriter:
                 if error.errno != errno.EINVAL or not _leave_direct_mode(self._file):
                     raise
         if not _is_direct(self._file):
-            os.fdatasync(self._file.fileno())
+            os.fsync(self._file.fileno())
             if hasattr(os, "posix_fadvise"):  # not on macOS
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

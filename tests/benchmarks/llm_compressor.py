@@ -96,6 +96,9 @@ def prepare(folder: Path, given: argparse.Namespace) -> tuple[Path, TokenSet, To
     """Return the model's folder, the tokens to calibrate on, and others."""
     if given.shape:
         measure(make_input, SHAPES[given.shape], folder)
+        from tests.conftest import save_tiny_tokenizer  # brings Megatron along, which takes a while
+
+        save_tiny_tokenizer(folder)  # llm-compressor wants one
         size = (given.samples, given.sequence_length)
         calibration, test = (random_tokens(size, SHAPES[given.shape].vocab, seed) for seed in range(2))
         return folder, calibration, test

@@ -2,20 +2,20 @@
 
     python -m tests.benchmarks.nemo_importer [--shape tiny] [--folder DIR]
 
-Imports of libraries are not counted, but shown. NeMo's importer needs a CUDA device, Transformer Engine and its
-kernels; where they are not, ``megatron_on_cpu`` and the class below let it run, in no other way slower or larger.
+Imports of libraries are shown apart. NeMo's importer needs a CUDA device and Transformer Engine;
+``tests.nemo_connectors`` lets it run without. Ours verifies what it wrote, NeMo's does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,52 +25,14 @@ def with_nemo(source: Path, target: Path) -> float:
     """Convert with NeMo's importer; return the seconds that the imports took."""
     begun = time.perf_counter()
     import torch
-    from megatron.core.models.common.embeddings import rope_utils
-    from nemo.collections.llm.gpt.model import llama
+    from nemo.collections.llm.gpt.model import llama  # noqa: F401
 
-    from nemo_pvs.training.attention import sdpa_layer_spec
-    from nemo_pvs.training.cpu import megatron_on_cpu
-    from nemo_pvs.training.recipe import _FUSED_KERNELS
+    import nemo_pvs.training.recipe  # noqa: F401
+    from tests.nemo_connectors import import_with_nemo
 
     torch.set_num_threads(1)
-    # NeMo's config refuses to be built without the fused kernel, which is not called here.
-    rope_utils.fused_apply_rotary_pos_emb = rope_utils.apply_rotary_pos_emb
-
-    class OnCpu(llama.HFLlamaImporter):
-        @property
-        def config(self) -> Any:
-            config = super().config
-            for kernel in _FUSED_KERNELS:
-                setattr(config, kernel, False)
-            config.transformer_layer_spec = sdpa_layer_spec
-            config.use_cpu_initialization = True
-            config.perform_initialization = False
-            return config
-
-        def convert_state(self, source: Any, target: Any) -> Any:
-            """Name the norms as Megatron's local layers do, and give them the dtype that Transformer Engine would."""
-            target.to(source.dtype)
-            apply = llama.io.apply_transforms
-            names = {
-                "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-                "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-            }
-
-            def apply_renamed(source: Any, target: Any, mapping: dict[str, str], transforms: Any) -> Any:
-                for hf, megatron in mapping.items():
-                    prefix, _, module = megatron.partition("layers.*.")
-                    mapping[hf] = f"{prefix}layers.*.{names[module]}" if module in names else megatron
-                return apply(source, target, mapping=mapping, transforms=transforms)
-
-            llama.io.apply_transforms = apply_renamed
-            try:
-                return super().convert_state(source, target)
-            finally:
-                llama.io.apply_transforms = apply
-
     imported = time.perf_counter() - begun
-    with megatron_on_cpu():
-        OnCpu(str(source)).apply(target)
+    import_with_nemo(source, target)
     return imported
 
 
@@ -145,11 +107,11 @@ def main() -> None:
 
 def compare(shape: str, folder: Path) -> None:
     """Make the input, run both on it, check that they agree in every weight, and show the table."""
-    import shutil
-
     import torch
 
     from nemo_pvs.checkpoints.megatron import NemoSource
+    from nemo_pvs.checkpoints.source import shape_of
+    from nemo_pvs.layout import Layout
     from tests.benchmarks.conversion import SHAPES, make_input
     from tests.benchmarks.measure import forget_cached, measure
     from tests.conftest import save_tiny_tokenizer
@@ -164,7 +126,7 @@ def compare(shape: str, folder: Path) -> None:
         forget_cached(source)
         results[name] = run(name, source, folder / name)
     theirs, ours = (NemoSource(folder / name) for name in CONTENDERS)
-    for name in ours._parts:
+    for name in Layout.for_config(ours.config).parts(shape_of(ours)):
         if not torch.equal(theirs.read(name), ours.read(name)):
             raise SystemExit(f"{name} differs")
     table = Table("", "NeMo", "ours", "NeMo / ours", title=f"{SHAPES[shape]}")

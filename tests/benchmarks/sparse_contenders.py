@@ -3,7 +3,7 @@
     PYTHON -m tests.benchmarks.sparse_contenders CONTENDER JOB.json
 
 The interpreter may be that of another environment, which has llm-compressor but not nemo_pvs: nothing is imported
-before it is known who runs.
+before it is known who runs. What transformers would import in the middle of the work is imported before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def ours(job: dict[str, Any]) -> Callable[[], None]:
-    """Prune as ``pvs prune`` does."""
+    """Prune as ``pvs prune`` does, in the job's computing type."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
