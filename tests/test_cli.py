@@ -221,3 +221,68 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert errors == "pvs: interrupted; the same command goes on where it stopped.\n"
     assert not (tmp_path / "run" / "stages" / "parent.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("minitron-depth", ["--target", "layers=2", "--search", "greedy"]),
+        ("shortgpt", ["--ratio", "0.5"]),
+        ("minitron-width", ["--target", "hidden=32,ffn=48", "--aggregation", "meanabs_l2"]),
+        ("minitron-joint", ["--target", "layers=3,ffn=64"]),
+        ("flap", ["--ratio", "0.3", "--uneven", "pad"]),
+        ("wanda-sp", ["--ratio", "0.3"]),
+        ("magnitude-sp", ["--ratio", "0.3"]),
+        ("magnitude", ["--sparsity", "2:4"]),
+        ("wanda", ["--sparsity", "0.5"]),
+        ("sparsegpt", ["--sparsity", "4:8"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_method_leaves_a_stock_model(pvs, model, text, tmp_path, method, options):
+    small = tmp_path / "small"
+    sizes = ["--data", text, "--samples", "4", "--sequence-length", "32"]
+    code, _, errors = pvs("prune", model, small, "--method", method, *options, *sizes)
+    assert code == 0, errors
+    loaded = AutoModelForCausalLM.from_pretrained(small)
+    sparse = "--sparsity" in options
+    assert (small / "masks.safetensors").exists() == sparse
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    if not sparse and "pad" not in options:
+        assert loaded.num_parameters() < dense.num_parameters()
+    assert not list(tmp_path.glob(".*")), "a work folder was left behind"
+
+
+def test_options_of_another_method_are_refused(pvs, model, tmp_path):
+    _refused(pvs("prune", model, tmp_path / "x", "--method", "wanda", "--ratio", "0.5"), "wanda has no --ratio")
+    _refused(pvs("prune", model, tmp_path / "x", "--method", "flap"), "give --ratio")
+    _refused(pvs("prune", model, tmp_path / "x", "--method", "wanda", "--sparsity", "3:2"), "3:2")
+    assert not (tmp_path / "x").exists()
+
+
+def test_masks_and_shards_of_a_conversion(pvs, model, tmp_path):
+    assert pvs("prune", model, tmp_path / "sparse", "--method", "magnitude", "--sparsity", "2:4")[0] == 0
+    assert pvs("convert", tmp_path / "sparse", tmp_path / "nemo")[0] == 0
+    code, _, errors = pvs("convert", tmp_path / "nemo", tmp_path / "hf", "--max-shard-size", "50KB", "--dtype", "fp32")
+    assert code == 0, errors
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+    code, said, _ = pvs("inspect", tmp_path / "hf", "--sparsity")
+    assert code == 0
+    assert said.count("50.00% pruned") == 4 * 7
+    _refused(pvs("convert", tmp_path / "hf", tmp_path / "x", "--max-shard-size", "many"), "--max-shard-size is 'many'")
+    _refused(pvs("convert", tmp_path / "hf", tmp_path / "x", "--verify", "maybe"), "choose checksum, logits or none")
+
+
+def test_a_search_writes_a_target_that_prune_takes(pvs, model, text, tmp_path):
+    data = ["--data", text, "--samples", "4", "--sequence-length", "32"]
+    assert pvs("calibrate", model, "--out", tmp_path / "scores", *data)[0] == 0
+    best = tmp_path / "best.json"
+    grid = ["--hidden-step", "16", "--ffn-step", "16", "--layers-step", "1", "--tolerance", "0.2"]
+    code, said, errors = pvs(
+        "search", model, "--scores", tmp_path / "scores", "--out", best, "--parameters", "100e3", *grid
+    )
+    assert code == 0, errors
+    assert "shapes within the budget" in said
+    arguments = ["--method", "minitron-joint", "--target", best, "--scores", tmp_path / "scores"]
+    code, _, errors = pvs("prune", model, tmp_path / "small", *arguments)
+    assert code == 0, errors
