@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+"""Of the ranks that torchrun starts the first one talks."""
 
 _SECONDS_BETWEEN_LINES = 20.0
 

@@ -27,6 +27,7 @@ def calibrate(
     tokens: TokenSet,
     *,
     batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     memory_limit: int = MEMORY_LIMIT,
     progress: Callable[[int, int], None] | None = None,
@@ -46,6 +47,7 @@ def calibrate(
         source: The model, dense.
         tokens: What it reads.
         batch_size: Sequences a batch; changes speed and memory, not the scores.
+        dtype: Computing type of the layers; statistics are at least fp32.
         device: Where layers run.
         memory_limit: Bytes for hidden states; more text than that is read in several sweeps over the layers.
         progress: Called with (layers done, layers in all).
@@ -53,7 +55,7 @@ def calibrate(
     Raises:
         UserError: the tokens do not fit the model, its layers are uneven, or its activations are not finite.
     """
-    model = LayerwiseModel(source, device=device, memory_limit=memory_limit)
+    model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
     if model.shape.uneven:
         raise UserError("The layers of this model are uneven already; calibrate the model that it was pruned from.")
     layers = [_LayerStatistics(model.shape) for _ in range(model.shape.layers)]
@@ -77,6 +79,7 @@ def calibrate(
         "model_fingerprint": fingerprint(source),
         "shape": model.shape.to_dict(),
         "tokens": tokens.manifest,
+        "dtype": str(dtype),
         "versions": {
             "nemo_pvs": nemo_pvs.__version__,
             "torch": torch.__version__,

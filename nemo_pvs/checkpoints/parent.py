@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def local_checkpoint(source: str, beside: Path | None = None) -> Iterator[Path]:
         if beside is None:
             scratch = Path(tempfile.mkdtemp())
         else:
-            scratch = beside.with_name(f".{beside.name}.source")
+            scratch = beside.with_name(f".{beside.name}.source-{os.environ.get('RANK', 0)}")
             shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
         try:
             yield prepare_parent(source, scratch / "huggingface")

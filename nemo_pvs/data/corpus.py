@@ -18,7 +18,7 @@ from nemo_pvs.errors import UserError
 WIKIPEDIA_SAMPLE = "wikipedia-sample"
 """Built-in corpus: 88 long articles, 2.7 million characters, CC BY-SA (``wikipedia.sample_articles``)."""
 
-_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet")
 _PARQUET_ROWS = 1024
 
 
@@ -40,8 +40,8 @@ def read_documents(
 ) -> Iterator[Document]:
     """Return the documents of one input or several, in the order given; a folder's files in order of their names.
 
-    A ``.txt`` file is one document; a line of ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` and a row of ``.parquet``
-    are one each, their text under ``text_key``. The name ``wikipedia-sample`` needs no file. Blank documents are
+    A ``.txt`` file is one document; a line of ``.jsonl``, ``.jsonl.gz`` (``.json.gz`` in C4) or ``.jsonl.zst`` and a
+    row of ``.parquet`` are one each, their text under ``text_key``. The name ``wikipedia-sample`` needs no file. Blank documents are
     skipped unless ``keep_blank``. Files are read as the documents are asked for; that the inputs exist is checked at
     once.
 
@@ -49,8 +49,16 @@ def read_documents(
         UserError: an input is missing or of an unknown kind, a line is broken or has no text, or nothing is there.
     """
     names = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    sources = [source for name in names for source in _sources(name)]
-    return _not_nothing(sources, text_key, encoding, ", ".join(map(str, names)), keep_blank)
+    return _not_nothing(input_files(names), text_key, encoding, ", ".join(map(str, names)), keep_blank)
+
+
+def input_files(inputs: Sequence[str | Path]) -> list[Path | None]:
+    """Return the files that inputs stand for, in the order of reading; None is the built-in sample.
+
+    Raises:
+        UserError: an input is missing or of an unknown kind.
+    """
+    return [source for name in inputs for source in _sources(name)]
 
 
 def _sources(name: str | Path) -> list[Path | None]:
@@ -77,7 +85,7 @@ def _not_nothing(
 ) -> Iterator[Document]:
     empty = True
     for source in sources:
-        for document in _documents(source, text_key, encoding):
+        for document in read_file(source, text_key, encoding):
             if keep_blank or document.text.strip():
                 empty = empty and not document.text.strip()
                 yield document
@@ -85,7 +93,12 @@ def _not_nothing(
         raise UserError(f"{names} holds no text at all; give a corpus with at least one document.")
 
 
-def _documents(source: Path | None, text_key: str, encoding: str) -> Iterator[Document]:
+def read_file(source: Path | None, text_key: str, encoding: str = "utf-8") -> Iterator[Document]:
+    """Yield the documents of one of ``input_files``, blank ones too.
+
+    Raises:
+        UserError: the file is damaged, or a line has no text.
+    """
     if source is None:
         for title, text in wikipedia.sample_articles():
             yield Document(text, title)

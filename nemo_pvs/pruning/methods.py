@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ class Job:
     """``progress.progress``, or something like it."""
     say: Callable[[str], None]
     overwrite: bool = False
+    compute: Mapping[str, Any] = field(default_factory=dict)
+    """Where and how layers run, as ``layerwise.LayerwiseModel`` takes it: ``device``, ``dtype``, ``memory_limit``."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def prune(method: str, job: Job) -> Pruned:
     if method not in METHODS:
         raise UserError(f"--method is {method!r}; choose {', '.join(METHODS)}.")
     chosen = METHODS[method]
-    given = job.options.given(*(field.name for field in fields(Options)))
+    given = job.options.given(*(one.name for one in fields(Options)))
     foreign = [f"--{name.replace('_', '-')}" for name in given if name not in chosen.takes]
     if foreign:
         own = ", ".join(f"--{name.replace('_', '-')}" for name in chosen.takes)
@@ -205,9 +207,12 @@ def _depth(job: Job, target: Shape) -> Plan:
     with job.progress(f"scan layers ({search})", "layer passes") as show:
         if search == "greedy":
             return plan_greedy(
-                scan_greedy(job.source, job.tokens(), remove, **job.options.given(*_PROTECT), progress=show)
+                scan_greedy(
+                    job.source, job.tokens(), remove, **job.options.given(*_PROTECT), **job.compute, progress=show
+                )
             )
-        scan = scan_windows(job.source, job.tokens(), 1 if search == "individual" else remove, progress=show)
+        width = 1 if search == "individual" else remove
+        scan = scan_windows(job.source, job.tokens(), width, **job.compute, progress=show)
     if search == "individual":
         return plan_individual(scan, remove, **job.options.given(*_PROTECT))
     plan = plan_depth(scan, **job.options.given("compat"))
@@ -250,6 +255,7 @@ def _layer_by_layer(method: Callable[..., Any], *takes: str) -> Callable[[Job], 
                 job.work_folder,
                 calibration="dense" if job.options.sequential is False else "sequential",
                 overwrite=job.overwrite,
+                **job.compute,
                 progress=show,
                 warn=job.say,
             )

@@ -7,8 +7,8 @@ inputs of the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,8 +28,12 @@ from nemo_pvs.pruning.sparsity import Sparsity, prunable
 from nemo_pvs.pruning.work_folder import WorkFolder
 from nemo_pvs.shape import Shape
 
-MatrixPruner = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""From a matrix [outputs, inputs] to the pruned one in the same dtype and its mask (bool, True stays)."""
+MatrixPruner = Callable[[Sequence[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]
+"""From matrices [outputs, inputs] to the pruned ones, each in its dtype with its mask (bool, True stays)."""
+
+
+_LAST_MATRIX = "mlp.down_proj"
+"""The one that a layer multiplies by last, in every family that there is."""
 
 
 class InputStatistic(Protocol):
@@ -57,7 +61,7 @@ class Method(Protocol):
         """Return an empty statistic of an input with so many channels."""
 
     def pruner(self, total: torch.Tensor, sequences: int, warn: Callable[[str], None]) -> MatrixPruner:
-        """Return what prunes every matrix that reads an input, from the input's statistic over so many sequences."""
+        """Return what prunes all matrices that read an input, from the input's statistic over so many sequences."""
 
 
 def prune_layers(
@@ -124,7 +128,7 @@ def prune_layers(
             layer = model.layer(index)
             before = work.states(index, size, dtype)
             after = work.states(index + 1, size, dtype, new=True) if index + 1 < model.shape.layers else None
-            with _watching(layer, inputs[index], method, model.shape) as statistics:
+            with _watching(layer, inputs[index], method, model.shape, stop=calibration != "dense") as statistics:
                 passes.run(layer, before, after if calibration == "dense" else None)
             matrices: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
             for entry, statistic in zip(inputs[index], statistics, strict=True):
@@ -168,17 +172,24 @@ class _Passes:
         """Put the layer's outputs for the states ``before`` it into ``after``, or drop them."""
         for start in range(0, len(before), self._batch_size):
             batch = slice(start, start + self._batch_size)
-            outputs = self._model.run_layer(layer, before[batch].clone(), self._batch_size)
+            states = before[batch].clone()
+            with suppress(_AllSeenError):
+                self._model.run_layer(layer, states, self._batch_size)
             if after is not None:
-                after[batch] = outputs
-            self._done += len(outputs)
+                after[batch] = states
+            self._done += len(states)
             if self._progress:
                 self._progress(self._done, self._total)
 
 
 @contextmanager
-def _watching(layer: nn.Module, inputs: list[Entry], method: Method, shape: Shape) -> Iterator[list[InputStatistic]]:
-    """Yield a statistic for each input of the layer's matrices, fed for as long as the block lasts."""
+def _watching(
+    layer: nn.Module, inputs: list[Entry], method: Method, shape: Shape, *, stop: bool
+) -> Iterator[list[InputStatistic]]:
+    """Yield a statistic for each input of the layer's matrices, fed for as long as the block lasts.
+
+    With ``stop`` a forward pass ends in front of the last matrix: nobody needs what the dense layer puts out.
+    """
     statistics, hooks = [], []
     for entry in inputs:
         first = entry.parts[0]
@@ -186,11 +197,21 @@ def _watching(layer: nn.Module, inputs: list[Entry], method: Method, shape: Shap
         hook = partial(_update, statistic)
         hooks.append(layer.get_submodule(_module_name(first.name, first.layer)).register_forward_pre_hook(hook))
         statistics.append(statistic)
+    if stop:  # hooks run in the order of their registration
+        hooks.append(layer.get_submodule(_LAST_MATRIX).register_forward_pre_hook(_all_seen))
     try:
         yield statistics
     finally:
         for handle in hooks:
             handle.remove()
+
+
+class _AllSeenError(Exception):
+    """Every matrix of a layer has seen its input."""
+
+
+def _all_seen(*_: object) -> None:
+    raise _AllSeenError
 
 
 def _update(statistic: InputStatistic, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -213,7 +234,7 @@ def _prune(
     if not bool((total.diagonal() if total.ndim == 2 else total).isfinite().all()):
         raise UserError(f"The model's activations are not finite ({where}); is the checkpoint damaged?")
     prune = method.pruner(total, sequences, lambda text: warn(f"{where}: {text}") if ranks.is_main() else None)
-    return {name: prune(source.read(name).to(device)) for name in names}
+    return dict(zip(names, prune([source.read(name).to(device) for name in names]), strict=True))
 
 
 def _replace(layer: nn.Module, index: int, matrices: PrunedMatrices) -> None:

@@ -7,7 +7,7 @@ those inverses are in one triangular factor U, ``U^T U = H^-1``: ``A_00 = U_ii^2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.sparsity import Sparsity, lowest, lowest_in_groups, up_to_threshold
 
 _STRIP = 256  # rows of the Hessian computed at once: only the upper triangle of blocks, half of the work
+_STEP = 16  # columns of an unstructured block that are made up for together
 _LARGEST_DAMPING = 1000.0  # times the mean diagonal: then H is as good as diagonal
 
 
@@ -34,7 +35,9 @@ class Hessian:
         tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
         if self._upper is None:
             self._upper = tokens.new_zeros(self._channels, self._channels)
-        with _full_precision():
+        # Products of bf16 numbers are exact in bf16 arithmetic, which adds them up in fp32.
+        exact_in_bf16 = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
+        with _full_precision("medium" if exact_in_bf16 else "highest"):
             for start in range(0, self._channels, _STRIP):
                 rows = tokens[:, start : start + _STRIP]
                 self._upper[start : start + _STRIP, start:].addmm_(rows.T, tokens[:, start:])
@@ -118,31 +121,65 @@ def sparsegpt(
             weight more a block, and all that tie with it.
         fixed: Prune where this is true instead of choosing, bool [outputs, inputs].
     """
+    ((pruned, kept),) = sparsegpt_all([weight], factor, sparsity, block=block, compat=compat, fixed=fixed)
+    return pruned, kept
+
+
+def sparsegpt_all(
+    weights: Sequence[torch.Tensor],
+    factor: InverseFactor,
+    sparsity: Sparsity,
+    *,
+    block: int = 128,
+    compat: bool = False,
+    fixed: torch.Tensor | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what ``sparsegpt`` does for each of several matrices that read the same input, in one go.
+
+    Rows do not depend on each other but for the choice, and that is made for each matrix alone.
+
+    Args:
+        weights: Matrices [outputs, inputs].
+        factor: As there, and so all others.
+        sparsity: How many go of each matrix.
+        block: Columns that choose together.
+        compat: Choose up to a threshold.
+        fixed: Prune where this is true, bool [outputs of all matrices, inputs].
+    """
+    outputs = [len(weight) for weight in weights]
     # A transposed copy, so that a column of W is contiguous.
-    work = factor.upper.new_empty(weight.T.shape).copy_(weight.T)
+    work = factor.upper.new_empty(len(factor.upper), sum(outputs))
+    torch.cat([weight.T.to(work) for weight in weights], dim=1, out=work)
     work[factor.dead] = 0
-    pruned = torch.empty_like(work, dtype=torch.bool)
+    removed = torch.empty_like(work, dtype=torch.bool) if fixed is None else fixed.T.contiguous()
     group = sparsity.pattern[1] if sparsity.pattern else block
     width = max(group, block // group * group)
+    step = group if sparsity.pattern else min(_STEP, block)
     with _full_precision():
         for start in range(0, len(work), width):
-            columns, chosen = work[start : start + width], pruned[start : start + width]
+            columns, goes = work[start : start + width], removed[start : start + width]
             end = start + len(columns)
             upper = factor.upper[start:end, start:end]
-            # An error weighted by U is subtracted from a column only when the column's turn comes.
+            # An error weighted by U is subtracted from a column only when the turn of its step comes.
             errors = torch.zeros_like(columns)
-            for i in range(len(columns)):
-                if i % group == 0:
-                    ahead = slice(i, i + group)
-                    current = columns[ahead] - upper[:i, ahead].T @ errors[:i]
-                    scores = (current / upper.diagonal()[ahead, None]).square()
-                    choice = _choose(scores.T, sparsity, compat) if fixed is None else fixed[:, start:end][:, ahead]
-                    chosen[ahead] = choice.T
-                column = columns[i] - upper[:i, i] @ errors[:i]
-                errors[i] = column.masked_fill(~chosen[i], 0) / upper[i, i]
-                columns[i] = column.masked_fill(chosen[i], 0)
-            work[end:] -= factor.upper[start:end, end:].T @ errors
-    return work.T.to(weight.dtype).contiguous(), ~pruned.T.contiguous()
+            for first in range(0, len(columns), step):
+                ahead = slice(first, first + step)
+                columns[ahead].addmm_(upper[:first, ahead].T, errors[:first], alpha=-1)
+                if fixed is None and first % group == 0:
+                    chooses = slice(first, first + group)
+                    scores = (columns[chooses] / upper.diagonal()[chooses, None]).square()
+                    for place, own in zip(goes[chooses].split(outputs, 1), scores.split(outputs, 1), strict=True):
+                        place.copy_(_choose(own.T, sparsity, compat).T)
+                shares = goes[ahead] / upper.diagonal()[ahead, None]
+                for i, share in enumerate(shares, start=first):
+                    columns[i].addmv_(errors[first:i].T, upper[first:i, i], alpha=-1)
+                    torch.mul(columns[i], share, out=errors[i])
+            columns.masked_fill_(goes, 0)
+            work[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
+    return [
+        (pruned.T.to(weight.dtype).contiguous(), ~gone.T.contiguous())
+        for weight, pruned, gone in zip(weights, work.split(outputs, 1), removed.split(outputs, 1), strict=True)
+    ]
 
 
 def _choose(scores: torch.Tensor, sparsity: Sparsity, compat: bool) -> torch.Tensor:
@@ -183,8 +220,8 @@ class SparseGPT:
 
     def pruner(
         self, total: torch.Tensor, sequences: int, warn: Callable[[str], None]
-    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """Return a function from a matrix to (the pruned matrix, its mask), for all matrices with one input.
+    ) -> Callable[[Sequence[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Return a function from all matrices that read one input to (the pruned matrix, its mask) of each.
 
         Args:
             total: Sum of ``x x^T`` over all tokens [inputs, inputs]; it is overwritten.
@@ -195,14 +232,14 @@ class SparseGPT:
             UserError: the Hessian cannot be inverted.
         """
         factor = inverse_factor(total.mul_(2 / sequences), self.damping, warn)
-        return lambda weight: sparsegpt(weight, factor, self.sparsity, block=self.block, compat=self.compat)
+        return lambda weights: sparsegpt_all(weights, factor, self.sparsity, block=self.block, compat=self.compat)
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Multiply fp32 matrices as fp32: neither TF32 nor bf16 behind the scenes."""
+def _full_precision(precision: str = "highest") -> Iterator[None]:
+    """Multiply fp32 matrices as fp32: neither TF32 nor bf16 behind the scenes, unless ``medium`` allows it."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_pvs.calibration import ranks
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
@@ -18,6 +19,8 @@ from nemo_pvs.shape import Shape
 
 class LayerSweep:
     """One model and one text, swept from the first layer to the last as often as ``losses`` is asked for.
+
+    On several ranks (``torch.distributed``) each reads its share of the text, and all get the losses of the whole.
 
     A candidate leaves out a run of neighbouring layers. It shares the whole model's states up to its run, waits there
     while the run passes, and then moves on with all others: every layer is read once for all candidates, and their
@@ -49,8 +52,8 @@ class LayerSweep:
         """
         self.model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
         self.layer_forwards = 0.0
-        """How often the text went through a decoder layer so far; a part of the text counts as its share."""
-        self._ids = tokens.ids
+        """How often the text (of this rank) went through a decoder layer so far; a part of it counts as its share."""
+        self._ids = ranks.split(tokens.ids)
         self._batch_size = batch_size
         self._on_forward = on_forward
 
@@ -80,7 +83,8 @@ class LayerSweep:
                 loss, count = self.model.losses(states, ids[:, 1:])
                 totals[start] += loss
             predicted += count
-        means = {start: total / predicted for start, total in totals.items()}
+        sums = ranks.all_reduce(torch.tensor([*totals.values(), predicted], dtype=torch.float64)).tolist()
+        means = {start: total / sums[-1] for start, total in zip(totals, sums, strict=False)}
         if not all(map(math.isfinite, means.values())):
             raise UserError("The model's loss is not finite during the depth scan; is the checkpoint damaged?")
         dense = means.pop(None, None)

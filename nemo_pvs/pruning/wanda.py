@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,8 @@ class Wanda:
 
     def pruner(
         self, total: torch.Tensor, sequences: int, warn: Callable[[str], None]
-    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """Return a function from a matrix to (the pruned matrix, its mask), for all matrices with one input.
+    ) -> Callable[[Sequence[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Return a function from all matrices that read one input to (the pruned matrix, its mask) of each.
 
         Args:
             total: Sum of the squares over all tokens [inputs].
@@ -60,4 +60,4 @@ class Wanda:
             kept = wanda_mask(weight, square_sums, self.sparsity)
             return weight.masked_fill(~kept, 0), kept
 
-        return prune
+        return lambda weights: [prune(weight) for weight in weights]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -23,6 +24,12 @@ Seed = Annotated[int, typer.Option(help="which windows of the text; -1 for conse
 Loader = Annotated[
     Optional[str],
     typer.Option(help="read --data as a reference does: c4_random_docs, wikitext2_random, wikitext103_seq, ..."),
+]
+Device = Annotated[
+    Optional[str], typer.Option(help="cpu or cuda; the GPU if there is one (bf16 there, fp32 on a CPU)")
+]
+ActivationMemory = Annotated[
+    str, typer.Option(help="hidden states held at once; more text is read in several sweeps over the layers")
 ]
 Text = Annotated[str, typer.Option(help=".txt, .jsonl[.gz|.zst], .parquet, a folder of them, or wikipedia-sample")]
 
@@ -63,6 +70,25 @@ def tokens_of(
         tokenizer_sha256=tokenizer_hash(folder),
         **settings,
     )
+
+
+def compute_of(device: str | None, activation_memory: str) -> dict[str, Any]:
+    """Return how layers run, for ``layerwise.LayerwiseModel``: on the GPU if there is one, each rank on its own.
+
+    Raises:
+        UserError: there is no such device, or the size is none.
+    """
+    import torch
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    one_of("--device", name, ("cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but PyTorch sees no GPU here; choose cpu.")
+    return {
+        "device": name if name == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}",
+        "dtype": torch.float32 if name == "cpu" else torch.bfloat16,
+        "memory_limit": parse_bytes("--activation-memory", activation_memory),
+    }
 
 
 def parse_dtype(name: str | None) -> Any:

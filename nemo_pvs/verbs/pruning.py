@@ -10,7 +10,9 @@ import typer
 
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
+    ActivationMemory,
     Destination,
+    Device,
     Loader,
     Overwrite,
     Samples,
@@ -18,6 +20,7 @@ from nemo_pvs.verbs.arguments import (
     SequenceLength,
     Source,
     Text,
+    compute_of,
     one_of,
     parse_bytes,
     tokens_of,
@@ -36,6 +39,8 @@ def calibrate(
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     loader: Loader = None,
+    device: Device = None,
+    activation_memory: ActivationMemory = "8GB",
     overwrite: Overwrite = False,
 ) -> None:
     """Measure importance once, for every width target."""
@@ -46,11 +51,12 @@ def calibrate(
     from nemo_pvs.files import refuse_existing
 
     refuse_existing(Path(out), overwrite=overwrite)
+    compute = compute_of(device, activation_memory)
     with local_checkpoint(source) as folder:
         model = open_source(folder)
         tokens = tokens_of(folder, data, samples, sequence_length, seed, loader)
         with ranks.joined(), progress("calibrate", "layers") as show:
-            scores = measure(model, tokens, progress=show)
+            scores = measure(model, tokens, **compute, progress=show)
             if not ranks.is_main():
                 return
         scores.save(Path(out), overwrite=overwrite)
@@ -76,6 +82,8 @@ def search(
     tensor_parallel: Annotated[int, typer.Option(help="ranks that share every layer")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="stages that share the layers out")] = 1,
     fp8: Annotated[bool, typer.Option(help="only shapes whose shards suit FP8")] = False,
+    device: Device = None,
+    activation_memory: ActivationMemory = "8GB",
     overwrite: Overwrite = False,
 ) -> None:
     """Find the best architecture within a budget, by the loss right after pruning."""
@@ -90,6 +98,7 @@ def search(
     from nemo_pvs.pruning.target import write_target
 
     refuse_existing(Path(out), overwrite=overwrite)
+    compute = compute_of(device, activation_memory)
     model = open_source(source)
     budget = Budget(
         parameters=parameters,
@@ -125,6 +134,7 @@ def search(
             flops_at(context),
             shortlist=shortlist,
             state=Path(out).with_suffix(".search.json"),
+            **compute,
             progress=show,
         )
     table = Table("layers", "hidden", "ffn", "KV groups", "parameters (M)", "GFLOPs/token", "loss (nats/token)")
@@ -180,9 +190,12 @@ def prune(
     tensor_parallel: Annotated[int, typer.Option(help="refuse a shape that cannot be split over so many ranks")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="refuse a shape that has no such pipeline stages")] = 1,
     fp8: Annotated[bool, typer.Option(help="refuse a shape whose shards do not suit FP8")] = False,
+    device: Device = None,
+    activation_memory: ActivationMemory = "8GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """Prune a model to a smaller architecture, or make it sparse."""
+    """Prune a model to a smaller architecture, or make it sparse; under torchrun the ranks share the text."""
+    from nemo_pvs.calibration import ranks
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.checkpoints.detect import open_source
@@ -195,7 +208,8 @@ def prune(
     options = {name: value for name, value in locals().items() if name in methods.Options.__dataclass_fields__}
     one_of("--uneven", uneven, ("keep", "pad"))
     refuse_existing(Path(target_folder), overwrite=overwrite)
-    with local_checkpoint(source, Path(target_folder)) as folder:
+    compute = compute_of(device, activation_memory)
+    with ranks.joined(), local_checkpoint(source, Path(target_folder)) as folder:
         wanted = one_of("--format", format or _format(describe(folder)), ("hf", "nemo"))
         model = open_source(folder)
 
@@ -207,7 +221,7 @@ def prune(
             if scores:
                 return Scores.load(Path(scores), model)
             with progress("calibrate", "layers") as show:
-                return measure(model, read_tokens(), progress=show)
+                return measure(model, read_tokens(), **compute, progress=show)
 
         pruned = methods.prune(
             method,
@@ -223,8 +237,11 @@ def prune(
                 progress=progress,
                 say=lambda text: console.print(text, soft_wrap=True),
                 overwrite=overwrite,
+                compute=compute,
             ),
         )
+        if not ranks.is_main():
+            return
         with progress(f"write {wanted}", "parameters") as show:
             methods.write(pruned, Path(target_folder), wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)
         console.print(f"{target_folder}: {sentence(describe(target_folder))}", soft_wrap=True)

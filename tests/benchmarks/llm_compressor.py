@@ -52,6 +52,8 @@ class Outcome:
     """Share of the weights of the pruned matrices."""
     equal: float
     """Share of the weights that are either kept here and by us, or removed here and by us."""
+    equal_at_first: float
+    """The same in the first layer, whose inputs rounding has not moved yet."""
 
 
 def main() -> None:
@@ -88,7 +90,7 @@ def main() -> None:
                 for name, outcome in outcomes.items():
                     table.add_row(f"{method} {sparsity}, {name}", *cells(outcome, outcomes["ours"]))
                 table.add_section()
-    console.width = max(console.width, 140)
+    console.width = max(console.width, 150)
     console.print(table)
 
 
@@ -126,10 +128,10 @@ def compare(pythons: dict[str, str], job: dict[str, object], folder: Path, test:
     for name, python in pythons.items():
         took = run(name, python, {**job, "target": str(folder / name)}, folder / "job.json")
         console.print(f"{job['method']} {job['sparsity']}, {name}: {took['seconds']:.1f} s")
-        zeros, equal = agreement(folder / "ours", folder / name)
+        zeros, equal, equal_at_first = agreement(folder / "ours", folder / name)
         loss = perplexity(open_source(folder / name), test, dtype=torch.bfloat16)["loss"]
         took = {key: took[key] for key in ("seconds", "peak", "baseline")}
-        outcomes[name] = Outcome(**took, loss=loss, zeros=zeros, equal=equal)
+        outcomes[name] = Outcome(**took, loss=loss, zeros=zeros, equal=equal, equal_at_first=equal_at_first)
     for path in folder.iterdir():
         if path.name.removesuffix(".work") in pythons:
             shutil.rmtree(path)
@@ -153,19 +155,25 @@ def run(contender: str, python: str, job: dict[str, object], file: Path) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def agreement(ours: Path, theirs: Path) -> tuple[float, float]:
-    """Return the share of zeros in their pruned matrices, and how often weight for weight we agree what goes."""
+def agreement(ours: Path, theirs: Path) -> tuple[float, float, float]:
+    """Return their share of zeros, and how often we agree what goes, weight for weight: everywhere, in layer 0."""
     masks, weights = masks_of(open_source(ours)), open_source(theirs)
-    zeros = equal = total = 0
-    for name in masks.names:
-        kept = weights.read(name) != 0
-        zeros += int((~kept).sum())
-        equal += int((kept == masks.read(name)).sum())
-        total += kept.numel()
-    return zeros / total, equal / total
+    first = [name for name in masks.names if name.startswith("model.layers.0.")]
+    counts = {name: counted(weights.read(name) != 0, masks.read(name)) for name in masks.names}
+    zeros, equal, total = (sum(column) for column in zip(*counts.values(), strict=True))
+    _, equal_at_first, first_total = (sum(column) for column in zip(*(counts[name] for name in first), strict=True))
+    return zeros / total, equal / total, equal_at_first / first_total
 
 
-HEADINGS = ("s", "x ours", "peak MB", "x ours", "before MB", "own MB", "x ours", "zeros", "equal mask bits", "loss")
+def counted(kept: torch.Tensor, ours: torch.Tensor) -> tuple[int, int, int]:
+    """Return zeros, weights that we agree about, and weights."""
+    return int((~kept).sum()), int((kept == ours).sum()), kept.numel()
+
+
+HEADINGS = (
+    *("s", "x ours", "peak MB", "x ours", "before MB", "own MB", "x ours", "zeros"),
+    *("equal mask bits", "in layer 0", "loss"),
+)
 
 
 def cells(outcome: Outcome, ours: Outcome) -> list[str]:
@@ -181,6 +189,7 @@ def cells(outcome: Outcome, ours: Outcome) -> list[str]:
         f"{own / (ours.peak - ours.baseline):.2f}",
         f"{outcome.zeros:.2%}",
         f"{outcome.equal:.2%}",
+        f"{outcome.equal_at_first:.2%}",
         f"{outcome.loss:.3f}",
     ]
 

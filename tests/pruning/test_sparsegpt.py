@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.sparsegpt import Hessian, InverseFactor, SparseGPT, inverse_factor, sparsegpt
+from nemo_pvs.pruning.sparsegpt import Hessian, InverseFactor, SparseGPT, inverse_factor, sparsegpt, sparsegpt_all
 from nemo_pvs.pruning.sparsity import Sparsity
 from nemo_pvs.pruning.wanda import wanda_mask
 
@@ -269,7 +269,7 @@ def test_the_method_scales_the_hessian_and_shares_one_factor() -> None:
     for seed in (1, 2):
         w = torch.from_numpy(weights(4, 24, seed))
         expected = oracle(np.where(np.arange(24) == 5, 0, w.numpy()), hessian, 0.5, 24)
-        pruned, kept = prune(w)
+        ((pruned, kept),) = prune([w])
         assert np.array_equal(~kept.numpy(), expected[1])
         np.testing.assert_allclose(pruned.numpy(), expected[0], rtol=1e-8, atol=1e-9)
 
@@ -285,3 +285,24 @@ def test_reconstruction_sparsegpt_wanda_magnitude(sparsity: str) -> None:
             mask = wanda_mask(tensor, torch.from_numpy(squares), Sparsity.parse(sparsity)).numpy()
             errors.append(squared_error(w, np.where(mask, w, 0), x))
         assert all(better < worse for better, worse in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+def test_matrices_of_one_input_together_are_pruned_as_alone(sparsity: str) -> None:
+    factor = factor_of(correlated(48, 100), 0.01)
+    several = [torch.from_numpy(weights(outputs, 48, outputs)) for outputs in (6, 2, 2)]
+    together = sparsegpt_all(several, factor, Sparsity.parse(sparsity), block=24)
+    for weight, (pruned, kept) in zip(several, together, strict=True):
+        alone, kept_alone = sparsegpt(weight, factor, Sparsity.parse(sparsity), block=24)
+        assert torch.equal(kept, kept_alone)
+        torch.testing.assert_close(pruned, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_hessian_of_bf16_activations_is_exact_but_for_the_order_of_summation() -> None:
+    activations = torch.randn(3, 700, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hessian = Hessian(300)
+    for sequence in activations:
+        hessian.update(sequence)
+    tokens = activations.flatten(0, 1).double()
+    exact, largest = tokens.T @ tokens, (tokens.abs().T @ tokens.abs())
+    assert bool(((hessian.result().double() - exact).abs() < 1e-5 * largest).all())

@@ -51,7 +51,7 @@ def test_the_statistic_is_the_published_running_mean_for_any_batches() -> None:
 
 def test_scaling_all_inputs_changes_nothing_and_kept_weights_stay() -> None:
     prune = Wanda(Sparsity(0.5)).pruner(SQUARES.double() * 12, 3, lambda _: None)
-    pruned, kept = prune(WEIGHT.bfloat16())
+    ((pruned, kept),) = prune([WEIGHT.bfloat16()])
     assert torch.equal(kept, wanda_mask(WEIGHT.bfloat16(), SQUARES, Sparsity(0.5)))
     assert torch.equal(pruned, torch.where(kept, WEIGHT.bfloat16(), 0))
     assert pruned.dtype == torch.bfloat16
