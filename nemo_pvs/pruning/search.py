@@ -83,6 +83,7 @@ def search(
     shortlist: int | None = 10,
     retrain: Callable[[Plan], float] | None = None,
     retrain_best: int = 3,
+    retrained: str = "",
     state: Path | None = None,
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
@@ -109,6 +110,7 @@ def search(
         retrain: Trains what a plan keeps for a while and returns its loss. Minitron's ranking settles after about 300
             steps (2407.14679), and may differ from the one before.
         retrain_best: How many candidates are retrained, the best before.
+        retrained: What distinguishes one way of retraining from another, for ``state``.
         state: A JSON file that each result is saved to; a search that was interrupted goes on from it.
         batch_size: Sequences a batch.
         dtype: Computing type.
@@ -171,7 +173,7 @@ def search(
     if retrain is not None:
         train = retrain
         for place, candidate in enumerate(chosen[:retrain_best]):
-            loss = known.get("retrained_loss", candidate.shape, lambda shape: train(plan(shape)))
+            loss = known.get(f"retrained_loss {retrained}".strip(), candidate.shape, lambda shape: train(plan(shape)))
             chosen[place] = replace(candidate, retrained_loss=loss)
         chosen.sort(key=lambda candidate: candidate.rank)
     return Ranking((*chosen, *rest), tuple(run), tokens.manifest)

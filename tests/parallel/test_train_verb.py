@@ -54,3 +54,35 @@ def test_train_from_random_weights_and_again(tmp_path):
     other = _pvs("train", model, tmp_path / "run", *settings, "--seed", 7)
     assert other.returncode == 2
     assert "holds a run with other settings" in other.stderr
+
+
+@pytest.mark.slow
+def test_search_trains_its_best_candidates_for_a_while(tmp_path):
+    model = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
+    generator = random.Random(0)
+    words = [f"w{generator.randint(2, 127)}" for _ in range(61)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": " ".join(words[index:] + words * 5)}) for index in range(60)))
+    assert _pvs("tokenize", text, "--tokenizer", model, "--out", tmp_path / "data").returncode == 0
+    sizes = ("--data", text, "--samples", 4, "--sequence-length", 32)
+    assert _pvs("calibrate", model, "--out", tmp_path / "scores", *sizes).returncode == 0
+    best = tmp_path / "best.json"
+    command = [
+        "search", model, "--scores", tmp_path / "scores", "--out", best, "--parameters", "100e3", "--tolerance", 0.4,
+        "--hidden-step", 16, "--ffn-step", 16, "--layers-step", 1, "--retrain-tokens", 1024, "--retrain-best", 2,
+        "--sequence-length", 32, "--global-batch-size", 4,
+    ]  # fmt: skip
+    refused = _pvs(*command)
+    assert refused.returncode == 2
+    assert "--retrain-tokens needs text" in refused.stderr
+    done = _pvs(*command, "--retrain-data", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    assert "after" in done.stdout  # the heading may be broken
+    runs = [folder for folder in best.with_suffix(".runs").iterdir() if (folder / "metrics.jsonl").exists()]
+    assert len(runs) == 2
+    trained = [metrics.read(run / "metrics.jsonl").validation[-1]["loss"] for run in runs]
+    known = json.loads(best.with_suffix(".search.json").read_text())
+    (losses,) = (value for key, value in known.items() if key.startswith("retrained_loss"))
+    assert sorted(losses.values()) == sorted(trained)
+    winner = min(losses, key=losses.get)
+    assert json.loads(best.read_text())["layers"] == int(dict(pair.split("=") for pair in winner.split(","))["layers"])
