@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from nemo_pvs.checkpoints.safetensors_file import PACKED_BITS, SafetensorsReader, SafetensorsWriter
+from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 
 FILE = "masks.safetensors"
@@ -82,6 +83,22 @@ def masks_of(source: object) -> Masks:
     """Return the masks of a source; most models have none."""
     masks: Masks = getattr(source, "masks", NoMasks())
     return masks
+
+
+def check_masks(source: WeightSource) -> None:
+    """Read every masked weight, and refuse masks that are not those of the weights beside them.
+
+    Raises:
+        UserError: a weight that its mask calls pruned is not zero.
+    """
+    masks = masks_of(source)
+    for name in masks.names:
+        broken = int((source.read(name)[~masks.read(name)] != 0).sum())
+        if broken:
+            raise UserError(
+                f"{broken:,} weights of {name} are not zero although its mask calls them pruned; "
+                "the masks are those of another model, so prune again or use the file that belongs to these weights."
+            )
 
 
 def write_masks(masks: Masks, path: Path, names: Iterable[str] | None = None) -> None:

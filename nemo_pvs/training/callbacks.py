@@ -12,6 +12,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
 
 from nemo_pvs.training import metrics
+from nemo_pvs.training.run_checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
 
 
 class MetricsLog(pl.Callback, IOMixin):
@@ -78,12 +79,28 @@ class Checkpoint(nl.ModelCheckpoint):
 
     The architecture never changes during a run, and that context names stock NeMo classes only, so every checkpoint
     of the run can be read without this package; NeMo's own would name our layer and data classes. It is copied before
-    the save is declared finished, because resuming needs it.
+    the save is declared finished, because resuming needs it. Two are kept, the newest (``run_checkpoints``).
     """
 
     def __init__(self, initial: str, **kwargs):
         super().__init__(always_save_context=False, save_context_on_train_end=False, **kwargs)
         self.initial = initial
+
+    def setup(self, trainer, *args, **kwargs):
+        """Free the names of broken checkpoints; every rank has chosen what to resume from before it comes here."""
+        if trainer.is_global_zero:
+            set_aside(newest_sound(Path(self.dirpath))[1])
+        super().setup(trainer, *args, **kwargs)
+
+    def _save_last_checkpoint(self, trainer, monitor_candidates):
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        current = ckpt_to_dir(self.last_model_path)
+        older = [path for path in saved_checkpoints(Path(self.dirpath)) if path != current][KEPT - 1 :]
+        for path in trainer.strategy.broadcast(older):
+            self._remove_checkpoint(trainer, str(path))
+
+    def _should_remove_checkpoint(self, trainer, previous, current):
+        return False  # what is old enough goes after each save
 
     def _get_finalize_save_checkpoint_callback(self, trainer, filepath, global_step):
         finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)

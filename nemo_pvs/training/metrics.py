@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ class Curve:
     """step, tokens, loss (nats per token), learning_rate, grad_norm, tokens_per_second, seconds."""
     validation: list[dict[str, Any]]
     """step, tokens, loss (nats per token)."""
+    sparsity: list[dict[str, Any]] = field(default_factory=list)
+    """step, zero_fraction (of the weights of masked matrices); empty for a dense model."""
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -29,13 +31,11 @@ def read(path: Path) -> Curve:
 
     Half a line at the end, left by a killed run, is ignored.
     """
-    training: dict[int, dict[str, Any]] = {}
-    validation: dict[int, dict[str, Any]] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {"training": {}, "validation": {}, "sparsity": {}}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        kind = record.pop("kind")
-        (validation if kind == "validation" else training)[record["step"]] = record
-    return Curve(*([records[step] for step in sorted(records)] for records in (training, validation)))
+        found[record.pop("kind")][record["step"]] = record
+    return Curve(**{kind: [records[step] for step in sorted(records)] for kind, records in found.items()})

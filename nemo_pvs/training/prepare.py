@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.masks import check_masks, masks_of
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.random import RandomSource
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
@@ -20,12 +21,31 @@ from nemo_pvs.training.job import TrainingJob
 
 
 def prepare_job(
-    initial: str, out: Path, data: Path, layout: Layout, training: Training, *, random_init: bool
+    initial: str,
+    out: Path,
+    data: Path,
+    layout: Layout,
+    training: Training,
+    *,
+    random_init: bool,
+    keep_parent_embeddings: bool = False,
 ) -> TrainingJob:
     """Write initial weights and validation windows into ``out``, unless an earlier call did, and return the job.
 
+    Random weights of a sparse model are zero under its masks, which training then holds as it does those of the model.
+
+    Args:
+        initial: Checkpoint with the initial weights, or with the architecture and the masks of random ones.
+        out: Run folder.
+        data: Folder with the token files ``train`` and ``validation``.
+        layout: How the run is spread over processes.
+        training: What to train.
+        random_init: Draw the weights.
+        keep_parent_embeddings: Of ``random_init``: draw no embedding and no norms, as the published baseline.
+
     Raises:
-        UserError: the layout does not fit the model, the data are too short, or ``out`` holds another run.
+        UserError: the layout does not fit the model, its masks are those of another one, the data are too short, or
+            ``out`` holds another run.
     """
     source: WeightSource = open_source(initial)
     shape = shape_of(source)
@@ -40,7 +60,9 @@ def prepare_job(
         data / "validation", samples=training.validation_samples, sequence_length=training.sequence_length
     )
     if random_init:
-        source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16)
+        keep = source if keep_parent_embeddings else None
+        masks = masks_of(source)
+        source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16, masks=masks, keep=keep)
     settings = {
         "initial": fingerprint(source),
         "training": training.model_dump(mode="json"),
@@ -50,6 +72,7 @@ def prepare_job(
     if settings_file.exists() and read_json(settings_file) != settings:
         raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
     if not settings_file.exists():
+        check_masks(source)
         with progress("write initial weights", "parameters") as show:
             write_nemo(source, out / "initial", overwrite=True, progress=show)
         write_validation_document(windows, out / "validation_windows", shape.vocab)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.masks import MaskFile, pack, unpack, write_masks
+from nemo_pvs.checkpoints.masks import MaskFile, check_masks, pack, unpack, write_masks
 from nemo_pvs.errors import UserError
+from tests.masked_source import MaskedSource, RandomMasks
+from tests.state_source import StateSource, tiny_model
 
 
 class GivenMasks:
@@ -40,3 +42,13 @@ def test_masks_of_another_model_are_refused(sizes, tmp_path):
     write_masks(GivenMasks({"a.weight": torch.ones(3, 13, dtype=torch.bool)}), tmp_path / "masks.safetensors")
     with pytest.raises(UserError, match=r"mask of a\.weight"):
         MaskFile(tmp_path / "masks.safetensors", sizes)
+
+
+def test_masks_that_are_not_those_of_the_weights_are_refused():
+    dense = StateSource(tiny_model())
+    sparse = MaskedSource(dense)
+    check_masks(dense)
+    check_masks(sparse)
+    sparse.masks = RandomMasks(dense, seed=1)
+    with pytest.raises(UserError, match=r"weights of model\.layers\.0\.self_attn\.q_proj\.weight are not zero"):
+        check_masks(sparse)

@@ -1,10 +1,14 @@
 import pytest
 import torch
 
+from nemo_pvs.checkpoints.masks import check_masks
+from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
 from nemo_pvs.checkpoints.random import RandomSource
 from nemo_pvs.layout import Layout
 from nemo_pvs.shape import Shape
 from tests.conftest import tiny_llama_config
+from tests.masked_source import MaskedSource
+from tests.state_source import StateSource, tiny_model
 
 CONFIG = tiny_llama_config(hidden_size=128, intermediate_size=512, vocab_size=1000).to_dict()
 
@@ -43,3 +47,23 @@ def test_norms_are_one_and_dtype_is_kept():
     source = RandomSource(CONFIG, 0, dtype=torch.bfloat16)
     assert torch.equal(source.read("model.norm.weight"), torch.ones(128, dtype=torch.bfloat16))
     assert source.read("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_the_baseline_of_a_sparse_model_is_zero_under_its_masks_and_drawn_elsewhere(tmp_path):
+    sparse = MaskedSource(StateSource(tiny_model()))
+    drawn = RandomSource(sparse.config, 3, masks=sparse.masks)
+    dense = RandomSource(sparse.config, 3)
+    for name in Layout.for_config(sparse.config).parts(Shape.from_config(sparse.config)):
+        mask = sparse.masks.masks.get(name, torch.tensor(True))
+        assert torch.equal(drawn.read(name), torch.where(mask, dense.read(name), 0.0)), name
+    write_nemo(drawn, tmp_path / "nemo")
+    check_masks(NemoSource(tmp_path / "nemo"))
+    assert set(NemoSource(tmp_path / "nemo").masks.names) == set(sparse.masks.names)
+
+
+def test_the_published_baseline_keeps_embedding_and_norms():
+    parent = StateSource(tiny_model())
+    drawn = RandomSource(parent.config, 3, keep=parent)
+    for name, (part, _) in Layout.for_config(parent.config).parts(Shape.from_config(parent.config)).items():
+        kept = name == "model.embed_tokens.weight" or len(part.axes) == 1
+        assert torch.equal(drawn.read(name), parent.read(name)) == kept, name

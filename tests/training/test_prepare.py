@@ -1,0 +1,61 @@
+"""Initial weights of sparse runs: masks come along, and random weights are drawn under them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.masks import FILE, masks_of, write_masks
+from nemo_pvs.checkpoints.megatron import NemoSource
+from nemo_pvs.checkpoints.sparsity import matrix_sparsity
+from nemo_pvs.errors import UserError
+from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.training.prepare import prepare_job
+from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.masked_source import MaskedSource, RandomMasks
+from tests.parallel.ranks import write_tokens
+
+
+@pytest.fixture(name="sparse")
+def sparse_folder(tmp_path) -> Path:
+    """A sparse model beside token files."""
+    source = MaskedSource(HuggingFaceSource(save_tiny_tokenizer(make_tiny_llama(tmp_path / "dense"))))
+    write_huggingface(source, tmp_path / "sparse")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation"):
+        write_tokens(tmp_path / "data" / name, list(range(3, 123)) * 10)
+    return tmp_path / "sparse"
+
+
+def _prepare(sparse: Path, **options) -> NemoSource:
+    training = Training(
+        tokens=512, sequence_length=32, global_batch_size=4, learning_rate=1e-3, validation_samples=4, seed=5
+    )
+    folder = sparse.parent
+    job = prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, **options)
+    return NemoSource(job.initial)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_random_weights_keep_the_masks_of_the_model(sparse, keep):
+    initial = _prepare(sparse, random_init=True, keep_parent_embeddings=keep)
+    given = HuggingFaceSource(sparse)
+    for matrix in matrix_sparsity(initial):
+        assert matrix.masked is not None
+        assert matrix.disagreements == 0
+        assert matrix.zeros == matrix.masked
+        assert torch.equal(masks_of(initial).read(matrix.name), masks_of(given).read(matrix.name))
+        assert not torch.equal(initial.read(matrix.name), given.read(matrix.name).bfloat16())
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(initial.read(name), given.read(name).bfloat16()) == keep
+
+
+def test_masks_of_another_model_are_refused_before_anything_is_written(sparse):
+    (sparse / FILE).unlink()
+    write_masks(RandomMasks(HuggingFaceSource(sparse.parent / "dense"), seed=1), sparse / FILE)
+    with pytest.raises(UserError, match="although its mask calls them pruned"):
+        _prepare(sparse, random_init=False)
+    assert not (sparse.parent / "run").exists()
