@@ -54,7 +54,7 @@ def main() -> None:
         sys.exit(2)
     except TrainingError as error:
         _complain(error)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
             _complain("interrupted; the same command goes on where it stopped.")

@@ -1,4 +1,8 @@
-"""``nemo pvs ...``: the same verbs under NeMo's own command (entry point group ``nemo_run.cli``)."""
+"""What this package adds to NeMo's own command, which loads this module (entry point group ``nemo_run.cli``).
+
+``nemo pvs VERB`` for all verbs, ``nemo llm pretrain --factory pvs_...`` for the runs of our recipes, and
+``nemo llm prune --factory pvs_...`` for our pruning methods.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,12 @@ from typing import Any
 
 import nemo_run
 
+from nemo_pvs.megatron_import import import_megatron
 from nemo_pvs.verbs import VERBS
+
+import_megatron()
+
+from nemo_pvs.training import factories  # noqa: E402
 
 
 def _register(verb: Callable[..., None]) -> None:
@@ -24,3 +33,5 @@ def _register(verb: Callable[..., None]) -> None:
 
 for verb in VERBS:
     _register(verb)
+
+factories.register()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,27 @@ import yaml
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.assets import asset_files, copy_asset, tokenizer_folder
 from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import write_huggingface
+from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.parent import prepare_parent
 from nemo_pvs.checkpoints.random import RandomSource
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint
 from nemo_pvs.checkpoints.stream import convert
-from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, read_documents
-from nemo_pvs.data.split import split_documents
-from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
+from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.evaluation.windows import validation_windows, write_validation_document
-from nemo_pvs.files import write_text
+from nemo_pvs.evaluation.windows import write_validation_document
+from nemo_pvs.files import read_json, sha256_json, whole_folder, write_json, write_text
+from nemo_pvs.layout import Layout
 from nemo_pvs.progress import progress
-from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.depth import layers_to_remove, plan_depth, scan_windows
-from nemo_pvs.pruning.width import plan_width
-from nemo_pvs.recipe import Recipe, Target
+from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
+from nemo_pvs.recipe import Arm, Recipe, Target
+from nemo_pvs.recipe_blocks import DENSE, Initialisation
+from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_scores, scans
+from nemo_pvs.run_data import RunData
+from nemo_pvs.shape import Shape
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer
@@ -39,16 +40,22 @@ from nemo_pvs.training.run import Trainer
 STAGES = ("parent", "data", "calibrate", "prune", "random", "train", "evaluate", "report")
 
 
-def arm_name(target: str, initialisation: str) -> str:
-    """Return the folder name of an arm: ``width-pruned``."""
-    return f"{target}-{initialisation}"
+def initial_label(arm: Arm) -> str:
+    """Return what the evaluation of an arm's initial weights is called; all its budgets begin with the same."""
+    return f"{arm.target}-{arm.initialisation}-initial"
 
 
 class Pipeline:
     """One run folder and the recipe that fills it."""
 
-    def __init__(self, recipe: Recipe, folder: Path, force: tuple[str, ...] = ()) -> None:
-        """Prepare to run ``recipe`` in ``folder``.
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        force: tuple[str, ...] = (),
+        compute: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepare to run ``recipe`` in ``folder``; ``compute`` says where layers run (``pruning.methods.Job``).
 
         Raises:
             UserError: a forced stage is unknown.
@@ -58,6 +65,8 @@ class Pipeline:
                 raise UserError(f"There is no stage {stage} to force; stages are {', '.join(STAGES)}.")
         self.recipe = recipe
         self.folder = folder
+        self.compute = compute or {}
+        self.tokens = RunData(recipe, folder / "data")
         self.stages = Stages(folder, force)
         self.results: dict[str, dict[str, Any]] = {}
 
@@ -65,20 +74,18 @@ class Pipeline:
         """Do every stage that is not done yet."""
         self.prepare()
         with Trainer(self.folder / "train" / "launcher.log") as trainer:
-            for name, target, initialisation in self._arms():
-                self.train(trainer, name, target, initialisation)
+            for arm in self.recipe.runs:
+                self.train(trainer, arm)
         self.evaluate()
 
     def prepare_only(self) -> list[Path]:
         """Do every stage before training, and return the job files for ranks that something else starts."""
         self.prepare()
         jobs = []
-        for name, target, initialisation in self._arms():
-            job = self.job(name, target, initialisation)
-            outputs = [job.folder, self.model(job.name)]
-            self.stages.begin(
-                f"train/{job.name}", self._training_inputs(name, target, initialisation), outputs, keep_partial=True
-            )
+        for arm in self.recipe.runs:
+            job = self.job(arm)
+            outputs = [job.folder, self.model(arm.name)]
+            self.stages.begin(f"train/{arm.name}", self._training_inputs(arm), outputs, keep_partial=True)
             jobs.append(job.save())
         return jobs
 
@@ -87,57 +94,81 @@ class Pipeline:
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
         self.parent()
         self.data()
-        self.calibrate()
+        if any(needs_scores(target) for target in self.recipe.targets.values()):
+            self.calibrate()
         for name, target in self.recipe.targets.items():
-            self.prune(name, target)
+            if target.method != DENSE or "pruned" in self.recipe.arms:
+                self.prune(name, target)
             if "random" in self.recipe.arms:
-                self.random(name)
+                self.random(name, target)
 
     def parent(self) -> None:
         """Get the parent as a checkpoint folder, and check that the recipe can be done with it."""
-        source, target = self.recipe.parent.source, self.folder / "parent"
-        given = Path(source).is_dir()
-        inputs = {"source": source, "fingerprint": fingerprint(open_source(source)) if given else None}
+        parent, target = self.recipe.parent, self.folder / "parent"
+        source = parent.source
+        if source is None:
+            assert parent.config is not None
+            assert parent.tokenizer is not None
+            inputs: dict[str, Any] = {"config": parent.config, "tokenizer": tokenizer_hash(Path(parent.tokenizer))}
+            self._stage("parent", inputs, [target], self._describe_parent)
+        else:
+            given = Path(source).is_dir()
+            inputs = {"source": source, "fingerprint": fingerprint(open_source(source)) if given else None}
 
-        def work() -> dict[str, Any]:
-            path = prepare_parent(source, target)
-            return {"path": str(path.resolve()) if given else "parent", "fingerprint": fingerprint(open_source(path))}
+            def work() -> dict[str, Any]:
+                path = prepare_parent(source, target)
+                place = str(path.resolve()) if given else "parent"
+                return {"path": place, "fingerprint": fingerprint(open_source(path))}
 
-        self._stage("parent", inputs, [] if given else [target], work)
-        parent = self.parent_source
-        self.recipe.check(shape_of(parent), int(parent.config.get("max_position_embeddings", 0)))
+            self._stage("parent", inputs, [] if given else [target], work)
+        self._check_parent()
+        check_recipe(self.recipe, self.parent_shape, int(self.parent_config.get("max_position_embeddings", 0)))
+
+    def _describe_parent(self) -> dict[str, Any]:
+        """Put down the config and the tokenizer of a parent that is yet to be trained."""
+        parent = self.recipe.parent
+        with whole_folder(self.folder / "parent") as partial:
+            write_json(partial / "config.json", parent.config)
+            for asset in asset_files(Path(str(parent.tokenizer))):
+                copy_asset(asset, partial)
+        return {"path": "parent", "fingerprint": sha256_json(parent.config)}
+
+    def _check_parent(self) -> None:
+        stated = self.recipe.parent.config
+        if stated is not None and Layout.for_config(stated).shape(stated) != self.parent_shape:
+            raise UserError(
+                f"parent.config of the recipe is [{Layout.for_config(stated).shape(stated)}], but "
+                f"{self.recipe.parent.name} is [{self.parent_shape}]; mend one of them, or leave parent.config out."
+            )
+        tokens = len(load_tokenizer(self.tokenizer))
+        if tokens > self.parent_shape.vocab:
+            raise UserError(
+                f"The tokenizer in {self.tokenizer} has {tokens:,} tokens, but the parent's vocabulary has "
+                f"{self.parent_shape.vocab:,}; give the tokenizer that belongs to the parent."
+            )
 
     def data(self) -> None:
-        """Split the corpus by document and tokenise each part; fix the validation windows."""
-        recipe, folder = self.recipe, self.folder / "data"
+        """Fix the validation windows, and tokenise the text unless it is tokenised already."""
+        recipe, vocab = self.recipe, self.parent_shape.vocab
         inputs = {
-            "source": recipe.data.model_dump(),
-            "files": _identity(recipe.data.source),
+            "source": recipe.data.model_dump(exclude={"token_ranges"}),
+            "files": self.tokens.identity(self.tokenizer, vocab),
             "tokenizer": tokenizer_hash(self.tokenizer),
             "validation": [recipe.train.validation_samples, recipe.train.sequence_length],
         }
 
         def work() -> dict[str, Any]:
-            documents = list(read_documents(recipe.data.source))
-            splits = split_documents(documents, recipe.data.split.model_dump(), seed=recipe.data.seed)
-            manifests = {}
-            with progress("tokenise", "documents") as show:
-                for name, part in splits.items():
-                    manifests[name] = tokenize(part, self.tokenizer, folder / name, progress=show)
-            wanted, available = int(recipe.train.tokens), manifests["train"]["tokens"]
-            if wanted > available:
-                raise UserError(
-                    f"train.tokens is {wanted:,}, but the training split has {available:,} tokens; "
-                    "take more text or train on fewer tokens."
-                )
-            windows = self.validation_tokens
-            write_validation_document(windows, folder / "validation_windows", shape_of(self.parent_source).vocab)
-            return {"splits": manifests, "validation_windows": windows.manifest}
+            splits = self.tokens.prepare(self.tokenizer, vocab)
+            self.tokens.check_ends(splits)
+            windows = self.tokens.validation_windows
+            write_validation_document(windows, self.tokens.folder / "validation_windows", vocab)
+            return {"splits": splits, "validation_windows": windows.manifest}
 
-        self._stage("data", inputs, [folder], work)
+        self._stage("data", inputs, [self.tokens.folder], work)
+        self.tokens.check_ends(self.results["data"]["splits"])
 
     def calibrate(self) -> None:
-        """Measure importance, one dense pass for all width targets."""
+        """Measure importance, one dense pass for all targets."""
         settings, folder = self.recipe.calibrate, self.folder / "scores"
         inputs = {
             "parent": self.results["parent"]["fingerprint"],
@@ -148,74 +179,76 @@ class Pipeline:
         def work() -> dict[str, Any]:
             tokens = self._calibration_tokens(settings.samples)
             with progress("calibrate", "layers") as show:
-                scores = calibrate(self.parent_source, tokens, progress=show)
+                scores = calibrate(self.parent_source, tokens, **self.compute, progress=show)
             scores.save(folder)
             return {"scores": scores.content_hash, "tokens": tokens.ids.numel()}
 
         self._stage("calibrate", inputs, [folder], work)
 
     def prune(self, name: str, target: Target) -> None:
-        """Plan what a target keeps, and write it as a Hugging Face folder and as a NeMo checkpoint."""
-        folder = self.pruned(name)
-        shape = target.shape(shape_of(self.parent_source))
+        """Prune to a target, into a Hugging Face folder and a NeMo checkpoint."""
+        folder, settings = self.pruned(name), self.recipe.calibrate
+        samples = settings.scan_samples if scans(target) else settings.samples
+        reads_text = scans(target) or is_sparse(target)
         inputs = {
             "parent": self.results["parent"]["fingerprint"],
             "method": target.method,
-            "shape": shape.to_dict(),
-            "scores": self.results["calibrate"]["scores"],
-            "scan_samples": self.recipe.calibrate.scan_samples if target.method == "minitron-depth" else None,
+            "options": target.options,
+            "shape": expected_shape(target, self.parent_shape).shape.to_dict(),
+            "scores": self.results["calibrate"]["scores"] if needs_scores(target) else None,
+            "text": [self._text("calibration"), samples, settings.sequence_length, settings.seed] * reads_text,
         }
 
         def work() -> dict[str, Any]:
             source = self.parent_source
-            result: dict[str, Any] = {}
-            if target.method == "minitron-width":
-                plan = plan_width(Scores.load(self.folder / "scores", source), shape)
-            else:
-                tokens = self._calibration_tokens(self.recipe.calibrate.scan_samples)
-                with progress(f"scan windows of {layers_to_remove(shape_of(source), shape)} layers", "passes") as show:
-                    scan = scan_windows(source, tokens, layers_to_remove(shape_of(source), shape), progress=show)
-                plan = plan_depth(scan)
-                result["search"] = {"tokens": scan.tokens_read, "flops": scan.flops, "losses": list(scan.losses)}
-            folder.mkdir(parents=True)
-            plan.save(folder / "plan.json")
-            pruned = PrunedSource(source, plan)
-            for write, place in ((write_huggingface, "huggingface"), (write_nemo, "nemo")):
-                with progress(f"write {place}", "parameters") as show:
-                    write(pruned, folder / place, progress=show)
-            return {**result, "plan": plan.plan_hash, "fingerprint": fingerprint(pruned)}
+            return prune_target(
+                target,
+                source,
+                folder,
+                tokens=lambda: self._calibration_tokens(samples),
+                scores=lambda: Scores.load(self.folder / "scores", source),
+                compute=self.compute,
+            )
 
         self._stage(f"prune/{name}", inputs, [folder], work)
 
-    def random(self, name: str) -> None:
-        """Draw the scratch baseline's initial weights for a target, as a NeMo checkpoint."""
+    def random(self, name: str, target: Target) -> None:
+        """Draw the scratch baseline's initial weights for a target, under the same masks, as a NeMo checkpoint."""
         folder, seed = self.folder / "random" / name, self.recipe.train.seed
-        pruned = open_source(self.pruned(name) / "huggingface")
-        inputs = {"shape": shape_of(pruned).to_dict(), "seed": seed}
+        masks: Masks
+        keep: WeightSource | None
+        if target.method == DENSE:
+            config, assets, masks, keep = self.parent_config, asset_files(self.tokenizer), NoMasks(), None
+        else:
+            pruned = open_source(self.pruned(name) / HUGGING_FACE)
+            config, assets, masks = pruned.config, pruned.assets, masks_of(pruned)
+            keep = pruned if target.keep_parent_embeddings else None
+        inputs: dict[str, Any] = {"shape": Layout.for_config(config).shape(config).to_dict(), "seed": seed}
+        if masks.names or keep:
+            inputs["pruned"] = [self.results[f"prune/{name}"]["fingerprint"], target.keep_parent_embeddings]
 
         def work() -> dict[str, Any]:
-            drawn = RandomSource(pruned.config, seed, pruned.assets, torch.bfloat16)
-            write_nemo(drawn, folder / "nemo")
+            drawn = RandomSource(config, seed, assets, torch.bfloat16, masks, keep)
+            write_nemo(drawn, folder / NEMO)
             return {"fingerprint": fingerprint(drawn)}
 
         self._stage(f"random/{name}", inputs, [folder], work)
 
-    def train(self, trainer: Trainer, name: str, target: Target, initialisation: str) -> None:
+    def train(self, trainer: Trainer, arm: Arm) -> None:
         """Train one arm on Megatron, and hand the result over as a Hugging Face folder."""
-        arm = arm_name(name, initialisation)
-        job = self.job(name, target, initialisation)
-        inputs = self._training_inputs(name, target, initialisation)
+        job = self.job(arm)
 
         def work() -> dict[str, Any]:
             checkpoint = trainer.train(job)
-            convert(checkpoint, self.model(arm), to="hf", overwrite=True)
-            return {"fingerprint": fingerprint(open_source(self.model(arm)))}
+            convert(checkpoint, self.model(arm.name), to="hf", overwrite=True)
+            return {"fingerprint": fingerprint(open_source(self.model(arm.name)))}
 
-        self._stage(f"train/{arm}", inputs, [job.folder, self.model(arm)], work, keep_partial=True)
+        outputs = [job.folder, self.model(arm.name)]
+        self._stage(f"train/{arm.name}", self._training_inputs(arm), outputs, work, keep_partial=True)
 
     def evaluate(self) -> None:
         """Measure perplexity on the test split, and the validation loss of models that no training measured."""
-        trained = {arm_name(name, initialisation) for name, _, initialisation in self._arms()}
+        trained = {arm.name for arm in self.recipe.runs}
         for label, path in self.models_to_evaluate().items():
             source = open_source(path)
             inputs = {
@@ -228,28 +261,27 @@ class Pipeline:
             def work(source: WeightSource = source, label: str = label) -> dict[str, Any]:
                 settings = self.recipe.evaluate
                 test = TokenSet.from_token_file(
-                    self.folder / "data" / "test",
+                    self.tokens.prefix("test"),
                     samples=settings.samples,
                     sequence_length=settings.sequence_length,
                 )
                 texts = {"test": test}
                 if label not in trained:  # training has measured the validation loss of these already
-                    texts["validation"] = self.validation_tokens
+                    texts["validation"] = self.tokens.validation_windows
                 measured = {}
                 for text, tokens in texts.items():
                     with progress(f"{text} loss of {label}", "layers") as show:
-                        measured[text] = perplexity(source, tokens, progress=show)
+                        measured[text] = perplexity(source, tokens, **self.compute, progress=show)
                 return measured
 
             self._stage(f"evaluate/{label}", inputs, [], work)
 
     def models_to_evaluate(self) -> dict[str, Path]:
         """Return every model of the run by label: the parent, each arm's initial weights, each trained arm."""
-        models = {"parent": self.parent_path}
-        for name, _, initialisation in self._arms():
-            arm = arm_name(name, initialisation)
-            models[f"{arm}-initial"] = self.initial(name, initialisation)
-            models[arm] = self.model(arm)
+        models = {"parent": self.parent_path} if self.recipe.parent.source else {}
+        for arm in self.recipe.runs:
+            models[initial_label(arm)] = self.initial(arm.target, arm.initialisation)
+            models[arm.name] = self.model(arm.name)
         return models
 
     @property
@@ -263,57 +295,60 @@ class Pipeline:
         return open_source(self.parent_path)
 
     @property
+    def parent_config(self) -> Mapping[str, Any]:
+        """The config.json of the parent, which may be yet to be trained."""
+        if self.recipe.parent.source:
+            return self.parent_source.config
+        config: dict[str, Any] = read_json(self.parent_path / "config.json")
+        return config
+
+    @property
+    def parent_shape(self) -> Shape:
+        """The sizes of the parent."""
+        return Layout.for_config(self.parent_config).shape(self.parent_config)
+
+    @property
     def tokenizer(self) -> Path:
         """A folder with the parent's tokenizer."""
         return tokenizer_folder(self.parent_path)
-
-    @property
-    def validation_tokens(self) -> TokenSet:
-        """The windows that every validation loss is measured on."""
-        training = self.recipe.train
-        return validation_windows(
-            self.folder / "data" / "validation",
-            samples=training.validation_samples,
-            sequence_length=training.sequence_length,
-        )
 
     def pruned(self, target: str) -> Path:
         """The folder of a pruned target: plan.json, huggingface/, nemo/."""
         return self.folder / "pruned" / target
 
-    def initial(self, target: str, initialisation: str) -> Path:
+    def initial(self, target: str, initialisation: Initialisation) -> Path:
         """The NeMo checkpoint that an arm starts from."""
-        return (self.pruned(target) if initialisation == "pruned" else self.folder / "random" / target) / "nemo"
+        return (self.pruned(target) if initialisation == "pruned" else self.folder / "random" / target) / NEMO
 
     def model(self, arm: str) -> Path:
         """The Hugging Face folder of a trained arm."""
         return self.folder / "models" / arm
 
-    def job(self, name: str, target: Target, initialisation: str) -> TrainingJob:
+    def job(self, arm: Arm) -> TrainingJob:
         """Return the training job of an arm."""
-        arm = arm_name(name, initialisation)
-        data = self.folder.resolve() / "data"
         return TrainingJob(
-            name=arm,
-            folder=self.folder.resolve() / "train" / arm,
-            initial=self.initial(name, initialisation).resolve(),
-            data={"train": str(data / "train"), "validation": str(data / "validation_windows")},
-            layout=target.layout,
-            training=self.recipe.train,
+            name=arm.name,
+            folder=self.folder.resolve() / "train" / arm.name,
+            initial=self.initial(arm.target, arm.initialisation).resolve(),
+            data={
+                "train": self.tokens.training_paths,
+                "validation": str(self.tokens.folder.resolve() / "validation_windows"),
+            },
+            layout=arm.layout,
+            training=arm.training,
+            first_token=arm.first_token,
         )
 
-    def _arms(self) -> Iterator[tuple[str, Target, str]]:
-        for name, target in self.recipe.targets.items():
-            for initialisation in self.recipe.arms:
-                yield name, target, initialisation
-
-    def _training_inputs(self, name: str, target: Target, initialisation: str) -> dict[str, Any]:
+    def _training_inputs(self, arm: Arm) -> dict[str, Any]:
         return {
-            "initial": self.results[f"{'prune' if initialisation == 'pruned' else 'random'}/{name}"]["fingerprint"],
+            "initial": self.results[f"{'prune' if arm.initialisation == 'pruned' else 'random'}/{arm.target}"][
+                "fingerprint"
+            ],
             "text": self._text("train"),
             "validation": self.results["data"]["validation_windows"]["ids_sha256"],
-            "layout": target.layout.model_dump(),
-            "training": self.recipe.train.model_dump(),
+            "first_token": arm.first_token,
+            "layout": arm.layout.model_dump(),
+            "training": arm.training.model_dump(),
         }
 
     def _stage(self, name: str, *args: Any, **kwargs: Any) -> None:
@@ -325,16 +360,8 @@ class Pipeline:
     def _calibration_tokens(self, samples: int) -> TokenSet:
         settings = self.recipe.calibrate
         return TokenSet.from_token_file(
-            self.folder / "data" / "calibration",
+            self.tokens.prefix("calibration"),
             samples=samples,
             sequence_length=settings.sequence_length,
             seed=settings.seed,
         )
-
-
-def _identity(source: str | list[str]) -> dict[str, list[int]]:
-    """Return size and time of change of every input file, so that a changed corpus is tokenised again."""
-    names = [source] if isinstance(source, str) else source
-    paths = [Path(name) for name in names if name != WIKIPEDIA_SAMPLE]
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}

@@ -3,172 +3,76 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.target import SIZES, parse_target
-from nemo_pvs.shape import Shape
+from nemo_pvs.recipe_blocks import (
+    DENSE,
+    Block,
+    Budgets,
+    Calibration,
+    Data,
+    Evaluation,
+    Initialisation,
+    Layout,
+    Parent,
+    Target,
+    TokenFiles,
+    Tokens,
+    Training,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+__all__ = [
+    "Arm",
+    "Initialisation",
+    "Layout",
+    "Recipe",
+    "Target",
+    "TokenFiles",
+    "Training",
+    "load_recipe",
+    "packaged_recipes",
+    "parse_layout",
+    "parse_recipe",
+    "parse_training",
+]
 
-
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise ValueError("must be a whole number")
-    return int(value)
-
-
-Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
-"""A number of tokens; 200e9 is as good as 200000000000."""
-
-
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Parent(_Block):
-    """The model to prune."""
-
-    source: str
-    """A Hugging Face folder, a NeMo checkpoint, a hub id, or the built-in name ``smollm2-135m``."""
-    pretraining_tokens: Tokens = 0
-    """Tokens that the parent was pretrained on, for the ledger; 0 when nobody knows."""
-
-
-class Split(_Block):
-    """Shares of the corpus; documents never cross from one to another."""
-
-    train: Fraction = 0.85
-    validation: Fraction = 0.05
-    calibration: Fraction = 0.05
-    test: Fraction = 0.05
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> Split:
-        if abs(sum(self.model_dump().values()) - 1) > 1e-9:
-            raise ValueError("the shares of train, validation, calibration and test must add up to 1")
-        return self
+_BASE = "base.yaml"
+"""The name of a file that other recipes of its folder extend and that is no recipe itself."""
+_UNION_TAGS = {"Rates", "Budgets", "float", "str"}
 
 
-class Data(_Block):
-    """The text that everything is trained, calibrated and measured on."""
+@dataclass(frozen=True)
+class Arm:
+    """One training run of a comparison."""
 
-    source: str | list[str]
-    """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``."""
-    split: Split = Split()
-    seed: int = 0
-
-
-class Calibration(_Block):
-    """The sequences that importance is measured on."""
-
-    samples: Positive = 128
-    sequence_length: Positive = 2048
-    scan_samples: Positive = 16
-    """Sequences for the depth scan, which runs the model once for every window."""
-    seed: int = 0
-
-
-class Layout(_Block):
-    """How one training run is spread over processes."""
-
-    tensor_parallel: Positive = 1
-    pipeline_parallel: Positive = 1
-    data_parallel: Positive = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
+    name: str
+    """``width-pruned``; with ``budgets`` ``width-pruned-50B``: R50 of the paper (``random``: S50)."""
+    target: str
+    """The key under ``targets``."""
+    initialisation: Initialisation
+    layout: Layout
+    training: Training
+    """With this arm's tokens and learning rate."""
+    first_token: int
+    """Where in the training data it starts to read, in the order of training; the start of an optimizer step."""
 
     @property
-    def processes(self) -> int:
-        """Number of ranks."""
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+    def tokens(self) -> int:
+        """Tokens of the run, exactly: whole steps."""
+        return self.training.steps * self.training.tokens_per_step
 
 
-class Target(_Block):
-    """One pruned architecture: the method and the sizes that change."""
-
-    method: Literal["minitron-width", "minitron-depth"]
-    layers: Positive | None = None
-    hidden: Positive | None = None
-    ffn: Positive | None = None
-    kv_groups: Positive | None = None
-    layout: Layout = Layout()
-
-    @model_validator(mode="after")
-    def _changes_something(self) -> Target:
-        if all(getattr(self, name) is None for name in SIZES):
-            raise ValueError(f"give at least one of {', '.join(SIZES)}")
-        return self
-
-    def shape(self, parent: Shape) -> Shape:
-        """Return the target's shape.
-
-        Raises:
-            UserError: the parent cannot be pruned to it.
-        """
-        sizes = ((name, getattr(self, name)) for name in SIZES)
-        return parse_target(",".join(f"{name}={size}" for name, size in sizes if size is not None), parent)
-
-
-class Training(_Block):
-    """One training recipe for every arm; only the initial weights and the target's layout differ."""
-
-    tokens: Tokens
-    """Training tokens, rounded up to whole steps."""
-    sequence_length: Positive
-    global_batch_size: Positive
-    """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: Positive = 1
-    learning_rate: float = Field(gt=0)
-    min_learning_rate_ratio: Fraction = 0.1
-    warmup_fraction: Fraction = 0.05
-    weight_decay: float = Field(default=0.1, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    adam_eps: float = 1e-8
-    clip_grad_norm: float = Field(default=1.0, gt=0)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the device computes in it, else fp32."""
-    validations: Positive = 10
-    """How often the validation loss is measured during the run, at equal distances and at the end."""
-    validation_samples: Positive = 64
-    """Validation sequences, always the same ones."""
-    checkpoints: Positive = 2
-    """How often the run is saved, at equal distances and at the end."""
-    seed: Positive = 1234
-    """Order of the training data and the draws of a random initialisation."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.global_batch_size * self.sequence_length
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps: ``tokens`` rounded up."""
-        return max(1, -(-int(self.tokens) // self.tokens_per_step))
-
-    @model_validator(mode="after")
-    def _batches_fit(self) -> Training:
-        if self.validation_samples % self.global_batch_size:
-            raise ValueError("validation_samples must be a multiple of global_batch_size")
-        return self
-
-
-class Evaluation(_Block):
-    """How perplexity on the test split is measured."""
-
-    samples: Positive = 64
-    sequence_length: Positive = 2048
-
-
-class Recipe(_Block):
+class Recipe(Block):
     """Everything that ``pvs run`` needs to know."""
 
     name: str
@@ -177,38 +81,97 @@ class Recipe(_Block):
     data: Data
     calibrate: Calibration = Calibration()
     targets: dict[str, Target] = Field(min_length=1)
-    arms: list[Literal["pruned", "random"]] = ["pruned", "random"]
+    arms: list[Initialisation] = Field(default=["pruned", "random"], min_length=1)
     """Initial weights to train every target from."""
+    budgets: list[Tokens] | Budgets | None = None
+    """Training tokens, one run for each; a list for all arms, or one for pruned and one for random weights."""
+    layout: Layout = Layout()
+    """Of every target that has none of its own."""
     train: Training
     evaluate: Evaluation = Evaluation()
 
-    def check(self, parent: Shape, context_length: int) -> None:
-        """Refuse what this parent cannot be pruned or trained to, before any work.
+    @model_validator(mode="before")
+    @classmethod
+    def _budgets_are_the_tokens(cls, values: Any) -> Any:
+        """Let ``budgets`` stand for ``train.tokens``, of which every arm gets a copy with its own."""
+        budgets, train = values.get("budgets"), values.get("train")
+        if not budgets or not isinstance(train, Mapping) or "tokens" in train:
+            return values
+        lists = budgets.values() if isinstance(budgets, Mapping) else [budgets]
+        some = next((budget for one in lists if isinstance(one, list) for budget in one), None)
+        return values if some is None else {**values, "train": {**train, "tokens": some}}
 
-        Raises:
-            UserError: a target, a layout or a sequence length is impossible.
-        """
-        for name in ("calibrate", "train", "evaluate"):
-            length = getattr(self, name).sequence_length
-            if length > context_length:
-                raise UserError(
-                    f"{name}.sequence_length is {length}, but the parent's context ends at {context_length} tokens; "
-                    "choose a shorter one."
+    @model_validator(mode="before")
+    @classmethod
+    def _layout_is_for_all_targets(cls, values: Any) -> Any:
+        layout, targets = values.get("layout"), values.get("targets")
+        if layout is None or not isinstance(targets, Mapping):
+            return values
+        given = {
+            name: {"layout": layout, **target} if isinstance(target, Mapping) else target
+            for name, target in targets.items()
+        }
+        return {**values, "targets": given}
+
+    @model_validator(mode="after")
+    def _parent_can_be_pruned(self) -> Recipe:
+        methods = {target.method for target in self.targets.values()}
+        if self.parent.source is None and (methods != {DENSE} or self.arms != ["random"]):
+            raise ValueError(
+                f"parent has no source, so all that can be done is to train it: targets of method {DENSE}, "
+                "and arms: [random]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranges_hold_the_budgets(self) -> Recipe:
+        for initialisation in self.arms:
+            first, end = self.data.token_ranges.of(initialisation)
+            most = max(self.budgets_of(initialisation), default=0)
+            if first + most > end:
+                raise ValueError(
+                    f"a budget of {most:,} tokens for {initialisation} arms goes past the end of their range "
+                    f"({first:,} to {end:,.0f}) in data.token_ranges"
                 )
+        return self
+
+    def budgets_of(self, initialisation: Initialisation) -> list[int]:
+        """Return the tokens that arms of a kind are trained for."""
+        if self.budgets is None:
+            return [int(self.train.tokens)]
+        lists = self.budgets if isinstance(self.budgets, list) else getattr(self.budgets, initialisation)
+        return [int(budget) for budget in lists]
+
+    @property
+    def runs(self) -> list[Arm]:
+        """Every training run: target by target, initial weights by initial weights, budget by budget."""
+        found = []
         for name, target in self.targets.items():
-            layout = target.layout
-            try:
-                target.shape(parent).check_parallel(
-                    tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
-                )
-            except UserError as error:
-                raise UserError(f"Target {name}: {error}") from None
-            batch = self.train.micro_batch_size * layout.data_parallel
-            if self.train.global_batch_size % batch:
-                raise UserError(
-                    f"Target {name}: global_batch_size {self.train.global_batch_size} is not a multiple of "
-                    f"micro_batch_size x data_parallel = {batch}; change one of the three."
-                )
+            for initialisation in self.arms:
+                for budget in self.budgets_of(initialisation):
+                    peak = target.peak(initialisation, self.train.learning_rate)
+                    training = self.train.model_copy(update={"tokens": budget, "learning_rate": peak})
+                    first, _ = self.data.token_ranges.of(initialisation)
+                    found.append(
+                        Arm(
+                            name=f"{name}-{initialisation}" + (f"-{_short(budget)}" if self.budgets else ""),
+                            target=name,
+                            initialisation=initialisation,
+                            layout=target.layout,
+                            training=training,
+                            # Whole steps, rounded up as budgets are, so that neighbouring ranges stay neighbours.
+                            first_token=-(-first // training.tokens_per_step) * training.tokens_per_step,
+                        )
+                    )
+        return found
+
+
+def _short(tokens: int) -> str:
+    """Return 50B for 50,000,000,000, never a rounded number."""
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if tokens and tokens % unit == 0:
+            return f"{tokens // unit}{letter}"
+    return str(tokens)
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -222,13 +185,41 @@ def load_recipe(name_or_path: str) -> Recipe:
         path = Path(str(resources.files("nemo_pvs.recipes").joinpath(f"{name_or_path}.yaml")))
     if not path.is_file():
         raise UserError(f"There is no recipe {name_or_path}; known names: {', '.join(packaged_recipes())}.")
+    return parse_recipe(_read(path, ()), str(path))
+
+
+def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """Return what a file says, on top of what the file that it ``extends`` says."""
+    if path.resolve() in extended_by:
+        raise UserError(f"{path} extends itself by way of {extended_by[-1].name}; remove one of the two lines.")
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise UserError(f"{extended_by[-1]} extends {path}, which does not exist; mend the path.") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is not a recipe: it should hold keys such as parent, data, targets and train.")
-    return parse_recipe(values, str(path))
+    own = dict(values)
+    base = own.pop("extends", None)
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends must be the path of one file, from this file's folder, not {base!r}.")
+    return _merge(_read(path.parent / base, (*extended_by, path.resolve())), own)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the values of ``over``: blocks are merged, all else is replaced, null takes away."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def parse_training(values: Mapping[str, Any]) -> Training:
@@ -240,7 +231,7 @@ def parse_training(values: Mapping[str, Any]) -> Training:
     try:
         return Training.model_validate(values)
     except ValidationError as error:
-        raise UserError(_first_problem(error)) from None
+        raise UserError(_first_problem(error, Training)) from None
 
 
 def parse_layout(values: Mapping[str, Any]) -> Layout:
@@ -252,7 +243,7 @@ def parse_layout(values: Mapping[str, Any]) -> Layout:
     try:
         return Layout.model_validate(values)
     except ValidationError as error:
-        raise UserError(_first_problem(error)) from None
+        raise UserError(_first_problem(error, Layout)) from None
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -262,37 +253,34 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         UserError: naming the first wrong key, and the nearest right one when it is unknown.
     """
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from None
+        raise UserError(f"{where}: {_first_problem(error, Recipe)}") from None
+    from nemo_pvs.recipe_targets import check_options  # takes seconds; a misspelt key is answered before
+
+    for name, target in recipe.targets.items():
+        try:
+            check_options(target)
+        except UserError as error:
+            raise UserError(f"{where}: targets.{name}: {error}") from None
+    return recipe
 
 
 def packaged_recipes() -> list[str]:
     """Return the names of the recipes that come with the package."""
     folder = Path(str(resources.files("nemo_pvs.recipes")))
-    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
+    files = (file for file in folder.rglob("*.yaml") if file.name != _BASE)
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files)
 
 
-_BLOCKS: dict[tuple[str, ...], type[_Block]] = {
-    (): Recipe,
-    ("parent",): Parent,
-    ("data",): Data,
-    ("data", "split"): Split,
-    ("calibrate",): Calibration,
-    ("targets", "*"): Target,
-    ("targets", "*", "layout"): Layout,
-    ("train",): Training,
-    ("evaluate",): Evaluation,
-}
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    keys = tuple(str(key) for key in problem["loc"])
+def _first_problem(error: ValidationError, block: type[Block]) -> str:
+    problems = error.errors()
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
+    keys = [str(key) for key in problem["loc"]]
+    keys = [key for key in keys if key not in _UNION_TAGS and "[" not in key]
     key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        block = ("targets", "*", *keys[2:-1]) if keys[0] == "targets" else keys[:-1]
-        known = list(_BLOCKS[block].model_fields)
+        known = list(_block_at(keys[:-1], block).model_fields)
         nearest = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.4)
         return f"unknown key {key}; " + (
             f"did you mean {nearest[0]}?" if nearest else f"known keys are {', '.join(known)}."
@@ -300,4 +288,21 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing; add it."
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key or 'recipe'}: {message[0].lower()}{message[1:]}, not {problem['input']!r}."
+    given = problem["input"]
+    shown = "" if isinstance(given, (Mapping, Block)) else f", not {given!r}"
+    return f"{key or 'recipe'}: {message[0].lower()}{message[1:]}{shown}."
+
+
+def _block_at(keys: list[str], block: type[Block]) -> type[Block]:
+    """Return the class of the block under ``keys``; names that a user chose (of targets) have none of their own."""
+    for key in keys:
+        if key in block.model_fields:
+            block = next(_blocks_in(block.model_fields[key].annotation), block)
+    return block
+
+
+def _blocks_in(annotation: Any) -> typing.Iterator[type[Block]]:
+    if inspect.isclass(annotation) and issubclass(annotation, Block):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _blocks_in(argument)

@@ -41,9 +41,9 @@ def read_documents(
     """Return the documents of one input or several, in the order given; a folder's files in order of their names.
 
     A ``.txt`` file is one document; a line of ``.jsonl``, ``.jsonl.gz`` (``.json.gz`` in C4) or ``.jsonl.zst`` and a
-    row of ``.parquet`` are one each, their text under ``text_key``. The name ``wikipedia-sample`` needs no file. Blank documents are
-    skipped unless ``keep_blank``. Files are read as the documents are asked for; that the inputs exist is checked at
-    once.
+    row of ``.parquet`` are one each, their text under ``text_key``. The name ``wikipedia-sample`` needs no file. Blank
+    documents are skipped unless ``keep_blank``. Files are read as the documents are asked for; that the inputs exist
+    is checked at once.
 
     Raises:
         UserError: an input is missing or of an unknown kind, a line is broken or has no text, or nothing is there.

@@ -63,19 +63,15 @@ def tokenize(
         UserError: no tokenizer in the folder, no end-of-text token, no documents, or the disk refuses.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
-    end = [tokenizer.eos_token_id] if append_eos else []
-    if None in end:
-        raise UserError(
-            f"The tokenizer in {tokenizer_folder} names no end-of-text token; set eos_token in its config."
-        )
+    end = [end_of_text(tokenizer, tokenizer_folder)] if append_eos else []
     digest = hashlib.sha256()
     total = len(documents) if isinstance(documents, Sized) else 0
     count = 0
 
     def tokenized() -> Iterator[list[int]]:
         nonlocal count
-        for batch in _batches(documents):
-            for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+        for batch in batches(documents):
+            for document, ids in zip(batch, encode(tokenizer, batch), strict=True):
                 digest.update(hashlib.sha256(document.text.encode()).digest())
                 yield [*ids, *end]
             count += len(batch)
@@ -189,13 +185,27 @@ def count_tokens(prefix: Path) -> int:
     return tokens
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def end_of_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
+    """Return the id that ends a document.
+
+    Raises:
+        UserError: the tokenizer names none.
+    """
+    end: int | None = tokenizer.eos_token_id
+    if end is None:
+        raise UserError(f"The tokenizer in {folder} names no end-of-text token; set eos_token in its config.")
+    return end
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents as many at once as the tokenizer gets."""
     remaining = iter(documents)
     while batch := list(islice(remaining, _BATCH)):
         yield batch
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[Document]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, batch: list[Document]) -> list[list[int]]:
+    """Return the ids of each document, without special tokens."""
     # verbose=False: texts longer than the model's context are expected here, training cuts them into sequences.
     texts = [document.text for document in batch]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[

@@ -1,0 +1,240 @@
+"""Tokenise a corpus of many files by many workers: a shard a file, resumable, then one token file a split."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pvs.data.corpus import Document, input_files, read_file
+from nemo_pvs.data.tokenize import batches, count_tokens, encode, end_of_text, load_tokenizer, tokenizer_hash
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import disk_errors, read_json, sha256_file, sha256_json, whole_folder, write_json
+from nemo_pvs.megatron_import import import_megatron
+
+_SHARDS = ".shards"
+_MANIFEST = "shard.json"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What decides the tokens of every shard."""
+
+    tokenizer: str
+    shares: tuple[tuple[str, float], ...]
+    seed: int
+    text_key: str
+
+
+def split_of(text: str, shares: Mapping[str, float], seed: int) -> str:
+    """Return the split of a document: its SHA-256 with the seed, as a number from 0 to 1, falls into one's share.
+
+    So a document's place depends on its text and the seed alone, copies of a text stay together, and no worker needs
+    to know of another. Shares are met on average, not exactly; ``split.split_documents`` does that for small corpora.
+    """
+    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    for name, share in shares.items():
+        if place < share:
+            return name
+        place -= share
+    return name
+
+
+def tokenize_files(
+    inputs: list[str],
+    tokenizer_folder: Path,
+    out: Path,
+    shares: Mapping[str, float],
+    *,
+    seed: int = 0,
+    text_key: str = "text",
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Write ``out/<split>.bin``, ``.idx`` and a manifest ``.json`` for each split; return the manifests.
+
+    Every input file becomes a shard, written whole by one worker; a run that is interrupted goes on with the files
+    that have none. At the end the shards are joined in the order of the files, so the result does not depend on the
+    number of workers; until then the tokens are on disk twice. Splits that are there already, from the same files and
+    settings, are left alone.
+
+    Args:
+        inputs: Files, folders of them, or the built-in corpus.
+        tokenizer_folder: A Hugging Face folder with the tokenizer.
+        out: Folder for the token files.
+        shares: Split name to share of the documents; they add up to 1.
+        seed: Another seed, another split.
+        text_key: Key or column of the text.
+        workers: Processes; more than there are files do nothing.
+        progress: Called with (files done, files in all).
+
+    Raises:
+        UserError: an input, the tokenizer or a share is wrong, a split gets no document, or the disk is full.
+    """
+    _check(shares, workers)
+    end_of_text(load_tokenizer(tokenizer_folder), tokenizer_folder)
+    settings = _Settings(str(tokenizer_folder.resolve()), tuple(shares.items()), seed, text_key)
+    files = input_files(inputs)
+    made_from: dict[str, Any] = {
+        "files": [_identity(file) for file in files],
+        "tokenizer": tokenizer_hash(tokenizer_folder),
+        "shares": dict(shares),
+        "seed": seed,
+        "text_key": text_key,
+    }
+    finished = _finished(out, shares, sha256_json(made_from))
+    if finished is not None:
+        return finished
+    places = []
+    for index, identity in enumerate(made_from["files"]):
+        key = sha256_json({**made_from, "files": identity})[:16]
+        places.append(out / _SHARDS / f"{index:06d}-{key}")
+    _write_shards(files, places, settings, workers, progress)
+    with disk_errors(out):
+        manifests = {name: _join(name, places, out, sha256_json(made_from), tokenizer_folder) for name in shares}
+        shutil.rmtree(out / _SHARDS)
+    return manifests
+
+
+def _check(shares: Mapping[str, float], workers: int) -> None:
+    if not shares or min(shares.values()) <= 0 or not abs(sum(shares.values()) - 1) < 1e-6:
+        given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        raise UserError(f"The shares of a split must be positive and add up to 1, not: {given or 'none'}.")
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; give at least 1.")
+
+
+def _identity(file: Path | None) -> list[Any]:
+    if file is None:
+        return ["built-in"]
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _finished(out: Path, shares: Mapping[str, float], made_from: str) -> dict[str, dict[str, Any]] | None:
+    """Return the manifests of token files that were made from the same files and settings."""
+    manifests = {}
+    for name in shares:
+        path = out / f"{name}.json"
+        manifests[name] = read_json(path) if path.is_file() else {}
+        if manifests[name].get("made_from") != made_from:
+            return None
+        count_tokens(out / name)
+    return manifests
+
+
+def _write_shards(
+    files: list[Path | None],
+    places: list[Path],
+    settings: _Settings,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    missing = [(file, place) for file, place in zip(files, places, strict=True) if not place.is_dir()]
+    done = len(files) - len(missing)
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, len(files))
+
+    if progress:
+        progress(done, len(files))
+    if workers == 1 or len(missing) < 2:
+        for file, place in missing:
+            _write_shard(file, place, settings)
+            one_more()
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_single_threaded
+    )
+    with pool:
+        waiting = [pool.submit(_write_shard, file, place, settings) for file, place in missing]
+        try:
+            for future in as_completed(waiting):
+                future.result()
+                one_more()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _single_threaded() -> None:
+    """Keep a worker to one core; there are as many of them as cores are wanted."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def _write_shard(file: Path | None, place: Path, settings: _Settings) -> None:
+    """Tokenise one file into ``place``: a token file for every split that gets a document, and a manifest."""
+    import_megatron()
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # takes seconds
+
+    tokenizer = load_tokenizer(Path(settings.tokenizer))
+    end = end_of_text(tokenizer, Path(settings.tokenizer))
+    dtype = DType.optimal_dtype(len(tokenizer))
+    shares = dict(settings.shares)
+    builders: dict[str, Any] = {}
+    documents = dict.fromkeys(shares, 0)
+    digest = hashlib.sha256()
+    with whole_folder(place) as partial, ExitStack() as closing:
+        for batch in batches(_not_blank(file, settings.text_key)):
+            for document, ids in zip(batch, encode(tokenizer, batch), strict=True):
+                digest.update(hashlib.sha256(document.text.encode()).digest())
+                name = split_of(document.text, shares, settings.seed)
+                if name not in builders:
+                    builders[name] = IndexedDatasetBuilder(str(partial / f"{name}.bin"), dtype=dtype)
+                    closing.callback(builders[name].data_file.close)
+                builders[name].add_document(torch.tensor([*ids, end]), [len(ids) + 1])
+                documents[name] += 1
+        for name, builder in builders.items():
+            builder.finalize(str(partial / f"{name}.idx"))
+        write_json(partial / _MANIFEST, {"documents": documents, "source_sha256": digest.hexdigest()})
+
+
+def _not_blank(file: Path | None, text_key: str) -> Iterator[Document]:
+    return (document for document in read_file(file, text_key) if document.text.strip())
+
+
+def _join(name: str, places: list[Path], out: Path, made_from: str, tokenizer_folder: Path) -> dict[str, Any]:
+    """Join one split of all shards, in the order of the files."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    shards = [read_json(place / _MANIFEST) for place in places]
+    present = [place / name for place, shard in zip(places, shards, strict=True) if shard["documents"][name]]
+    if not present:
+        raise UserError(f"No document fell into the split {name}; give more text, or {name} a larger share.")
+    dtype = DType.optimal_dtype(len(load_tokenizer(tokenizer_folder)))
+    partial = out / f".{name}.partial.bin"
+    builder = IndexedDatasetBuilder(str(partial), dtype=dtype)
+    for prefix in present:
+        builder.add_index(str(prefix))
+    builder.finalize(str(partial.with_suffix(".idx")))
+    (out / f"{name}.json").unlink(missing_ok=True)  # it describes other tokens
+    for suffix in (".bin", ".idx"):
+        with open(partial.with_suffix(suffix), "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial.with_suffix(suffix), out / f"{name}{suffix}")
+    manifest = {
+        "documents": sum(shard["documents"][name] for shard in shards),
+        "tokens": count_tokens(out / name),
+        "dtype": str(dtype.__name__),
+        "append_eos": True,
+        "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
+        "source_sha256": sha256_json([shard["source_sha256"] for shard in shards]),
+        "bin_sha256": sha256_file(out / f"{name}.bin"),
+        "made_from": made_from,
+    }
+    write_json(out / f"{name}.json", manifest)
+    return manifest

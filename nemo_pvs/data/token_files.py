@@ -1,0 +1,89 @@
+"""Token files that are there already: do they suit the model, how many tokens have they, and which are they."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_pvs.data.tokenize import count_tokens
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import read_json, sha256_file, sha256_json
+
+# Ids that are looked at in the beginning, the middle and the end of a file to tell its vocabulary.
+_SAMPLE = 1 << 20
+
+
+def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict[str, Any]:
+    """Return ``tokens`` and a hash (``bin_sha256``) of a token file, after a look at whether it suits a model.
+
+    The hash is the one in the manifest that ``pvs tokenize`` left; without one it covers the index and the size,
+    because the tokens themselves may be terabytes.
+
+    Args:
+        prefix: Path without suffix.
+        tokenizer_sha256: Hash of the model's tokenizer (``tokenize.tokenizer_hash``).
+        vocab: Rows of the model's embedding.
+
+    Raises:
+        UserError: the files are missing or damaged, or were made with another tokenizer or a larger vocabulary.
+    """
+    tokens = count_tokens(prefix)
+    manifest_path = _beside(prefix, ".json")
+    manifest = read_json(manifest_path) if manifest_path.is_file() else {}
+    made_with = manifest.get("tokenizer_sha256", tokenizer_sha256)
+    if made_with != tokenizer_sha256:
+        raise UserError(
+            f"{prefix}.bin was made with another tokenizer than the parent's ({made_with[:12]}, not "
+            f"{tokenizer_sha256[:12]}); tokenise the text with the parent's."
+        )
+    largest = _largest_id(prefix, tokens)
+    if largest >= vocab:
+        raise UserError(
+            f"{prefix}.bin holds the token {largest:,}, but the parent's vocabulary ends at {vocab - 1:,}; "
+            "tokenise the text with the parent's tokenizer."
+        )
+    identity = {"index": sha256_file(_beside(prefix, ".idx")), "bytes": _beside(prefix, ".bin").stat().st_size}
+    return {"tokens": tokens, "bin_sha256": manifest.get("bin_sha256") or sha256_json(identity)}
+
+
+def check_end(end: int, tokens: Sequence[int], weights: Sequence[float] | None, names: Sequence[str]) -> None:
+    """Refuse to read past the end of the training data, where Megatron would begin it anew without a word.
+
+    Args:
+        end: Tokens from the start of the data to the last one read.
+        tokens: Tokens of each file.
+        weights: Of the files in a blend; None if they are read whole.
+        names: Of the files.
+
+    Raises:
+        UserError: a file has too few tokens.
+    """
+    if weights is None:
+        if end >= sum(tokens):  # one more token, which the last one predicts
+            raise UserError(
+                f"Training reads {end:,} tokens from the start of the data, but the training split has "
+                f"{sum(tokens):,} tokens; take more text, or lower train.tokens, budgets or data.token_ranges."
+            )
+        return
+    for name, available, weight in zip(names, tokens, weights, strict=True):
+        wanted = int(end * weight / sum(weights))
+        if wanted >= available:
+            raise UserError(
+                f"Training reads {wanted:,} tokens of {name}.bin (weight {weight:g}), but it has {available:,} "
+                "tokens; take more text, or lower its weight, budgets or data.token_ranges."
+            )
+
+
+def _largest_id(prefix: Path, tokens: int) -> int:
+    file = _beside(prefix, ".bin")
+    dtype = np.dtype({1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[file.stat().st_size // tokens])
+    ids = np.memmap(file, dtype=dtype, mode="r")
+    middle = max(0, tokens // 2 - _SAMPLE // 2)
+    return int(max(ids[start : start + _SAMPLE].max() for start in (0, middle, max(0, tokens - _SAMPLE))))
+
+
+def _beside(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)

@@ -1,0 +1,249 @@
+"""``pvs run --dry-run``: everything that a recipe would do, from its numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.data.token_files import check_end
+from nemo_pvs.data.tokenize import count_tokens
+from nemo_pvs.errors import UserError
+from nemo_pvs.layout import Layout as WeightLayout
+from nemo_pvs.progress import console
+from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
+from nemo_pvs.pruning.target import describe_removal
+from nemo_pvs.recipe import Arm, Recipe
+from nemo_pvs.recipe_blocks import DENSE, Target
+from nemo_pvs.recipe_targets import (
+    Expected,
+    check_recipe,
+    expected_shape,
+    is_sparse,
+    masked_parameters,
+    needs_scores,
+    scans,
+)
+from nemo_pvs.reporting.ledger import Charge, Ledger
+from nemo_pvs.shape import Shape
+from nemo_pvs.training_memory import Memory, training_memory
+
+_WIDE = 160
+
+
+@dataclass(frozen=True)
+class PlannedTarget:
+    """One target before any work."""
+
+    name: str
+    target: Target
+    expected: Expected
+    memory: Memory
+    spent: Ledger
+    """What pruning to it costs; a calibration that several targets share is in each."""
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One training run before any work."""
+
+    arm: Arm
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a recipe would do."""
+
+    recipe: Recipe
+    parent: Shape
+    targets: tuple[PlannedTarget, ...]
+    arms: tuple[PlannedArm, ...]
+    stages: tuple[str, ...]
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Work out everything that ``pvs run`` would do, without reading a weight or a token.
+
+    Raises:
+        UserError: something in the recipe is impossible, or the parent's sizes are not known here.
+    """
+    config = parent_config(recipe)
+    parent = WeightLayout.for_config(config).shape(config)
+    check_recipe(recipe, parent, int(config.get("max_position_embeddings", 0)))
+    _check_data(recipe)
+    targets = tuple(_target(recipe, name, target, parent) for name, target in recipe.targets.items())
+    shapes = {planned.name: planned.expected.shape for planned in targets}
+    spent = {planned.name: planned.spent for planned in targets}
+    arms = tuple(_arm(recipe, arm, shapes[arm.target], spent[arm.target], parent) for arm in recipe.runs)
+    return DryRun(recipe, parent, targets, arms, tuple(_stages(recipe)))
+
+
+def parent_config(recipe: Recipe) -> Mapping[str, Any]:
+    """Return the parent's config.json: of the checkpoint if it is here, else as the recipe states it.
+
+    Raises:
+        UserError: neither is there.
+    """
+    source, stated = recipe.parent.source, recipe.parent.config
+    if source is not None and Path(source).is_dir():
+        return open_source(source).config
+    if stated is None:
+        raise UserError(
+            f"The parent {source} is not a folder here, and the recipe has no parent.config with its sizes; add its "
+            "config.json there, or run without --dry-run."
+        )
+    return stated
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Refuse ranges past the end of token files that are here; those that are not are looked at when they are."""
+    token_files = recipe.data.token_files
+    if token_files is None:
+        return
+    weights, names = token_files.blend
+    if all(Path(f"{name}.idx").is_file() for name in names):
+        end = max(arm.first_token + arm.tokens for arm in recipe.runs)
+        check_end(end, [count_tokens(Path(name)) for name in names], weights, names)
+
+
+def _target(recipe: Recipe, name: str, target: Target, parent: Shape) -> PlannedTarget:
+    expected = expected_shape(target, parent)
+    memory = training_memory(expected.shape, target.layout, recipe.train)
+    return PlannedTarget(name, target, expected, memory, _pruning(recipe, target, expected.shape, parent))
+
+
+def _pruning(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> Ledger:
+    """Charge what pruning reads: a calibration, or a scan of layers."""
+    settings, ledger = recipe.calibrate, Ledger()
+    length = settings.sequence_length
+    if needs_scores(target):
+        ledger.charge("calibration", settings.samples * length, parent, length, False, "one dense pass")
+    if is_sparse(target) and target.method != "magnitude":
+        ledger.charge("calibration", settings.samples * length, parent, length, False, "layer by layer")
+    if scans(target) and target.search in (None, "contiguous"):
+        tokens = {"samples": settings.scan_samples, "sequence_length": length}
+        removed = parent.layers - shape.layers
+        starts = range(shape.layers + 1)
+        forwards = count_forwards(parent.layers, removed, starts)
+        models = len(starts) + 1
+        flops = sweep_flops(parent, tokens, forwards, models)
+        ledger.charges.append(Charge("search", sweep_tokens(tokens, models), flops, "depth scan"))
+    return ledger
+
+
+def _arm(recipe: Recipe, arm: Arm, shape: Shape, pruning: Ledger, parent: Shape) -> PlannedArm:
+    ledger = Ledger()
+    if arm.initialisation == "pruned":
+        declared = int(recipe.parent.pretraining_tokens) or None
+        ledger.inherit_checkpoint(Path(recipe.parent.source or ""), parent, declared)
+        ledger.charges += pruning.charges
+    ledger.charge(
+        "training",
+        arm.tokens,
+        shape,
+        arm.training.sequence_length,
+        True,
+        masked_parameters=masked_parameters(recipe.targets[arm.target], shape),
+        tokens_per_step=arm.training.tokens_per_step,
+    )
+    return PlannedArm(arm, ledger)
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    """Return the stages in the order in which ``pipeline.Pipeline`` does them."""
+    stages = ["parent", "data"]
+    if any(needs_scores(target) for target in recipe.targets.values()):
+        stages.append("calibrate")
+    for name, target in recipe.targets.items():
+        if target.method != DENSE or "pruned" in recipe.arms:
+            stages.append(f"prune/{name}")
+        if "random" in recipe.arms:
+            stages.append(f"random/{name}")
+    stages += [f"train/{arm.name}" for arm in recipe.runs]
+    if recipe.parent.source is None:
+        return [*stages, "evaluate"]
+    return [*stages, "evaluate", "report"]
+
+
+def executor_here() -> str:
+    """Return how ``pvs run`` would start the ranks on this machine."""
+    if torch.cuda.is_available():
+        return "this machine's GPUs, ranks started by torchrun, NCCL"
+    return "this machine's CPU, ranks forked, gloo"
+
+
+def show(plan: DryRun, executor: str) -> None:
+    """Print a dry run; ``executor`` says where the ranks would run."""
+    recipe, train = plan.recipe, plan.recipe.train
+    console.print(f"[bold]{recipe.title}[/]")
+    console.print(f"parent: {recipe.parent.name}, {plan.parent}", soft_wrap=True)
+    console.print(f"stages: {', '.join(_in_short(plan.stages))}", soft_wrap=True)
+    console.print(
+        f"a step: {train.global_batch_size:,} sequences of {train.sequence_length:,} = {train.tokens_per_step:,} "
+        f"tokens; {train.warmup} warm-up, {train.precision} precision",
+        soft_wrap=True,
+    )
+    console.print(f"where: {executor}", soft_wrap=True)
+    # A file or a pipe has no width: nothing need be broken there.
+    wide = console if console.is_terminal else Console(width=_WIDE, highlight=False, quiet=console.quiet)
+    wide.print(_targets_table(plan))
+    wide.print(_arms_table(plan))
+
+
+def _in_short(stages: tuple[str, ...]) -> list[str]:
+    """Return the stages, those of training as their number: the arms have a table."""
+    trained = [stage for stage in stages if stage.startswith("train/")]
+    others = [stage for stage in stages if stage not in trained or stage == trained[0]]
+    return [f"train ({len(trained)} arms)" if stage == trained[0] else stage for stage in others]
+
+
+def _targets_table(plan: DryRun) -> Table:
+    table = Table("target", "method", "shape", "params", "removed", "ranks", "TP x PP x DP", "GB a GPU", "recomputed")
+    for one in plan.targets:
+        shape, layout = one.expected.shape, one.target.layout
+        about = "" if one.expected.exact else "about "
+        table.add_row(
+            one.name,
+            one.target.method + (f" {one.target.sparsity}" if one.target.sparsity else ""),
+            about + _sizes(shape),
+            f"{about}{shape.parameters:,}",
+            ""
+            if shape == plan.parent
+            else describe_removal(plan.parent, shape).split(" of")[0].removeprefix("removes "),
+            f"{layout.processes:,}",
+            f"{layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}",
+            f"{one.memory.total / 1e9:,.1f}",
+            f"{one.memory.total_recomputed / 1e9:,.1f}",
+        )
+    return table
+
+
+def _sizes(shape: Shape) -> str:
+    return f"{shape.layers} x {shape.hidden}, ffn {shape.ffn}, {shape.heads}/{shape.kv_groups} heads"
+
+
+def _arms_table(plan: DryRun) -> Table:
+    table = Table("arm", "peak rate", "steps", "tokens", "from token", "training FLOPs", "total FLOPs")
+    for one in plan.arms:
+        arm, total = one.arm, one.ledger.total.flops
+        table.add_row(
+            arm.name,
+            f"{arm.training.learning_rate:.2g}",
+            f"{arm.training.steps:,}",
+            f"{arm.tokens:,}",
+            f"{arm.first_token:,}",
+            f"{one.ledger.training.flops:.4g}",
+            "unknown" if total is None else f"{total:.4g}",
+        )
+    flops = sum(one.ledger.training.flops or 0 for one in plan.arms)
+    table.add_row(
+        f"{len(plan.arms)} arms", "", "", f"{sum(one.arm.tokens for one in plan.arms):,}", "", f"{flops:.4g}", ""
+    )
+    return table

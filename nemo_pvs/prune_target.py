@@ -1,0 +1,131 @@
+"""The pruning of one target of a recipe: by whatever method, into a Hugging Face folder and a NeMo checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.checkpoints.huggingface import write_huggingface
+from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.files import sha256_json, write_json
+from nemo_pvs.progress import console, progress
+from nemo_pvs.pruning import methods
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.sparse_source import SparseSource
+from nemo_pvs.pruning.sweep import sweep_flops, sweep_tokens
+from nemo_pvs.pruning.work_folder import work_folder
+from nemo_pvs.recipe_blocks import DENSE, Target
+from nemo_pvs.recipe_targets import is_sparse, options_of
+from nemo_pvs.shape import Shape
+
+HUGGING_FACE, NEMO = "huggingface", "nemo"
+PLAN, SETTINGS = "plan.json", "pruning.json"
+
+
+def prune_target(
+    target: Target,
+    source: WeightSource,
+    folder: Path,
+    *,
+    tokens: Callable[[], TokenSet],
+    scores: Callable[[], Scores],
+    compute: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and what says how it was done.
+
+    Args:
+        target: Method and amount.
+        source: The parent.
+        folder: Is made; layers of a sparse method that was interrupted are kept beside it, to go on from.
+        tokens: Reads the calibration text.
+        scores: Loads the scores.
+        compute: Where and how layers run, as ``methods.Job`` takes it.
+
+    Returns:
+        ``fingerprint`` of the result; ``plan`` (a hash); where they were spent ``search`` and ``calibration`` with
+        tokens and FLOPs.
+
+    Raises:
+        UserError: the parent cannot be pruned like that.
+    """
+    if target.method == DENSE:
+        _write(source, folder)
+        return {"fingerprint": fingerprint(source)}
+    read: list[TokenSet] = []
+
+    def read_tokens() -> TokenSet:
+        read.append(tokens())
+        return read[-1]
+
+    pruned = methods.prune(
+        target.method,
+        methods.Job(
+            source=source,
+            options=options_of(target),
+            tokens=read_tokens,
+            scores=scores,
+            check=lambda shape: shape.check_parallel(
+                tensor_parallel=target.layout.tensor_parallel, pipeline_parallel=target.layout.pipeline_parallel
+            ),
+            work_folder=work_folder(folder),
+            progress=progress,
+            say=lambda text: console.print(f"  {text}", soft_wrap=True),
+            overwrite=True,
+            compute=compute,
+        ),
+    )
+    _write(pruned.source, folder)
+    result: dict[str, Any] = {"fingerprint": fingerprint(pruned.source)}
+    if pruned.plan is not None:
+        pruned.plan.save(folder / PLAN)
+        result |= {"plan": pruned.plan.plan_hash, **_search(pruned.plan, target)}
+    else:
+        write_json(folder / SETTINGS, dict(pruned.settings))
+        result |= {"plan": sha256_json(dict(pruned.settings)), **_sparse_calibration(target, source, read)}
+    if isinstance(pruned.source, SparseSource):
+        shutil.rmtree(pruned.source.folder)
+    return result
+
+
+def _write(source: WeightSource, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for write, place in ((write_huggingface, HUGGING_FACE), (write_nemo, NEMO)):
+        with progress(f"write {place}", "parameters") as show:
+            write(source, folder / place, progress=show)
+
+
+def _search(plan: Plan, target: Target) -> dict[str, Any]:
+    """Return what a depth scan read and computed."""
+    made = plan.provenance
+    if "layer_forwards" not in made:
+        return {}
+    models = 1 + _candidates(plan.parent, target, len(made["losses"]))
+    spent = {
+        "tokens": sweep_tokens(made["tokens"], models),
+        "flops": sweep_flops(plan.parent, made["tokens"], made["layer_forwards"], models),
+        "losses": made["losses"],
+    }
+    return {"search": spent}
+
+
+def _candidates(parent: Shape, target: Target, steps: int) -> int:
+    """Return how many models without some layers were measured, of which a greedy search notes the best of a step."""
+    if target.search != "greedy":
+        return steps
+    free = parent.layers - (target.protect_first or 0) - (target.protect_last or 0)
+    return sum(free - step for step in range(steps))
+
+
+def _sparse_calibration(target: Target, source: WeightSource, read: list[TokenSet]) -> dict[str, Any]:
+    """Return what a sparse method's own calibration cost: behind pruned layers the text goes through each twice."""
+    if not is_sparse(target) or not read:
+        return {}
+    ids = read[0].ids
+    passes = 1 if target.sequential is False else 2
+    rate = shape_of(source).flops_per_token(sequence_length=ids.shape[1], training=False)
+    return {"calibration": {"tokens": ids.numel(), "flops": ids.numel() * rate * passes}}

@@ -1,0 +1,349 @@
+"""The blocks of a recipe: what may stand under each key of the YAML file, with types, bounds and defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Initialisation = Literal["pruned", "random"]
+"""Where an arm's weights come from: the pruned parent (R_N in the paper), or a random draw (S_N)."""
+
+SIZES = ("layers", "hidden", "ffn", "kv_groups")
+DENSE = "dense"
+"""The method of a target that is the parent's own architecture: to train the parent itself, or to train it on."""
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+def _text(value: Any) -> Any:
+    """Take a weight of a blend that YAML has made a number."""
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+def _pattern(value: Any) -> Any:
+    """Undo YAML, which takes 2:4 without quotes for 2 minutes and 4 seconds; no sparsity is 60 or more."""
+    if isinstance(value, int) and value >= 60:
+        return f"{value // 60}:{value % 60}"
+    return str(value) if isinstance(value, float) else value
+
+
+Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
+"""A number of tokens; 200e9 is as good as 200000000000."""
+Rate = Annotated[float, Field(gt=0)]
+Range = tuple[Tokens, Tokens]
+"""Tokens of the training data from the first to the one behind the last, counted in the order of training."""
+
+
+class Block(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Parent(Block):
+    """The model to prune."""
+
+    source: str | None = None
+    """A Hugging Face folder, a NeMo checkpoint, a ``.gguf`` file, ``hf://owner/name``, or ``smollm2-135m``."""
+    config: dict[str, Any] | None = None
+    """The Hugging Face config.json of the parent: for a dry run without the model, and for a parent that is yet to be
+    trained (then without ``source``)."""
+    tokenizer: str | None = None
+    """A folder with the tokenizer of a parent that is yet to be trained."""
+    pretraining_tokens: Tokens = 0
+    """Tokens that the parent was pretrained on, for the ledger; 0 when nobody knows."""
+
+    @model_validator(mode="after")
+    def _is_something(self) -> Parent:
+        if self.source is None and (self.config is None or self.tokenizer is None):
+            raise ValueError("give the source, or the config and the tokenizer of a model that is yet to be trained")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.source or "parent"
+
+
+class Split(Block):
+    """Shares of the corpus; documents never cross from one to another."""
+
+    train: Fraction = 0.85
+    validation: Fraction = 0.05
+    calibration: Fraction = 0.05
+    test: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Split:
+        if abs(sum(self.model_dump().values()) - 1) > 1e-9:
+            raise ValueError("the shares of train, validation, calibration and test must add up to 1")
+        return self
+
+
+class TokenFiles(Block):
+    """Megatron token files (``.bin`` and ``.idx``) by their path without suffix; nothing is tokenised then."""
+
+    train: str | list[Annotated[str, BeforeValidator(_text)]]
+    """One, several that are mixed by their sizes, or a blend: weight, path, weight, path."""
+    validation: str
+    calibration: str
+    test: str
+
+    @property
+    def blend(self) -> tuple[list[float] | None, list[str]]:
+        """The weights of the training files, None where their sizes weigh them, and their paths.
+
+        Raises:
+            ValueError: weights and paths do not alternate.
+        """
+        given = [self.train] if isinstance(self.train, str) else self.train
+        numbers = [_number(entry) for entry in given]
+        if all(number is None for number in numbers) and given:
+            return None, given
+        weights, paths = [number for number in numbers[::2] if number is not None], given[1::2]
+        if not given or not len(weights) == len(paths) == len(numbers[::2]) or any(map(_is_number, paths)):
+            raise ValueError("the training files must be paths, or weights and paths by turns")
+        return weights, paths
+
+    @model_validator(mode="after")
+    def _can_be_blended(self) -> TokenFiles:
+        _ = self.blend
+        return self
+
+
+def _is_number(text: str) -> bool:
+    return _number(text) is not None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+class TokenRanges(Block):
+    """Which tokens of the training data each kind of run reads, as [first, end), in the order of training."""
+
+    parent: Range | None = None
+    """What the parent was trained on, if it was trained on the same data with the same seed."""
+    pruned: Range | None = None
+    """For pruned arms; each reads from the first on as many as its budget. From 0 without end where it is left out."""
+    random: Range | None = None
+    """For arms from random weights, likewise."""
+    allow_overlap: bool = False
+    """Let pruned arms read again what the parent was trained on."""
+
+    def of(self, initialisation: Initialisation) -> tuple[int, float]:
+        """Return the range of an arm; the end may be infinite."""
+        first, end = getattr(self, initialisation) or (0, float("inf"))
+        return int(first), end
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> TokenRanges:
+        for name in ("parent", "pruned", "random"):
+            given = getattr(self, name)
+            if given and given[0] >= given[1]:
+                raise ValueError(f"the range of {name} ends before it begins")
+        first, end = self.of("pruned")
+        if self.parent and not self.allow_overlap and first < self.parent[1] and self.parent[0] < end:
+            raise ValueError(
+                f"pruned arms would read tokens that the parent was trained on ({self.parent[0]:,} to "
+                f"{self.parent[1]:,}); move their range, or set allow_overlap: true"
+            )
+        return self
+
+
+class Data(Block):
+    """The text that everything is trained, calibrated and measured on: ``source`` or ``token_files``."""
+
+    source: str | list[str] | None = None
+    """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``."""
+    token_files: TokenFiles | None = None
+    split: Split = Split()
+    seed: int = 0
+    """Of the split."""
+    token_ranges: TokenRanges = TokenRanges()
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Data:
+        if (self.source is None) == (self.token_files is None):
+            raise ValueError("give either source or token_files")
+        return self
+
+
+class Calibration(Block):
+    """The sequences that importance is measured on."""
+
+    samples: Positive = 128
+    sequence_length: Positive = 2048
+    scan_samples: Positive = 16
+    """Sequences for the depth scan, which runs the model once for every window."""
+    seed: int = 0
+
+
+class Layout(Block):
+    """How one training run is spread over processes."""
+
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    virtual_pipeline: Positive | None = None
+    """Pieces of layers that each stage works on in turns, which makes the pipeline's bubble as many times smaller."""
+    context_parallel: Positive = 1
+    """Ranks that share every sequence; needs Transformer Engine."""
+    data_parallel: Positive = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+
+    @property
+    def processes(self) -> int:
+        """Number of ranks."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+
+class Rates(Block):
+    """Peak learning rates by initial weights."""
+
+    pruned: Rate
+    random: Rate
+
+
+class Target(Block):
+    """One pruned architecture: the method and how much it removes."""
+
+    method: Literal[
+        "minitron-depth",
+        "shortgpt",
+        "minitron-width",
+        "minitron-joint",
+        "flap",
+        "wanda-sp",
+        "magnitude-sp",
+        "magnitude",
+        "wanda",
+        "sparsegpt",
+        "dense",
+    ]
+    layers: Positive | None = None
+    hidden: Positive | None = None
+    ffn: Positive | None = None
+    kv_groups: Positive | None = None
+    ratio: float | None = Field(default=None, gt=0, lt=1)
+    of: Literal["body", "total"] | None = None
+    preset: str | None = None
+    sparsity: Annotated[str | None, BeforeValidator(_pattern)] = None
+    search: Literal["contiguous", "greedy", "individual"] | None = None
+    aggregation: Literal["energy", "meanabs_l2"] | None = None
+    metric: Literal["WIFV", "IFV", "WIFN"] | None = None
+    structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = None
+    bias: bool | None = None
+    uniform: bool | None = None
+    remove_groups: int | None = Field(default=None, ge=0)
+    ffn_multiple: Positive | None = None
+    kv_groups_multiple: Positive | None = None
+    sequential: bool | None = None
+    protect_first: int | None = Field(default=None, ge=0)
+    protect_last: int | None = Field(default=None, ge=0)
+    compat: bool | None = None
+    learning_rate: Rate | Rates | None = None
+    """Instead of ``train.learning_rate``: one, or one for each kind of initial weights."""
+    keep_parent_embeddings: bool = False
+    """The random arm keeps the pruned model's embedding and vectors, as the published sparse baseline does."""
+    layout: Layout = Layout()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is asked of the method, under the names of ``pruning.methods.Options``."""
+        given = {
+            name: value
+            for name in type(self).model_fields
+            if name not in {"method", "layout", "learning_rate", "keep_parent_embeddings", *SIZES}
+            and (value := getattr(self, name)) is not None
+        }
+        sizes = ((name, getattr(self, name)) for name in SIZES)
+        target = ",".join(f"{name}={size}" for name, size in sizes if size is not None)
+        return {**({"target": target} if target else {}), **given}
+
+    def peak(self, initialisation: Initialisation, default: float) -> float:
+        """Return the peak learning rate of an arm."""
+        rate = self.learning_rate
+        return default if rate is None else getattr(rate, initialisation) if isinstance(rate, Rates) else rate
+
+
+class Training(Block):
+    """One training recipe for every arm; only initial weights, budget, range, peak and layout differ."""
+
+    tokens: Tokens
+    """Training tokens, rounded up to whole steps; ``budgets`` of a recipe take its place."""
+    sequence_length: Positive
+    global_batch_size: Positive
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: Positive = 1
+    learning_rate: Rate
+    """The peak."""
+    min_learning_rate_ratio: Fraction = 0.1
+    warmup: Literal["linear", "quadratic"] = "linear"
+    """linear: NeMo's, then a cosine over the rest. quadratic: the paper's, the lower of it and a cosine over all."""
+    warmup_fraction: Fraction = 0.05
+    warmup_max_steps: Positive | None = None
+    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """all: norms and biases too, as in the paper."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = 1e-8
+    clip_grad_norm: float = Field(default=1.0, gt=0)
+    clip_before_mask: bool = False
+    """Of a sparse model: clip the gradient's norm with pruned weights in it, as the published runs did."""
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    """auto: bf16 where the device computes in it, else fp32. fp8: matrix products of layers in FP8, the rest bf16."""
+    validations: Positive = 10
+    """How often the validation loss is measured during the run, at equal distances and at the end."""
+    validation_samples: Positive = 64
+    """Validation sequences, always the same ones."""
+    checkpoints: Positive = 2
+    """How often the run is saved, at equal distances and at the end."""
+    seed: Positive = 1234
+    """Order of the training data and the draws of a random initialisation."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: ``tokens`` rounded up."""
+        return max(1, -(-int(self.tokens) // self.tokens_per_step))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the warm-up ends; the guard keeps 0.29 * 100 from being 28."""
+        steps = int(self.warmup_fraction * self.steps + 1e-9)
+        return min(steps, self.warmup_max_steps or steps)
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Training:
+        if self.validation_samples % self.global_batch_size:
+            raise ValueError("validation_samples must be a multiple of global_batch_size")
+        return self
+
+
+class Evaluation(Block):
+    """How perplexity on the test split is measured."""
+
+    samples: Positive = 64
+    sequence_length: Positive = 2048
+
+
+class Budgets(Block):
+    """Token budgets by initial weights; every one is a run of its own."""
+
+    pruned: list[Tokens] = []
+    random: list[Tokens] = []

@@ -1,0 +1,154 @@
+"""What the targets of a recipe ask of their methods: checked when a recipe is read, and the shapes to expect."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.input_means import FEATURES
+from nemo_pvs.pruning.methods import METHODS, Options
+from nemo_pvs.pruning.sparsity import Sparsity
+from nemo_pvs.pruning.target import choose_target
+from nemo_pvs.pruning.unit_counts import Rules, unit_counts
+from nemo_pvs.recipe import Recipe
+from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
+from nemo_pvs.shape import Shape
+
+SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp")
+"""Methods that read the scores of one calibration, shared by all of a recipe's targets."""
+_SCANNING = ("minitron-depth",)
+"""Methods that run the model once for every candidate, on fewer sequences."""
+_STRUCTURES = {"flap": "AL-AM", "wanda-sp": "UL-UM", "magnitude-sp": "UL-UM"}
+"""The structure of each method that counts units, where a target names none."""
+
+
+class Expected(NamedTuple):
+    """The shape of a target before it is pruned."""
+
+    shape: Shape
+    exact: bool
+    """Whether it is decided by numbers alone; else scores decide layer by layer, and this is about their average."""
+
+
+def check_options(target: Target) -> None:
+    """Refuse a target that asks its method for something that it has not, or does not say how much to remove.
+
+    Raises:
+        UserError: naming the option.
+    """
+    given = target.options
+    takes = METHODS[target.method].takes if target.method != DENSE else ()
+    foreign = [name for name in given if name not in takes]
+    if foreign:
+        own = ", ".join(", ".join(SIZES) if name == "target" else name for name in takes) or "none"
+        wrong = next((size for size in SIZES if getattr(target, size)), "") if foreign[0] == "target" else foreign[0]
+        raise UserError(f"{target.method} has no {wrong}; its own keys are {own}.")
+    amounts = [name for name in ("target", "ratio", "preset", "sparsity") if name in takes]
+    asked = [name for name in amounts if name in given]
+    if amounts and len(asked) != 1:
+        known = ", ".join(", ".join(SIZES) if name == "target" else name for name in amounts)
+        raise UserError(
+            f"{'two things say' if asked else 'nothing says'} how much to remove; "
+            f"give {'only one' if asked else 'at least one'} of {known}."
+        )
+    if target.sparsity is not None:
+        Sparsity.parse(target.sparsity)
+
+
+def options_of(target: Target) -> Options:
+    """Return what a target asks of its method."""
+    known = {field.name for field in fields(Options)}
+    return Options(**{name: value for name, value in target.options.items() if name in known})
+
+
+def needs_scores(target: Target) -> bool:
+    """Return whether a target is pruned by the scores of a calibration."""
+    return target.method in SCORED
+
+
+def scans(target: Target) -> bool:
+    """Return whether a target is found by running the model once for every candidate."""
+    return target.method in _SCANNING
+
+
+def is_sparse(target: Target) -> bool:
+    """Return whether a target keeps the parent's shape and has masks."""
+    return target.sparsity is not None
+
+
+def masked_parameters(target: Target, shape: Shape) -> int:
+    """Return the weights that a target's mask will hold at zero; rows of odd length may round to a few less."""
+    return 0 if target.sparsity is None else Sparsity.parse(target.sparsity).count(shape.matrix_parameters)
+
+
+def expected_shape(target: Target, parent: Shape) -> Expected:
+    """Return the shape that a target will have.
+
+    Raises:
+        UserError: the parent cannot be pruned to it.
+    """
+    options = target.options
+    if target.method == DENSE:
+        return Expected(parent, True)
+    if target.sparsity is not None:
+        sparsity = Sparsity.parse(target.sparsity)
+        for name, inputs in (("q_proj", parent.hidden), ("o_proj", parent.axis("query")), ("down_proj", parent.ffn)):
+            sparsity.check(name, (1, inputs))
+        return Expected(parent, True)
+    if target.method in _STRUCTURES:
+        return _by_units(target, parent, options)
+    sizes = {name: options.get(name) for name in ("target", "ratio", "preset")}
+    return Expected(choose_target(parent, target.method, of=target.of or "body", **sizes), True)
+
+
+def _by_units(target: Target, parent: Shape, options: dict[str, Any]) -> Expected:
+    structure = target.structure or _STRUCTURES[target.method]
+    exact = structure.startswith("UL")
+    names = ("remove_groups", "uniform", "ffn_multiple", "kv_groups_multiple", "compat")
+    rules = Rules(
+        structure=structure if exact else "UL-MM",
+        ratio=options["ratio"],
+        **{name: options[name] for name in names if name in options},
+    )
+    # Where all layers are alike the counts do not depend on the scores.
+    groups, ffn = unit_counts(
+        torch.zeros(parent.layers, parent.kv_groups), torch.zeros(parent.layers, parent.ffn), parent, rules
+    )
+    shape = parent.replace(kv_groups=groups[0], ffn=ffn[0])
+    if target.method == "flap" and target.bias is not False:
+        shape = shape.replace(features=tuple(sorted({*shape.features, *FEATURES})))
+    return Expected(shape, exact)
+
+
+def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
+    """Refuse what a parent cannot be pruned or trained to, before any work.
+
+    Raises:
+        UserError: a target, a layout or a sequence length is impossible.
+    """
+    for name in ("calibrate", "train", "evaluate"):
+        length = getattr(recipe, name).sequence_length
+        if length > context_length:
+            raise UserError(
+                f"{name}.sequence_length is {length}, but the parent's context ends at {context_length} tokens; "
+                "choose a shorter one."
+            )
+    for name, target in recipe.targets.items():
+        layout = target.layout
+        try:
+            expected = expected_shape(target, parent)
+            if expected.exact:
+                expected.shape.check_parallel(
+                    tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
+                )
+        except UserError as error:
+            raise UserError(f"Target {name}: {error}") from None
+        batch = recipe.train.micro_batch_size * layout.data_parallel
+        if recipe.train.global_batch_size % batch:
+            raise UserError(
+                f"Target {name}: global_batch_size {recipe.train.global_batch_size} is not a multiple of "
+                f"micro_batch_size x data_parallel = {batch}; change one of the three."
+            )
