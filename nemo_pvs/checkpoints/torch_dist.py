@@ -142,6 +142,14 @@ class TorchDistReader:
             if isinstance(stored, metadata.TensorStorageMetadata)
         }
 
+    def truncated_files(self) -> list[str]:
+        """Return the data files that are missing or end before the last item that they should hold; reads no data."""
+        ends: dict[str, int] = {}
+        for place in self._places.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        files = ((self._folder / name, end) for name, end in ends.items())
+        return sorted(file.name for file, end in files if not file.is_file() or file.stat().st_size < end)
+
     @property
     def names(self) -> list[str]:
         """Names of all tensors, the optimizer's included."""

@@ -24,10 +24,13 @@ class TrainingJob:
     """Where checkpoints, metrics and the log go; also where an interrupted run is resumed from."""
     initial: Path
     """NeMo checkpoint with the initial weights: pruned, or drawn at random. Fixes the architecture too."""
-    data: dict[str, str]
-    """Megatron .bin/.idx prefixes of ``train`` and ``validation``; validation holds exactly the fixed windows."""
+    data: dict[str, Any]
+    """Megatron .bin/.idx prefixes of ``train`` (one, a list, or a list of weights and prefixes by turns) and
+    ``validation``, which holds exactly the fixed windows."""
     layout: Layout
     training: Training
+    first_token: int = 0
+    """Where in the training data, in the order of training, the run begins to read; whole sequences."""
 
     @property
     def metrics(self) -> Path:
@@ -71,4 +74,5 @@ class TrainingJob:
             data=values["data"],
             layout=Layout.model_validate(values["layout"]),
             training=Training.model_validate(values["training"]),
+            first_token=values.get("first_token", 0),
         )

@@ -1,8 +1,9 @@
 """Start the ranks of training jobs: forked here on a CPU, by torchrun on GPUs, or as whatever launched us.
 
-Run as ``python -m nemo_pvs.training.launch JOB...``, or with ``-`` to read job files from standard input, one a line,
-and answer each with a line that holds its exit code. Importing this module is cheap on purpose: Megatron's checkpoint
-writer spawns a helper that imports the main module again.
+Run as ``python -m nemo_pvs.training.launch JOB...``; with ``--slurm`` before the jobs, as each task that srun starts;
+or with ``-`` to read job files from standard input, one a line, and answer each with a line that holds its exit code.
+SIGTERM and SIGUSR1 go on to the ranks, which save and end with ``PREEMPTED``. Importing this module is cheap on
+purpose: Megatron's checkpoint writer spawns a helper that imports the main module again.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from pathlib import Path
 from nemo_pvs.megatron_import import import_megatron
 from nemo_pvs.processes import die_with_parent
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_to_each
 
 
 def main(arguments: list[str]) -> int:
     """Train every job that is named, one after the other; return the first exit code that is not 0."""
     if arguments == ["-"]:
         return _serve()
+    if arguments[:1] == ["--slurm"]:
+        arguments = arguments[1:]
+        _take_rank_from_slurm()
     jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
     if "WORLD_SIZE" in os.environ:  # torchrun, Slurm or Kubernetes already made this process one of the ranks
         import_megatron()
@@ -33,6 +38,20 @@ def main(arguments: list[str]) -> int:
             train(job)
         return 0
     return next((code for job in jobs if (code := _start(job))), 0)
+
+
+def _take_rank_from_slurm() -> None:
+    """Set the environment of torchrun from that of srun; MASTER_ADDR comes from the batch script."""
+    of_slurm = {
+        "RANK": "SLURM_PROCID",
+        "LOCAL_RANK": "SLURM_LOCALID",
+        "GROUP_RANK": "SLURM_NODEID",
+        "WORLD_SIZE": "SLURM_NTASKS",
+        "TORCHELASTIC_RUN_ID": "SLURM_JOB_ID",  # tells Lightning that the processes exist already
+    }
+    os.environ.update({name: os.environ[variable] for name, variable in of_slurm.items()})
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
+    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def _serve() -> int:
@@ -54,8 +73,14 @@ def _torchrun(job: TrainingJob) -> int:
     """Run the job's ranks under torchrun; their output goes to the job's log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(job.layout.processes), "-m", "nemo_pvs.training.launch", str(job.save())]
-    with open(job.log, "a") as log:
-        return subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    with (
+        open(job.log, "a") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as agent,
+        # Not to the agent itself: it would give the ranks 30 seconds and then kill them.
+        handing_on(lambda number: send_to_each(children(agent.pid), number)) as came,
+    ):
+        code = agent.wait()
+    return PREEMPTED if code and came else code
 
 
 def _fork_ranks(job: TrainingJob) -> int:
@@ -71,7 +96,10 @@ def _fork_ranks(job: TrainingJob) -> int:
     for process in ranks:
         process.start()
     try:
-        return _wait(ranks)
+        pids = [process.pid for process in ranks if process.pid]
+        with handing_on(lambda number: send_to_each(pids, number)) as came:
+            code = _wait(ranks)
+        return PREEMPTED if code and came else code
     finally:
         # A rank that waits for a dead partner ignores SIGTERM inside a collective.
         for process in ranks:

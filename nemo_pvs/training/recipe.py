@@ -7,25 +7,32 @@ off and attention is PyTorch's.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from functools import cache
 
 import fiddle
 import nemo_run as run
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_current_scaling_mixed
 from nemo.lightning import io
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
+from nemo_pvs.checkpoints.masks import FILE as MASKS_FILE
+from nemo_pvs.recipe import Training
 from nemo_pvs.training.attention import causal_data_step, layer_spec
 from nemo_pvs.training.callbacks import Checkpoint, MetricsLog
+from nemo_pvs.training.cluster import Machine
 from nemo_pvs.training.data import PretrainingData
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.masks_callback import HoldMasks
+from nemo_pvs.training.preemption_callback import Resume, SaveOnSignal
+from nemo_pvs.training.schedule import QuadraticWarmupCosine, decays_everything
 
 # Kernels of Transformer Engine and Apex that NeMo's Llama configs ask for; without them Megatron refuses the config.
 FUSED_KERNELS = (
@@ -39,14 +46,27 @@ FUSED_KERNELS = (
 )
 
 
-def pretrain_recipe(job: TrainingJob) -> run.Partial:
-    """Return NeMo's pretraining of ``job``, ready to be built and called on every rank."""
-    precision = resolve_precision(job.training.precision)
+def pretrain_recipe(
+    job: TrainingJob, machine: Machine | None = None, described: run.Config | None = None
+) -> run.Partial:
+    """Return NeMo's pretraining of ``job``, ready to be built and called on every rank.
+
+    Args:
+        job: The run.
+        machine: What to build for; this machine by default.
+        described: The model, where the job's initial checkpoint is not there yet.
+
+    Raises:
+        UserError: the machine cannot do what the job asks.
+    """
+    machine = machine or Machine.here()
+    machine.check(job.layout)
+    precision = machine.precision(job.training.precision)
     return run.Partial(
         llm.pretrain,
-        model=model(job, precision),
-        data=data(job),
-        trainer=trainer(job, precision),
+        model=model(job, precision, machine, described),
+        data=data(job, machine),
+        trainer=trainer(job, precision, machine),
         log=run.Config(
             nl.NeMoLogger,
             log_dir=str(job.folder),
@@ -54,41 +74,49 @@ def pretrain_recipe(job: TrainingJob) -> run.Partial:
             use_datetime_version=False,
             update_logger_directory=False,
             ckpt=checkpointing(job),
+            tensorboard=run.Config(TensorBoardLogger, save_dir=str(job.folder), name="tensorboard", version=""),
+            wandb=weights_and_biases(job),
         ),
         optim=optimizer(job, precision),
         resume=run.Config(
-            nl.AutoResume,
+            Resume,
             resume_if_exists=True,
+            resume_from_directory=str(job.checkpoints),
             resume_ignore_no_checkpoint=True,
             restore_config=run.Config(nl.RestoreConfig, path=str(job.initial)),
         ),
     )
 
 
-def model(job: TrainingJob, precision: str) -> run.Config:
-    """Return the model of the initial checkpoint, set up for the kernels that this machine has."""
-    stored = io.load_context(job.initial / "context", subpath="model", build=False)
+def model(job: TrainingJob, precision: str, machine: Machine, described: run.Config | None = None) -> run.Config:
+    """Return the model of the initial checkpoint, set up for the kernels that the machine has."""
+    stored = described or io.load_context(job.initial / "context", subpath="model", build=False)
     config = fiddle.cast(run.Config, stored.config)
     config.seq_length = job.training.sequence_length
     config.params_dtype = config.pipeline_dtype = _DTYPES[precision]
-    config.bf16, config.fp16 = precision == "bf16", False
-    if not has_transformer_engine():
+    config.bf16, config.fp16 = precision != "fp32", False
+    if not machine.transformer_engine:
         for kernel in FUSED_KERNELS:
             setattr(config, kernel, False)
         config.transformer_layer_spec = layer_spec
         config.data_step_fn = causal_data_step
         # Initialisation must not ask for a CUDA generator; the restored weights replace it in any case.
-        config.use_cpu_initialization = not torch.cuda.is_available()
+        config.use_cpu_initialization = not machine.gpu
+    if job.layout.virtual_pipeline:
+        # Of two ranks each is before and behind the other: messages sent in one batch would be taken for each other.
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+        # gloo reads what it sends after Megatron would have freed it.
+        config.deallocate_pipeline_outputs = machine.gpu
     return run.Config(fiddle.get_callable(stored), config=config)
 
 
-def data(job: TrainingJob) -> run.Config:
+def data(job: TrainingJob, machine: Machine) -> run.Config:
     """Return the data module: the job's tokens in an order that depends on the seed alone."""
-    training = job.training
+    training, train = job.training, job.data["train"]
     return run.Config(
         PretrainingData,
         paths={
-            "train": [job.data["train"]],
+            "train": [train] if isinstance(train, str) else train,
             "validation": [job.data["validation"]],
             "test": [job.data["validation"]],  # NeMo wants all three; nothing reads this one
         },
@@ -98,24 +126,28 @@ def data(job: TrainingJob) -> run.Config:
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         seed=training.seed,
-        num_workers=0 if not torch.cuda.is_available() else 4,
-        pin_memory=torch.cuda.is_available(),
+        num_workers=4 if machine.gpu else 0,
+        pin_memory=machine.gpu,
         index_mapping_dir=str(job.folder / "index"),
+        first_sample=job.first_token // training.sequence_length,
     )
 
 
-def trainer(job: TrainingJob, precision: str) -> run.Config:
+def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
     """Return the trainer: Megatron's strategy in the job's layout, validation at equal distances."""
     layout, training = job.layout, job.training
+    overlap = machine.gpu and layout.distributed_optimizer
     strategy = run.Config(
         nl.MegatronStrategy,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context_parallel,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=_DTYPES[precision],
-        ckpt_async_save=torch.cuda.is_available(),
-        ckpt_parallel_load=torch.cuda.is_available(),
-        ckpt_parallel_save=torch.cuda.is_available(),
+        ckpt_async_save=machine.gpu,
+        ckpt_parallel_load=machine.gpu,
+        ckpt_parallel_save=machine.gpu,
         ckpt_optim_fully_reshardable=True,  # resume at another TP x PP x DP
         ckpt_load_strictness="log_all",
         ddp=run.Config(
@@ -123,26 +155,30 @@ def trainer(job: TrainingJob, precision: str) -> run.Config:
             use_distributed_optimizer=layout.distributed_optimizer,
             grad_reduce_in_fp32=True,
             check_for_nan_in_grad=True,
-            overlap_grad_reduce=torch.cuda.is_available() and layout.distributed_optimizer,
-            overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
         ),
     )
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", layout.processes))
+    callbacks = [
+        run.Config(
+            MetricsLog, path=str(job.metrics), tokens_per_step=training.tokens_per_step, total_steps=training.steps
+        ),
+        *hold_masks(job),
+        run.Config(SaveOnSignal),
+    ]
+    if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:
+        # Data parallel exchanges overlap by the settings above; this is for those of layers and stages.
+        overlapped = layout.sequence_parallel and machine.transformer_engine
+        callbacks.append(run.Config(MegatronCommOverlapCallback, tp_comm_overlap=overlapped))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(layout.processes, machine.processes_per_node)))
     return run.Config(
         nl.Trainer,
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        accelerator="gpu" if machine.gpu else "cpu",
         devices=local_processes,
         num_nodes=layout.processes // local_processes,
         max_steps=training.steps,
         strategy=strategy,
-        plugins=run.Config(
-            MegatronMixedPrecision,
-            precision={"bf16": "bf16-mixed", "fp32": "32"}[precision],
-            params_dtype=_DTYPES[precision],
-            pipeline_dtype=_DTYPES[precision],
-            autocast_enabled=False,
-            grad_reduce_in_fp32=True,
-        ),
+        plugins=mixed_precision(precision),
         val_check_interval=interval(training.steps, training.validations),
         check_val_every_n_epoch=None,  # count steps over the whole run, so that resuming does not shift validations
         limit_val_batches=1.0,  # one whole epoch of the validation windows, each time the same
@@ -150,25 +186,62 @@ def trainer(job: TrainingJob, precision: str) -> run.Config:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         enable_progress_bar=False,  # NeMo's printer deadlocks with more than one rank; MetricsLog reports instead
-        logger=False,
+        logger=False,  # NeMoLogger adds them
         use_distributed_sampler=False,
-        callbacks=[
-            run.Config(
-                MetricsLog, path=str(job.metrics), tokens_per_step=training.tokens_per_step, total_steps=training.steps
-            ),
-        ],
+        callbacks=callbacks,
     )
 
 
+def mixed_precision(precision: str) -> run.Config:
+    """Return NeMo's precision plugin for bf16, fp32, or FP8 with scales of the step itself."""
+    if precision == "fp8":
+        plugin = bf16_with_fp8_current_scaling_mixed()
+        plugin.fp8_param_gather = False  # weights that exist in FP8 alone cannot hold a mask
+        return plugin
+    return run.Config(
+        MegatronMixedPrecision,
+        precision={"bf16": "bf16-mixed", "fp32": "32"}[precision],
+        params_dtype=_DTYPES[precision],
+        pipeline_dtype=_DTYPES[precision],
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )
+
+
+def weights_and_biases(job: TrainingJob) -> run.Config | None:
+    """Return the logger of Weights & Biases if its own variable WANDB_PROJECT asks for it."""
+    project = os.environ.get("WANDB_PROJECT")
+    if not project:
+        return None
+    return run.Config(WandbLogger, project=project, name=job.name, id=job.name, save_dir=str(job.folder))
+
+
+def hold_masks(job: TrainingJob, *, sparse: bool = False) -> list[run.Config]:
+    """Return the callback that holds the masks of the initial checkpoint; none for a dense model.
+
+    A run that is known to be ``sparse`` has it before its checkpoint is there.
+    """
+    if not sparse and not (job.initial / "context" / MASKS_FILE).is_file():
+        return []
+    return [
+        run.Config(
+            HoldMasks,
+            initial=str(job.initial),
+            path=str(job.metrics),
+            clip_before_mask=job.training.clip_before_mask,
+        )
+    ]
+
+
 def checkpointing(job: TrainingJob) -> run.Config:
-    """Return the checkpoint callback: one checkpoint, the newest, with optimizer state, replaced by the next."""
+    """Return the checkpoint callback: the two newest, with optimizer state."""
     return run.Config(
         Checkpoint,
         initial=str(job.initial),
         dirpath=str(job.checkpoints),
         filename="{step}",
         save_last=True,
-        save_top_k=0,  # best-so-far copies besides the newest one would double every save
+        save_top_k=0,  # best-so-far copies besides the newest ones would double every save
         save_on_train_epoch_end=True,  # and not after every validation
         every_n_train_steps=interval(job.training.steps, job.training.checkpoints),
         save_optim_on_train_end=True,
@@ -176,7 +249,7 @@ def checkpointing(job: TrainingJob) -> run.Config:
 
 
 def optimizer(job: TrainingJob, precision: str) -> run.Config:
-    """Return AdamW with linear warm-up and cosine decay; norms are not decayed."""
+    """Return AdamW with the job's schedule; norms and biases are not decayed unless the job says so."""
     training = job.training
     return run.Config(
         nl.MegatronOptimizerModule,
@@ -189,18 +262,31 @@ def optimizer(job: TrainingJob, precision: str) -> run.Config:
             adam_beta2=training.adam_betas[1],
             adam_eps=training.adam_eps,
             clip_grad=training.clip_grad_norm,
-            bf16=precision == "bf16",
+            bf16=precision != "fp32",
             fp16=False,
             params_dtype=_DTYPES[precision],
             use_distributed_optimizer=job.layout.distributed_optimizer,
         ),
-        lr_scheduler=run.Config(
-            nl.lr_scheduler.CosineAnnealingScheduler,
+        lr_scheduler=schedule(training),
+        no_weight_decay_cond=decays_everything if training.weight_decay_on == "all" else None,
+    )
+
+
+def schedule(training: Training) -> run.Config:
+    """Return the learning rate over the run: NeMo's, linear up and cosine down, or the paper's."""
+    if training.warmup == "quadratic":
+        return run.Config(
+            QuadraticWarmupCosine,
             max_steps=training.steps,
-            warmup_steps=round(training.warmup_fraction * training.steps),
-            constant_steps=0,
-            min_lr=training.min_learning_rate_ratio * training.learning_rate,
-        ),
+            warmup_steps=training.warmup_steps,
+            min_ratio=training.min_learning_rate_ratio,
+        )
+    return run.Config(
+        nl.lr_scheduler.CosineAnnealingScheduler,
+        max_steps=training.steps,
+        warmup_steps=training.warmup_steps,
+        constant_steps=0,
+        min_lr=training.min_learning_rate_ratio * training.learning_rate,
     )
 
 
@@ -209,19 +295,4 @@ def interval(steps: int, times: int) -> int:
     return max(1, steps // times)
 
 
-def resolve_precision(wanted: str) -> str:
-    """Return bf16 or fp32: ``auto`` is bf16 where the device has arithmetic for it, for it is slow elsewhere."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
-
-
-@cache
-def has_transformer_engine() -> bool:
-    """Return whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}

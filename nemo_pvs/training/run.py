@@ -7,18 +7,30 @@ import sys
 import threading
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from statistics import median
 from types import TracebackType
 
 from nemo_pvs.processes import die_with_parent
-from nemo_pvs.progress import progress
+from nemo_pvs.progress import console, progress
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.preemption import PREEMPTED, handing_on
+from nemo_pvs.training.run_checkpoints import checkpoint_name, newest_sound, say_broken
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_STEPS_OF_PACE = 20
 
 
 class TrainingError(Exception):
     """A training run ended early; says where its log is."""
+
+    exit_code = 1
+
+
+class PreemptedError(TrainingError):
+    """A training run was asked to stop and has saved."""
+
+    exit_code = PREEMPTED
 
 
 class Trainer:
@@ -49,17 +61,22 @@ class Trainer:
         """Train ``job``, going on where an earlier attempt stopped, and return its last checkpoint.
 
         Raises:
+            PreemptedError: SIGTERM or SIGUSR1 came, and the ranks have saved.
             TrainingError: a rank failed.
         """
         if is_finished(job):
             return last_checkpoint(job)
+        for sentence in say_broken(*newest_sound(job.checkpoints)):
+            console.print(sentence, soft_wrap=True)
         launcher = self._start()
         assert launcher.stdin is not None
         print(job.save(), file=launcher.stdin, flush=True)
-        with progress(f"train {job.name}", "tokens") as show:
+        with progress(f"train {job.name}", "tokens") as show, handing_on(launcher.send_signal) as came:
             while (answer := self._answer()) is None:
                 _show(job, show)
             _show(job, show)
+        if came and answer != "0":
+            raise PreemptedError(f"Training of {job.name} was asked to stop; the same command goes on from there.")
         if answer != "0":
             raise TrainingError(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
         return last_checkpoint(job)
@@ -93,25 +110,21 @@ class Trainer:
 
 
 def is_finished(job: TrainingJob) -> bool:
-    """Return whether the checkpoint of the job's last step is there, wherever it was trained."""
-    final = job.checkpoints / f"step={job.training.steps - 1}-last"
-    return (final / "context").is_dir() and not final.with_name(f"{final.name}-unfinished").exists()
+    """Return whether the checkpoint of the job's last step is there and whole, wherever it was trained."""
+    newest, _ = newest_sound(job.checkpoints)
+    return newest is not None and newest.name == checkpoint_name(job.training.steps)
 
 
 def last_checkpoint(job: TrainingJob) -> Path:
-    """Return the newest finished checkpoint of a job.
+    """Return the newest checkpoint of a job that is finished and whole.
 
     Raises:
         TrainingError: there is none.
     """
-    finished = [
-        folder
-        for folder in job.checkpoints.glob("*-last")
-        if not folder.with_name(f"{folder.name}-unfinished").exists()
-    ]
-    if not finished:
+    newest, _ = newest_sound(job.checkpoints)
+    if newest is None:
         raise TrainingError(f"Training of {job.name} left no checkpoint in {job.checkpoints}; see {job.log}.")
-    return max(finished, key=lambda folder: folder.stat().st_mtime)
+    return newest
 
 
 def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]
@@ -124,4 +137,20 @@ def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]
     note = f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s"
     if curve.validation:
         note += f", validation {curve.validation[-1]['loss']:.3f}"
+    note += f", {time_left(curve, job.training.steps)} left"
     show(last["tokens"], total, note=note)
+
+
+def time_left(curve: metrics.Curve, steps: int) -> str:
+    """Return how long the rest of a run takes, as 12 s, 3 min or 4.5 h, at the pace of its last steps.
+
+    A resumed run has done steps that its clock knows nothing about, and validation pauses it: the median step counts.
+    """
+    recent = curve.training[-_STEPS_OF_PACE:]
+    last = recent[-1]
+    tokens_per_step = last["tokens"] / last["step"]
+    seconds = (steps - last["step"]) * tokens_per_step / median(point["tokens_per_second"] for point in recent)
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import fiddle
 import torch
+from nemo.collections import llm
 
 from nemo_pvs.training.cpu import megatron_on_cpu
 from nemo_pvs.training.job import TrainingJob
@@ -16,6 +20,14 @@ def train(job: TrainingJob) -> None:
         train_on_cpu(job)
         return
     fiddle.build(pretrain_recipe(job))()
+
+
+def pretrain_on_cpu(
+    model: Any, data: Any, trainer: Any, log: Any = None, resume: Any = None, optim: Any = None
+) -> Path:
+    """Be NeMo's ``llm.pretrain`` on a machine without CUDA, for objects that NeMo-Run has built."""
+    with megatron_on_cpu():
+        return llm.pretrain(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim)
 
 
 def train_on_cpu(job: TrainingJob) -> None:

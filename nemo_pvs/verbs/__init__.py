@@ -7,8 +7,27 @@ functions: ``pvs --help`` starts in about a second.
 from __future__ import annotations
 
 from nemo_pvs.verbs.checkpoints import convert, inspect
+from nemo_pvs.verbs.evaluation import evaluate
 from nemo_pvs.verbs.pruning import calibrate, prune, search
-from nemo_pvs.verbs.results import evaluate, report, run
+from nemo_pvs.verbs.recipes import recipes
+from nemo_pvs.verbs.results import report, run
+from nemo_pvs.verbs.scaling import advise, budget, scaling_fit, scaling_predict
 from nemo_pvs.verbs.training import tokenize, train
 
-VERBS = (convert, inspect, tokenize, calibrate, search, prune, train, evaluate, run, report)
+VERBS = (
+    convert,
+    inspect,
+    tokenize,
+    calibrate,
+    search,
+    prune,
+    train,
+    evaluate,
+    recipes,
+    run,
+    report,
+    budget,
+    scaling_fit,
+    scaling_predict,
+    advise,
+)

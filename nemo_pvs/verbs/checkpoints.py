@@ -22,7 +22,7 @@ def convert(
     verify: Annotated[str, typer.Option(help="checksum (read back), logits (and run both) or none")] = "checksum",
     max_shard_size: Annotated[str, typer.Option(help="of a Hugging Face weights file, e.g. 5GB or 500MB")] = "5GB",
     uneven: Annotated[str, typer.Option(help="keep layers of different sizes, or pad them with zeros")] = "keep",
-    text: Annotated[str, typer.Option(help="for --verify logits: as --data of pvs evaluate")] = "wikipedia-sample",
+    text: Annotated[str, typer.Option(help="for --verify logits: as --data of pvs calibrate")] = "wikipedia-sample",
     config: Annotated[Optional[str], typer.Option(help="config.json for a bare Megatron-LM folder")] = None,
     pad_vocab_to_multiple: Annotated[int, typer.Option(help="for NeMo: of the tensor-parallel size")] = 1,
     allow_nonfinite: Annotated[bool, typer.Option(help="copy NaN and infinite weights instead of refusing")] = False,

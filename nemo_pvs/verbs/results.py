@@ -1,4 +1,4 @@
-"""The verbs that lead to an answer: evaluate, run, report."""
+"""The verbs that lead to an answer: run, report."""
 
 from __future__ import annotations
 
@@ -7,41 +7,11 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from nemo_pvs.progress import console, progress
-from nemo_pvs.verbs.arguments import Samples, Seed, SequenceLength, Text, tokens_of
+from nemo_pvs.progress import console
+from nemo_pvs.verbs.arguments import compute_of
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
-
-
-def evaluate(
-    paths: Annotated[list[str], typer.Argument(help="Hugging Face folders or NeMo checkpoints")],
-    data: Text = "wikipedia-sample",
-    samples: Samples = 64,
-    sequence_length: SequenceLength = 512,
-    seed: Seed = -1,
-) -> None:
-    """Measure perplexity of checkpoints on the same text."""
-    from rich.table import Table
-
-    from nemo_pvs.checkpoints.detect import open_source
-    from nemo_pvs.checkpoints.source import shape_of
-    from nemo_pvs.evaluation.perplexity import perplexity
-
-    models = {path: open_source(path) for path in paths}
-    table = Table("model", "parameters (M)", "loss (nats/token)", "perplexity", "tokens")
-    for path, model in models.items():
-        tokens = tokens_of(path, data, samples, sequence_length, seed)
-        with progress(f"evaluate {path}", "layers") as show:
-            measured = perplexity(model, tokens, progress=show)
-        table.add_row(
-            path,
-            f"{shape_of(model).parameters / 1e6:,.1f}",
-            f"{measured['loss']:.4f}",
-            f"{measured['perplexity']:,.2f}",
-            f"{measured['tokens']:,}",
-        )
-    console.print(table)
 
 
 def run(
@@ -51,25 +21,56 @@ def run(
         Optional[list[str]], typer.Option(help="do this stage again: calibrate, prune/width, train, ...")
     ] = None,
     prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print all that would be done, and do nothing")] = False,
+    launch: Annotated[
+        Optional[str], typer.Option(help="profile that says where: local_cpu, local_gpu, slurm_h100, or a path")
+    ] = None,
 ) -> None:
     """Run a recipe: calibrate, prune, train every arm, evaluate, report."""
     from nemo_pvs.recipe import load_recipe
 
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
+    folder = Path(out or f"runs/{checked.name}")
+    if launch is not None:
+        _launch(checked, recipe, folder, launch, dry_run=dry_run)
+        return
+    if dry_run:
+        from nemo_pvs import dry_run as planning
+
+        planning.show(planning.dry_run(checked), planning.executor_here())
+        return
     from nemo_pvs.pipeline import Pipeline
     from nemo_pvs.reporting.assemble import assemble
     from nemo_pvs.reporting.html import write_report
 
-    folder = Path(out or f"runs/{checked.name}")
-    pipeline = Pipeline(checked, folder, tuple(force or ()))
+    pipeline = Pipeline(checked, folder, tuple(force or ()), compute_of(None, "8GB"))
     if prepare_only:
         for job in pipeline.prepare_only():
             console.print(f"ready to train: {job}", soft_wrap=True)
         return
     pipeline.run()
+    if checked.parent.source is None:  # a parent has no parent to be compared with
+        for arm in checked.runs:
+            console.print(f"trained: {pipeline.model(arm.name)}", soft_wrap=True)
+        return
     results = assemble(pipeline)
     write_report(results, folder)
     _show(results, folder)
+
+
+def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:
+    from nemo_pvs import dry_run as planning
+    from nemo_pvs.launching import launch, load_profile, scripts, stages
+
+    profile = load_profile(profile_name)
+    todo = stages(checked, recipe, folder, profile)
+    if dry_run:
+        planning.show(planning.dry_run(checked), profile_name)
+        for name, script in scripts(todo, checked.name, folder, profile).items():
+            console.rule(name)
+            console.print(script, soft_wrap=True, markup=False)
+        return
+    launch(todo, checked.name, folder, profile)
 
 
 def report(

@@ -20,17 +20,25 @@ def tokenize(
     ] = "train=0.9,validation=0.1",
     text_key: Annotated[str, typer.Option(help="key or column that holds the text")] = "text",
     seed: Annotated[int, typer.Option(help="another seed, another split")] = 0,
+    workers: Annotated[int, typer.Option(help="processes that share the files out")] = 1,
 ) -> None:
-    """Turn text into Megatron token files, split by document."""
-    from nemo_pvs.data.corpus import read_documents
-    from nemo_pvs.data.split import split_documents
-    from nemo_pvs.data.tokenize import tokenize as write_tokens
+    """Turn text into Megatron token files, split by document; an interrupted run goes on, file by file."""
+    from nemo_pvs.data.shards import tokenize_files
 
-    parts = split_documents(read_documents(inputs, text_key=text_key), parse_shares(split), seed=seed)
-    for name, documents in parts.items():
-        with progress(f"tokenise {name}", "documents") as show:
-            made = write_tokens(documents, Path(tokenizer), Path(out) / name, progress=show)
-        console.print(f"{Path(out) / name}.bin: {made['documents']:,} documents, {made['tokens']:,} tokens")
+    with progress("tokenise", "files") as show:
+        made = tokenize_files(
+            inputs,
+            Path(tokenizer),
+            Path(out),
+            parse_shares(split),
+            seed=seed,
+            text_key=text_key,
+            workers=workers,
+            progress=show,
+        )
+    for name, manifest in made.items():
+        about = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
+        console.print(f"{Path(out) / name}.bin: {about}", soft_wrap=True)
 
 
 def train(

@@ -1,0 +1,38 @@
+"""The verb about recipes: recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from nemo_pvs.progress import console
+
+# nemo_run reads these signatures too, and knows Optional[X] but not X | None.
+# ruff: noqa: UP045
+
+
+def recipes(
+    recipe: Annotated[Optional[str], typer.Argument(help="show the runs of this one: a name, or a path")] = None,
+) -> None:
+    """List the recipes that come with the package, or the runs of one and what NeMo calls them."""
+    from rich.table import Table
+
+    from nemo_pvs.launching import packaged_profiles
+    from nemo_pvs.recipe import load_recipe, packaged_recipes
+    from nemo_pvs.training.factory_names import factory_name
+
+    if recipe is None:
+        table = Table("recipe", "runs", "what it does")
+        for name in packaged_recipes():
+            known = load_recipe(name)
+            table.add_row(name, str(len(known.runs)), known.title)
+        console.print(table)
+        console.print(f"launch profiles: {', '.join(packaged_profiles())}")
+        return
+    arms = load_recipe(recipe).runs
+    packaged = recipe in packaged_recipes()  # only these have factories
+    table = Table("run", "tokens", *(["nemo llm pretrain --factory"] if packaged else []))
+    for arm in arms:
+        table.add_row(arm.name, f"{arm.tokens:,}", *([factory_name(recipe, arm.name)] if packaged else []))
+    console.print(table)

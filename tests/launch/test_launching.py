@@ -1,0 +1,161 @@
+"""Launch profiles: what is submitted, said before anything is, and refused before anything is."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.launching import load_profile, packaged_profiles, scripts, stages
+from nemo_pvs.recipe import load_recipe
+
+SITE = {"SLURM_ACCOUNT": "physics", "SLURM_PARTITION": "h100", "PVS_IMAGE": "/images/pvs.sqsh", "PVS_SHARED": "/"}
+
+
+def _scripts(recipe: str, profile: str, folder: Path, site: dict[str, str] | None = None) -> dict[str, str]:
+    known, wanted = load_recipe(recipe), load_profile(profile, site or SITE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO())  # NeMo-Run's file copying passes it on; pytest's cannot be read
+        return scripts(stages(known, recipe, folder, wanted), known.name, folder, wanted)
+
+
+def _options(script: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
+
+
+def test_every_profile_reads_and_renders(tmp_path):
+    assert {"local_cpu", "local_gpu", "slurm_h100"} <= set(packaged_profiles())
+    for name in packaged_profiles():
+        rendered = _scripts("smollm2_135m/demo", name, tmp_path)
+        assert list(rendered) == [
+            "prepare",
+            *(f"train-{target}-{start}" for target in ("width", "depth") for start in ("pruned", "random")),
+            "report",
+        ]
+    assert not list(tmp_path.iterdir()), "a dry run left something behind"
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> dict[str, str]:
+    """The paper's width runs on Slurm: 128 ranks each."""
+    return _scripts("llama31_8b/minitron_width", "slurm_h100", tmp_path_factory.mktemp("run") / "grid")
+
+
+def test_batch_scripts_are_bash_and_ask_for_what_the_layout_needs(grid, tmp_path):
+    assert len(grid) == 42
+    for name, script in grid.items():
+        (tmp_path / "script.sh").write_text(script)
+        subprocess.run(["bash", "-n", str(tmp_path / "script.sh")], check=True)
+        options = _options(script)
+        nodes, tasks = ("16", "8") if name.startswith("train") else ("1", "1")
+        assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == (nodes, tasks, "8")
+        assert (options["account"], options["partition"]) == ("physics", "h100")
+        assert options["signal"] == "USR1@300"
+        assert {"requeue", "exclusive", "time", "output", "job-name"} <= options.keys()
+        assert "export TORCHX_MAX_RETRIES=100" in script
+        assert 'scontrol requeue "$SLURM_JOB_ID"' in script
+
+
+def test_ranks_get_their_address_and_start_where_the_user_is(grid):
+    script = grid["train-4b-width-pruned-50B"]
+    (command,) = re.findall(r"^srun .*launch.*$", script, re.MULTILINE)
+    job = re.search(r"-m nemo_pvs\.training\.launch --slurm (\S+)$", command)[1]
+    assert job.endswith("/grid/train/4b-width-pruned-50B/job.json")
+    assert "--container-image /images/pvs.sqsh" in command
+    assert command.index("/nemo_run/code") < command.index(f"--container-workdir={Path.cwd()}"), "the last one counts"
+    assert "export MASTER_ADDR=$head_node_ip" in script
+    assert "--prepare-only" in grid["prepare"]
+    assert "--prepare-only" not in grid["report"]
+
+
+def test_without_a_container_an_environment_is_used(tmp_path):
+    site = {"SLURM_ACCOUNT": "a", "PVS_PYTHON": "/shared/venv/bin/python"}
+    script = _scripts("smollm2_135m/demo", "slurm_h100", tmp_path, site)["train-width-pruned"]
+    assert "--container" not in script
+    assert f"--chdir={Path.cwd()} /shared/venv/bin/python -m nemo_pvs.training.launch --slurm" in script
+    assert _options(script)["ntasks-per-node"] == "2"
+
+
+def test_trainings_wait_for_each_other_on_one_machine_only(tmp_path):
+    recipe = load_recipe("smollm2_135m/demo")
+    local = stages(recipe, "smollm2_135m/demo", tmp_path, load_profile("local_cpu"))
+    assert [stage.after for stage in local[1:]] == [[stage.name] for stage in local[:-1]]
+    slurm = stages(recipe, "smollm2_135m/demo", tmp_path, load_profile("slurm_h100", SITE))
+    assert [stage.after for stage in slurm[1:5]] == [["prepare"]] * 4
+    assert slurm[5].after == [stage.name for stage in slurm[1:5]]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"kind": "cloud"}, "kind"),
+        ({"acount": "x"}, "acount: Extra inputs are not permitted"),
+        ({"account": "${PVS_NO_SUCH_VARIABLE}"}, "needs the variable PVS_NO_SUCH_VARIABLE; set it"),
+        ({"gpus_per_node": 0}, "gpus_per_node: "),
+    ],
+)
+def test_a_wrong_profile_gets_one_sentence(tmp_path, change, sentence):
+    values = {"kind": "slurm", "account": "a", **change}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError) as raised:
+        load_profile(str(tmp_path / "my.yaml"), {})
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_profile_names_the_known_ones():
+    with pytest.raises(UserError, match="slurm_h100"):
+        load_profile("slrum")
+
+
+def test_ranks_that_do_not_fill_nodes_are_refused(tmp_path):
+    profile = load_profile("slurm_h100", SITE).model_copy(update={"gpus_per_node": 3})
+    recipe = load_recipe("llama31_8b/minitron_width")
+    with pytest.raises(UserError, match="128 ranks do not fill nodes of 3 GPUs"):
+        scripts(stages(recipe, "llama31_8b/minitron_width", tmp_path, profile), "x", tmp_path, profile)
+
+
+def test_a_container_must_see_the_run_folder(tmp_path):
+    with pytest.raises(UserError, match="container_mounts"):
+        _scripts("smollm2_135m/demo", "slurm_h100", tmp_path, {**SITE, "PVS_SHARED": "/lustre"})
+
+
+def test_slurm_ranks_know_their_place(monkeypatch):
+    from nemo_pvs.training.launch import _take_rank_from_slurm
+
+    of_slurm = {"PROCID": 11, "LOCALID": 3, "NODEID": 1, "NTASKS": 16, "JOB_ID": 7, "NTASKS_PER_NODE": 8}
+    ours = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
+    for name in ours:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in of_slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    _take_rank_from_slurm()
+    import os
+
+    assert [os.environ[name] for name in ours] == ["11", "3", "1", "16", "8", "7", "29500"]
+
+
+def test_every_launch_command_of_the_documents_works_as_a_dry_run(tmp_path, monkeypatch, capsys):
+    from nemo_pvs import cli
+
+    root = Path(__file__).parents[2]
+    text = (root / "launch" / "README.md").read_text()
+    commands = re.findall(r"^ *pvs (run .*--launch \S+)", text, re.MULTILINE)
+    assert commands
+    for command in dict.fromkeys(commands):
+        monkeypatch.setattr(sys, "argv", ["pvs", *command.split(), "--out", str(tmp_path / "run"), "--dry-run"])
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        for name, value in SITE.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code in (0, None), capsys.readouterr().err
+    assert "#SBATCH --nodes=16" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir()), "a dry run left something behind"

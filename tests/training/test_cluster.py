@@ -1,0 +1,65 @@
+import pytest
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.presets import presets
+from nemo_pvs.recipe import Layout, parse_training
+from nemo_pvs.training.cluster import H100, H100_BYTES, Machine, h100_layout
+from nemo_pvs.training_memory import training_memory
+
+TRAINING = parse_training(
+    {
+        "tokens": 50e9,
+        "sequence_length": 8192,
+        "global_batch_size": 512,
+        "learning_rate": 3e-4,
+        "validation_samples": 512,
+    }
+)
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 256])
+@pytest.mark.parametrize("name", [name for name in presets() if name.startswith("llama31_8b")])
+def test_a_layout_is_legal_fits_and_uses_every_gpu(name, gpus):
+    shape = presets()[name].target
+    layout, reasons = h100_layout(shape, TRAINING, gpus)
+    assert layout.processes == gpus
+    shape.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
+    assert TRAINING.global_batch_size % (TRAINING.micro_batch_size * layout.data_parallel) == 0
+    assert training_memory(shape, layout, TRAINING).total < H100_BYTES
+    assert len(reasons) == 6
+    assert all(": " in reason or reason.startswith("about") for reason in reasons)
+
+
+def test_the_least_communication_that_fits():
+    shape = presets()["llama31_8b/4b-width"].target
+    few, _ = h100_layout(shape, TRAINING, 8)
+    many, reasons = h100_layout(shape, TRAINING, 256)
+    assert (many.tensor_parallel, many.pipeline_parallel, many.virtual_pipeline) == (1, 1, None)
+    assert few.context_parallel >= many.context_parallel, "more GPUs share the optimizer's state out, never less"
+    assert reasons[0].startswith("TP 1: no layer")
+    # Something smaller in every respect would not fit.
+    for smaller in (1, 2, 4, 8):
+        if smaller < few.context_parallel:
+            tight = Layout(context_parallel=smaller, data_parallel=8 // smaller)
+            assert training_memory(shape, tight, TRAINING).total > 0.9 * H100_BYTES
+
+
+def test_a_large_model_is_cut_in_layers_and_stages():
+    shape = presets()["llama31_8b/4b-depth"].parent.replace(layers=80, hidden=8192, ffn=28672, heads=64)
+    layout, _ = h100_layout(shape, TRAINING, 512)
+    assert layout.tensor_parallel * layout.pipeline_parallel > 1
+    assert layout.sequence_parallel == (layout.tensor_parallel > 1)
+    if layout.pipeline_parallel > 1:
+        assert 80 % (layout.pipeline_parallel * layout.virtual_pipeline) == 0
+    with pytest.raises(UserError, match="does not fit on 2 H100s"):
+        h100_layout(shape, TRAINING, 2)
+
+
+def test_a_machine_refuses_what_its_kernels_cannot():
+    plain = Machine(gpu=False, transformer_engine=False, bf16=False)
+    assert (plain.precision("auto"), H100.precision("auto"), H100.precision("fp8")) == ("fp32", "bf16", "fp8")
+    with pytest.raises(UserError, match="fp8"):
+        plain.precision("fp8")
+    with pytest.raises(UserError, match="context_parallel is 2"):
+        plain.check(Layout(context_parallel=2))
+    H100.check(Layout(context_parallel=2))

@@ -1,0 +1,77 @@
+import pytest
+
+from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.training import metrics
+from nemo_pvs.training.run import time_left
+from nemo_pvs.training.run_checkpoints import (
+    checkpoint_name,
+    damage,
+    newest_sound,
+    saved_checkpoints,
+    say_broken,
+    set_aside,
+)
+from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three whole checkpoints, and one that is being written."""
+    source = HuggingFaceSource(save_tiny_tokenizer(make_tiny_llama(tmp_path / "model")))
+    for steps in (5, 10, 100, 110):
+        write_nemo(source, tmp_path / "run" / checkpoint_name(steps))
+    (tmp_path / "run" / f"{checkpoint_name(110)}-unfinished").touch()
+    return tmp_path / "run"
+
+
+def test_newest_first_by_step_and_only_finished_ones(folder):
+    assert [path.name for path in saved_checkpoints(folder)] == ["step=99-last", "step=9-last", "step=4-last"]
+    assert newest_sound(folder) == (folder / "step=99-last", {})
+
+
+@pytest.mark.parametrize(
+    ("part", "keep", "word"),
+    [
+        ("weights/__0_0.distcp", 0.999, "cut short"),
+        ("weights/__0_0.distcp", None, "cut short or missing"),
+        ("weights/.metadata", 0.5, "broken"),
+        ("weights/.metadata", None, ".metadata"),
+        ("weights/common.pt", 0, "common.pt is missing or empty"),
+        ("context/io.json", None, "io.json is missing"),
+    ],
+)
+def test_damage_is_seen_and_the_one_before_taken(folder, part, keep, word):
+    newest = folder / "step=99-last"
+    file = newest / part
+    if keep is None:
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[: int(keep * len(content))])
+    assert word in damage(newest)
+    chosen, broken = newest_sound(folder)
+    assert chosen == folder / "step=9-last"
+    assert list(broken) == [newest]
+    (sentence,) = say_broken(chosen, broken)
+    assert sentence.endswith("going on at step=9-last.")
+    set_aside(broken)
+    assert newest_sound(folder) == (folder / "step=9-last", {})
+    assert (folder / "broken").is_dir()
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert newest_sound(tmp_path / "nothing") == (None, {})
+
+
+@pytest.mark.parametrize(("steps", "left"), [(20, "20 s"), (310, "5 min"), (18010, "5.0 h")])
+def test_time_left_is_the_pace_of_the_last_steps(steps, left):
+    """100 tokens a step, 2 s each, after ten steps; one of them waited an hour for a validation."""
+    curve = metrics.Curve(
+        [
+            {"step": step, "tokens": 100 * step, "tokens_per_second": 50 if step != 5 else 0.03}
+            for step in range(1, 11)
+        ],
+        [],
+    )
+    assert time_left(curve, steps if steps == 20 else steps // 2 + 5) == left
