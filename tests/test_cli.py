@@ -124,12 +124,13 @@ def test_prune_depth_says_which_layers(pvs, model, text, tmp_path):
 
 def test_evaluate_agrees_on_both_formats(pvs, model, text, tmp_path):
     pvs("convert", model, tmp_path / "nemo")
-    options = ("--data", text, "--samples", 8, "--sequence-length", 64)
-    code, out, _ = pvs("evaluate", model, tmp_path / "nemo", *options)
-    assert code == 0
-    rows = [line for line in out.splitlines() if "504" in line]
-    assert len(rows) == 2
-    assert rows[0].split("│")[3:5] == rows[1].split("│")[3:5]
+    options = ("--perplexity", text, "--samples", 8, "--sequence-length", 64, "--out", tmp_path / "evaluation")
+    code, _, errors = pvs("evaluate", model, tmp_path / "nemo", *options)
+    assert code == 0, errors
+    one, other = json.loads((tmp_path / "evaluation" / "results.json").read_text())["models"]
+    assert one["measured"][f"perplexity/{text}/perplexity"]["tokens"] == 504
+    values = [{name: about["value"] for name, about in model["measured"].items()} for model in (one, other)]
+    assert values[0] == values[1]
 
 
 def test_tokenize_splits_by_document(pvs, model, text, tmp_path):
@@ -286,3 +287,18 @@ def test_a_search_writes_a_target_that_prune_takes(pvs, model, text, tmp_path):
     arguments = ["--method", "minitron-joint", "--target", best, "--scores", tmp_path / "scores"]
     code, _, errors = pvs("prune", model, tmp_path / "small", *arguments)
     assert code == 0, errors
+
+
+def test_layers_chosen_by_a_task(pvs, model, tmp_path):
+    tasks = Path(__file__).parent / "evaluation" / "tasks"
+    target = ("--method", "minitron-depth", "--target", "layers=3")
+    code, said, errors = pvs("prune", model, tmp_path / "small", *target, "--task", tasks, "--task-limit", 4)
+    assert code == 0, errors
+    assert "the best shorter model scores" in said
+    plan = json.loads((tmp_path / "small" / "pvs_plan.json").read_text())["provenance"]
+    assert plan["settings"]["by"] == "task"
+    assert len(plan["scores"]) == 4
+    _refused(
+        pvs("prune", model, tmp_path / "x", *target, "--task", "no_such_task"), "lm-eval has no task no_such_task"
+    )
+    _refused(pvs("prune", model, tmp_path / "x", *target, "--task", tasks, "--search", "greedy"), "leave --search out")

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from nemo_pvs.calibration import ranks
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.evaluation.texts import loss_statistics
 from nemo_pvs.layerwise import MEMORY_LIMIT, LayerwiseModel
 
 
@@ -18,6 +20,7 @@ def perplexity(
     tokens: TokenSet,
     batch_size: int = 8,
     *,
+    stride: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     memory_limit: int = MEMORY_LIMIT,
@@ -25,24 +28,30 @@ def perplexity(
 ) -> dict[str, Any]:
     """Return ``loss`` (mean next-token cross entropy, nats), its exponential ``perplexity``, and ``tokens`` predicted.
 
+    Beside both stand their standard errors, ``loss_stderr`` and ``perplexity_stderr`` (None for a single window): the
+    windows are the sample, and the perplexity's is the loss's times the perplexity (delta method).
+
     Windows are independent and the first token of each is not predicted. Perplexity depends on the window length:
-    compare only equal ones.
+    compare only equal ones. Under ``torch.distributed`` the ranks share the windows.
 
     Args:
         source: The model.
         tokens: Windows to predict.
         batch_size: Sequences a batch; changes speed and memory, not the result.
+        stride: For sliding windows, each of which begins ``stride`` tokens after the one before: of all but the first
+            only the last ``stride`` tokens are predicted, so every token is predicted once and with a long context.
         dtype: Computing type.
         device: Where layers run.
         memory_limit: Bytes for hidden states; more text than that is read in several sweeps over the layers.
         progress: Called with (layers done, layers in all).
 
     Raises:
-        UserError: the tokens do not fit the model.
+        UserError: the tokens do not fit the model, or there are fewer windows than ranks.
     """
     model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
-    chunks = list(model.chunks(tokens.ids))
-    total, count, done = 0.0, 0, 0
+    own = ranks.split(torch.arange(len(tokens.ids)))
+    chunks, windows = list(model.chunks(tokens.ids[own])), iter(own.tolist())
+    losses, done = torch.zeros(len(tokens.ids), 2, dtype=torch.float64), 0
     for ids in chunks:
         hidden = model.embed(ids[:, :-1])
         for index in range(model.shape.layers):
@@ -50,8 +59,12 @@ def perplexity(
             done += 1
             if progress:
                 progress(done, len(chunks) * model.shape.layers)
-        loss, predicted = model.losses(hidden, ids[:, 1:])
-        total, count = total + loss, count + predicted
-    mean = total / count
+        for states, targets in zip(hidden, ids[:, 1:], strict=True):
+            window = next(windows)
+            scored = slice(-stride if stride and window else None, None)
+            losses[window] = torch.tensor(model.losses(states[None, scored], targets[None, scored]))
+    measured = loss_statistics(ranks.all_reduce(losses))
     # An untrained or broken model can have a loss whose exponential is no longer a float.
-    return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf, "tokens": count}
+    value = math.exp(measured["loss"]) if measured["loss"] < 700 else math.inf
+    error = None if measured["loss_stderr"] is None else value * measured["loss_stderr"]
+    return {**measured, "perplexity": value, "perplexity_stderr": error}

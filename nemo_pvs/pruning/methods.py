@@ -18,6 +18,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.files import write_json
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
+from nemo_pvs.pruning.depth_task import Scorer, plan_task, scan_task
 from nemo_pvs.pruning.flap import plan_flap
 from nemo_pvs.pruning.greedy import plan_greedy, scan_greedy
 from nemo_pvs.pruning.joint import plan_joint
@@ -51,6 +52,7 @@ class Options:
     preset: str | None = None
     sparsity: str | None = None
     search: str | None = None
+    task: str | None = None
     aggregation: str | None = None
     metric: str | None = None
     structure: str | None = None
@@ -87,6 +89,8 @@ class Job:
     """``progress.progress``, or something like it."""
     say: Callable[[str], None]
     overwrite: bool = False
+    task_score: Callable[[], Scorer] | None = None
+    """Returns what measures models by ``options.task``, when a method needs it."""
     compute: Mapping[str, Any] = field(default_factory=dict)
     """Where and how layers run, as ``layerwise.LayerwiseModel`` takes it: ``device``, ``dtype``, ``memory_limit``."""
 
@@ -204,6 +208,15 @@ def _depth(job: Job, target: Shape) -> Plan:
     remove = layers_to_remove(shape_of(job.source), target)
     if search not in {"contiguous", "greedy", "individual"}:
         raise UserError(f"--search is {search!r}; choose contiguous, greedy or individual.")
+    if job.options.task is not None and job.task_score is not None:
+        if search != "contiguous":
+            raise UserError("--task compares contiguous runs of layers; leave --search out.")
+        score = job.task_score()
+        with job.progress("scan layers (task)", "models") as show:
+            by_task = scan_task(job.source, remove, score, progress=show)
+        best = max(by_task.scores)
+        job.say(f"the best shorter model scores {best:.4f}, the dense one {by_task.dense_score:.4f}")
+        return plan_task(by_task, **job.options.given("compat"))
     with job.progress(f"scan layers ({search})", "layer passes") as show:
         if search == "greedy":
             return plan_greedy(
@@ -277,8 +290,8 @@ _FLAP = ("metric", "structure", "remove_groups", "bias", "uniform", "ffn_multipl
 
 METHODS: Mapping[str, Method] = {
     "minitron-depth": Method(
-        "whole layers, by the loss without them",
-        (*_SIZES, "search", *_PROTECT, "compat"),
+        "whole layers, by the loss or a task's score without them",
+        (*_SIZES, "search", "task", *_PROTECT, "compat"),
         _sized("minitron-depth", _depth),
     ),
     "shortgpt": Method("whole layers, by how little they change", (*_SIZES, *_PROTECT), _sized("shortgpt", _shortgpt)),

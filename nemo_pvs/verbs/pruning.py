@@ -195,6 +195,11 @@ def prune(
     preset: Annotated[Optional[str], typer.Option(help="a published target, e.g. llama31_8b/4b-width")] = None,
     sparsity: Annotated[Optional[str], typer.Option(help="0.5, or 2:4 for two zeros in four")] = None,
     search: Annotated[Optional[str], typer.Option(help="contiguous, greedy or individual layers")] = None,
+    task: Annotated[
+        Optional[str], typer.Option(help="choose layers by lm-eval tasks instead of the loss, e.g. winogrande")
+    ] = None,
+    task_data: Annotated[str, typer.Option(help="folder of downloaded data sets for --task")] = "task_data",
+    task_limit: Annotated[Optional[int], typer.Option(help="take only so many documents of each task")] = None,
     aggregation: Annotated[Optional[str], typer.Option(help="energy or meanabs_l2")] = None,
     metric: Annotated[Optional[str], typer.Option(help="WIFV, IFV or WIFN")] = None,
     structure: Annotated[Optional[str], typer.Option(help="UL-UM, UL-MM, AL-MM or AL-AM")] = None,
@@ -251,6 +256,12 @@ def prune(
             with progress("calibrate", "layers") as show:
                 return measure(model, read_tokens(), **compute, progress=show)
 
+        def score_by_task() -> Any:
+            from nemo_pvs.evaluation.task_score import task_score
+
+            where = {name: compute[name] for name in ("dtype", "device")}
+            return task_score(str(task), folder, Path(task_data), limit=task_limit, **where)
+
         pruned = methods.prune(
             method,
             methods.Job(
@@ -265,6 +276,7 @@ def prune(
                 progress=progress,
                 say=lambda text: console.print(text, soft_wrap=True),
                 overwrite=overwrite,
+                task_score=score_by_task,
                 compute=compute,
             ),
         )

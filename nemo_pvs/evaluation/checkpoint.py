@@ -1,0 +1,222 @@
+"""A checkpoint that is being evaluated: what it is, and the measurements that can be made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from nemo_pvs.calibration import ranks
+from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.megatron import NemoSource
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
+from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.parallel import from_main
+from nemo_pvs.evaluation.perplexity import perplexity
+from nemo_pvs.evaluation.scoring import Scorer, TransformersScorer
+from nemo_pvs.evaluation.store import Store
+from nemo_pvs.megatron_import import import_megatron
+
+if TYPE_CHECKING:
+    from nemo_pvs.evaluation.language_model import CheckpointLM
+    from nemo_pvs.evaluation.tasks import LoadedTask
+
+Backend = Literal["transformers", "megatron"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What runs a model."""
+
+    device: str
+    dtype: torch.dtype
+    memory_limit: int
+    """Bytes of hidden states, for perplexity."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    batch_size: int | None = None
+    """Sequences a batch of requests; None finds out."""
+
+    def check_ranks(self) -> None:
+        """Raise UserError unless the ranks that were started hold a whole number of copies of a model."""
+        parts = self.tensor_parallel * self.pipeline_parallel
+        if parts < 1 or ranks.world_size() % parts:
+            raise UserError(
+                f"Tensor parallelism {self.tensor_parallel} and pipeline parallelism {self.pipeline_parallel} need a "
+                f"multiple of {parts} ranks, not {ranks.world_size()}; start them with torchrun --nproc-per-node "
+                f"{max(parts, 1)} -m nemo_pvs.cli evaluate ..."
+            )
+
+
+class Checkpoint:
+    """One checkpoint, of any format, opened and not yet loaded."""
+
+    def __init__(self, path: str, backend: Backend | None = None) -> None:
+        """Open it.
+
+        Args:
+            path: Its folder.
+            backend: What runs it; None takes Megatron for a NeMo checkpoint and ``transformers`` for the rest.
+
+        Raises:
+            UserError: it is no checkpoint, or it has no tokenizer.
+        """
+        self.path = path
+        self.source: WeightSource = open_source(path)
+        self.backend: Backend = backend or ("megatron" if isinstance(self.source, NemoSource) else "transformers")
+        self.shape = shape_of(self.source)
+        self.tokenizer_sha256 = tokenizer_hash(tokenizer_folder(Path(path)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the model, the same in every format."""
+        return fingerprint(self.source)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return load_tokenizer(tokenizer_folder(Path(self.path)))
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model reads at most."""
+        return int(self.source.config["max_position_embeddings"])
+
+    def about(self) -> dict[str, Any]:
+        """Return what a report says of it."""
+        return {
+            "checkpoint": self.path,
+            "fingerprint": self.fingerprint,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "parameters": self.shape.parameters,
+        }
+
+    def measure_text(
+        self, name: str, tokens: TokenSet, store: Store, compute: Compute, progress: Progress, *, force: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """Return the perplexity of a text's windows, layer by layer, so the model need not fit any memory."""
+        settings = {
+            "model": self.fingerprint,
+            "tokens": {key: value for key, value in tokens.manifest.items() if key != "data_set"},
+            "dtype": str(compute.dtype),
+        }
+
+        def measure() -> dict[str, dict[str, Any]]:
+            found = perplexity(
+                self.source,
+                tokens,
+                stride=tokens.manifest["stride"],
+                dtype=compute.dtype,
+                device=compute.device,
+                memory_limit=compute.memory_limit,
+                progress=progress,
+            )
+            more = {"documents": len(tokens.ids), "tokens": found["tokens"], "windows": tokens.manifest["cut"]}
+            return {
+                metric: {
+                    "value": found[metric],
+                    "stderr": found[f"{metric}_stderr"],
+                    "higher_is_better": False,
+                    **more,
+                }
+                for metric in ("loss", "perplexity")
+            }
+
+        return _kept(store, name, settings, measure, force=force)
+
+    def measure_task(
+        self,
+        task: LoadedTask,
+        store: Store,
+        compute: Compute,
+        model: Callable[[], CheckpointLM],
+        progress: Progress,
+        *,
+        limit: int | None = None,
+        force: bool = False,
+    ) -> dict[str, dict[str, Any]]:
+        """Return a task's metrics; ``model`` loads the weights when they are first needed."""
+        from nemo_pvs.evaluation.tasks import measure_task
+
+        settings = {
+            "model": self.fingerprint,
+            "tokenizer": self.tokenizer_sha256,
+            "task": task.content_hash,
+            "metric": task.wish.metric,
+            "limit": limit,
+            "backend": self.backend,
+            "dtype": str(compute.dtype),
+            "context": self.context,
+        }
+
+        def measure() -> dict[str, dict[str, Any]]:
+            language_model = model()
+            language_model.progress = progress
+            language_model.journal = store.journal(task.name, settings)
+            if force and ranks.is_main():
+                language_model.journal.remove()
+            return measure_task(task, language_model, limit)
+
+        return _kept(store, task.name, settings, measure, force=force)
+
+    @contextmanager
+    def language_model(self, compute: Compute) -> Iterator[Callable[[], CheckpointLM]]:
+        """Yield a function that loads the model on its first call and returns it; it is freed after the block."""
+        from nemo_pvs.evaluation.language_model import CheckpointLM
+
+        loaded: list[CheckpointLM] = []
+        running: list[AbstractContextManager[Scorer]] = []
+
+        def load() -> CheckpointLM:
+            if not loaded:
+                running.append(self._scorer(compute))
+                scorer = running[0].__enter__()
+                loaded.append(CheckpointLM(scorer, self.tokenizer, self.context, batch_size=compute.batch_size))
+            return loaded[0]
+
+        try:
+            yield load
+        finally:
+            loaded.clear()
+            for context in running:
+                context.__exit__(None, None, None)
+
+    @contextmanager
+    def _scorer(self, compute: Compute) -> Iterator[Scorer]:
+        how: dict[str, Any] = {"dtype": compute.dtype, "device": compute.device}
+        if self.backend == "transformers":
+            yield TransformersScorer(self.source, **how, rank=ranks.rank(), ranks=ranks.world_size())
+            return
+        import_megatron()
+        from nemo_pvs.training.inference import MegatronScorer, megatron_ranks
+
+        with megatron_ranks(compute.tensor_parallel, compute.pipeline_parallel):
+            yield MegatronScorer(self.source, **how)
+
+
+def _kept(
+    store: Store,
+    name: str,
+    settings: dict[str, Any],
+    measure: Callable[[], dict[str, dict[str, Any]]],
+    *,
+    force: bool,
+) -> dict[str, dict[str, Any]]:
+    """Return an earlier measurement with equal settings, or make one and keep it."""
+    known = None if force else from_main(lambda: store.find(name, settings))
+    if known is not None:
+        return {metric: {**about, "measured": "before"} for metric, about in known.items()}
+    metrics = measure()
+    if ranks.is_main():
+        store.write(name, settings, metrics)
+    return metrics

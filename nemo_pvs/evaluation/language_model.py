@@ -1,0 +1,179 @@
+"""A checkpoint as lm-eval's language model: requests tokenised, put into batches, scored, and added up.
+
+One class for every checkpoint: what runs the model is behind ``Scorer``. Tokenisation, prefix token, truncation and
+rolling windows are those of lm-eval's own ``HFLM``, with whose numbers the tests compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
+
+from nemo_pvs.calibration import ranks
+from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.journal import Answer, Journal
+from nemo_pvs.evaluation.scoring import Scorer, TokenScores, find_batch_tokens
+
+
+class _Request(NamedTuple):
+    ids: list[int]
+    """Context and continuation, cut from the left to the model's context and the last token."""
+    scored: int
+    """Tokens of the continuation."""
+
+
+class CheckpointLM(TemplateLM):
+    """A scorer and a tokenizer with lm-eval's interface; every rank asks the same and gets the same answers."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        *,
+        batch_size: int | None = None,
+        journal: Journal | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Put them together.
+
+        Args:
+            scorer: The model.
+            tokenizer: Its tokenizer.
+            context: Tokens that the model reads at most; longer requests lose their beginning.
+            batch_size: Sequences a batch; None puts as many tokens into one as the memory holds.
+            journal: Keeps the answers of each batch, and knows those of a run that was killed.
+            progress: Called with (requests done, requests in all).
+        """
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.journal = journal
+        self.progress = progress
+        self._scorer = scorer
+        self._context = context
+        self._batch_size = batch_size
+        self._batch_tokens: int | None = None
+        self._longest = 0
+
+    @property
+    def eot_token_id(self) -> Any:
+        """The end-of-text token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> Any:
+        """What stands in front of a text without context: the beginning-of-text token, or the end-of-text one.
+
+        Raises:
+            UserError: the tokenizer has neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise UserError(
+            f"The tokenizer in {self.tokenizer.name_or_path} names neither a beginning nor an end of text, with which "
+            "texts without context start; set eos_token in its config."
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokenise; the tokenizer adds its special tokens, but no second beginning of text."""
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        settings: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer.encode(string, verbose=False, **settings)
+        return ids
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
+        """Return log-likelihood and greediness of each (context, continuation)."""
+        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Return the log-likelihood of whole texts: windows as long as the context, each token predicted once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        counts: list[int] = []
+        for request in requests:
+            (text,) = request.args
+            rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self._context, 1)
+            windows += [(None, *make_disjoint_window(window)) for window in rolling]
+            counts.append(len(windows) - sum(counts))
+        answers = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(answers)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Refuse: nothing here generates text.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("pvs evaluate has no tasks that generate text; convert the model to hf and use lm-eval.")
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **ignored: Any
+    ) -> list[Answer]:
+        """Answer (anything, context ids, continuation ids), the longest first."""
+        wanted = [self._request(context, continuation) for _, context, continuation in requests]
+        keys = [Journal.key(*request) for request in wanted]
+        known = dict(self.journal.read()) if self.journal else {}
+        new = {key: request for key, request in zip(keys, wanted, strict=True) if key not in known}
+        pending = sorted(new.items(), key=lambda item: (-len(item[1].ids), item[0]))
+        row = {key: index for index, (key, _) in enumerate(pending)}
+        # One rank of one copy of the model contributes each answer; all others add zero.
+        answered = torch.zeros(len(pending), 2, dtype=torch.float64)
+        for done, batch in self._batches(pending):
+            if (scores := self._score([request for _, request in batch])) is not None:
+                found = {key: _answer(scores, index, one) for index, (key, one) in enumerate(batch)}
+                for key, answer in found.items():
+                    answered[row[key]] = torch.tensor(answer, dtype=torch.float64)
+                if self.journal:
+                    self.journal.add(found)
+            if self.progress:
+                self.progress(len(known) + done, len(known) + len(pending))
+        ranks.all_reduce(answered)
+        for (key, _), (logprob, greedy) in zip(pending, answered.tolist(), strict=True):
+            known[key] = (logprob, bool(greedy))
+        return [known[key] for key in keys]
+
+    def _request(self, context: list[int], continuation: list[int]) -> _Request:
+        if len(continuation) > self._context:
+            raise UserError(
+                f"A continuation of {len(continuation)} tokens does not fit the model's context of {self._context}; "
+                "leave that task out."
+            )
+        return _Request((context + continuation)[-(self._context + 1) :], len(continuation))
+
+    def _batches(self, pending: list[tuple[str, _Request]]) -> Iterator[tuple[int, list[tuple[str, _Request]]]]:
+        """Yield this copy's batches, with the number of requests that all copies have done after it."""
+        if not pending:
+            return
+        longest = len(pending[0][1].ids)
+        if self._batch_size is None and (self._batch_tokens is None or longest > self._longest):
+            self._longest = longest
+            self._batch_tokens = find_batch_tokens(self._scorer, longest, lambda length: torch.zeros(1, length).long())
+        batches, begin = [], 0
+        while begin < len(pending):
+            # Requests come in order of their length, so the first of a batch says how wide it is.
+            tokens = self._batch_tokens or 0
+            size = self._batch_size or max(1, tokens // len(pending[begin][1].ids))
+            batches.append((begin + size, pending[begin : begin + size]))
+            begin += size
+        for end, batch in batches[self._scorer.replica :: self._scorer.replicas]:
+            yield min(end, len(pending)), batch
+
+    def _score(self, batch: list[_Request]) -> TokenScores | None:
+        ids = torch.zeros(len(batch), len(batch[0].ids), dtype=torch.int64)
+        for index, request in enumerate(batch):
+            ids[index, : len(request.ids)] = torch.tensor(request.ids)
+        return self._scorer.score(ids)
+
+
+def _answer(scores: TokenScores, index: int, request: _Request) -> Answer:
+    """Add up one request's continuation in float64."""
+    end = len(request.ids) - 1
+    scored = slice(end - request.scored, end)
+    return float(scores.logprobs[index, scored].double().sum()), bool(scores.greedy[index, scored].all())

@@ -1,0 +1,38 @@
+"""The ranks of an evaluation, as torchrun started them; alone, nothing here does anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+from nemo_pvs.calibration import ranks
+
+Found = TypeVar("Found")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the ranks for the length of the block: gloo for what is on the CPU, NCCL for what is on GPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def from_main(find: Callable[[], Found]) -> Found:
+    """Return what the first rank finds, on every rank: they might see different disks, and must not disagree."""
+    found: list[Found | None] = [find() if ranks.is_main() else None]
+    if ranks.world_size() > 1:
+        distributed.broadcast_object_list(found)
+    return found[0]  # type: ignore[return-value]

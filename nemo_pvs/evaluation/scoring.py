@@ -1,0 +1,150 @@
+"""Log-probabilities of the next token: what every likelihood task needs of a model, whatever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import distributed
+
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.layout import Layout
+from nemo_pvs.modeling import model_class
+
+# Logits turned into fp32 at once, in elements (256 MB).
+_LOGITS_AT_ONCE = 1 << 26
+
+
+class TokenScores(NamedTuple):
+    """What a model says about each token but the first of its sequence, on the CPU."""
+
+    logprobs: torch.Tensor
+    """fp32 [N, S - 1]: natural logarithm of the token's probability, given all before it."""
+    greedy: torch.Tensor
+    """bool [N, S - 1]: no other token is more probable."""
+
+
+class Scorer(Protocol):
+    """A loaded model, perhaps spread over several ranks."""
+
+    device: torch.device
+    vocab: int
+    """Columns of logits that a rank holds for each token: what batches are sized by."""
+    replica: int
+    """Which copy of the model this rank belongs to; each copy scores its share of the batches."""
+    replicas: int
+
+    def score(self, ids: torch.Tensor) -> TokenScores | None:
+        """Score token ids [N, S]; every rank of a copy calls it with the same ids, and one of them gets the answer."""
+
+
+class TransformersScorer:
+    """A checkpoint of any format in its ``transformers`` class (ours where layers are uneven), whole on each rank."""
+
+    def __init__(
+        self, source: WeightSource, *, dtype: torch.dtype, device: str, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            source: The checkpoint.
+            dtype: Type of weights and arithmetic.
+            device: Where the model lives.
+            rank: This copy's number among ``ranks`` copies.
+            ranks: Copies in all.
+        """
+        self.device = torch.device(device)
+        self.replica, self.replicas = rank, ranks
+        shape = shape_of(source)
+        self.vocab = shape.vocab
+        class_ = model_class(source.config)
+        with torch.device("meta"):
+            config = class_.config_class.from_dict(dict(source.config))
+            self.model = class_._from_config(config, attn_implementation="sdpa").eval()
+        names = Layout.for_config(source.config).parts(shape)
+        weights = {name: source.read(name).to(self.device, dtype) for name in names}
+        self.model.load_state_dict(weights, strict=False, assign=True)
+        if shape.tied:
+            self.model.tie_weights()
+        # Not stored, and on the meta device still.
+        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=config).to(self.device)
+        assert not any(parameter.is_meta for parameter in self.model.parameters())
+
+    @torch.no_grad()
+    def score(self, ids: torch.Tensor) -> TokenScores:
+        """Score token ids [N, S]; padding goes behind, where a causal model cannot see it."""
+        ids = ids.to(self.device)
+        return next_token_scores(self.model(ids[:, :-1], use_cache=False).logits, ids[:, 1:])
+
+
+def next_token_scores(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    first_column: int = 0,
+    group: distributed.ProcessGroup | None = None,
+) -> TokenScores:
+    """Return the scores of target tokens from logits whose vocabulary may be sharded.
+
+    Args:
+        logits: [N, S, V] on one rank, or this rank's columns of them; no padding columns.
+        targets: Token ids [N, S].
+        first_column: The token that this rank's first column stands for.
+        group: Ranks that hold the other columns; None if there are none.
+    """
+
+    def over_ranks(values: torch.Tensor, operation: distributed.ReduceOp.RedOpType) -> torch.Tensor:
+        if group is not None:
+            distributed.all_reduce(values, operation, group=group)
+        return values
+
+    logprobs, greedy = [], []
+    columns = logits.shape[-1]
+    step = max(1, _LOGITS_AT_ONCE // max(1, columns))
+    for some, wanted in zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True):
+        some = some.float()
+        # A rank may hold nothing but padding.
+        highest = some.amax(-1) if columns else some.new_full((len(some),), -torch.inf)
+        highest = over_ranks(highest, distributed.ReduceOp.MAX)
+        total = over_ranks((some - highest[:, None]).exp().sum(-1), distributed.ReduceOp.SUM)
+        column = wanted - first_column
+        here = (column >= 0) & (column < columns)
+        own = torch.zeros_like(highest)
+        own[here] = some[here, column[here]]
+        own = over_ranks(own, distributed.ReduceOp.SUM)
+        logprobs.append(own - highest - total.log())
+        greedy.append(own == highest)
+    return TokenScores(
+        torch.cat(logprobs).view(targets.shape).cpu(),
+        torch.cat(greedy).view(targets.shape).cpu(),
+    )
+
+
+_CPU_LOGITS_BYTES = 1 << 30
+_SHARE_OF_FREE_MEMORY = 0.8
+
+
+def find_batch_tokens(scorer: Scorer, longest: int, probe: Callable[[int], torch.Tensor]) -> int:
+    """Return how many tokens fit a batch, the same number on every rank.
+
+    On a GPU one sequence of the longest length is scored and the memory that it took is measured; nothing is tried
+    until it fails, because a rank that runs out of memory leaves its partners waiting in a collective for ever. On a
+    CPU larger batches gain little, so the logits of a batch are kept to 1 GiB.
+
+    Args:
+        scorer: The model.
+        longest: Tokens of the longest sequence.
+        probe: Makes token ids [1, S] of a length.
+    """
+    if scorer.device.type != "cuda":
+        return max(longest, _CPU_LOGITS_BYTES // (4 * scorer.vocab))
+    torch.cuda.reset_peak_memory_stats(scorer.device)
+    before = torch.cuda.memory_allocated(scorer.device)
+    scorer.score(probe(longest))
+    taken = max(1, torch.cuda.max_memory_allocated(scorer.device) - before)
+    free = torch.cuda.mem_get_info(scorer.device)[0]
+    fits = torch.tensor(int(_SHARE_OF_FREE_MEMORY * free / taken * longest))
+    if distributed.is_initialized():
+        distributed.all_reduce(fits, distributed.ReduceOp.MIN)
+    return max(longest, int(fits))

@@ -1,0 +1,72 @@
+"""Everything that one command measured, as one JSON file and as a table with a column a model."""
+
+from __future__ import annotations
+
+import math
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from rich.table import Table
+
+Measured = dict[str, dict[str, Any]]
+"""``arc_challenge/25-shot/acc_norm``: value, stderr and what they rest on."""
+
+
+def average(measured: Measured, names: list[str]) -> dict[str, Any] | None:
+    """Return the mean of several metrics with its standard error, the tasks independent; None if one is missing."""
+    if not names or any(name not in measured for name in names):
+        return None
+    errors = [measured[name]["stderr"] for name in names]
+    return {
+        "value": sum(measured[name]["value"] for name in names) / len(names),
+        "stderr": None if None in errors else math.hypot(*errors) / len(names),
+        "higher_is_better": True,
+        "documents": sum(measured[name]["documents"] for name in names),
+    }
+
+
+def summary(models: list[dict[str, Any]], compute: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``results.json`` holds; the metrics of single documents stay in the files of ``measured/``."""
+    packages = ("nemo_pvs", "lm_eval", "torch", "transformers")
+    return {
+        "models": [
+            {
+                **model,
+                "measured": {
+                    name: {key: value for key, value in about.items() if key != "by_document"}
+                    for name, about in model["measured"].items()
+                },
+            }
+            for model in models
+        ],
+        "compute": compute,
+        "environment": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def summary_table(models: list[dict[str, Any]]) -> Table:
+    """Return a row a metric and a column a model: value, plus or minus one standard error."""
+    table = Table("", "on", *(model["checkpoint"] for model in models))
+    table.columns[0].no_wrap = True
+    table.add_row("parameters (M)", "", *(f"{model['parameters'] / 1e6:,.1f}" for model in models), end_section=True)
+    for name in dict.fromkeys(name for model in models for name in model["measured"]):
+        cells = [model["measured"].get(name) for model in models]
+        first = next(cell for cell in cells if cell)
+        table.add_row(name, _on(first), *("" if cell is None else _cell(name, cell) for cell in cells))
+    return table
+
+
+def _on(about: dict[str, Any]) -> str:
+    """Return how much was measured, and for texts how it was cut."""
+    if "windows" in about:
+        return f"{about['tokens']:,} tokens, {about['windows']}"
+    return f"{about['documents']:,} questions"
+
+
+def _cell(name: str, about: dict[str, Any]) -> str:
+    """Return a share as a percentage, anything else as it is."""
+    share = name.rpartition("/")[2].partition(",")[0] in ("acc", "acc_norm", "average")
+    scale, digits = (100, 2) if share else (1, 4 if name.endswith("loss") else 3)
+    shown = [about["value"]] if about["stderr"] is None else [about["value"], about["stderr"]]
+    return " ± ".join(f"{scale * one:,.{digits}f}" if one < 1e6 else f"{one:.3g}" for one in shown)

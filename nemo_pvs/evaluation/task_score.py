@@ -1,0 +1,53 @@
+"""One number for a model: its result in lm-eval tasks, for searches that compare many models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.data.tokenize import load_tokenizer
+from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.scoring import TransformersScorer
+from nemo_pvs.evaluation.tasks import load_tasks, measure_task
+from nemo_pvs.evaluation.wishes import parse_wishes
+
+
+def task_score(
+    tasks: str,
+    checkpoint: Path,
+    data: Path,
+    *,
+    limit: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Callable[[WeightSource], float]:
+    """Return a function that measures a model, higher is better: the mean over tasks of the first metric of each.
+
+    A metric of which less is better, such as a perplexity, counts with a minus sign.
+
+    Args:
+        tasks: As for ``pvs evaluate --tasks``.
+        checkpoint: Folder whose tokenizer all models share.
+        data: Folder of downloaded data sets.
+        limit: Take only the first so many documents of each task.
+        dtype: Type of weights and arithmetic.
+        device: Where the model lives; all of it.
+
+    Raises:
+        UserError: a task is not known or has no data here.
+    """
+    loaded = load_tasks(parse_wishes(tasks), data)
+    tokenizer = load_tokenizer(tokenizer_folder(checkpoint))
+
+    def score(source: WeightSource) -> float:
+        context = int(source.config["max_position_embeddings"])
+        model = CheckpointLM(TransformersScorer(source, dtype=dtype, device=device), tokenizer, context)
+        firsts = [next(iter(measure_task(task, model, limit).values())) for task in loaded]
+        signed = [first["value"] if first["higher_is_better"] else -first["value"] for first in firsts]
+        return sum(signed) / len(signed)
+
+    return score

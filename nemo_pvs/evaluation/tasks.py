@@ -1,0 +1,223 @@
+"""Tasks of lm-eval: what a user asks for, loaded from local data, and measured under names that cannot collide."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import yaml
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.wishes import PlainLoader, Wish
+from nemo_pvs.files import sha256_json
+
+# lm-eval's own seed for the choice of few-shot examples.
+_FEWSHOT_SEED = 1234
+_LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
+# Where the data lie says nothing about what is asked.
+_PLACES = ("dataset_path", "dataset_kwargs", "metadata")
+
+
+@dataclass
+class LoadedTask:
+    """A task with its data."""
+
+    wish: Wish
+    task: Task
+    name: str = field(init=False)
+    """``arc_challenge/25-shot``: what results are filed under, so that none overwrites another."""
+
+    def __post_init__(self) -> None:
+        """Name it."""
+        self.name = f"{self.task.config.task}/{self.task.config.num_fewshot}-shot"
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the definition and of every document, wherever they lie: equal hashes, equal questions."""
+        about = {key: value for key, value in self.task.dump_config().items() if key not in _PLACES}
+        documents = [dict(document) for document in self.task.eval_docs]
+        examples = [dict(document) for document in self.task.fewshot_docs()] if self.task.config.num_fewshot else []
+        version = str((self.task.config.metadata or {}).get("version"))
+        return sha256_json(_plain([about, version, documents, examples]))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it; what JSON does not know as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def load_tasks(wishes: Sequence[Wish], data: Path) -> list[LoadedTask]:
+    """Load tasks and their documents, without the network.
+
+    Documents come from ``data/<owner>/<name>`` (a data set as ``hf download`` leaves it), from the cache of
+    ``datasets``, or, for tasks of a folder, from the files that the task's YAML names relative to itself.
+
+    Args:
+        wishes: What to load.
+        data: Folder of downloaded data sets.
+
+    Raises:
+        UserError: lm-eval knows no such task, its data are not here, or it generates text.
+    """
+    loaded: list[LoadedTask] = []
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a definition leaves to it
+    with _offline():
+        for wish in wishes:
+            for task in _load(wish, _known_tasks(wish.folder), data):
+                if task.OUTPUT_TYPE == "generate_until":
+                    raise UserError(
+                        f"The task {task.config.task} generates text, which pvs evaluate does not do; leave it out, "
+                        "or convert the model to hf and use lm-eval."
+                    )
+                task.set_config(key="num_fewshot", value=wish.shots if wish.shots is not None else _own_shots(task))
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+                loaded.append(LoadedTask(wish, task))
+    for task in loaded:
+        _refuse_missing_metric(task)
+    return loaded
+
+
+def _known_tasks(folder: Path | None) -> TaskManager:
+    """Return lm-eval's index of a folder's tasks, or of its own: some 14,000 files, so once a process."""
+    return _own_tasks() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@cache
+def _own_tasks() -> TaskManager:
+    return TaskManager()
+
+
+def _own_shots(task: Task) -> int:
+    return task.config.num_fewshot or 0
+
+
+def _refuse_missing_metric(task: LoadedTask) -> None:
+    known = task.task.higher_is_better()
+    if task.wish.metric is not None and task.wish.metric not in known:
+        raise UserError(f"The task {task.name} has no metric {task.wish.metric} (it has {', '.join(known)}).")
+
+
+def _load(wish: Wish, manager: TaskManager, data: Path) -> list[Task]:
+    if wish.task not in manager.task_index:
+        raise UserError(
+            f"lm-eval has no task {wish.task}; lm-eval ls tasks lists them, and a folder of YAML files defines others."
+        )
+    about, place = _definition(wish, manager)
+    repository = about.get("dataset_path")
+    local = place.parent if repository in _LOCAL_FORMATS else data / str(repository)
+    overrides: dict[str, Any] = {}
+    if repository in _LOCAL_FORMATS:
+        overrides = {"dataset_kwargs": _absolute_files(about.get("dataset_kwargs") or {}, place.parent)}
+    elif repository and local.is_dir():
+        overrides = {"dataset_path": str(local.resolve())}
+    try:
+        # lm-eval merges overrides into a known task only inside a group.
+        group = {"group": "wish", "task": [{"task": wish.task, **overrides}]}
+        tasks = manager.load([group if overrides else wish.task])["tasks"]
+    except Exception as error:  # each kind of data set fails in its own way where its files are missing
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if repository in _LOCAL_FORMATS or local.is_dir():
+            raise UserError(f"The task {wish.task} cannot be loaded from {local} ({reason}); mend it.") from error
+        raise UserError(
+            f"The data of the task {wish.task} are not here ({reason}); run hf download {repository} --repo-type "
+            f"dataset --local-dir {local} where there is a network, or name the folder that has it with --task-data."
+        ) from error
+    return list(tasks.values())
+
+
+def _definition(wish: Wish, manager: TaskManager) -> tuple[dict[str, Any], Path]:
+    """Return a task's definition, what it includes among it, and the file that it stands in."""
+    entry = manager.task_index[wish.task]
+    if entry.yaml_path is None:
+        return {}, Path()
+    return _with_included(Path(entry.yaml_path)), Path(entry.yaml_path)
+
+
+def _with_included(path: Path) -> dict[str, Any]:
+    about = yaml.load(path.read_text(), Loader=PlainLoader) or {}
+    names = about.get("include") or []
+    included: dict[str, Any] = {}
+    for name in [names] if isinstance(names, str) else names:
+        included.update(_with_included(path.parent / name))
+    return {**included, **about}
+
+
+def _absolute_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return ``dataset_kwargs`` whose data files are relative to the task's folder, not to where the command runs."""
+
+    def absolute(files: Any) -> Any:
+        if isinstance(files, dict):
+            return {split: absolute(names) for split, names in files.items()}
+        if isinstance(files, list):
+            return [absolute(name) for name in files]
+        return str((folder / files).resolve()) if (folder / files).exists() else files
+
+    return {**settings, **({"data_files": absolute(settings["data_files"])} if "data_files" in settings else {})}
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep ``datasets`` from asking the network, and from drawing bars."""
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    bars = datasets.are_progress_bars_disabled()
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = None) -> dict[str, dict[str, Any]]:
+    """Answer a task's requests and return its metrics by name.
+
+    Each has ``value``, ``stderr`` (None where lm-eval has none), ``higher_is_better``, ``documents``, and
+    ``by_document``, the metric of every single document, for comparisons of two models on the same questions.
+
+    Args:
+        loaded: The task.
+        model: The language model.
+        limit: Take only the first so many documents.
+    """
+    name = loaded.task.config.task
+    # A fresh list of requests: those of an earlier model keep its answers.
+    loaded.task._instances = None
+    # lm-eval draws bars of its own on standard error, for what takes no time; what fails is raised.
+    with redirect_stderr(StringIO()):
+        results = evaluate(lm=model, task_dict={"tasks": {name: loaded.task}}, limit=limit, bootstrap_iters=1000)
+    assert results is not None
+    scores, better = results["results"][name], loaded.task.higher_is_better()
+    samples = results["samples"][name]
+    measured = {}
+    for key, value in scores.items():
+        metric, _, which = key.partition(",")
+        if not which or metric.endswith("_stderr") or (loaded.wish.metric or metric) != metric:
+            continue
+        error = scores.get(f"{metric}_stderr,{which}")
+        label = metric if which == "none" else f"{metric},{which}"
+        measured[label] = {
+            "value": float(value),
+            "stderr": float(error) if isinstance(error, (int, float)) else None,
+            "higher_is_better": better.get(metric),
+            "documents": len(samples),
+            "by_document": [_plain(sample.get(metric)) for sample in samples],
+        }
+    return measured

@@ -1,0 +1,155 @@
+"""The texts that perplexity is reported on, cut into windows that are stated with the number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pvs.calibration.loaders import read_rows
+from nemo_pvs.calibration.tokens import TokenSet, check_size, read_token_file
+from nemo_pvs.data.corpus import read_documents
+from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import sha256_bytes, sha256_file
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A text of the Hugging Face Hub, as ``hf download`` leaves it on the disk."""
+
+    repository: str
+    file: str
+    """Held-out text."""
+    train_file: str
+    """What the published evaluation of arXiv 2606.14150 reads instead: its first file of training text."""
+    separator: str
+    """Goes between rows."""
+    rows: int | None = None
+    """Rows that are read from the start; all where None."""
+    train_rows: int | None = None
+    text_key: str = "text"
+
+
+TEXTS = {
+    "c4": NamedText(
+        "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "en/c4-train.00000-of-01024.json.gz", " ", 8000, 8000
+    ),
+    # The test split is the same for WikiText-2 and WikiText-103; the published evaluation reads WikiText-103.
+    "wikitext": NamedText(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        "wikitext-103-v1/train-00000-of-00002.parquet",
+        "\n\n",
+        train_rows=32768,
+    ),
+    "cnn_dailymail": NamedText(
+        "abisee/cnn_dailymail",
+        "3.0.0/test-00000-of-00001.parquet",
+        "3.0.0/train-00000-of-00003.parquet",
+        " ",
+        8000,
+        8000,
+        "article",
+    ),
+}
+"""By the names that ``pvs evaluate --perplexity`` takes."""
+
+
+def windows_of(
+    text: str,
+    tokenizer_folder: Path,
+    *,
+    samples: int,
+    sequence_length: int,
+    stride: int | None = None,
+    train_split: bool = False,
+    data: Path = Path("task_data"),
+) -> TokenSet:
+    """Tokenise a text as a whole and cut windows from its start.
+
+    Windows are consecutive (``stride`` None), or begin every ``stride`` tokens and so overlap. The manifest says
+    which, under ``cut``.
+
+    Args:
+        text: A name in ``TEXTS``, or files as ``read_documents`` takes them (documents joined by blank lines), or a
+            ``.bin`` of Megatron's token files.
+        tokenizer_folder: The model's tokenizer; it adds the special tokens that it likes, once, at the beginning.
+        samples: Windows at most.
+        sequence_length: Tokens a window.
+        stride: Tokens from the beginning of a window to that of the next.
+        train_split: Read the training text, as the published evaluation does, so that its numbers can be compared.
+        data: Folder with the named texts, one folder a repository.
+
+    Raises:
+        UserError: the text is not there or shorter than one window, or the numbers make no sense.
+    """
+    check_size(samples, sequence_length)
+    if stride is not None and not 1 <= stride < sequence_length:
+        raise UserError(
+            f"A stride of {stride} tokens does not fit windows of {sequence_length}; choose a smaller one."
+        )
+    if train_split and text not in TEXTS:
+        raise UserError(f"--compat is for {', '.join(TEXTS)}; leave it out for {text}.")
+    if text.endswith(".bin"):
+        stream, source = read_token_file(Path(text.removesuffix(".bin"))), sha256_file(Path(text))
+    else:
+        joined = (
+            _named_text(TEXTS[text], data, train_split)
+            if text in TEXTS
+            else "\n\n".join(one.text for one in read_documents(text))
+        )
+        stream, source = (
+            load_tokenizer(tokenizer_folder)(joined, verbose=False)["input_ids"],
+            sha256_bytes(joined.encode()),
+        )
+    step = stride or sequence_length
+    starts = range(0, len(stream) - sequence_length + 1, step)[:samples]
+    if not starts:
+        raise UserError(
+            f"The text {text} has {len(stream):,} tokens, fewer than one window of {sequence_length}; take more text "
+            "or a shorter sequence_length."
+        )
+    return TokenSet.from_windows(
+        [stream[start : start + sequence_length] for start in starts],
+        data_set=text,
+        source_sha256=source,
+        tokenizer_sha256=tokenizer_hash(tokenizer_folder),
+        seed=None,
+        cut=description(sequence_length, stride, train_split=train_split),
+        stride=stride,
+    )
+
+
+def description(sequence_length: int, stride: int | None, *, train_split: bool = False) -> str:
+    """Return what windows are, in the words that go beside a number."""
+    cut = f"chunks of {sequence_length}" if stride is None else f"windows of {sequence_length} every {stride}"
+    return f"{cut}, training split" if train_split else cut
+
+
+def _named_text(about: NamedText, data: Path, train_split: bool) -> str:
+    file, rows = (about.train_file, about.train_rows) if train_split else (about.file, about.rows)
+    path = data / about.repository / file
+    if not path.is_file():
+        raise UserError(
+            f"There is no {path}; run hf download {about.repository} {file} --repo-type dataset --local-dir "
+            f"{data / about.repository} where there is a network, or name the folder that has it with --task-data."
+        )
+    return about.separator.join(islice(read_rows(path, about.text_key), rows))
+
+
+def loss_statistics(losses: Sequence[tuple[float, int]] | torch.Tensor) -> dict[str, Any]:
+    """Return the mean loss per token of windows, with its standard error (a ratio of sums; windows are the sample).
+
+    Args:
+        losses: Summed loss and predicted tokens of each window.
+    """
+    sums, counts = torch.as_tensor(losses, dtype=torch.float64).T
+    mean, windows = float(sums.sum() / counts.sum()), len(sums)
+    residuals = float(((sums - mean * counts) ** 2).sum())
+    error = (residuals * windows / (windows - 1)) ** 0.5 / float(counts.sum()) if windows > 1 else None
+    return {"loss": mean, "loss_stderr": error, "tokens": int(counts.sum())}

@@ -1,0 +1,112 @@
+"""The verb that measures checkpoints: tasks, and perplexity."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.progress import console, progress
+from nemo_pvs.verbs.arguments import ActivationMemory, Device, compute_of, one_of, parse_dtype
+
+# nemo_run reads these signatures too, and knows Optional[X] but not X | None.
+# ruff: noqa: UP045
+
+_BACKENDS = ("auto", "transformers", "megatron")
+
+
+def evaluate(
+    paths: Annotated[list[str], typer.Argument(help="checkpoints of any format, also ones that training left")],
+    tasks: Annotated[
+        Optional[str],
+        typer.Option(
+            help="paper, names of lm-eval's tasks (winogrande:5 for five shots) or a folder of its YAML files"
+        ),
+    ] = None,
+    perplexity: Annotated[
+        Optional[list[str]],
+        typer.Option(help="c4, wikitext, cnn_dailymail, wikipedia-sample, a text of your own, or none; repeatable"),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="take only the first so many documents of each task")] = None,
+    samples: Annotated[Optional[int], typer.Option(help="windows of each text at most; 64, or the preset's")] = None,
+    sequence_length: Annotated[Optional[int], typer.Option(help="tokens a window; 512, or the preset's")] = None,
+    stride: Annotated[
+        Optional[int], typer.Option(help="sliding windows this many tokens apart, instead of chunks")
+    ] = None,
+    task_data: Annotated[str, typer.Option(help="folder of downloaded data sets, <owner>/<name> each")] = "task_data",
+    out: Annotated[str, typer.Option(help="folder for results.json and every measurement")] = "runs/evaluation",
+    backend: Annotated[
+        str, typer.Option(help="what answers tasks: megatron, transformers; auto is megatron for NeMo checkpoints")
+    ] = "auto",
+    device: Device = None,
+    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="requests a batch; found out by default")] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="Megatron ranks that share each matrix")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Megatron ranks that share the layers")] = 1,
+    activation_memory: ActivationMemory = "8GB",
+    compat: Annotated[
+        bool, typer.Option(help="perplexity on training text, as the paper's code has it, to compare with its numbers")
+    ] = False,
+    force: Annotated[bool, typer.Option(help="measure again what has been measured")] = False,
+) -> None:
+    """Measure checkpoints on zero-shot and few-shot tasks and by perplexity, on transformers or on Megatron."""
+    one_of("--backend", backend, _BACKENDS)
+    for option, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}; give 1 or more.")
+    from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
+    from nemo_pvs.evaluation.parallel import joined
+    from nemo_pvs.evaluation.store import Store
+    from nemo_pvs.evaluation.summary import summary, summary_table
+    from nemo_pvs.evaluation.wishes import Wishes
+    from nemo_pvs.files import write_json
+
+    chosen = compute_of(device, activation_memory)
+    compute = Compute(
+        **{**chosen, "dtype": parse_dtype(dtype) or chosen["dtype"]},
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        batch_size=batch_size,
+    )
+    wishes = Wishes.parse(
+        tasks, perplexity, samples=samples, sequence_length=sequence_length, stride=stride, train_split=compat
+    )
+    store = Store(Path(out))
+    with joined():
+        compute.check_ranks()
+        models = [Checkpoint(path, None if backend == "auto" else backend) for path in paths]  # type: ignore[arg-type]
+        loaded = _load_tasks(wishes.tasks, Path(task_data))
+        texts = {model.path: wishes.windows(model, Path(task_data)) for model in models}
+        results = []
+        for model in models:
+            measured: dict[str, Any] = {}
+            for name, tokens in texts[model.path].items():
+                with progress(f"{name} of {model.path}", "layers") as show:
+                    found = model.measure_text(name, tokens, store, compute, show, force=force)
+                measured.update({f"{name}/{metric}": about for metric, about in found.items()})
+            with model.language_model(compute) as load:
+                for task in loaded:
+                    with progress(f"{task.name} of {model.path}", "requests") as show:
+                        found = model.measure_task(task, store, compute, load, show, limit=limit, force=force)
+                    measured.update({f"{task.name}/{metric}": about for metric, about in found.items()})
+            measured.update(wishes.averages(measured))
+            results.append({**model.about(), "backend": model.backend, "limit": limit, "measured": measured})
+        if os.environ.get("RANK", "0") == "0":
+            write_json(
+                store.folder / "results.json", summary(results, {**asdict(compute), "dtype": str(compute.dtype)})
+            )
+    console.print(summary_table(results))
+    console.print(f"Results: {(store.folder / 'results.json').resolve()}", soft_wrap=True)
+
+
+def _load_tasks(wishes: Any, data: Path) -> Any:
+    """Load tasks, if any are wanted: lm-eval takes seconds to import."""
+    if not wishes:
+        return []
+    from nemo_pvs.evaluation.tasks import load_tasks
+
+    return load_tasks(wishes, data)
