@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import write_json
-from nemo_pvs.reporting.ledger import Charge, Ledger
+from nemo_pvs.files import read_json, write_json
+from nemo_pvs.reporting.ledger import Activity, Charge, Ledger
 from nemo_pvs.shape import Shape
 
 # The paper's parent (Llama-3.1-8B) and its two targets of half the size.
@@ -104,3 +106,85 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, content: object, me
     write_json(tmp_path / "ledger.json", content)
     with pytest.raises(UserError, match=message):
         Ledger.load(tmp_path / "ledger.json")
+
+
+def test_zeros_are_counted_dense_and_beside_it_skipped() -> None:
+    masked = PARENT.matrix_parameters // 2
+    ledger = Ledger()
+    ledger.charge("mask learning", 10, PARENT, 0, training=False, masked_parameters=masked)
+    ledger.charge("training", 100, PARENT, 0, training=True, masked_parameters=masked)
+    dense = 2 * (PARENT.matrix_parameters + PARENT.vocab * PARENT.hidden)
+    sparse = 2 * (masked + PARENT.vocab * PARENT.hidden)  # by hand: what is left of the matrices, and the head
+    assert ledger.training == (100, 300 * dense)
+    assert ledger.training_zeros_skipped == (100, 300 * sparse)
+    assert ledger.total == (110, 310 * dense)
+    assert ledger.total_zeros_skipped == (110, 310 * sparse)
+    child = Ledger()
+    child.inherit(ledger)
+    assert child.total_zeros_skipped == ledger.total_zeros_skipped
+
+
+def test_without_masks_nothing_is_skipped() -> None:
+    ledger = _trained(DEPTH, 7)
+    assert ledger.total_zeros_skipped == ledger.total
+    ledger.charge("teacher", None, PARENT, 0, training=False)
+    assert ledger.total_zeros_skipped == (None, None)
+
+
+@pytest.mark.parametrize(("label", "steps"), [(10, 2500), (30, 7500), (50, 12500), (200, 50000), (500, 125000)])
+def test_a_step_of_the_paper_has_4194304_tokens(label: int, steps: int) -> None:
+    tokens_per_step = 512 * 8192
+    ledger = Ledger()
+    ledger.charge("training", steps * tokens_per_step, DEPTH, 0, training=True, tokens_per_step=tokens_per_step)
+    assert ledger.charges[0].steps == steps
+    tokens = ledger.training.tokens
+    assert tokens is not None
+    assert tokens / (label * 1e9) == pytest.approx(1.048576)
+
+
+def test_totals_are_the_sums_of_their_charges() -> None:
+    generator = random.Random(0)
+    for _ in range(20):
+        ledger = Ledger()
+        for _ in range(6):
+            activity = generator.choice(get_args(Activity))
+            ledger.charge(activity, generator.randrange(1, 10**12), DEPTH, 0, training=generator.random() < 0.5)
+        tokens = flops = 0
+        for charge in ledger.charges:
+            if charge.activity != "evaluation":
+                tokens += charge.tokens or 0
+                flops += charge.flops or 0
+        assert ledger.total == (tokens, flops)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": -1}, "a count that is no whole number of 0 or more"),
+        ({"flops": 1.5}, "a count that is no whole number of 0 or more"),
+        ({"tokens": None}, "60 FLOPs for None tokens"),
+        ({"flops": None}, "None FLOPs for 10 tokens"),
+        ({"tokens": 0}, "60 FLOPs for 0 tokens"),
+        ({"flops_zeros_skipped": 61}, r"more FLOPs with zeros skipped \(61\) than without \(60\)"),
+        ({"tokens_per_step": 4}, "10 tokens in steps of 4"),
+    ],
+)
+def test_a_charge_that_does_not_add_up_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    write_json(tmp_path / "ledger.json", [{"activity": "training", "tokens": 10, "flops": 60, **changes}])
+    with pytest.raises(UserError, match=f"does not add up: training has {message}"):
+        Ledger.load(tmp_path / "ledger.json")
+
+
+def test_totals_that_are_not_the_sums_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    _trained(DEPTH, 10).save(path)
+    data = read_json(path)
+    data["total"]["tokens"] = 11
+    write_json(path, data)
+    with pytest.raises(UserError, match=r"does not add up: it states \{'tokens': 11.* for total"):
+        Ledger.load(path)
+
+
+def test_more_zeros_than_weights_are_refused() -> None:
+    with pytest.raises(UserError, match="does not add up"):
+        Ledger().charge("training", 1, DEPTH, 0, training=True, masked_parameters=PARENT.parameters)

@@ -1,0 +1,63 @@
+"""The pruned arms of a run, or of a recipe as far as their cost is known before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_pvs.dry_run import dry_run
+from nemo_pvs.errors import UserError
+from nemo_pvs.recipe import Recipe, load_recipe
+from nemo_pvs.recipe_targets import masked_parameters
+from nemo_pvs.reporting.budget import PrunedArm
+from nemo_pvs.reporting.results import Results
+
+
+def pruned_arms(run_or_recipe: str) -> list[PrunedArm]:
+    """Return the pruned arms of a finished run (a folder with ``results.json``) or of a recipe.
+
+    Raises:
+        UserError: it is neither, its parent's sizes are not known, or it has no pruned arm.
+    """
+    results = Path(run_or_recipe) / "results.json"
+    arms = _of_run(Results.load(results)) if results.exists() else of_recipe(load_recipe(run_or_recipe))
+    if not arms:
+        raise UserError(f"{run_or_recipe} has no pruned arm that scratch could be compared with; add one.")
+    return arms
+
+
+def _of_run(results: Results) -> list[PrunedArm]:
+    try:
+        training = results.recipe["train"]
+        length = int(training["sequence_length"])
+        per_step = length * int(training["global_batch_size"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"The results of {results.recipe_name} do not say how long a training step was; give the recipe instead."
+        ) from None
+    return [
+        PrunedArm(arm.name, arm.ledger, arm.shape, per_step, length, arm.masked_parameters)
+        for arm in results.arms
+        if arm.initialisation == "pruned"
+    ]
+
+
+def of_recipe(recipe: Recipe) -> list[PrunedArm]:
+    """Return the pruned arms of a recipe with what a dry run knows of their cost.
+
+    Raises:
+        UserError: something in the recipe is impossible, or the parent's sizes are not known here.
+    """
+    plan = dry_run(recipe)
+    shapes = {planned.name: planned.expected.shape for planned in plan.targets}
+    return [
+        PrunedArm(
+            planned.arm.name,
+            planned.ledger,
+            shapes[planned.arm.target],
+            planned.arm.training.tokens_per_step,
+            planned.arm.training.sequence_length,
+            masked_parameters(recipe.targets[planned.arm.target], shapes[planned.arm.target]),
+        )
+        for planned in plan.arms
+        if planned.arm.initialisation == "pruned"
+    ]

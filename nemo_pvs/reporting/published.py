@@ -1,0 +1,113 @@
+"""The published points of the paper, as reference series beside a user's own runs (``published.yaml``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Literal
+
+import yaml
+
+from nemo_pvs.reporting.results import Point
+
+Granularity = Literal["depth", "width", "sparse"]
+"""How large the pieces are that pruning removes: layers, channels and heads, or single weights."""
+
+
+@dataclass(frozen=True)
+class PublishedCurve:
+    """Validation losses of one method and initialisation; every point is a run of its own, decayed to its end."""
+
+    method: str
+    granularity: Granularity
+    initialisation: Literal["pruned", "random"]
+    ratio: float
+    """The share of the parent that the paper says to remove; of all parameters it is less."""
+    parameters: int
+    points: tuple[Point, ...]
+    """With the tokens that were really seen: steps x 4,194,304."""
+    source: str
+
+    @property
+    def name(self) -> str:
+        """For legends: ``minitron-depth, pruned (arXiv 2606.14150)``."""
+        return f"{self.method}, {self.initialisation} ({self.source.split(',')[0]})"
+
+
+@dataclass(frozen=True)
+class PublishedAccuracy:
+    """Average zero-shot accuracy of one method at equal total tokens, per cent."""
+
+    method: str
+    granularity: Granularity
+    pruned: float
+    random: float
+    source: str
+
+
+@dataclass(frozen=True)
+class PublishedAdvantage:
+    """Average zero-shot accuracy of pruned minus scratch at equal training tokens, in points."""
+
+    method: str
+    granularity: Granularity
+    ratio: float
+    parameters: int
+    points: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """Everything that could be read from the paper."""
+
+    parent_parameters: int
+    parent_tokens: int
+    parent_loss: float
+    """Validation loss, nats per token."""
+    better_parent: str
+    """What the paper says about a parent that was trained on far more tokens."""
+    curves: tuple[PublishedCurve, ...]
+    accuracies: tuple[PublishedAccuracy, ...]
+    accuracy_tokens: int
+    """Training tokens of the pruned arms of ``accuracies`` and of both arms of ``advantages``: the label's 50B."""
+    advantages: tuple[PublishedAdvantage, ...]
+
+
+@cache
+def published() -> Published:
+    """Return the paper's points, token counts exact."""
+    values = yaml.safe_load(resources.files("nemo_pvs.reporting").joinpath("published.yaml").read_text())
+    paper, per_step, parent = values["paper"], values["tokens_per_step"], values["parent"]
+
+    def sourced(entry: dict[str, object]) -> dict[str, object]:
+        return {**entry, "source": f"{paper}, {entry['source']}"}
+
+    initialisations: tuple[Literal["pruned", "random"], ...] = ("pruned", "random")
+    curves = tuple(
+        PublishedCurve(
+            method=entry["method"],
+            granularity=entry["granularity"],
+            initialisation=initialisation,
+            ratio=entry["ratio"],
+            parameters=entry["parameters"],
+            points=tuple(
+                Point(steps, steps * per_step, loss)
+                for steps, loss in zip(entry["steps"], entry[initialisation], strict=True)
+            ),
+            source=f"{paper}, {entry['source']}",
+        )
+        for entry in values["losses"]
+        for initialisation in initialisations
+    )
+    return Published(
+        parent_parameters=parent["parameters"],
+        parent_tokens=parent["steps"] * per_step,
+        parent_loss=parent["validation_loss"],
+        better_parent=values["better_parent"],
+        curves=curves,
+        accuracies=tuple(PublishedAccuracy(**sourced(entry)) for entry in values["accuracies"]),  # type: ignore[arg-type]
+        accuracy_tokens=12500 * per_step,
+        advantages=tuple(PublishedAdvantage(**sourced(entry)) for entry in values["advantages"]),  # type: ignore[arg-type]
+    )

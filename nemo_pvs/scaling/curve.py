@@ -1,0 +1,83 @@
+"""A loss curve L(D) = floor + scale * D^-exponent: what every law here is for one model, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import brentq
+
+from nemo_pvs.scaling.law import BILLION, Values
+
+_GRID_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss in nats per token after D tokens; D is in billions in the formula, in tokens in every argument."""
+
+    floor: Values
+    """What infinitely many tokens lead to."""
+    scale: Values
+    """What is above the floor after a billion tokens."""
+    exponent: Values
+
+    def loss(self, tokens: Values) -> Values:
+        """Return the loss after so many tokens."""
+        return self.floor + self.scale * (np.asarray(tokens) / BILLION) ** -self.exponent
+
+    def slope(self, tokens: Values) -> Values:
+        """Return dL/dD in nats per billion tokens; negative."""
+        return -self.exponent * self.scale * (np.asarray(tokens) / BILLION) ** (-self.exponent - 1)
+
+    def tokens_to(self, loss: float) -> float:
+        """Return the tokens after which the loss is reached; infinite where it is not above the floor.
+
+        D = (scale / (loss - floor))^(1 / exponent), for the P2 law papers.md 2.3.
+        """
+        above = loss - float(self.floor)
+        if above <= 0:
+            return math.inf
+        return BILLION * _power(float(self.scale) / above, 1 / float(self.exponent))
+
+    def tokens_at_gain(self, gain: float) -> float:
+        """Return the tokens from which another billion gains less than ``gain`` nats: where -dL/dD equals it.
+
+        D = (exponent * scale / gain)^(1 / (exponent + 1)), papers.md 2.3.
+        """
+        exponent = float(self.exponent)
+        return BILLION * _power(exponent * float(self.scale) / gain, 1 / (exponent + 1))
+
+    def overtakes(self, other: Curve, low: float, high: float, head_start: float = 0.0) -> float | None:
+        """Return the tokens between two bounds from which this curve is below another, and stays below up to ``high``.
+
+        Args:
+            other: the curve to be overtaken.
+            low: where to begin to look, in tokens.
+            high: where to end.
+            head_start: tokens that this one sees in addition, where the other's ancestors were charged.
+
+        Returns:
+            ``low`` if it is below from there on; None if it is not below at ``high``.
+        """
+
+        def lead(log_tokens: Values) -> Values:
+            tokens = np.exp(log_tokens)
+            return other.loss(tokens) - self.loss(tokens + head_start)
+
+        grid = np.linspace(math.log(low), math.log(high), _GRID_POINTS)
+        behind = np.flatnonzero(lead(grid) <= 0)
+        if not len(behind):
+            return low
+        last = int(behind[-1])
+        if last == len(grid) - 1:
+            return None
+        return float(np.exp(brentq(lead, grid[last], grid[last + 1])))
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf

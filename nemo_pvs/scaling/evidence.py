@@ -1,0 +1,234 @@
+"""Evidence on prune or scratch: own runs and the paper's points, each with its source and its reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
+from nemo_pvs.reporting.results import ArmResult, Results
+from nemo_pvs.scaling.law import BILLION
+
+Setting = Literal["equal training tokens", "equal total tokens"]
+"""Whether the parent is in hand, or its pretraining is charged to the pruned arm."""
+
+_LIKE = 2.0
+"""Sizes and token counts within this factor are alike; our choice, as is the next."""
+_LIKE_RATIO = 0.1
+_SLACK = 1.05
+"""Token counts within this factor are the same: the paper's labels are 4.86 % short of what was seen."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What somebody wants to train."""
+
+    parameters: float
+    """Of the small model."""
+    train_tokens: float
+    parent_parameters: float
+    parent_tokens: float | None = None
+    """The parent's pretraining; None if it need not be counted."""
+
+    @property
+    def ratio(self) -> float:
+        """The share of the parent's parameters that would be removed."""
+        return 1 - self.parameters / self.parent_parameters
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One comparison of pruned and scratch."""
+
+    setting: Setting
+    source: str
+    own: bool
+    granularity: Granularity
+    method: str
+    advantage: float
+    """Of pruned over scratch: nats per token of loss, or points of accuracy. Negative where scratch is better."""
+    unit: Literal["nats", "points"]
+    statement: str
+    """For people: what was compared."""
+    out_of_reach: str = ""
+    """Why it says little about the question; empty where it speaks about it."""
+
+    @property
+    def reaches(self) -> bool:
+        """Whether it speaks about the question."""
+        return not self.out_of_reach
+
+
+def granularity_of(arm: ArmResult) -> Granularity:
+    """Return how large the pieces are that an arm's method removed."""
+    if arm.masked_parameters:
+        return "sparse"
+    return "depth" if any(word in arm.method for word in ("depth", "shortgpt", "layer")) else "width"
+
+
+def own_evidence(question: Question, runs: Iterable[Results]) -> list[Evidence]:
+    """Return what finished runs say: pruned and scratch of one target at equal training and at equal total tokens."""
+    found = []
+    for results in runs:
+        for arm in results.arms:
+            if arm.initialisation != "pruned":
+                continue
+            gap = results.gap(arm)
+            if gap is not None and math.isfinite(gap):
+                found.append(_own(question, results, arm, gap, "equal training tokens"))
+            for scratch in results.targets[arm.target]:
+                advantage = _advantage_at_equal_total(arm, scratch)
+                if advantage is not None:
+                    found.append(_own(question, results, arm, advantage, "equal total tokens"))
+    return found
+
+
+def _advantage_at_equal_total(pruned: ArmResult, scratch: ArmResult) -> float | None:
+    """Return scratch loss minus pruned loss if scratch was trained on all the tokens that pruned cost; else None."""
+    total, seen = pruned.ledger.total.tokens, scratch.ledger.training.tokens
+    losses = (scratch.validation_loss, pruned.validation_loss)
+    if scratch.initialisation != "random" or not total or not seen or _unlike("", total, seen, _SLACK):
+        return None
+    if losses[0] is None or losses[1] is None or not math.isfinite(losses[0] - losses[1]):
+        return None
+    return losses[0] - losses[1]
+
+
+def _own(question: Question, results: Results, arm: ArmResult, advantage: float, setting: Setting) -> Evidence:
+    tokens = arm.ledger.training.tokens or arm.validation[-1].tokens
+    parent = results.parent.shape.parameters
+    parameters = arm.shape.parameters - arm.masked_parameters
+    reasons = [
+        _unlike("parameters", question.parameters, parameters),
+        _unlike("training tokens", question.train_tokens, tokens),
+        _unlike_ratio(question.ratio, 1 - parameters / parent),
+    ]
+    return Evidence(
+        setting,
+        f"your run {results.title!r} ({results.recipe_name})",
+        True,
+        granularity_of(arm),
+        arm.method,
+        advantage,
+        "nats",
+        f"{arm.name}: {written(parameters)} of {written(parent)} parameters, {written(tokens)} tokens",
+        "; ".join(filter(None, reasons)),
+    )
+
+
+def published_evidence(question: Question, paper: Published) -> list[Evidence]:
+    """Return what the paper's points say; losses between two of them are interpolated over the logarithm of tokens."""
+    found = []
+    curves = {(curve.method, curve.initialisation): curve for curve in paper.curves}
+    for (method, initialisation), pruned in curves.items():
+        if initialisation == "pruned":
+            scratch = curves[method, "random"]
+            found.append(_of_losses(question, paper, pruned, scratch, 0.0))
+            if question.parent_tokens is not None:
+                found.append(_of_losses(question, paper, pruned, scratch, question.parent_tokens))
+    for advantage in paper.advantages:
+        reasons = [
+            _unlike("parameters", question.parameters, advantage.parameters),
+            _unlike("training tokens", question.train_tokens, paper.accuracy_tokens),
+            _unlike_ratio(question.ratio, advantage.ratio),
+        ]
+        found.append(
+            Evidence(
+                "equal training tokens",
+                advantage.source,
+                False,
+                advantage.granularity,
+                advantage.method,
+                advantage.points,
+                "points",
+                f"{advantage.method} at ratio {advantage.ratio:g}, {written(paper.accuracy_tokens)} tokens each",
+                "; ".join(filter(None, reasons)),
+            )
+        )
+    if question.parent_tokens is None:
+        return found
+    for accuracy in paper.accuracies:
+        reasons = [
+            _unlike("parameters", question.parameters, paper.curves[0].parameters),
+            _unlike("training tokens", question.train_tokens, paper.accuracy_tokens),
+            _unlike("parent tokens", question.parent_tokens, paper.parent_tokens),
+            _unlike_ratio(question.ratio, 0.5),
+        ]
+        found.append(
+            Evidence(
+                "equal total tokens",
+                accuracy.source,
+                False,
+                accuracy.granularity,
+                accuracy.method,
+                accuracy.pruned - accuracy.random,
+                "points",
+                f"{accuracy.method} at ratio 0.5: average accuracy {accuracy.pruned} pruned (parent 200B, then 50B), "
+                f"{accuracy.random} from scratch (250B)",
+                "; ".join(filter(None, reasons)),
+            )
+        )
+    return found
+
+
+def _of_losses(
+    question: Question, paper: Published, pruned: PublishedCurve, scratch: PublishedCurve, head_start: float
+) -> Evidence:
+    """Compare two published curves, the scratch arm ``head_start`` tokens further."""
+    reasons = [
+        _unlike("parameters", question.parameters, pruned.parameters),
+        _unlike_ratio(question.ratio, pruned.ratio),
+    ]
+    asked = (question.train_tokens, question.train_tokens + head_start)
+    (pruned_tokens, pruned_loss), (scratch_tokens, scratch_loss) = map(_published_loss, (pruned, scratch), asked)
+    if _unlike("", asked[0], pruned_tokens, _SLACK) or _unlike("", asked[1], scratch_tokens, _SLACK):
+        first, last = pruned.points[0].tokens, pruned.points[-1].tokens
+        seen = " and ".join(dict.fromkeys(map(written, asked)))
+        reasons.append(f"{seen} tokens against its {written(first)} to {written(last)}")
+    if head_start:
+        reasons.append(_unlike("parent tokens", head_start, paper.parent_tokens))
+    return Evidence(
+        "equal total tokens" if head_start else "equal training tokens",
+        pruned.source,
+        False,
+        pruned.granularity,
+        pruned.method,
+        scratch_loss - pruned_loss,
+        "nats",
+        f"{pruned.method} at ratio {pruned.ratio:g}: validation loss {pruned_loss:.2f} pruned after "
+        f"{written(pruned_tokens)} tokens, {scratch_loss:.2f} from scratch after {written(scratch_tokens)}",
+        "; ".join(filter(None, reasons)),
+    )
+
+
+def _published_loss(curve: PublishedCurve, tokens: float) -> tuple[float, float]:
+    """Return tokens and loss of the point there is, of the line between two, or of the end that is nearest."""
+    seen = [float(point.tokens) for point in curve.points]
+    losses = [point.loss for point in curve.points]
+    for count, loss in zip(seen, losses, strict=True):
+        if not _unlike("", tokens, count, _SLACK):
+            return count, loss
+    tokens = min(max(tokens, seen[0]), seen[-1])
+    return tokens, float(np.interp(math.log(tokens), np.log(seen), losses))
+
+
+def _unlike(what: str, asked: float, known: float, factor: float = _LIKE) -> str:
+    if max(asked, known) <= factor * min(asked, known):
+        return ""
+    return f"{written(asked)} {what} against its {written(known)}"
+
+
+def _unlike_ratio(asked: float, known: float) -> str:
+    return "" if abs(asked - known) <= _LIKE_RATIO + 1e-9 else f"ratio {asked:.2f} against its {known:.2f}"
+
+
+def written(count: float) -> str:
+    """Write a count of parameters or tokens for people: 4.5B, 135M, 15T."""
+    for size, letter in ((1e12, "T"), (BILLION, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"

@@ -1,0 +1,26 @@
+"""A curve for one run alone: what the P2 law becomes for one model and one ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_pvs.scaling.curve import Curve
+from nemo_pvs.scaling.law import Bounds, Conditions
+from nemo_pvs.scaling.series import Series
+
+
+class PerRun:
+    """L = E + B / D^beta, D in billions of tokens (papers.md 2.3): knows nothing of sizes and ratios."""
+
+    name = "per-run"
+    exponents: tuple[Bounds, ...] = (Bounds("beta", 0.02, 2.0),)
+    coefficients: tuple[str, ...] = ("E", "B")
+
+    def curve(self, values: Sequence[float], at: Conditions) -> Curve:
+        """Return the run's loss curve; nothing about the model is needed."""
+        beta, floor, scale = values
+        return Curve(floor, scale, beta)
+
+    def check(self, series: Sequence[Series]) -> list[str]:
+        """Accept any series."""
+        return []

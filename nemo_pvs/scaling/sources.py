@@ -1,0 +1,126 @@
+"""Where series come from: finished runs, the paper's published points, a table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.published import published
+from nemo_pvs.reporting.results import ArmResult, Results
+from nemo_pvs.scaling.series import Series
+
+PUBLISHED = "published"
+
+_WARM_UP = 0.1
+"""Share of a run whose losses are left out: its warm-up (5 % in the paper) and what still shows of it."""
+_COLUMNS = ("name", "tokens", "loss", "parameters")
+_OPTIONAL = ("initialisation", "parent_parameters", "parent_loss")
+
+
+def read_series(runs: Iterable[str]) -> list[Series]:
+    """Read series from run folders (``results.json``), CSV tables or, by the name ``published``, the paper's Figure 1.
+
+    A table has the columns name, tokens, loss, parameters and, if they are known, initialisation (``pruned`` or
+    ``random``), parent_parameters and parent_loss; rows of one name are the ends of separate runs of one model.
+
+    Raises:
+        UserError: one of them cannot be read, or a name comes twice.
+    """
+    found: list[Series] = []
+    for run in runs:
+        if run == PUBLISHED:
+            found += _published()
+        elif run.endswith(".csv"):
+            found += _table(Path(run))
+        else:
+            found += run_series(Results.load(Path(run) / "results.json"), run)
+    names = [series.name for series in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"There are two series named {name!r}; give each run once.")
+    return found
+
+
+def run_series(results: Results, source: str) -> list[Series]:
+    """Return a series for every arm of a run that was validated."""
+    return [_arm(results, arm, source) for arm in results.arms if any(point.tokens for point in arm.validation)]
+
+
+def _arm(results: Results, arm: ArmResult, source: str) -> Series:
+    planned = arm.ledger.training.tokens or None
+    start = _WARM_UP * (planned or arm.validation[-1].tokens)
+    points = {point.tokens: point.loss for point in arm.validation if point.tokens > start}
+    return Series(
+        name=f"{source.rstrip('/')}: {arm.name}",
+        tokens=tuple(sorted(points)),
+        losses=tuple(points[tokens] for tokens in sorted(points)),
+        initialisation=arm.initialisation,
+        parameters=arm.shape.parameters - arm.masked_parameters,
+        parent_parameters=results.parent.shape.parameters,
+        parent_loss=results.parent.validation_loss,
+        planned_tokens=planned,
+        source=source,
+    )
+
+
+def _published() -> list[Series]:
+    paper = published()
+    return [
+        Series(
+            name=curve.name,
+            tokens=tuple(point.tokens for point in curve.points),
+            losses=tuple(point.loss for point in curve.points),
+            initialisation=curve.initialisation,
+            parameters=curve.parameters,
+            parent_parameters=paper.parent_parameters,
+            parent_loss=paper.parent_loss,
+            separate_runs=True,
+            source=curve.source,
+        )
+        for curve in paper.curves
+    ]
+
+
+def _table(path: Path) -> list[Series]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; check the path.")
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise UserError(
+                f"{path} lacks the columns {', '.join(missing)}; it needs {', '.join(_COLUMNS)} and may have "
+                f"{', '.join(_OPTIONAL)}."
+            )
+        rows = sorted(reader, key=lambda row: str(row["name"]))
+    return [_row_series(path, name, list(group)) for name, group in groupby(rows, key=lambda row: str(row["name"]))]
+
+
+def _row_series(path: Path, name: str, rows: list[dict[str, str]]) -> Series:
+    first = rows[0]
+    start = first.get("initialisation") or "pruned"
+    for row in rows:
+        if any(row.get(column) != first.get(column) for column in ("parameters", *_OPTIONAL)):
+            raise UserError(f"{path}: the rows of {name!r} are of different models; give each its own name.")
+    if start != "pruned" and start != "random":
+        raise UserError(f"{path}: initialisation is {start!r}; write pruned or random.")
+    try:
+        points = sorted((float(row["tokens"]), float(row["loss"])) for row in rows)
+        parent = first.get("parent_parameters")
+        parent_loss = first.get("parent_loss")
+        return Series(
+            name=name,
+            tokens=tuple(tokens for tokens, _ in points),
+            losses=tuple(loss for _, loss in points),
+            initialisation="pruned" if start == "pruned" else "random",
+            parameters=int(float(first["parameters"])),
+            parent_parameters=int(float(parent)) if parent else None,
+            parent_loss=float(parent_loss) if parent_loss else None,
+            separate_runs=True,
+            source=str(path),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {name!r} has a value that is no number ({error}); correct it.") from None

@@ -1,0 +1,180 @@
+"""Fits find what the curves were drawn from, and say how well."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.scaling.estimate import Points, estimate, predict
+from nemo_pvs.scaling.fit import LAWS, Form, fit, load_fits, save_fits
+from nemo_pvs.scaling.plot import write_figure
+from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.sources import read_series
+
+from .conftest import TRUTH, Draw
+
+ONE = {"parents": (8,), "ratios": (0.25,)}
+
+
+def _series(drawn: Draw, form: Form, **settings: object) -> list[Series]:
+    return drawn(form, **({**ONE, **settings} if form == "per-run" else settings))
+
+
+@pytest.mark.parametrize("form", ["p2", "chinchilla", "per-run"])
+def test_without_noise_the_parameters_come_back(drawn: Draw, form: Form) -> None:
+    series = _series(drawn, form)
+    points = Points.of(series)
+    values = estimate(LAWS[form], points)
+    assert np.abs(np.log(predict(LAWS[form], values, points) / points.losses)).max() < 1e-5
+    # N_C, alpha and E of the P2 law hardly differ in what they do (four parents): 5 % there.
+    np.testing.assert_allclose(values, list(TRUTH[form].values()), rtol=0.05 if form == "p2" else 1e-3)
+
+
+@pytest.mark.parametrize("form", ["p2", "chinchilla", "per-run"])
+def test_at_1_percent_noise_the_truth_is_in_the_intervals(drawn: Draw, form: Form) -> None:
+    many = np.geomspace(0.05, 1, 60)
+    found = fit(form, _series(drawn, form, noise=0.01, seed=1, billions=many), draws=100)
+    for name, (low, high) in found.intervals.items():
+        assert low <= TRUTH[form][name] <= high, name
+    assert found.rmse == pytest.approx(0.01 * np.mean(Points.of(found.series).losses), rel=0.2)
+    assert found.residuals.std() == pytest.approx(0.01, rel=0.2)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say(drawn: Draw) -> None:
+    inside = []
+    for seed in range(30):
+        found = fit("per-run", _series(drawn, "per-run", noise=0.01, seed=seed), draws=60)
+        inside += [low <= TRUTH["per-run"][name] <= high for name, (low, high) in found.intervals.items()]
+    assert 0.85 <= np.mean(inside) <= 1.0
+
+
+def test_an_outlier_moves_the_fit_less_than_it_moves_least_squares(drawn: Draw) -> None:
+    (series,) = _series(drawn, "per-run")
+    losses = [loss * (1.3 if index == 10 else 1) for index, loss in enumerate(series.losses)]
+    points = Points.of([dataclasses.replace(series, losses=tuple(losses))])
+    fitted = predict(LAWS["per-run"], estimate(LAWS["per-run"], points), points)
+    off = np.abs(np.log(fitted / np.array(series.losses)))
+    x = np.array(series.tokens)[:, None] / 1e9
+    best = np.inf, np.zeros_like(fitted)
+    for beta in np.linspace(0.02, 2, 100):
+        features = np.hstack([np.ones_like(x), x**-beta])
+        coefficients, *_ = np.linalg.lstsq(features, np.array(losses), rcond=None)
+        line = features @ coefficients
+        best = min(best, (float(np.sum((line - losses) ** 2)), line), key=lambda pair: pair[0])
+    assert off.max() < 0.25 * np.abs(np.log(best[1] / np.array(series.losses))).max()
+
+
+def test_each_arm_of_figure_1_is_fitted(tmp_path: Path) -> None:
+    # By hand: E and beta of arXiv 2606.14150's Figure 1 left, rmse .0035, .024, .014, .012.
+    by_hand = {"depth, pruned": (2.340, 0.35), "depth, random": (2.371, 0.54), "width, pruned": (2.317, 0.49)}
+    fits = [fit("per-run", [series], draws=20) for series in read_series(["published"])]
+    assert [one.rmse < 0.03 for one in fits] == [True] * 4
+    for name, (floor, beta) in by_hand.items():
+        found = next(one for one in fits if name in one.name).parameters
+        assert (found["E"], found["beta"]) == (pytest.approx(floor, abs=0.03), pytest.approx(beta, abs=0.06))
+    assert all("5 points for 3 parameters" in one.warnings[0] for one in fits)
+    write_figure(fits, tmp_path / "fit.svg")
+    figure = (tmp_path / "fit.svg").read_text()
+    assert all(one.name in figure for one in fits)
+
+
+def test_the_law_meets_what_was_held_out(drawn: Draw) -> None:
+    found = fit("p2", drawn("p2"), draws=20)
+    names = [(held.name, held.points) for held in found.held_out]
+    late = sum(tokens > 0.8 * 1e9 for tokens in np.geomspace(0.05, 1, 20) * 1e9)
+    assert names == [("last 20 % of tokens", 12 * late), ("largest model", 60), ("largest ratio", 80)]
+    for held in found.held_out:
+        assert held.rmse is not None
+        assert held.rmse < 2e-3
+        assert held.slope_difference is not None
+    assert found.slope_difference == pytest.approx(0, abs=1e-4)
+
+
+def test_a_law_that_is_wrong_fails_on_what_was_held_out(drawn: Draw) -> None:
+    series = [
+        dataclasses.replace(
+            one, losses=tuple(loss + (0.3 if one.parent_parameters == 20 * 10**9 else 0) for loss in one.losses)
+        )
+        for one in drawn("p2")
+    ]
+    largest = next(held for held in fit("p2", series, draws=20).held_out if held.name == "largest model")
+    assert largest.rmse == pytest.approx(0.3, abs=0.02)
+
+
+def test_slopes_are_compared_between_neighbours(drawn: Draw) -> None:
+    (series,) = _series(drawn, "per-run", billions=(1, 2, 4, 8, 16, 32, 64))
+    points = Points.of([series])
+    values = np.array([0.4, 2.3, 0.9 + 0.5])  # the truth with B too large by 0.5
+    apart = np.diff(points.tokens) / 1e9
+    too_steep = np.abs(np.diff(0.5 * (points.tokens / 1e9) ** -0.4)) / apart
+    from nemo_pvs.scaling.held_out import slope_difference
+
+    assert slope_difference(LAWS["per-run"], values, [series]) == pytest.approx(too_steep.mean())
+    assert slope_difference(LAWS["per-run"], values, [dataclasses.replace(series, tokens=(1e9,), losses=(3,))]) is None
+
+
+def test_what_cannot_be_held_out_is_said(drawn: Draw) -> None:
+    found = fit("chinchilla", drawn("chinchilla", parents=(1, 3), ratios=(0.25,)), draws=20)
+    largest = found.held_out[1]
+    assert largest.rmse is None
+    assert "at least 2 sizes" in largest.reason
+
+
+def test_a_fit_survives_its_file(drawn: Draw, tmp_path: Path) -> None:
+    fits = [fit("p2", drawn("p2", noise=0.01), draws=20)]
+    save_fits(fits, tmp_path / "fit.json")
+    assert load_fits(tmp_path / "fit.json") == fits
+    data = json.loads((tmp_path / "fit.json").read_text())
+    data[0]["form"] = "astrology"
+    (tmp_path / "fit.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"no file of pvs scaling-fit: 0\.form"):
+        load_fits(tmp_path / "fit.json")
+
+
+def test_the_same_seed_gives_the_same_fit(drawn: Draw) -> None:
+    series = drawn("p2", noise=0.01)
+    assert fit("p2", series, draws=20, seed=3) == fit("p2", series, draws=20, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "message"),
+    [
+        ("p2", {"parents": (8,)}, "at least 2 parents and 2 ratios, and there are 1 and 3"),
+        ("p2", {"ratios": (0.25,)}, "at least 2 parents and 2 ratios, and there are 4 and 1"),
+        ("p2", {"parents": (1, 8), "ratios": (0.15, 0.35), "billions": (1,)}, "4 points do not determine the 7"),
+        ("chinchilla", {"parents": (1,), "ratios": (0.25,)}, "at least 2 sizes"),
+        ("per-run", {"billions": (1, 2, 3)}, "3 points do not determine the 3 parameters"),
+    ],
+)
+def test_too_little_to_fit_is_refused(drawn: Draw, form: Form, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(form, _series(drawn, form, **settings), draws=20)
+
+
+def test_scratch_has_no_p2_law(drawn: Draw) -> None:
+    series = [dataclasses.replace(drawn("p2")[0], initialisation="random"), *drawn("p2")[1:]]
+    with pytest.raises(UserError, match="needs a pruned model"):
+        fit("p2", series)
+    with pytest.raises(UserError, match="no term for the start of training"):
+        fit("chinchilla", series)
+
+
+def test_beyond_its_validity_the_p2_law_warns(drawn: Draw) -> None:
+    assert fit("p2", drawn("p2"), draws=20).warnings == []
+    far = fit("p2", drawn("p2", parents=(1, 8), ratios=(0.2, 0.5), billions=np.geomspace(0.1, 20, 20)), draws=20)
+    assert "ratios up to 0.50 are beyond the 0.35" in far.warnings[0]
+    assert "20 B tokens are beyond the 1 B" in far.warnings[1]
+    assert "2 parents do not tell" in far.warnings[2]
+
+
+def test_a_cosine_run_is_warned_about(drawn: Draw) -> None:
+    (series,) = _series(drawn, "per-run")
+    whole = dataclasses.replace(series, separate_runs=False, planned_tokens=1e9)
+    cut = dataclasses.replace(series, separate_runs=False, planned_tokens=4e9)
+    assert "is one cosine run" in fit("per-run", [whole], draws=20).warnings[0]
+    assert "was cut short at 25% of its cosine" in fit("per-run", [cut], draws=20).warnings[0]

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.results import Results
+from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.sources import read_series
+
+from ..reporting.conftest import TOKENS
+from ..reporting.conftest import results as results
+
+HEADER = "name,tokens,loss,parameters,initialisation,parent_parameters,parent_loss\n"
+
+
+def _run(results: Results, folder: Path) -> str:
+    results.save(folder / "results.json")
+    return str(folder)
+
+
+def test_a_runs_arms_are_series_without_their_warm_up(results: Results, tmp_path: Path) -> None:
+    results.arms[0].masked_parameters = 1000
+    series = read_series([_run(results, tmp_path)])
+    assert [one.name for one in series] == [f"{tmp_path}: {arm.name}" for arm in results.arms]
+    first, arm = series[0], results.arms[0]
+    assert first.losses == (2.75, 2.625, 2.54)  # the loss before training is left out
+    assert first.tokens == (TOKENS // 3, 2 * TOKENS // 3, TOKENS)
+    assert first.parameters == arm.shape.parameters - 1000
+    assert first.ratio == 1 - first.parameters / results.parent.shape.parameters
+    assert (first.parent_loss, first.initialisation, series[1].initialisation) == (2.4, "pruned", "random")
+    assert not first.cut_short
+
+
+def test_a_run_that_stopped_early_is_known(results: Results, tmp_path: Path) -> None:
+    results.arms[0].validation.pop()
+    assert [one.cut_short for one in read_series([_run(results, tmp_path)])] == [True, False, False, False]
+
+
+def test_a_loss_that_is_no_number_is_refused(results: Results, tmp_path: Path) -> None:
+    results.arms[1].validation[2].loss = math.nan
+    with pytest.raises(UserError, match=r"depth, scratch has a loss of nan after 27,306 tokens; a run that diverged"):
+        read_series([_run(results, tmp_path)])
+
+
+def test_a_run_given_twice_is_refused(results: Results, tmp_path: Path) -> None:
+    run = _run(results, tmp_path)
+    with pytest.raises(UserError, match="give each run once"):
+        read_series([run, run])
+
+
+def test_a_table_is_series(tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text(
+        HEADER + "a,2e9,2.5,1e9,pruned,2e9,2.2\nb,1e9,3.0,1e9,random,,\na,1e9,2.75,1e9,pruned,2e9,2.2\n"
+    )
+    a, b = read_series([str(tmp_path / "runs.csv")])
+    assert a == Series(
+        "a", (1e9, 2e9), (2.75, 2.5), "pruned", 10**9, 2 * 10**9, 2.2, True, source=str(tmp_path / "runs.csv")
+    )
+    assert (b.initialisation, b.parent_parameters, b.ratio) == ("random", None, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name,tokens\na,1\n", "lacks the columns loss, parameters"),
+        (HEADER + "a,1e9,low,1e9,pruned,,\n", "'a' has a value that is no number"),
+        (HEADER + "a,1e9,2.5,1e9,warm,,\n", "initialisation is 'warm'; write pruned or random"),
+        (HEADER + "a,1e9,2.5,1e9,pruned,,\na,2e9,2.4,2e9,pruned,,\n", "rows of 'a' are of different models"),
+        (HEADER + "a,0,2.5,1e9,pruned,,\n", "give tokens above 0"),
+    ],
+)
+def test_a_damaged_table_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "runs.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_series([str(tmp_path / "runs.csv")])
+
+
+def test_a_run_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for missing in (str(tmp_path / "none"), str(tmp_path / "none.csv")):
+        with pytest.raises(UserError, match="does not exist"):
+            read_series([missing])
+
+
+def test_the_papers_points_are_series_of_separate_runs() -> None:
+    series = read_series(["published"])
+    assert len(series) == 4
+    assert all(one.separate_runs and len(one.tokens) == 5 for one in series)
+    assert series[0].ratio == pytest.approx(0.435, abs=5e-4)
+    assert dataclasses.asdict(series[0])["losses"] == (2.70, 2.59, 2.54, 2.46, 2.43)
