@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.masks import masks_of
+from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.checkpoints.sparsity import matrix_sparsity
+from nemo_pvs.data.shards import tokenize_files
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.recipe import load_recipe, parse_recipe
@@ -210,6 +215,114 @@ def test_what_cannot_work_is_refused_in_one_sentence(values, tmp_path, path, val
     with pytest.raises(UserError, match=sentence) as raised:
         Pipeline(parse_recipe(values, "test"), tmp_path / "run").prepare()
     assert "\n" not in str(raised.value)
+
+
+def test_any_method_makes_initial_weights_of_both_kinds(values, tmp_path):
+    """Sparse: both arms have the same zeros. Uneven: the same layers, and biases. Dense: the parent itself."""
+    values["targets"] = {
+        "wanda": {"method": "wanda", "sparsity": "2:4", "layout": {"pipeline_parallel": 2}},
+        "flap": {"method": "flap", "ratio": 0.3},
+        "shortgpt": {"method": "shortgpt", "layers": 3},
+        "dense": {"method": "dense"},
+    }
+    folder = tmp_path / "run"
+    pipeline = Pipeline(parse_recipe(values, "test"), folder)
+    pipeline.prepare()
+    for name in values["targets"]:
+        pruned, random_ = (open_source(pipeline.initial(name, kind)) for kind in ("pruned", "random"))
+        assert shape_of(pruned) == shape_of(random_)
+        assert fingerprint(pruned) == fingerprint(open_source(pipeline.pruned(name) / "huggingface"))
+        assert fingerprint(pruned) != fingerprint(random_)
+        if name == "wanda":
+            for source in (pruned, random_):
+                found = list(matrix_sparsity(source))
+                assert {matrix.pattern for matrix in found} == {"2:4"}
+                assert not any(matrix.disagreements for matrix in found)
+            assert all(masks_of(pruned).read(one).equal(masks_of(random_).read(one)) for one in masks_of(pruned).names)
+        if name == "flap":
+            assert shape_of(pruned).uneven
+            assert "mlp_bias" in shape_of(pruned).features
+    assert fingerprint(open_source(pipeline.initial("dense", "pruned"))) == pipeline.results["parent"]["fingerprint"]
+    assert not [path for path in (folder / "pruned").iterdir() if path.name.startswith(".")], "work is left behind"
+
+
+def _token_files(values: dict, folder: Path) -> dict:
+    """Tokenise the corpus of ``values``, and return a recipe for the token files."""
+    tokenize_files(
+        [values["data"]["source"]], Path(values["parent"]["source"]), folder, {"train": 0.6, "validation": 0.4}
+    )
+    files = {name: str(folder / name) for name in ("train", "validation")}
+    files |= {"calibration": files["validation"], "test": files["validation"]}
+    return {**values, "data": {"token_files": files}}
+
+
+def test_token_files_are_used_where_they_are(values, tmp_path):
+    values = _token_files(values, tmp_path / "tokens")
+    values["data"]["token_ranges"] = {"parent": [0, 1000], "pruned": [1000, 4000]}
+    values["budgets"] = [1024, 2048]
+    pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
+    jobs = [json.loads(job.read_text()) for job in pipeline.prepare_only()]
+    assert {path.name for path in (tmp_path / "run" / "data").iterdir()} == {
+        "validation_windows.bin",
+        "validation_windows.idx",
+    }
+    assert {job["data"]["train"][0] for job in jobs} == {str(tmp_path / "tokens" / "train")}
+    assert [(job["name"], job["first_token"]) for job in jobs[:4]] == [
+        ("width-pruned-1024", 1024),
+        ("width-pruned-2048", 1024),
+        ("width-random-1024", 0),
+        ("width-random-2048", 0),
+    ]
+    values["data"]["token_ranges"] = {"random": [1e6, 2e6]}
+    with pytest.raises(UserError, match=r"Training reads 1,002,\d+ tokens .* has"):
+        Pipeline(parse_recipe(values, "test"), tmp_path / "other").prepare()
+    manifest = tmp_path / "tokens" / "train.json"
+    manifest.write_text(manifest.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "0'))
+    with pytest.raises(UserError, match="was made with another tokenizer"):
+        Pipeline(parse_recipe(values, "test"), tmp_path / "other").prepare()
+
+
+def test_a_parent_that_is_yet_to_be_trained(values, tmp_path):
+    parent = Path(values["parent"]["source"])
+    values["parent"] = {"config": json.loads((parent / "config.json").read_text()), "tokenizer": str(parent)}
+    values |= {"targets": {"parent": {"method": "dense"}}, "arms": ["random"]}
+    pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
+    (job,) = pipeline.prepare_only()
+    assert job.parent.name == "parent-random"
+    assert list(pipeline.results) == ["parent", "data", "random/parent"]
+    drawn = open_source(pipeline.initial("parent", "random"))
+    assert shape_of(drawn) == pipeline.parent_shape
+    assert list(pipeline.models_to_evaluate()) == ["parent-random-initial", "parent-random"]
+
+
+def test_a_config_of_another_parent_is_refused(values, tmp_path):
+    config = json.loads((Path(values["parent"]["source"]) / "config.json").read_text())
+    values["parent"]["config"] = {**config, "hidden_size": 32}
+    with pytest.raises(UserError, match=r"parent\.config of the recipe is \[4 layers, hidden 32"):
+        Pipeline(parse_recipe(values, "test"), tmp_path / "run").prepare()
+
+
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_a_sparse_and_an_uneven_target_train_to_the_report(values, tmp_path):
+    values["targets"] = {
+        "wanda": {"method": "wanda", "sparsity": "2:4", "layout": {"pipeline_parallel": 2}},
+        "flap": {"method": "flap", "ratio": 0.3},
+    }
+    values["train"] |= {"warmup": "quadratic", "weight_decay_on": "all"}
+    values["budgets"] = {"pruned": [512], "random": [512, 1024]}
+    folder = tmp_path / "run"
+    child = _in_child(values, folder)
+    child.join(timeout=600)
+    assert child.exitcode == 0
+    pipeline = Pipeline(parse_recipe(values, "test"), folder)
+    pipeline.run()
+    for arm in ("wanda-pruned-512", "wanda-random-512", "wanda-random-1024"):
+        trained = list(matrix_sparsity(open_source(pipeline.model(arm))))
+        assert {matrix.pattern for matrix in trained} == {"2:4"}, f"weights of {arm} grew back"
+    results = assemble(pipeline)
+    assert [arm.ledger.training.tokens for arm in results.arms] == [512, 512, 1024] * 2
+    assert shape_of(open_source(pipeline.model("flap-pruned-512"))).uneven
 
 
 def test_unknown_stage_to_force(values, tmp_path):

@@ -1,10 +1,12 @@
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe import load_recipe, packaged_recipes, parse_recipe
+from nemo_pvs.recipe import Recipe, Target, TokenFiles, load_recipe, packaged_recipes, parse_recipe
 
 
 @pytest.fixture
@@ -31,6 +33,19 @@ def test_every_packaged_recipe_reads():
         ("train.validation_samples", 33, "must be a multiple of global_batch_size"),
         ("data.split.train", 0.9, "must add up to 1"),
         ("targets.width.method", "minitron-with", "targets.width.method"),
+        ("targets.width.learning_rate", {"pruned": 1, "randon": 1}, "unknown key targets.width.learning_rate.randon"),
+        ("targets.width.metric", "WIFV", "targets.width: minitron-width has no metric; its own keys are layers"),
+        ("targets.width.ratio", 0.5, "targets.width: two things say how much to remove; give only one"),
+        ("targets.depth", {"method": "wanda"}, "targets.depth: nothing says how much to remove; give at least one of"),
+        ("targets.depth", {"method": "wanda", "sparsity": "4:2"}, "removes nothing or leaves nothing"),
+        ("targets.depth", {"method": "wanda", "layers": 3}, "wanda has no layers; its own keys are sparsity"),
+        ("targets.depth", {"method": "dense", "ratio": 0.5}, "dense has no ratio"),
+        ("budgets", {"prund": [1e3]}, "unknown key budgets.prund; did you mean pruned?"),
+        ("data.token_files", {"train": "a", "validation": "b", "calibration": "c", "test": "d"}, "either source or"),
+        ("data.token_ranges.pruned", [0, 100], "a budget of 49,152 tokens for pruned arms goes past the end"),
+        ("data.token_ranges.parent", [0, 100], "would read tokens that the parent was trained on (0 to 100)"),
+        ("data.token_ranges.random", [9, 9], "the range of random ends before it begins"),
+        ("parent.source", None, "give the source, or the config and the tokenizer"),
     ],
 )
 def test_a_wrong_key_or_value_gets_one_sentence(values, path, value, sentence):
@@ -54,7 +69,7 @@ def test_missing_key(values):
 
 def test_a_target_must_change_something(values):
     values["targets"]["width"] = {"method": "minitron-width"}
-    with pytest.raises(UserError, match="give at least one of layers, hidden, ffn, kv_groups"):
+    with pytest.raises(UserError, match="nothing says how much to remove; give at least one of layers, hidden, ffn"):
         parse_recipe(values, "my.yaml")
 
 
@@ -81,3 +96,110 @@ def test_steps_are_rounded_up_and_tokens_are_exact(values):
     values["train"] |= {"tokens": 100, "sequence_length": 8, "global_batch_size": 4, "validation_samples": 4}
     train = parse_recipe(values, "test").train
     assert (train.tokens_per_step, train.steps) == (32, 4)
+
+
+def _recipe(values: dict, **changes) -> Recipe:
+    return parse_recipe({**values, **changes}, "test")
+
+
+def test_the_methods_of_a_target_are_those_of_pruning():
+    from typing import get_args
+
+    from nemo_pvs.pruning.methods import METHODS, Options
+    from nemo_pvs.recipe_blocks import DENSE, SIZES
+
+    fields = Target.model_fields
+    assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}
+    own = {"method", "layout", "learning_rate", "keep_parent_embeddings", *SIZES}
+    assert {*fields} - own == {*Options.__dataclass_fields__} - {"target"}
+
+
+def test_a_sparsity_that_yaml_takes_for_a_time_is_understood():
+    text = "{method: wanda, sparsity: 2:4}"
+    assert yaml.safe_load(text)["sparsity"] == 124
+    assert Target.model_validate(yaml.safe_load(text)).options == {"sparsity": "2:4"}
+    assert Target(method="wanda", sparsity=0.5).options == {"sparsity": "0.5"}
+
+
+def test_a_recipe_extends_another(tmp_path):
+    base = load_recipe("smollm2_135m/demo").model_dump(exclude_none=True)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "between.yaml").write_text("extends: base.yaml\ntrain: {learning_rate: 0.5}\n")
+    (tmp_path / "my.yaml").write_text(
+        "extends: between.yaml\nname: mine\ntargets: {width: null, more: {method: shortgpt, layers: 7}}\n"
+    )
+    recipe = load_recipe(str(tmp_path / "my.yaml"))
+    assert (recipe.name, recipe.train.learning_rate, recipe.train.tokens) == ("mine", 0.5, 49152)
+    assert list(recipe.targets) == ["depth", "more"]
+    (tmp_path / "base.yaml").write_text("extends: my.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_recipe(str(tmp_path / "my.yaml"))
+    (tmp_path / "base.yaml").write_text("extends: nowhere.yaml\n")
+    with pytest.raises(UserError, match=r"base\.yaml extends .*nowhere\.yaml, which does not exist"):
+        load_recipe(str(tmp_path / "my.yaml"))
+
+
+def test_budgets_rates_and_ranges_make_the_runs(values):
+    del values["train"]["tokens"]
+    values["targets"]["depth"]["learning_rate"] = {"pruned": 0.25, "random": 0.5}
+    values["data"]["token_ranges"] = {"parent": [0, 5000], "pruned": [5000, 15000]}
+    recipe = _recipe(values, budgets={"pruned": [1000, 4097], "random": [8e3]})
+    assert [(run.name, run.training.tokens, run.tokens, run.first_token, run.training.learning_rate)
+            for run in recipe.runs] == [
+        ("width-pruned-1k", 1000, 2048, 6144, 1e-3),
+        ("width-pruned-4097", 4097, 3 * 2048, 6144, 1e-3),
+        ("width-random-8k", 8000, 4 * 2048, 0, 1e-3),
+        ("depth-pruned-1k", 1000, 2048, 6144, 0.25),
+        ("depth-pruned-4097", 4097, 3 * 2048, 6144, 0.25),
+        ("depth-random-8k", 8000, 4 * 2048, 0, 0.5),
+    ]  # fmt: skip
+
+
+def test_an_overlap_with_the_parent_must_be_declared(values):
+    values["data"]["token_ranges"] = {"parent": [0, 1e6], "allow_overlap": True}
+    assert _recipe(values).runs[0].first_token == 0
+
+
+def test_one_layout_for_all_targets_that_have_none(values):
+    del values["targets"]["depth"]["layout"]
+    recipe = _recipe(values, layout={"data_parallel": 4})
+    assert recipe.targets["depth"].layout.data_parallel == 4
+    assert recipe.targets["width"].layout.tensor_parallel == 2
+    assert recipe.targets["width"].layout.data_parallel == 1
+
+
+def test_a_parent_that_is_yet_to_be_trained_cannot_be_pruned(values):
+    values["parent"] |= {"source": None, "tokenizer": "here"}
+    with pytest.raises(UserError, match="parent has no source, so all that can be done is to train it"):
+        _recipe(values)
+    assert _recipe(values, targets={"p": {"method": "dense"}}, arms=["random"]).runs[0].name == "p-random"
+
+
+@pytest.mark.parametrize(
+    ("train", "blend"),
+    [
+        ("a", (None, ["a"])),
+        (["a", "b"], (None, ["a", "b"])),
+        (["0.7", "a", "0.3", "b"], ([0.7, 0.3], ["a", "b"])),
+        (["0.7", "a", "0.3"], None),
+        (["a", "0.3"], None),
+        ([], None),
+    ],
+)
+def test_blends(train, blend):
+    values = {"train": train, "validation": "v", "calibration": "c", "test": "t"}
+    if blend is None:
+        with pytest.raises(ValueError, match="weights and paths by turns"):
+            TokenFiles.model_validate(values)
+    else:
+        assert TokenFiles.model_validate(values).blend == blend
+
+
+def test_the_readme_describes_every_key():
+    from nemo_pvs import recipe_blocks
+
+    text = (Path(__file__).parents[1] / "recipes" / "README.md").read_text()
+    blocks = [one for one in vars(recipe_blocks).values() if isinstance(one, type) and hasattr(one, "model_fields")]
+    keys = {key for block in [*blocks, Recipe] for key in block.model_fields}
+    assert not {key for key in keys if not re.search(rf"\b{key}\b", text)}
+    assert not {name for name in packaged_recipes() if name.split("/")[1] not in text}

@@ -11,8 +11,9 @@ from typing import Any
 
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.pipeline import Pipeline, arm_name
-from nemo_pvs.recipe import Target
+from nemo_pvs.pipeline import Pipeline, initial_label
+from nemo_pvs.recipe import Arm
+from nemo_pvs.recipe_targets import needs_scores
 from nemo_pvs.reporting.ledger import Charge, Ledger
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
 from nemo_pvs.training import metrics
@@ -33,35 +34,31 @@ def assemble(run: Pipeline) -> Results:
         environment=_environment(),
         hashes=_hashes(done),
         parent=ParentResult(
-            name=recipe.parent.source,
+            name=recipe.parent.name,
             shape=shape_of(parent),
             validation_loss=measured["validation"]["loss"],
             test_perplexity=measured["test"]["perplexity"],
         ),
-        arms=[
-            _arm(run, name, target, initialisation)
-            for name, target in recipe.targets.items()
-            for initialisation in recipe.arms
-        ],
+        arms=[_arm(run, arm) for arm in recipe.runs],
     )
 
 
-def _arm(run: Pipeline, name: str, target: Target, initialisation: Any) -> ArmResult:
-    arm = arm_name(name, initialisation)
-    curve = metrics.read(run.job(name, target, initialisation).metrics)
-    before, after = run.results[f"evaluate/{arm}-initial"], run.results[f"evaluate/{arm}"]
-    shape = shape_of(open_source(run.model(arm)))
+def _arm(run: Pipeline, arm: Arm) -> ArmResult:
+    curve = metrics.read(run.job(arm).metrics)
+    before, after = run.results[f"evaluate/{initial_label(arm)}"], run.results[f"evaluate/{arm.name}"]
+    shape = shape_of(open_source(run.model(arm.name)))
+    budget = arm.name.removeprefix(f"{arm.target}-{arm.initialisation}").replace("-", ", ")
     speeds = [point["tokens_per_second"] for point in curve.training]
     return ArmResult(
-        name=f"{name}, {initialisation}",
-        target=name,
-        method=target.method,
-        initialisation=initialisation,
+        name=f"{arm.target}, {arm.initialisation}{budget}",
+        target=arm.target,
+        method=run.recipe.targets[arm.target].method,
+        initialisation=arm.initialisation,
         shape=shape,
         parallel={
-            "tensor": target.layout.tensor_parallel,
-            "pipeline": target.layout.pipeline_parallel,
-            "data": target.layout.data_parallel,
+            "tensor": arm.layout.tensor_parallel,
+            "pipeline": arm.layout.pipeline_parallel,
+            "data": arm.layout.data_parallel,
         },
         validation=[
             Point(0, 0, before["validation"]["loss"]),
@@ -72,16 +69,17 @@ def _arm(run: Pipeline, name: str, target: Target, initialisation: Any) -> ArmRe
         ],
         test_perplexity_before=before["test"]["perplexity"],
         test_perplexity_after=after["test"]["perplexity"],
-        ledger=_ledger(run, name, initialisation, arm),
+        ledger=_ledger(run, arm),
         seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds),
         tokens_per_second=statistics.median(speeds),
     )
 
 
-def _ledger(run: Pipeline, name: str, initialisation: str, arm: str) -> Ledger:
+def _ledger(run: Pipeline, arm: Arm) -> Ledger:
     """Charge an arm with its training and, when it was pruned, with all that went into its initial weights."""
     recipe, ledger = run.recipe, Ledger()
-    if initialisation == "pruned":
+    if arm.initialisation == "pruned":
+        made = run.results[f"prune/{arm.target}"]
         parent = shape_of(run.parent_source)
         ledger.charge(
             "parent pretraining",
@@ -92,20 +90,23 @@ def _ledger(run: Pipeline, name: str, initialisation: str, arm: str) -> Ledger:
             "as declared in the recipe",
         )
         length = recipe.calibrate.sequence_length
-        ledger.charge("calibration", run.results["calibrate"]["tokens"], parent, length, False, "one dense pass")
-        if search := run.results[f"prune/{name}"].get("search"):
+        if needs_scores(recipe.targets[arm.target]):
+            ledger.charge("calibration", run.results["calibrate"]["tokens"], parent, length, False, "one dense pass")
+        if own := made.get("calibration"):
+            ledger.charges.append(Charge("calibration", own["tokens"], own["flops"], "while pruning, layer by layer"))
+        if search := made.get("search"):
             ledger.charges.append(Charge("search", search["tokens"], search["flops"], "depth scan, prefixes shared"))
-    training = recipe.train
-    shape = shape_of(open_source(run.model(arm)))
-    ledger.charge(
-        "training", training.steps * training.tokens_per_step, shape, training.sequence_length, True, "this run"
-    )
+    training = arm.training
+    shape = shape_of(open_source(run.model(arm.name)))
+    ledger.charge("training", arm.tokens, shape, training.sequence_length, True, "this run")
     return ledger
 
 
 def _hashes(done: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Return the content hash of every artefact of the run."""
-    hashes = {"parent weights": done["parent"]["fingerprint"], "scores": done["calibrate"]["scores"]}
+    hashes = {"parent weights": done["parent"]["fingerprint"]}
+    if "calibrate" in done:
+        hashes["scores"] = done["calibrate"]["scores"]
     hashes |= {f"{split} tokens": made["bin_sha256"] for split, made in done["data"]["splits"].items()}
     hashes |= {f"plan {stage.split('/')[1]}": made["plan"] for stage, made in done.items() if "plan" in made}
     hashes |= {

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
+
+from nemo_pvs.data import shards
+from nemo_pvs.data.shards import split_of, tokenize_files
+from nemo_pvs.errors import UserError
+
+from .conftest import SENTENCES
+
+SHARES = {"train": 0.8, "validation": 0.2}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Five files of 40 documents; the first document is in two of them."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(5):
+        texts = [f"{number if index else 'copy'} {index} {SENTENCES[index % 3]}" for index in range(40)]
+        (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_number_of_workers_changes_nothing(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "one", SHARES)
+    again = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "three", SHARES, workers=3)
+    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "three")
+    assert made == again
+    assert sum(manifest["documents"] for manifest in made.values()) == 200
+
+
+def test_every_document_is_in_its_split_in_order(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, seed=3)
+    texts = [json.loads(line)["text"] for file in sorted(corpus.iterdir()) for line in file.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    for name, manifest in made.items():
+        stored = IndexedDataset(str(tmp_path / "out" / name))
+        expected = [text for text in texts if split_of(text, SHARES, 3) == name]
+        rows = [stored[index] for index in range(len(stored))]
+        assert [tokenizer.decode(row[:-1], clean_up_tokenization_spaces=False) for row in rows] == expected
+        assert {int(row[-1]) for row in rows} == {tokenizer.eos_token_id}
+        assert manifest["documents"] == len(expected)
+        assert manifest["tokens"] == sum(map(len, rows))
+
+
+def test_shares_are_met_on_average_and_copies_stay_together() -> None:
+    names = [split_of(f"text {index}", SHARES, 0) for index in range(20_000)]
+    assert names.count("train") / len(names) == pytest.approx(0.8, abs=0.01)
+    assert split_of("text 1", SHARES, 0) == split_of("text 1", SHARES, 0)
+    assert names != [split_of(f"text {index}", SHARES, 1) for index in range(20_000)]
+
+
+def test_an_interrupted_run_goes_on_with_the_files_that_are_missing(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "whole", SHARES)
+    written: list[str] = []
+    real = shards._write_shard
+
+    def counted(file, place, settings):
+        if len(written) == 3 and file.name == "3.jsonl" and "stop" not in written:
+            written.append("stop")
+            raise KeyboardInterrupt
+        written.append(file.name)
+        real(file, place, settings)
+
+    monkeypatch.setattr(shards, "_write_shard", counted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES)
+    assert not list((tmp_path / "out").glob("*.bin"))
+    assert tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES) == expected
+    assert written == ["0.jsonl", "1.jsonl", "2.jsonl", "stop", "3.jsonl", "4.jsonl"]
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+    assert tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES) == expected
+    assert len(written) == 6, "a finished corpus was tokenised again"
+    file = corpus / "2.jsonl"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES)
+    assert len(written) == 11, "a file that changed was not read again"
+
+
+def test_mistakes(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="add up to 1"):
+        tokenize_files([str(corpus)], tokenizer_folder, out, {"train": 0.5})
+    with pytest.raises(UserError, match="--workers is 0"):
+        tokenize_files([str(corpus)], tokenizer_folder, out, SHARES, workers=0)
+    assert not out.exists()
+    (corpus / "9.jsonl").write_text("{broken\n")
+    with pytest.raises(UserError, match=r"9\.jsonl, line 1, is not valid JSON"):
+        tokenize_files([str(corpus)], tokenizer_folder, out, SHARES, workers=2)
+    (tmp_path / "one.txt").write_text("one document")
+    with pytest.raises(UserError, match="No document fell into the split"):
+        tokenize_files([str(tmp_path / "one.txt")], tokenizer_folder, tmp_path / "small", SHARES)

@@ -1,0 +1,116 @@
+"""A dry run of every packaged recipe, without data or model, against numbers worked out apart."""
+
+import copy
+
+import pytest
+
+from nemo_pvs import cli
+from nemo_pvs.dry_run import dry_run
+from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.presets import presets
+from nemo_pvs.recipe import load_recipe, packaged_recipes, parse_recipe
+
+BATCH = 512 * 8192
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_every_packaged_recipe_is_possible(name):
+    plan = dry_run(load_recipe(name))
+    assert plan.arms
+    for planned in plan.targets:
+        assert planned.memory.total < 72e9, "does not fit on an H100 with room for buffers"
+
+
+def test_the_grid_is_complete():
+    names = [name for name in packaged_recipes() if name.startswith("llama31_8b/") and name != "llama31_8b/p200"]
+    targets = {planned.name: planned for name in names for planned in dry_run(load_recipe(name)).targets}
+    published = {preset.name.split("/")[1]: preset for preset in presets().values() if "llama31_8b" in preset.name}
+    assert {name for name in targets if name in published} == published.keys()
+    for name, preset in published.items():
+        shape = targets[name].expected.shape
+        assert (shape.layers, shape.hidden, shape.ffn, shape.kv_groups) == (
+            preset.target.layers, preset.target.hidden, preset.target.ffn, preset.target.kv_groups,
+        )  # fmt: skip
+    assert targets.keys() - published.keys() == {
+        "wanda-unstructured", "wanda-2-4", "sparsegpt-unstructured", "sparsegpt-2-4"
+    }  # fmt: skip
+    for name in names:
+        arms = [planned.arm for planned in dry_run(load_recipe(name)).arms]
+        for target in load_recipe(name).targets:
+            budgets = {(arm.initialisation, arm.training.tokens) for arm in arms if arm.target == target}
+            assert budgets == {
+                (initialisation, billions * 10**9)
+                for initialisation in ("pruned", "random")
+                for billions in (10, 30, 50, 250, 500)
+            }
+
+
+def test_runs_differ_only_where_they_may():
+    """Parent, retraining and scratch: everything else of the training settings is the same."""
+    names = [name for name in packaged_recipes() if name.startswith("llama31_8b/")]
+    settings = [arm.training.model_dump() for name in names for arm in load_recipe(name).runs]
+    differing = {key for one in settings for key in one if one[key] != settings[0][key]}
+    assert differing == {"tokens", "learning_rate"}
+    rates = {
+        (name.split("/")[1], arm.initialisation): arm.training.learning_rate
+        for name in names
+        for arm in load_recipe(name).runs
+    }
+    for (name, initialisation), rate in rates.items():
+        sparse = name in ("wanda", "sparsegpt")
+        assert rate == ({"pruned": 3e-5, "random": 1e-3}[initialisation] if sparse else 3e-4)
+
+
+def test_tokens_flops_and_ranges_are_exact():
+    plan = dry_run(load_recipe("llama31_8b/minitron_width"))
+    arms = {planned.arm.name: planned for planned in plan.arms}
+    retrained, scratch = arms["4b-width-pruned-50B"], arms["4b-width-random-250B"]
+    assert retrained.arm.training.steps == 11921
+    assert retrained.arm.tokens == 11921 * BATCH
+    (parent,) = dry_run(load_recipe("llama31_8b/p200")).arms
+    assert parent.arm.first_token + parent.arm.tokens == retrained.arm.first_token, "ranges overlap or leave a gap"
+    assert scratch.arm.first_token == 0
+    shape = plan.targets[0].expected.shape
+    rate = 6 * (shape.matrix_parameters + shape.vocab * shape.hidden) + 6 * 8192 * 32 * 128 * 32
+    assert retrained.ledger.training.flops == 11921 * BATCH * rate
+    assert retrained.ledger.total.tokens == 200 * 10**9 + 128 * 8192 + 11921 * BATCH
+    assert scratch.ledger.total.tokens == scratch.arm.tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("targets.width.layout", {"tensor_parallel": 3}, "Target width: Tensor parallelism 3 does not divide"),
+        ("targets.depth.layout", {"pipeline_parallel": 4}, "Target depth: Pipeline parallelism 4 does not divide 14"),
+        ("targets.width.hidden", 577, "asks for hidden=577, but the model has 576"),
+        ("targets.width", {"method": "wanda", "sparsity": "2:5"}, "needs groups of 5 inputs, but q_proj has 576"),
+        ("train.sequence_length", 10000, "the parent's context ends at 8192"),
+        ("train.micro_batch_size", 3, "is not a multiple of micro_batch_size"),
+        ("parent.config", None, "not a folder here, and the recipe has no parent.config"),
+    ],
+)
+def test_what_is_impossible_is_refused(path, value, sentence):
+    values = copy.deepcopy(load_recipe("smollm2_135m/demo").model_dump())
+    *blocks, key = path.split(".")
+    block = values
+    for name in blocks:
+        block = block[name]
+    block[key] = value
+    with pytest.raises(UserError, match=sentence):
+        dry_run(parse_recipe(values, "test"))
+
+
+def test_the_command_prints_it_and_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments, code in (
+        (["run", "smollm2_135m/sparse", "--dry-run"], 0),
+        (["run", "smollm2_135m/nothing", "--dry-run"], 2),
+    ):
+        monkeypatch.setattr("sys.argv", ["pvs", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert (end.value.code or 0) == code
+    out = capsys.readouterr().out
+    for part in ("wanda 2:4", "3 x 1 x 1", "49,152", "134,515,008", "stages: parent, data, prune/wanda_pp2"):
+        assert part in out
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,64 @@
+import pytest
+
+from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.shape import LayerSizes, Shape
+from nemo_pvs.training_memory import parameters_on, training_memory
+
+SHAPE = Shape(layers=4, hidden=64, ffn=96, heads=8, kv_groups=2, head_dim=16, vocab=128, tied=False)
+TRAINING = Training(
+    tokens=1e6, sequence_length=32, global_batch_size=8, learning_rate=1e-3, validation_samples=8, precision="bf16"
+)
+
+
+def test_a_small_model_by_hand():
+    memory = training_memory(SHAPE, Layout(), TRAINING)
+    parameters = SHAPE.parameters
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
+    layer = 2 * (
+        4 * 64 + 2 * 10 * 16 + 3 * 96
+    )  # bytes a token: four wide inputs, q, k, v and output, three of the FFN
+    head = 2 * 2 * 64 + (2 + 4) * 128
+    assert memory.activations == 32 * (4 * layer + head)
+    assert memory.activations_recomputed == 32 * (4 * 2 * 64 + layer + head)
+    assert memory.total - memory.total_recomputed == memory.activations - memory.activations_recomputed
+
+
+def test_fp32_and_shared_optimizer():
+    fp32 = TRAINING.model_copy(update={"precision": "fp32"})
+    one = training_memory(SHAPE, Layout(), fp32)
+    assert (one.weights, one.optimizer) == (4 * SHAPE.parameters, 8 * SHAPE.parameters)
+    shared = training_memory(SHAPE, Layout(data_parallel=4), fp32)
+    assert shared.optimizer == one.optimizer / 4
+    assert training_memory(SHAPE, Layout(data_parallel=4, distributed_optimizer=False), fp32) == one
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_the_ranks_of_a_model_hold_all_of_it(tied, pipeline):
+    shape = SHAPE.replace(tied=tied)
+    held = sum(parameters_on(shape, Layout(pipeline_parallel=pipeline), stage) for stage in range(pipeline))
+    copy = shape.vocab * shape.hidden if tied and pipeline > 1 else 0  # the last stage needs the embedding too
+    assert held == shape.parameters + copy
+    halves = sum(
+        parameters_on(shape, Layout(pipeline_parallel=pipeline, tensor_parallel=2), stage) for stage in range(pipeline)
+    )
+    vectors = shape.vector_parameters + shape.hidden
+    assert 2 * halves == held + vectors
+
+
+def test_uneven_layers_and_the_fullest_stage():
+    uneven = SHAPE.with_layers([LayerSizes(96, 8, 2)] * 3 + [LayerSizes(16, 4, 1)])
+    layout = Layout(pipeline_parallel=2)
+    assert parameters_on(uneven, layout, 0) == parameters_on(SHAPE, layout, 0)
+    assert parameters_on(uneven, layout, 1) < parameters_on(SHAPE, layout, 1)
+    first_waits_for_two = training_memory(SHAPE.replace(vocab=2), layout, TRAINING)
+    layer = 2 * (4 * 64 + 2 * 10 * 16 + 3 * 96)
+    assert first_waits_for_two.activations == 32 * 2 * 2 * layer
+
+
+def test_sequence_parallel_shards_what_tensor_parallel_leaves():
+    plain, sharded = (
+        training_memory(SHAPE, Layout(tensor_parallel=2, sequence_parallel=sequence), TRAINING)
+        for sequence in (False, True)
+    )
+    assert plain.activations - sharded.activations == 32 * (4 * 4 + 2) * 2 * 64 / 2
