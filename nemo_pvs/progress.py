@@ -23,7 +23,8 @@ Report = Callable[[int, int], None]
 def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
     """Show how far a piece of work is: a bar on a terminal, a line every 20 s elsewhere.
 
-    Yields a function to call with (done, total) and, if there is more to say, ``note="loss 3.21"``.
+    Yields a function to call with (done, total) and, if there is more to say, ``note="loss 3.21"``; and with
+    ``left="3 min"`` where the caller knows better than the clock of this piece, which does not know what was resumed.
     """
     if console.is_terminal:
         columns = (
@@ -38,7 +39,7 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
         with Progress(*columns, console=console, transient=True) as bars:
             task = bars.add_task(what, total=None, note="")
 
-            def show(done: int, total: int, note: str = "") -> None:
+            def show(done: int, total: int, note: str = "", left: str = "") -> None:  # the bar has its own
                 bars.update(task, completed=done, total=total, note=note)
 
             yield show
@@ -46,14 +47,14 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
 
     began = last = time.monotonic()
 
-    def say(done: int, total: int, note: str = "") -> None:
+    def say(done: int, total: int, note: str = "", left: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
-            left = (now - began) / done * (total - done)
+            left = left or f"{(now - began) / done * (total - done):.0f} s"
             console.print(
-                f"  {what}: {done:,}/{total:,} {unit}, {left:.0f} s left{', ' + note if note else ''}", soft_wrap=True
+                f"  {what}: {done:,}/{total:,} {unit}, {left} left{', ' + note if note else ''}", soft_wrap=True
             )
 
     yield say

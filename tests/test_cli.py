@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_pvs import cli
@@ -302,3 +304,19 @@ def test_layers_chosen_by_a_task(pvs, model, tmp_path):
         pvs("prune", model, tmp_path / "x", *target, "--task", "no_such_task"), "lm-eval has no task no_such_task"
     )
     _refused(pvs("prune", model, tmp_path / "x", *target, "--task", tasks, "--search", "greedy"), "leave --search out")
+
+
+def test_little_memory_for_activations_changes_nothing(pvs, model, text, tmp_path):
+    sizes = ("--data", text, "--samples", "4", "--sequence-length", "32")
+    assert pvs("calibrate", model, "--out", tmp_path / "much", *sizes)[0] == 0
+    assert pvs("calibrate", model, "--out", tmp_path / "little", *sizes, "--activation-memory", "10KB")[0] == 0
+    much, little = (load_file(tmp_path / name / "scores.safetensors") for name in ("much", "little"))
+    for name, tensor in much.items():
+        torch.testing.assert_close(little[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    _refused(pvs("calibrate", model, "--out", tmp_path / "x", "--activation-memory", "much"), "--activation-memory is")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(pvs, model, tmp_path):
+    outcome = pvs("prune", model, tmp_path / "x", "--method", "flap", "--ratio", "0.2", "--device", "cuda")
+    _refused(outcome, "PyTorch sees no GPU here")

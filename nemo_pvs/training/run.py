@@ -137,8 +137,7 @@ def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]
     note = f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s"
     if curve.validation:
         note += f", validation {curve.validation[-1]['loss']:.3f}"
-    note += f", {time_left(curve, job.training.steps)} left"
-    show(last["tokens"], total, note=note)
+    show(last["tokens"], total, note=note, left=time_left(curve, job.training.steps))
 
 
 def time_left(curve: metrics.Curve, steps: int) -> str:
