@@ -14,23 +14,15 @@ from rich.table import Table
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.data.token_files import check_end
 from nemo_pvs.data.tokenize import count_tokens
+from nemo_pvs.equal_terms import arm_cost, pruning_cost, settle
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout as WeightLayout
 from nemo_pvs.progress import console
-from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_blocks import DENSE, Target
-from nemo_pvs.recipe_targets import (
-    Expected,
-    check_recipe,
-    expected_shape,
-    is_sparse,
-    masked_parameters,
-    needs_scores,
-    scans,
-)
-from nemo_pvs.reporting.ledger import Charge, Ledger
+from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
+from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_memory import Memory, training_memory
 
@@ -77,12 +69,23 @@ def dry_run(recipe: Recipe) -> DryRun:
     config = parent_config(recipe)
     parent = WeightLayout.for_config(config).shape(config)
     check_recipe(recipe, parent, int(config.get("max_position_embeddings", 0)))
+    recipe = settle(recipe, parent)
     _check_data(recipe)
     targets = tuple(_target(recipe, name, target, parent) for name, target in recipe.targets.items())
     shapes = {planned.name: planned.expected.shape for planned in targets}
-    spent = {planned.name: planned.spent for planned in targets}
-    arms = tuple(_arm(recipe, arm, shapes[arm.target], spent[arm.target], parent) for arm in recipe.runs)
+    arms = tuple(PlannedArm(arm, arm_cost(recipe, arm, shapes[arm.target], parent)) for arm in recipe.runs)
     return DryRun(recipe, parent, targets, arms, tuple(_stages(recipe)))
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """Return a recipe whose runs are known: with a number for each budget such as ``equal-total-tokens``.
+
+    Raises:
+        UserError: there is such a budget, and the parent's sizes are not known here.
+    """
+    return (
+        dry_run(recipe).recipe if any(True for name in recipe.targets for _ in recipe.matched_runs(name)) else recipe
+    )
 
 
 def parent_config(recipe: Recipe) -> Mapping[str, Any]:
@@ -116,44 +119,7 @@ def _check_data(recipe: Recipe) -> None:
 def _target(recipe: Recipe, name: str, target: Target, parent: Shape) -> PlannedTarget:
     expected = expected_shape(target, parent)
     memory = training_memory(expected.shape, target.layout, recipe.train)
-    return PlannedTarget(name, target, expected, memory, _pruning(recipe, target, expected.shape, parent))
-
-
-def _pruning(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> Ledger:
-    """Charge what pruning reads: a calibration, or a scan of layers."""
-    settings, ledger = recipe.calibrate, Ledger()
-    length = settings.sequence_length
-    if needs_scores(target):
-        ledger.charge("calibration", settings.samples * length, parent, length, False, "one dense pass")
-    if is_sparse(target) and target.method != "magnitude":
-        ledger.charge("calibration", settings.samples * length, parent, length, False, "layer by layer")
-    if scans(target) and target.search in (None, "contiguous"):
-        tokens = {"samples": settings.scan_samples, "sequence_length": length}
-        removed = parent.layers - shape.layers
-        starts = range(shape.layers + 1)
-        forwards = count_forwards(parent.layers, removed, starts)
-        models = len(starts) + 1
-        flops = sweep_flops(parent, tokens, forwards, models)
-        ledger.charges.append(Charge("search", sweep_tokens(tokens, models), flops, "depth scan"))
-    return ledger
-
-
-def _arm(recipe: Recipe, arm: Arm, shape: Shape, pruning: Ledger, parent: Shape) -> PlannedArm:
-    ledger = Ledger()
-    if arm.initialisation == "pruned":
-        declared = int(recipe.parent.pretraining_tokens) or None
-        ledger.inherit_checkpoint(Path(recipe.parent.source or ""), parent, declared)
-        ledger.charges += pruning.charges
-    ledger.charge(
-        "training",
-        arm.tokens,
-        shape,
-        arm.training.sequence_length,
-        True,
-        masked_parameters=masked_parameters(recipe.targets[arm.target], shape),
-        tokens_per_step=arm.training.tokens_per_step,
-    )
-    return PlannedArm(arm, ledger)
+    return PlannedTarget(name, target, expected, memory, pruning_cost(recipe, target, expected.shape, parent))
 
 
 def _stages(recipe: Recipe) -> list[str]:

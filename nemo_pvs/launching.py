@@ -212,11 +212,13 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         folder: Run folder; every stage must see it under this absolute path.
         profile: Where to run; trainings follow one another on one machine, and run at once on a cluster.
     """
+    from nemo_pvs.dry_run import settled  # takes seconds; profiles are also read to list them
+
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
     command = ["run", name, "--out", str(folder)]
     made = [Stage("prepare", "nemo_pvs.cli", [*command, "--prepare-only"], [])]
-    for arm in recipe.runs:
+    for arm in settled(recipe).runs:
         arguments = profile.training(folder / "train" / arm.name / "job.json")
         before = made[0] if profile.kind == "slurm" else made[-1]
         made.append(Stage(f"train-{arm.name}", "nemo_pvs.training.launch", arguments, [before.name], arm.layout))

@@ -18,9 +18,10 @@ from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.parent import prepare_parent
 from nemo_pvs.checkpoints.random import RandomSource
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
+from nemo_pvs.equal_terms import settle
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.evaluation.windows import write_validation_document
@@ -31,7 +32,9 @@ from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
 from nemo_pvs.recipe import Arm, Recipe, Target
 from nemo_pvs.recipe_blocks import DENSE, Initialisation
 from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_scores, scans
+from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
+from nemo_pvs.run_ledger import run_ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
@@ -93,6 +96,7 @@ class Pipeline:
         """Do every stage that makes initial weights and token files."""
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
         self.parent()
+        self.recipe = settle(self.recipe, self.parent_shape)
         self.data()
         if any(needs_scores(target) for target in self.recipe.targets.values()):
             self.calibrate()
@@ -101,6 +105,11 @@ class Pipeline:
                 self.prune(name, target)
             if "random" in self.recipe.arms:
                 self.random(name, target)
+        # Now that their shapes are known, also those that scores decided.
+        made = (name for name in self.recipe.targets if f"prune/{name}" in self.results)
+        shapes = {name: shape_of(open_source(self.pruned(name) / HUGGING_FACE)) for name in made}
+        self.recipe = settle(self.recipe, self.parent_shape, shapes)
+        self.tokens.check_ends(self.results["data"]["splits"], self.recipe.runs)
 
     def parent(self) -> None:
         """Get the parent as a checkpoint folder, and check that the recipe can be done with it."""
@@ -159,13 +168,13 @@ class Pipeline:
 
         def work() -> dict[str, Any]:
             splits = self.tokens.prepare(self.tokenizer, vocab)
-            self.tokens.check_ends(splits)
+            self.tokens.check_ends(splits, self.recipe.runs)
             windows = self.tokens.validation_windows
             write_validation_document(windows, self.tokens.folder / "validation_windows", vocab)
             return {"splits": splits, "validation_windows": windows.manifest}
 
         self._stage("data", inputs, [self.tokens.folder], work)
-        self.tokens.check_ends(self.results["data"]["splits"])
+        self.tokens.check_ends(self.results["data"]["splits"], self.recipe.runs)
 
     def calibrate(self) -> None:
         """Measure importance, one dense pass for all targets."""
@@ -245,6 +254,9 @@ class Pipeline:
 
         outputs = [job.folder, self.model(arm.name)]
         self._stage(f"train/{arm.name}", self._training_inputs(arm), outputs, work, keep_partial=True)
+        ledger = run_ledger(self.recipe, arm, self.results, self.parent_shape, open_source(self.model(arm.name)))
+        for folder in outputs:  # beside the model, so that what is pruned from it inherits its cost
+            ledger.save(folder / LEDGER)
 
     def evaluate(self) -> None:
         """Measure perplexity on the test split, and the validation loss of models that no training measured."""

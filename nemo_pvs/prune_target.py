@@ -15,6 +15,7 @@ from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.files import sha256_json, write_json
 from nemo_pvs.progress import console, progress
 from nemo_pvs.pruning import methods
+from nemo_pvs.pruning.costs import sparse_calibration_flops
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.sparse_source import SparseSource
 from nemo_pvs.pruning.sweep import sweep_flops, sweep_tokens
@@ -122,10 +123,11 @@ def _candidates(parent: Shape, target: Target, steps: int) -> int:
 
 
 def _sparse_calibration(target: Target, source: WeightSource, read: list[TokenSet]) -> dict[str, Any]:
-    """Return what a sparse method's own calibration cost: behind pruned layers the text goes through each twice."""
+    """Return what a sparse method's own calibration read and computed."""
     if not is_sparse(target) or not read:
         return {}
     ids = read[0].ids
-    passes = 1 if target.sequential is False else 2
-    rate = shape_of(source).flops_per_token(sequence_length=ids.shape[1], training=False)
-    return {"calibration": {"tokens": ids.numel(), "flops": ids.numel() * rate * passes}}
+    flops = sparse_calibration_flops(
+        shape_of(source), ids.numel(), ids.shape[1], sequential=target.sequential is not False
+    )
+    return {"calibration": {"tokens": ids.numel(), "flops": flops}}

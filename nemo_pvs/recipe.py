@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe_blocks import (
@@ -30,6 +28,8 @@ from nemo_pvs.recipe_blocks import (
     Tokens,
     Training,
 )
+from nemo_pvs.recipe_problems import first_problem
+from nemo_pvs.reporting.budget import Setting
 
 __all__ = [
     "Arm",
@@ -48,7 +48,6 @@ __all__ = [
 
 _BASE = "base.yaml"
 """The name of a file that other recipes of its folder extend and that is no recipe itself."""
-_UNION_TAGS = {"Rates", "Budgets", "float", "str"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Arm:
     """One training run of a comparison."""
 
     name: str
-    """``width-pruned``; with ``budgets`` ``width-pruned-50B``: R50 of the paper (``random``: S50)."""
+    """``width-pruned``; with ``budgets`` ``width-pruned-50B``: R50 of the paper (``random``: S50), and
+    ``width-random-equal-total-tokens``, with ``-50B`` behind it where there are several pruned arms."""
     target: str
     """The key under ``targets``."""
     initialisation: Initialisation
@@ -65,6 +65,8 @@ class Arm:
     """With this arm's tokens and learning rate."""
     first_token: int
     """Where in the training data it starts to read, in the order of training; the start of an optimizer step."""
+    setting: Setting | None = None
+    """What made its budget, if that is not a number of the recipe."""
 
     @property
     def tokens(self) -> int:
@@ -84,11 +86,27 @@ class Recipe(Block):
     arms: list[Initialisation] = Field(default=["pruned", "random"], min_length=1)
     """Initial weights to train every target from."""
     budgets: list[Tokens] | Budgets | None = None
-    """Training tokens, one run for each; a list for all arms, or one for pruned and one for random weights."""
+    """Training tokens, one run for each; a list for all arms, or one for pruned and one for random weights.
+    ``budget: equal-total-tokens`` is short for ``train.tokens`` for pruned and this setting for random weights."""
     layout: Layout = Layout()
     """Of every target that has none of its own."""
     train: Training
     evaluate: Evaluation = Evaluation()
+    _settled: dict[str, int] = PrivateAttr(default_factory=dict)
+    """Tokens of the arms whose budget is a setting, by name; see ``equal_terms.settle``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_is_short_for_budgets(cls, values: Any) -> Any:
+        budget, train = values.get("budget"), values.get("train")
+        if budget is None:
+            return values
+        if values.get("budgets"):
+            raise ValueError("budget and budgets say the same thing; give only one")
+        values = {key: value for key, value in values.items() if key != "budget"}
+        if not isinstance(train, Mapping) or "tokens" not in train:  # which is said when train is read
+            return values
+        return {**values, "budgets": {"pruned": [train["tokens"]], "random": [budget]}}
 
     @model_validator(mode="before")
     @classmethod
@@ -98,7 +116,8 @@ class Recipe(Block):
         if not budgets or not isinstance(train, Mapping) or "tokens" in train:
             return values
         lists = budgets.values() if isinstance(budgets, Mapping) else [budgets]
-        some = next((budget for one in lists if isinstance(one, list) for budget in one), None)
+        given = (budget for one in lists if isinstance(one, list) for budget in one)
+        some = next((budget for budget in given if budget not in typing.get_args(Setting)), None)
         return values if some is None else {**values, "train": {**train, "tokens": some}}
 
     @model_validator(mode="before")
@@ -126,44 +145,106 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _ranges_hold_the_budgets(self) -> Recipe:
         for initialisation in self.arms:
-            first, end = self.data.token_ranges.of(initialisation)
-            most = max(self.budgets_of(initialisation), default=0)
-            if first + most > end:
-                raise ValueError(
-                    f"a budget of {most:,} tokens for {initialisation} arms goes past the end of their range "
-                    f"({first:,} to {end:,.0f}) in data.token_ranges"
-                )
+            numbers = [budget for budget in self.budgets_of(initialisation) if not isinstance(budget, str)]
+            self._check_range(initialisation, max(numbers, default=0))
         return self
 
-    def budgets_of(self, initialisation: Initialisation) -> list[int]:
-        """Return the tokens that arms of a kind are trained for."""
+    def _check_range(self, initialisation: Initialisation, tokens: int) -> None:
+        first, end = self.data.token_ranges.of(initialisation)
+        if first + tokens > end:
+            raise ValueError(
+                f"a budget of {tokens:,} tokens for {initialisation} arms goes past the end of their range "
+                f"({first:,} to {end:,.0f}) in data.token_ranges"
+            )
+
+    def budgets_of(self, initialisation: Initialisation) -> list[int | Setting]:
+        """Return what arms of a kind are trained for: tokens, or what makes them equal to the pruned arms."""
         if self.budgets is None:
             return [int(self.train.tokens)]
-        lists = self.budgets if isinstance(self.budgets, list) else getattr(self.budgets, initialisation)
-        return [int(budget) for budget in lists]
+        budgets = self.budgets if isinstance(self.budgets, list) else getattr(self.budgets, initialisation)
+        given: Sequence[float | Setting] = budgets
+        return [budget if isinstance(budget, str) else int(budget) for budget in given]
 
     @property
     def runs(self) -> list[Arm]:
-        """Every training run: target by target, initial weights by initial weights, budget by budget."""
+        """Every training run: target by target, initial weights by initial weights, budget by budget.
+
+        Raises:
+            UserError: a budget is a setting, and nobody has worked out its tokens yet (``equal_terms.settle``).
+        """
+        return [
+            arm
+            for target in self.targets
+            for initialisation in self.arms
+            for arm in (self.pruned_runs(target) if initialisation == "pruned" else self._random_runs(target))
+        ]
+
+    def pruned_runs(self, target: str) -> list[Arm]:
+        """Return the runs from a target's pruned weights, whether or not they are among ``arms``."""
+        numbers = [budget for budget in self.budgets_of("pruned") if not isinstance(budget, str)]
+        return [self._arm(target, "pruned", self._ending(budget), budget) for budget in numbers]
+
+    def matched_runs(self, target: str) -> Iterator[tuple[str, Setting, Arm]]:
+        """Yield the random arms of a target whose budget is a setting: name, setting, the pruned arm to equal."""
+        for budget in self.budgets_of("random"):
+            if isinstance(budget, str) and "random" in self.arms:
+                yield from self._matched(target, budget)
+
+    def _matched(self, target: str, setting: Setting) -> Iterator[tuple[str, Setting, Arm]]:
+        pruned = self.pruned_runs(target)
+        for arm in pruned:
+            ending = self._ending(int(arm.training.tokens)) if len(pruned) > 1 else ""
+            yield f"{target}-random-{setting}{ending}", setting, arm
+
+    def settled(self, tokens: Mapping[str, int]) -> Recipe:
+        """Return this recipe with the tokens of all ``matched_runs``, by name.
+
+        Raises:
+            UserError: they go past the end of the range that random arms may read.
+        """
+        try:
+            self._check_range("random", max(tokens.values(), default=0))
+        except ValueError as error:
+            raise UserError(f"Recipe {self.name}: {error}.") from None
+        copy = self.model_copy()
+        copy._settled = dict(tokens)
+        return copy
+
+    def _random_runs(self, target: str) -> list[Arm]:
         found = []
-        for name, target in self.targets.items():
-            for initialisation in self.arms:
-                for budget in self.budgets_of(initialisation):
-                    peak = target.peak(initialisation, self.train.learning_rate)
-                    training = self.train.model_copy(update={"tokens": budget, "learning_rate": peak})
-                    first, _ = self.data.token_ranges.of(initialisation)
-                    found.append(
-                        Arm(
-                            name=f"{name}-{initialisation}" + (f"-{_short(budget)}" if self.budgets else ""),
-                            target=name,
-                            initialisation=initialisation,
-                            layout=target.layout,
-                            training=training,
-                            # Whole steps, rounded up as budgets are, so that neighbouring ranges stay neighbours.
-                            first_token=-(-first // training.tokens_per_step) * training.tokens_per_step,
-                        )
+        for budget in self.budgets_of("random"):
+            if not isinstance(budget, str):
+                found.append(self._arm(target, "random", self._ending(budget), budget))
+                continue
+            for name, setting, _ in self._matched(target, budget):
+                if name not in self._settled:
+                    raise UserError(
+                        f"How long {name} of recipe {self.name} is trained depends on what pruning costs, which is "
+                        "not worked out here; give a number of tokens instead."
                     )
+                tokens = self._settled[name]
+                found.append(self._arm(target, "random", name.removeprefix(f"{target}-random"), tokens, setting))
         return found
+
+    def _arm(
+        self, target: str, initialisation: Initialisation, ending: str, tokens: int, setting: Setting | None = None
+    ) -> Arm:
+        peak = self.targets[target].peak(initialisation, self.train.learning_rate)
+        training = self.train.model_copy(update={"tokens": tokens, "learning_rate": peak})
+        first, _ = self.data.token_ranges.of(initialisation)
+        return Arm(
+            name=f"{target}-{initialisation}{ending}",
+            target=target,
+            initialisation=initialisation,
+            layout=self.targets[target].layout,
+            training=training,
+            # Whole steps, rounded up as budgets are, so that neighbouring ranges stay neighbours.
+            first_token=-(-first // training.tokens_per_step) * training.tokens_per_step,
+            setting=setting,
+        )
+
+    def _ending(self, tokens: int) -> str:
+        return f"-{_short(tokens)}" if self.budgets else ""
 
 
 def _short(tokens: int) -> str:
@@ -231,7 +312,7 @@ def parse_training(values: Mapping[str, Any]) -> Training:
     try:
         return Training.model_validate(values)
     except ValidationError as error:
-        raise UserError(_first_problem(error, Training)) from None
+        raise UserError(first_problem(error, Training)) from None
 
 
 def parse_layout(values: Mapping[str, Any]) -> Layout:
@@ -243,7 +324,7 @@ def parse_layout(values: Mapping[str, Any]) -> Layout:
     try:
         return Layout.model_validate(values)
     except ValidationError as error:
-        raise UserError(_first_problem(error, Layout)) from None
+        raise UserError(first_problem(error, Layout)) from None
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -255,7 +336,7 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error, Recipe)}") from None
+        raise UserError(f"{where}: {first_problem(error, Recipe)}") from None
     from nemo_pvs.recipe_targets import check_options  # takes seconds; a misspelt key is answered before
 
     for name, target in recipe.targets.items():
@@ -271,38 +352,3 @@ def packaged_recipes() -> list[str]:
     folder = Path(str(resources.files("nemo_pvs.recipes")))
     files = (file for file in folder.rglob("*.yaml") if file.name != _BASE)
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files)
-
-
-def _first_problem(error: ValidationError, block: type[Block]) -> str:
-    problems = error.errors()
-    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
-    keys = [str(key) for key in problem["loc"]]
-    keys = [key for key in keys if key not in _UNION_TAGS and "[" not in key]
-    key = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        known = list(_block_at(keys[:-1], block).model_fields)
-        nearest = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.4)
-        return f"unknown key {key}; " + (
-            f"did you mean {nearest[0]}?" if nearest else f"known keys are {', '.join(known)}."
-        )
-    if problem["type"] == "missing":
-        return f"{key} is missing; add it."
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    shown = "" if isinstance(given, (Mapping, Block)) else f", not {given!r}"
-    return f"{key or 'recipe'}: {message[0].lower()}{message[1:]}{shown}."
-
-
-def _block_at(keys: list[str], block: type[Block]) -> type[Block]:
-    """Return the class of the block under ``keys``; names that a user chose (of targets) have none of their own."""
-    for key in keys:
-        if key in block.model_fields:
-            block = next(_blocks_in(block.model_fields[key].annotation), block)
-    return block
-
-
-def _blocks_in(annotation: Any) -> typing.Iterator[type[Block]]:
-    if inspect.isclass(annotation) and issubclass(annotation, Block):
-        yield annotation
-    for argument in typing.get_args(annotation):
-        yield from _blocks_in(argument)

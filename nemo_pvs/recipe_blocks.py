@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from nemo_pvs.reporting.budget import Setting
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -34,8 +36,16 @@ def _pattern(value: Any) -> Any:
     return str(value) if isinstance(value, float) else value
 
 
+def _budget(value: Any) -> Any:
+    if isinstance(value, str) and value not in get_args(Setting) and not _is_number(value):
+        raise ValueError(f"must be a number of tokens or one of {', '.join(get_args(Setting))}")
+    return value
+
+
 Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
 """A number of tokens; 200e9 is as good as 200000000000."""
+Budget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
+"""A number of tokens, or what is to be equal to the pruned arm."""
 Rate = Annotated[float, Field(gt=0)]
 Range = tuple[Tokens, Tokens]
 """Tokens of the training data from the first to the one behind the last, counted in the order of training."""
@@ -346,4 +356,12 @@ class Budgets(Block):
     """Token budgets by initial weights; every one is a run of its own."""
 
     pruned: list[Tokens] = []
-    random: list[Tokens] = []
+    random: list[Budget] = []
+    """A setting is a run for each of ``pruned``, as long as makes it equal to that one."""
+
+    @model_validator(mode="after")
+    def _settings_have_a_pruned_arm(self) -> Budgets:
+        setting = next((budget for budget in self.random if isinstance(budget, str)), None)
+        if setting and not self.pruned:
+            raise ValueError(f"{setting} is relative to pruned arms; say under pruned what these get")
+        return self

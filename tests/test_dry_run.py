@@ -77,6 +77,30 @@ def test_tokens_flops_and_ranges_are_exact():
     assert scratch.ledger.total.tokens == scratch.arm.tokens
 
 
+def test_random_arms_get_what_makes_them_equal():
+    """R50 against S50 and S250, and both in FLOPs, each from the recipe's numbers alone."""
+    values = load_recipe("llama31_8b/minitron_width").model_dump()
+    settings = ["equal-training-tokens", "equal-total-tokens", "equal-training-flops", "equal-total-flops"]
+    values["budgets"] = {"pruned": [50e9], "random": settings}
+    with pytest.raises(UserError, match=r"657,073,482,252 tokens for random arms .* \(0 to 500,000,000,000\)"):
+        dry_run(parse_recipe(values, "test"))
+    values["data"]["token_ranges"]["random"] = None
+    plan = dry_run(parse_recipe(values, "test"))
+    target = next(iter(values["targets"]))
+    arms = {planned.arm.name.removeprefix(f"{target}-"): planned for planned in plan.arms}
+    pruned = arms["pruned-50B"].ledger
+    steps = {setting: arms[f"random-{setting}"].arm.training.steps for setting in settings}
+    assert steps["equal-training-tokens"] == steps["equal-training-flops"] == 11921
+    assert steps["equal-total-tokens"] == -(-(200 * 10**9 + 128 * 8192 + 11921 * BATCH) // BATCH)
+    for setting in settings:
+        scratch = arms[f"random-{setting}"]
+        assert scratch.arm.setting == setting
+        amount = "tokens" if setting.endswith("tokens") else "flops"
+        spent = getattr(pruned.training if "training" in setting else pruned.total, amount)
+        took = getattr(scratch.ledger.total, amount)
+        assert spent <= took < spent + took / scratch.arm.training.steps, "not to a step"
+
+
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from nemo_pvs.checkpoints.detect import open_source
@@ -15,12 +17,15 @@ from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import fingerprint, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.shards import tokenize_files
+from nemo_pvs.equal_terms import arm_cost, settle
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.recipe import load_recipe, parse_recipe
 from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.html import write_report
+from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import Results
+from nemo_pvs.run_ledger import run_ledger
 from nemo_pvs.stages import Stages
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
@@ -310,19 +315,106 @@ def test_a_sparse_and_an_uneven_target_train_to_the_report(values, tmp_path):
         "flap": {"method": "flap", "ratio": 0.3},
     }
     values["train"] |= {"warmup": "quadratic", "weight_decay_on": "all"}
-    values["budgets"] = {"pruned": [512], "random": [512, 1024]}
+    values["budgets"] = {"pruned": [512], "random": [1024, "equal-training-tokens"]}
     folder = tmp_path / "run"
     child = _in_child(values, folder)
     child.join(timeout=600)
     assert child.exitcode == 0
     pipeline = Pipeline(parse_recipe(values, "test"), folder)
     pipeline.run()
-    for arm in ("wanda-pruned-512", "wanda-random-512", "wanda-random-1024"):
+    for arm in ("wanda-pruned-512", "wanda-random-equal-training-tokens", "wanda-random-1024"):
         trained = list(matrix_sparsity(open_source(pipeline.model(arm))))
         assert {matrix.pattern for matrix in trained} == {"2:4"}, f"weights of {arm} grew back"
     results = assemble(pipeline)
-    assert [arm.ledger.training.tokens for arm in results.arms] == [512, 512, 1024] * 2
+    assert [arm.ledger.training.tokens for arm in results.arms] == [512, 1024, 512] * 2
+    assert results.arms[2].name == "wanda, random, equal training tokens"
+    assert [results.scratch_of(arm) for arm in results.arms[::3]] == [results.arms[2], results.arms[5]]
+    assert [arm.masked_parameters for arm in results.arms] == [pipeline.parent_shape.matrix_parameters // 2] * 3 + [
+        0
+    ] * 3
+    for arm, measured in zip(pipeline.recipe.runs, results.arms, strict=True):
+        for place in (pipeline.job(arm).folder, pipeline.model(arm.name)):
+            assert Ledger.load(place / LEDGER) == measured.ledger
+    grandchild = Ledger()
+    grandchild.inherit_checkpoint(pipeline.model("wanda-pruned-512"), pipeline.parent_shape, None)
+    assert grandchild.total == results.arms[0].ledger.total
     assert shape_of(open_source(pipeline.model("flap-pruned-512"))).uneven
+
+
+def test_the_ledger_counts_what_was_computed(values, tmp_path):
+    """Every product with a weight, counted by PyTorch; attention's scores, which it does not count, by hand."""
+    scanned = {"method": "minitron-depth", "layers": 2}
+    wanda = {"method": "wanda", "sparsity": "2:4"}
+    values["targets"] = {
+        "width": {"method": "minitron-width", "hidden": 32, "ffn": 48},
+        "depth": scanned,
+        "greedy": {**scanned, "search": "greedy", "protect_first": 1},
+        "one_by_one": {**scanned, "search": "individual"},
+        "wanda": wanda,
+        "wanda_at_once": {**wanda, "sequential": False},
+        "flap": {"method": "flap", "ratio": 0.3},
+        "magnitude": {"method": "magnitude", "sparsity": "2:4"},
+    }
+    values["parent"]["pretraining_tokens"] = 2048
+    values["budgets"] = {"pruned": [512], "random": ["equal-total-tokens", "equal-total-flops"]}
+    pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
+    pipeline.parent()
+    shape = pipeline.parent_shape
+    pipeline.recipe = settle(pipeline.recipe, shape)
+    pipeline.data()
+    layer, head = shape.matrix_parameters // 4, shape.vocab * shape.hidden
+    attention = 2 * 32 * shape.heads * shape.head_dim
+
+    assert _multiplications(pipeline.calibrate) == 256 * 4 * layer
+    # Tokens, layers run, models measured: by hand for four layers. The last token of a sequence is only predicted.
+    for name, models, forwards in (
+        ("depth", 4, 4 + 2 + 1 + 0),
+        ("greedy", 6, (4 + 2 + 1 + 0) + (2 + 1 + 0)),
+        ("one_by_one", 5, 4 + 3 + 2 + 1 + 0),
+    ):
+        counted = _multiplications(lambda name=name: pipeline.prune(name, pipeline.recipe.targets[name]))
+        spent = pipeline.results[f"prune/{name}"]["search"]
+        assert spent["tokens"] == 4 * 32 * models
+        assert spent["flops"] == 4 * 32 * (2 * (forwards * layer + models * head) + forwards * attention)
+        assert counted * 32 == 4 * 32 * (forwards * layer + models * head) * 31
+    for name, forwards, skipped in (("wanda", 4 + 3, 4), ("wanda_at_once", 4, 0)):
+        counted = _multiplications(lambda name=name: pipeline.prune(name, pipeline.recipe.targets[name]))
+        spent = pipeline.results[f"prune/{name}"]["calibration"]
+        assert counted == 256 * (forwards * layer - skipped * shape.hidden * shape.ffn)
+        assert spent == {"tokens": 256, "flops": 2 * counted + 256 * forwards * attention}
+
+    pipeline.prepare()
+    arms = {arm.name: arm for arm in pipeline.recipe.runs}
+    for name in values["targets"]:
+        ledgers = {}
+        for ending in ("pruned-512", "random-equal-total-tokens", "random-equal-total-flops"):
+            arm = arms[f"{name}-{ending}"]
+            model = open_source(pipeline.initial(name, arm.initialisation))
+            ledgers[ending] = run_ledger(pipeline.recipe, arm, pipeline.results, shape, model)
+            assert ledgers[ending] == arm_cost(pipeline.recipe, arm, shape_of(model), shape), (
+                "a dry run says otherwise"
+            )
+        total, step = ledgers["pruned-512"].total, 4 * 32
+        for kind, took in (
+            ("tokens", ledgers["random-equal-total-tokens"].total.tokens),
+            ("flops", ledgers["random-equal-total-flops"].total.flops),
+        ):
+            steps = arms[f"{name}-random-equal-total-{kind}"].training.steps
+            assert getattr(total, kind) <= took < getattr(total, kind) + took / steps
+        zeros = (
+            sum(one.zeros for one in matrix_sparsity(model)) if name in ("wanda", "wanda_at_once", "magnitude") else 0
+        )
+        rate = shape_of(model).flops_per_token(sequence_length=32, training=True)
+        assert ledgers["pruned-512"].training_zeros_skipped == (512, 512 * (rate - 6 * zeros))
+        assert ledgers["pruned-512"].charges[-1].steps == 512 // step
+
+
+def _multiplications(work) -> int:
+    """Return how many products of matrices a piece of work multiplied out, those of attention left out."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
 
 
 def test_unknown_stage_to_force(values, tmp_path):

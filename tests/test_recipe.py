@@ -41,6 +41,14 @@ def test_every_packaged_recipe_reads():
         ("targets.depth", {"method": "wanda", "layers": 3}, "wanda has no layers; its own keys are sparsity"),
         ("targets.depth", {"method": "dense", "ratio": 0.5}, "dense has no ratio"),
         ("budgets", {"prund": [1e3]}, "unknown key budgets.prund; did you mean pruned?"),
+        (
+            "budgets",
+            {"pruned": [1e3], "random": ["equal-steps"]},
+            "must be a number of tokens or one of equal-training-",
+        ),
+        ("budgets", {"random": ["equal-total-tokens"]}, "is relative to pruned arms; say under pruned what these get"),
+        ("budgets", ["equal-total-tokens"], "budgets.0: input should be a valid number"),
+        ("budget", "equal-steps", "budgets.random.0: must be a number of tokens or one of equal-training-tokens"),
         ("data.token_files", {"train": "a", "validation": "b", "calibration": "c", "test": "d"}, "either source or"),
         ("data.token_ranges.pruned", [0, 100], "a budget of 49,152 tokens for pruned arms goes past the end"),
         ("data.token_ranges.parent", [0, 100], "would read tokens that the parent was trained on (0 to 100)"),
@@ -111,7 +119,8 @@ def test_the_methods_of_a_target_are_those_of_pruning():
     fields = Target.model_fields
     assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}
     own = {"method", "layout", "learning_rate", "keep_parent_embeddings", *SIZES}
-    assert {*fields} - own == {*Options.__dataclass_fields__} - {"target"}
+    # Sizes have keys of their own; a task needs data of lm-eval, for which a recipe has no key.
+    assert {*fields} - own == {*Options.__dataclass_fields__} - {"target", "task"}
 
 
 def test_a_sparsity_that_yaml_takes_for_a_time_is_understood():
@@ -153,6 +162,40 @@ def test_budgets_rates_and_ranges_make_the_runs(values):
         ("depth-pruned-4097", 4097, 3 * 2048, 6144, 0.25),
         ("depth-random-8k", 8000, 4 * 2048, 0, 0.5),
     ]  # fmt: skip
+
+
+def test_a_setting_in_place_of_a_number(values):
+    short = _recipe(values, budget="equal-total-tokens")
+    assert short == _recipe(values, budgets={"pruned": [49152], "random": ["equal-total-tokens"]})
+    assert parse_recipe(short.model_dump(), "again") == short
+    assert [name for name, _, _ in short.matched_runs("depth")] == ["depth-random-equal-total-tokens"]
+    with pytest.raises(UserError, match=r"How long width-random-equal-total-tokens .* depends on what pruning costs"):
+        _ = short.runs
+    several = _recipe(values, budgets={"pruned": [2048, 4096], "random": ["equal-training-tokens", 2048]})
+    matched = {name: arm.tokens for name, _, arm in several.matched_runs("width")}
+    assert matched == {
+        "width-random-equal-training-tokens-2048": 2048,
+        "width-random-equal-training-tokens-4096": 4096,
+    }
+    known = several.settled(
+        {name: 10 * tokens for name, tokens in matched.items()} | dict.fromkeys(_depth(several), 1)
+    )
+    assert [(run.name, run.tokens, run.setting) for run in known.runs if run.target == "width"][2:] == [
+        ("width-random-equal-training-tokens-2048", 20480, "equal-training-tokens"),
+        ("width-random-equal-training-tokens-4096", 40960, "equal-training-tokens"),
+        ("width-random-2048", 2048, None),
+    ]
+    values["data"]["token_ranges"] = {"random": [0, 5000]}
+    with pytest.raises(
+        UserError, match=r"a budget of 5,001 tokens for random arms goes past the end .* \(0 to 5,000\)"
+    ):
+        _recipe(values, budget="equal-total-tokens").settled({"width-random-equal-total-tokens": 5001})
+    with pytest.raises(UserError, match="budget and budgets say the same thing"):
+        _recipe(values, budget="equal-total-tokens", budgets=[1000])
+
+
+def _depth(recipe: Recipe) -> list[str]:
+    return [name for name, _, _ in recipe.matched_runs("depth")]
 
 
 def test_an_overlap_with_the_parent_must_be_declared(values):

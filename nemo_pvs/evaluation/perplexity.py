@@ -62,7 +62,9 @@ def perplexity(
         for states, targets in zip(hidden, ids[:, 1:], strict=True):
             window = next(windows)
             scored = slice(-stride if stride and window else None, None)
-            losses[window] = torch.tensor(model.losses(states[None, scored], targets[None, scored]))
+            losses[window] = torch.tensor(
+                model.losses(states[None, scored], targets[None, scored]), dtype=torch.float64
+            )
     measured = loss_statistics(ranks.all_reduce(losses))
     # An untrained or broken model can have a loss whose exponential is no longer a float.
     value = math.exp(measured["loss"]) if measured["loss"] < 700 else math.inf

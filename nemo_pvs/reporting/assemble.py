@@ -13,9 +13,9 @@ from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.pipeline import Pipeline, initial_label
 from nemo_pvs.recipe import Arm
-from nemo_pvs.recipe_targets import needs_scores
-from nemo_pvs.reporting.ledger import Charge, Ledger
+from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
+from nemo_pvs.run_ledger import count_masked
 from nemo_pvs.training import metrics
 
 _PACKAGES = ("nemo-pvs", "nemo-toolkit", "megatron-core", "torch", "transformers", "numpy")
@@ -46,20 +46,21 @@ def assemble(run: Pipeline) -> Results:
 def _arm(run: Pipeline, arm: Arm) -> ArmResult:
     curve = metrics.read(run.job(arm).metrics)
     before, after = run.results[f"evaluate/{initial_label(arm)}"], run.results[f"evaluate/{arm.name}"]
-    shape = shape_of(open_source(run.model(arm.name)))
-    budget = arm.name.removeprefix(f"{arm.target}-{arm.initialisation}").replace("-", ", ")
+    model = open_source(run.model(arm.name))
     speeds = [point["tokens_per_second"] for point in curve.training]
     return ArmResult(
-        name=f"{arm.target}, {arm.initialisation}{budget}",
+        name=_for_people(arm),
         target=arm.target,
         method=run.recipe.targets[arm.target].method,
         initialisation=arm.initialisation,
-        shape=shape,
+        shape=shape_of(model),
         parallel={
             "tensor": arm.layout.tensor_parallel,
             "pipeline": arm.layout.pipeline_parallel,
             "data": arm.layout.data_parallel,
         },
+        masked_parameters=count_masked(model),
+        setting=arm.setting,
         validation=[
             Point(0, 0, before["validation"]["loss"]),
             *(Point(point["step"], point["tokens"], point["loss"]) for point in curve.validation),
@@ -69,37 +70,18 @@ def _arm(run: Pipeline, arm: Arm) -> ArmResult:
         ],
         test_perplexity_before=before["test"]["perplexity"],
         test_perplexity_after=after["test"]["perplexity"],
-        ledger=_ledger(run, arm),
+        ledger=Ledger.load(run.model(arm.name) / LEDGER),
         seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds),
         tokens_per_second=statistics.median(speeds),
     )
 
 
-def _ledger(run: Pipeline, arm: Arm) -> Ledger:
-    """Charge an arm with its training and, when it was pruned, with all that went into its initial weights."""
-    recipe, ledger = run.recipe, Ledger()
-    if arm.initialisation == "pruned":
-        made = run.results[f"prune/{arm.target}"]
-        parent = shape_of(run.parent_source)
-        ledger.charge(
-            "parent pretraining",
-            int(recipe.parent.pretraining_tokens) or None,
-            parent,
-            0,
-            True,
-            "as declared in the recipe",
-        )
-        length = recipe.calibrate.sequence_length
-        if needs_scores(recipe.targets[arm.target]):
-            ledger.charge("calibration", run.results["calibrate"]["tokens"], parent, length, False, "one dense pass")
-        if own := made.get("calibration"):
-            ledger.charges.append(Charge("calibration", own["tokens"], own["flops"], "while pruning, layer by layer"))
-        if search := made.get("search"):
-            ledger.charges.append(Charge("search", search["tokens"], search["flops"], "depth scan, prefixes shared"))
-    training = arm.training
-    shape = shape_of(open_source(run.model(arm.name)))
-    ledger.charge("training", arm.tokens, shape, training.sequence_length, True, "this run")
-    return ledger
+def _for_people(arm: Arm) -> str:
+    """Return ``width, random, equal total tokens, 50B``."""
+    ending = arm.name.removeprefix(f"{arm.target}-{arm.initialisation}")
+    if arm.setting:
+        ending = ending.replace(arm.setting, arm.setting.replace("-", " "))
+    return f"{arm.target}, {arm.initialisation}{ending.replace('-', ', ')}"
 
 
 def _hashes(done: dict[str, dict[str, Any]]) -> dict[str, str]:

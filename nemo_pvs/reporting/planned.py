@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_pvs.dry_run import dry_run
+from nemo_pvs.equal_terms import pruned_arm
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Recipe, load_recipe
-from nemo_pvs.recipe_targets import masked_parameters
 from nemo_pvs.reporting.budget import PrunedArm
 from nemo_pvs.reporting.results import Results
 
@@ -50,14 +50,7 @@ def of_recipe(recipe: Recipe) -> list[PrunedArm]:
     plan = dry_run(recipe)
     shapes = {planned.name: planned.expected.shape for planned in plan.targets}
     return [
-        PrunedArm(
-            planned.arm.name,
-            planned.ledger,
-            shapes[planned.arm.target],
-            planned.arm.training.tokens_per_step,
-            planned.arm.training.sequence_length,
-            masked_parameters(recipe.targets[planned.arm.target], shapes[planned.arm.target]),
-        )
+        pruned_arm(recipe, planned.arm, shapes[planned.arm.target], plan.parent)
         for planned in plan.arms
         if planned.arm.initialisation == "pruned"
     ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, write_json
+from nemo_pvs.reporting.budget import Setting
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 
@@ -56,6 +57,8 @@ class ArmResult:
     """Ranks by dimension: tensor, pipeline, data."""
     masked_parameters: int = 0
     """Weights that a sparsity mask holds at zero; 0 for a dense model."""
+    setting: Setting | None = None
+    """What made its budget equal to that of a pruned arm; None where the recipe gives a number."""
     validation: list[Point] = field(default_factory=list)
     training: list[Point] = field(default_factory=list)
     test_perplexity_before: float | None = None
@@ -70,6 +73,16 @@ class ArmResult:
     def validation_loss(self) -> float | None:
         """The last validation loss, nats per token."""
         return self.validation[-1].loss if self.validation else None
+
+
+class Comparison(NamedTuple):
+    """A pruned arm beside the one from scratch that has cost the same."""
+
+    setting: Setting
+    """What is the same."""
+    scratch: ArmResult
+    gap: float | None
+    """Scratch loss minus pruned loss, nats per token; None if they were not measured."""
 
 
 @dataclass
@@ -91,21 +104,45 @@ class Results:
         """The arms by target, in the order in which they were given."""
         return {arm.target: [other for other in self.arms if other.target == arm.target] for arm in self.arms}
 
-    def scratch_of(self, arm: ArmResult) -> ArmResult | None:
-        """Return the arm of the same target that started from random weights; None for such an arm itself."""
+    def scratch_of(self, arm: ArmResult, setting: Setting = "equal-training-tokens") -> ArmResult | None:
+        """Return the arm from random weights that a pruned arm is to be compared with under a setting.
+
+        It is of the same target, and its training took what the pruned arm's did (``total``: what the pruned arm took
+        with its ancestors), to one optimizer step; the nearest if there are several. None if there is none, and for
+        an arm from random weights itself.
+        """
         if arm.initialisation == "random":
             return None
-        return next((other for other in self.targets[arm.target] if other.initialisation == "random"), None)
+        others = [other for other in self.targets[arm.target] if other.initialisation == "random"]
+        distances = [
+            (distance, rank) for rank, other in enumerate(others) if (distance := _apart(arm, other, setting)) <= 1
+        ]
+        return others[min(distances)[1]] if distances else None
 
-    def gap(self, arm: ArmResult) -> float | None:
+    def comparisons(self, arm: ArmResult) -> list[Comparison]:
+        """Return all that a pruned arm can be compared with on equal terms, an arm from scratch under one setting.
+
+        Arms of one shape that are equal in training tokens are so in training FLOPs, too: tokens come first.
+        """
+        found: dict[str, Comparison] = {}
+        for setting in get_args(Setting):
+            scratch = self.scratch_of(arm, setting)
+            if scratch is not None:
+                found.setdefault(scratch.name, Comparison(setting, scratch, self.gap(arm, setting)))
+        return list(found.values())
+
+    def gap(self, arm: ArmResult, setting: Setting = "equal-training-tokens") -> float | None:
         """Return scratch loss minus this arm's, in nats per token: positive where the pruned start won.
 
-        Both are validation losses after the same number of training tokens, the largest at which both were measured;
-        None if there is none.
+        Under equal training tokens both are validation losses after the same number of them, the largest at which both
+        were measured; under other settings both are the last. None if there are none.
         """
-        scratch = self.scratch_of(arm)
+        scratch = self.scratch_of(arm, setting)
         if scratch is None:
             return None
+        if setting != "equal-training-tokens":
+            ours, theirs = arm.validation_loss, scratch.validation_loss
+            return None if ours is None or theirs is None else theirs - ours
         pruned_losses, scratch_losses = (
             {point.tokens: point.loss for point in run.validation} for run in (arm, scratch)
         )
@@ -155,6 +192,19 @@ class Results:
 
 
 _READER = TypeAdapter(Results)
+
+
+def _apart(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float:
+    """Return how many optimizer steps of ``scratch`` two arms are from being equal; infinite where it is not known."""
+    kind = "tokens" if setting.endswith("tokens") else "flops"
+    spent = pruned.ledger.training if setting.startswith("equal-training") else pruned.ledger.total
+    ours, theirs = getattr(spent, kind), getattr(scratch.ledger.training, kind)
+    if ours == theirs and ours is not None:
+        return 0.0
+    steps = sum(charge.steps or 0 for charge in scratch.ledger.charges if charge.activity == "training")
+    if not ours or not theirs or not steps:
+        return math.inf
+    return float(abs(ours - theirs) / (theirs / steps))
 
 
 def _names_for_non_finite(value: Any) -> Any:

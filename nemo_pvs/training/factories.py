@@ -18,6 +18,7 @@ from nemo.collections import llm
 from nemo.lightning import io
 
 from nemo_pvs.checkpoints.context import write_context
+from nemo_pvs.dry_run import settled
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout as WeightLayout
 from nemo_pvs.pipeline import Pipeline
@@ -39,7 +40,7 @@ _MACHINES: dict[str, Callable[[], Machine]] = {"h100": lambda: H100, "here": Mac
 def register() -> None:
     """Register all factories; NeMo-Run finds them by target and name."""
     for name in packaged_recipes():
-        recipe = load_recipe(name)
+        recipe = settled(load_recipe(name))
         for arm in recipe.runs:
             run.cli.factory(_pretrain(recipe, arm), target=llm.pretrain, name=factory_name(name, arm.name))
     for method in METHODS:

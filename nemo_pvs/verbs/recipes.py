@@ -18,6 +18,7 @@ def recipes(
     """List the recipes that come with the package, or the runs of one and what NeMo calls them."""
     from rich.table import Table
 
+    from nemo_pvs.dry_run import settled
     from nemo_pvs.launching import packaged_profiles
     from nemo_pvs.recipe import load_recipe, packaged_recipes
     from nemo_pvs.training.factory_names import factory_name
@@ -25,12 +26,12 @@ def recipes(
     if recipe is None:
         table = Table("recipe", "runs", "what it does")
         for name in packaged_recipes():
-            known = load_recipe(name)
+            known = settled(load_recipe(name))
             table.add_row(name, str(len(known.runs)), known.title)
         console.print(table)
         console.print(f"launch profiles: {', '.join(packaged_profiles())}")
         return
-    arms = load_recipe(recipe).runs
+    arms = settled(load_recipe(recipe)).runs
     packaged = recipe in packaged_recipes()  # only these have factories
     table = Table("run", "tokens", *(["nemo llm pretrain --factory"] if packaged else []))
     for arm in arms:

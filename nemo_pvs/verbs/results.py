@@ -50,7 +50,7 @@ def run(
         return
     pipeline.run()
     if checked.parent.source is None:  # a parent has no parent to be compared with
-        for arm in checked.runs:
+        for arm in pipeline.recipe.runs:
             console.print(f"trained: {pipeline.model(arm.name)}", soft_wrap=True)
         return
     results = assemble(pipeline)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import write_json
-from nemo_pvs.reporting.results import Point, Results
+from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.reporting.results import ArmResult, Point, Results
 
 from .conftest import TOKENS
 
@@ -78,6 +80,47 @@ def test_the_gap_is_taken_at_equal_tokens_only(results: Results) -> None:
 def test_the_last_measurement_at_a_token_count_counts(results: Results) -> None:
     results.arms[0].validation.append(Point(4, TOKENS, 2.0))  # measured again when the run ended
     assert results.gap(results.arms[0]) == pytest.approx(0.64)
+
+
+def _random(results: Results, arm: ArmResult, steps: int) -> None:
+    """Add an arm from scratch of the shape of ``arm``, of so many steps of a tenth of its tokens."""
+    ledger, size = Ledger(), TOKENS // 10
+    ledger.charge("training", steps * size, arm.shape, 64, training=True, tokens_per_step=size)
+    scratch = dataclasses.replace(results.arms[1], name=f"scratch {steps}", target=arm.target, ledger=ledger)
+    scratch.validation = [Point(steps, steps * size, 2.5 + 1 / steps)]
+    results.arms.append(scratch)
+
+
+def test_scratch_is_the_arm_of_the_same_cost(results: Results) -> None:
+    pruned = results.arms[2]
+    results.arms.remove(results.arms[3])
+    for steps in (5, 20, 10, 30):  # the order of a recipe's budgets says nothing
+        _random(results, pruned, steps)
+    assert results.scratch_of(pruned).name == "scratch 10"
+    assert results.gap(pruned) == pytest.approx(2.6 - 2.7)
+    pruned.ledger.charges = [charge for charge in pruned.ledger.charges if charge.activity == "training"]
+    pruned.ledger.charge("parent pretraining", 2 * TOKENS, pruned.shape, 64, training=True)
+    found = [(one.setting, one.scratch.name, one.gap) for one in results.comparisons(pruned)]
+    assert found == [
+        ("equal-training-tokens", "scratch 10", pytest.approx(2.6 - 2.7)),
+        ("equal-total-tokens", "scratch 30", pytest.approx(2.5 + 1 / 30 - 2.7)),
+    ]
+    # A parent twice as costly: equal in tokens and in FLOPs are two arms now.
+    pruned.ledger.charges[-1] = dataclasses.replace(pruned.ledger.charges[-1], tokens=TOKENS)
+    assert [(one.setting, one.scratch.name) for one in results.comparisons(pruned)][1:] == [
+        ("equal-total-tokens", "scratch 20"),
+        ("equal-total-flops", "scratch 30"),
+    ]
+
+
+def test_equal_is_to_one_step(results: Results) -> None:
+    pruned = results.arms[2]
+    results.arms.remove(results.arms[3])
+    _random(results, pruned, 11)
+    assert results.scratch_of(pruned).name == "scratch 11"
+    pruned.ledger.charge("training", 12 * TOKENS // 10 - TOKENS + 1, pruned.shape, 64, training=True)
+    assert results.scratch_of(pruned) is None
+    assert results.comparisons(pruned) == []
 
 
 def test_arms_are_compared_within_their_target(results: Results) -> None:

@@ -1,0 +1,115 @@
+"""What the arms of a recipe cost as far as its numbers tell, and the random arms that are to cost the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
+from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
+from nemo_pvs.recipe import Arm, Recipe
+from nemo_pvs.recipe_blocks import Target
+from nemo_pvs.recipe_targets import expected_shape, is_sparse, masked_parameters, needs_scores, scans
+from nemo_pvs.reporting.budget import PrunedArm, scratch_budget
+from nemo_pvs.reporting.ledger import Charge, Ledger
+from nemo_pvs.shape import Shape
+
+
+def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = None) -> Recipe:
+    """Return a recipe whose budgets such as ``equal-total-tokens`` have become numbers; others as they are.
+
+    Args:
+        recipe: The recipe; its targets are possible (``recipe_targets.check_recipe``).
+        parent: Its parent's shape.
+        shapes: Of the pruned targets, by name. Without it, as far as they are known before pruning: where scores
+            decide how large layers are, budgets in FLOPs are about right then.
+
+    Raises:
+        UserError: the pruned arm's cost is not known, or its counterpart would read past the end of its range.
+    """
+    tokens = {}
+    for name, target in recipe.targets.items():
+        for run, setting, arm in recipe.matched_runs(name):
+            shape = (shapes or {}).get(name) or expected_shape(target, parent).shape
+            tokens[run] = scratch_budget(pruned_arm(recipe, arm, shape, parent), setting).tokens
+    return recipe.settled(tokens) if tokens else recipe
+
+
+def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedArm:
+    """Return a pruned arm of a recipe with its cost, its ancestors included."""
+    training, target = arm.training, recipe.targets[arm.target]
+    return PrunedArm(
+        arm.name,
+        arm_cost(recipe, arm, shape, parent),
+        shape,
+        training.tokens_per_step,
+        training.sequence_length,
+        masked_parameters(target, shape),
+    )
+
+
+def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
+    """Return the ledger that an arm will have: of a pruned one with its parent and its pruning."""
+    ledger = Ledger()
+    if arm.initialisation == "pruned":
+        inherit_parent(ledger, recipe, parent)
+        ledger.charges += pruning_cost(recipe, recipe.targets[arm.target], shape, parent).charges
+    charge_training(ledger, arm, shape, masked_parameters(recipe.targets[arm.target], shape))
+    return ledger
+
+
+def inherit_parent(ledger: Ledger, recipe: Recipe, parent: Shape) -> None:
+    """Charge the parent of a recipe: by the ledger in its folder, or as the recipe declares.
+
+    Raises:
+        UserError: the two contradict each other.
+    """
+    declared = int(recipe.parent.pretraining_tokens) or None
+    ledger.inherit_checkpoint(Path(recipe.parent.source or ""), parent, declared)
+
+
+def charge_training(ledger: Ledger, arm: Arm, shape: Shape, masked: int) -> None:
+    """Charge the training of an arm; ``masked`` weights of its matrices are held at zero."""
+    training = arm.training
+    ledger.charge(
+        "training",
+        arm.tokens,
+        shape,
+        training.sequence_length,
+        training=True,
+        note="this run",
+        masked_parameters=masked,
+        tokens_per_step=training.tokens_per_step,
+    )
+
+
+def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> Ledger:
+    """Return what pruning to a target reads; a calibration that several targets share is in each."""
+    settings = recipe.calibrate
+    length = settings.sequence_length
+    tokens = settings.samples * length
+    ledger = Ledger()
+    if needs_scores(target):
+        charge = Charge("calibration", tokens, calibration_flops(parent, tokens, length), "one dense pass")
+        ledger.charges.append(charge)
+    if is_sparse(target) and target.method != "magnitude":
+        flops = sparse_calibration_flops(parent, tokens, length, sequential=target.sequential is not False)
+        ledger.charges.append(Charge("calibration", tokens, flops, "while pruning, layer by layer"))
+    if scans(target):
+        text = {"samples": settings.scan_samples, "sequence_length": length}
+        models, forwards = _scan(target, parent.layers, parent.layers - shape.layers)
+        flops = sweep_flops(parent, text, forwards, models)
+        ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, "depth scan, prefixes shared"))
+    return ledger
+
+
+def _scan(target: Target, layers: int, removed: int) -> tuple[int, int]:
+    """Return how many models a depth scan measures, the dense one included, and how often layers are run for it."""
+    if target.search == "greedy":
+        first, last = target.protect_first or 0, target.protect_last or 0
+        steps = [range(first, layers - last - step) for step in range(removed)]
+        forwards = [count_forwards(layers - step, 1, starts, whole=step == 0) for step, starts in enumerate(steps)]
+        return 1 + sum(map(len, steps)), sum(forwards)
+    width = 1 if target.search == "individual" else removed
+    starts = range(layers - width + 1)
+    return 1 + len(starts), count_forwards(layers, width, starts)
