@@ -10,7 +10,7 @@ import warnings
 import typer
 
 import nemo_pvs
-from nemo_pvs.errors import UserError
+from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.processes import heeding_interrupts
 from nemo_pvs.progress import console
 from nemo_pvs.verbs import VERBS
@@ -44,8 +44,6 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A streamed tensor is fresh memory; in huge pages it costs a third of the time (tests/benchmarks/README.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from nemo_pvs.training.run import TrainingError
-
     try:
         with heeding_interrupts():
             app()

@@ -22,9 +22,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from nemo_pvs.errors import UserError
+from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.recipe import Layout, Recipe
-from nemo_pvs.training.run import TrainingError
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from statistics import median
 from types import TracebackType
 
+from nemo_pvs.errors import TrainingError
 from nemo_pvs.processes import die_with_parent
 from nemo_pvs.progress import console, progress
 from nemo_pvs.training import metrics
@@ -19,12 +20,6 @@ from nemo_pvs.training.run_checkpoints import checkpoint_name, newest_sound, say
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _STEPS_OF_PACE = 20
-
-
-class TrainingError(Exception):
-    """A training run ended early; says where its log is."""
-
-    exit_code = 1
 
 
 class PreemptedError(TrainingError):
