@@ -89,6 +89,8 @@ def _hashes(done: dict[str, dict[str, Any]]) -> dict[str, str]:
     hashes = {"parent weights": done["parent"]["fingerprint"]}
     if "calibrate" in done:
         hashes["scores"] = done["calibrate"]["scores"]
+    if tokenizer := next((made.get("tokenizer_sha256") for made in done["data"]["splits"].values()), None):
+        hashes["tokenizer"] = tokenizer
     hashes |= {f"{split} tokens": made["bin_sha256"] for split, made in done["data"]["splits"].items()}
     hashes |= {f"plan {stage.split('/')[1]}": made["plan"] for stage, made in done.items() if "plan" in made}
     hashes |= {

@@ -2,93 +2,74 @@
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
-from typing import Any
+from collections.abc import Mapping
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nemo_pvs.recipe_blocks import DENSE
+from nemo_pvs.reporting.figure_theme import GRID, MARKERS, PRUNED, SCRATCH, STYLE, TEXT, to_svg
 from nemo_pvs.reporting.numbers import fixed, unit_of
 from nemo_pvs.reporting.results import ArmResult, Point, Results
 
-# Matplotlib wants fixed colours, the page brings its own: each of these stands for a CSS colour. The fallbacks are
-# from the palette of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind readers tell apart.
-_TEXT = "#000001"
-_GRID = "#000002"
-_SCRATCH = "#000003"
-_PRUNED = ("#000004", "#000005", "#000006")
-_CSS = {
-    _TEXT: "currentColor",
-    _GRID: "var(--figure-grid, #d5d5d5)",
-    _SCRATCH: "var(--series-scratch, #b34b00)",
-    _PRUNED[0]: "var(--series-1, #0072b2)",
-    _PRUNED[1]: "var(--series-2, #00795a)",
-    _PRUNED[2]: "var(--series-3, #a8497f)",
-}
-_MARKERS = ("o", "^", "D")
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nemo_pvs",
-    "font.size": 10,
-    "text.parse_math": False,  # a $ in a name is a $
-    "figure.facecolor": "none",
-    "figure.constrained_layout.h_pad": 0.12,  # inches
-    "axes.facecolor": "none",
-    "text.color": _TEXT,
-    "axes.labelcolor": _TEXT,
-    "axes.edgecolor": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _TEXT,
-    "ytick.labelcolor": _TEXT,
-}
+Deviations = Mapping[str, Mapping[int, float]]
+"""Standard deviation of the validation loss over seeds, by arm and tokens."""
+_SCRATCH_MARKERS = ("s", "v", "P")
 _PANELS_A_ROW = 2
-_PIXELS_AN_INCH = 102  # two panels fill a page of 72 rem, and one is no larger than one of them
 # A random start has a loss of ln(vocabulary): with it on the axis, the differences at the end would be invisible. The
 # axis is made for what comes after this share of the tokens; what lies above is said in words.
 _IGNORED_SHARE = 0.1
 
 
-def loss_figure(results: Results) -> str:
+def loss_figure(results: Results, deviations: Deviations | None = None) -> str:
     """Draw one panel a target: pruned solid, scratch dashed, parent dotted, the gap at the end in nats per token.
 
-    Markers and dashes differ too, so that the figure can be read in black and white.
+    Markers and dashes differ too, so that the figure can be read in black and white; bars are standard deviations.
 
     Returns:
         An ``<svg>`` element to put into a page. Text takes the page's colour, lines the CSS variables ``--series-1``,
         ``--series-2``, ``--series-3``, ``--series-scratch`` and ``--figure-grid`` where the page sets them. Empty if
         no validation loss was measured.
     """
-    targets = {name: arms for name, arms in results.targets.items() if any(_finite(arm.validation) for arm in arms)}
-    if not targets:
-        return ""
-    columns = min(len(targets), _PANELS_A_ROW)
+    targets = _drawn(results)
+    return _draw(results, targets, deviations or {}, _PANELS_A_ROW) if targets else ""
+
+
+def loss_panels(results: Results, deviations: Deviations | None = None) -> list[str]:
+    """Return the panels of ``loss_figure`` one by one, on one scale, for a page that wraps them itself."""
+    targets = _drawn(results)
+    return [
+        _draw(results, {name: arms}, deviations or {}, 1, prefix=f"loss-{index}")
+        for index, (name, arms) in enumerate(targets.items())
+    ]
+
+
+def _drawn(results: Results) -> dict[str, list[ArmResult]]:
+    return {name: arms for name, arms in results.targets.items() if any(_finite(arm.validation) for arm in arms)}
+
+
+def _draw(
+    results: Results, targets: dict[str, list[ArmResult]], deviations: Deviations, most_columns: int, prefix: str = ""
+) -> str:
+    columns = min(len(targets), most_columns)
     rows = math.ceil(len(targets) / columns)
     unit = unit_of([point.tokens for arm in results.arms for point in arm.validation])
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4 * columns, 3.9 * rows), layout="constrained")
         panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
         low, high = _loss_range(results)
         for axes, (name, arms) in zip(panels, targets.items(), strict=False):
-            _draw_panel(axes, results, arms, unit, high)
+            _draw_panel(axes, results, arms, deviations, unit, high)
             axes.set_title(name, loc="left", fontweight="bold")
             axes.set_ylim(low, high)
         for axes in panels[len(targets) :]:
             axes.remove()
         for axes in figure.axes[::columns]:
             axes.set_ylabel("validation loss (nats per token)")
-        image = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(image, metadata={"Date": None})
-    description = f"Validation loss against training tokens: {', '.join(targets)}."
-    return _themed(image.getvalue(), description, pixels=_PIXELS_AN_INCH * figure.get_figwidth())
+        return to_svg(figure, f"Validation loss against training tokens: {', '.join(targets)}.", prefix=prefix)
 
 
 def standalone(figure: str) -> str:
@@ -114,10 +95,16 @@ def _loss_range(results: Results) -> tuple[float, float]:
 
 
 def _draw_panel(
-    axes: Axes, results: Results, arms: list[ArmResult], unit: tuple[float, str], top_of_axis: float
+    axes: Axes,
+    results: Results,
+    arms: list[ArmResult],
+    deviations: Deviations,
+    unit: tuple[float, str],
+    top_of_axis: float,
 ) -> None:
     divisor, prefix = unit
     pruned = [arm for arm in arms if arm.initialisation == "pruned"]
+    scratch = [arm for arm in arms if arm.initialisation == "random"]
     for arm in arms:
         points = _finite(arm.validation)
         label = arm.name
@@ -125,21 +112,31 @@ def _draw_panel(
             label += f" (starts at {fixed(points[0].loss)})"
         if len(points) < len(arm.validation):
             label += " (diverged)"
-        rank = pruned.index(arm) if arm in pruned else 0
+        kind, markers = (pruned, MARKERS) if arm in pruned else (scratch, _SCRATCH_MARKERS)
+        rank = kind.index(arm)
+        colour = PRUNED[rank % len(PRUNED)] if arm in pruned else SCRATCH
+        tokens, losses = [point.tokens / divisor for point in points], [point.loss for point in points]
         axes.plot(
-            [point.tokens / divisor for point in points],
-            [point.loss for point in points],
-            color=_PRUNED[rank % len(_PRUNED)] if arm in pruned else _SCRATCH,
+            tokens,
+            losses,
+            color=colour,
             linestyle="solid" if arm in pruned else "dashed",
-            marker=_MARKERS[rank % len(_MARKERS)] if arm in pruned else "s",
+            marker=markers[rank % len(markers)],
             markersize=5,
             linewidth=1.8,
             label=label,
         )
+        if spread := deviations.get(arm.name):
+            bars = [spread.get(point.tokens, 0.0) for point in points]
+            axes.errorbar(tokens, losses, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=4)
+    if all(arm.method != DENSE for arm in arms):
+        for kind, start in ((pruned, "pruned"), (scratch, "random")):
+            if not kind:
+                axes.plot([], [], " ", label=f"{arms[0].target}, {start}: missing")
     last = max(point.tokens for arm in arms for point in _finite(arm.validation)) / divisor or 1.0
     parent_loss = results.parent.validation_loss
     if parent_loss is not None and math.isfinite(parent_loss):
-        axes.axhline(parent_loss, color=_TEXT, linestyle="dotted", linewidth=1.2)
+        axes.axhline(parent_loss, color=TEXT, linestyle="dotted", linewidth=1.2)
         axes.annotate(
             f"parent {fixed(parent_loss)}", (0, parent_loss), (2, -3), textcoords="offset points", va="top", fontsize=9
         )
@@ -148,9 +145,9 @@ def _draw_panel(
     axes.set_xlim(-0.02 * last, 1.24 * last)
     axes.set_xlabel(f"training tokens ({prefix})" if prefix else "training tokens")
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.grid(axis="y", color=_GRID, linewidth=0.7)
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=_TEXT, handlelength=3)
+    axes.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=TEXT, handlelength=3)
 
 
 def _annotate_gap(axes: Axes, results: Results, arm: ArmResult, divisor: float, last: float) -> None:
@@ -161,25 +158,8 @@ def _annotate_gap(axes: Axes, results: Results, arm: ArmResult, divisor: float, 
     tokens = max({point.tokens for point in arm.validation} & {point.tokens for point in scratch.validation})
     loss = next(point.loss for point in arm.validation if point.tokens == tokens)
     x = tokens / divisor + 0.04 * last
-    bracket = {"arrowstyle": "|-|,widthA=0.25,widthB=0.25", "color": _TEXT, "shrinkA": 0, "shrinkB": 0}
+    bracket = {"arrowstyle": "|-|,widthA=0.25,widthB=0.25", "color": TEXT, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (x, loss), (x, loss + gap), arrowprops=bracket, annotation_clip=False)
     axes.annotate(
         f"{fixed(abs(gap))} nats", (x, loss + gap / 2), (6, 0), textcoords="offset points", va="center", fontsize=9
     )
-
-
-def _themed(svg: str, description: str, *, pixels: float) -> str:
-    """Reduce Matplotlib's file to one element for a page: CSS colours, the page's font, a text for screen readers."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = (
-        re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    )
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r"(font: [^;\"]*?px)[^;\"]*", r"\1 system-ui, sans-serif", svg)
-    for colour, css in _CSS.items():
-        svg = svg.replace(colour, css)
-    attributes = (
-        f'role="img" aria-label="{html.escape(description)}" stroke-linejoin="round" style="max-width: {pixels:.0f}px"'
-    )
-    return svg.replace("<svg", f"<svg {attributes}", 1)

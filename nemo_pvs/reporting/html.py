@@ -1,7 +1,8 @@
-"""The report of a finished run: one self-contained page, the same in short as Markdown, and the data behind both."""
+"""The report of finished runs: one self-contained page, the same in short as Markdown, and the data behind both."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby
@@ -11,12 +12,24 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from nemo_pvs.files import write_text
-from nemo_pvs.reporting.figure import loss_figure, standalone
+from nemo_pvs.files import write_json, write_text
+from nemo_pvs.reporting.compare import RESULTS, SideBySide, compare, read_runs
+from nemo_pvs.reporting.compare_data import csv_text, report_data
+from nemo_pvs.reporting.compare_tasks import averages, task_rows
+from nemo_pvs.reporting.figure import loss_figure, loss_panels, standalone
+from nemo_pvs.reporting.figure_accuracy import accuracy_figure
+from nemo_pvs.reporting.figure_gap import gap_against_ratio, gap_against_tokens
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.numbers import DASH, duration, fixed, scientific
 from nemo_pvs.reporting.results import ArmResult, Results
-from nemo_pvs.reporting.table import NOTES, markdown_table, outcome, results_rows, total_cost
+from nemo_pvs.reporting.table import markdown_rows, markdown_table, notes_of, outcome, results_rows, total_cost
+from nemo_pvs.reporting.table_tasks import (
+    TASK_HEADINGS,
+    TASK_NOTES,
+    TERMS_HEADINGS,
+    task_cells,
+    terms_cells,
+)
 
 _REPEAT = "pvs run recipe.yaml --out again"  # every run folder holds its recipe
 
@@ -26,61 +39,125 @@ class _LedgerRow:
     activity: str
     tokens: str
     flops: str
+    zeros_skipped: str
     note: str
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write ``results.json``, ``report.md``, ``report.html`` and ``loss.svg`` into ``folder``, replacing older ones.
+    """Write a finished run's ``results.json`` and its report into ``folder``, replacing older ones.
 
-    The page needs neither network nor scripts, follows the reader's light or dark scheme, and prints on A4.
+    Raises:
+        UserError: the folder cannot be written, or its ``evaluation`` is none.
+    """
+    results.save(folder / RESULTS)
+    write_files(compare(read_runs([str(folder)])), folder)
+
+
+def write_files(runs: SideBySide, folder: Path, *, reference: bool = False) -> None:
+    """Write ``report.html``, and the same as ``report.md``, ``report.json`` and ``report.csv``, and ``loss.svg``.
+
+    Where tasks were measured, ``tasks.csv`` has them. The page needs neither network nor scripts, follows the reader's
+    light or dark scheme, and prints on A4.
+
+    Args:
+        runs: what to report.
+        folder: where; it is made if need be.
+        reference: show the paper's points beside.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    results.save(folder / "results.json")
-    write_text(folder / "report.md", markdown_report(results))
-    write_text(folder / "report.html", html_report(results))
-    write_text(folder / "loss.svg", standalone(loss_figure(results)))
+    data = report_data(runs, reference=reference)
+    write_text(folder / "report.md", markdown_report(runs))
+    write_text(folder / "report.html", html_report(runs, reference=reference))
+    write_json(folder / "report.json", data)
+    write_text(folder / "report.csv", csv_text(data["arms"]))
+    if data["tasks"]:
+        write_text(folder / "tasks.csv", csv_text(data["averages"] + data["tasks"]))
+    write_text(folder / "loss.svg", standalone(loss_figure(runs.results, deviations_of(runs))))
 
 
-def html_report(results: Results) -> str:
-    """Return the page as text."""
-    table = results_rows(results)
+def deviations_of(runs: SideBySide) -> dict[str, dict[int, float]]:
+    """Return the standard deviations of all validation losses, for the figure."""
+    return {arm.name: runs.loss_deviations(arm) for arm in runs.results.arms}
+
+
+def html_report(runs: SideBySide, *, reference: bool = False) -> str:
+    """Return the page as text; ``reference`` shows the paper's points beside the gaps."""
+    results, tasks = runs.results, task_rows(runs)
+    table = results_rows(results, runs)
+    gaps = {arm.name: runs.gap_deviation(arm) for arm in results.arms}
     template = resources.files("nemo_pvs.reporting").joinpath("template.html").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+    # Safe: the figures are ours, and escape what they are given.
+    def drawn(*figures: str) -> list[Markup]:
+        return [Markup(figure) for figure in figures if figure]
+
     return environment.from_string(template).render(
         results=results,
+        runs=runs,
         outcome=outcome(results),
         total_cost=total_cost(results),
-        # Safe: made by loss_figure, which escapes what it is given.
-        figure=Markup(loss_figure(results)),
+        panels=drawn(*loss_panels(results, deviations_of(runs))),
+        gaps=drawn(
+            gap_against_ratio(results, gaps, reference=reference), gap_against_tokens(results, reference=reference)
+        ),
+        reference=reference,
+        accuracy=drawn(accuracy_figure(averages(tasks))),
+        tasks=task_cells(averages(tasks) + tasks),
+        task_headings=TASK_HEADINGS,
+        task_notes=TASK_NOTES,
+        terms=terms_cells(results),
+        terms_headings=TERMS_HEADINGS,
         table=table,
         heading_groups=[
             (group, list(columns)) for group, columns in groupby(table.columns, lambda column: column.group)
         ],
-        notes=NOTES,
-        runs=[_run_row(arm) for arm in results.arms],
+        notes=notes_of(runs),
+        arms=[_run_row(arm) for arm in results.arms],
+        masked=_any_masked(results),
         ledgers=[(arm.name, _ledger_rows(arm.ledger)) for arm in results.arms],
-        recipe=_recipe_text(results),
-        command=_REPEAT,
+        settings=[(run, _recipe_text(run.results)) for run in runs.runs],
+        command=_command(runs),
     )
 
 
-def markdown_report(results: Results) -> str:
-    """Return the headline, the results table and how to repeat the run, in GitHub's Markdown."""
-    notes = "\n".join(f"- {note}" for note in NOTES)
-    return "\n".join(
-        [
-            f"# {results.title}\n",
-            f"**{outcome(results)}**\n",
-            f"{total_cost(results)}\n",
-            markdown_table(results),
-            f"{notes}\n",
-            f"Made {results.created} from the recipe below; figure, ledger and environment are in report.html.\n",
-            f"Repeat it, in the folder of this file: `{_REPEAT}`\n",
-            f"```yaml\n{_recipe_text(results)}```\n",
-        ]
-    )
+def markdown_report(runs: SideBySide) -> str:
+    """Return the headline, the tables and how to repeat the runs, in GitHub's Markdown."""
+    results, tasks = runs.results, task_rows(runs)
+    parts = [
+        f"# {results.title}\n",
+        *(f"> **{warning}**\n" for warning in runs.warnings),
+        f"**{outcome(results)}**\n",
+        f"{total_cost(results)}\n",
+        markdown_table(results, runs),
+        "\n".join(f"- {note}" for note in notes_of(runs)) + "\n",
+    ]
+    if terms := terms_cells(results):
+        parts += ["## On equal terms\n", markdown_rows(TERMS_HEADINGS, terms)]
+    if tasks:
+        parts += ["## Tasks\n", markdown_rows(TASK_HEADINGS, task_cells(averages(tasks) + tasks))]
+        parts.append("\n".join(f"- {note}" for note in TASK_NOTES) + "\n")
+    recipe = "recipe" if len(runs.runs) == 1 else "recipes"
+    parts += [
+        f"Made {results.created} from the {recipe} below; figures, ledger and environment are in report.html.\n",
+        f"Repeat it, in the folder of this file: `{_REPEAT}`\n"
+        if len(runs.runs) == 1
+        else f"Repeat it: `{_command(runs)}`\n",
+        *(f"```yaml\n{_recipe_text(run.results)}```\n" for run in runs.runs),
+    ]
+    return "\n".join(parts)
+
+
+def _command(runs: SideBySide) -> str:
+    if len(runs.runs) == 1:
+        return _REPEAT
+    return shlex.join(["pvs", "report", *(run.label for run in runs.runs), *["--force"] * bool(runs.differences)])
+
+
+def _any_masked(results: Results) -> bool:
+    return any(charge.flops_zeros_skipped is not None for arm in results.arms for charge in arm.ledger.charges)
 
 
 def _run_row(arm: ArmResult) -> list[str]:
@@ -101,12 +178,19 @@ def _run_row(arm: ArmResult) -> list[str]:
 def _ledger_rows(ledger: Ledger) -> list[_LedgerRow]:
     """Return the charges and their sums; an empty ledger has no sums, because nothing is known."""
     rows = [
-        _LedgerRow(charge.activity, fixed(charge.tokens, 0), scientific(charge.flops), charge.note)
+        _LedgerRow(
+            charge.activity,
+            fixed(charge.tokens, 0),
+            scientific(charge.flops),
+            scientific(charge.flops if charge.flops_zeros_skipped is None else charge.flops_zeros_skipped),
+            charge.note,
+        )
         for charge in ledger.charges
     ]
     if rows:
         tokens, flops = ledger.total
-        rows.append(_LedgerRow("total", fixed(tokens, 0), scientific(flops), "without evaluation"))
+        skipped = scientific(ledger.total_zeros_skipped.flops)
+        rows.append(_LedgerRow("total", fixed(tokens, 0), scientific(flops), skipped, "without evaluation"))
     return rows
 
 

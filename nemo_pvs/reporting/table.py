@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.markup import escape
@@ -12,6 +13,9 @@ from rich.table import Table
 from nemo_pvs.reporting.numbers import DASH, fixed, perplexity, scaled, scientific, unit_of
 from nemo_pvs.reporting.results import ArmResult, Results
 from nemo_pvs.shape import Shape
+
+if TYPE_CHECKING:
+    from nemo_pvs.reporting.compare import SideBySide
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,25 @@ class ResultsTable:
     """The parent first, then the arms in order."""
 
 
+_ONE_RUN = "Each arm is one run: differences that another seed would make are not measured."
 NOTES = (
     "Body: decoder layers and final norm, without embedding and output head.",
     "TP × PP: tensor-parallel times pipeline-parallel ranks.",
     "Gap: loss of the model from scratch minus loss of the pruned one after the same number of training tokens; "
     "positive where pruning won.",
     "Before and after: the training on the tokens counted here.",
-    "Each arm is one run: differences that another seed would make are not measured.",
+    _ONE_RUN,
     f"{DASH}: not measured or not known.",
 )
+
+
+def notes_of(runs: SideBySide) -> list[str]:
+    """Return the notes below the table of these runs."""
+    if runs.seeds == 1:
+        return list(NOTES)
+    counts = ", ".join(f"{arm.name} {len(runs.repetitions[arm.name])}" for arm in runs.results.arms)
+    repeated = f"Means over runs with different seeds ± their standard deviation; runs: {counts}."
+    return [repeated if note == _ONE_RUN else note for note in NOTES]
 
 
 def outcome(results: Results) -> str:
@@ -87,8 +101,13 @@ def total_cost(results: Results) -> str:
     )
 
 
-def results_rows(results: Results) -> ResultsTable:
-    """Return the main table of the report, cells formatted, units in the headings."""
+def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTable:
+    """Return the main table of the report, cells formatted, units in the headings.
+
+    Args:
+        results: the arms.
+        runs: what they are the means of, for standard deviations and for the rows of missing arms.
+    """
     shapes = [results.parent.shape, *(arm.shape for arm in results.arms)]
     size = unit_of([shape.parameters for shape in shapes])
     tokens = unit_of([arm.ledger.training.tokens for arm in results.arms])
@@ -120,10 +139,14 @@ def results_rows(results: Results) -> ResultsTable:
         DASH,
         perplexity(parent.test_perplexity),
     ]
-    return ResultsTable(columns, [parent_row, *(_arm_row(results, arm, size, tokens) for arm in results.arms)])
+    rows = [_arm_row(results, arm, size, tokens, runs) for arm in results.arms]
+    missing = [[f"{target}, {start} (missing)", *[DASH] * 12] for target, start in (runs.missing if runs else [])]
+    return ResultsTable(columns, [parent_row, *rows, *missing])
 
 
-def _arm_row(results: Results, arm: ArmResult, size: tuple[float, str], tokens: tuple[float, str]) -> list[str]:
+def _arm_row(
+    results: Results, arm: ArmResult, size: tuple[float, str], tokens: tuple[float, str], runs: SideBySide | None
+) -> list[str]:
     parent: Shape = results.parent.shape
     total = arm.shape.parameters - arm.masked_parameters
     body = arm.shape.body_parameters - arm.masked_parameters
@@ -138,11 +161,16 @@ def _arm_row(results: Results, arm: ArmResult, size: tuple[float, str], tokens: 
         scaled(arm.ledger.training.tokens if arm.ledger.charges else None, tokens),
         scientific(arm.ledger.training.flops if arm.ledger.charges else None),
         scientific(arm.ledger.total.flops if arm.ledger.charges else None),
-        fixed(arm.validation_loss),
-        fixed(results.gap(arm), signed=True),
+        with_deviation(fixed(arm.validation_loss), runs.final_loss_deviation(arm) if runs else None),
+        with_deviation(fixed(results.gap(arm), signed=True), runs.gap_deviation(arm) if runs else None),
         perplexity(arm.test_perplexity_before),
-        perplexity(arm.test_perplexity_after),
+        with_deviation(perplexity(arm.test_perplexity_after), runs.perplexity_deviation(arm) if runs else None),
     ]
+
+
+def with_deviation(text: str, spread: float | None, decimals: int = 2) -> str:
+    """Return a number with its standard deviation or standard error, if there is one: ``2.54 ± 0.03``."""
+    return text if spread is None else f"{text}\u00a0±\u00a0{fixed(spread, decimals)}"
 
 
 def results_table(results: Results) -> Table:
@@ -171,12 +199,16 @@ def results_table(results: Results) -> Table:
     return table
 
 
-def markdown_table(results: Results) -> str:
+def markdown_table(results: Results, runs: SideBySide | None = None) -> str:
     """Return the results table in GitHub's Markdown."""
-    rows = results_rows(results)
-    headings = [column.plain for column in rows.columns]
+    rows = results_rows(results, runs)
+    return markdown_rows([column.plain for column in rows.columns], rows.rows)
+
+
+def markdown_rows(headings: list[str], rows: list[list[str]]) -> str:
+    """Return a table in GitHub's Markdown, all but the first column to the right."""
     ruler = ["-", *["-:"] * (len(headings) - 1)]
-    return "\n".join(f"| {' | '.join(map(_escape_bars, cells))} |" for cells in [headings, ruler, *rows.rows]) + "\n"
+    return "\n".join(f"| {' | '.join(map(_escape_bars, cells))} |" for cells in [headings, ruler, *rows]) + "\n"
 
 
 def _escape_bars(cell: str) -> str:

@@ -74,15 +74,27 @@ def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_r
 
 
 def report(
-    folder: Annotated[str, typer.Argument(help="run folder with results.json")],
+    folders: Annotated[list[str], typer.Argument(help="run folders with results.json; several are compared")],
+    out: Annotated[
+        Optional[str], typer.Option(help="folder to write to; the run's own, or runs/report for several")
+    ] = None,
+    evaluation: Annotated[
+        Optional[list[str]],
+        typer.Option(help="--out folder of pvs evaluate, for the tasks of these runs' models; repeatable"),
+    ] = None,
+    published: Annotated[bool, typer.Option(help="show the paper's points beside the gaps")] = False,
+    force: Annotated[bool, typer.Option(help="compare what is not comparable, and mark the page")] = False,
 ) -> None:
-    """Write a finished run's report again and show its table."""
-    from nemo_pvs.reporting.html import write_report
-    from nemo_pvs.reporting.results import Results
+    """Write the report of finished runs, as page, Markdown, JSON and CSV, and show its table."""
+    from nemo_pvs.reporting.compare import compare, read_runs
+    from nemo_pvs.reporting.html import write_files
 
-    results = Results.load(Path(folder) / "results.json")
-    write_report(results, Path(folder))
-    _show(results, Path(folder))
+    runs = compare(read_runs(folders, evaluation or ()), force=force)
+    place = Path(out or (folders[0] if len(folders) == 1 else "runs/report"))
+    write_files(runs, place, reference=published)
+    for warning in runs.warnings:
+        console.print(warning, soft_wrap=True, markup=False)
+    _show(runs.results, place)
 
 
 def _show(results: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.compare import Run, compare
 from nemo_pvs.reporting.html import html_report, write_report
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.results import Results
@@ -52,8 +53,12 @@ class _Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
+def _page(results: Results) -> str:
+    return html_report(compare([Run("demo", results)]))
+
+
 def test_the_page_holds_every_arm_everywhere(results: Results) -> None:
-    main, runs, ledger, environment, hashes = _Page(html_report(results)).tables
+    main, runs, ledger, environment, hashes = _Page(_page(results)).tables
     names = [arm.name for arm in results.arms]
     assert [row[0] for row in main[2:]] == ["tiny parent (parent)", *names]
     assert {len(row) for row in main[2:]} == {13}
@@ -68,7 +73,7 @@ def test_the_page_holds_every_arm_everywhere(results: Results) -> None:
 
 
 def test_heading_groups_span_their_columns(results: Results) -> None:
-    text = html_report(results)
+    text = _page(results)
     head = text[text.index("<thead>") : text.index("</thead>")]
     spans = [int(span) for span in re.findall(r'colspan="(\d+)"', head)]
     assert sum(spans) + head.count('rowspan="2"') == 13
@@ -76,17 +81,17 @@ def test_heading_groups_span_their_columns(results: Results) -> None:
 
 
 def test_the_page_needs_nothing_from_outside(results: Results) -> None:
-    page = _Page(html_report(results))
+    page = _Page(_page(results))
     assert all(link.startswith("#") for link in page.links)
     assert not page.tags & {"script", "link", "img", "iframe", "object"}
-    text = html_report(results)
+    text = _page(results)
     assert "http" not in text
     assert "url(http" not in text
     assert "@import" not in text
 
 
 def test_dark_light_and_paper_are_provided_for(results: Results) -> None:
-    text = html_report(results)
+    text = _page(results)
     for rule in ("prefers-color-scheme: dark", "@media print", "size: A4", "tabular-nums"):
         assert rule in text
 
@@ -96,7 +101,7 @@ def test_what_users_write_is_shown_and_not_obeyed(results: Results) -> None:
     results.arms[0].name = results.arms[0].target = "<img src=x>"
     results.hashes = {"<b>": "<i>"}
     results.recipe = {"key": "</code><script>"}
-    page = _Page(html_report(results))
+    page = _Page(_page(results))
     assert not page.tags & {"script", "img", "b", "i"}
     assert page.tables[0][3][0] == "<img src=x>"
     assert page.tables[4] == [["<b>", "<i>"]]
@@ -108,7 +113,7 @@ def test_nothing_measured_is_a_page_of_dashes(results: Results) -> None:
         arm.test_perplexity_before = arm.test_perplexity_after = arm.seconds = arm.tokens_per_second = None
     results.parent.validation_loss = results.parent.test_perplexity = None
     results.environment, results.hashes = {}, {}
-    text = html_report(results)
+    text = _page(results)
     main, runs, ledger, environment, hashes = _Page(text).tables
     assert "<figure>" not in text
     for row in main[3:]:
@@ -122,9 +127,11 @@ def test_nothing_measured_is_a_page_of_dashes(results: Results) -> None:
 def test_the_files_are_written_and_replaced(results: Results, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "demo"
     write_report(results, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["loss.svg", "report.html", "report.md", "results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("loss.svg", "report.csv", "report.html", "report.json", "report.md", "results.json")
+    ]
     assert Results.load(folder / "results.json") == results
-    assert (folder / "report.html").read_text() == html_report(results)
+    assert (folder / "report.html").read_text() == _page(results)
     results.title = "Another title"
     write_report(results, folder)
     assert "Another title" in (folder / "report.html").read_text()
@@ -134,7 +141,7 @@ def test_the_markdown_says_the_same(results: Results, tmp_path: Path) -> None:
     write_report(results, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# Half the size\n\n**At equal training tokens, on depth pruning won by 0.10")
-    main = _Page(html_report(results)).tables[0]
+    main = _Page(_page(results)).tables[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]

@@ -1,0 +1,70 @@
+"""Whether finished runs may be compared: what they must share, and the field in which they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_pvs.reporting.results import Results
+
+if TYPE_CHECKING:
+    from nemo_pvs.reporting.compare import Run
+
+
+def differences_of(runs: Sequence[Run]) -> list[str]:
+    """Return a clause for every field in which a run differs from the first and must not."""
+    first = runs[0]
+    fields = [(run, _fields(run.results)) for run in runs]
+    found = []
+    for run, values in fields[1:]:
+        for (what, name), value in values.items():
+            one = fields[0][1].get((what, name))
+            if one is not None and value is not None and one != value:
+                found.append(
+                    f"{what} differs, {name} is {_short(one)} in {first.label} and {_short(value)} in {run.label}"
+                )
+    seeds: dict[str, set[Any]] = {}
+    for run in runs:
+        seeds.setdefault(run.identity, set()).add(run.seed)
+    if any(one != next(iter(seeds.values())) for one in seeds.values()):
+        other = next(run for run in runs[1:] if run.identity != first.identity)
+        found.append(
+            f"data order differs, train.seed is {first.seed} in {first.label} and {other.seed} in {other.label}, and "
+            "they are not one recipe repeated with the same seeds"
+        )
+    return found
+
+
+def _fields(results: Results) -> dict[tuple[str, str], Any]:
+    """Return what two runs must share, by kind and name; None where a run does not say."""
+    recipe, hashes = results.recipe, results.hashes
+    order = ("train.sequence_length", "train.global_batch_size", "data.seed", "data.token_ranges")
+    windows = ("train.validation_samples", "train.sequence_length")
+    return {
+        ("tokenizer", "its SHA-256"): hashes.get("tokenizer"),
+        ("architecture", "the parent's shape"): str(results.parent.shape),
+        ("parent", "the SHA-256 of its weights"): hashes.get("parent weights"),
+        **{("architecture", f"the shape of {name}"): str(arms[0].shape) for name, arms in results.targets.items()},
+        **{("data order", f"the SHA-256 of {name}"): value for name, value in hashes.items() if _is_training(name)},
+        **{("data order", name): at(recipe, *name.split(".")) for name in order},
+        ("validation set", "the SHA-256 of its tokens"): hashes.get("validation tokens"),
+        **{("validation set", name): at(recipe, *name.split(".")) for name in windows},
+        ("test set", "the SHA-256 of its tokens"): hashes.get("test tokens"),
+        ("test set", "evaluate"): at(recipe, "evaluate"),
+    }
+
+
+def _is_training(name: str) -> bool:
+    return name.startswith("train") and name.endswith(" tokens")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 and " " not in text else text
+
+
+def at(values: Any, *keys: str) -> Any:
+    """Return what stands under nested keys; None where there is no such key."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values

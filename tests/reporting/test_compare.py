@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.compare import Run, compare, read_runs
+from nemo_pvs.reporting.compare_data import arm_rows
+from nemo_pvs.reporting.results import Results
+
+
+def _repeated(results: Results, seed: int, shifts: dict[str, float]) -> Run:
+    """Return the run with another seed, the losses of each arm higher by so much."""
+    other = copy.deepcopy(results)
+    other.recipe["train"] = {**other.recipe["train"], "seed": seed}
+    for arm in other.arms:
+        for point in arm.validation:
+            point.loss += shifts.get(arm.name, 0.0)
+        arm.test_perplexity_after = 40.0 + seed
+    return Run(f"runs/seed{seed}", other)
+
+
+def _changed(results: Results, change: Callable[[Results], Any]) -> Run:
+    other = copy.deepcopy(results)
+    change(other)
+    return Run("runs/other", other)
+
+
+def test_seeds_are_shown_as_mean_and_spread(results: Results) -> None:
+    shifts = [{"depth, pruned": 0.0}, {"depth, pruned": 0.3}, {"depth, pruned": 0.0, "depth, scratch": 0.6}]
+    runs = compare([_repeated(results, seed, shift) for seed, shift in enumerate(shifts)])
+    assert len(runs.results.arms) == 4
+    arm = runs.results.arms[0]
+    assert runs.seeds == 3
+    assert [point.loss for point in arm.validation] == pytest.approx([4.1, 2.85, 2.725, 2.64])
+    assert runs.final_loss_deviation(arm) == pytest.approx(statistics.stdev([2.54, 2.84, 2.54]))
+    assert runs.loss_deviations(arm) == pytest.approx(
+        dict.fromkeys((0, 13653, 27306, 40960), statistics.stdev([0, 0.3, 0]))
+    )
+    gaps = [0.10, -0.20, 0.70]
+    assert runs.results.gap(arm) == pytest.approx(statistics.fmean(gaps))
+    assert runs.gap_deviation(arm) == pytest.approx(statistics.stdev(gaps))
+    assert arm.test_perplexity_after == 41.0
+    assert runs.perplexity_deviation(arm) == 1.0
+    assert [row["runs"] for row in arm_rows(runs)] == [3, 3, 3, 3]
+    assert runs.warnings == []
+
+
+def test_one_run_has_no_spread(results: Results) -> None:
+    runs = compare([Run("runs/demo", results)])
+    assert runs.results == results
+    for arm in results.arms:
+        assert runs.loss_deviations(arm) == {}
+        assert runs.gap_deviation(arm) is runs.final_loss_deviation(arm) is runs.perplexity_deviation(arm) is None
+
+
+def test_an_arm_that_one_seed_lacks_is_said_and_not_counted(results: Results) -> None:
+    second = _repeated(results, 1, {})
+    del second.results.arms[3]
+    runs = compare([_repeated(results, 0, {}), second])
+    assert [row["runs"] for row in arm_rows(runs)] == [2, 2, 2, 1]
+    assert runs.warnings == ["“width, scratch” is missing in runs/seed1; its mean is over the other seeds."]
+
+
+def test_a_missing_arm_is_missing_and_not_zero(results: Results) -> None:
+    results.recipe["targets"] = {"depth": {}, "width": {}, "joint": {"method": "minitron-joint"}}
+    del results.arms[3]
+    runs = compare([Run("runs/demo", results)])
+    assert runs.missing == [("width", "random"), ("joint", "pruned"), ("joint", "random")]
+    assert "The arm from random weights on width is missing: nothing is known of it." in runs.warnings
+    row = arm_rows(runs)[3]
+    named = {"arm": "width, random", "target": "width", "initialisation": "random", "runs": 0}
+    assert {name: value for name, value in row.items() if value is not None} == named
+
+
+def test_a_parent_that_was_trained_on_needs_no_counterpart(results: Results) -> None:
+    results.arms = results.arms[:1]
+    results.arms[0].method = "dense"
+    assert compare([Run("runs/demo", results)]).missing == []
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence(results: Results) -> None:
+    for point in results.arms[1].validation[2:]:
+        point.loss = math.nan
+    assert compare([Run("runs/demo", results)]).warnings == [
+        "The validation loss of “depth, scratch” is not a finite number after 27,306 tokens: it diverged, and such "
+        "points are left out of the figures."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda r: r.hashes.update(tokenizer="2"),
+            "tokenizer differs, its SHA-256 is 1 in runs/demo and 2 in runs/other",
+        ),
+        (lambda r: r.hashes.update({"train tokens": "2"}), "data order differs, the SHA-256 of train tokens"),
+        (lambda r: r.recipe["data"].update(seed=9), "data order differs, data.seed is 0 in runs/demo and 9 in"),
+        (lambda r: r.recipe["train"].update(seed=9, steps=5), "data order differs, train.seed is None in"),
+        (lambda r: r.hashes.update({"validation tokens": "2"}), "validation set differs, the SHA-256 of its tokens"),
+        (lambda r: r.recipe["train"].update(validation_samples=9), "validation set differs, train.validation_samples"),
+        (lambda r: r.hashes.update({"test tokens": "2"}), "test set differs"),
+        (lambda r: r.hashes.update({"parent weights": "2"}), "parent differs, the SHA-256 of its weights"),
+        (lambda r: setattr(r.parent, "shape", r.arms[0].shape), "architecture differs, the parent's shape"),
+        (
+            lambda r: [setattr(arm, "shape", r.parent.shape) for arm in r.arms[:2]],
+            "architecture differs, the shape of depth",
+        ),
+    ],
+)
+def test_what_is_not_comparable_is_refused_with_the_field(
+    results: Results, change: Callable[[Results], Any], message: str
+) -> None:
+    names = ("tokenizer", "train tokens", "validation tokens", "test tokens", "parent weights")
+    results.hashes |= dict.fromkeys(names, "1")
+    results.recipe["train"]["validation_samples"] = 8
+    other = _changed(results, change)
+    other.results.recipe["more"] = True  # not a repetition
+    runs = [Run("runs/demo", results), other]
+    with pytest.raises(UserError, match="not comparable") as caught:
+        compare(runs)
+    assert message in str(caught.value)
+    assert "--force" in str(caught.value)
+    forced = compare(runs, force=True)
+    assert any(message in difference for difference in forced.differences)
+    assert forced.warnings[0].startswith("These runs are not comparable, and were put together all the same")
+
+
+def test_what_a_run_does_not_say_is_no_difference(results: Results) -> None:
+    other = _changed(results, lambda r: r.recipe.update(more=True))
+    other.results.hashes["tokenizer"] = "1"
+    assert compare([Run("runs/demo", results), other]).differences == ()
+
+
+def test_equal_arms_of_two_recipes_stay_apart(results: Results) -> None:
+    other = _changed(results, lambda r: r.recipe.update(more=True))
+    for point in other.results.arms[0].validation:
+        point.loss -= 0.5
+    runs = compare([Run("runs/demo", results), other])
+    assert list(runs.results.targets) == ["depth", "width", "depth (runs/other)", "width (runs/other)"]
+    names = [arm.name for arm in runs.results.arms]
+    assert len(set(names)) == 8
+    assert runs.results.gap(runs.results.arms[4]) == pytest.approx(0.6)
+    assert runs.missing == []
+
+
+def test_pruned_and_scratch_may_be_two_runs(results: Results) -> None:
+    other = _changed(results, lambda r: r.recipe.update(more=True))
+    whole, other.results.arms = results.arms, other.results.arms[1::2]
+    results.arms = whole[::2]
+    runs = compare([Run("runs/demo", results), other])
+    assert runs.missing == []
+    assert [runs.results.gap(arm) for arm in runs.results.arms] == [
+        pytest.approx(0.10),
+        pytest.approx(-0.20),
+        None,
+        None,
+    ]
+
+
+def test_the_same_run_is_no_repetition_of_itself(results: Results, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one recipe with one seed"):
+        compare([Run("runs/demo", results), Run("runs/copy", results)])
+    results.save(tmp_path / "results.json")
+    with pytest.raises(UserError, match="given twice"):
+        read_runs([str(tmp_path), f"{tmp_path}/."])
+
+
+def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"results\.json does not exist"):
+        read_runs([str(tmp_path)])

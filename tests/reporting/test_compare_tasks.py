@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import read_json, write_json
+from nemo_pvs.reporting.compare import Run, compare
+from nemo_pvs.reporting.compare_tasks import Score, TaskRow, averages, read_scores, task_rows
+from nemo_pvs.reporting.results import Results
+
+from .evaluated import write_evaluation
+
+PRUNED = [1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+SCRATCH = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+MODELS = {"parent weights": "a" * 64, "model depth-pruned": "b" * 64, "model depth-scratch": "c" * 64}
+ANSWERS = {
+    "b" * 64: {"arc_easy": PRUNED, "boolq": PRUNED[:4]},
+    "c" * 64: {"arc_easy": SCRATCH, "boolq": SCRATCH[:4]},
+}
+
+
+@pytest.fixture
+def evaluated(results: Results, tmp_path: Path) -> Run:
+    write_evaluation(tmp_path, ANSWERS)
+    results.hashes |= MODELS
+    return Run("runs/demo", results, read_scores(tmp_path))
+
+
+def _row(run: Run, task: str) -> TaskRow:
+    return next(row for row in task_rows(compare([run])) if row.task == task)
+
+
+def test_differences_are_scratch_minus_pruned_and_paired_by_question(evaluated: Run) -> None:
+    row = _row(evaluated, "arc_easy/0-shot/acc_norm")
+    gaps = [theirs - ours for ours, theirs in zip(PRUNED, SCRATCH, strict=True)]
+    assert row.paired
+    assert row.difference == pytest.approx(statistics.fmean(gaps))
+    assert row.stderr == pytest.approx(statistics.stdev(gaps) / math.sqrt(6))
+    assert row.pruned is not None
+    assert row.scratch is not None
+    assert row.stderr < math.hypot(row.pruned.stderr or 0, row.scratch.stderr or 0)
+    assert row.parent is None
+
+
+def test_without_single_questions_the_errors_are_independent(evaluated: Run) -> None:
+    row = _row(evaluated, "perplexity/c4/loss")
+    assert not row.paired
+    assert row.stderr == pytest.approx(math.hypot(0.25, 0.25))
+
+
+def test_other_questions_are_not_paired(evaluated: Run, tmp_path: Path) -> None:
+    file = tmp_path / "measured" / ("c" * 16) / "arc_easy.json"
+    kept = read_json(file)
+    kept["settings"]["task"] = "other questions"
+    write_json(file, kept)
+    run = Run(evaluated.label, evaluated.results, read_scores(tmp_path))
+    assert not _row(run, "arc_easy/0-shot/acc_norm").paired
+
+
+def test_a_measurement_with_another_limit_is_not_taken_for_this_one(evaluated: Run, tmp_path: Path) -> None:
+    file = tmp_path / "measured" / ("b" * 16) / "arc_easy.json"
+    kept = read_json(file)
+    kept["settings"]["limit"] = 6
+    write_json(file, kept)
+    assert read_scores(tmp_path)["b" * 64]["arc_easy/0-shot/acc_norm"].by_document is None
+
+
+@pytest.mark.parametrize(
+    ("pruned", "scratch", "higher", "winner"),
+    [
+        (0.6, 0.5, True, "pruned"),
+        (0.5, 0.6, True, "scratch"),
+        (3.0, 3.2, False, "pruned"),
+        (3.2, 3.0, False, "scratch"),
+        (0.5, 0.55, True, "within error"),
+        (0.5, 0.5, True, "within error"),
+    ],
+)
+def test_a_difference_counts_beyond_two_standard_errors(
+    pruned: float, scratch: float, higher: bool, winner: str
+) -> None:
+    sides = [Score(value, 0.02, 100, higher) for value in (pruned, scratch)]
+    assert TaskRow("t/acc", "p", "s", None, *sides).winner == winner  # an error of 0.0283
+
+
+def test_what_was_not_measured_is_unknown(evaluated: Run) -> None:
+    row = TaskRow("t/acc", "p", "s", None, Score(0.5, None, 9, True), None)
+    assert (row.difference, row.stderr, row.winner) == (None, None, "unknown")
+    names = {row.pruned_name for row in task_rows(compare([evaluated]))}
+    assert names == {"depth, pruned"}  # nothing of width was evaluated
+    evaluated.scores.pop("c" * 64)
+    rows = task_rows(compare([evaluated]))
+    assert rows
+    assert all(row.scratch is None and row.difference is None for row in rows)
+    assert averages(rows) == []
+
+
+def test_the_average_takes_one_metric_a_task(evaluated: Run) -> None:
+    (row,) = averages(task_rows(compare([evaluated])))
+    assert row.task == "average of 2 tasks"
+    assert row.difference == pytest.approx((-2 / 6 - 1 / 4) / 2)
+    errors = [statistics.stdev([0, -1, 0, 0, -1, 0]) / math.sqrt(6), statistics.stdev([0, -1, 0, 0]) / 2]
+    assert row.paired
+    assert row.stderr == pytest.approx(math.hypot(*errors) / 2)
+
+
+def test_seeds_are_averaged_question_by_question(evaluated: Run, tmp_path: Path) -> None:
+    other = copy.deepcopy(evaluated.results)
+    other.recipe["train"]["seed"] = 2
+    other.hashes["model depth-pruned"] = "d" * 64
+    write_evaluation(tmp_path / "second", {"d" * 64: {"arc_easy": SCRATCH}, "c" * 64: {"arc_easy": SCRATCH}})
+    second = Run("runs/second", other, read_scores(tmp_path / "second"))
+    rows = {row.task: row for row in task_rows(compare([evaluated, second]))}
+    row = rows["arc_easy/0-shot/acc_norm"]
+    assert row.difference == pytest.approx(-2 / 6 / 2)
+    assert row.paired
+    assert row.stderr == pytest.approx(statistics.stdev([0, -0.5, 0, 0, -0.5, 0]) / math.sqrt(6))
+    assert "boolq/0-shot/acc" not in rows  # the second run lacks it
+
+
+def test_what_is_no_evaluation_is_refused(results: Results, tmp_path: Path) -> None:
+    results.save(tmp_path / "results.json")
+    with pytest.raises(UserError, match="holds no evaluation"):
+        read_scores(tmp_path)
