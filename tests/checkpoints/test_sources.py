@@ -495,7 +495,7 @@ def test_a_folder_is_its_own_local_checkpoint(hf):
 
 @pytest.mark.slow
 def test_a_gguf_file_becomes_a_folder_for_as_long_as_it_is_needed(tmp_path):
-    leftover = tmp_path / ".out.source" / "huggingface"
+    leftover = tmp_path / ".out.source-0" / "huggingface"
     leftover.mkdir(parents=True)
     with local_checkpoint(SMOLLM2, beside=tmp_path / "out") as folder:
         assert folder == leftover
