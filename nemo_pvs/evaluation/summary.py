@@ -48,7 +48,10 @@ def summary(models: list[dict[str, Any]], compute: dict[str, Any]) -> dict[str, 
 def summary_table(models: list[dict[str, Any]]) -> Table:
     """Return a row a metric and a column a model: value, plus or minus one standard error."""
     table = Table("", "on", *(model["checkpoint"] for model in models))
-    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.overflow = "fold"  # a path is cut over lines,
+    for column, model in zip(table.columns[2:], models, strict=True):
+        column.min_width = max(len(_cell(*one)) for one in model["measured"].items())  # a number is not
     table.add_row("parameters (M)", "", *(f"{model['parameters'] / 1e6:,.1f}" for model in models), end_section=True)
     for name in dict.fromkeys(name for model in models for name in model["measured"]):
         cells = [model["measured"].get(name) for model in models]

@@ -20,7 +20,7 @@ from tests.evaluation.paper_data import write_paper_data
 def evaluate(monkeypatch, capsys, tmp_path):
     """Run ``pvs evaluate`` in this process; return exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")  # wherever this checkout lies, its path fits a line
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pvs", "evaluate", *map(str, arguments)])
