@@ -133,9 +133,8 @@ def _stages(recipe: Recipe) -> list[str]:
         if "random" in recipe.arms:
             stages.append(f"random/{name}")
     stages += [f"train/{arm.name}" for arm in recipe.runs]
-    if recipe.parent.source is None:
-        return [*stages, "evaluate"]
-    return [*stages, "evaluate", "report"]
+    stages += ["evaluate"] + ["evaluate/tasks"] * bool(recipe.evaluate.tasks)
+    return stages if recipe.parent.source is None else [*stages, "report"]
 
 
 def executor_here() -> str:

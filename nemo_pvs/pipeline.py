@@ -35,6 +35,7 @@ from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, nee
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
 from nemo_pvs.run_ledger import run_ledger
+from nemo_pvs.run_tasks import TASKS, measure_tasks
 from nemo_pvs.shape import Shape
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
@@ -80,6 +81,8 @@ class Pipeline:
             for arm in self.recipe.runs:
                 self.train(trainer, arm)
         self.evaluate()
+        if self.recipe.evaluate.tasks:
+            self.tasks()
 
     def prepare_only(self) -> list[Path]:
         """Do every stage before training, and return the job files for ranks that something else starts."""
@@ -266,7 +269,7 @@ class Pipeline:
             inputs = {
                 "model": fingerprint(source),
                 "text": self._text("test"),
-                "settings": self.recipe.evaluate.model_dump(),
+                "settings": self.recipe.evaluate.model_dump(include={"samples", "sequence_length"}),
                 "validation": self.results["data"]["validation_windows"]["ids_sha256"],
             }
 
@@ -287,6 +290,22 @@ class Pipeline:
                 return measured
 
             self._stage(f"evaluate/{label}", inputs, [], work)
+
+    def tasks(self) -> None:
+        """Ask the tasks of the recipe of the parent and of every trained arm; the report finds the answers."""
+        settings, folder = self.recipe.evaluate, self.folder / TASKS
+        models = [path for label, path in self.models_to_evaluate().items() if not label.endswith("-initial")]
+        inputs = {
+            "models": [fingerprint(open_source(path)) for path in models],
+            "text": self._text("test"),
+            "tasks": settings.model_dump(include={"tasks", "task_limit"}),
+        }
+
+        def work() -> dict[str, Any]:
+            measure_tasks(settings, models, self.tokens.prefix("test"), self.tokenizer, folder, self.compute)
+            return {}
+
+        self._stage("evaluate/tasks", inputs, [folder], work, keep_partial=True)
 
     def models_to_evaluate(self) -> dict[str, Path]:
         """Return every model of the run by label: the parent, each arm's initial weights, each trained arm."""

@@ -346,10 +346,16 @@ class Training(Block):
 
 
 class Evaluation(Block):
-    """How perplexity on the test split is measured."""
+    """How perplexity on the test split is measured, and what tasks are asked."""
 
     samples: Positive = 64
     sequence_length: Positive = 2048
+    tasks: list[str] = []
+    """As ``pvs evaluate --tasks`` takes them; ``continuation`` is made of the test split."""
+    task_data: str = "task_data"
+    """Folder of downloaded data sets, ``<owner>/<name>`` each."""
+    task_limit: Positive | None = None
+    """Take only the first so many documents of each task."""
 
 
 class Budgets(Block):

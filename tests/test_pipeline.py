@@ -72,7 +72,7 @@ def values(tmp_path) -> dict:
             "validations": 4,
             "validation_samples": 8,
         },
-        "evaluate": {"samples": 8, "sequence_length": 32},
+        "evaluate": {"samples": 8, "sequence_length": 32, "tasks": ["continuation"], "task_limit": 8},
     }
 
 
@@ -165,6 +165,10 @@ def _check(results: Results, folder: Path, values: dict) -> None:
     depth = AutoModelForCausalLM.from_pretrained(folder / "models" / "depth-random")
     assert depth.config.num_hidden_layers == 2
     assert "<svg" in (folder / "report.html").read_text()
+    asked = json.loads((folder / "tasks" / "results.json").read_text())["models"]
+    assert len({model["fingerprint"] for model in asked}) == 5, "the parent and four arms"
+    assert {model["measured"]["continuation/0-shot/acc"]["documents"] for model in asked} == {8}
+    assert len((folder / "tasks.csv").read_text().splitlines()) == 1 + 2 * 2, "average and task for each target"
     assert json.loads((folder / "results.json").read_text())["recipe"]["train"]["tokens"] == values["train"]["tokens"]
 
 

@@ -38,9 +38,9 @@ Progress = Callable[[int, int], None]
 class Compute:
     """What runs a model."""
 
-    device: str
-    dtype: torch.dtype
-    memory_limit: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    memory_limit: int = 8_000_000_000
     """Bytes of hidden states, for perplexity."""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1

@@ -18,8 +18,8 @@ from nemo_pvs.reporting.compare_tasks import Scores, read_scores
 from nemo_pvs.reporting.results import ArmResult, Point, Results
 
 RESULTS = "results.json"
-EVALUATION = "evaluation"
-"""The folder in a run folder where ``pvs report`` looks for what ``pvs evaluate`` measured."""
+EVALUATIONS = ("tasks", "evaluation")
+"""Folders in a run folder with scores of its models: what the recipe asked for, and what ``pvs evaluate`` measured."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def read_runs(folders: Sequence[str], evaluations: Sequence[str] = ()) -> list[Run]:
-    """Read run folders, and what was measured of their models in ``RUN/evaluation`` and in further folders.
+    """Read run folders, and their scores from ``RUN/tasks``, ``RUN/evaluation`` and further folders.
 
     Raises:
         UserError: a folder holds no finished run or no evaluation, or is given twice.
@@ -146,7 +146,8 @@ def read_runs(folders: Sequence[str], evaluations: Sequence[str] = ()) -> list[R
             raise UserError(f"{path} is given twice; give each run once.")
     runs = []
     for path in paths:
-        places = [path / EVALUATION] * (path / EVALUATION / RESULTS).is_file() + [Path(one) for one in evaluations]
+        own = [path / name for name in EVALUATIONS if (path / name / RESULTS).is_file()]
+        places = [*own, *map(Path, evaluations)]
         scores: Scores = {}
         for place in places:
             for model, measured in read_scores(place).items():

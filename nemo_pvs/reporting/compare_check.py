@@ -40,6 +40,7 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
     recipe, hashes = results.recipe, results.hashes
     order = ("train.sequence_length", "train.global_batch_size", "data.seed", "data.token_ranges")
     windows = ("train.validation_samples", "train.sequence_length")
+    perplexity = ("evaluate.samples", "evaluate.sequence_length")
     return {
         ("tokenizer", "its SHA-256"): hashes.get("tokenizer"),
         ("architecture", "the parent's shape"): str(results.parent.shape),
@@ -50,7 +51,7 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
         ("validation set", "the SHA-256 of its tokens"): hashes.get("validation tokens"),
         **{("validation set", name): at(recipe, *name.split(".")) for name in windows},
         ("test set", "the SHA-256 of its tokens"): hashes.get("test tokens"),
-        ("test set", "evaluate"): at(recipe, "evaluate"),
+        **{("test set", name): at(recipe, *name.split(".")) for name in perplexity},
     }
 
 

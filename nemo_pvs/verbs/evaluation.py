@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.progress import console, progress
+from nemo_pvs.progress import console
 from nemo_pvs.verbs.arguments import ActivationMemory, Device, compute_of, one_of, parse_dtype
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
@@ -59,11 +57,11 @@ def evaluate(
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give 1 or more.")
     from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
+    from nemo_pvs.evaluation.measure import measure
     from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.evaluation.store import Store
-    from nemo_pvs.evaluation.summary import summary, summary_table
+    from nemo_pvs.evaluation.summary import summary_table
     from nemo_pvs.evaluation.wishes import Wishes
-    from nemo_pvs.files import write_json
 
     chosen = compute_of(device, activation_memory)
     compute = Compute(
@@ -79,34 +77,6 @@ def evaluate(
     with joined():
         compute.check_ranks()
         models = [Checkpoint(path, None if backend == "auto" else backend) for path in paths]  # type: ignore[arg-type]
-        loaded = _load_tasks(wishes.tasks, Path(task_data))
-        texts = {model.path: wishes.windows(model, Path(task_data)) for model in models}
-        results = []
-        for model in models:
-            measured: dict[str, Any] = {}
-            for name, tokens in texts[model.path].items():
-                with progress(f"{name} of {model.path}", "layers") as show:
-                    found = model.measure_text(name, tokens, store, compute, show, force=force)
-                measured.update({f"{name}/{metric}": about for metric, about in found.items()})
-            with model.language_model(compute) as load:
-                for task in loaded:
-                    with progress(f"{task.name} of {model.path}", "requests") as show:
-                        found = model.measure_task(task, store, compute, load, show, limit=limit, force=force)
-                    measured.update({f"{task.name}/{metric}": about for metric, about in found.items()})
-            measured.update(wishes.averages(measured))
-            results.append({**model.about(), "backend": model.backend, "limit": limit, "measured": measured})
-        if os.environ.get("RANK", "0") == "0":
-            write_json(
-                store.folder / "results.json", summary(results, {**asdict(compute), "dtype": str(compute.dtype)})
-            )
+        results = measure(models, wishes, store, compute, task_data=Path(task_data), limit=limit, force=force)
     console.print(summary_table(results))
     console.print(f"Results: {(store.folder / 'results.json').resolve()}", soft_wrap=True)
-
-
-def _load_tasks(wishes: Any, data: Path) -> Any:
-    """Load tasks, if any are wanted: lm-eval takes seconds to import."""
-    if not wishes:
-        return []
-    from nemo_pvs.evaluation.tasks import load_tasks
-
-    return load_tasks(wishes, data)

@@ -1,0 +1,72 @@
+"""Measure checkpoints on tasks and texts, each measurement kept, and put down what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.calibration import ranks
+from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
+from nemo_pvs.evaluation.store import Store
+from nemo_pvs.evaluation.summary import summary
+from nemo_pvs.evaluation.wishes import Wish, Wishes
+from nemo_pvs.files import write_json
+from nemo_pvs.progress import progress
+
+RESULTS = "results.json"
+
+
+def measure(
+    models: Sequence[Checkpoint],
+    wishes: Wishes,
+    store: Store,
+    compute: Compute,
+    *,
+    task_data: Path,
+    limit: int | None = None,
+    force: bool = False,
+) -> list[dict[str, Any]]:
+    """Measure what is not measured yet, write ``results.json`` beside it, and return what it says of each model.
+
+    Args:
+        models: What to measure.
+        wishes: On what.
+        store: Where every measurement is kept.
+        compute: What runs the models.
+        task_data: Folder of downloaded data sets, ``<owner>/<name>`` each.
+        limit: Take only the first so many documents of each task.
+        force: Measure again what has been measured.
+
+    Raises:
+        UserError: a task or a text is not there, or does not suit a model; nothing was measured then.
+    """
+    loaded = _load_tasks(wishes.tasks, task_data)
+    texts = {model.path: wishes.windows(model, task_data) for model in models}
+    results = []
+    for model in models:
+        measured: dict[str, Any] = {}
+        for name, tokens in texts[model.path].items():
+            with progress(f"{name} of {model.path}", "layers") as show:
+                found = model.measure_text(name, tokens, store, compute, show, force=force)
+            measured.update({f"{name}/{metric}": about for metric, about in found.items()})
+        with model.language_model(compute) as load:
+            for task in loaded:
+                with progress(f"{task.name} of {model.path}", "requests") as show:
+                    found = model.measure_task(task, store, compute, load, show, limit=limit, force=force)
+                measured.update({f"{task.name}/{metric}": about for metric, about in found.items()})
+        measured.update(wishes.averages(measured))
+        results.append({**model.about(), "backend": model.backend, "limit": limit, "measured": measured})
+    if ranks.is_main():
+        write_json(store.folder / RESULTS, summary(results, {**asdict(compute), "dtype": str(compute.dtype)}))
+    return results
+
+
+def _load_tasks(wishes: Sequence[Wish], data: Path) -> list[Any]:
+    """Load tasks, if any are wanted: lm-eval takes seconds to import."""
+    if not wishes:
+        return []
+    from nemo_pvs.evaluation.tasks import load_tasks
+
+    return load_tasks(wishes, data)
