@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ArmResult, Results
+from nemo_pvs.reporting.training_log import validation_losses
 from nemo_pvs.scaling.series import Series
 
 PUBLISHED = "published"
@@ -18,13 +20,16 @@ _WARM_UP = 0.1
 """Share of a run whose losses are left out: its warm-up (5 % in the paper) and what still shows of it."""
 _COLUMNS = ("name", "tokens", "loss", "parameters")
 _OPTIONAL = ("initialisation", "parent_parameters", "parent_loss")
+_LOG_COLUMNS = ("name", "log", "tokens_per_step", "parameters")
 
 
 def read_series(runs: Iterable[str]) -> list[Series]:
     """Read series from run folders (``results.json``), CSV tables or, by the name ``published``, the paper's Figure 1.
 
     A table has the columns name, tokens, loss, parameters and, if they are known, initialisation (``pruned`` or
-    ``random``), parent_parameters and parent_loss; rows of one name are the ends of separate runs of one model.
+    ``random``), parent_parameters and parent_loss; rows of one name are the ends of separate runs of one model. With
+    log and tokens_per_step instead of tokens and loss, a row is one run whose curve is in a training log
+    (``reporting.training_log``; relative to the table).
 
     Raises:
         UserError: one of them cannot be read, or a name comes twice.
@@ -89,14 +94,33 @@ def _table(path: Path) -> list[Series]:
         raise UserError(f"{path} does not exist; check the path.")
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        logs = "log" in (reader.fieldnames or ())
+        needed = _LOG_COLUMNS if logs else _COLUMNS
+        missing = [column for column in needed if column not in (reader.fieldnames or ())]
         if missing:
             raise UserError(
-                f"{path} lacks the columns {', '.join(missing)}; it needs {', '.join(_COLUMNS)} and may have "
+                f"{path} lacks the columns {', '.join(missing)}; it needs {', '.join(needed)} and may have "
                 f"{', '.join(_OPTIONAL)}."
             )
         rows = sorted(reader, key=lambda row: str(row["name"]))
+    if logs:
+        return [_log_series(path, row) for row in rows]
     return [_row_series(path, name, list(group)) for name, group in groupby(rows, key=lambda row: str(row["name"]))]
+
+
+def _log_series(path: Path, row: dict[str, str]) -> Series:
+    try:
+        size = int(float(row["tokens_per_step"]))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {row['name']!r} has a value that is no number ({error}); correct it.") from None
+    losses = validation_losses(path.parent / row["log"])
+    start = _WARM_UP * max(losses) * size
+    rows = [
+        {**row, "tokens": str(steps * size), "loss": str(loss)}
+        for steps, loss in losses.items()
+        if steps * size > start
+    ]
+    return replace(_row_series(path, row["name"], rows), separate_runs=False)
 
 
 def _row_series(path: Path, name: str, rows: list[dict[str, str]]) -> Series:

@@ -82,14 +82,21 @@ def report(
         Optional[list[str]],
         typer.Option(help="--out folder of pvs evaluate, for the tasks of these runs' models; repeatable"),
     ] = None,
+    curve: Annotated[
+        Optional[list[str]],
+        typer.Option(help="ARM=LOG: its validation losses are in TensorBoard's folder, or in a CSV export of W&B"),
+    ] = None,
     published: Annotated[bool, typer.Option(help="show the paper's points beside the gaps")] = False,
     force: Annotated[bool, typer.Option(help="compare what is not comparable, and mark the page")] = False,
 ) -> None:
     """Write the report of finished runs, as page, Markdown, JSON and CSV, and show its table."""
     from nemo_pvs.reporting.compare import compare, read_runs
+    from nemo_pvs.reporting.compare_curves import take_curves
     from nemo_pvs.reporting.html import write_files
 
-    runs = compare(read_runs(folders, evaluation or ()), force=force)
+    read = read_runs(folders, evaluation or ())
+    take_curves(read, curve or ())
+    runs = compare(read, force=force)
     place = Path(out or (folders[0] if len(folders) == 1 else "runs/report"))
     write_files(runs, place, reference=published)
     for warning in runs.warnings:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.learning_rate import quadratic_warmup_cosine
-from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.parallel.jobs import tiny_job
 from tests.parallel.ranks import run_ranks, write_tokens
 
 pytestmark = pytest.mark.parallel
@@ -59,8 +58,6 @@ def _served(job: TrainingJob, steps: int, ranks: int) -> list[list[str]]:
 
 def _ranges(job: TrainingJob, more: list[str]) -> dict[str, object]:
     """Read several ranges of the same data, and return the hashes."""
-    from dataclasses import replace
-
     import torch
 
     from nemo_pvs.errors import UserError
@@ -89,38 +86,26 @@ def _ranges(job: TrainingJob, more: list[str]) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
     folder = tmp_path_factory.mktemp("ranges")
-    save_tiny_tokenizer(make_tiny_llama(folder / "model", tie_word_embeddings=False))
-    write_nemo(HuggingFaceSource(folder / "model"), folder / "initial")
-    tokens = [2 + index * index % 97 + index % 29 for index in range(3000)]
-    return TrainingJob(
-        name="test",
-        folder=folder / "run",
-        initial=folder / "initial",
-        data={
-            "train": write_tokens(folder / "train", tokens),
-            "validation": write_tokens(folder / "validation", tokens[: 4 * SEQUENCE + 1]),
-        },
-        layout=Layout(),
-        training=Training(
-            tokens=10 * BATCH * SEQUENCE,
-            sequence_length=SEQUENCE,
-            global_batch_size=BATCH,
-            learning_rate=1e-3,
-            warmup="quadratic",
-            warmup_fraction=0.3,
-            weight_decay_on="all",
-            precision="fp32",
-            validations=1,
-            validation_samples=4,
-            checkpoints=1,
-        ),
-        first_token=5 * BATCH * SEQUENCE,
+    job = tiny_job(
+        folder,
+        save_tiny_tokenizer(make_tiny_llama(folder / "model", tie_word_embeddings=False)),
+        steps=10,
+        text=[2 + index * index % 97 + index % 29 for index in range(3000)],
+        sequence_length=SEQUENCE,
+        global_batch_size=BATCH,
+        micro_batch_size=1,
+        learning_rate=1e-3,
+        warmup="quadratic",
+        warmup_fraction=0.3,
+        weight_decay_on="all",
+        validations=1,
+        validation_samples=4,
+        checkpoints=1,
     )
+    return replace(job, first_token=5 * BATCH * SEQUENCE)
 
 
 def test_ranges_are_pieces_of_one_order(job, tmp_path):
-    from dataclasses import replace
-
     more = [
         write_tokens(tmp_path / name, [2 + index * seed % 101 for index in range(2500)])
         for name, seed in (("a", 31), ("b", 43))

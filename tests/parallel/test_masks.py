@@ -22,21 +22,20 @@ from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.checkpoints.torch_dist import TorchDistReader
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout as WeightLayout
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource, RandomMasks
-from tests.parallel.ranks import run_ranks, write_tokens
+from tests.parallel.jobs import tiny_job
+from tests.parallel.ranks import run_ranks
 from tests.state_source import as_transformers
 from tests.uneven_model import make_uneven_llama
 
 pytestmark = pytest.mark.parallel
 
 STEPS = 20
-SEQUENCE = 32
-SAMPLES = 8
 DENSE = ("model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.up_proj.weight")
 """Matrices without a mask that share a Megatron tensor with masked ones."""
 
@@ -46,32 +45,17 @@ def job(tmp_path_factory) -> TrainingJob:
     """A sparse run of 20 steps in fp32 with a constant learning rate, and gradients that are always clipped."""
     folder = tmp_path_factory.mktemp("job")
     dense = HuggingFaceSource(save_tiny_tokenizer(make_tiny_llama(folder / "model")))
-    write_nemo(MaskedSource(dense, RandomMasks(dense, dense=DENSE)), folder / "initial")
-    text = torch.randint(3, 128, (97,), generator=torch.Generator().manual_seed(0)).repeat(200).tolist()
-    return TrainingJob(
-        name="test",
-        folder=folder / "run",
-        initial=folder / "initial",
-        data={
-            "train": write_tokens(folder / "train", text),
-            "validation": write_tokens(folder / "validation", text[: SAMPLES * SEQUENCE + 1]),
-        },
-        layout=Layout(),
-        training=Training(
-            tokens=STEPS * 8 * SEQUENCE,
-            sequence_length=SEQUENCE,
-            global_batch_size=8,
-            micro_batch_size=2,
-            learning_rate=2e-3,
-            min_learning_rate_ratio=1.0,
-            warmup_fraction=0.0,
-            weight_decay=0.5,
-            clip_grad_norm=0.3,
-            precision="fp32",
-            validations=1,
-            validation_samples=SAMPLES,
-            checkpoints=4,
-        ),
+    return tiny_job(
+        folder,
+        MaskedSource(dense, RandomMasks(dense, dense=DENSE)),
+        steps=STEPS,
+        learning_rate=2e-3,
+        min_learning_rate_ratio=1.0,
+        warmup_fraction=0.0,
+        weight_decay=0.5,
+        clip_grad_norm=0.3,
+        validations=1,
+        checkpoints=4,
     )
 
 

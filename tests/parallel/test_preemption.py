@@ -13,23 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.preemption import PREEMPTED
 from nemo_pvs.training.run import is_finished
 from nemo_pvs.training.run_checkpoints import damage, newest_sound, saved_checkpoints
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
-from tests.parallel.ranks import write_tokens
+from tests.parallel.jobs import tiny_job
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 STEPS = 16
-SEQUENCE = 32
 
 
 class Launcher:
@@ -68,30 +64,8 @@ def launcher(tmp_path_factory):
 def job(tmp_path_factory) -> TrainingJob:
     """A run of 16 steps on two ranks, saved at 5, 10, 15 and 16."""
     folder = tmp_path_factory.mktemp("job")
-    save_tiny_tokenizer(make_tiny_llama(folder / "model"))
-    write_nemo(HuggingFaceSource(folder / "model"), folder / "initial")
-    pattern = torch.randint(3, 128, (97,), generator=torch.Generator().manual_seed(0)).repeat(60).tolist()
-    return TrainingJob(
-        name="test",
-        folder=folder / "run",
-        initial=folder / "initial",
-        data={
-            "train": write_tokens(folder / "train", pattern),
-            "validation": write_tokens(folder / "validation", pattern[: 8 * SEQUENCE + 1]),
-        },
-        layout=Layout(data_parallel=2),
-        training=Training(
-            tokens=STEPS * 8 * SEQUENCE,
-            sequence_length=SEQUENCE,
-            global_batch_size=8,
-            micro_batch_size=2,
-            learning_rate=3e-3,
-            precision="fp32",
-            validations=2,
-            validation_samples=8,
-            checkpoints=3,
-        ),
-    )
+    model = save_tiny_tokenizer(make_tiny_llama(folder / "model"))
+    return replace(tiny_job(folder, model, steps=STEPS, checkpoints=3), layout=Layout(data_parallel=2))
 
 
 @pytest.fixture(scope="module")

@@ -9,53 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer, is_finished, last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
-from tests.parallel.ranks import run_ranks, write_tokens
+from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
+from tests.parallel.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 
 STEPS = 20
-SEQUENCE = 32
-VALIDATION_SAMPLES = 8
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
     """A run of 20 steps in fp32 on text that can be learned; tests choose the layout and the folder."""
     folder = tmp_path_factory.mktemp("job")
-    save_tiny_tokenizer(make_tiny_llama(folder / "model", tie_word_embeddings=False))
-    write_nemo(HuggingFaceSource(folder / "model"), folder / "initial")
-    generator = torch.Generator().manual_seed(0)
-    pattern = torch.randint(3, 128, (97,), generator=generator).repeat(200).tolist()
-    return TrainingJob(
-        name="test",
-        folder=folder / "run",
-        initial=folder / "initial",
-        data={
-            "train": write_tokens(folder / "train", pattern),
-            "validation": write_tokens(folder / "validation", pattern[: VALIDATION_SAMPLES * SEQUENCE + 1]),
-        },
-        layout=Layout(),
-        training=Training(
-            tokens=STEPS * 8 * SEQUENCE,
-            sequence_length=SEQUENCE,
-            global_batch_size=8,
-            micro_batch_size=2,
-            learning_rate=3e-3,
-            precision="fp32",
-            validations=4,
-            validation_samples=VALIDATION_SAMPLES,
-            checkpoints=2,
-        ),
-    )
+    model = save_tiny_tokenizer(make_tiny_llama(folder / "model", tie_word_embeddings=False))
+    return tiny_job(folder, model, steps=STEPS, validations=4)
 
 
 def _train(job: TrainingJob, die_at_step: int = 0) -> None:

@@ -16,12 +16,13 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.torch_dist import TorchDistReader
 from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.evaluation.windows import validation_windows
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import last_checkpoint
 from tests.conftest import save_tiny_tokenizer
-from tests.parallel.ranks import run_ranks, write_tokens
+from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
+from tests.parallel.ranks import run_ranks
 from tests.parallel.test_logits import _largest_difference as largest_logit_difference
 from tests.parallel.test_training import _largest_difference, _losses, _run, _train
 from tests.uneven_model import BIASES, LLAMA3_ROPE, SIZES, make_uneven_llama
@@ -29,8 +30,6 @@ from tests.uneven_model import BIASES, LLAMA3_ROPE, SIZES, make_uneven_llama
 pytestmark = pytest.mark.parallel
 
 STEPS = 8
-SEQUENCE = 32
-VALIDATION_SAMPLES = 8
 
 
 @pytest.mark.parametrize(
@@ -55,30 +54,8 @@ def test_logits_are_those_of_our_huggingface_class(settings, layout, tmp_path):
 def job(tmp_path_factory) -> TrainingJob:
     """A short run in fp32; tests choose the layout and the folder."""
     folder = tmp_path_factory.mktemp("job")
-    save_tiny_tokenizer(make_uneven_llama(folder / "model", std=0.02, **BIASES))
-    write_nemo(HuggingFaceSource(folder / "model"), folder / "initial")
-    pattern = torch.randint(3, 128, (97,), generator=torch.Generator().manual_seed(0)).repeat(60).tolist()
-    return TrainingJob(
-        name="uneven",
-        folder=folder / "run",
-        initial=folder / "initial",
-        data={
-            "train": write_tokens(folder / "train", pattern),
-            "validation": write_tokens(folder / "validation", pattern[: VALIDATION_SAMPLES * SEQUENCE + 1]),
-        },
-        layout=Layout(),
-        training=Training(
-            tokens=STEPS * 8 * SEQUENCE,
-            sequence_length=SEQUENCE,
-            global_batch_size=8,
-            micro_batch_size=2,
-            learning_rate=3e-3,
-            precision="fp32",
-            validations=2,
-            validation_samples=VALIDATION_SAMPLES,
-            checkpoints=2,
-        ),
-    )
+    model = save_tiny_tokenizer(make_uneven_llama(folder / "model", std=0.02, **BIASES))
+    return tiny_job(folder, model, steps=STEPS)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.results import Results
@@ -91,3 +92,18 @@ def test_the_papers_points_are_series_of_separate_runs() -> None:
     assert all(one.separate_runs and len(one.tokens) == 5 for one in series)
     assert series[0].ratio == pytest.approx(0.435, abs=5e-4)
     assert dataclasses.asdict(series[0])["losses"] == (2.70, 2.59, 2.54, 2.46, 2.43)
+
+
+def test_a_table_of_logs(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path / "logs" / "a")) as writer:
+        for steps in (1, 10, 20, 30):
+            writer.add_scalar("val_loss", 4 - steps / 20, steps - 1)
+    (tmp_path / "runs.csv").write_text("name,log,tokens_per_step,parameters,initialisation\na,logs/a,1e6,1e9,random\n")
+    [series] = read_series([str(tmp_path / "runs.csv")])
+    assert (series.tokens, series.losses) == ((1e7, 2e7, 3e7), (3.5, 3.0, 2.5)), "the warm-up is left out"
+    assert (series.initialisation, series.parameters, series.separate_runs) == ("random", 10**9, False)
+    (tmp_path / "runs.csv").write_text("name,log,parameters\na,logs/a,1e9\n")
+    with pytest.raises(
+        UserError, match="lacks the columns tokens_per_step; it needs name, log, tokens_per_step, param"
+    ):
+        read_series([str(tmp_path / "runs.csv")])
