@@ -142,7 +142,9 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
             expected = expected_shape(target, parent)
             if expected.exact:
                 expected.shape.check_parallel(
-                    tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
+                    tensor_parallel=layout.tensor_parallel,
+                    pipeline_parallel=layout.pipeline_parallel,
+                    virtual_pipeline=layout.virtual_pipeline,
                 )
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
@@ -151,4 +153,10 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
             raise UserError(
                 f"Target {name}: global_batch_size {recipe.train.global_batch_size} is not a multiple of "
                 f"micro_batch_size x data_parallel = {batch}; change one of the three."
+            )
+        batches = recipe.train.global_batch_size // batch
+        if layout.virtual_pipeline and batches % layout.pipeline_parallel:
+            raise UserError(
+                f"Target {name}: a virtual pipeline of {layout.pipeline_parallel} stages needs a multiple of as many "
+                f"micro-batches a step, not {batches}; change micro_batch_size or data_parallel, or leave it out."
             )

@@ -241,17 +241,25 @@ class Shape:
         attention = 2 * sequence_length * self.head_dim * sum(layer.heads for layer in self.layer_sizes)
         return (3 if training else 1) * (matrices + attention)
 
-    def check_parallel(self, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, fp8: bool = False) -> None:
+    def check_parallel(
+        self,
+        *,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        virtual_pipeline: int | None = None,
+        fp8: bool = False,
+    ) -> None:
         """Refuse a layout that Megatron cannot shard this shape into.
 
         Args:
             tensor_parallel: Ranks that share every layer.
             pipeline_parallel: Stages that share the layers out.
+            virtual_pipeline: Pieces that every stage takes turns on.
             fp8: Also ask that Transformer Engine can multiply the shards in FP8: sizes that are multiples of 16.
 
         Raises:
-            UserError: tensor parallelism does not divide KV groups, ffn or vocabulary; pipeline stages not layers; or
-                a shard does not suit FP8.
+            UserError: tensor parallelism does not divide KV groups, ffn or vocabulary; pipeline stages, or their
+                pieces, not layers; there are pieces of one stage; or a shard does not suit FP8.
         """
         for name, size in self._sharded_sizes():
             if size % tensor_parallel:
@@ -266,8 +274,21 @@ class Shape:
                 f"Pipeline parallelism {pipeline_parallel} does not divide {self.layers} layers; "
                 f"legal for this model: {', '.join(map(str, legal))}."
             )
+        if virtual_pipeline is not None:
+            self._check_pieces(pipeline_parallel, virtual_pipeline)
         if fp8:
             self._check_fp8(tensor_parallel)
+
+    def _check_pieces(self, stages: int, pieces: int) -> None:
+        if stages == 1:
+            raise UserError("A virtual pipeline needs pipeline parallelism of at least 2; leave it out.")
+        layers = self.layers // stages
+        if layers % pieces:
+            legal = [n for n in range(1, layers + 1) if layers % n == 0]
+            raise UserError(
+                f"A virtual pipeline of {pieces} does not divide the {layers} layers of a stage; "
+                f"legal for this model: {', '.join(map(str, legal))}."
+            )
 
     def _check_fp8(self, tensor_parallel: int) -> None:
         sizes = [("hidden", self.hidden, 1)]

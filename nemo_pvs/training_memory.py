@@ -40,8 +40,10 @@ def training_memory(shape: Shape, layout: Layout, training: Training) -> Memory:
     (2205.05198, sections 4.1 to 4.3 and 5) for a layer with RMSNorm, grouped queries, fused attention and a gated MLP
     without dropout: per token ``4 d`` values that tensor parallelism leaves whole and sequence parallelism shards (the
     inputs of both norms, of qkv and of gate|up), and ``(2 H + 2 G) h + 3 f`` sharded ones (q, k, v, the attention's
-    output, gate, up and their product). Pipeline stage i of p keeps p - i micro-batches (1F1B); the last one has the
-    logits and their fp32 copy. Precision ``auto`` counts as bf16: that is what a GPU takes.
+    output, gate, up and their product). Pipeline stage i of p keeps p - i micro-batches (1F1B); where a stage takes
+    turns on v pieces, it keeps 2 (p - i - 1) + (v - 1) p + 1 of such pieces, in the first stage 1 + (p - 1) / (p v)
+    times as much. The last stage has the logits and their fp32 copy. Precision ``auto`` counts as bf16: that is what a
+    GPU takes.
     """
     stages = range(layout.pipeline_parallel)
     return max((_stage(shape, layout, training, stage) for stage in stages), key=lambda memory: memory.total)
@@ -58,8 +60,10 @@ def parameters_on(shape: Shape, layout: Layout, stage: int) -> float:
 
 
 def _layers_of(shape: Shape, layout: Layout, stage: int) -> tuple[LayerSizes, ...]:
-    count = shape.layers // layout.pipeline_parallel
-    return shape.layer_sizes[stage * count : (stage + 1) * count]
+    stages, pieces = layout.pipeline_parallel, layout.virtual_pipeline or 1
+    count = shape.layers // (stages * pieces)
+    starts = ((piece * stages + stage) * count for piece in range(pieces))
+    return tuple(size for start in starts for size in shape.layer_sizes[start : start + count])
 
 
 def _stage(shape: Shape, layout: Layout, training: Training, stage: int) -> Memory:
@@ -69,7 +73,10 @@ def _stage(shape: Shape, layout: Layout, training: Training, stage: int) -> Memo
     tensor = layout.tensor_parallel
     tokens = training.micro_batch_size * training.sequence_length / layout.context_parallel
     batches = training.global_batch_size // (training.micro_batch_size * layout.data_parallel)
-    waiting = min(layout.pipeline_parallel - stage, batches)
+    behind, pieces = layout.pipeline_parallel - stage - 1, layout.virtual_pipeline
+    waiting = float(min(behind + 1, batches))
+    if pieces:
+        waiting = min(2 * behind + (pieces - 1) * layout.pipeline_parallel + 1, batches * pieces) / pieces
     whole = value * shape.hidden / (tensor if layout.sequence_parallel else 1)
     kept = [4 * whole + value * _sharded_values(shape, sizes) / tensor for sizes in _layers_of(shape, layout, stage)]
     head = 0.0

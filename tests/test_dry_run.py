@@ -106,6 +106,17 @@ def test_random_arms_get_what_makes_them_equal():
     [
         ("targets.width.layout", {"tensor_parallel": 3}, "Target width: Tensor parallelism 3 does not divide"),
         ("targets.depth.layout", {"pipeline_parallel": 4}, "Target depth: Pipeline parallelism 4 does not divide 14"),
+        (
+            "targets.depth.layout",
+            {"pipeline_parallel": 2, "virtual_pipeline": 2},
+            "A virtual pipeline of 2 does not divide the 7 layers of a stage; legal for this model: 1, 7",
+        ),
+        ("targets.depth.layout", {"virtual_pipeline": 7}, "needs pipeline parallelism of at least 2; leave it out"),
+        (
+            "targets.depth.layout",
+            {"pipeline_parallel": 2, "virtual_pipeline": 7, "data_parallel": 2},
+            "a virtual pipeline of 2 stages needs a multiple of as many micro-batches a step, not 1",
+        ),
         ("targets.width.hidden", 577, "asks for hidden=577, but the model has 576"),
         ("targets.width", {"method": "wanda", "sparsity": "2:5"}, "needs groups of 5 inputs, but q_proj has 576"),
         ("train.sequence_length", 10000, "the parent's context ends at 8192"),

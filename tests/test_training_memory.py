@@ -62,3 +62,22 @@ def test_sequence_parallel_shards_what_tensor_parallel_leaves():
         for sequence in (False, True)
     )
     assert plain.activations - sharded.activations == 32 * (4 * 4 + 2) * 2 * 64 / 2
+
+
+@pytest.mark.parametrize(("stages", "pieces"), [(2, 2), (2, 4), (4, 2)])
+def test_turns_on_pieces_keep_more_activations(stages, pieces):
+    """In the first stage 1 + (p - 1) / (p v) times as many (Korthikanti et al., 2205.05198, section 4.2.2)."""
+    shape = SHAPE.replace(layers=16, vocab=2)
+    training = TRAINING.model_copy(update={"global_batch_size": 64})
+    plain = training_memory(shape, Layout(pipeline_parallel=stages), training)
+    turns = training_memory(shape, Layout(pipeline_parallel=stages, virtual_pipeline=pieces), training)
+    assert turns.activations == pytest.approx(plain.activations * (1 + (stages - 1) / (stages * pieces)))
+    assert turns.weights == plain.weights
+
+
+def test_pieces_of_a_stage_are_dealt_out_in_turns():
+    sizes = [LayerSizes(16 * (number + 1), 8, 2) for number in range(4)]
+    uneven = SHAPE.with_layers(sizes)
+    layout = Layout(pipeline_parallel=2, virtual_pipeline=2)
+    without = uneven.with_layers([sizes[0], sizes[2]])
+    assert parameters_on(uneven, layout, 0) == without.matrix_parameters + without.vector_parameters + 128 * 64

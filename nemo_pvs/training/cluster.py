@@ -105,7 +105,8 @@ def h100_layout(shape: Shape, training: Training, gpus: int) -> tuple[Layout, li
             shape.check_parallel(tensor_parallel=tensor, pipeline_parallel=pipeline)
         except UserError:
             continue
-        if training.global_batch_size % (training.micro_batch_size * layout.data_parallel):
+        batches, rest = divmod(training.global_batch_size, training.micro_batch_size * layout.data_parallel)
+        if rest or (layout.virtual_pipeline and batches % pipeline):
             continue
         needed = training_memory(shape, layout, training).total
         if needed <= _USABLE * H100_BYTES:

@@ -44,12 +44,14 @@ def prepare_job(
         keep_parent_embeddings: Of ``random_init``: draw no embedding and no norms, as the published baseline.
 
     Raises:
-        UserError: the layout does not fit the model, its masks are those of another one, the data are too short, or
-            ``out`` holds another run.
+        UserError: the layout does not fit the model, it has no masks to clip before, its masks are those of another
+            one, the data are too short, or ``out`` holds another run.
     """
     source: WeightSource = open_source(initial)
     shape = shape_of(source)
     shape.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
+    if training.clip_before_mask and not masks_of(source).names:
+        raise UserError(f"{initial} has no masks, so there is nothing to clip before; leave out --clip-before-mask.")
     available = count_tokens(data / "train")
     if training.tokens > available:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nemo_pvs.errors import UserError
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import SequenceLength, parse_shares
 
@@ -56,9 +57,17 @@ def train(
     data_parallel: Annotated[int, typer.Option(help="replicas that share the batch out")] = 1,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
     random_init: Annotated[bool, typer.Option(help="keep the architecture, draw the weights: the baseline")] = False,
+    keep_parent_embeddings: Annotated[
+        bool, typer.Option(help="of --random-init: keep embedding and norms, as the published sparse baseline does")
+    ] = False,
+    clip_before_mask: Annotated[
+        bool, typer.Option(help="of a sparse model: clip with pruned weights in the norm, as the published runs did")
+    ] = False,
     seed: Annotated[int, typer.Option(help="order of the data and random weights")] = 1234,
 ) -> None:
     """Train on NeMo and Megatron, from pruned or random weights."""
+    if keep_parent_embeddings and not random_init:
+        raise UserError("--keep-parent-embeddings says what --random-init does not draw; give both, or neither.")
     from nemo_pvs.recipe import parse_layout, parse_training
     from nemo_pvs.training.prepare import prepare_job
     from nemo_pvs.training.run import Trainer
@@ -79,10 +88,19 @@ def train(
             "learning_rate": learning_rate,
             "validation_samples": validation_samples,
             "precision": precision,
+            "clip_before_mask": clip_before_mask,
             "seed": seed,
         }
     )
-    job = prepare_job(initial, Path(out), Path(data), layout, training, random_init=random_init)
+    job = prepare_job(
+        initial,
+        Path(out),
+        Path(data),
+        layout,
+        training,
+        random_init=random_init,
+        keep_parent_embeddings=keep_parent_embeddings,
+    )
     with Trainer(Path(out) / "launcher.log") as trainer:
         checkpoint = trainer.train(job)
     console.print(f"trained checkpoint: {checkpoint}", soft_wrap=True)

@@ -37,6 +37,12 @@ def test_train_from_random_weights_and_again(tmp_path):
     refused = _pvs("train", model, tmp_path / "run", *settings, "--tokens", 1e9)
     assert refused.returncode == 2
     assert "--tokens is 1,000,000,000, but" in refused.stderr
+    refused = _pvs("train", model, tmp_path / "run", *settings, "--clip-before-mask")
+    assert refused.returncode == 2
+    assert "has no masks, so there is nothing to clip before" in refused.stderr
+    refused = _pvs("train", model, tmp_path / "run", *settings[:-1], "--keep-parent-embeddings")
+    assert refused.returncode == 2
+    assert "--keep-parent-embeddings says what --random-init does not draw" in refused.stderr
     assert not (tmp_path / "run").exists()
 
     done = _pvs("train", model, tmp_path / "run", *settings)
