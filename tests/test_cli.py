@@ -237,6 +237,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
         ("flap", ["--ratio", "0.3", "--uneven", "pad"]),
         ("wanda-sp", ["--ratio", "0.3"]),
         ("magnitude-sp", ["--ratio", "0.3"]),
+        ("llm-pruner", ["--ratio", "0.5", "--metric", "param_mix", "--protect-first", "1", "--uneven", "pad"]),
         ("magnitude", ["--sparsity", "2:4"]),
         ("wanda", ["--sparsity", "0.5"]),
         ("sparsegpt", ["--sparsity", "4:8"]),

@@ -40,6 +40,7 @@ def calibrate(
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     loader: Loader = None,
+    gradients: Annotated[bool, typer.Option(help="go back through the layers, too, for llm-pruner")] = False,
     device: Device = None,
     activation_memory: ActivationMemory = "8GB",
     overwrite: Overwrite = False,
@@ -57,7 +58,7 @@ def calibrate(
         model = open_source(folder)
         tokens = tokens_of(folder, data, samples, sequence_length, seed, loader)
         with ranks.joined(), progress("calibrate", "layers") as show:
-            scores = measure(model, tokens, **compute, progress=show)
+            scores = measure(model, tokens, gradients=gradients, **compute, progress=show)
             if not ranks.is_main():
                 return
         scores.save(Path(out), overwrite=overwrite)
@@ -185,8 +186,8 @@ def prune(
     method: Annotated[
         str,
         typer.Option(
-            help="minitron-depth, shortgpt, minitron-width, minitron-joint, flap, wanda-sp, magnitude-sp, magnitude, "
-            "wanda, sparsegpt"
+            help="minitron-depth, shortgpt, minitron-width, minitron-joint, flap, wanda-sp, magnitude-sp, llm-pruner, "
+            "magnitude, wanda, sparsegpt"
         ),
     ],
     target: Annotated[Optional[str], typer.Option(help="sizes to reach, e.g. hidden=288,ffn=768 or layers=14")] = None,
@@ -201,7 +202,9 @@ def prune(
     task_data: Annotated[str, typer.Option(help="folder of downloaded data sets for --task")] = "task_data",
     task_limit: Annotated[Optional[int], typer.Option(help="take only so many documents of each task")] = None,
     aggregation: Annotated[Optional[str], typer.Option(help="energy or meanabs_l2")] = None,
-    metric: Annotated[Optional[str], typer.Option(help="WIFV, IFV or WIFN")] = None,
+    metric: Annotated[
+        Optional[str], typer.Option(help="WIFV, IFV or WIFN; param_first, param_second, param_mix or vectorize")
+    ] = None,
     structure: Annotated[Optional[str], typer.Option(help="UL-UM, UL-MM, AL-MM or AL-AM")] = None,
     bias: Annotated[Optional[bool], typer.Option(help="make up for the mean of what goes")] = None,
     uniform: Annotated[Optional[bool], typer.Option(help="same sizes in every layer")] = None,
@@ -254,7 +257,8 @@ def prune(
             if scores:
                 return Scores.load(Path(scores), model)
             with progress("calibrate", "layers") as show:
-                return measure(model, read_tokens(), **compute, progress=show)
+                gradients = methods.METHODS[method].gradients
+                return measure(model, read_tokens(), gradients=gradients, **compute, progress=show)
 
         def score_by_task() -> Any:
             from nemo_pvs.evaluation.task_score import task_score

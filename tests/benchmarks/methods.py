@@ -64,6 +64,7 @@ def cases(layers: int, hidden: int, ffn: int) -> Iterator[Case]:
         "magnitude-sp",
     ):  # which removes the same share as FLAP
         yield Case(method, {**fifth, "structure": "UL-MM"}, "pruning/test_flap.py")
+    yield Case("llm-pruner", {**fifth, "structure": "UL-MM"}, "pruning/test_llm_pruner.py")
     for method in ("sparsegpt", "wanda", "magnitude"):
         for sparsity in ("0.5", "4:8", "2:4"):
             yield Case(method, {"sparsity": sparsity}, f"pruning/test_{method}.py")
@@ -100,13 +101,14 @@ def row(source: WeightSource, case: Case, calibration: TokenSet, scores: Scores,
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "pruned"
         began = time.monotonic()
+        gradients = METHODS[case.method].gradients  # then the row's time has its own calibration
         pruned = prune(
             case.method,
             Job(
                 source=source,
                 options=Options(**case.options),
                 tokens=lambda: calibration,
-                scores=lambda: scores,
+                scores=lambda: calibrate(source, calibration, gradients=True) if gradients else scores,
                 check=lambda _: None,
                 work_folder=Path(scratch) / "work",
                 progress=progress,
