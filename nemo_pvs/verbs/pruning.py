@@ -27,6 +27,7 @@ from nemo_pvs.verbs.arguments import (
     tokens_of,
 )
 from nemo_pvs.verbs.checkpoints import sentence
+from nemo_pvs.verbs.megatron_gradients import check_ranks, with_gradients
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -41,6 +42,8 @@ def calibrate(
     seed: Seed = 0,
     loader: Loader = None,
     gradients: Annotated[bool, typer.Option(help="go back through the layers, too, for llm-pruner")] = False,
+    tensor_parallel: Annotated[int, typer.Option(help="gradients on Megatron: ranks that share each matrix")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="gradients on Megatron: ranks that share the layers")] = 1,
     device: Device = None,
     activation_memory: ActivationMemory = "8GB",
     overwrite: Overwrite = False,
@@ -50,15 +53,24 @@ def calibrate(
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.parent import local_checkpoint
+    from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.files import refuse_existing
 
     refuse_existing(Path(out), overwrite=overwrite)
     compute = compute_of(device, activation_memory)
+    megatron = (tensor_parallel, pipeline_parallel) != (1, 1)
+    if megatron and not gradients:
+        raise UserError("Only gradients are measured on Megatron; add --gradients, or leave the parallelism out.")
     with local_checkpoint(source) as folder:
         model = open_source(folder)
         tokens = tokens_of(folder, data, samples, sequence_length, seed, loader)
-        with ranks.joined(), progress("calibrate", "layers") as show:
-            scores = measure(model, tokens, gradients=gradients, **compute, progress=show)
+        with joined() if megatron else ranks.joined():
+            if megatron:
+                check_ranks(tensor_parallel, pipeline_parallel)
+            with progress("calibrate", "layers") as show:
+                scores = measure(model, tokens, gradients=gradients and not megatron, **compute, progress=show)
+            if megatron:
+                scores = with_gradients(model, scores, compute, tensor_parallel, pipeline_parallel)
             if not ranks.is_main():
                 return
         scores.save(Path(out), overwrite=overwrite)

@@ -47,7 +47,12 @@ class Case:
     @property
     def command(self) -> str:
         """The row's options of ``pvs prune MODEL DST``."""
-        return " ".join([f"--method {self.method}", *(f"--{name} {value}" for name, value in self.options.items())])
+        return " ".join(
+            [
+                f"--method {self.method}",
+                *(f"--{name.replace('_', '-')} {value}" for name, value in self.options.items()),
+            ]
+        )
 
 
 def cases(layers: int, hidden: int, ffn: int) -> Iterator[Case]:
@@ -64,7 +69,9 @@ def cases(layers: int, hidden: int, ffn: int) -> Iterator[Case]:
         "magnitude-sp",
     ):  # which removes the same share as FLAP
         yield Case(method, {**fifth, "structure": "UL-MM"}, "pruning/test_flap.py")
-    yield Case("llm-pruner", {**fifth, "structure": "UL-MM"}, "pruning/test_llm_pruner.py")
+    # As published: layers 4 to 29 of 32.
+    protected = {"structure": "UL-MM", "protect_first": 4, "protect_last": 2}
+    yield Case("llm-pruner", {**fifth, **protected}, "pruning/test_llm_pruner.py")
     for method in ("sparsegpt", "wanda", "magnitude"):
         for sparsity in ("0.5", "4:8", "2:4"):
             yield Case(method, {"sparsity": sparsity}, f"pruning/test_{method}.py")
