@@ -9,7 +9,7 @@ from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
 from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_blocks import Target
-from nemo_pvs.recipe_targets import expected_shape, is_sparse, masked_parameters, needs_scores, scans
+from nemo_pvs.recipe_targets import expected_shape, is_sparse, masked_parameters, needs_gradients, needs_scores, scans
 from nemo_pvs.reporting.budget import PrunedArm, scratch_budget
 from nemo_pvs.reporting.ledger import Charge, Ledger
 from nemo_pvs.shape import Shape
@@ -90,8 +90,7 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
     tokens = settings.samples * length
     ledger = Ledger()
     if needs_scores(target):
-        charge = Charge("calibration", tokens, calibration_flops(parent, tokens, length), "one dense pass")
-        ledger.charges.append(charge)
+        ledger.charges.append(charge_calibration(target, parent, tokens, length))
     if is_sparse(target) and target.method != "magnitude":
         flops = sparse_calibration_flops(parent, tokens, length, sequential=target.sequential is not False)
         ledger.charges.append(Charge("calibration", tokens, flops, "while pruning, layer by layer"))
@@ -101,6 +100,13 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         flops = sweep_flops(parent, text, forwards, models)
         ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, "depth scan, prefixes shared"))
     return ledger
+
+
+def charge_calibration(target: Target, parent: Shape, tokens: int, sequence_length: int) -> Charge:
+    """Return what the scores of a target take."""
+    gradients = needs_gradients(target)
+    flops = calibration_flops(parent, tokens, sequence_length, gradients=gradients)
+    return Charge("calibration", tokens, flops, "one dense pass" + (", and one back" if gradients else ""))
 
 
 def _scan(target: Target, layers: int, removed: int) -> tuple[int, int]:

@@ -23,6 +23,9 @@ from nemo_pvs.modeling import model_class
 MEMORY_LIMIT = 8 << 30
 """Bytes of hidden states held at once, unless told otherwise."""
 
+IGNORED = -100
+"""In the place of a target: a position whose loss counts nothing."""
+
 # Logits held at once, in elements (256 MB in fp32): 128k vocabularies need the loss in chunks of tokens.
 _LOGITS_AT_ONCE = 1 << 26
 
@@ -101,11 +104,37 @@ class LayerwiseModel:
 
         Attention is causal; sequences carry no padding, so there is no mask tensor.
         """
-        positions = torch.arange(hidden.shape[1], device=self.device)[None]
-        rotary = self._rotary(hidden.new_empty(0, device=self.device), positions)
+        rotary = self._positions(hidden)
         for batch in hidden.split(batch_size):
             batch.copy_(layer(batch.to(self.device), position_embeddings=rotary))
         return hidden
+
+    def back_through_layer(
+        self, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor, batch_size: int = 8
+    ) -> torch.Tensor:
+        """Replace gradients by a layer's outputs [N, S, d] by those by its inputs, in place, and return them.
+
+        Nothing is accumulated in the layer's parameters.
+
+        Args:
+            layer: From ``layer``.
+            hidden: The layer's inputs [N, S, d]; it runs once more on them.
+            gradient: Of any loss by the layer's outputs.
+            batch_size: Sequences at a time.
+        """
+        rotary = self._positions(hidden)
+        for batch, gradients in zip(hidden.split(batch_size), gradient.split(batch_size), strict=True):
+            with torch.enable_grad():
+                inputs = batch.to(self.device, copy=True).requires_grad_()
+                outputs = layer(inputs, position_embeddings=rotary)
+                gradients.copy_(torch.autograd.grad(outputs, inputs, gradients.to(self.device))[0])
+        return gradient
+
+    @torch.no_grad()
+    def _positions(self, hidden: torch.Tensor) -> Any:
+        """Return the cosines and sines of rotary positions, which all layers share."""
+        positions = torch.arange(hidden.shape[1], device=self.device)[None]
+        return self._rotary(hidden.new_empty(0, device=self.device), positions)
 
     @torch.no_grad()
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
@@ -122,6 +151,25 @@ class LayerwiseModel:
             loss = functional.cross_entropy(logits, chunk.to(self.device).long(), reduction="none")
             total += float(loss.double().sum())
         return total, targets.numel()
+
+    def replace_by_loss_gradient(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
+        """Replace hidden states by the gradient of the summed cross entropy by them, in place.
+
+        Args:
+            hidden: Outputs of the last decoder layer [N, S, d].
+            targets: Token ids [N, S]: the token that follows each position, or ``IGNORED``.
+        """
+        norm, head = self._head
+        size = max(1, _LOGITS_AT_ONCE // self.shape.vocab)
+        for states, ids in zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True):
+            with torch.enable_grad():
+                inputs = states.to(self.device, copy=True).requires_grad_()
+                logits = functional.linear(norm(inputs), head)
+                wide = logits.to(torch.promote_types(self.dtype, torch.float32))
+                loss = functional.cross_entropy(
+                    wide, ids.to(self.device).long(), ignore_index=IGNORED, reduction="sum"
+                )
+                states.copy_(torch.autograd.grad(loss, inputs)[0])
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:

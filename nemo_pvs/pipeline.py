@@ -31,7 +31,7 @@ from nemo_pvs.progress import progress
 from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
 from nemo_pvs.recipe import Arm, Recipe, Target
 from nemo_pvs.recipe_blocks import DENSE, Initialisation
-from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_scores, scans
+from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_gradients, needs_scores, scans
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
 from nemo_pvs.run_ledger import run_ledger
@@ -180,18 +180,20 @@ class Pipeline:
         self.tokens.check_ends(self.results["data"]["splits"], self.recipe.runs)
 
     def calibrate(self) -> None:
-        """Measure importance, one dense pass for all targets."""
+        """Measure importance, one dense pass for all targets, and one back where a target needs gradients."""
         settings, folder = self.recipe.calibrate, self.folder / "scores"
+        gradients = any(map(needs_gradients, self.recipe.targets.values()))
         inputs = {
             "parent": self.results["parent"]["fingerprint"],
             "text": self._text("calibration"),
             "settings": settings.model_dump(include={"samples", "sequence_length", "seed"}),
+            **({"gradients": True} if gradients else {}),
         }
 
         def work() -> dict[str, Any]:
             tokens = self._calibration_tokens(settings.samples)
             with progress("calibrate", "layers") as show:
-                scores = calibrate(self.parent_source, tokens, **self.compute, progress=show)
+                scores = calibrate(self.parent_source, tokens, gradients=gradients, **self.compute, progress=show)
             scores.save(folder)
             return {"scores": scores.content_hash, "tokens": tokens.ids.numel()}
 

@@ -236,6 +236,7 @@ class Target(Block):
         "flap",
         "wanda-sp",
         "magnitude-sp",
+        "llm-pruner",
         "magnitude",
         "wanda",
         "sparsegpt",
@@ -251,7 +252,7 @@ class Target(Block):
     sparsity: Annotated[str | None, BeforeValidator(_pattern)] = None
     search: Literal["contiguous", "greedy", "individual"] | None = None
     aggregation: Literal["energy", "meanabs_l2"] | None = None
-    metric: Literal["WIFV", "IFV", "WIFN"] | None = None
+    metric: Literal["WIFV", "IFV", "WIFN", "param_first", "param_second", "param_mix", "vectorize"] | None = None
     structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = None
     bias: bool | None = None
     uniform: bool | None = None

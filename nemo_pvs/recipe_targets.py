@@ -15,13 +15,13 @@ from nemo_pvs.pruning.target import choose_target
 from nemo_pvs.pruning.unit_counts import Rules, unit_counts
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
-from nemo_pvs.shape import Shape
+from nemo_pvs.shape import LayerSizes, Shape
 
-SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp")
+SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp", "llm-pruner")
 """Methods that read the scores of one calibration, shared by all of a recipe's targets."""
 _SCANNING = ("minitron-depth",)
 """Methods that run the model once for every candidate, on fewer sequences."""
-_STRUCTURES = {"flap": "AL-AM", "wanda-sp": "UL-UM", "magnitude-sp": "UL-UM"}
+_STRUCTURES = {"flap": "AL-AM", "wanda-sp": "UL-UM", "magnitude-sp": "UL-UM", "llm-pruner": "UL-UM"}
 """The structure of each method that counts units, where a target names none."""
 
 
@@ -69,6 +69,11 @@ def needs_scores(target: Target) -> bool:
     return target.method in SCORED
 
 
+def needs_gradients(target: Target) -> bool:
+    """Return whether that calibration must go back through the model, too."""
+    return target.method != DENSE and METHODS[target.method].gradients
+
+
 def scans(target: Target) -> bool:
     """Return whether a target is found by running the model once for every candidate."""
     return target.method in _SCANNING
@@ -107,17 +112,27 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
 def _by_units(target: Target, parent: Shape, options: dict[str, Any]) -> Expected:
     structure = target.structure or _STRUCTURES[target.method]
     exact = structure.startswith("UL")
-    names = ("remove_groups", "uniform", "ffn_multiple", "kv_groups_multiple", "compat")
+    names = (
+        "remove_groups",
+        "uniform",
+        "ffn_multiple",
+        "kv_groups_multiple",
+        "compat",
+        "protect_first",
+        "protect_last",
+    )
     rules = Rules(
         structure=structure if exact else "UL-MM",
         ratio=options["ratio"],
         **{name: options[name] for name in names if name in options},
     )
-    # Where all layers are alike the counts do not depend on the scores.
-    groups, ffn = unit_counts(
+    # Where all layers that are pruned are alike the counts do not depend on the scores.
+    counts = unit_counts(
         torch.zeros(parent.layers, parent.kv_groups), torch.zeros(parent.layers, parent.ffn), parent, rules
     )
-    shape = parent.replace(kv_groups=groups[0], ffn=ffn[0])
+    shape = parent.with_layers(
+        LayerSizes(ffn, groups * parent.heads_per_group, groups) for groups, ffn in zip(*counts, strict=True)
+    )
     if target.method == "flap" and target.bias is not False:
         shape = shape.replace(features=tuple(sorted({*shape.features, *FEATURES})))
     return Expected(shape, exact)

@@ -7,8 +7,7 @@ from typing import Any
 
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
-from nemo_pvs.equal_terms import charge_training, inherit_parent
-from nemo_pvs.pruning.costs import calibration_flops
+from nemo_pvs.equal_terms import charge_calibration, charge_training, inherit_parent
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_targets import needs_scores
 from nemo_pvs.reporting.ledger import Charge, Ledger
@@ -33,10 +32,10 @@ def run_ledger(
     ledger = Ledger()
     if arm.initialisation == "pruned":
         inherit_parent(ledger, recipe, parent)
-        if needs_scores(recipe.targets[arm.target]):
+        target = recipe.targets[arm.target]
+        if needs_scores(target):
             tokens = stages["calibrate"]["tokens"]
-            flops = calibration_flops(parent, tokens, recipe.calibrate.sequence_length)
-            ledger.charges.append(Charge("calibration", tokens, flops, "one dense pass"))
+            ledger.charges.append(charge_calibration(target, parent, tokens, recipe.calibrate.sequence_length))
         made = stages[f"prune/{arm.target}"]
         if own := made.get("calibration"):
             ledger.charges.append(Charge("calibration", own["tokens"], own["flops"], "while pruning, layer by layer"))

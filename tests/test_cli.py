@@ -115,6 +115,22 @@ def test_scores_once_then_many_targets(pvs, model, text, tmp_path):
         assert json.loads((target / "config.json").read_text())["intermediate_size"] == ffn
 
 
+def test_gradients_once_then_many_ratios(pvs, model, text, tmp_path):
+    settings = ("--data", text, "--samples", 4, "--sequence-length", 32)
+    for name, more in (("plain", []), ("gradients", ["--gradients"])):
+        assert pvs("calibrate", model, "--out", tmp_path / name, *settings, *more)[0] == 0
+    for ratio, metric in ((0.3, "param_first"), (0.5, "vectorize")):
+        options = ("--method", "llm-pruner", "--ratio", ratio, "--metric", metric)
+        target = tmp_path / metric
+        assert pvs("prune", model, target, *options, "--scores", tmp_path / "gradients")[0] == 0
+        assert json.loads((target / "config.json").read_text())["intermediate_size"] == 96 - int(96 * ratio)
+    refused = pvs("prune", model, tmp_path / "small", *options, "--scores", tmp_path / "plain")
+    _refused(refused, "measured without gradients; calibrate again with --gradients")
+    calibrate = ("calibrate", model, "--out", tmp_path / "x", *settings, "--tensor-parallel", 2)
+    _refused(pvs(*calibrate), "add --gradients, or leave the parallelism out")
+    _refused(pvs(*calibrate, "--gradients"), "need a multiple of 2 ranks, not 1; start them with torchrun")
+
+
 def test_prune_depth_says_which_layers(pvs, model, text, tmp_path):
     code, out, _ = pvs(
         "prune", model, tmp_path / "small", "--method", "minitron-depth", "--target", "layers=2", "--format", "nemo",
@@ -237,6 +253,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
         ("flap", ["--ratio", "0.3", "--uneven", "pad"]),
         ("wanda-sp", ["--ratio", "0.3"]),
         ("magnitude-sp", ["--ratio", "0.3"]),
+        ("llm-pruner", ["--ratio", "0.5", "--metric", "param_mix", "--protect-first", "1", "--uneven", "pad"]),
         ("magnitude", ["--sparsity", "2:4"]),
         ("wanda", ["--sparsity", "0.5"]),
         ("sparsegpt", ["--sparsity", "4:8"]),

@@ -11,6 +11,7 @@ from torch import nn
 
 import nemo_pvs
 from nemo_pvs.calibration import ranks
+from nemo_pvs.calibration.gradients import taylor_scores
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.statistics import ChannelStatistic, CosineDistance, Energy, MeanAbsL2, Moments
 from nemo_pvs.calibration.tokens import TokenSet
@@ -26,6 +27,7 @@ def calibrate(
     source: WeightSource,
     tokens: TokenSet,
     *,
+    gradients: bool = False,
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -46,6 +48,7 @@ def calibrate(
     Args:
         source: The model, dense.
         tokens: What it reads.
+        gradients: Also go back through the layers, for the Taylor importance of units (``gradients.taylor_scores``).
         batch_size: Sequences a batch; changes speed and memory, not the scores.
         dtype: Computing type of the layers; statistics are at least fp32.
         device: Where layers run.
@@ -53,7 +56,8 @@ def calibrate(
         progress: Called with (layers done, layers in all).
 
     Raises:
-        UserError: the tokens do not fit the model, its layers are uneven, or its activations are not finite.
+        UserError: the tokens do not fit the model, its layers are uneven, its activations or gradients are not
+            finite, or there is no room for what gradients need.
     """
     model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
     if model.shape.uneven:
@@ -61,6 +65,13 @@ def calibrate(
     layers = [_LayerStatistics(model.shape) for _ in range(model.shape.layers)]
     chunks = list(model.chunks(ranks.split(tokens.ids)))
     done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, (len(chunks) + gradients) * len(layers))
+
     for ids in chunks:
         hidden = model.embed(ids)
         for index, statistics in enumerate(layers):
@@ -69,12 +80,12 @@ def calibrate(
             model.run_layer(layer, hidden, batch_size)
             if not statistics.finite:
                 raise UserError(f"The activations of layer {index} are not finite; is the checkpoint damaged?")
-            done += 1
-            if progress:
-                progress(done, len(chunks) * len(layers))
+            step()
     for statistics in layers:
         statistics.all_reduce()
     tensors = _collect(layers, model.shape)
+    if gradients:
+        tensors |= taylor_scores(model, tokens, batch_size=batch_size, progress=step)
     manifest = {
         "model_fingerprint": fingerprint(source),
         "shape": model.shape.to_dict(),

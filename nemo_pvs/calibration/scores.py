@@ -31,7 +31,9 @@ class Scores:
 
     For the inputs of ``o_proj`` (``attention.<name>`` [L, H*h]) and of ``down_proj`` (``ffn.<name>`` [L, f]) also:
     ``energy``, ``mean``, ``variance`` and, from one rank only, ``fluctuation`` (``statistics.Moments``); of the
-    weight's columns ``weight_energy``, the sum of squares, and ``weight_mean_abs``, the mean absolute value."""
+    weight's columns ``weight_energy``, the sum of squares, and ``weight_mean_abs``, the mean absolute value.
+
+    With gradients also ``groups.<metric>`` [L, G] and ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``."""
     manifest: Mapping[str, Any]
     """The model (``model_fingerprint``, ``shape``), the token set (``tokens``) and the ``versions`` of what ran."""
 

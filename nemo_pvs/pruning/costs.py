@@ -5,9 +5,15 @@ from __future__ import annotations
 from nemo_pvs.shape import Shape
 
 
-def calibration_flops(shape: Shape, tokens: int, sequence_length: int) -> int:
-    """Return the forward FLOPs of ``calibration.engine.calibrate``: every decoder layer once, and no output head."""
-    return tokens * sum(_layer_flops(shape, sequence_length))
+def calibration_flops(shape: Shape, tokens: int, sequence_length: int, *, gradients: bool = False) -> int:
+    """Return the FLOPs of ``calibration.engine.calibrate``: every decoder layer once forward, and no output head.
+
+    With gradients every layer runs twice more, to keep what it reads and on the way back, which is as much as two; and
+    the output head runs once, with half a way back, for its weights have no gradients.
+    """
+    layers = sum(_layer_flops(shape, sequence_length))
+    head = 2 * shape.vocab * shape.hidden
+    return tokens * (layers + (4 * layers + 2 * head if gradients else 0))
 
 
 def sparse_calibration_flops(shape: Shape, tokens: int, sequence_length: int, *, sequential: bool) -> int:

@@ -22,6 +22,7 @@ from nemo_pvs.pruning.depth_task import Scorer, plan_task, scan_task
 from nemo_pvs.pruning.flap import plan_flap
 from nemo_pvs.pruning.greedy import plan_greedy, scan_greedy
 from nemo_pvs.pruning.joint import plan_joint
+from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
 from nemo_pvs.pruning.magnitude import MagnitudeSource
 from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.plan import Plan
@@ -113,6 +114,8 @@ class Method:
     takes: tuple[str, ...]
     """The options that mean something to it."""
     prune: Callable[[Job], Pruned]
+    gradients: bool = False
+    """Whether its scores are measured with gradients."""
 
 
 def prune(method: str, job: Job) -> Pruned:
@@ -286,6 +289,7 @@ def _sparsity(job: Job) -> Sparsity:
 _SIZES = ("target", "ratio", "of", "preset")
 _PROTECT = ("protect_first", "protect_last")
 _UNITS = ("ratio", "structure", "remove_groups", "ffn_multiple", "kv_groups_multiple")
+_TAYLOR = ("metric", *_UNITS[1:], "uniform", *_PROTECT)
 _FLAP = ("metric", "structure", "remove_groups", "bias", "uniform", "ffn_multiple", "kv_groups_multiple", "compat")
 
 METHODS: Mapping[str, Method] = {
@@ -310,6 +314,12 @@ METHODS: Mapping[str, Method] = {
     ),
     "wanda-sp": Method("KV groups and FFN channels by |W| |x|", _UNITS, _scored(plan_wanda_sp, *_UNITS[1:])),
     "magnitude-sp": Method("KV groups and FFN channels by |W|", _UNITS, _scored(plan_magnitude_sp, *_UNITS[1:])),
+    "llm-pruner": Method(
+        "KV groups and FFN channels by |W gradient|",
+        ("ratio", *_TAYLOR),
+        _scored(plan_llm_pruner, *_TAYLOR),
+        gradients=True,
+    ),
     "magnitude": Method("single weights by |W|", ("sparsity", "compat"), _magnitude),
     "wanda": Method("single weights by |W| |x|", ("sparsity", "sequential"), _layer_by_layer(Wanda)),
     "sparsegpt": Method(

@@ -7,7 +7,7 @@ of the decoder layers (``Shape.matrix_parameters``): norms, biases, embedding an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,6 +40,11 @@ class Rules:
     """The same for KV groups."""
     compat: bool = False
     """Count a KV group as one head of multi-head attention, as FLAP's published script does."""
+    protect_first: int = 0
+    """Layers at the input that keep all units. In UL-UM the ratio is that of each other layer, as LLM-Pruner's is;
+    else the others lose more, so that the ratio of all is reached."""
+    protect_last: int = 0
+    """The same at the output."""
 
     def within_layers(self, method: str) -> Rules:
         """Return the rules, and raise UserError if they compare layers, which the method's scores do not allow."""
@@ -66,6 +71,25 @@ class Rules:
         ):
             if not 1 <= multiple <= size:
                 raise UserError(f"{name} is {multiple}, but the model has {size}; choose from 1 to {size}.")
+        self._check_protected(shape)
+
+    def _check_protected(self, shape: Shape) -> None:
+        protected = self.protect_first + self.protect_last
+        if min(self.protect_first, self.protect_last) < 0 or protected >= shape.layers:
+            raise UserError(f"Cannot protect {protected} of {shape.layers} layers; some must be left to prune.")
+        if protected and self.uniform:
+            raise UserError("Protected layers keep their sizes, so all cannot be alike; leave out one of the two.")
+        if self.structure != "UL-UM" and self.ratio * shape.layers >= shape.layers - protected:
+            raise UserError(
+                f"A ratio of {self.ratio} cannot come out of {shape.layers - protected} of {shape.layers} layers; "
+                "choose a lower one, or protect fewer."
+            )
+
+    def of_the_rest(self, shape: Shape) -> tuple[Shape, Rules]:
+        """Return the model of the layers that are not protected, and what to reach in it."""
+        rest = shape.layers - self.protect_first - self.protect_last
+        share = 1.0 if self.structure == "UL-UM" else shape.layers / rest
+        return shape.replace(layers=rest), replace(self, ratio=self.ratio * share, protect_first=0, protect_last=0)
 
 
 @dataclass(frozen=True)
@@ -106,8 +130,14 @@ def unit_counts(groups: torch.Tensor, ffn: torch.Tensor, shape: Shape, rules: Ru
         UserError: the rules make no sense for this model, or leave a layer without groups or neurons.
     """
     rules.check(shape)
-    budget = _Budget(shape, rules)
-    return _settle(*_counts(groups, ffn, budget), budget)
+    budget = _Budget(*rules.of_the_rest(shape))
+    rest = slice(rules.protect_first, shape.layers - rules.protect_last)
+    kept = _settle(*_counts(groups[rest], ffn[rest], budget), budget)
+    kept_groups, kept_ffn = (
+        [size] * rules.protect_first + counts + [size] * rules.protect_last
+        for counts, size in zip(kept, (shape.kv_groups, shape.ffn), strict=True)
+    )
+    return kept_groups, kept_ffn
 
 
 def _counts(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[list[int], list[int]]:

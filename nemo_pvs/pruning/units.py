@@ -1,4 +1,4 @@
-"""What FLAP, Wanda-sp and magnitude-sp share: from scores of channels to a plan that keeps whole units."""
+"""What FLAP, Wanda-sp, magnitude-sp and LLM-Pruner share: from scores of channels to a plan that keeps whole units."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def plan_units(
     Args:
         scores: Where the channel scores come from; gives the model, and the means for the biases.
         method: Name of the method.
-        attention: Score of each input channel of ``o_proj`` [L, H*h]; a group's is the mean of its channels'.
+        attention: Score of each KV group [L, G], or of each input channel of ``o_proj`` [L, H*h], whose mean over a
+            group's channels is the group's.
         ffn: Score of each input channel of ``down_proj`` [L, f].
         rules: How many units stay.
         bias: Make up for the mean contribution of what goes.

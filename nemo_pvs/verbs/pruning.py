@@ -27,6 +27,7 @@ from nemo_pvs.verbs.arguments import (
     tokens_of,
 )
 from nemo_pvs.verbs.checkpoints import sentence
+from nemo_pvs.verbs.megatron_gradients import check_ranks, with_gradients
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -40,6 +41,9 @@ def calibrate(
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     loader: Loader = None,
+    gradients: Annotated[bool, typer.Option(help="go back through the layers, too, for llm-pruner")] = False,
+    tensor_parallel: Annotated[int, typer.Option(help="gradients on Megatron: ranks that share each matrix")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="gradients on Megatron: ranks that share the layers")] = 1,
     device: Device = None,
     activation_memory: ActivationMemory = "8GB",
     overwrite: Overwrite = False,
@@ -49,15 +53,24 @@ def calibrate(
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.parent import local_checkpoint
+    from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.files import refuse_existing
 
     refuse_existing(Path(out), overwrite=overwrite)
     compute = compute_of(device, activation_memory)
+    megatron = (tensor_parallel, pipeline_parallel) != (1, 1)
+    if megatron and not gradients:
+        raise UserError("Only gradients are measured on Megatron; add --gradients, or leave the parallelism out.")
     with local_checkpoint(source) as folder:
         model = open_source(folder)
         tokens = tokens_of(folder, data, samples, sequence_length, seed, loader)
-        with ranks.joined(), progress("calibrate", "layers") as show:
-            scores = measure(model, tokens, **compute, progress=show)
+        with joined() if megatron else ranks.joined():
+            if megatron:
+                check_ranks(tensor_parallel, pipeline_parallel)
+            with progress("calibrate", "layers") as show:
+                scores = measure(model, tokens, gradients=gradients and not megatron, **compute, progress=show)
+            if megatron:
+                scores = with_gradients(model, scores, compute, tensor_parallel, pipeline_parallel)
             if not ranks.is_main():
                 return
         scores.save(Path(out), overwrite=overwrite)
@@ -185,8 +198,8 @@ def prune(
     method: Annotated[
         str,
         typer.Option(
-            help="minitron-depth, shortgpt, minitron-width, minitron-joint, flap, wanda-sp, magnitude-sp, magnitude, "
-            "wanda, sparsegpt"
+            help="minitron-depth, shortgpt, minitron-width, minitron-joint, flap, wanda-sp, magnitude-sp, llm-pruner, "
+            "magnitude, wanda, sparsegpt"
         ),
     ],
     target: Annotated[Optional[str], typer.Option(help="sizes to reach, e.g. hidden=288,ffn=768 or layers=14")] = None,
@@ -201,7 +214,9 @@ def prune(
     task_data: Annotated[str, typer.Option(help="folder of downloaded data sets for --task")] = "task_data",
     task_limit: Annotated[Optional[int], typer.Option(help="take only so many documents of each task")] = None,
     aggregation: Annotated[Optional[str], typer.Option(help="energy or meanabs_l2")] = None,
-    metric: Annotated[Optional[str], typer.Option(help="WIFV, IFV or WIFN")] = None,
+    metric: Annotated[
+        Optional[str], typer.Option(help="WIFV, IFV or WIFN; param_first, param_second, param_mix or vectorize")
+    ] = None,
     structure: Annotated[Optional[str], typer.Option(help="UL-UM, UL-MM, AL-MM or AL-AM")] = None,
     bias: Annotated[Optional[bool], typer.Option(help="make up for the mean of what goes")] = None,
     uniform: Annotated[Optional[bool], typer.Option(help="same sizes in every layer")] = None,
@@ -254,7 +269,8 @@ def prune(
             if scores:
                 return Scores.load(Path(scores), model)
             with progress("calibrate", "layers") as show:
-                return measure(model, read_tokens(), **compute, progress=show)
+                gradients = methods.METHODS[method].gradients
+                return measure(model, read_tokens(), gradients=gradients, **compute, progress=show)
 
         def score_by_task() -> Any:
             from nemo_pvs.evaluation.task_score import task_score

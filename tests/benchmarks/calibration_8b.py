@@ -86,11 +86,17 @@ def pruned(method: str, model: Path, folder: Path, size: tuple[int, int]) -> Non
     source = HuggingFaceSource(model)
     shape = shape_of(source)
     shutil.rmtree(folder / "work", ignore_errors=True)  # of a run that was killed
+    tokens = random_tokens(size, shape.vocab, seed=0)
+
+    def scores() -> Scores:
+        with_gradients = METHODS[method].gradients  # measured here, so that their cost shows
+        return calibrate(source, tokens, gradients=True) if with_gradients else Scores.load(folder / "scores", source)
+
     job = Job(
         source=source,
         options=Options(**options_of(method, shape)),
-        tokens=lambda: random_tokens(size, shape.vocab, seed=0),
-        scores=lambda: Scores.load(folder / "scores", source),
+        tokens=lambda: tokens,
+        scores=scores,
         check=lambda _: None,
         work_folder=folder / "work",
         progress=progress,

@@ -47,7 +47,12 @@ class Case:
     @property
     def command(self) -> str:
         """The row's options of ``pvs prune MODEL DST``."""
-        return " ".join([f"--method {self.method}", *(f"--{name} {value}" for name, value in self.options.items())])
+        return " ".join(
+            [
+                f"--method {self.method}",
+                *(f"--{name.replace('_', '-')} {value}" for name, value in self.options.items()),
+            ]
+        )
 
 
 def cases(layers: int, hidden: int, ffn: int) -> Iterator[Case]:
@@ -64,6 +69,9 @@ def cases(layers: int, hidden: int, ffn: int) -> Iterator[Case]:
         "magnitude-sp",
     ):  # which removes the same share as FLAP
         yield Case(method, {**fifth, "structure": "UL-MM"}, "pruning/test_flap.py")
+    # As published: layers 4 to 29 of 32.
+    protected = {"structure": "UL-MM", "protect_first": 4, "protect_last": 2}
+    yield Case("llm-pruner", {**fifth, **protected}, "pruning/test_llm_pruner.py")
     for method in ("sparsegpt", "wanda", "magnitude"):
         for sparsity in ("0.5", "4:8", "2:4"):
             yield Case(method, {"sparsity": sparsity}, f"pruning/test_{method}.py")
@@ -100,13 +108,14 @@ def row(source: WeightSource, case: Case, calibration: TokenSet, scores: Scores,
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "pruned"
         began = time.monotonic()
+        gradients = METHODS[case.method].gradients  # then the row's time has its own calibration
         pruned = prune(
             case.method,
             Job(
                 source=source,
                 options=Options(**case.options),
                 tokens=lambda: calibration,
-                scores=lambda: scores,
+                scores=lambda: calibrate(source, calibration, gradients=True) if gradients else scores,
                 check=lambda _: None,
                 work_folder=Path(scratch) / "work",
                 progress=progress,

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.calibration.taylor import METRICS
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.parent import prepare_parent
@@ -30,6 +31,7 @@ from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.progress import console, progress
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.flap import plan_flap
+from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
 from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
@@ -50,7 +52,7 @@ def main() -> None:
     source = open_source(folder)
     calibration, test = texts(folder, given.samples, given.sequence_length)
     with progress("calibrate", "layers") as show:
-        scores = calibrate(source, calibration, progress=show)
+        scores = calibrate(source, calibration, gradients=True, progress=show)
     table = Table("method", "removed", "ffn", "groups", "loss", "perplexity")
     for name, plan in {"dense": None, **plans(scores, given.ratio)}.items():
         table.add_row(name, *row(source, plan, scores.shape, test))
@@ -75,6 +77,13 @@ def plans(scores: Scores, ratio: float) -> dict[str, Plan]:
     for structure in ("UL-MM", "UL-UM"):
         made[f"wanda-sp, {structure}"] = plan_wanda_sp(scores, ratio, structure=structure)
         made[f"magnitude-sp, {structure}"] = plan_magnitude_sp(scores, ratio, structure=structure)
+    for metric in METRICS:
+        for structure in ("UL-MM", "AL-AM"):
+            name = f"llm-pruner, {structure}, {metric}"
+            made[name] = plan_llm_pruner(scores, ratio, metric=metric, structure=structure)
+    ends = {"protect_first": parent.layers // 7, "protect_last": parent.layers // 15}
+    for structure in ("UL-MM", "AL-AM"):
+        made[f"llm-pruner, {structure}, ends protected"] = plan_llm_pruner(scores, ratio, structure=structure, **ends)
     made["random units, UL-MM"] = shuffled(plan_wanda_sp(scores, ratio, structure="UL-MM"))
     target = parent.replace(hidden=2 * parent.hidden // 3, ffn=2 * parent.ffn // 3)
     for aggregation in ("energy", "meanabs_l2"):

@@ -12,7 +12,7 @@ from tests.state_source import StateSource, tiny_model
 
 def test_every_method_has_a_row() -> None:
     source, tokens = StateSource(tiny_model(num_key_value_heads=4)), token_set(samples=2)
-    scores = calibrate(source, tokens)
+    scores = calibrate(source, tokens, gradients=True)
     made = plans(scores, 0.3)
     rows = {name: row(source, plan, scores.shape, tokens) for name, plan in {"dense": None, **made}.items()}
     assert len({cells[3] for cells in rows.values()}) > 10

@@ -12,6 +12,7 @@ from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.flap import plan_flap
+from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
 from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.width import plan_width
 from tests.calibration.test_engine import token_set
@@ -27,7 +28,7 @@ SAMPLES = 7
 def measure(batch_size: int = 2) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return the scores, what plans keep by them, and the scores' hash."""
     source = StateSource(tiny_model(num_key_value_heads=4))
-    scores = calibrate(source, token_set(samples=SAMPLES), batch_size=batch_size)
+    scores = calibrate(source, token_set(samples=SAMPLES), batch_size=batch_size, gradients=True)
     return {name: tensor.numpy() for name, tensor in scores.tensors.items()}, kept(scores), scores.content_hash
 
 
@@ -35,6 +36,7 @@ def kept(scores: Scores) -> dict[str, Any]:
     plans = {
         "flap": plan_flap(scores, 0.4),
         "wanda-sp": plan_wanda_sp(scores, 0.3),
+        "llm-pruner": plan_llm_pruner(scores, 0.3, structure="AL-AM"),
         "width": plan_width(scores, scores.shape.replace(hidden=40, ffn=50)),
     }
     return {name: (plan.keep_hidden, plan.keep_ffn, plan.keep_kv_groups) for name, plan in plans.items()}

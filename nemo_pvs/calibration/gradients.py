@@ -1,0 +1,198 @@
+"""Gradients of the language-model loss, layer by layer: forward through all layers, and back through one at a time.
+
+No optimizer, no graph of the model: memory is one layer, two gradients of its matrices, and hidden states. Where the
+states in front of every layer do not fit, some are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_pvs.calibration import ranks
+from nemo_pvs.calibration.taylor import Matrix, unit_scores
+from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise import IGNORED, LayerwiseModel
+from nemo_pvs.layout import Layout, Part
+from nemo_pvs.shape import Shape
+
+
+def taylor_scores(
+    model: LayerwiseModel,
+    tokens: TokenSet,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return the Taylor importance of every KV group and FFN channel of a model whose layers are even.
+
+    The loss is the mean cross entropy of each sequence's next tokens, over all sequences. On several ranks each reads
+    its share of the sequences; gradients are summed before absolute values are taken, so the scores are those of one
+    rank up to the order of summation.
+
+    Args:
+        model: The dense model; its type is that of the layers, gradients are at least fp32.
+        tokens: The calibration text.
+        batch_size: Sequences a batch; changes speed and memory, not the scores.
+        progress: Called behind each layer on the way back.
+
+    Returns:
+        ``groups.<metric>`` [L, G] and ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``, float64.
+
+    Raises:
+        UserError: hidden states do not fit the model's memory limit, the tokens not the model, or gradients are not
+            finite.
+    """
+    room = _room(model, tokens)
+    backward = _Backward(model, tokens, batch_size, progress or (lambda: None))
+    backward.run(room)
+    layers = backward.scores
+    return {name: torch.stack([layers[index][name] for index in range(len(layers))]) for name in layers[0]}
+
+
+def _room(model: LayerwiseModel, tokens: TokenSet) -> int:
+    """Return how many copies of the hidden states may be kept besides those that pass through the layers.
+
+    The number is that of the rank with the most sequences, so that none gives up alone.
+    """
+    samples, length = tokens.ids.shape
+    copy = -(-samples // ranks.world_size()) * length * model.shape.hidden * model.dtype.itemsize
+    # One copy passes through the layers, one is its gradient.
+    needed, available = _levels(model.shape.layers) + 2, model.memory_limit // copy
+    if available < needed:
+        raise UserError(
+            f"Gradients of {samples} sequences of {length} tokens need {needed * copy / 1e9:.2g} GB of hidden states, "
+            f"but {model.memory_limit / 1e9:.2g} GB are allowed; raise --activation-memory, or take fewer samples."
+        )
+    return available - 2
+
+
+def _levels(layers: int) -> int:
+    """Return how often so many layers can be halved, rounded up: the copies without which none is left to go back."""
+    return (layers - 1).bit_length()
+
+
+class _Backward:
+    """One pass back through a model, for the text of one rank."""
+
+    def __init__(self, model: LayerwiseModel, tokens: TokenSet, batch_size: int, progress: Callable[[], None]) -> None:
+        self.scores: dict[int, dict[str, torch.Tensor]] = {}
+        self._model = model
+        self._samples = len(tokens.ids)
+        self._ids = ranks.split(tokens.ids)
+        self._batch_size = batch_size
+        self._progress = progress
+        self._gradient = torch.empty(0)
+        """Of each sequence's own loss by the outputs of the layer that is next on the way back [n, S, d]."""
+
+    def run(self, room: int) -> None:
+        self._back(0, self._model.shape.layers, self._model.embed(self._ids), room)
+
+    def _back(self, first: int, end: int, states: torch.Tensor, room: int) -> None:
+        """Go back through the layers ``first`` to ``end - 1``.
+
+        They are cut into parts. The states in front of each part but the first are kept, and the parts are gone
+        through from the last to the first in the same manner, until a part is one layer.
+
+        Args:
+            first: The first layer.
+            end: The layer behind the last.
+            states: In front of the first layer [n, S, d]; overwritten.
+            room: Copies of the states that may be kept besides.
+        """
+        if end - first == 1:
+            self._back_through_layer(first, states)
+            return
+        parts = _parts(end - first, room)
+        bounds = [first + (end - first) * part // parts for part in range(parts + 1)]
+        kept = [states]
+        for start, stop in pairwise(bounds[:-1]):
+            kept.append(self._forward(start, stop, kept[-1].clone()))
+        for part in reversed(range(parts)):
+            self._back(bounds[part], bounds[part + 1], kept.pop(), room - part)
+
+    def _forward(self, first: int, end: int, states: torch.Tensor) -> torch.Tensor:
+        for index in range(first, end):
+            self._model.run_layer(self._model.layer(index), states, self._batch_size)
+        return states
+
+    def _back_through_layer(self, index: int, states: torch.Tensor) -> None:
+        layer = self._model.layer(index)
+        if index == self._model.shape.layers - 1:
+            self._gradient = self._model.run_layer(layer, states.clone(), self._batch_size)
+            self._model.replace_by_loss_gradient(self._gradient, next_tokens(self._ids))
+            self._gradient /= self._ids.shape[1] - 1
+        gradients = [
+            _MatrixGradient(part.axes, layer.get_submodule(_module_name(part)))
+            for part in matrices(Layout.for_config(self._model.source.config), self._model.shape, index)
+        ]
+        self._model.back_through_layer(layer, states, self._gradient, self._batch_size)
+        sums = (gradient.matrix(self._samples, f"layer {index}") for gradient in gradients)
+        self.scores[index] = unit_scores(sums, self._model.shape.kv_groups)
+        self._progress()
+
+
+class _MatrixGradient:
+    """Adds up the gradients of a linear module, a sequence at a time, from its inputs and its outputs' gradients."""
+
+    def __init__(self, axes: tuple[str, ...], linear: Any) -> None:
+        self._axes = axes
+        self._weight = linear.weight.detach()
+        self._dtype = torch.promote_types(self._weight.dtype, torch.float32)
+        self._total = torch.zeros_like(self._weight, dtype=self._dtype)
+        self._squares = torch.zeros_like(self._total)
+        linear.register_forward_hook(self._watch)
+
+    def _watch(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
+        if outputs.requires_grad:
+            outputs.register_hook(partial(self._update, inputs[0].detach()))
+
+    def _update(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Add a batch: inputs [n, S, in], and the loss's gradients by the outputs [n, S, out]."""
+        for x, y in zip(inputs.to(self._dtype), gradients.to(self._dtype), strict=True):
+            gradient = y.T @ x
+            self._total += gradient
+            self._squares.addcmul_(gradient, gradient)
+
+    def matrix(self, samples: int, where: str) -> Matrix:
+        """Return the means over the sequences of all ranks.
+
+        Raises:
+            UserError: a gradient is not finite.
+        """
+        gradient, square = (ranks.all_reduce(tensor.cpu()).div_(samples) for tensor in (self._total, self._squares))
+        if not bool(square.isfinite().all()):
+            raise UserError(f"The gradients of {where} are not finite; is the checkpoint damaged?")
+        device = self._weight.device
+        return Matrix(self._axes, self._weight.to(self._dtype), gradient.to(device), square.to(device))
+
+
+def matrices(layout: Layout, shape: Shape, layer: int) -> list[Part]:
+    """Return the matrices of a decoder layer."""
+    parts = (part for part, _ in layout.parts(shape).values())
+    return [part for part in parts if part.layer == layer and len(part.axes) == 2]
+
+
+def next_tokens(ids: torch.Tensor) -> torch.Tensor:
+    """Return the token that follows each of ``ids`` [n, S]; behind the last there is none, which counts nothing."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
+
+
+def _module_name(part: Part) -> str:
+    return part.name.removeprefix(f"model.layers.{part.layer}.").removesuffix(".weight")
+
+
+def _parts(layers: int, room: int) -> int:
+    """Return the most parts that layers can be cut into, so that the last one finds room to be cut on.
+
+    All other parts have more room: the states in front of those behind them are given up by then.
+    """
+    return max(
+        parts for parts in range(2, layers + 1) if parts == 2 or parts - 1 + _levels(-(-layers // parts)) <= room
+    )
