@@ -19,11 +19,13 @@ class Memory:
     """Kept for the backward pass, logits included."""
     activations_recomputed: float
     """The same if only the input of every layer is kept and the rest computed again (full recomputation)."""
+    teacher: float = 0.0
+    """Weights of the teacher, and what it leaves for the student's loss."""
 
     @property
     def total(self) -> float:
         """Everything, nothing recomputed."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
 
     @property
     def total_recomputed(self) -> float:
@@ -31,7 +33,7 @@ class Memory:
         return self.total - self.activations + self.activations_recomputed
 
 
-def training_memory(shape: Shape, layout: Layout, training: Training) -> Memory:
+def training_memory(shape: Shape, layout: Layout, training: Training, teacher: Shape | None = None) -> Memory:
     """Estimate the memory of the fullest GPU; buffers of NCCL and kernels and fragmentation come on top.
 
     A parameter takes 2 bytes as a bf16 weight, 4 as an fp32 gradient and 12 in AdamW (fp32 copy and two moments; in
@@ -42,9 +44,12 @@ def training_memory(shape: Shape, layout: Layout, training: Training) -> Memory:
     inputs of both norms, of qkv and of gate|up), and ``(2 H + 2 G) h + 3 f`` sharded ones (q, k, v, the attention's
     output, gate, up and their product). Pipeline stage i of p keeps p - i micro-batches (1F1B); the last one has the
     logits and their fp32 copy. Precision ``auto`` counts as bf16: that is what a GPU takes.
+
+    A ``teacher`` adds its weights on every stage. On the last one it adds its logits and the fp32 gradient of the
+    divergence and, of several stages, its final hidden states of a whole step (``teacher.Teacher``).
     """
     stages = range(layout.pipeline_parallel)
-    return max((_stage(shape, layout, training, stage) for stage in stages), key=lambda memory: memory.total)
+    return max((_stage(shape, layout, training, stage, teacher) for stage in stages), key=lambda memory: memory.total)
 
 
 def parameters_on(shape: Shape, layout: Layout, stage: int) -> float:
@@ -62,7 +67,7 @@ def _layers_of(shape: Shape, layout: Layout, stage: int) -> tuple[LayerSizes, ..
     return shape.layer_sizes[stage * count : (stage + 1) * count]
 
 
-def _stage(shape: Shape, layout: Layout, training: Training, stage: int) -> Memory:
+def _stage(shape: Shape, layout: Layout, training: Training, stage: int, teacher: Shape | None) -> Memory:
     value = 4 if training.precision == "fp32" else 2
     parameters = parameters_on(shape, layout, stage)
     replicas = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
@@ -81,7 +86,19 @@ def _stage(shape: Shape, layout: Layout, training: Training, stage: int) -> Memo
         optimizer=(8 if value == 4 else 12) * parameters / replicas,
         activations=tokens * (waiting * sum(kept) + head),
         activations_recomputed=tokens * (waiting * whole * len(kept) + max(kept) + head),
+        teacher=_of_teacher(teacher, layout, stage, value, tokens, batches) if teacher else 0.0,
     )
+
+
+def _of_teacher(teacher: Shape, layout: Layout, stage: int, value: int, tokens: float, batches: int) -> float:
+    """Return the bytes of a teacher on one rank of a stage; ``value`` is those of a number, ``tokens`` a micro-batch's."""
+    needed = value * parameters_on(teacher, layout, stage)
+    if stage == layout.pipeline_parallel - 1:
+        needed += tokens * (value + 4) * teacher.vocab / layout.tensor_parallel
+        if layout.pipeline_parallel > 1:
+            shards = layout.tensor_parallel if layout.sequence_parallel else 1
+            needed += batches * tokens * value * teacher.hidden / shards
+    return needed
 
 
 def _sharded_values(shape: Shape, sizes: LayerSizes) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from nemo_pvs.errors import UserError
@@ -29,6 +29,10 @@ class PrunedArm:
     """Tokens a sequence, for the cost of attention: what the ledger was charged with."""
     masked_parameters: int = 0
     """Weights that a mask holds at zero in both arms."""
+    scratch_teacher: Shape | None = None
+    """What the scratch arm learns from, where it is distilled."""
+    scratch_before: Ledger = field(default_factory=Ledger)
+    """What the scratch arm costs before it is trained: its teacher's pretraining."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,19 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
         )
     if not amount:
         raise UserError(f"{setting} cannot be worked out for {arm.name}, whose ledger has no training.")
-    rate = _training_flops(arm, zeros_skipped)
-    tokens = amount if of_tokens else -(-amount // rate)
+    before, teacher = 0, arm.scratch_teacher
+    rate, per_token = _training_flops(arm, zeros_skipped), 1
+    if teacher and not in_training:
+        total = arm.scratch_before.total_zeros_skipped if zeros_skipped else arm.scratch_before.total
+        before = (total.tokens if of_tokens else total.flops) or 0  # known, or the pruned arm's were not
+        per_token = 2
+        rate += teacher.flops_per_token(sequence_length=arm.sequence_length, training=False)
+    if amount <= before:
+        raise UserError(
+            f"{setting} cannot be worked out for {arm.name}, which costs less than the teacher of the scratch arm "
+            "alone; distil both arms, or neither."
+        )
+    tokens = -(-(amount - before) // (per_token if of_tokens else rate))
     steps = -(-tokens // arm.tokens_per_step)
     return Budget(setting, spent, tokens, steps, arm.tokens_per_step, steps * arm.tokens_per_step * rate)
 
