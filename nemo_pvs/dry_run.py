@@ -175,7 +175,8 @@ def _describe(distill: Distillation) -> str:
     if distill.lm_weight:
         loss = f"{distill.lm_weight:g} x LM loss + {loss}"
     top = f", top {distill.top_k} of its tokens" if distill.top_k else ""
-    return f"distilled: {' and '.join(distill.arms)} arms from {distill.teacher}; {loss}, T = {distill.temperature:g}{top}"
+    arms = " and ".join(distill.arms)
+    return f"distilled: {arms} arms from {distill.teacher}; {loss}, T = {distill.temperature:g}{top}"
 
 
 def _in_short(stages: tuple[str, ...]) -> list[str]:
@@ -211,7 +212,9 @@ def _sizes(shape: Shape) -> str:
 
 
 def _arms_table(plan: DryRun) -> Table:
-    table = Table("arm", "peak rate", "steps", "tokens", "from token", "training FLOPs", "total FLOPs")
+    distilled = bool(plan.recipe.train.distill)
+    columns = ["arm", "peak rate", "steps", "tokens", "from token", "training FLOPs", *["teacher FLOPs"] * distilled]
+    table = Table(*columns, "total FLOPs")
     for one in plan.arms:
         arm, total = one.arm, one.ledger.total.flops
         table.add_row(
@@ -221,6 +224,7 @@ def _arms_table(plan: DryRun) -> Table:
             f"{arm.tokens:,}",
             f"{arm.first_token:,}",
             f"{one.ledger.training.flops:.4g}",
+            *[_teacher_flops(one.ledger)] * distilled,
             "unknown" if total is None else f"{total:.4g}",
         )
     flops = sum(one.ledger.training.flops or 0 for one in plan.arms)
@@ -228,3 +232,8 @@ def _arms_table(plan: DryRun) -> Table:
         f"{len(plan.arms)} arms", "", "", f"{sum(one.arm.tokens for one in plan.arms):,}", "", f"{flops:.4g}", ""
     )
     return table
+
+
+def _teacher_flops(ledger: Ledger) -> str:
+    flops = [charge.flops or 0 for charge in ledger.charges if charge.activity == "teacher" and charge.steps]
+    return f"{sum(flops):.4g}" if flops else ""

@@ -46,7 +46,9 @@ def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape) -> N
         )
 
 
-def inherit_ancestors(ledger: Ledger, recipe: Recipe, target: str, initialisation: Initialisation, parent: Shape) -> None:
+def inherit_ancestors(
+    ledger: Ledger, recipe: Recipe, target: str, initialisation: Initialisation, parent: Shape
+) -> None:
     """Charge the models that an arm is made from: the parent of pruned weights, and the teacher; each once.
 
     Raises:
@@ -90,12 +92,10 @@ def check_teacher(teacher: Shape, student: Shape, layout: Layout) -> None:
         )
     if layout.context_parallel > 1:
         raise UserError(
-            f"Distillation with context_parallel {layout.context_parallel} is not offered; set 1, or leave distill out."
+            f"Distillation at context_parallel {layout.context_parallel} is not offered; set 1, or train without."
         )
     try:
-        teacher.check_parallel(
-            tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel
-        )
+        teacher.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
     except UserError as error:
         raise UserError(f"The teacher sits on its student's ranks, but: {error}") from None
 

@@ -45,7 +45,7 @@ def training_memory(shape: Shape, layout: Layout, training: Training, teacher: S
     output, gate, up and their product). Pipeline stage i of p keeps p - i micro-batches (1F1B); the last one has the
     logits and their fp32 copy. Precision ``auto`` counts as bf16: that is what a GPU takes.
 
-    A ``teacher`` adds its weights on every stage. On the last one it adds its logits and the fp32 gradient of the
+    A ``teacher`` adds its weights on every stage. On the last one it adds its logits and the gradient of the
     divergence and, of several stages, its final hidden states of a whole step (``teacher.Teacher``).
     """
     stages = range(layout.pipeline_parallel)
@@ -91,10 +91,10 @@ def _stage(shape: Shape, layout: Layout, training: Training, stage: int, teacher
 
 
 def _of_teacher(teacher: Shape, layout: Layout, stage: int, value: int, tokens: float, batches: int) -> float:
-    """Return the bytes of a teacher on one rank of a stage; ``value`` is those of a number, ``tokens`` a micro-batch's."""
+    """Return the bytes of a teacher on one rank: of ``value`` each, for micro-batches of so many ``tokens``."""
     needed = value * parameters_on(teacher, layout, stage)
     if stage == layout.pipeline_parallel - 1:
-        needed += tokens * (value + 4) * teacher.vocab / layout.tensor_parallel
+        needed += tokens * 2 * value * teacher.vocab / layout.tensor_parallel
         if layout.pipeline_parallel > 1:
             shards = layout.tensor_parallel if layout.sequence_parallel else 1
             needed += batches * tokens * value * teacher.hidden / shards

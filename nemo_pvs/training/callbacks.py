@@ -55,8 +55,7 @@ class MetricsLog(pl.Callback, IOMixin):
         print(
             f"step {record['step']}/{self.total_steps}  tokens {record['tokens']:,}  loss {record['loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s"
-            + (f"  KL {record['kl']:.4f}" if "kl" in record else ""),
+            f"{record['tokens_per_second']:,.0f} tokens/s" + (f"  KL {record['kl']:.4f}" if "kl" in record else ""),
             flush=True,
         )
         self._step_began = now

@@ -81,9 +81,7 @@ _SIZES = (1, 2, 4, 8)
 _PIECES = (4, 3, 2)  # of a pipeline stage; more make the bubble smaller and the exchanges more
 
 
-def h100_layout(
-    shape: Shape, training: Training, gpus: int, teacher: Shape | None = None
-) -> tuple[Layout, list[str]]:
+def h100_layout(shape: Shape, training: Training, gpus: int, teacher: Shape | None = None) -> tuple[Layout, list[str]]:
     """Return a layout for H100s and a line for each of its choices.
 
     The least communication that fits: data parallelism alone, then sequences shared within a node (context), then

@@ -35,6 +35,7 @@ from nemo_pvs.training.masks_callback import HoldMasks
 from nemo_pvs.training.preemption_callback import Resume, SaveOnSignal
 from nemo_pvs.training.schedule import QuadraticWarmupCosine, decays_everything
 
+
 def pretrain_recipe(
     job: TrainingJob, machine: Machine | None = None, described: run.Config | None = None
 ) -> run.Partial:
