@@ -38,7 +38,7 @@ def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = N
 def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedArm:
     """Return a pruned arm of a recipe with its cost, its ancestors included."""
     training, target = arm.training, recipe.targets[arm.target]
-    scratch_before = Ledger()
+    scratch_before, teacher = Ledger(), teacher_shape(recipe, parent)
     inherit_ancestors(scratch_before, recipe, arm.target, "random", parent)
     return PrunedArm(
         arm.name,
@@ -47,7 +47,9 @@ def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedA
         training.tokens_per_step,
         training.sequence_length,
         masked_parameters(target, shape),
-        scratch_teacher=teacher_shape(recipe, parent) if recipe.distills(arm.target, "random") else None,
+        scratch_teacher_flops=teacher.flops_per_token(sequence_length=training.sequence_length, training=False)
+        if teacher and recipe.distills(arm.target, "random")
+        else 0,
         scratch_before=scratch_before,
     )
 

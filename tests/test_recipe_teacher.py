@@ -22,7 +22,7 @@ PARENT = WeightLayout.for_config(CONFIG).shape(CONFIG)
 PER_STEP = 8 * 32
 
 
-def _recipe(distill: Any, *, target: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+def distilled_recipe(distill: Any, *, target: dict[str, Any] | None = None, **changes: Any) -> Recipe:
     values = {
         "name": "tiny",
         "title": "Tiny",
@@ -49,9 +49,9 @@ def _learners(recipe: Recipe) -> list[str]:
 
 
 def test_both_arms_of_a_comparison_learn_or_those_that_are_named() -> None:
-    assert _learners(_recipe({})) == ["depth-pruned", "depth-random"]
-    assert _learners(_recipe({"arms": ["random"]})) == ["depth-random"]
-    assert _learners(_recipe(None)) == []
+    assert _learners(distilled_recipe({})) == ["depth-pruned", "depth-random"]
+    assert _learners(distilled_recipe({"arms": ["random"]})) == ["depth-random"]
+    assert _learners(distilled_recipe(None)) == []
     both = load_recipe("smollm2_135m/distill")
     assert _learners(both) == ["width_distilled-pruned", "width_distilled-random"]
     assert both.targets["width"].options == both.targets["width_distilled"].options
@@ -59,9 +59,9 @@ def test_both_arms_of_a_comparison_learn_or_those_that_are_named() -> None:
 
 def test_runs_without_a_teacher_keep_their_identity() -> None:
     """Stages are skipped by a hash of these settings; runs of before distillation must not be trained again."""
-    assert "distill" not in _recipe(None).train.model_dump()
-    again = parse_recipe(_recipe({"temperature": 2}).model_dump(), "again")
-    assert again.train.distill == _recipe({"temperature": 2}).train.distill
+    assert "distill" not in distilled_recipe(None).train.model_dump()
+    again = parse_recipe(distilled_recipe({"temperature": 2}).model_dump(), "again")
+    assert again.train.distill == distilled_recipe({"temperature": 2}).train.distill
 
 
 def _charges(ledger: Ledger) -> list[tuple[str, int | None]]:
@@ -70,7 +70,7 @@ def _charges(ledger: Ledger) -> list[tuple[str, int | None]]:
 
 def test_a_teacher_is_charged_to_pruned_and_random_alike() -> None:
     """Its forward passes over every training token, and what it took to have it: by hand, without attention."""
-    plan = dry_run(_recipe({}))
+    plan = dry_run(distilled_recipe({}))
     pruned, scratch = (planned.ledger for planned in plan.arms)
     tokens = 4 * PER_STEP
     assert ("teacher", tokens) in _charges(pruned)
@@ -78,7 +78,7 @@ def test_a_teacher_is_charged_to_pruned_and_random_alike() -> None:
     forward = 2 * (PARENT.matrix_parameters + PARENT.vocab * PARENT.hidden)
     forward += 2 * 32 * PARENT.head_dim * PARENT.heads * PARENT.layers
     assert scratch.charges[-1].flops == pruned.charges[-1].flops == tokens * forward
-    alone = dry_run(_recipe({"arms": ["pruned"]})).arms[1].ledger
+    alone = dry_run(distilled_recipe({"arms": ["pruned"]})).arms[1].ledger
     assert _charges(alone) == [("training", tokens)]
     assert alone.training == scratch.training, "the teacher is no training of the student"
 
@@ -86,7 +86,7 @@ def test_a_teacher_is_charged_to_pruned_and_random_alike() -> None:
 @pytest.mark.parametrize("setting", ["equal-training-tokens", "equal-total-tokens", "equal-total-flops"])
 @pytest.mark.parametrize("arms", [["pruned", "random"], ["pruned"]])
 def test_equal_terms_count_the_teacher_of_scratch(setting: str, arms: list[str]) -> None:
-    plan = dry_run(_recipe({"arms": arms}, budget=setting))
+    plan = dry_run(distilled_recipe({"arms": arms}, budget=setting))
     pruned, scratch = (planned.ledger for planned in plan.arms)
     amount = "flops" if setting.endswith("flops") else "tokens"
     what = "training" if "training" in setting else "total"
@@ -102,16 +102,16 @@ def test_another_teacher_brings_its_own_ledger(tmp_path: Path) -> None:
     own = Ledger()
     own.charge("training", 512, PARENT, 0, training=True)
     own.save(tmp_path / LEDGER)
-    scratch = dry_run(_recipe({"teacher": str(tmp_path)})).arms[1].ledger
+    scratch = dry_run(distilled_recipe({"teacher": str(tmp_path)})).arms[1].ledger
     assert _charges(scratch)[0] == ("parent pretraining", 512)
     (tmp_path / LEDGER).unlink()
-    scratch = dry_run(_recipe({"teacher": str(tmp_path), "pretraining_tokens": 1e9})).arms[1].ledger
+    scratch = dry_run(distilled_recipe({"teacher": str(tmp_path), "pretraining_tokens": 1e9})).arms[1].ledger
     assert _charges(scratch)[0] == ("parent pretraining", 10**9)
-    assert dry_run(_recipe({"teacher": str(tmp_path)})).arms[1].ledger.total.tokens is None
+    assert dry_run(distilled_recipe({"teacher": str(tmp_path)})).arms[1].ledger.total.tokens is None
 
 
 def test_memory_counts_the_teacher() -> None:
-    recipe = _recipe({})
+    recipe = distilled_recipe({})
     layout = recipe.targets["depth"].layout
     student = PARENT.replace(layers=2)
     plain = training_memory(student, layout, recipe.train)
@@ -138,16 +138,16 @@ def test_memory_counts_the_teacher() -> None:
 )
 def test_what_cannot_be_taught_is_refused(distill: dict[str, Any], changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        dry_run(_recipe(distill, **changes))
+        dry_run(distilled_recipe(distill, **changes))
 
 
 def test_a_teacher_of_another_vocabulary_or_for_another_layout_is_refused(tmp_path: Path) -> None:
     make_tiny_llama(tmp_path / "larger", vocab_size=256)
     with pytest.raises(UserError, match="Target depth: The teacher's vocabulary has 256 tokens and the student's 128"):
-        dry_run(_recipe({"teacher": str(tmp_path / "larger")}))
+        dry_run(distilled_recipe({"teacher": str(tmp_path / "larger")}))
     make_tiny_llama(tmp_path / "odd", num_hidden_layers=3)
     with pytest.raises(UserError, match=r"The teacher sits on its student's ranks, but: Pipeline parallelism 2 does"):
-        dry_run(_recipe({"teacher": str(tmp_path / "odd")}, layout={"pipeline_parallel": 2}))
+        dry_run(distilled_recipe({"teacher": str(tmp_path / "odd")}, layout={"pipeline_parallel": 2}))
 
 
 def test_tokenizers_must_agree_on_every_token(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ class PrunedArm:
     """Tokens a sequence, for the cost of attention: what the ledger was charged with."""
     masked_parameters: int = 0
     """Weights that a mask holds at zero in both arms."""
-    scratch_teacher: Shape | None = None
-    """What the scratch arm learns from, where it is distilled."""
+    scratch_teacher_flops: int = 0
+    """Of a token through the teacher of the scratch arm; 0 where it is not distilled."""
     scratch_before: Ledger = field(default_factory=Ledger)
     """What the scratch arm costs before it is trained: its teacher's pretraining."""
 
@@ -91,13 +91,12 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
         )
     if not amount:
         raise UserError(f"{setting} cannot be worked out for {arm.name}, whose ledger has no training.")
-    before, teacher = 0, arm.scratch_teacher
-    rate, per_token = _training_flops(arm, zeros_skipped), 1
-    if teacher and not in_training:
+    before, rate, per_token = 0, _training_flops(arm, zeros_skipped), 1
+    if arm.scratch_teacher_flops and not in_training:
         total = arm.scratch_before.total_zeros_skipped if zeros_skipped else arm.scratch_before.total
         before = (total.tokens if of_tokens else total.flops) or 0  # known, or the pruned arm's were not
         per_token = 2
-        rate += teacher.flops_per_token(sequence_length=arm.sequence_length, training=False)
+        rate += arm.scratch_teacher_flops
     if amount <= before:
         raise UserError(
             f"{setting} cannot be worked out for {arm.name}, which costs less than the teacher of the scratch arm "
