@@ -20,8 +20,9 @@ from nemo_pvs.layout import Layout as WeightLayout
 from nemo_pvs.progress import console
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe import Arm, Recipe
-from nemo_pvs.recipe_blocks import DENSE, Target
+from nemo_pvs.recipe_blocks import DENSE, Distillation, Target
 from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
+from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_memory import Memory, training_memory
@@ -69,9 +70,11 @@ def dry_run(recipe: Recipe) -> DryRun:
     config = parent_config(recipe)
     parent = WeightLayout.for_config(config).shape(config)
     check_recipe(recipe, parent, int(config.get("max_position_embeddings", 0)))
+    check_recipe_teacher(recipe, parent)
     recipe = settle(recipe, parent)
+    teacher = teacher_shape(recipe, parent)
     _check_data(recipe)
-    targets = tuple(_target(recipe, name, target, parent) for name, target in recipe.targets.items())
+    targets = tuple(_target(recipe, name, target, parent, teacher) for name, target in recipe.targets.items())
     shapes = {planned.name: planned.expected.shape for planned in targets}
     arms = tuple(PlannedArm(arm, arm_cost(recipe, arm, shapes[arm.target], parent)) for arm in recipe.runs)
     return DryRun(recipe, parent, targets, arms, tuple(_stages(recipe)))
@@ -116,9 +119,10 @@ def _check_data(recipe: Recipe) -> None:
         check_end(end, [count_tokens(Path(name)) for name in names], weights, names)
 
 
-def _target(recipe: Recipe, name: str, target: Target, parent: Shape) -> PlannedTarget:
+def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: Shape | None) -> PlannedTarget:
     expected = expected_shape(target, parent)
-    memory = training_memory(expected.shape, target.layout, recipe.train)
+    distilled = any(recipe.distills(name, initialisation) for initialisation in recipe.arms)
+    memory = training_memory(expected.shape, target.layout, recipe.train, teacher if distilled else None)
     return PlannedTarget(name, target, expected, memory, pruning_cost(recipe, target, expected.shape, parent))
 
 
@@ -155,11 +159,23 @@ def show(plan: DryRun, executor: str) -> None:
         f"tokens; {train.warmup} warm-up, {train.precision} precision",
         soft_wrap=True,
     )
+    if train.distill:
+        console.print(_describe(train.distill), soft_wrap=True)
     console.print(f"where: {executor}", soft_wrap=True)
     # A file or a pipe has no width: nothing need be broken there.
     wide = console if console.is_terminal else Console(width=_WIDE, highlight=False, quiet=console.quiet)
     wide.print(_targets_table(plan))
     wide.print(_arms_table(plan))
+
+
+def _describe(distill: Distillation) -> str:
+    """Return one line about how arms are distilled."""
+    loss = f"{distill.kl_weight:g} x KL(teacher || student)"
+    if distill.lm_weight:
+        loss = f"{distill.lm_weight:g} x LM loss + {loss}"
+    top = f", top {distill.top_k} of its tokens" if distill.top_k else ""
+    arms = " and ".join(distill.arms)
+    return f"distilled: {arms} arms from {distill.teacher}; {loss}, T = {distill.temperature:g}{top}"
 
 
 def _in_short(stages: tuple[str, ...]) -> list[str]:
@@ -195,7 +211,9 @@ def _sizes(shape: Shape) -> str:
 
 
 def _arms_table(plan: DryRun) -> Table:
-    table = Table("arm", "peak rate", "steps", "tokens", "from token", "training FLOPs", "total FLOPs")
+    distilled = bool(plan.recipe.train.distill)
+    columns = ["arm", "peak rate", "steps", "tokens", "from token", "training FLOPs", *["teacher FLOPs"] * distilled]
+    table = Table(*columns, "total FLOPs")
     for one in plan.arms:
         arm, total = one.arm, one.ledger.total.flops
         table.add_row(
@@ -205,6 +223,7 @@ def _arms_table(plan: DryRun) -> Table:
             f"{arm.tokens:,}",
             f"{arm.first_token:,}",
             f"{one.ledger.training.flops:.4g}",
+            *[_teacher_flops(one.ledger)] * distilled,
             "unknown" if total is None else f"{total:.4g}",
         )
     flops = sum(one.ledger.training.flops or 0 for one in plan.arms)
@@ -212,3 +231,8 @@ def _arms_table(plan: DryRun) -> Table:
         f"{len(plan.arms)} arms", "", "", f"{sum(one.arm.tokens for one in plan.arms):,}", "", f"{flops:.4g}", ""
     )
     return table
+
+
+def _teacher_flops(ledger: Ledger) -> str:
+    flops = [charge.flops or 0 for charge in ledger.charges if charge.activity == "teacher" and charge.steps]
+    return f"{sum(flops):.4g}" if flops else ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
 from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_blocks import Target
 from nemo_pvs.recipe_targets import expected_shape, is_sparse, masked_parameters, needs_gradients, needs_scores, scans
+from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors, teacher_shape
 from nemo_pvs.reporting.budget import PrunedArm, scratch_budget
 from nemo_pvs.reporting.ledger import Charge, Ledger
 from nemo_pvs.shape import Shape
@@ -38,6 +38,8 @@ def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = N
 def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedArm:
     """Return a pruned arm of a recipe with its cost, its ancestors included."""
     training, target = arm.training, recipe.targets[arm.target]
+    scratch_before, teacher = Ledger(), teacher_shape(recipe, parent)
+    inherit_ancestors(scratch_before, recipe, arm.target, "random", parent)
     return PrunedArm(
         arm.name,
         arm_cost(recipe, arm, shape, parent),
@@ -45,27 +47,22 @@ def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedA
         training.tokens_per_step,
         training.sequence_length,
         masked_parameters(target, shape),
+        scratch_teacher_flops=teacher.flops_per_token(sequence_length=training.sequence_length, training=False)
+        if teacher and recipe.distills(arm.target, "random")
+        else 0,
+        scratch_before=scratch_before,
     )
 
 
 def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
-    """Return the ledger that an arm will have: of a pruned one with its parent and its pruning."""
+    """Return the ledger that an arm will have: with its parent, its pruning and its teacher."""
     ledger = Ledger()
+    inherit_ancestors(ledger, recipe, arm.target, arm.initialisation, parent)
     if arm.initialisation == "pruned":
-        inherit_parent(ledger, recipe, parent)
         ledger.charges += pruning_cost(recipe, recipe.targets[arm.target], shape, parent).charges
     charge_training(ledger, arm, shape, masked_parameters(recipe.targets[arm.target], shape))
+    charge_teacher(ledger, recipe, arm, parent)
     return ledger
-
-
-def inherit_parent(ledger: Ledger, recipe: Recipe, parent: Shape) -> None:
-    """Charge the parent of a recipe: by the ledger in its folder, or as the recipe declares.
-
-    Raises:
-        UserError: the two contradict each other.
-    """
-    declared = int(recipe.parent.pretraining_tokens) or None
-    ledger.inherit_checkpoint(Path(recipe.parent.source or ""), parent, declared)
 
 
 def charge_training(ledger: Ledger, arm: Arm, shape: Shape, masked: int) -> None:

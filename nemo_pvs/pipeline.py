@@ -30,8 +30,9 @@ from nemo_pvs.layout import Layout
 from nemo_pvs.progress import progress
 from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
 from nemo_pvs.recipe import Arm, Recipe, Target
-from nemo_pvs.recipe_blocks import DENSE, Initialisation
+from nemo_pvs.recipe_blocks import DENSE, PARENT, Initialisation
 from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_gradients, needs_scores, scans
+from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
 from nemo_pvs.run_ledger import run_ledger
@@ -135,6 +136,10 @@ class Pipeline:
             self._stage("parent", inputs, [] if given else [target], work)
         self._check_parent()
         check_recipe(self.recipe, self.parent_shape, int(self.parent_config.get("max_position_embeddings", 0)))
+        check_recipe_teacher(self.recipe, self.parent_shape)
+        distill = self.recipe.train.distill
+        if distill and distill.teacher != PARENT:
+            check_tokens(Path(distill.teacher), self.tokenizer)
 
     def _describe_parent(self) -> dict[str, Any]:
         """Put down the config and the tokenizer of a parent that is yet to be trained."""
@@ -323,6 +328,16 @@ class Pipeline:
         return self.folder / self.results["parent"]["path"]
 
     @property
+    def teacher_path(self) -> Path | None:
+        """The checkpoint folder of the teacher, if arms are distilled; the parent's before there is one, too."""
+        distill, source = self.recipe.train.distill, self.recipe.parent.source
+        if distill is None:
+            return None
+        if distill.teacher != PARENT:
+            return Path(distill.teacher)
+        return Path(source) if source and Path(source).is_dir() else self.folder / "parent"
+
+    @property
     def parent_source(self) -> WeightSource:
         """The parent."""
         return open_source(self.parent_path)
@@ -370,6 +385,7 @@ class Pipeline:
             layout=arm.layout,
             training=arm.training,
             first_token=arm.first_token,
+            teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
         )
 
     def _training_inputs(self, arm: Arm) -> dict[str, Any]:
@@ -381,7 +397,8 @@ class Pipeline:
             "validation": self.results["data"]["validation_windows"]["ids_sha256"],
             "first_token": arm.first_token,
             "layout": arm.layout.model_dump(),
-            "training": arm.training.model_dump(),
+            "training": arm.training.model_dump(exclude={"distill": {"teacher", "arms", "pretraining_tokens"}}),
+            **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
         }
 
     def _stage(self, name: str, *args: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe_blocks import (
     DENSE,
+    PARENT,
     Block,
     Budgets,
     Calibration,
@@ -143,6 +144,15 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
+    def _parent_can_teach(self) -> Recipe:
+        distill = self.train.distill
+        if distill and distill.teacher == PARENT and self.parent.source is None:
+            raise ValueError("parent has no source, so it cannot be the teacher; leave train.distill out")
+        if distill and not any(self.distills(target, arm) for target in self.targets for arm in self.arms):
+            raise ValueError("train.distill is for none of the arms; name one of them in train.distill.arms")
+        return self
+
+    @model_validator(mode="after")
     def _ranges_hold_the_budgets(self) -> Recipe:
         for initialisation in self.arms:
             numbers = [budget for budget in self.budgets_of(initialisation) if not isinstance(budget, str)]
@@ -164,6 +174,11 @@ class Recipe(Block):
         budgets = self.budgets if isinstance(self.budgets, list) else getattr(self.budgets, initialisation)
         given: Sequence[float | Setting] = budgets
         return [budget if isinstance(budget, str) else int(budget) for budget in given]
+
+    def distills(self, target: str, initialisation: Initialisation) -> bool:
+        """Return whether arms of a kind learn from a teacher."""
+        distill = self.train.distill
+        return distill is not None and initialisation in distill.arms and self.targets[target].distill
 
     @property
     def runs(self) -> list[Arm]:
@@ -230,7 +245,9 @@ class Recipe(Block):
         self, target: str, initialisation: Initialisation, ending: str, tokens: int, setting: Setting | None = None
     ) -> Arm:
         peak = self.targets[target].peak(initialisation, self.train.learning_rate)
-        training = self.train.model_copy(update={"tokens": tokens, "learning_rate": peak})
+        distill = self.train.distill if self.distills(target, initialisation) else None
+        changes = {"tokens": tokens, "learning_rate": peak, "distill": distill}
+        training = self.train.model_copy(update=changes)
         first, _ = self.data.token_ranges.of(initialisation)
         return Arm(
             name=f"{target}-{initialisation}{ending}",

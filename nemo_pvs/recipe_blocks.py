@@ -267,6 +267,8 @@ class Target(Block):
     """Instead of ``train.learning_rate``: one, or one for each kind of initial weights."""
     keep_parent_embeddings: bool = False
     """The random arm keeps the pruned model's embedding and vectors, as the published sparse baseline does."""
+    distill: bool = True
+    """Whether ``train.distill`` is for its arms, too; false trains them on the text alone."""
     layout: Layout = Layout()
 
     @property
@@ -275,7 +277,7 @@ class Target(Block):
         given = {
             name: value
             for name in type(self).model_fields
-            if name not in {"method", "layout", "learning_rate", "keep_parent_embeddings", *SIZES}
+            if name not in {"method", "layout", "learning_rate", "keep_parent_embeddings", "distill", *SIZES}
             and (value := getattr(self, name)) is not None
         }
         sizes = ((name, getattr(self, name)) for name in SIZES)
@@ -286,6 +288,31 @@ class Target(Block):
         """Return the peak learning rate of an arm."""
         rate = self.learning_rate
         return default if rate is None else getattr(rate, initialisation) if isinstance(rate, Rates) else rate
+
+
+PARENT = "parent"
+"""The teacher that is the recipe's parent."""
+
+
+class Distillation(Block):
+    """Learning from a teacher's logits (Hinton et al., 1503.02531), as Minitron retrains pruned models (2407.14679).
+
+    The loss is ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student)``.
+    """
+
+    teacher: str = PARENT
+    """The recipe's parent, or the folder of a checkpoint with the same tokenizer and vocabulary."""
+    arms: list[Initialisation] = Field(default=["pruned", "random"], min_length=1)
+    """Which arms learn so; the others are trained on the text alone. A target with ``distill: false`` has none."""
+    temperature: Rate = 1.0
+    """T: both distributions are the softmax of logits divided by it."""
+    top_k: Positive | None = None
+    """Only so many of the teacher's most likely tokens count, renormalised; all without it."""
+    lm_weight: float = Field(default=0.0, ge=0)
+    """Of the loss against the text; Minitron found the divergence alone best."""
+    kl_weight: Rate = 1.0
+    pretraining_tokens: Tokens = 0
+    """Tokens that a teacher other than the parent was pretrained on, for the ledger; 0 when nobody knows."""
 
 
 class Training(Block):
@@ -322,6 +349,8 @@ class Training(Block):
     """How often the run is saved, at equal distances and at the end."""
     seed: Positive = 1234
     """Order of the training data and the draws of a random initialisation."""
+    distill: Distillation | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Learn from a teacher as well; what is not given is no part of a run's identity, so older runs keep theirs."""
 
     @property
     def tokens_per_step(self) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
-from nemo_pvs.equal_terms import charge_calibration, charge_training, inherit_parent
+from nemo_pvs.equal_terms import charge_calibration, charge_training
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_targets import needs_scores
+from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors
 from nemo_pvs.reporting.ledger import Charge, Ledger
 from nemo_pvs.shape import Shape
 
@@ -17,7 +18,7 @@ from nemo_pvs.shape import Shape
 def run_ledger(
     recipe: Recipe, arm: Arm, stages: Mapping[str, Mapping[str, Any]], parent: Shape, model: WeightSource
 ) -> Ledger:
-    """Charge an arm with its training and, when it was pruned, with all that went into its initial weights.
+    """Charge an arm with its training, its teacher, and, when it was pruned, all that went into its initial weights.
 
     Args:
         recipe: Of the run.
@@ -30,8 +31,8 @@ def run_ledger(
         UserError: the parent's ledger contradicts the recipe.
     """
     ledger = Ledger()
+    inherit_ancestors(ledger, recipe, arm.target, arm.initialisation, parent)
     if arm.initialisation == "pruned":
-        inherit_parent(ledger, recipe, parent)
         target = recipe.targets[arm.target]
         if needs_scores(target):
             tokens = stages["calibrate"]["tokens"]
@@ -42,6 +43,7 @@ def run_ledger(
         if search := made.get("search"):
             ledger.charges.append(Charge("search", search["tokens"], search["flops"], "depth scan, prefixes shared"))
     charge_training(ledger, arm, shape_of(model), count_masked(model))
+    charge_teacher(ledger, recipe, arm, parent)
     return ledger
 
 

@@ -19,11 +19,13 @@ class Memory:
     """Kept for the backward pass, logits included."""
     activations_recomputed: float
     """The same if only the input of every layer is kept and the rest computed again (full recomputation)."""
+    teacher: float = 0.0
+    """Weights of the teacher, and what it leaves for the student's loss."""
 
     @property
     def total(self) -> float:
         """Everything, nothing recomputed."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
 
     @property
     def total_recomputed(self) -> float:
@@ -31,7 +33,7 @@ class Memory:
         return self.total - self.activations + self.activations_recomputed
 
 
-def training_memory(shape: Shape, layout: Layout, training: Training) -> Memory:
+def training_memory(shape: Shape, layout: Layout, training: Training, teacher: Shape | None = None) -> Memory:
     """Estimate the memory of the fullest GPU; buffers of NCCL and kernels and fragmentation come on top.
 
     A parameter takes 2 bytes as a bf16 weight, 4 as an fp32 gradient and 12 in AdamW (fp32 copy and two moments; in
@@ -44,9 +46,12 @@ def training_memory(shape: Shape, layout: Layout, training: Training) -> Memory:
     turns on v pieces, it keeps 2 (p - i - 1) + (v - 1) p + 1 of such pieces, in the first stage 1 + (p - 1) / (p v)
     times as much. The last stage has the logits and their fp32 copy. Precision ``auto`` counts as bf16: that is what a
     GPU takes.
+
+    A ``teacher`` adds its weights on every stage. On the last one it adds its logits and the gradient of the
+    divergence and, of several stages, its final hidden states of a whole step (``teacher.Teacher``).
     """
     stages = range(layout.pipeline_parallel)
-    return max((_stage(shape, layout, training, stage) for stage in stages), key=lambda memory: memory.total)
+    return max((_stage(shape, layout, training, stage, teacher) for stage in stages), key=lambda memory: memory.total)
 
 
 def parameters_on(shape: Shape, layout: Layout, stage: int) -> float:
@@ -66,7 +71,7 @@ def _layers_of(shape: Shape, layout: Layout, stage: int) -> tuple[LayerSizes, ..
     return tuple(size for start in starts for size in shape.layer_sizes[start : start + count])
 
 
-def _stage(shape: Shape, layout: Layout, training: Training, stage: int) -> Memory:
+def _stage(shape: Shape, layout: Layout, training: Training, stage: int, teacher: Shape | None) -> Memory:
     value = 4 if training.precision == "fp32" else 2
     parameters = parameters_on(shape, layout, stage)
     replicas = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
@@ -88,7 +93,19 @@ def _stage(shape: Shape, layout: Layout, training: Training, stage: int) -> Memo
         optimizer=(8 if value == 4 else 12) * parameters / replicas,
         activations=tokens * (waiting * sum(kept) + head),
         activations_recomputed=tokens * (waiting * whole * len(kept) + max(kept) + head),
+        teacher=_of_teacher(teacher, layout, stage, value, tokens, batches) if teacher else 0.0,
     )
+
+
+def _of_teacher(teacher: Shape, layout: Layout, stage: int, value: int, tokens: float, batches: int) -> float:
+    """Return the bytes of a teacher on one rank: of ``value`` each, for micro-batches of so many ``tokens``."""
+    needed = value * parameters_on(teacher, layout, stage)
+    if stage == layout.pipeline_parallel - 1:
+        needed += tokens * 2 * value * teacher.vocab / layout.tensor_parallel
+        if layout.pipeline_parallel > 1:
+            shards = layout.tensor_parallel if layout.sequence_parallel else 1
+            needed += batches * tokens * value * teacher.hidden / shards
+    return needed
 
 
 def _sharded_values(shape: Shape, sizes: LayerSizes) -> int:

@@ -424,3 +424,37 @@ def _multiplications(work) -> int:
 def test_unknown_stage_to_force(values, tmp_path):
     with pytest.raises(UserError, match="There is no stage calibrat to force"):
         Pipeline(parse_recipe(values, "test"), tmp_path, force=("calibrat",))
+
+
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_both_arms_learn_from_the_parent_and_are_charged_alike(values, tmp_path):
+    """What a recipe counts before the run is what the ledgers say after it; a new temperature trains anew."""
+    folder = tmp_path / "run"
+    values["targets"] = {"depth": values["targets"]["depth"]}
+    values["train"] |= {"tokens": 512, "distill": {"temperature": 2.0}}
+    recipe = parse_recipe(values, "test")
+    pipeline = Pipeline(recipe, folder)
+    pipeline.run()
+    for arm in recipe.runs:
+        curve = metrics.read(folder / "train" / arm.name / METRICS_FILE)
+        assert curve.training[-1]["kl"] < curve.training[0]["kl"]
+        model = folder / "models" / arm.name
+        ledger = Ledger.load(model / LEDGER)
+        expected = arm_cost(recipe, arm, shape_of(open_source(model)), pipeline.parent_shape)
+        assert ledger == expected
+        assert [(one.activity, one.tokens) for one in ledger.charges[-2:]] == [("training", 512), ("teacher", 512)]
+        assert ledger.charges[0].activity == "parent pretraining"
+    assert assemble(pipeline).arms[0].ledger.total.tokens
+
+    before = _records(folder)
+    values["train"]["distill"] |= {"pretraining_tokens": 5, "arms": ["random", "pruned"]}
+    again = Pipeline(parse_recipe(values, "test"), folder)
+    again.prepare()
+    again.prepare_only()
+    assert _records(folder) == before, "what changes no training made it be done again"
+    values["train"]["distill"]["temperature"] = 1.0
+    changed = Pipeline(parse_recipe(values, "test"), folder)
+    changed.prepare_only()
+    assert "train-depth-pruned.json" in before
+    assert "train-depth-pruned.json" not in _records(folder)

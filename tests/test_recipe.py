@@ -118,7 +118,7 @@ def test_the_methods_of_a_target_are_those_of_pruning():
 
     fields = Target.model_fields
     assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}
-    own = {"method", "layout", "learning_rate", "keep_parent_embeddings", *SIZES}
+    own = {"method", "layout", "learning_rate", "keep_parent_embeddings", "distill", *SIZES}
     # Sizes have keys of their own; a task needs data of lm-eval, for which a recipe has no key.
     assert {*fields} - own == {*Options.__dataclass_fields__} - {"target", "task"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from nemo_pvs.errors import UserError
@@ -29,6 +29,10 @@ class PrunedArm:
     """Tokens a sequence, for the cost of attention: what the ledger was charged with."""
     masked_parameters: int = 0
     """Weights that a mask holds at zero in both arms."""
+    scratch_teacher_flops: int = 0
+    """Of a token through the teacher of the scratch arm; 0 where it is not distilled."""
+    scratch_before: Ledger = field(default_factory=Ledger)
+    """What the scratch arm costs before it is trained: its teacher's pretraining."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,18 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
         )
     if not amount:
         raise UserError(f"{setting} cannot be worked out for {arm.name}, whose ledger has no training.")
-    rate = _training_flops(arm, zeros_skipped)
-    tokens = amount if of_tokens else -(-amount // rate)
+    before, rate, per_token = 0, _training_flops(arm, zeros_skipped), 1
+    if arm.scratch_teacher_flops and not in_training:
+        total = arm.scratch_before.total_zeros_skipped if zeros_skipped else arm.scratch_before.total
+        before = (total.tokens if of_tokens else total.flops) or 0  # known, or the pruned arm's were not
+        per_token = 2
+        rate += arm.scratch_teacher_flops
+    if amount <= before:
+        raise UserError(
+            f"{setting} cannot be worked out for {arm.name}, which costs less than the teacher of the scratch arm "
+            "alone; distil both arms, or neither."
+        )
+    tokens = -(-(amount - before) // (per_token if of_tokens else rate))
     steps = -(-tokens // arm.tokens_per_step)
     return Budget(setting, spent, tokens, steps, arm.tokens_per_step, steps * arm.tokens_per_step * rate)
 

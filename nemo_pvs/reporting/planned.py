@@ -9,6 +9,7 @@ from nemo_pvs.equal_terms import pruned_arm
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Recipe, load_recipe
 from nemo_pvs.reporting.budget import PrunedArm
+from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.results import Results
 
 
@@ -35,10 +36,23 @@ def _of_run(results: Results) -> list[PrunedArm]:
             f"The results of {results.recipe_name} do not say how long a training step was; give the recipe instead."
         ) from None
     return [
-        PrunedArm(arm.name, arm.ledger, arm.shape, per_step, length, arm.masked_parameters)
+        PrunedArm(
+            arm.name, arm.ledger, arm.shape, per_step, length, arm.masked_parameters, *_scratch(results, arm.target)
+        )
         for arm in results.arms
         if arm.initialisation == "pruned"
     ]
+
+
+def _scratch(results: Results, target: str) -> tuple[int, Ledger]:
+    """Return the FLOPs of a token through the teacher of a target's scratch arm, and what it cost before training."""
+    scratch = next((arm for arm in results.arms if (arm.target, arm.initialisation) == (target, "random")), None)
+    charges = scratch.ledger.charges if scratch else []
+    teacher = next((charge for charge in charges if charge.activity == "teacher" and charge.steps), None)
+    if teacher is None:
+        return 0, Ledger()
+    rate = (teacher.flops or 0) // (teacher.tokens or 1)
+    return rate, Ledger([charge for charge in charges if charge is not teacher and charge.activity != "training"])
 
 
 def of_recipe(recipe: Recipe) -> list[PrunedArm]:

@@ -198,13 +198,15 @@ def _apart(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float:
     """Return how many optimizer steps of ``scratch`` two arms are from being equal; infinite where it is not known."""
     kind = "tokens" if setting.endswith("tokens") else "flops"
     spent = pruned.ledger.training if setting.startswith("equal-training") else pruned.ledger.total
-    ours, theirs = getattr(spent, kind), getattr(scratch.ledger.training, kind)
+    took = scratch.ledger.training if setting.startswith("equal-training") else scratch.ledger.total
+    ours, theirs = getattr(spent, kind), getattr(took, kind)
     if ours == theirs and ours is not None:
         return 0.0
-    steps = sum(charge.steps or 0 for charge in scratch.ledger.charges if charge.activity == "training")
-    if not ours or not theirs or not steps:
+    charges = [charge for charge in scratch.ledger.charges if charge.activity in ("training", "teacher")]
+    a_step = sum((getattr(charge, kind) or 0) / charge.steps for charge in charges if charge.steps)
+    if not ours or not theirs or not a_step:
         return math.inf
-    return float(abs(ours - theirs) / (theirs / steps))
+    return float(abs(ours - theirs) / a_step)
 
 
 def _names_for_non_finite(value: Any) -> Any:

@@ -18,6 +18,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_pvs.errors import UserError
 
+# Kernels of Transformer Engine and Apex that NeMo's Llama configs ask for; without them Megatron refuses the config.
+FUSED_KERNELS = (
+    "apply_rope_fusion",
+    "masked_softmax_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+    "cross_entropy_loss_fusion",
+    "persist_layer_norm",
+)
+
 
 class SdpaCausalAttention(MegatronModule):
     """Megatron's core attention on ``torch.nn.functional.scaled_dot_product_attention``.

@@ -12,6 +12,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
 
 from nemo_pvs.training import metrics
+from nemo_pvs.training.distillation_callback import KL
 from nemo_pvs.training.run_checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
 
 
@@ -48,11 +49,13 @@ class MetricsLog(pl.Callback, IOMixin):
             "tokens_per_second": self.tokens_per_step / (now - self._step_began),
             "seconds": now - self._run_began,
         }
+        if KL in values:
+            record["kl"] = float(values[KL])
         metrics.append(self.path, record)
         print(
             f"step {record['step']}/{self.total_steps}  tokens {record['tokens']:,}  loss {record['loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{record['tokens_per_second']:,.0f} tokens/s" + (f"  KL {record['kl']:.4f}" if "kl" in record else ""),
             flush=True,
         )
         self._step_began = now

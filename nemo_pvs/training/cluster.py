@@ -9,6 +9,7 @@ from functools import cache
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe_teacher import check_teacher
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_memory import training_memory
 
@@ -80,7 +81,7 @@ _SIZES = (1, 2, 4, 8)
 _PIECES = (4, 3, 2)  # of a pipeline stage; more make the bubble smaller and the exchanges more
 
 
-def h100_layout(shape: Shape, training: Training, gpus: int) -> tuple[Layout, list[str]]:
+def h100_layout(shape: Shape, training: Training, gpus: int, teacher: Shape | None = None) -> tuple[Layout, list[str]]:
     """Return a layout for H100s and a line for each of its choices.
 
     The least communication that fits: data parallelism alone, then sequences shared within a node (context), then
@@ -103,12 +104,14 @@ def h100_layout(shape: Shape, training: Training, gpus: int) -> tuple[Layout, li
         )
         try:
             shape.check_parallel(tensor_parallel=tensor, pipeline_parallel=pipeline)
+            if teacher:
+                check_teacher(teacher, shape, layout)
         except UserError:
             continue
         batches, rest = divmod(training.global_batch_size, training.micro_batch_size * layout.data_parallel)
         if rest or (layout.virtual_pipeline and batches % pipeline):
             continue
-        needed = training_memory(shape, layout, training).total
+        needed = training_memory(shape, layout, training, teacher).total
         if needed <= _USABLE * H100_BYTES:
             return layout, _reasons(layout, needed)
     raise UserError(

@@ -26,6 +26,7 @@ from nemo_pvs.progress import console
 from nemo_pvs.pruning.methods import METHODS
 from nemo_pvs.recipe import Arm, Recipe, load_recipe, packaged_recipes
 from nemo_pvs.recipe_targets import expected_shape, is_sparse
+from nemo_pvs.recipe_teacher import teacher_shape
 from nemo_pvs.shape import Shape
 from nemo_pvs.training.cluster import H100, Machine, h100_layout
 from nemo_pvs.training.factory_names import factory_name, prune_factory_name
@@ -67,7 +68,8 @@ def pretrain_arm(
     job = Pipeline(recipe, Path(folder or f"runs/{recipe.name}")).job(arm)
     described = None if (job.initial / "context").is_dir() else _describe(recipe, arm, job)
     if num_nodes:
-        layout, reasons = h100_layout(_shape(recipe, arm), job.training, num_nodes * H100.processes_per_node)
+        gpus = num_nodes * H100.processes_per_node
+        layout, reasons = h100_layout(_shape(recipe, arm), job.training, gpus, _teacher(recipe, arm))
         job = replace(job, layout=layout)
         console.print(*reasons, sep="\n")
     wanted = _MACHINES[machine]()
@@ -86,6 +88,13 @@ def _shape(recipe: Recipe, arm: Arm) -> Shape:
         )
     parent = WeightLayout.for_config(config).shape(config)
     return expected_shape(recipe.targets[arm.target], parent).shape
+
+
+def _teacher(recipe: Recipe, arm: Arm) -> Shape | None:
+    config = recipe.parent.config
+    if arm.training.distill is None or config is None:
+        return None
+    return teacher_shape(recipe, WeightLayout.for_config(config).shape(config))
 
 
 def _describe(recipe: Recipe, arm: Arm, job: TrainingJob) -> run.Config:

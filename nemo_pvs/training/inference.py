@@ -26,10 +26,9 @@ from nemo_pvs.checkpoints.manifest import dtype_name
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.evaluation.scoring import TokenScores, next_token_scores
 from nemo_pvs.layout import Entry, Layout
-from nemo_pvs.training.attention import layer_spec
+from nemo_pvs.training.attention import FUSED_KERNELS, layer_spec
 from nemo_pvs.training.cluster import has_transformer_engine
 from nemo_pvs.training.cpu import megatron_on_cpu
-from nemo_pvs.training.recipe import FUSED_KERNELS
 
 # Transformer Engine keeps a norm in the linear layer behind it; Megatron's local layers have it on its own.
 _LOCAL_NORMS = {
@@ -60,16 +59,19 @@ def megatron_ranks(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Iter
                 distributed.destroy_process_group()
 
 
-class MegatronScorer:
-    """A model on Megatron's ranks; use it inside ``megatron_ranks``."""
+class LoadedModel:
+    """A model on Megatron's ranks, its weights loaded; use it where ``parallel_state`` is initialised."""
 
-    def __init__(self, source: WeightSource, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, source: WeightSource, *, dtype: torch.dtype, device: str | torch.device, sequence_parallel: bool = False
+    ) -> None:
         """Build this rank's part of the model and load its weights.
 
         Args:
             source: The checkpoint, of any format.
             dtype: Type of weights and arithmetic.
             device: ``cpu`` or ``cuda:<n>``.
+            sequence_parallel: Shard what is between the tensor parallel parts by sequence.
 
         Raises:
             UserError: the model cannot be sharded so, or NeMo does not have its family.
@@ -78,6 +80,7 @@ class MegatronScorer:
         self.device = torch.device(device)
         self._dtype = dtype
         self._tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+        self._sequence_parallel = sequence_parallel
         self._tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self._first = parallel_state.is_pipeline_first_stage()
         self._last = parallel_state.is_pipeline_last_stage()
@@ -108,6 +111,7 @@ class MegatronScorer:
             "fp16": False,
             "tensor_model_parallel_size": self._tensor_ranks,
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "sequence_parallel": self._sequence_parallel,
             "perform_initialization": False,
             "parallel_output": True,  # each rank keeps its columns of the logits
         }
@@ -151,6 +155,10 @@ class MegatronScorer:
         if entry.parts[0].axes[0] == "vocab":
             whole = functional.pad(whole, (0, 0, 0, self.vocab * self._tensor_ranks - self._vocab))
         return whole.chunk(self._tensor_ranks, axis)[self._tensor_rank]
+
+
+class MegatronScorer(LoadedModel):
+    """A model on Megatron's ranks that is asked for the probabilities of texts; use it inside ``megatron_ranks``."""
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor) -> TokenScores | None:

@@ -31,6 +31,8 @@ class TrainingJob:
     training: Training
     first_token: int = 0
     """Where in the training data, in the order of training, the run begins to read; whole sequences."""
+    teacher: Path | None = None
+    """The checkpoint, of any format, that a run with ``training.distill`` learns from."""
 
     @property
     def metrics(self) -> Path:
@@ -61,6 +63,7 @@ class TrainingJob:
             "initial": str(self.initial),
             "layout": self.layout.model_dump(),
             "training": self.training.model_dump(),
+            "teacher": self.teacher and str(self.teacher),
         }
 
     @classmethod
@@ -75,4 +78,5 @@ class TrainingJob:
             layout=Layout.model_validate(values["layout"]),
             training=Training.model_validate(values["training"]),
             first_token=values.get("first_token", 0),
+            teacher=Path(values["teacher"]) if values.get("teacher") else None,
         )

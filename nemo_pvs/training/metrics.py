@@ -13,7 +13,8 @@ class Curve:
     """What a run measured, in step order, each step once."""
 
     training: list[dict[str, Any]]
-    """step, tokens, loss (nats per token), learning_rate, grad_norm, tokens_per_second, seconds."""
+    """step, tokens, loss (nats per token), learning_rate, grad_norm, tokens_per_second, seconds; of a distilled run
+    also kl, its divergence from the teacher (nats per token, scaled as ``vocabulary_parallel_kl`` says)."""
     validation: list[dict[str, Any]]
     """step, tokens, loss (nats per token)."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)

@@ -17,6 +17,7 @@ from nemo_pvs.evaluation.windows import validation_windows, write_validation_doc
 from nemo_pvs.files import read_json, write_json
 from nemo_pvs.progress import progress
 from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe_teacher import check_teacher, check_tokens
 from nemo_pvs.training.job import TrainingJob
 
 
@@ -45,13 +46,18 @@ def prepare_job(
 
     Raises:
         UserError: the layout does not fit the model, it has no masks to clip before, its masks are those of another
-            one, the data are too short, or ``out`` holds another run.
+            one, the data are too short, the teacher of ``training.distill`` cannot teach this model, or ``out`` holds
+            another run.
     """
     source: WeightSource = open_source(initial)
     shape = shape_of(source)
     shape.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
     if training.clip_before_mask and not masks_of(source).names:
         raise UserError(f"{initial} has no masks, so there is nothing to clip before; leave out --clip-before-mask.")
+    teacher = Path(training.distill.teacher) if training.distill else None
+    if teacher:
+        check_teacher(shape_of(open_source(teacher)), shape, layout)
+        check_tokens(teacher, Path(initial))
     available = count_tokens(data / "train")
     if training.tokens > available:
         raise UserError(
@@ -69,6 +75,7 @@ def prepare_job(
         "initial": fingerprint(source),
         "training": training.model_dump(mode="json"),
         "validation": windows.manifest["ids_sha256"],
+        **({"teacher": fingerprint(open_source(teacher))} if teacher else {}),
     }
     settings_file = out / "settings.json"
     if settings_file.exists() and read_json(settings_file) != settings:
@@ -87,4 +94,5 @@ def prepare_job(
         data={"train": str((data / "train").resolve()), "validation": str(folder / "validation_windows")},
         layout=layout,
         training=training,
+        teacher=teacher.resolve() if teacher else None,
     )

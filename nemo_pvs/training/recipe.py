@@ -25,25 +25,15 @@ from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
 from nemo_pvs.checkpoints.masks import FILE as MASKS_FILE
 from nemo_pvs.recipe import Training
-from nemo_pvs.training.attention import causal_data_step, layer_spec
+from nemo_pvs.training.attention import FUSED_KERNELS, causal_data_step, layer_spec
 from nemo_pvs.training.callbacks import Checkpoint, MetricsLog
 from nemo_pvs.training.cluster import Machine
 from nemo_pvs.training.data import PretrainingData
+from nemo_pvs.training.distillation_callback import distill
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.masks_callback import HoldMasks
 from nemo_pvs.training.preemption_callback import Resume, SaveOnSignal
 from nemo_pvs.training.schedule import QuadraticWarmupCosine, decays_everything
-
-# Kernels of Transformer Engine and Apex that NeMo's Llama configs ask for; without them Megatron refuses the config.
-FUSED_KERNELS = (
-    "apply_rope_fusion",
-    "masked_softmax_fusion",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "gradient_accumulation_fusion",
-    "cross_entropy_loss_fusion",
-    "persist_layer_norm",
-)
 
 
 def pretrain_recipe(
@@ -164,6 +154,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
             MetricsLog, path=str(job.metrics), tokens_per_step=training.tokens_per_step, total_steps=training.steps
         ),
         *hold_masks(job),
+        *distill(job),
         run.Config(SaveOnSignal),
     ]
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import SequenceLength, parse_shares
+
+# nemo_run reads these signatures too, and knows Optional[X] but not X | None.
+# ruff: noqa: UP045
 
 
 def tokenize(
@@ -64,14 +67,28 @@ def train(
         bool, typer.Option(help="of a sparse model: clip with pruned weights in the norm, as the published runs did")
     ] = False,
     seed: Annotated[int, typer.Option(help="order of the data and random weights")] = 1234,
+    teacher: Annotated[Optional[str], typer.Option(help="checkpoint to distil from, of the same tokenizer")] = None,
+    temperature: Annotated[float, typer.Option(help="of teacher and student in the divergence")] = 1.0,
+    top_k: Annotated[Optional[int], typer.Option(help="only so many of the teacher's likeliest tokens")] = None,
+    lm_weight: Annotated[float, typer.Option(help="of the loss against the text, beside the divergence")] = 0.0,
+    kl_weight: Annotated[float, typer.Option(help="of the divergence from the teacher")] = 1.0,
 ) -> None:
-    """Train on NeMo and Megatron, from pruned or random weights."""
+    """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
     if keep_parent_embeddings and not random_init:
         raise UserError("--keep-parent-embeddings says what --random-init does not draw; give both, or neither.")
     from nemo_pvs.recipe import parse_layout, parse_training
     from nemo_pvs.training.prepare import prepare_job
     from nemo_pvs.training.run import Trainer
 
+    distill = {
+        "teacher": teacher,
+        "temperature": temperature,
+        "top_k": top_k,
+        "lm_weight": lm_weight,
+        "kl_weight": kl_weight,
+    }
+    if teacher is None and (temperature, top_k, lm_weight, kl_weight) != (1.0, None, 0.0, 1.0):
+        raise UserError("--temperature, --top-k, --lm-weight and --kl-weight are about distillation; give --teacher.")
     layout = parse_layout(
         {
             "tensor_parallel": tensor_parallel,
@@ -90,6 +107,7 @@ def train(
             "precision": precision,
             "clip_before_mask": clip_before_mask,
             "seed": seed,
+            "distill": distill if teacher else None,
         }
     )
     job = prepare_job(

@@ -92,3 +92,39 @@ def test_search_trains_its_best_candidates_for_a_while(tmp_path):
     assert sorted(losses.values()) == sorted(trained)
     winner = min(losses, key=losses.get)
     assert json.loads(best.read_text())["layers"] == int(dict(pair.split("=") for pair in winner.split(","))["layers"])
+
+
+@pytest.mark.slow
+def test_train_on_what_a_teacher_says(tmp_path):
+    model = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
+    teacher = save_tiny_tokenizer(make_tiny_llama(tmp_path / "teacher", seed=1, num_hidden_layers=6))
+    larger = save_tiny_tokenizer(make_tiny_llama(tmp_path / "larger", vocab_size=256), vocab=256)
+    generator = random.Random(0)
+    words = [f"w{generator.randint(2, 127)}" for _ in range(61)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": " ".join(words[index:] + words * 5)}) for index in range(60)))
+    assert _pvs("tokenize", text, "--tokenizer", model, "--out", tmp_path / "data").returncode == 0
+    settings = [
+        "--data", tmp_path / "data", "--tokens", 512, "--sequence-length", 32, "--global-batch-size", 4,
+        "--validation-samples", 8, "--pipeline-parallel", 2,
+    ]  # fmt: skip
+    for options, sentence in (
+        (["--temperature", 2], "are about distillation; give --teacher"),
+        (["--teacher", larger], "The teacher's vocabulary has 256 tokens and the student's 128"),
+        (["--teacher", teacher, "--temperature", 0], "distill.temperature"),
+        (["--teacher", tmp_path / "none"], "does not exist"),
+    ):
+        refused = _pvs("train", model, tmp_path / "run", *settings, *options)
+        assert refused.returncode == 2, refused.stdout
+        assert sentence in " ".join(refused.stderr.split())
+    assert not (tmp_path / "run").exists()
+    teaching = ["--teacher", teacher, "--temperature", 2, "--top-k", 20, "--lm-weight", 0.5]
+    done = _pvs("train", model, tmp_path / "run", *settings, *teaching)
+    assert done.returncode == 0, done.stderr
+    curve = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert curve.training[-1]["kl"] < curve.training[0]["kl"]
+    # The same folder with another teacher is another run.
+    other = save_tiny_tokenizer(make_tiny_llama(tmp_path / "teacher", seed=2, num_hidden_layers=6))
+    refused = _pvs("train", model, tmp_path / "run", *settings, *teaching)
+    assert refused.returncode == 2, other
+    assert "holds a run with other settings or weights" in refused.stderr

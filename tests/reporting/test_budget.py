@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import parse_recipe
 from nemo_pvs.reporting.budget import PrunedArm, parse_setting, scratch_budget
@@ -15,6 +16,7 @@ from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.planned import of_recipe, pruned_arms
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.shape import Shape
+from tests.test_recipe_teacher import distilled_recipe
 
 PARENT = Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False)
 DEPTH = PARENT.replace(layers=16)
@@ -179,3 +181,21 @@ def test_a_parents_own_ledger_counts(tmp_path: Path) -> None:
     declared_only = Ledger()
     declared_only.inherit_checkpoint(tmp_path / "none", DEPTH, 200)
     assert declared_only.total == (200, 200 * DEPTH.flops_per_token(training=True))
+
+
+def test_a_finished_run_says_what_its_scratch_arm_learnt_from(results: Results, tmp_path: Path) -> None:
+    """``pvs budget RUN`` answers as the recipe would: the scratch arm's own ledger has its teacher."""
+    recipe = distilled_recipe({})
+    (planned,) = of_recipe(recipe)
+    plan = dry_run(recipe)
+    results.recipe = recipe.model_dump()
+    arms = [arm for arm in results.arms if arm.target == "depth"]
+    for arm in arms:
+        (same,) = (one for one in plan.arms if one.arm.initialisation == arm.initialisation)
+        arm.ledger, arm.shape, arm.masked_parameters = same.ledger, plan.targets[0].expected.shape, 0
+    results.arms = arms
+    results.save(tmp_path / "results.json")
+    (found,) = pruned_arms(str(tmp_path))
+    for setting in ("equal-training-tokens", "equal-total-tokens", "equal-total-flops"):
+        assert scratch_budget(found, parse_setting(setting)) == scratch_budget(planned, parse_setting(setting))
+    assert found.scratch_teacher_flops

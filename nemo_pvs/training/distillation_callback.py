@@ -1,0 +1,154 @@
+"""The callback that trains a student on what its teacher says, inside NeMo's training loop."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import lightning.pytorch as pl
+import nemo_run as run
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
+from nemo.lightning.io import IOMixin
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.training.distillation_loss import vocabulary_parallel_kl
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.teacher import Teacher
+
+KL = "train_kl"
+"""What the divergence is called among Lightning's metrics."""
+
+
+def distill(job: TrainingJob) -> list[run.Config]:
+    """Return the callback of a distilled run; none for one that is trained on labels alone."""
+    how = job.training.distill
+    if how is None:
+        return []
+    return [
+        run.Config(
+            Distill,
+            teacher=str(job.teacher),
+            temperature=how.temperature,
+            top_k=how.top_k,
+            lm_weight=how.lm_weight,
+            kl_weight=how.kl_weight,
+        )
+    ]
+
+
+class Distill(pl.Callback, IOMixin):
+    """Train on ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student)``, each a mean over the tokens.
+
+    The student's model computes both per token where it would have computed the first, in training only: what is
+    validated, and what is logged as loss, is the LM loss of any other run. The KL is logged beside it.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        lm_weight: float = 0.0,
+        kl_weight: float = 1.0,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            teacher: Checkpoint of any format.
+            temperature: See ``vocabulary_parallel_kl``.
+            top_k: See there.
+            lm_weight: Of the LM loss; 0 for distillation alone.
+            kl_weight: Of the divergence.
+        """
+        self.teacher = teacher
+        self.temperature = temperature
+        self.top_k = top_k
+        self.lm_weight = lm_weight
+        self.kl_weight = kl_weight
+        self._training = False
+
+    def on_train_start(self, trainer, pl_module):
+        """Load the teacher, and put its loss in the place of the student's."""
+        self._model = Teacher(
+            open_source(self.teacher),
+            dtype=pl_module.config.params_dtype,
+            device=torch.device(torch.cuda.current_device()),
+            sequence_parallel=pl_module.config.sequence_parallel,
+        )
+        self._reduction = _WeightedLosses(self.lm_weight, self.kl_weight)
+        for chunk in trainer.strategy.megatron_parallel:
+            chunk._training_loss_reduction = self._reduction
+            student = next(module for module in chunk.modules() if isinstance(module, GPTModel))
+            if student.post_process:
+                student.compute_language_model_loss = self._losses(student.compute_language_model_loss)
+
+    def on_megatron_microbatches_start(self, step):
+        """Show the micro-batches of a training step to the teacher; the student reads the same ones."""
+        self._training = not step.forward_only
+        if self._training:
+            batches = list(islice(step.data, step.num_microbatches))
+            self._model.read(
+                batches,
+                step.trainer.lightning_module.data_step,
+                sequence_length=step.seq_length,
+                micro_batch_size=step.micro_batch_size,
+            )
+            step.data = iter(batches)
+
+    def on_megatron_step_end(self, step):
+        """Log the divergence, which the last pipeline stage knows."""
+        if self._training:
+            kl = self._reduction.kl.clone()
+            _sync_from_last_pipeline_stage(kl)
+            step.trainer.lightning_module.log(KL, kl, batch_size=1)
+        self._training = False
+
+    def _losses(self, lm_loss):
+        """Return what takes the place of a model's ``lm_loss``: of labels [b, s] and logits [s, b, V / TP]."""
+        group = parallel_state.get_tensor_model_parallel_group()
+
+        def losses(labels, logits):
+            if not self._training:
+                return lm_loss(labels, logits)
+            kl = vocabulary_parallel_kl(
+                logits,
+                self._model.logits(),
+                temperature=self.temperature,
+                top_k=self.top_k,
+                group=group if group.size() > 1 else None,
+            )
+            with torch.set_grad_enabled(self.lm_weight > 0):
+                lm = lm_loss(labels, logits)  # the last to see the logits: it computes in their place
+            return torch.stack([lm, kl.transpose(0, 1)])
+
+        return losses
+
+
+class _WeightedLosses(MaskedTokenLossReduction):
+    """Makes one loss of the two of each token [2, b, s]; reports the LM loss, and keeps the divergence."""
+
+    def __init__(self, lm_weight: float, kl_weight: float) -> None:
+        super().__init__()
+        self.weights = lm_weight, kl_weight
+        self.kl = torch.zeros((), device=torch.cuda.current_device())
+        """Of the last step, on the last pipeline stage."""
+
+    def forward(self, batch, forward_out):
+        mask = batch["loss_mask"].float()
+        lm, kl = (forward_out.float() * mask).sum((1, 2))
+        report = torch.stack([lm.detach(), kl.detach(), mask.sum()])
+        # Without a weight the LM loss has no gradient, and may not be finite: 0 * inf would spoil what has.
+        loss = self.weights[1] * kl + (self.weights[0] * lm if self.weights[0] else 0)
+        return loss, mask.sum().int(), {"sums": report}
+
+    def reduce(self, losses_reduced_per_micro_batch):
+        if not losses_reduced_per_micro_batch:
+            return torch.zeros((), device=torch.cuda.current_device())
+        sums = torch.stack([part["sums"] for part in losses_reduced_per_micro_batch]).sum(0)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(sums, group=group)
+        lm, self.kl = sums[:2] / sums[2]
+        return lm

@@ -1,0 +1,265 @@
+"""Distillation on real NeMo and Megatron over gloo: one curve on every layout, from a teacher that never changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.sparsity import matrix_sparsity
+from nemo_pvs.checkpoints.torch_dist import TorchDistReader
+from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe_blocks import Distillation
+from nemo_pvs.training import metrics
+from nemo_pvs.training.distillation_loss import vocabulary_parallel_kl
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.run import last_checkpoint
+from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.masked_source import MaskedSource
+from tests.parallel.ranks import run_ranks, write_tokens
+from tests.parallel.test_training import _largest_difference, _losses
+from tests.parallel.test_training import _train as train
+from tests.state_source import as_transformers
+
+pytestmark = pytest.mark.parallel
+
+STEPS = 8
+SEQUENCE = 32
+SAMPLES = 8
+TEACHER = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 6, "num_key_value_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> TrainingJob:
+    """A distilled run of 8 steps in fp32; the teacher is wider and deeper, with its embeddings tied."""
+    folder = tmp_path_factory.mktemp("job")
+    make_tiny_llama(folder / "teacher", seed=5, initializer_range=0.1, tie_word_embeddings=True, **TEACHER)
+    save_tiny_tokenizer(make_tiny_llama(folder / "model"))
+    write_nemo(HuggingFaceSource(folder / "model"), folder / "initial")
+    text = torch.randint(3, 128, (97,), generator=torch.Generator().manual_seed(0)).repeat(200).tolist()
+    return TrainingJob(
+        name="test",
+        folder=folder / "run",
+        initial=folder / "initial",
+        data={
+            "train": write_tokens(folder / "train", text),
+            "validation": write_tokens(folder / "validation", text[: SAMPLES * SEQUENCE + 1]),
+        },
+        layout=Layout(),
+        training=Training(
+            tokens=STEPS * 8 * SEQUENCE,
+            sequence_length=SEQUENCE,
+            global_batch_size=8,
+            micro_batch_size=2,
+            learning_rate=3e-3,
+            precision="fp32",
+            validations=2,
+            validation_samples=SAMPLES,
+            checkpoints=2,
+            distill=Distillation(teacher="elsewhere", temperature=2.0, top_k=50, lm_weight=0.25),
+        ),
+        teacher=folder / "teacher",
+    )
+
+
+def _run(job: TrainingJob, folder: Path, **layout: Any) -> metrics.Curve:
+    job = replace(job, folder=folder, layout=Layout(**layout))
+    folder.mkdir(exist_ok=True)
+    run_ranks(job.layout.processes, train, job)
+    return metrics.read(job.metrics)
+
+
+def _with(job: TrainingJob, **distill: Any) -> TrainingJob:
+    training = job.training.model_copy(update={"distill": Distillation(teacher="elsewhere", **distill)})
+    return replace(job, training=training)
+
+
+def _divergences(curve: metrics.Curve) -> list[float]:
+    return [point["kl"] for point in curve.training]
+
+
+@pytest.fixture(scope="module")
+def reference(job, tmp_path_factory) -> metrics.Curve:
+    """The curve of one process."""
+    curve = _run(job, tmp_path_factory.mktemp("reference"), distributed_optimizer=False)
+    assert len(curve.training) == STEPS
+    assert curve.training[-1]["kl"] < curve.training[0]["kl"] - 0.1, "it does not learn"
+    return curve
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel": 2},
+        {"tensor_parallel": 2, "sequence_parallel": True},
+        {"pipeline_parallel": 2},
+        {"pipeline_parallel": 2, "virtual_pipeline": 2},
+        {"data_parallel": 2},
+        {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
+    ],
+    ids=lambda layout: " ".join(f"{name}={value}" for name, value in layout.items()),
+)
+def test_every_layout_has_the_same_curve(job, reference, layout, tmp_path):
+    curve = _run(job, tmp_path / "run", **layout)
+    assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
+    assert _largest_difference(_divergences(curve), _divergences(reference)) < 1e-3
+    ours, theirs = ([point["loss"] for point in one.validation] for one in (curve, reference))
+    assert _largest_difference(ours, theirs) < 1e-3
+
+
+def test_bf16_follows_fp32(job, reference, tmp_path):
+    bf16 = replace(job, training=job.training.model_copy(update={"precision": "bf16"}))
+    curve = _run(bf16, tmp_path / "run", tensor_parallel=2)
+    assert _largest_difference(_losses(curve), _losses(reference)) < 0.05
+    assert _largest_difference(_divergences(curve), _divergences(reference)) < 0.1
+
+
+def _train_and_record(job: TrainingJob) -> tuple[list[Any], bool]:
+    """Train; return the batches of tokens and labels, and whether the teacher's weights are those of the start."""
+    from nemo_pvs.training import recipe
+    from nemo_pvs.training.distillation_callback import Distill
+
+    batches: list[Any] = []
+    weights: list[list[torch.Tensor]] = []
+    data_step, start = recipe.causal_data_step, Distill.on_train_start
+
+    def recording_data_step(*arguments):
+        batch = data_step(*arguments)
+        if torch.is_grad_enabled():  # the student's, not the teacher's
+            batches.append((batch["tokens"].tolist(), batch["labels"].tolist()))
+        return batch
+
+    def note(callback):
+        parameters = list(callback._model.model.parameters())
+        assert not any(parameter.requires_grad for parameter in parameters)
+        weights.append([parameter.clone() for parameter in parameters])
+
+    def noting_start(callback, *arguments):
+        start(callback, *arguments)
+        note(callback)
+
+    recipe.causal_data_step = recording_data_step
+    Distill.on_train_start = noting_start
+    Distill.on_train_end = lambda callback, *_: note(callback)
+    train(job)
+    before, after = weights
+    return batches, all(map(torch.equal, before, after))
+
+
+def test_a_step_is_that_of_transformers_and_leaves_the_teacher_alone(job, tmp_path):
+    """Loss, divergence and gradient norm of the first step in float64, from the batches that Megatron read."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    ran = replace(job, folder=folder)
+    [(batches, unchanged)] = run_ranks(1, _train_and_record, ran)
+    assert unchanged
+    student, teacher = (as_transformers(open_source(path)).double() for path in (job.initial, job.teacher))
+    losses, divergences = torch.zeros(2, dtype=torch.float64)
+    per_step = 4
+    for tokens, labels in batches[:per_step]:
+        logits = student(torch.tensor(tokens)).logits.flatten(0, 1)
+        with torch.no_grad():
+            wanted = teacher(torch.tensor(tokens)).logits.flatten(0, 1) / 2.0
+        wanted[wanted < wanted.topk(50).values[:, -1:]] = -torch.inf
+        q, p = (logits / 2.0).log_softmax(-1), wanted.log_softmax(-1)
+        divergences = divergences + 4.0 * kl_div(q, p, log_target=True, reduction="none").nansum(-1).mean() / per_step
+        losses = losses + cross_entropy(logits, torch.tensor(labels).flatten()) / per_step
+    (0.25 * losses + divergences).backward()
+    norm = torch.stack([weight.grad.norm() for weight in student.parameters()]).norm()
+    first = metrics.read(ran.metrics).training[0]
+    assert first["loss"] == pytest.approx(float(losses), rel=1e-5)
+    assert first["kl"] == pytest.approx(float(divergences), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    trained = TorchDistReader(last_checkpoint(ran) / "weights").names
+    initial = TorchDistReader(job.initial / "weights").names
+    assert {name for name in trained if name.startswith("module.")} == set(initial)
+    assert not [name for name in trained if "teacher" in name or "layers.4." in name]
+
+
+@pytest.mark.parametrize("layout", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=["TP=2", "PP=2"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(job, layout, tmp_path):
+    """The teacher is read from a NeMo checkpoint; exactly zero, because both compute the same."""
+    same = _with(replace(job, teacher=job.initial))
+    still = replace(same, training=same.training.model_copy(update={"weight_decay": 0.0}))
+    curve = _run(still, tmp_path / "run", **layout)
+    assert _divergences(curve) == [0.0] * STEPS
+    assert [point["grad_norm"] for point in curve.training] == [0.0] * STEPS
+    assert curve.validation[0]["loss"] == curve.validation[-1]["loss"] > 1
+
+
+def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    doomed = replace(job, folder=folder, layout=Layout(tensor_parallel=2))
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(2, train, doomed, 6)
+    curve = _run(job, folder, pipeline_parallel=2)
+    assert doomed.log.read_text().count(f"step 5/{STEPS}") == 2, "it began anew instead of at the checkpoint of step 4"
+    assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
+    assert _largest_difference(_divergences(curve), _divergences(reference)) < 1e-3
+
+
+def test_a_sparse_student_learns_under_its_masks(job, tmp_path):
+    write_nemo(MaskedSource(HuggingFaceSource(job.teacher.parent / "model")), tmp_path / "initial")
+    sparse = replace(job, initial=tmp_path / "initial")
+    curve = _run(sparse, tmp_path / "run", tensor_parallel=2)
+    assert curve.training[-1]["kl"] < curve.training[0]["kl"] - 0.1
+    matrices = list(matrix_sparsity(NemoSource(last_checkpoint(replace(sparse, folder=tmp_path / "run")))))
+    assert matrices
+    for matrix in matrices:
+        assert matrix.masked
+        assert matrix.zeros == matrix.masked
+        assert matrix.disagreements == 0
+
+
+def _kl_of_shards(arrays: list[np.ndarray], how: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the divergence of float64 logits, and the gradient of its weighted sum, from this rank's columns."""
+    import torch.distributed as distributed
+
+    distributed.init_process_group("gloo")
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    student, teacher, weights = map(torch.from_numpy, arrays)
+    mine = student.chunk(ranks, -1)[rank].clone().requires_grad_()
+    kl = vocabulary_parallel_kl(mine, teacher.chunk(ranks, -1)[rank], group=distributed.group.WORLD, **how)
+    (weights * kl).sum().backward()
+    return kl.detach().numpy(), mine.grad.numpy()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"temperature": 3.0}, {"temperature": 0.5, "top_k": 5}, {"top_k": 40}],
+    ids=["", "T", "T, top-k", "top-k"],
+)
+def test_a_vocabulary_in_parts_has_the_divergence_of_the_whole(ranks, how):
+    """Far-off logits, ties at the k-th of the teacher's, tokens without weight, more kept than a rank has columns."""
+    generator = torch.Generator().manual_seed(ranks)
+    student = 30 * torch.randn(7, 3, 64, generator=generator, dtype=torch.float64) + 1000
+    teacher = (10 * torch.randn(7, 3, 64, generator=generator, dtype=torch.float64)).round() - 1000
+    weights = torch.rand(7, 3, generator=generator, dtype=torch.float64) * (torch.arange(7) % 3 > 0).unsqueeze(1)
+    found = run_ranks(ranks, _kl_of_shards, [one.numpy() for one in (student, teacher, weights)], how)
+    whole = student.clone().requires_grad_()
+    reference = _reference(whole, teacher, **how)
+    (weights * reference).sum().backward()
+    for kl, _ in found:
+        np.testing.assert_allclose(kl, reference.detach(), rtol=1e-12, atol=1e-12)
+    gradient = np.concatenate([part for _, part in found], -1)
+    np.testing.assert_allclose(gradient, whole.grad, rtol=1e-11, atol=1e-14)
+    assert not gradient[0].any()
+
+
+def _reference(student, teacher, temperature=1.0, top_k=None):
+    """The definition, by PyTorch's own functions and autograd."""
+    if top_k:
+        teacher = teacher.masked_fill(teacher < teacher.sort(descending=True).values[..., top_k - 1, None], -torch.inf)
+    p = (teacher / temperature).softmax(-1)
+    terms = p * ((teacher / temperature).log_softmax(-1) - (student / temperature).log_softmax(-1))
+    return temperature**2 * terms.masked_fill(p == 0, 0.0).sum(-1)
