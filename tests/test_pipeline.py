@@ -20,6 +20,7 @@ from nemo_pvs.data.shards import tokenize_files
 from nemo_pvs.equal_terms import arm_cost, settle
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline import Pipeline
+from nemo_pvs.pruning.costs import calibration_flops
 from nemo_pvs.recipe import load_recipe, parse_recipe
 from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.html import write_report
@@ -411,6 +412,27 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
         rate = shape_of(model).flops_per_token(sequence_length=32, training=True)
         assert ledgers["pruned-512"].training_zeros_skipped == (512, 512 * (rate - 6 * zeros))
         assert ledgers["pruned-512"].charges[-1].steps == 512 // step
+
+
+def test_a_target_by_gradients_is_calibrated_with_them(values, tmp_path):
+    values["targets"] = {
+        "taylor": {"method": "llm-pruner", "ratio": 0.5, "protect_first": 1, "metric": "param_mix"},
+        "flap": {"method": "flap", "ratio": 0.3},
+    }
+    pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
+    pipeline.prepare()
+    pruned = open_source(pipeline.pruned("taylor") / "nemo")
+    whole, half = pipeline.parent_shape.layer_sizes[0], (48, 4, 1)
+    assert shape_of(pruned).layer_sizes == (whole, half, half, half)
+    for name, gradients in (("taylor", True), ("flap", False)):
+        arm = next(arm for arm in pipeline.recipe.runs if arm.target == name and arm.initialisation == "pruned")
+        model = open_source(pipeline.initial(name, arm.initialisation))
+        (charge,) = [
+            charge
+            for charge in run_ledger(pipeline.recipe, arm, pipeline.results, pipeline.parent_shape, model).charges
+            if charge.activity == "calibration"
+        ]
+        assert charge.flops == calibration_flops(pipeline.parent_shape, charge.tokens, 32, gradients=gradients)
 
 
 def _multiplications(work) -> int:

@@ -1,0 +1,42 @@
+"""What a recipe expects of a target before it is pruned is what pruning makes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_pvs.equal_terms import charge_calibration
+from nemo_pvs.pruning.costs import calibration_flops
+from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
+from nemo_pvs.recipe_blocks import Target
+from nemo_pvs.recipe_targets import expected_shape, needs_gradients, needs_scores
+from tests.pruning.test_flap import TINY
+from tests.pruning.test_llm_pruner import make_scores
+
+
+@pytest.mark.parametrize("structure", ["UL-UM", "UL-MM"])
+@pytest.mark.parametrize("protected", [{}, {"protect_first": 1, "protect_last": 2}])
+def test_the_shape_of_a_target_by_gradients(structure: str, protected: dict[str, int]) -> None:
+    settings = {"ratio": 0.22, "structure": structure, **protected}
+    expected = expected_shape(Target(method="llm-pruner", **settings), TINY)
+    assert expected.exact
+    assert expected.shape == plan_llm_pruner(make_scores(), **settings).target
+    assert bool(expected.shape.uneven) == bool(protected)
+
+
+def test_where_layers_are_compared_it_is_only_about_that() -> None:
+    settings = {"ratio": 0.22, "structure": "AL-AM", "protect_first": 1}
+    expected = expected_shape(Target(method="llm-pruner", **settings), TINY)
+    planned = plan_llm_pruner(make_scores(), **settings).target
+    assert not expected.exact
+    assert expected.shape.matrix_parameters == pytest.approx(planned.matrix_parameters, rel=0.02)
+
+
+def test_gradients_are_charged_to_those_who_need_them() -> None:
+    taylor, flap = (Target(method=method, ratio=0.2) for method in ("llm-pruner", "flap"))
+    assert needs_scores(taylor)
+    assert needs_gradients(taylor)
+    assert not needs_gradients(flap)
+    for target in (taylor, flap):
+        charge = charge_calibration(target, TINY, 640, 64)
+        assert charge.flops == calibration_flops(TINY, 640, 64, gradients=target is taylor)
+        assert ("one back" in charge.note) == (target is taylor)
