@@ -128,11 +128,18 @@ def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]
     if not curve.training:
         show(0, total, note="starting NeMo and Megatron")
         return
+    show(curve.training[-1]["tokens"], total, note=latest(curve), left=time_left(curve, job.training.steps))
+
+
+def latest(curve: metrics.Curve) -> str:
+    """Return what was measured last: loss and speed, and validation loss and zeros where there are any."""
     last = curve.training[-1]
     note = f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s"
     if curve.validation:
         note += f", validation {curve.validation[-1]['loss']:.3f}"
-    show(last["tokens"], total, note=note, left=time_left(curve, job.training.steps))
+    if curve.sparsity:
+        note += f", {curve.sparsity[-1]['zero_fraction']:.2%} zeros"
+    return note
 
 
 def time_left(curve: metrics.Curve, steps: int) -> str:

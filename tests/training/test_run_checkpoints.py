@@ -3,7 +3,7 @@ import pytest
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.training import metrics
-from nemo_pvs.training.run import time_left
+from nemo_pvs.training.run import latest, time_left
 from nemo_pvs.training.run_checkpoints import (
     checkpoint_name,
     damage,
@@ -75,3 +75,11 @@ def test_time_left_is_the_pace_of_the_last_steps(steps, left):
         [],
     )
     assert time_left(curve, steps if steps == 20 else steps // 2 + 5) == left
+
+
+def test_the_line_of_progress_has_what_was_measured():
+    curve = metrics.Curve(training=[{"step": 1, "loss": 3.25, "tokens_per_second": 1234.5}], validation=[])
+    assert latest(curve) == "loss 3.250, 1,234 tokens/s"
+    curve.validation.append({"step": 1, "loss": 3.125})
+    curve.sparsity.append({"step": 1, "zero_fraction": 0.5})
+    assert latest(curve) == "loss 3.250, 1,234 tokens/s, validation 3.125, 50.00% zeros"
