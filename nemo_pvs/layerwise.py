@@ -171,6 +171,10 @@ class LayerwiseModel:
                 )
                 states.copy_(torch.autograd.grad(loss, inputs)[0])
 
+    def drop_head(self) -> None:
+        """Free the output matrix; it is read again when it is needed."""
+        self.__dict__.pop("_head", None)
+
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the fp32 logits [n, V] of the tokens in order, a bounded number of tokens at a time.

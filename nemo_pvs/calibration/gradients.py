@@ -128,6 +128,7 @@ class _Backward:
             self._gradient = self._model.run_layer(layer, states.clone(), self._batch_size)
             self._model.replace_by_loss_gradient(self._gradient, next_tokens(self._ids))
             self._gradient /= self._ids.shape[1] - 1
+            self._model.drop_head()
         gradients = [
             _MatrixGradient(part.axes, layer.get_submodule(_module_name(part)))
             for part in matrices(Layout.for_config(self._model.source.config), self._model.shape, index)

@@ -100,7 +100,7 @@ def main() -> None:
     for case in cases(shape.layers, shape.hidden, shape.ffn):
         if not given.only or case.method in given.only:
             table.add_row(f"`{case.command}`", case.tests, *row(source, case, calibration, scores, test))
-    Console(width=160, highlight=False).print(table)
+    Console(width=200, highlight=False).print(table)
 
 
 def row(source: WeightSource, case: Case, calibration: TokenSet, scores: Scores, test: TokenSet) -> list[str]:
