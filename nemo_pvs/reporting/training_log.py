@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
+from bisect import bisect_right
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nemo_pvs.errors import UserError
 
 _LOSS = "val_loss"
+_TRAINED = "global_step"
 _STEP = "trainer/global_step"
 """How Lightning's W&B logger calls the optimizer step; W&B's own ``Step`` counts calls of ``log``."""
 
@@ -18,7 +21,8 @@ def validation_losses(log: Path) -> dict[int, float]:
     """Return the validation loss (nats per token) by the optimizer steps that were done when it was measured.
 
     Lightning numbers steps from zero, so what stands at step 99 was measured after 100. Where a resumed run has
-    measured a step again, the later measurement counts.
+    measured a step again, the later measurement counts. A resumed run of stock NeMo numbers its validations one step
+    too low for every time it was resumed; that is put right for TensorBoard, and cannot be seen in a CSV export.
 
     Args:
         log: A folder with TensorBoard's ``events.out.tfevents.*``, or one of these files; or the CSV export of a W&B
@@ -29,7 +33,7 @@ def validation_losses(log: Path) -> dict[int, float]:
     """
     if not log.exists():
         raise UserError(f"{log} does not exist; give a folder with TensorBoard's event files, or W&B's CSV export.")
-    found = _weights_and_biases(log) if log.suffix == ".csv" else _tensorboard(log)
+    found = _weights_and_biases(log) if log.is_file() and log.suffix == ".csv" else _tensorboard(log)
     for steps, loss in found.items():
         if not math.isfinite(loss):
             raise UserError(
@@ -56,29 +60,59 @@ def _tensorboard(log: Path) -> dict[int, float]:
         raise UserError(f"{log} holds the logs of several runs; give one of {', '.join(folders)}.")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes seconds
 
-    events: list[Any] = []
+    measured: list[tuple[float, int, float]] = []
     tags: set[str] = set()
     for file in files:
         read = EventAccumulator(str(file), size_guidance={"scalars": 0})
         read.Reload()
-        tags.update(read.Tags()["scalars"])
-        events += read.Scalars(_LOSS) if _LOSS in read.Tags()["scalars"] else []
-    if not events:
+        found = read.Tags()["scalars"]
+        tags.update(found)
+        if _LOSS in found:
+            validations, training = read.Scalars(_LOSS), read.Scalars(_TRAINED) if _TRAINED in found else []
+            steps = _steps_done(validations, training)
+            measured += [(one.wall_time, done, one.value) for one, done in zip(validations, steps, strict=True)]
+    if not measured:
         raise UserError(f"{log} has no {_LOSS}, but {', '.join(sorted(tags)) or 'nothing'}; was the run validated?")
-    return {event.step + 1: event.value for event in sorted(events, key=lambda event: event.wall_time)}
+    return {done: loss for _, done, loss in sorted(measured)}
+
+
+def _steps_done(validations: list[Any], training: list[Any]) -> list[int]:
+    """Return how many steps were done at each validation that one process has logged.
+
+    A checkpoint is saved before Lightning has counted the step in ``_batches_that_stepped``, by which it numbers
+    validations and chooses the steps whose training it logs, so after every resumption both fall one step behind. The
+    value of ``global_step`` does not: it is the number of steps before the one that was logged. Of n steps the one
+    with the number -1 modulo n is logged, so the validation's number modulo n says how many steps came after it.
+    """
+    interval = min((int(later.value - one.value) for one, later in pairwise(training)), default=0)
+    times = [one.wall_time for one in training]
+    found = []
+    for one in validations:
+        before = bisect_right(times, one.wall_time)
+        if interval > 0 and before:
+            found.append(int(training[before - 1].value) + 1 + (one.step + 1) % interval)
+        else:
+            found.append(one.step + 1)
+    return found
 
 
 def _weights_and_biases(log: Path) -> dict[int, float]:
-    with open(log, newline="") as file:
-        rows = csv.DictReader(file)
-        columns = rows.fieldnames or []
-        losses = [name for name in columns if name == _LOSS or name.endswith(f" - {_LOSS}")]
-        if len(losses) != 1 or _STEP not in columns:
-            raise UserError(
-                f"{log} needs the columns {_STEP} and one {_LOSS} (it has {', '.join(columns) or 'none'}); export the "
-                f"chart of one run with {_STEP} as its x-axis, or run.history()."
-            )
-        try:
-            return {int(float(row[_STEP])) + 1: float(row[losses[0]]) for row in rows if row[losses[0]]}
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{log} has a value that is no number ({error}); export it again.") from None
+    try:
+        with open(log, newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel begins a file with a BOM
+            reader = csv.DictReader(file)
+            columns, rows = reader.fieldnames or [], list(reader)
+    except csv.Error as error:
+        raise UserError(f"{log} is no CSV table ({error}); export it again.") from None
+    losses = [name for name in columns if name == _LOSS or name.endswith(f" - {_LOSS}")]
+    if len(losses) != 1 or _STEP not in columns:
+        raise UserError(
+            f"{log} needs the columns {_STEP} and one {_LOSS} (it has {', '.join(columns) or 'none'}); export the "
+            f"chart of one run with {_STEP} as its x-axis, or run.history()."
+        )
+    measured = [row for row in rows if row[losses[0]]]
+    if not measured:
+        raise UserError(f"{log} has no row with a {_LOSS}; was the run validated?")
+    try:
+        return {int(float(row[_STEP])) + 1: float(row[losses[0]]) for row in measured}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{log} has a value that is no number ({error}); export it again.") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ArmResult, Results
-from nemo_pvs.reporting.training_log import validation_losses
+from nemo_pvs.reporting.training_log import log_files, validation_losses
 from nemo_pvs.scaling.series import Series
 
 PUBLISHED = "published"
@@ -41,12 +41,22 @@ def read_series(runs: Iterable[str]) -> list[Series]:
         elif run.endswith(".csv"):
             found += _table(Path(run))
         else:
-            found += run_series(Results.load(Path(run) / "results.json"), run)
+            found += run_series(_results(Path(run)), run)
     names = [series.name for series in found]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"There are two series named {name!r}; give each run once.")
     return found
+
+
+def _results(folder: Path) -> Results:
+    file = folder / "results.json"
+    if folder.is_dir() and not file.exists() and log_files(folder):
+        raise UserError(
+            f"{folder} has training logs but no results.json, which says what was trained; list the logs in a .csv "
+            f"table with the columns {', '.join(_LOG_COLUMNS)}."
+        )
+    return Results.load(file)
 
 
 def run_series(results: Results, source: str) -> list[Series]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.recipe import Layout
+from nemo_pvs.reporting.training_log import log_files, validation_losses
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.preemption import PREEMPTED
@@ -79,6 +80,11 @@ def _losses(job: TrainingJob) -> list[float]:
     return [point["loss"] for point in metrics.read(job.metrics).training]
 
 
+def _validation(job: TrainingJob) -> dict[int, float]:
+    """Return the validation losses by steps done; TensorBoard keeps fp32."""
+    return {point["step"]: pytest.approx(point["loss"], rel=1e-6) for point in metrics.read(job.metrics).validation}
+
+
 def _names(job: TrainingJob) -> list[str]:
     return [path.name for path in saved_checkpoints(job.checkpoints)]
 
@@ -93,6 +99,7 @@ def test_two_checkpoints_are_kept_and_tensorboard_has_the_curve(finished):
     events.Reload()
     written = [event.value for event in events.Scalars("reduced_train_loss")]
     assert written == pytest.approx(_losses(finished), rel=1e-6)
+    assert validation_losses(finished.folder / "tensorboard") == _validation(finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
@@ -106,6 +113,8 @@ def test_a_signal_saves_and_the_next_start_goes_on(finished, launcher, tmp_path,
     assert launcher.train(job) == 0, job.log.read_text()[-3000:]
     assert job.log.read_text().count(f"step {done}/{STEPS}") == 1, "it did not go on where it stopped"
     assert _losses(job) == pytest.approx(_losses(finished), abs=1e-6)
+    assert len(log_files(job.folder / "tensorboard")) == 2
+    assert validation_losses(job.folder / "tensorboard") == _validation(job)
 
 
 def test_the_checkpoint_before_a_truncated_one_is_used_and_that_is_said(finished, launcher, tmp_path):

@@ -37,8 +37,11 @@ def test_what_a_resumed_run_measured_again_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["val_loss", "width-pruned - val_loss"])
 def test_an_export_of_weights_and_biases(tmp_path: Path, name: str) -> None:
     log = tmp_path / "export.csv"
-    log.write_text(f'"trainer/global_step","{name}","{name}__MIN"\n3,3.5,3.5\n5,,\n7,3.25,3.25\n')
+    table = f'"trainer/global_step","{name}","{name}__MIN"\n3,3.5,3.5\n5,,\n7,3.25,3.25\n'
+    log.write_text(table)
     assert validation_losses(log) == {4: 3.5, 8: 3.25}
+    log.write_text(table, encoding="utf-8-sig")
+    assert validation_losses(log) == {4: 3.5, 8: 3.25}, "as Excel saves it"
 
 
 def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
@@ -57,6 +60,39 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     (tmp_path / "steps.csv").write_text("Step,val_loss\n3,3.5\n")
     with pytest.raises(UserError, match=r"needs the columns trainer/global_step .* \(it has Step, val_loss\)"):
         validation_losses(tmp_path / "steps.csv")
+    (tmp_path / "empty.csv").write_text("trainer/global_step,val_loss\n3,\n")
+    with pytest.raises(UserError, match="has no row with a val_loss"):
+        validation_losses(tmp_path / "empty.csv")
+    (tmp_path / "words.csv").write_text("trainer/global_step,val_loss\n3,low\n")
+    with pytest.raises(UserError, match="'low'"):
+        validation_losses(tmp_path / "words.csv")
+    (tmp_path / "bytes.csv").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=r"bytes\.csv"):
+        validation_losses(tmp_path / "bytes.csv")
+
+
+@pytest.mark.parametrize("interval", [1, 2, 5, 8])
+def test_a_resumed_run_that_numbers_its_validations_too_low(tmp_path: Path, interval: int) -> None:
+    """Lightning's rule, run here: its count of batches falls one behind each time, NeMo's ``global_step`` does not."""
+    batches, began = 0, 1000.0
+    for first, last in [(0, 30), (30, 49), (49, 80)]:
+        with SummaryWriter(str(tmp_path), filename_suffix=f".{first}") as writer:
+            for step in range(first, last):
+                began += 1
+                if (batches + 1) % interval == 0:
+                    writer.add_scalar("global_step", step, step, walltime=began)
+                if (step + 1) % 12 == 0:
+                    writer.add_scalar("val_loss", 4 - (step + 1) / 32, batches, walltime=began + 0.5)
+                batches += 1
+        batches -= 1
+    assert validation_losses(tmp_path) == {steps: 4 - steps / 32 for steps in range(12, 80, 12)}
+
+
+def test_a_log_cut_short_is_read_to_the_cut(tmp_path: Path) -> None:
+    """A killed run leaves half a record."""
+    [file] = _write(tmp_path, {4: 3.5, 8: 3.25}).iterdir()
+    file.write_bytes(file.read_bytes()[:-60])  # the last training loss, and a part of the validation loss before it
+    assert validation_losses(tmp_path) == {4: 3.5}
 
 
 @pytest.fixture

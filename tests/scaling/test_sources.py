@@ -107,3 +107,7 @@ def test_a_table_of_logs(tmp_path: Path) -> None:
         UserError, match="lacks the columns tokens_per_step; it needs name, log, tokens_per_step, param"
     ):
         read_series([str(tmp_path / "runs.csv")])
+    with pytest.raises(
+        UserError, match=r"logs but no results\.json.* a \.csv table with the columns name, log, tokens_"
+    ):
+        read_series([str(tmp_path / "logs")])
