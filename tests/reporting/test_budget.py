@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe import parse_recipe
+from nemo_pvs.recipe_file import parse_recipe
 from nemo_pvs.reporting.budget import PrunedArm, parse_setting, scratch_budget
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.planned import of_recipe, pruned_arms
