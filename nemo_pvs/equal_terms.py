@@ -96,6 +96,8 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         models, forwards = _scan(target, parent.layers, parent.layers - shape.layers)
         flops = sweep_flops(parent, text, forwards, models)
         ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, "depth scan, prefixes shared"))
+    if target.task is not None:
+        ledger.charges.append(Charge("search", None, None, f"depth by {target.task}, known when it has been asked"))
     return ledger
 
 

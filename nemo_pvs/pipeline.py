@@ -36,7 +36,7 @@ from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
 from nemo_pvs.run_ledger import run_ledger
-from nemo_pvs.run_tasks import TASKS, measure_tasks
+from nemo_pvs.run_tasks import TASKS, measure_tasks, reads_text, search_score
 from nemo_pvs.shape import Shape
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
@@ -208,24 +208,25 @@ class Pipeline:
         """Prune to a target, into a Hugging Face folder and a NeMo checkpoint."""
         folder, settings = self.pruned(name), self.recipe.calibrate
         samples = settings.scan_samples if scans(target) else settings.samples
-        reads_text = scans(target) or is_sparse(target)
+        reads = scans(target) or is_sparse(target) or reads_text(target)
         inputs = {
             "parent": self.results["parent"]["fingerprint"],
             "method": target.method,
             "options": target.options,
             "shape": expected_shape(target, self.parent_shape).shape.to_dict(),
             "scores": self.results["calibrate"]["scores"] if needs_scores(target) else None,
-            "text": [self._text("calibration"), samples, settings.sequence_length, settings.seed] * reads_text,
+            "text": [self._text("calibration"), samples, settings.sequence_length, settings.seed] * reads,
         }
 
         def work() -> dict[str, Any]:
-            source = self.parent_source
+            source, text, questions = self.parent_source, self.tokens.prefix("calibration"), self.folder / "questions"
             return prune_target(
                 target,
                 source,
                 folder,
                 tokens=lambda: self._calibration_tokens(samples),
                 scores=lambda: Scores.load(self.folder / "scores", source),
+                task_score=lambda: search_score(target, text, self.tokenizer, questions / name, self.compute),
                 compute=self.compute,
             )
 

@@ -16,6 +16,7 @@ from nemo_pvs.files import sha256_json, write_json
 from nemo_pvs.progress import console, progress
 from nemo_pvs.pruning import methods
 from nemo_pvs.pruning.costs import sparse_calibration_flops
+from nemo_pvs.pruning.depth_task import Scorer
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.sparse_source import SparseSource
 from nemo_pvs.pruning.sweep import sweep_flops, sweep_tokens
@@ -35,6 +36,7 @@ def prune_target(
     *,
     tokens: Callable[[], TokenSet],
     scores: Callable[[], Scores],
+    task_score: Callable[[], Scorer],
     compute: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and what says how it was done.
@@ -45,6 +47,7 @@ def prune_target(
         folder: Is made; layers of a sparse method that was interrupted are kept beside it, to go on from.
         tokens: Reads the calibration text.
         scores: Loads the scores.
+        task_score: Returns what measures models by the target's task.
         compute: Where and how layers run, as ``methods.Job`` takes it.
 
     Returns:
@@ -77,6 +80,7 @@ def prune_target(
             progress=progress,
             say=lambda text: console.print(f"  {text}", soft_wrap=True),
             overwrite=True,
+            task_score=task_score,
             compute=compute,
         ),
     )
@@ -101,8 +105,10 @@ def _write(source: WeightSource, folder: Path) -> None:
 
 
 def _search(plan: Plan, target: Target) -> dict[str, Any]:
-    """Return what a depth scan read and computed."""
+    """Return what a search for layers read and computed."""
     made = plan.provenance
+    if target.task is not None:
+        return {"search": {"tokens": made["tokens_read"], "flops": made["flops"], "scores": made["scores"]}}
     if "layer_forwards" not in made:
         return {}
     models = 1 + _candidates(plan.parent, target, len(made["losses"]))

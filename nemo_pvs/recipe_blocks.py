@@ -14,6 +14,10 @@ Initialisation = Literal["pruned", "random"]
 """Where an arm's weights come from: the pruned parent (R_N in the paper), or a random draw (S_N)."""
 
 SIZES = ("layers", "hidden", "ffn", "kv_groups")
+TASK_DATA = "task_data"
+"""Where downloaded data sets lie unless a recipe says otherwise."""
+_NO_OPTIONS = ("method", "task_data", "learning_rate", "keep_parent_embeddings", "layout", "distill")
+"""Keys of a target that its method does not ask for."""
 DENSE = "dense"
 """The method of a target that is the parent's own architecture: to train the parent itself, or to train it on."""
 
@@ -24,11 +28,6 @@ def _whole(value: float) -> int:
     return int(value)
 
 
-def _text(value: Any) -> Any:
-    """Take a weight of a blend that YAML has made a number."""
-    return str(value) if isinstance(value, (int, float)) else value
-
-
 def _pattern(value: Any) -> Any:
     """Undo YAML, which takes 2:4 without quotes for 2 minutes and 4 seconds; no sparsity is 60 or more."""
     if isinstance(value, int) and value >= 60:
@@ -36,8 +35,16 @@ def _pattern(value: Any) -> Any:
     return str(value) if isinstance(value, float) else value
 
 
+def number(text: str) -> float | None:
+    """Return the number that a text is, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def _budget(value: Any) -> Any:
-    if isinstance(value, str) and value not in get_args(Setting) and not _is_number(value):
+    if isinstance(value, str) and value not in get_args(Setting) and number(value) is None:
         raise ValueError(f"must be a number of tokens or one of {', '.join(get_args(Setting))}")
     return value
 
@@ -47,8 +54,6 @@ Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
 Budget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
 """A number of tokens, or what is to be equal to the pruned arm."""
 Rate = Annotated[float, Field(gt=0)]
-Range = tuple[Tokens, Tokens]
-"""Tokens of the training data from the first to the one behind the last, counted in the order of training."""
 
 
 class Block(BaseModel):
@@ -80,113 +85,6 @@ class Parent(Block):
     def name(self) -> str:
         """What reports call it."""
         return self.source or "parent"
-
-
-class Split(Block):
-    """Shares of the corpus; documents never cross from one to another."""
-
-    train: Fraction = 0.85
-    validation: Fraction = 0.05
-    calibration: Fraction = 0.05
-    test: Fraction = 0.05
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> Split:
-        if abs(sum(self.model_dump().values()) - 1) > 1e-9:
-            raise ValueError("the shares of train, validation, calibration and test must add up to 1")
-        return self
-
-
-class TokenFiles(Block):
-    """Megatron token files (``.bin`` and ``.idx``) by their path without suffix; nothing is tokenised then."""
-
-    train: str | list[Annotated[str, BeforeValidator(_text)]]
-    """One, several that are mixed by their sizes, or a blend: weight, path, weight, path."""
-    validation: str
-    calibration: str
-    test: str
-
-    @property
-    def blend(self) -> tuple[list[float] | None, list[str]]:
-        """The weights of the training files, None where their sizes weigh them, and their paths.
-
-        Raises:
-            ValueError: weights and paths do not alternate.
-        """
-        given = [self.train] if isinstance(self.train, str) else self.train
-        numbers = [_number(entry) for entry in given]
-        if all(number is None for number in numbers) and given:
-            return None, given
-        weights, paths = [number for number in numbers[::2] if number is not None], given[1::2]
-        if not given or not len(weights) == len(paths) == len(numbers[::2]) or any(map(_is_number, paths)):
-            raise ValueError("the training files must be paths, or weights and paths by turns")
-        return weights, paths
-
-    @model_validator(mode="after")
-    def _can_be_blended(self) -> TokenFiles:
-        _ = self.blend
-        return self
-
-
-def _is_number(text: str) -> bool:
-    return _number(text) is not None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-class TokenRanges(Block):
-    """Which tokens of the training data each kind of run reads, as [first, end), in the order of training."""
-
-    parent: Range | None = None
-    """What the parent was trained on, if it was trained on the same data with the same seed."""
-    pruned: Range | None = None
-    """For pruned arms; each reads from the first on as many as its budget. From 0 without end where it is left out."""
-    random: Range | None = None
-    """For arms from random weights, likewise."""
-    allow_overlap: bool = False
-    """Let pruned arms read again what the parent was trained on."""
-
-    def of(self, initialisation: Initialisation) -> tuple[int, float]:
-        """Return the range of an arm; the end may be infinite."""
-        first, end = getattr(self, initialisation) or (0, float("inf"))
-        return int(first), end
-
-    @model_validator(mode="after")
-    def _can_be_read(self) -> TokenRanges:
-        for name in ("parent", "pruned", "random"):
-            given = getattr(self, name)
-            if given and given[0] >= given[1]:
-                raise ValueError(f"the range of {name} ends before it begins")
-        first, end = self.of("pruned")
-        if self.parent and not self.allow_overlap and first < self.parent[1] and self.parent[0] < end:
-            raise ValueError(
-                f"pruned arms would read tokens that the parent was trained on ({self.parent[0]:,} to "
-                f"{self.parent[1]:,}); move their range, or set allow_overlap: true"
-            )
-        return self
-
-
-class Data(Block):
-    """The text that everything is trained, calibrated and measured on: ``source`` or ``token_files``."""
-
-    source: str | list[str] | None = None
-    """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``."""
-    token_files: TokenFiles | None = None
-    split: Split = Split()
-    seed: int = 0
-    """Of the split."""
-    token_ranges: TokenRanges = TokenRanges()
-
-    @model_validator(mode="after")
-    def _is_one_thing(self) -> Data:
-        if (self.source is None) == (self.token_files is None):
-            raise ValueError("give either source or token_files")
-        return self
 
 
 class Calibration(Block):
@@ -251,6 +149,13 @@ class Target(Block):
     preset: str | None = None
     sparsity: Annotated[str | None, BeforeValidator(_pattern)] = None
     search: Literal["contiguous", "greedy", "individual"] | None = None
+    task: str | None = None
+    """Choose layers by tasks instead of the loss: as ``pvs evaluate --tasks`` takes them, or ``continuation``, made of
+    the calibration split."""
+    task_data: str | None = None
+    """Folder of downloaded data sets, ``<owner>/<name>`` each; ``TASK_DATA`` where it is left out."""
+    task_limit: Positive | None = None
+    """Take only the first so many documents of each task."""
     aggregation: Literal["energy", "meanabs_l2"] | None = None
     metric: Literal["WIFV", "IFV", "WIFN", "param_first", "param_second", "param_mix", "vectorize"] | None = None
     structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = None
@@ -277,8 +182,7 @@ class Target(Block):
         given = {
             name: value
             for name in type(self).model_fields
-            if name not in {"method", "layout", "learning_rate", "keep_parent_embeddings", "distill", *SIZES}
-            and (value := getattr(self, name)) is not None
+            if name not in {*_NO_OPTIONS, *SIZES} and (value := getattr(self, name)) is not None
         }
         sizes = ((name, getattr(self, name)) for name in SIZES)
         target = ",".join(f"{name}={size}" for name, size in sizes if size is not None)
@@ -382,7 +286,7 @@ class Evaluation(Block):
     sequence_length: Positive = 2048
     tasks: list[str] = []
     """As ``pvs evaluate --tasks`` takes them; ``continuation`` is made of the test split."""
-    task_data: str = "task_data"
+    task_data: str = TASK_DATA
     """Folder of downloaded data sets, ``<owner>/<name>`` each."""
     task_limit: Positive | None = None
     """Take only the first so many documents of each task."""

@@ -56,6 +56,12 @@ def check_options(target: Target) -> None:
         )
     if target.sparsity is not None:
         Sparsity.parse(target.sparsity)
+    if target.method == DENSE and target.keep_parent_embeddings:
+        raise UserError("a dense target is not made of the parent's weights; leave keep_parent_embeddings out.")
+    if target.task is not None and target.search not in (None, "contiguous"):
+        raise UserError("a task compares contiguous runs of layers; leave search out.")
+    if target.task is None and (target.task_data or target.task_limit):
+        raise UserError("task_data and task_limit are about a task; name one under task, or leave them out.")
 
 
 def options_of(target: Target) -> Options:
@@ -75,8 +81,8 @@ def needs_gradients(target: Target) -> bool:
 
 
 def scans(target: Target) -> bool:
-    """Return whether a target is found by running the model once for every candidate."""
-    return target.method in _SCANNING
+    """Return whether a target is found by the loss of every candidate on the calibration text."""
+    return target.method in _SCANNING and target.task is None
 
 
 def is_sparse(target: Target) -> bool:
@@ -155,12 +161,11 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
         layout = target.layout
         try:
             expected = expected_shape(target, parent)
-            if expected.exact:
-                expected.shape.check_parallel(
-                    tensor_parallel=layout.tensor_parallel,
-                    pipeline_parallel=layout.pipeline_parallel,
-                    virtual_pipeline=layout.virtual_pipeline,
-                )
+            expected.shape.check_parallel(
+                tensor_parallel=layout.tensor_parallel if expected.exact else 1,
+                pipeline_parallel=layout.pipeline_parallel,
+                virtual_pipeline=layout.virtual_pipeline,
+            )
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
         batch = recipe.train.micro_batch_size * layout.data_parallel

@@ -41,7 +41,9 @@ def run_ledger(
         if own := made.get("calibration"):
             ledger.charges.append(Charge("calibration", own["tokens"], own["flops"], "while pruning, layer by layer"))
         if search := made.get("search"):
-            ledger.charges.append(Charge("search", search["tokens"], search["flops"], "depth scan, prefixes shared"))
+            task = recipe.targets[arm.target].task
+            note = f"depth by {task}" if task else "depth scan, prefixes shared"
+            ledger.charges.append(Charge("search", search["tokens"], search["flops"], note))
     charge_training(ledger, arm, shape_of(model), count_masked(model))
     charge_teacher(ledger, recipe, arm, parent)
     return ledger

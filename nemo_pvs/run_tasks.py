@@ -1,4 +1,4 @@
-"""The tasks of a recipe, asked of the parent and of every trained arm of a run."""
+"""The tasks of a recipe: asked of the parent and of every trained arm, or to choose the layers of a target by."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
 from nemo_pvs.evaluation.continuations import NAME, write_continuations
 from nemo_pvs.evaluation.measure import measure
 from nemo_pvs.evaluation.store import Store
+from nemo_pvs.evaluation.task_score import task_score
 from nemo_pvs.evaluation.wishes import Wishes
-from nemo_pvs.recipe_blocks import Evaluation
+from nemo_pvs.pruning.depth_task import Scorer
+from nemo_pvs.recipe_blocks import TASK_DATA, Evaluation, Target
 
 TASKS = "tasks"
 """The folder in a run folder that they are measured in."""
@@ -41,11 +43,7 @@ def measure_tasks(
     Raises:
         UserError: a task or its data are not there.
     """
-    asked = list(settings.tasks)
-    if NAME in asked:
-        made = folder / NAME
-        write_continuations(test, load_tokenizer(tokenizer), made, settings.task_limit or _QUESTIONS)
-        asked[asked.index(NAME)] = str(made)
+    asked = _with_questions(settings.tasks, test, tokenizer, folder, settings.task_limit)
     measure(
         [Checkpoint(str(path), "transformers") for path in models],
         Wishes.parse(",".join(asked), ["none"]),
@@ -54,3 +52,40 @@ def measure_tasks(
         task_data=Path(settings.task_data),
         limit=settings.task_limit,
     )
+
+
+def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, compute: Mapping[str, Any]) -> Scorer:
+    """Return what measures candidates by the task of a target.
+
+    Args:
+        target: With a task.
+        text: Prefix of the token file that ``continuation`` is made of.
+        tokenizer: Folder of the run's tokenizer.
+        folder: Where its questions go.
+        compute: Where models run.
+
+    Raises:
+        UserError: a task or its data are not there.
+    """
+    asked = _with_questions(_tasks_of(target), text, tokenizer, folder, target.task_limit)
+    where = {name: compute[name] for name in ("dtype", "device") if name in compute}
+    data = Path(target.task_data or TASK_DATA)
+    return task_score(",".join(asked), tokenizer, data, limit=target.task_limit, **where)
+
+
+def reads_text(target: Target) -> bool:
+    """Return whether the task of a target is made of the run's own text."""
+    return NAME in _tasks_of(target)
+
+
+def _tasks_of(target: Target) -> list[str]:
+    return [task.strip() for task in (target.task or "").split(",")]
+
+
+def _with_questions(tasks: Sequence[str], text: Path, tokenizer: Path, folder: Path, limit: int | None) -> list[str]:
+    """Return the tasks, in the place of ``continuation`` the path of its questions, which are made here."""
+    if NAME not in tasks:
+        return list(tasks)
+    made = folder / NAME
+    write_continuations(text, load_tokenizer(tokenizer), made, limit or _QUESTIONS)
+    return [str(made) if task == NAME else task for task in tasks]

@@ -8,7 +8,7 @@ from nemo_pvs import cli
 from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.recipe import load_recipe, packaged_recipes, parse_recipe
+from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
 
 BATCH = 512 * 8192
 
@@ -101,6 +101,21 @@ def test_random_arms_get_what_makes_them_equal():
         assert spent <= took < spent + took / scratch.arm.training.steps, "not to a step"
 
 
+def test_what_a_task_reads_is_not_known_beforehand():
+    values = load_recipe("smollm2_135m/demo").model_dump()
+    values["targets"] = {"depth": values["targets"]["depth"] | {"task": "winogrande", "task_limit": 50}}
+    arms = {planned.arm.name: planned.ledger for planned in dry_run(parse_recipe(values, "test")).arms}
+    assert [charge.activity for charge in arms["depth-pruned"].charges][1:] == ["search", "training"]
+    assert arms["depth-pruned"].total == (None, None)
+    assert arms["depth-random"].total == arms["depth-random"].training
+    values["parent"]["pretraining_tokens"] = 1e12
+    values["budget"] = "equal-total-tokens"
+    with pytest.raises(UserError, match="the tokens of its search are unknown; choose a setting of training"):
+        dry_run(parse_recipe(values, "test"))
+    values["budget"] = "equal-training-flops"
+    assert [planned.arm.tokens for planned in dry_run(parse_recipe(values, "test")).arms] == [49152, 49152]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [
@@ -116,6 +131,11 @@ def test_random_arms_get_what_makes_them_equal():
             "targets.depth.layout",
             {"pipeline_parallel": 2, "virtual_pipeline": 7, "data_parallel": 2},
             "a virtual pipeline of 2 stages needs a multiple of as many micro-batches a step, not 1",
+        ),
+        (
+            "targets.width",
+            {"method": "flap", "ratio": 0.2, "layout": {"pipeline_parallel": 2, "virtual_pipeline": 2}},
+            "Target width: A virtual pipeline of 2 does not divide the 15 layers of a stage; legal for this model",
         ),
         ("targets.width.hidden", 577, "asks for hidden=577, but the model has 576"),
         ("targets.width", {"method": "wanda", "sparsity": "2:5"}, "needs groups of 5 inputs, but q_proj has 576"),

@@ -19,9 +19,12 @@ from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.shards import tokenize_files
 from nemo_pvs.equal_terms import arm_cost, settle
 from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.task_score import task_score
 from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.pruning.costs import calibration_flops
-from nemo_pvs.recipe import load_recipe, parse_recipe
+from nemo_pvs.pruning.depth_task import plan_task, scan_task
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.recipe_file import load_recipe, parse_recipe
 from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.html import write_report
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
@@ -254,6 +257,32 @@ def test_any_method_makes_initial_weights_of_both_kinds(values, tmp_path):
             assert "mlp_bias" in shape_of(pruned).features
     assert fingerprint(open_source(pipeline.initial("dense", "pruned"))) == pipeline.results["parent"]["fingerprint"]
     assert not [path for path in (folder / "pruned").iterdir() if path.name.startswith(".")], "work is left behind"
+
+
+def test_layers_are_chosen_by_a_task_of_the_run_s_own_text(values, tmp_path):
+    """As the scan that a user may do by hand, and charged with what it read."""
+    values["targets"] = {"depth": {"method": "minitron-depth", "layers": 2, "task": "continuation", "task_limit": 6}}
+    pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
+    pipeline.prepare()
+    questions = tmp_path / "run" / "questions" / "depth" / "continuation"
+    score = task_score(str(questions), pipeline.tokenizer, tmp_path)
+    scan = scan_task(pipeline.parent_source, 2, score)
+    assert Plan.load(pipeline.pruned("depth") / "plan.json").keep_layers == plan_task(scan).keep_layers
+    spent = pipeline.results["prune/depth"]["search"]
+    assert spent == {"tokens": scan.tokens, "flops": scan.flops, "scores": list(scan.scores)}
+    assert spent["tokens"] >= 4 * 6 * 4 * 32, "4 models, 6 questions with 4 endings behind 32 tokens"
+    pruned, _ = pipeline.recipe.runs
+    ledger = run_ledger(
+        pipeline.recipe,
+        pruned,
+        pipeline.results,
+        pipeline.parent_shape,
+        open_source(pipeline.initial("depth", "pruned")),
+    )
+    assert ledger.total.tokens == 1e6 + spent["tokens"] + 2048
+    before = _records(tmp_path / "run")
+    Pipeline(parse_recipe(values, "test"), tmp_path / "run").prepare()
+    assert _records(tmp_path / "run") == before
 
 
 def _token_files(values: dict, folder: Path) -> dict:

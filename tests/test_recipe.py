@@ -6,7 +6,10 @@ import pytest
 import yaml
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe import Recipe, Target, TokenFiles, load_recipe, packaged_recipes, parse_recipe
+from nemo_pvs.recipe import Recipe, Target
+from nemo_pvs.recipe_blocks import Block
+from nemo_pvs.recipe_data import TokenFiles
+from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
 
 
 @pytest.fixture
@@ -40,6 +43,15 @@ def test_every_packaged_recipe_reads():
         ("targets.depth", {"method": "wanda", "sparsity": "4:2"}, "removes nothing or leaves nothing"),
         ("targets.depth", {"method": "wanda", "layers": 3}, "wanda has no layers; its own keys are sparsity"),
         ("targets.depth", {"method": "dense", "ratio": 0.5}, "dense has no ratio"),
+        ("targets.depth", {"method": "dense", "keep_parent_embeddings": True}, "leave keep_parent_embeddings out"),
+        ("targets.width.task", "winogrande", "minitron-width has no task"),
+        ("targets.depth.task_data", "here", "task_data and task_limit are about a task; name one under task"),
+        ("targets.depth.task_limit", 9, "task_data and task_limit are about a task; name one under task"),
+        (
+            "targets.depth",
+            {"method": "minitron-depth", "layers": 9, "task": "winogrande", "search": "greedy"},
+            "a task compares contiguous runs of layers; leave search out",
+        ),
         ("budgets", {"prund": [1e3]}, "unknown key budgets.prund; did you mean pruned?"),
         (
             "budgets",
@@ -118,9 +130,8 @@ def test_the_methods_of_a_target_are_those_of_pruning():
 
     fields = Target.model_fields
     assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}
-    own = {"method", "layout", "learning_rate", "keep_parent_embeddings", "distill", *SIZES}
-    # Sizes have keys of their own; a task needs data of lm-eval, for which a recipe has no key.
-    assert {*fields} - own == {*Options.__dataclass_fields__} - {"target", "task"}
+    own = {"method", "layout", "learning_rate", "keep_parent_embeddings", "distill", "task_data", *SIZES}
+    assert {*fields} - own == {*Options.__dataclass_fields__} - {"target"}
 
 
 def test_a_sparsity_that_yaml_takes_for_a_time_is_understood():
@@ -239,10 +250,8 @@ def test_blends(train, blend):
 
 
 def test_the_readme_describes_every_key():
-    from nemo_pvs import recipe_blocks
-
     text = (Path(__file__).parents[1] / "recipes" / "README.md").read_text()
-    blocks = [one for one in vars(recipe_blocks).values() if isinstance(one, type) and hasattr(one, "model_fields")]
-    keys = {key for block in [*blocks, Recipe] for key in block.model_fields}
+    keys = {key for block in Block.__subclasses__() for key in block.model_fields}
+    assert {"title", "micro_batch_size", "allow_overlap"} <= keys
     assert not {key for key in keys if not re.search(rf"\b{key}\b", text)}
     assert not {name for name in packaged_recipes() if name.split("/")[1] not in text}

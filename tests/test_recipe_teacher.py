@@ -10,7 +10,8 @@ import pytest
 from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout as WeightLayout
-from nemo_pvs.recipe import Recipe, load_recipe, parse_recipe
+from nemo_pvs.recipe import Recipe
+from nemo_pvs.recipe_file import load_recipe, parse_recipe
 from nemo_pvs.recipe_teacher import check_tokens
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.shape import Shape

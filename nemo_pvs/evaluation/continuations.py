@@ -49,7 +49,7 @@ def write_continuations(
     if len(pairs) < max(questions, CHOICES):
         raise UserError(
             f"{text} has text for {len(pairs)} questions of the task {NAME}, not for {max(questions, CHOICES)}; lower "
-            "evaluate.task_limit, or hold out more text."
+            "task_limit, or hold out more text."
         )
     chosen = [pairs[number * len(pairs) // questions] for number in range(questions)]
     draw = random.Random(seed)

@@ -6,6 +6,7 @@ rolling windows are those of lm-eval's own ``HFLM``, with whose numbers the test
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ class CheckpointLM(TemplateLM):
         self.tokenizer = tokenizer
         self.journal = journal
         self.progress = progress
+        self.read: Counter[int] = Counter()
+        """How many sequences the model has read, by their length in tokens; padding is not counted."""
         self._scorer = scorer
         self._context = context
         self._batch_size = batch_size
@@ -123,6 +126,7 @@ class CheckpointLM(TemplateLM):
         new = {key: request for key, request in zip(keys, wanted, strict=True) if key not in known}
         pending = sorted(new.items(), key=lambda item: (-len(item[1].ids), item[0]))
         row = {key: index for index, (key, _) in enumerate(pending)}
+        self.read.update(len(request.ids) - 1 for _, request in pending)  # the last token is only predicted
         # One rank of one copy of the model contributes each answer; all others add zero.
         answered = torch.zeros(len(pending), 2, dtype=torch.float64)
         for done, batch in self._batches(pending):

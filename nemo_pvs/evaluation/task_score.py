@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
 from nemo_pvs.evaluation.wishes import parse_wishes
+from nemo_pvs.pruning.depth_task import Scored, Scorer
 
 
 def task_score(
@@ -24,7 +24,7 @@ def task_score(
     limit: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-) -> Callable[[WeightSource], float]:
+) -> Scorer:
     """Return a function that measures a model, higher is better: the mean over tasks of the first metric of each.
 
     A metric of which less is better, such as a perplexity, counts with a minus sign.
@@ -43,11 +43,11 @@ def task_score(
     loaded = load_tasks(parse_wishes(tasks), data)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint))
 
-    def score(source: WeightSource) -> float:
+    def score(source: WeightSource) -> Scored:
         context = int(source.config["max_position_embeddings"])
         model = CheckpointLM(TransformersScorer(source, dtype=dtype, device=device), tokenizer, context)
         firsts = [next(iter(measure_task(task, model, limit).values())) for task in loaded]
         signed = [first["value"] if first["higher_is_better"] else -first["value"] for first in firsts]
-        return sum(signed) / len(signed)
+        return Scored(sum(signed) / len(signed), model.read)
 
     return score

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.errors import UserError
@@ -13,8 +14,18 @@ from nemo_pvs.pruning.depth import METHOD, check_removal, layer_plan
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.shape import Shape
 
-Scorer = Callable[[WeightSource], float]
-"""Measures a model, for example its accuracy at a task; higher is better."""
+
+class Scored(NamedTuple):
+    """What one model achieved, and what it read for that."""
+
+    score: float
+    """For example its accuracy at a task; higher is better."""
+    read: Mapping[int, int]
+    """How many sequences went through the model, by their length in tokens; for the ledger."""
+
+
+Scorer = Callable[[WeightSource], Scored]
+"""Measures a model."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,10 @@ class TaskScan:
     scores: tuple[float, ...]
     """Score without layers i to i + removed - 1, for i = 0 .. L - removed."""
     dense_score: float
+    tokens: int = 0
+    """That went through all these models."""
+    flops: int = 0
+    """Of their forward passes."""
 
 
 def scan_task(
@@ -40,7 +55,7 @@ def scan_task(
     Args:
         source: The dense model.
         remove: Layers to remove (k), 1 to L - 1.
-        score: Measures a model; higher is better.
+        score: Measures a model.
         progress: Called with (models done, in all).
 
     Raises:
@@ -51,13 +66,18 @@ def scan_task(
     runs = [range(start, start + remove) for start in range(shape.layers - remove + 1)]
     models = [source, *(PrunedSource(source, layer_plan(shape, run, METHOD, {})) for run in runs)]
     scores: list[float] = []
+    tokens = flops = 0
     for model in models:
-        scores.append(float(score(model)))
+        found = score(model)
+        for length, sequences in found.read.items():
+            tokens += sequences * length
+            flops += sequences * length * shape_of(model).flops_per_token(sequence_length=length, training=False)
+        scores.append(float(found.score))
         if math.isnan(scores[-1]):
             raise UserError("The task's score is not a number; check the task on the dense model.")
         if progress:
             progress(len(scores), len(models))
-    return TaskScan(shape, fingerprint(source), remove, tuple(scores[1:]), scores[0])
+    return TaskScan(shape, fingerprint(source), remove, tuple(scores[1:]), scores[0], tokens, flops)
 
 
 def plan_task(scan: TaskScan, *, compat: bool = False) -> Plan:
@@ -75,5 +95,7 @@ def plan_task(scan: TaskScan, *, compat: bool = False) -> Plan:
         "settings": {"search": "contiguous", "by": "task", "removed": scan.removed, "compat": compat},
         "dense_score": scan.dense_score,
         "scores": list(scan.scores),
+        "tokens_read": scan.tokens,
+        "flops": scan.flops,
     }
     return layer_plan(scan.shape, range(start, start + scan.removed), METHOD, provenance)

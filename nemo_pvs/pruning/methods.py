@@ -54,6 +54,7 @@ class Options:
     sparsity: str | None = None
     search: str | None = None
     task: str | None = None
+    task_limit: int | None = None
     aggregation: str | None = None
     metric: str | None = None
     structure: str | None = None
@@ -220,6 +221,8 @@ def _depth(job: Job, target: Shape) -> Plan:
         best = max(by_task.scores)
         job.say(f"the best shorter model scores {best:.4f}, the dense one {by_task.dense_score:.4f}")
         return plan_task(by_task, **job.options.given("compat"))
+    if job.options.task_limit is not None:
+        raise UserError("--task-limit is about --task; give both, or neither.")
     with job.progress(f"scan layers ({search})", "layer passes") as show:
         if search == "greedy":
             return plan_greedy(
@@ -295,7 +298,7 @@ _FLAP = ("metric", "structure", "remove_groups", "bias", "uniform", "ffn_multipl
 METHODS: Mapping[str, Method] = {
     "minitron-depth": Method(
         "whole layers, by the loss or a task's score without them",
-        (*_SIZES, "search", "task", *_PROTECT, "compat"),
+        (*_SIZES, "search", "task", "task_limit", *_PROTECT, "compat"),
         _sized("minitron-depth", _depth),
     ),
     "shortgpt": Method("whole layers, by how little they change", (*_SIZES, *_PROTECT), _sized("shortgpt", _shortgpt)),

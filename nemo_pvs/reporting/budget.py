@@ -85,9 +85,10 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
     amount = spent.tokens if of_tokens else spent.flops
     if amount is None:
         unknown = next(charge.activity for charge in arm.ledger.charges if charge.tokens is None)
+        mend = "declare them (parent.pretraining_tokens in a recipe)"
         raise UserError(
-            f"{setting} cannot be worked out for {arm.name} because the tokens of its {unknown} are unknown; declare "
-            "them (parent.pretraining_tokens in a recipe)."
+            f"{setting} cannot be worked out for {arm.name} because the tokens of its {unknown} are unknown; "
+            f"{mend if unknown == 'parent pretraining' else 'choose a setting of training, or a number of tokens'}."
         )
     if not amount:
         raise UserError(f"{setting} cannot be worked out for {arm.name}, whose ledger has no training.")

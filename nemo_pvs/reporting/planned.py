@@ -7,7 +7,8 @@ from pathlib import Path
 from nemo_pvs.dry_run import dry_run
 from nemo_pvs.equal_terms import pruned_arm
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe import Recipe, load_recipe
+from nemo_pvs.recipe import Recipe
+from nemo_pvs.recipe_file import load_recipe
 from nemo_pvs.reporting.budget import PrunedArm
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.results import Results

@@ -24,7 +24,8 @@ from nemo_pvs.layout import Layout as WeightLayout
 from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.progress import console
 from nemo_pvs.pruning.methods import METHODS
-from nemo_pvs.recipe import Arm, Recipe, load_recipe, packaged_recipes
+from nemo_pvs.recipe import Arm, Recipe
+from nemo_pvs.recipe_file import load_recipe, packaged_recipes
 from nemo_pvs.recipe_targets import expected_shape, is_sparse
 from nemo_pvs.recipe_teacher import teacher_shape
 from nemo_pvs.shape import Shape

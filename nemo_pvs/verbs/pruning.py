@@ -116,7 +116,7 @@ def search(
     from nemo_pvs.pruning.grid import Budget, Grid, flops_at, legal_shapes
     from nemo_pvs.pruning.search import search as rank
     from nemo_pvs.pruning.target import write_target
-    from nemo_pvs.recipe import parse_layout, parse_training
+    from nemo_pvs.recipe_file import parse_layout, parse_training
     from nemo_pvs.training.short import short_training
 
     refuse_existing(Path(out), overwrite=overwrite)

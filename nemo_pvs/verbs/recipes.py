@@ -20,7 +20,7 @@ def recipes(
 
     from nemo_pvs.dry_run import settled
     from nemo_pvs.launching import packaged_profiles
-    from nemo_pvs.recipe import load_recipe, packaged_recipes
+    from nemo_pvs.recipe_file import load_recipe, packaged_recipes
     from nemo_pvs.training.factory_names import factory_name
 
     if recipe is None:

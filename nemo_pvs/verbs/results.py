@@ -27,7 +27,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: calibrate, prune, train every arm, evaluate, report."""
-    from nemo_pvs.recipe import load_recipe
+    from nemo_pvs.recipe_file import load_recipe
 
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
     folder = Path(out or f"runs/{checked.name}")

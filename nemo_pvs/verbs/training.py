@@ -76,7 +76,7 @@ def train(
     """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
     if keep_parent_embeddings and not random_init:
         raise UserError("--keep-parent-embeddings says what --random-init does not draw; give both, or neither.")
-    from nemo_pvs.recipe import parse_layout, parse_training
+    from nemo_pvs.recipe_file import parse_layout, parse_training
     from nemo_pvs.training.prepare import prepare_job
     from nemo_pvs.training.run import Trainer
 

@@ -1,11 +1,16 @@
 """A model's score in tasks is what ``pvs evaluate`` reports of it."""
 
+import json
+import shutil
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.scoring import TransformersScorer
@@ -30,4 +35,24 @@ def test_first_metrics_with_their_sign(tmp_path: Path) -> None:
     assert {name for name, _ in firsts.values()} & less_is_better
     expected = [-value if name in less_is_better else value for name, value in firsts.values()]
     measured = task_score(str(TASKS), folder, tmp_path, limit=3)(source)
-    assert measured == pytest.approx(sum(expected) / len(expected))
+    assert measured.score == pytest.approx(sum(expected) / len(expected))
+    assert measured.read == model.read
+
+
+def test_what_was_read_is_what_was_multiplied(tmp_path: Path) -> None:
+    """Questions of equal length need no padding, so each token read costs one product with every weight."""
+    folder = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
+    task = tmp_path / "task"
+    task.mkdir()
+    shutil.copy(TASKS / "endings.yaml", task)
+    lines = [json.dumps({"start": f"w{5 + number} w3", "end": " w4"}) for number in range(4)]
+    (task / "endings.jsonl").write_text("\n".join(lines))
+    source = open_source(folder)
+    score = task_score(str(task), folder, tmp_path)
+    with FlopCounterMode(display=False) as counter:
+        read = score(source).read
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(counts.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
+    shape = shape_of(source)
+    assert sum(read.values()) == 4
+    assert products == sum(map(prod, read.items())) * (shape.matrix_parameters + shape.vocab * shape.hidden)

@@ -13,7 +13,7 @@ import yaml
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.launching import load_profile, packaged_profiles, scripts, stages
-from nemo_pvs.recipe import load_recipe
+from nemo_pvs.recipe_file import load_recipe
 
 SITE = {"SLURM_ACCOUNT": "physics", "SLURM_PARTITION": "h100", "PVS_IMAGE": "/images/pvs.sqsh", "PVS_SHARED": "/"}
 

@@ -295,6 +295,7 @@ def test_zeros_are_logged_and_masks_travel_to_hugging_face_and_back(job, referen
     [
         {"tensor_parallel": 2, "sequence_parallel": True},
         {"pipeline_parallel": 2, "distributed_optimizer": False},
+        {"pipeline_parallel": 2, "virtual_pipeline": 2},
         {"data_parallel": 2, "distributed_optimizer": False},
         {"data_parallel": 2},
         {"tensor_parallel": 2, "data_parallel": 2},

@@ -69,14 +69,14 @@ def reference(job, tmp_path_factory) -> tuple[TrainingJob, metrics.Curve]:
 
 
 def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
-    """TP=2 with sequence parallelism until the middle, then PP=2: the curve of one process."""
+    """TP=2 with sequence parallelism until the middle, then PP=2 by turns: the curve of one process."""
     folder = tmp_path / "run"
     folder.mkdir()
     doomed = replace(job, folder=folder, layout=Layout(tensor_parallel=2, sequence_parallel=True))
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(2, _train, doomed, 6)
     first_half = metrics.read(doomed.metrics)
-    curve = _run(job, folder, pipeline_parallel=2)
+    curve = _run(job, folder, pipeline_parallel=2, virtual_pipeline=2)
     assert len(curve.training) == STEPS
     assert first_half.training[-1]["step"] >= 5
     assert doomed.log.read_text().count(f"step 5/{STEPS}") == 2, "it began anew instead of at the checkpoint of step 4"

@@ -8,7 +8,7 @@ from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.pruning.depth import plan_depth, scan_windows
-from nemo_pvs.pruning.depth_task import TaskScan, plan_task, scan_task
+from nemo_pvs.pruning.depth_task import Scored, TaskScan, plan_task, scan_task
 from tests.pruning.test_depth import LAYERS, six_layers, token_set
 from tests.state_source import StateSource
 
@@ -19,7 +19,7 @@ def test_minus_the_loss_as_a_score_agrees_with_the_scan_by_loss() -> None:
     scan = scan_task(
         source,
         2,
-        lambda model: -perplexity(model, tokens)["loss"],
+        lambda model: Scored(-perplexity(model, tokens)["loss"], {}),
         progress=lambda done, total: steps.append((done, total)),
     )
     by_loss = scan_windows(source, tokens, 2)
@@ -33,12 +33,20 @@ def test_minus_the_loss_as_a_score_agrees_with_the_scan_by_loss() -> None:
 def test_the_scorer_sees_the_shortened_models() -> None:
     seen: list[int] = []
 
-    def score(model: WeightSource) -> float:
+    def score(model: WeightSource) -> Scored:
         seen.append(shape_of(model).layers)
-        return 0.0
+        return Scored(0.0, {5: 2, 9: 1})
 
-    scan_task(StateSource(six_layers()), 4, score)
+    source = StateSource(six_layers())
+    scan = scan_task(source, 4, score)
     assert seen == [LAYERS, 2, 2, 2]
+    assert scan.tokens == 4 * (2 * 5 + 9)
+    shape = shape_of(source)
+    assert scan.flops == sum(
+        tokens * model.flops_per_token(sequence_length=length, training=False)
+        for model in (shape, *[shape.replace(layers=2)] * 3)
+        for length, tokens in ((5, 10), (9, 9))
+    )
 
 
 def test_the_highest_score_wins_the_first_of_equals_and_compat_the_nearest() -> None:
@@ -51,6 +59,6 @@ def test_the_highest_score_wins_the_first_of_equals_and_compat_the_nearest() -> 
 
 def test_a_score_that_is_no_number_is_refused() -> None:
     with pytest.raises(UserError, match="score is not a number"):
-        scan_task(StateSource(six_layers()), 4, lambda _: float("nan"))
+        scan_task(StateSource(six_layers()), 4, lambda _: Scored(float("nan"), {}))
     with pytest.raises(UserError, match="Cannot remove 6 of 6"):
-        scan_task(StateSource(six_layers()), 6, lambda _: 0.0)
+        scan_task(StateSource(six_layers()), 6, lambda _: Scored(0.0, {}))

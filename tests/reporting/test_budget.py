@@ -10,7 +10,7 @@ import pytest
 
 from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe import parse_recipe
+from nemo_pvs.recipe_file import parse_recipe
 from nemo_pvs.reporting.budget import PrunedArm, parse_setting, scratch_budget
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.planned import of_recipe, pruned_arms

@@ -2,7 +2,8 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.recipe import Layout, parse_training
+from nemo_pvs.recipe import Layout
+from nemo_pvs.recipe_file import parse_training
 from nemo_pvs.training.cluster import H100, H100_BYTES, Machine, h100_layout
 from nemo_pvs.training_memory import training_memory
 

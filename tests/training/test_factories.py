@@ -15,7 +15,7 @@ import torch
 
 from nemo_pvs.pruning.methods import METHODS
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.recipe import load_recipe, packaged_recipes, parse_recipe
+from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
 from nemo_pvs.training.factory_names import factory_name, prune_factory_name
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.ranks import fork_context, run_ranks
