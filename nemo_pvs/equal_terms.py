@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
+from nemo_pvs.checkpoint_ledger import DEPTH_SCAN, charge_scores, charge_training
+from nemo_pvs.pruning.costs import sparse_calibration_flops
 from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_blocks import Target
@@ -60,24 +61,9 @@ def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
     inherit_ancestors(ledger, recipe, arm.target, arm.initialisation, parent)
     if arm.initialisation == "pruned":
         ledger.charges += pruning_cost(recipe, recipe.targets[arm.target], shape, parent).charges
-    charge_training(ledger, arm, shape, masked_parameters(recipe.targets[arm.target], shape))
+    charge_training(ledger, arm.training, shape, masked_parameters(recipe.targets[arm.target], shape))
     charge_teacher(ledger, recipe, arm, parent)
     return ledger
-
-
-def charge_training(ledger: Ledger, arm: Arm, shape: Shape, masked: int) -> None:
-    """Charge the training of an arm; ``masked`` weights of its matrices are held at zero."""
-    training = arm.training
-    ledger.charge(
-        "training",
-        arm.tokens,
-        shape,
-        training.sequence_length,
-        training=True,
-        note="this run",
-        masked_parameters=masked,
-        tokens_per_step=training.tokens_per_step,
-    )
 
 
 def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> Ledger:
@@ -87,7 +73,7 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
     tokens = settings.samples * length
     ledger = Ledger()
     if needs_scores(target):
-        ledger.charges.append(charge_calibration(target, parent, tokens, length))
+        ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
     if is_sparse(target) and target.method != "magnitude":
         flops = sparse_calibration_flops(parent, tokens, length, sequential=target.sequential is not False)
         ledger.charges.append(Charge("calibration", tokens, flops, "while pruning, layer by layer"))
@@ -95,17 +81,10 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         text = {"samples": settings.scan_samples, "sequence_length": length}
         models, forwards = _scan(target, parent.layers, parent.layers - shape.layers)
         flops = sweep_flops(parent, text, forwards, models)
-        ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, "depth scan, prefixes shared"))
+        ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, DEPTH_SCAN))
     if target.task is not None:
         ledger.charges.append(Charge("search", None, None, f"depth by {target.task}, known when it has been asked"))
     return ledger
-
-
-def charge_calibration(target: Target, parent: Shape, tokens: int, sequence_length: int) -> Charge:
-    """Return what the scores of a target take."""
-    gradients = needs_gradients(target)
-    flops = calibration_flops(parent, tokens, sequence_length, gradients=gradients)
-    return Charge("calibration", tokens, flops, "one dense pass" + (", and one back" if gradients else ""))
 
 
 def _scan(target: Target, layers: int, removed: int) -> tuple[int, int]:

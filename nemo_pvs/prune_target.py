@@ -15,15 +15,12 @@ from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.files import sha256_json, write_json
 from nemo_pvs.progress import console, progress
 from nemo_pvs.pruning import methods
-from nemo_pvs.pruning.costs import sparse_calibration_flops
 from nemo_pvs.pruning.depth_task import Scorer
-from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.sparse_source import SparseSource
-from nemo_pvs.pruning.sweep import sweep_flops, sweep_tokens
+from nemo_pvs.pruning.spent import spent
 from nemo_pvs.pruning.work_folder import work_folder
 from nemo_pvs.recipe_blocks import DENSE, Target
-from nemo_pvs.recipe_targets import is_sparse, options_of
-from nemo_pvs.shape import Shape
+from nemo_pvs.recipe_targets import options_of
 
 HUGGING_FACE, NEMO = "huggingface", "nemo"
 PLAN, SETTINGS = "plan.json", "pruning.json"
@@ -88,10 +85,11 @@ def prune_target(
     result: dict[str, Any] = {"fingerprint": fingerprint(pruned.source)}
     if pruned.plan is not None:
         pruned.plan.save(folder / PLAN)
-        result |= {"plan": pruned.plan.plan_hash, **_search(pruned.plan, target)}
+        result["plan"] = pruned.plan.plan_hash
     else:
         write_json(folder / SETTINGS, dict(pruned.settings))
-        result |= {"plan": sha256_json(dict(pruned.settings)), **_sparse_calibration(target, source, read)}
+        result["plan"] = sha256_json(dict(pruned.settings))
+    result |= spent(pruned, options_of(target), shape_of(source), read[0] if read else None)
     if isinstance(pruned.source, SparseSource):
         shutil.rmtree(pruned.source.folder)
     return result
@@ -102,38 +100,3 @@ def _write(source: WeightSource, folder: Path) -> None:
     for write, place in ((write_huggingface, HUGGING_FACE), (write_nemo, NEMO)):
         with progress(f"write {place}", "parameters") as show:
             write(source, folder / place, progress=show)
-
-
-def _search(plan: Plan, target: Target) -> dict[str, Any]:
-    """Return what a search for layers read and computed."""
-    made = plan.provenance
-    if target.task is not None:
-        return {"search": {"tokens": made["tokens_read"], "flops": made["flops"], "scores": made["scores"]}}
-    if "layer_forwards" not in made:
-        return {}
-    models = 1 + _candidates(plan.parent, target, len(made["losses"]))
-    spent = {
-        "tokens": sweep_tokens(made["tokens"], models),
-        "flops": sweep_flops(plan.parent, made["tokens"], made["layer_forwards"], models),
-        "losses": made["losses"],
-    }
-    return {"search": spent}
-
-
-def _candidates(parent: Shape, target: Target, steps: int) -> int:
-    """Return how many models without some layers were measured, of which a greedy search notes the best of a step."""
-    if target.search != "greedy":
-        return steps
-    free = parent.layers - (target.protect_first or 0) - (target.protect_last or 0)
-    return sum(free - step for step in range(steps))
-
-
-def _sparse_calibration(target: Target, source: WeightSource, read: list[TokenSet]) -> dict[str, Any]:
-    """Return what a sparse method's own calibration read and computed."""
-    if not is_sparse(target) or not read:
-        return {}
-    ids = read[0].ids
-    flops = sparse_calibration_flops(
-        shape_of(source), ids.numel(), ids.shape[1], sequential=target.sequential is not False
-    )
-    return {"calibration": {"tokens": ids.numel(), "flops": flops}}

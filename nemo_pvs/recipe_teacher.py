@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_pvs.checkpoint_ledger import charge_lessons
 from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.source import shape_of
@@ -35,15 +36,7 @@ def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape) -> N
     """Charge a distilled arm with its teacher's forward passes; others with nothing."""
     teacher = teacher_shape(recipe, parent) if arm.training.distill else None
     if teacher:
-        ledger.charge(
-            "teacher",
-            arm.tokens,
-            teacher,
-            arm.training.sequence_length,
-            training=False,
-            note="forward, this run",
-            tokens_per_step=arm.training.tokens_per_step,
-        )
+        charge_lessons(ledger, arm.training, teacher)
 
 
 def inherit_ancestors(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_pvs.checkpoints.masks import masks_of
+from nemo_pvs.checkpoint_ledger import charge_scores, charge_training, count_masked, pruning_charges
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
-from nemo_pvs.equal_terms import charge_calibration, charge_training
 from nemo_pvs.recipe import Arm, Recipe
-from nemo_pvs.recipe_targets import needs_scores
+from nemo_pvs.recipe_targets import needs_gradients, needs_scores
 from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors
-from nemo_pvs.reporting.ledger import Charge, Ledger
+from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 
 
@@ -35,21 +34,9 @@ def run_ledger(
     if arm.initialisation == "pruned":
         target = recipe.targets[arm.target]
         if needs_scores(target):
-            tokens = stages["calibrate"]["tokens"]
-            ledger.charges.append(charge_calibration(target, parent, tokens, recipe.calibrate.sequence_length))
-        made = stages[f"prune/{arm.target}"]
-        if own := made.get("calibration"):
-            ledger.charges.append(Charge("calibration", own["tokens"], own["flops"], "while pruning, layer by layer"))
-        if search := made.get("search"):
-            task = recipe.targets[arm.target].task
-            note = f"depth by {task}" if task else "depth scan, prefixes shared"
-            ledger.charges.append(Charge("search", search["tokens"], search["flops"], note))
-    charge_training(ledger, arm, shape_of(model), count_masked(model))
+            tokens, length = stages["calibrate"]["tokens"], recipe.calibrate.sequence_length
+            ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
+        ledger.charges += pruning_charges(stages[f"prune/{arm.target}"], target.task)
+    charge_training(ledger, arm.training, shape_of(model), count_masked(model))
     charge_teacher(ledger, recipe, arm, parent)
     return ledger
-
-
-def count_masked(model: WeightSource) -> int:
-    """Return how many weights the masks of a model hold at zero; one mask is in memory at a time."""
-    masks = masks_of(model)
-    return sum(int((~masks.read(name)).sum()) for name in masks.names)

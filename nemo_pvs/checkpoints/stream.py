@@ -20,6 +20,7 @@ from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import refuse_existing, sha256_file
 from nemo_pvs.layout import Layout
+from nemo_pvs.reporting.ledger import LEDGER
 
 
 def convert(
@@ -37,7 +38,7 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Convert a checkpoint; memory is a few tensors, whatever the model's size.
+    """Convert a checkpoint, its ledger included; memory is a few tensors, whatever the model's size.
 
     Args:
         source_path: A Hugging Face folder or a NeMo checkpoint.
@@ -93,6 +94,8 @@ def convert(
         except UserError:
             shutil.rmtree(target)
             raise
+    if (source_path / LEDGER).is_file():
+        shutil.copyfile(source_path / LEDGER, target / LEDGER)
     return manifest
 
 

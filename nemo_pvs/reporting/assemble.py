@@ -9,13 +9,13 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
 
+from nemo_pvs.checkpoint_ledger import count_masked
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.pipeline import Pipeline, initial_label
 from nemo_pvs.recipe import Arm
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
-from nemo_pvs.run_ledger import count_masked
 from nemo_pvs.training import metrics
 
 _PACKAGES = ("nemo-pvs", "nemo-toolkit", "megatron-core", "torch", "transformers", "numpy")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from nemo_pvs.verbs.checkpoints import convert, inspect
 from nemo_pvs.verbs.evaluation import evaluate
-from nemo_pvs.verbs.pruning import calibrate, prune, search
+from nemo_pvs.verbs.pruning import calibrate, prune
 from nemo_pvs.verbs.recipes import recipes
 from nemo_pvs.verbs.results import report, run
 from nemo_pvs.verbs.scaling import advise, budget, scaling_fit, scaling_predict
+from nemo_pvs.verbs.search import search
 from nemo_pvs.verbs.training import tokenize, train
 
 VERBS = (

@@ -31,6 +31,9 @@ Device = Annotated[
 ActivationMemory = Annotated[
     str, typer.Option(help="hidden states held at once; more text is read in several sweeps over the layers")
 ]
+ParentTokens = Annotated[
+    Optional[float], typer.Option(help="tokens that the weights were pretrained on, e.g. 15e12, if no ledger says it")
+]
 Text = Annotated[str, typer.Option(help=".txt, .jsonl[.gz|.zst], .parquet, a folder of them, or wikipedia-sample")]
 
 

@@ -9,7 +9,7 @@ import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.progress import console, progress
-from nemo_pvs.verbs.arguments import SequenceLength, parse_shares
+from nemo_pvs.verbs.arguments import ParentTokens, SequenceLength, parse_shares
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -72,11 +72,15 @@ def train(
     top_k: Annotated[Optional[int], typer.Option(help="only so many of the teacher's likeliest tokens")] = None,
     lm_weight: Annotated[float, typer.Option(help="of the loss against the text, beside the divergence")] = 0.0,
     kl_weight: Annotated[float, typer.Option(help="of the divergence from the teacher")] = 1.0,
+    parent_tokens: ParentTokens = None,
 ) -> None:
     """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
     if keep_parent_embeddings and not random_init:
         raise UserError("--keep-parent-embeddings says what --random-init does not draw; give both, or neither.")
+    from nemo_pvs.checkpoint_ledger import ancestry, charge_run
+    from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.recipe_file import parse_layout, parse_training
+    from nemo_pvs.reporting.ledger import LEDGER
     from nemo_pvs.training.prepare import prepare_job
     from nemo_pvs.training.run import Trainer
 
@@ -119,6 +123,12 @@ def train(
         random_init=random_init,
         keep_parent_embeddings=keep_parent_embeddings,
     )
+    # Weights that were pruned mostly come from the teacher itself, and its pretraining counts once.
+    weights_from = (Path(teacher) if teacher else None) if random_init else Path(initial)
+    ledger = ancestry(weights_from, parent_tokens)
     with Trainer(Path(out) / "launcher.log") as trainer:
         checkpoint = trainer.train(job)
+    charge_run(ledger, training, open_source(checkpoint), Path(teacher) if teacher else None)
+    for folder in (Path(out), checkpoint):  # beside the weights, so that what is made from them inherits their cost
+        ledger.save(folder / LEDGER)
     console.print(f"trained checkpoint: {checkpoint}", soft_wrap=True)

@@ -1,0 +1,58 @@
+"""What a finished pruning had read and computed, by itself: a search for layers, a calibration layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.pruning.costs import sparse_calibration_flops
+from nemo_pvs.pruning.methods import Options, Pruned
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.sweep import sweep_flops, sweep_tokens
+from nemo_pvs.shape import Shape
+
+
+def spent(pruned: Pruned, options: Options, parent: Shape, read: TokenSet | None) -> dict[str, Any]:
+    """Return what pruning spent beside the scores that it was given.
+
+    Args:
+        pruned: The result.
+        options: What it was asked for.
+        parent: The dense model.
+        read: The text that the method read; None if it read none.
+
+    Returns:
+        ``search`` and ``calibration``, where there was one: ``tokens`` and ``flops``, of a search also the ``losses``
+        or ``scores`` of the candidates.
+    """
+    if pruned.plan is not None:
+        return _search(pruned.plan, options)
+    if read is None:
+        return {}
+    tokens, length = read.ids.numel(), read.ids.shape[1]
+    flops = sparse_calibration_flops(parent, tokens, length, sequential=options.sequential is not False)
+    return {"calibration": {"tokens": tokens, "flops": flops}}
+
+
+def _search(plan: Plan, options: Options) -> dict[str, Any]:
+    made = plan.provenance
+    if options.task is not None:
+        return {"search": {"tokens": made["tokens_read"], "flops": made["flops"], "scores": made["scores"]}}
+    if "layer_forwards" not in made:
+        return {}
+    models = 1 + _candidates(plan.parent, options, len(made["losses"]))
+    return {
+        "search": {
+            "tokens": sweep_tokens(made["tokens"], models),
+            "flops": sweep_flops(plan.parent, made["tokens"], made["layer_forwards"], models),
+            "losses": made["losses"],
+        }
+    }
+
+
+def _candidates(parent: Shape, options: Options, steps: int) -> int:
+    """Return how many models without some layers were measured, of which a greedy search notes the best of a step."""
+    if options.search != "greedy":
+        return steps
+    free = parent.layers - (options.protect_first or 0) - (options.protect_last or 0)
+    return sum(free - step for step in range(steps))

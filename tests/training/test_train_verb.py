@@ -1,0 +1,50 @@
+"""``pvs train`` as a user runs it: from a pruned checkpoint and a folder of tokens to a model with its ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.checkpoints.stream import convert
+from nemo_pvs.reporting.ledger import LEDGER, Ledger
+from nemo_pvs.verbs import prune, tokenize, train
+from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+
+
+def test_tokenize_prune_train_convert(tmp_path: Path) -> None:
+    model = str(save_tiny_tokenizer(make_tiny_llama(tmp_path / "model")))
+    for index in range(8):
+        words = " ".join(f"w{2 + (index + place) * 7 % 125}" for place in range(600))
+        (tmp_path / f"{index}.txt").write_text(words)
+    data, short, out = (str(tmp_path / name) for name in ("data", "short", "run"))
+    tokenize([str(tmp_path / f"{index}.txt") for index in range(8)], model, data, split="train=0.7,validation=0.3")
+    prune(
+        model,
+        short,
+        "minitron-depth",
+        target="layers=3",
+        data=f"{data}/train.bin",
+        samples=4,
+        sequence_length=32,
+        parent_tokens=1e6,
+    )
+    train(
+        short,
+        out,
+        data,
+        tokens=3 * 8 * 32,
+        sequence_length=32,
+        global_batch_size=8,
+        micro_batch_size=2,
+        validation_samples=8,
+        learning_rate=1e-3,
+    )
+    ledger = Ledger.load(Path(out) / LEDGER)
+    assert [charge.activity for charge in ledger.charges] == ["parent pretraining", "search", "training"]
+    assert ledger.training.tokens == 3 * 8 * 32
+    assert ledger.charges[-1].steps == 3
+    checkpoint = Path(out) / "nemo" / "checkpoints" / "step=2-last"
+    convert(checkpoint, tmp_path / "trained", to="hf")
+    assert Ledger.load(tmp_path / "trained" / LEDGER).charges == ledger.charges
+    assert shape_of(open_source(tmp_path / "trained")).layers == 3
