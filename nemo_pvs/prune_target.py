@@ -70,9 +70,7 @@ def prune_target(
             options=options_of(target),
             tokens=read_tokens,
             scores=scores,
-            check=lambda shape: shape.check_parallel(
-                tensor_parallel=target.layout.tensor_parallel, pipeline_parallel=target.layout.pipeline_parallel
-            ),
+            check=lambda shape: shape.check_parallel(**target.layout.split),
             work_folder=work_folder(folder),
             progress=progress,
             say=lambda text: console.print(f"  {text}", soft_wrap=True),

@@ -104,6 +104,10 @@ class Layout(Block):
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive | None = None
     """Pieces of layers that each stage works on in turns, which makes the pipeline's bubble as many times smaller."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage, where stages are not equal."""
+    last_stage_layers: Positive | None = None
+    """Layers of the last one."""
     context_parallel: Positive = 1
     """Ranks that share every sequence; needs Transformer Engine."""
     data_parallel: Positive = 1
@@ -114,6 +118,12 @@ class Layout(Block):
     def processes(self) -> int:
         """Number of ranks."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """How it cuts a model, for ``Shape.check_parallel``."""
+        names = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "first_stage_layers", "last_stage_layers")
+        return {name: getattr(self, name) for name in names}
 
 
 class Rates(Block):

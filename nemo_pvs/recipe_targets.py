@@ -161,11 +161,8 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
         layout = target.layout
         try:
             expected = expected_shape(target, parent)
-            expected.shape.check_parallel(
-                tensor_parallel=layout.tensor_parallel if expected.exact else 1,
-                pipeline_parallel=layout.pipeline_parallel,
-                virtual_pipeline=layout.virtual_pipeline,
-            )
+            known = {} if expected.exact else {"tensor_parallel": 1}
+            expected.shape.check_parallel(**{**layout.split, **known})
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
         batch = recipe.train.micro_batch_size * layout.data_parallel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
@@ -247,6 +248,8 @@ class Shape:
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         virtual_pipeline: int | None = None,
+        first_stage_layers: int | None = None,
+        last_stage_layers: int | None = None,
         fp8: bool = False,
     ) -> None:
         """Refuse a layout that Megatron cannot shard this shape into.
@@ -255,6 +258,8 @@ class Shape:
             tensor_parallel: Ranks that share every layer.
             pipeline_parallel: Stages that share the layers out.
             virtual_pipeline: Pieces that every stage takes turns on.
+            first_stage_layers: See ``stage_layers``.
+            last_stage_layers: See there.
             fp8: Also ask that Transformer Engine can multiply the shards in FP8: sizes that are multiples of 16.
 
         Raises:
@@ -268,21 +273,56 @@ class Shape:
                     f"Tensor parallelism {tensor_parallel} does not divide {name}={size}; "
                     f"legal for this model: {', '.join(map(str, legal[:8]))}."
                 )
-        if self.layers % pipeline_parallel:
-            legal = [n for n in range(1, self.layers + 1) if self.layers % n == 0]
-            raise UserError(
-                f"Pipeline parallelism {pipeline_parallel} does not divide {self.layers} layers; "
-                f"legal for this model: {', '.join(map(str, legal))}."
-            )
+        stages = self.stage_layers(pipeline_parallel, first_stage_layers, last_stage_layers)
         if virtual_pipeline is not None:
-            self._check_pieces(pipeline_parallel, virtual_pipeline)
+            if (first_stage_layers, last_stage_layers) != (None, None):
+                raise UserError("The stages of a virtual pipeline are equal; leave out its sizes, or the pieces.")
+            self._check_pieces(stages, virtual_pipeline)
         if fp8:
             self._check_fp8(tensor_parallel)
 
-    def _check_pieces(self, stages: int, pieces: int) -> None:
+    def stage_layers(self, stages: int, first: int | None = None, last: int | None = None) -> list[int]:
+        """Return how many layers each pipeline stage has.
+
+        Args:
+            stages: Pipeline parallelism.
+            first: Layers of the first stage, where it is to have others than those in the middle, which share the
+                rest alike; it has the embedding, too.
+            last: Layers of the last stage, which has the output head, too.
+
+        Raises:
+            UserError: a stage would have no layer, or the layers cannot be shared out.
+        """
         if stages == 1:
+            if (first, last) != (None, None):
+                raise UserError("first_stage_layers and last_stage_layers are about pipeline_parallel of 2 or more.")
+            return [self.layers]
+        middle, rest = stages - (first is not None) - (last is not None), self.layers - (first or 0) - (last or 0)
+        fits = rest % middle == 0 and rest >= middle if middle else rest == 0
+        if not fits or 0 in (first, last):
+            legal = [n for n in range(1, self.layers + 1) if self.layers % n == 0]
+            given = {"first": first, "last": last}
+            parts = "".join(f", {size} in the {name}," for name, size in given.items() if size is not None)
+            raise UserError(
+                f"Pipeline parallelism {stages}{parts} does not divide {self.layers} layers; legal for this model: "
+                f"{', '.join(map(str, legal))}{self._unequal(stages)}."
+            )
+        return [
+            *([] if first is None else [first]),
+            *[rest // max(middle, 1)] * middle,
+            *([] if last is None else [last]),
+        ]
+
+    def _unequal(self, stages: int) -> str:
+        """Return a clause about stages of other sizes that would work, if any do: the last one has the rest."""
+        alike = math.ceil(self.layers / stages)
+        last = self.layers - alike * (stages - 1)
+        return f"; or {stages} with last_stage_layers: {last}" if last > 0 else ""
+
+    def _check_pieces(self, stages: list[int], pieces: int) -> None:
+        if len(stages) == 1:
             raise UserError("A virtual pipeline needs pipeline parallelism of at least 2; leave it out.")
-        layers = self.layers // stages
+        layers = stages[0]
         if layers % pieces:
             legal = [n for n in range(1, layers + 1) if layers % n == 0]
             raise UserError(

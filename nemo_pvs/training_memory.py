@@ -65,9 +65,10 @@ def parameters_on(shape: Shape, layout: Layout, stage: int) -> float:
 
 
 def _layers_of(shape: Shape, layout: Layout, stage: int) -> tuple[LayerSizes, ...]:
-    stages, pieces = layout.pipeline_parallel, layout.virtual_pipeline or 1
-    count = shape.layers // (stages * pieces)
-    starts = ((piece * stages + stage) * count for piece in range(pieces))
+    pieces = layout.virtual_pipeline or 1
+    stages = shape.stage_layers(layout.pipeline_parallel, layout.first_stage_layers, layout.last_stage_layers)
+    count = stages[stage] // pieces
+    starts = (piece * (shape.layers // pieces) + sum(stages[:stage]) // pieces for piece in range(pieces))
     return tuple(size for start in starts for size in shape.layer_sizes[start : start + count])
 
 
@@ -99,7 +100,8 @@ def _stage(shape: Shape, layout: Layout, training: Training, stage: int, teacher
 
 def _of_teacher(teacher: Shape, layout: Layout, stage: int, value: int, tokens: float, batches: int) -> float:
     """Return the bytes of a teacher on one rank: of ``value`` each, for micro-batches of so many ``tokens``."""
-    needed = value * parameters_on(teacher, layout, stage)
+    equal = layout.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
+    needed = value * parameters_on(teacher, equal, stage)
     if stage == layout.pipeline_parallel - 1:
         needed += tokens * 2 * value * teacher.vocab / layout.tensor_parallel
         if layout.pipeline_parallel > 1:

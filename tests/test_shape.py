@@ -95,11 +95,25 @@ def test_impossible_sizes_are_refused():
         Shape.from_config({"num_hidden_layers": 2, "num_attention_heads": 2})
 
 
+def test_stages_of_a_pipeline():
+    assert LLAMA_8B.stage_layers(4) == [8, 8, 8, 8]
+    assert LLAMA_8B.stage_layers(5, last=4) == [7, 7, 7, 7, 4]
+    assert LLAMA_8B.stage_layers(4, first=7, last=7) == [7, 9, 9, 7]
+    assert LLAMA_8B.stage_layers(2, first=12, last=20) == [12, 20]
+    for stages, first, last in ((4, 7, None), (2, 12, 12), (4, 16, 16), (3, 32, None)):
+        with pytest.raises(UserError, match=r"in the (first|last), does not divide 32 layers"):
+            LLAMA_8B.stage_layers(stages, first, last)
+    with pytest.raises(UserError, match="about pipeline_parallel of 2 or more"):
+        LLAMA_8B.stage_layers(1, last=4)
+    with pytest.raises(UserError, match="stages of a virtual pipeline are equal"):
+        LLAMA_8B.check_parallel(pipeline_parallel=2, virtual_pipeline=2, last_stage_layers=12)
+
+
 def test_illegal_parallelism_names_the_legal_ones():
     LLAMA_8B.check_parallel(tensor_parallel=8, pipeline_parallel=4)
     with pytest.raises(UserError, match=r"16 does not divide kv_groups=8.* 1, 2, 4, 8\."):
         LLAMA_8B.check_parallel(tensor_parallel=16)
-    with pytest.raises(UserError, match=r"5 does not divide 32 layers.* 1, 2, 4, 8, 16, 32\."):
+    with pytest.raises(UserError, match=r"5 does not divide 32 layers.* 16, 32; or 5 with last_stage_layers: 4\."):
         LLAMA_8B.check_parallel(pipeline_parallel=5)
     with pytest.raises(UserError, match=r"legal for this model: 1\."):  # the published 4b-flap: 5 groups, ffn 51 * 128
         LLAMA_8B.replace(ffn=6528, kv_groups=5).check_parallel(tensor_parallel=2)

@@ -46,6 +46,14 @@ def test_the_ranks_of_a_model_hold_all_of_it(tied, pipeline):
     assert 2 * halves == held + vectors
 
 
+def test_unequal_stages_hold_all_of_it_and_their_own_layers():
+    layout = Layout(pipeline_parallel=3, first_stage_layers=1, last_stage_layers=1)
+    held = [parameters_on(SHAPE, layout, stage) for stage in range(3)]
+    assert sum(held) == SHAPE.parameters
+    one = SHAPE.replace(layers=1)
+    assert held[1] == 2 * (one.matrix_parameters + one.vector_parameters)
+
+
 def test_uneven_layers_and_the_fullest_stage():
     uneven = SHAPE.with_layers([LayerSizes(96, 8, 2)] * 3 + [LayerSizes(16, 4, 1)])
     layout = Layout(pipeline_parallel=2)

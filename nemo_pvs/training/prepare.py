@@ -51,7 +51,7 @@ def prepare_job(
     """
     source: WeightSource = open_source(initial)
     shape = shape_of(source)
-    shape.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
+    shape.check_parallel(**layout.split)
     if training.clip_before_mask and not masks_of(source).names:
         raise UserError(f"{initial} has no masks, so there is nothing to clip before; leave out --clip-before-mask.")
     teacher = Path(training.distill.teacher) if training.distill else None

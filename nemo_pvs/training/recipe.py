@@ -132,6 +132,8 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         context_parallel_size=layout.context_parallel,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=_DTYPES[precision],

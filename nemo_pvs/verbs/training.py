@@ -57,6 +57,8 @@ def train(
     validation_samples: Annotated[int, typer.Option(help="sequences, a multiple of the global batch size")] = 512,
     tensor_parallel: Annotated[int, typer.Option(help="ranks that share every layer")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="stages that share the layers out")] = 1,
+    first_stage_layers: Annotated[Optional[int], typer.Option(help="where stages are not equal")] = None,
+    last_stage_layers: Annotated[Optional[int], typer.Option(help="where stages are not equal")] = None,
     data_parallel: Annotated[int, typer.Option(help="replicas that share the batch out")] = 1,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
     random_init: Annotated[bool, typer.Option(help="keep the architecture, draw the weights: the baseline")] = False,
@@ -97,6 +99,8 @@ def train(
         {
             "tensor_parallel": tensor_parallel,
             "pipeline_parallel": pipeline_parallel,
+            "first_stage_layers": first_stage_layers,
+            "last_stage_layers": last_stage_layers,
             "data_parallel": data_parallel,
         }
     )

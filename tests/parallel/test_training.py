@@ -112,6 +112,7 @@ def reference(job, tmp_path_factory) -> metrics.Curve:
         {"tensor_parallel": 2, "sequence_parallel": True},
         {"pipeline_parallel": 2, "distributed_optimizer": False},
         {"pipeline_parallel": 2, "virtual_pipeline": 2},
+        {"pipeline_parallel": 2, "last_stage_layers": 1},
         {"data_parallel": 2, "distributed_optimizer": False},
         {"data_parallel": 2},
         {"tensor_parallel": 2, "pipeline_parallel": 2},
