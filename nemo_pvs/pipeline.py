@@ -92,7 +92,13 @@ class Pipeline:
         for arm in self.recipe.runs:
             job = self.job(arm)
             outputs = [job.folder, self.model(arm.name)]
-            self.stages.begin(f"train/{arm.name}", self._training_inputs(arm), outputs, keep_partial=True)
+            self.stages.begin(
+                f"train/{arm.name}",
+                self._training_inputs(arm),
+                outputs,
+                keep_partial=True,
+                precious=[job.checkpoints, self.model(arm.name)],
+            )
             jobs.append(job.save())
         return jobs
 
@@ -261,10 +267,18 @@ class Pipeline:
         def work() -> dict[str, Any]:
             checkpoint = trainer.train(job)
             convert(checkpoint, self.model(arm.name), to="hf", overwrite=True)
-            return {"fingerprint": fingerprint(open_source(self.model(arm.name)))}
+            layout = arm.layout.model_dump()
+            return {"fingerprint": fingerprint(open_source(self.model(arm.name))), "layout": layout}
 
         outputs = [job.folder, self.model(arm.name)]
-        self._stage(f"train/{arm.name}", self._training_inputs(arm), outputs, work, keep_partial=True)
+        self._stage(
+            f"train/{arm.name}",
+            self._training_inputs(arm),
+            outputs,
+            work,
+            keep_partial=True,
+            precious=[job.checkpoints, self.model(arm.name)],
+        )
         ledger = run_ledger(self.recipe, arm, self.results, self.parent_shape, open_source(self.model(arm.name)))
         for folder in outputs:  # beside the model, so that what is pruned from it inherits its cost
             ledger.save(folder / LEDGER)
@@ -390,6 +404,7 @@ class Pipeline:
         )
 
     def _training_inputs(self, arm: Arm) -> dict[str, Any]:
+        """Return what a training's result depends on; a run may go on in another layout, so that is no part of it."""
         return {
             "initial": self.results[f"{'prune' if arm.initialisation == 'pruned' else 'random'}/{arm.target}"][
                 "fingerprint"
@@ -397,8 +412,13 @@ class Pipeline:
             "text": self._text("train"),
             "validation": self.results["data"]["validation_windows"]["ids_sha256"],
             "first_token": arm.first_token,
-            "layout": arm.layout.model_dump(),
-            "training": arm.training.model_dump(exclude={"distill": {"teacher", "arms", "pretraining_tokens"}}),
+            "training": arm.training.model_dump(
+                exclude={
+                    "micro_batch_size": True,
+                    "checkpoints": True,
+                    "distill": {"teacher", "arms", "pretraining_tokens"},
+                }
+            ),
             **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
         }
 

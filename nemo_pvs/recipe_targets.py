@@ -16,6 +16,7 @@ from nemo_pvs.pruning.unit_counts import Rules, unit_counts
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
 from nemo_pvs.shape import LayerSizes, Shape
+from nemo_pvs.training_checks import check_context, check_training
 
 SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp", "llm-pruner")
 """Methods that read the scores of one calibration, shared by all of a recipe's targets."""
@@ -151,29 +152,12 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
         UserError: a target, a layout or a sequence length is impossible.
     """
     for name in ("calibrate", "train", "evaluate"):
-        length = getattr(recipe, name).sequence_length
-        if length > context_length:
-            raise UserError(
-                f"{name}.sequence_length is {length}, but the parent's context ends at {context_length} tokens; "
-                "choose a shorter one."
-            )
+        check_context(getattr(recipe, name).sequence_length, context_length, f"{name}.sequence_length")
     for name, target in recipe.targets.items():
-        layout = target.layout
         try:
             expected = expected_shape(target, parent)
-            known = {} if expected.exact else {"tensor_parallel": 1}
-            expected.shape.check_parallel(**{**layout.split, **known})
+            check_training(recipe.train, target.layout, expected.shape, exact=expected.exact)
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
-        batch = recipe.train.micro_batch_size * layout.data_parallel
-        if recipe.train.global_batch_size % batch:
-            raise UserError(
-                f"Target {name}: global_batch_size {recipe.train.global_batch_size} is not a multiple of "
-                f"micro_batch_size x data_parallel = {batch}; change one of the three."
-            )
-        batches = recipe.train.global_batch_size // batch
-        if layout.virtual_pipeline and batches % layout.pipeline_parallel:
-            raise UserError(
-                f"Target {name}: a virtual pipeline of {layout.pipeline_parallel} stages needs a multiple of as many "
-                f"micro-batches a step, not {batches}; change micro_batch_size or data_parallel, or leave it out."
-            )
+    if recipe.train.clip_before_mask and not any(map(is_sparse, recipe.targets.values())):
+        raise UserError("train.clip_before_mask is about sparse models, and no target is one; leave it out.")

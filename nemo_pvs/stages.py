@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, sha256_json, write_json
 from nemo_pvs.progress import console
 
@@ -31,6 +33,7 @@ class Stages:
         work: Callable[[], Mapping[str, Any]],
         *,
         keep_partial: bool = False,
+        precious: Sequence[Path] = (),
     ) -> dict[str, Any]:
         """Do a stage, or take its result from the record.
 
@@ -40,11 +43,15 @@ class Stages:
             outputs: files or folders that it makes; leftovers are removed before it starts.
             work: does it, and returns the result as plain data.
             keep_partial: the stage resumes by itself from what an interrupted attempt at the same inputs left.
+            precious: of the outputs what took long; made from other inputs it is not removed unasked.
 
         Returns:
             What ``work`` returned, now or earlier.
+
+        Raises:
+            UserError: something precious is in the way.
         """
-        record = self.begin(name, inputs, outputs, keep_partial=keep_partial)
+        record = self.begin(name, inputs, outputs, keep_partial=keep_partial, precious=precious)
         if record is not None:
             console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
             return dict(record["result"])
@@ -67,7 +74,13 @@ class Stages:
         return result
 
     def begin(
-        self, name: str, inputs: Mapping[str, Any], outputs: list[Path], *, keep_partial: bool = False
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: list[Path],
+        *,
+        keep_partial: bool = False,
+        precious: Sequence[Path] = (),
     ) -> dict[str, Any] | None:
         """Return the record of a stage that is done; else clear its outputs and note that it was begun."""
         inputs_hash = sha256_json(inputs)
@@ -75,13 +88,20 @@ class Stages:
         record = read_json(self._record(name)) if self._record(name).exists() else {}
         if not forced and record.get("inputs_hash") == inputs_hash and all(path.exists() for path in outputs):
             return dict(record)
-        self._record(name).unlink(missing_ok=True)
         attempt = self._attempt(name)
-        same_attempt = attempt.exists() and read_json(attempt)["inputs_hash"] == inputs_hash
-        if forced or not (keep_partial and same_attempt):
+        begun = read_json(attempt) if attempt.exists() else record
+        if not (keep_partial and begun.get("inputs_hash") == inputs_hash) or forced:
+            costly = [path for path in precious if path.exists()]
+            if costly and begun and not forced:
+                differs = _difference(begun.get("inputs", {}), json.loads(json.dumps(inputs)))
+                raise UserError(
+                    f"{costly[0]} was made with {differs}; choose another --out, or --force {name} to remove it and "
+                    "begin anew."
+                )
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        write_json(attempt, {"inputs_hash": inputs_hash})
+        self._record(name).unlink(missing_ok=True)
+        write_json(attempt, {"inputs_hash": inputs_hash, "inputs": inputs})
         return None
 
     def _record(self, name: str) -> Path:
@@ -89,3 +109,15 @@ class Stages:
 
     def _attempt(self, name: str) -> Path:
         return self._record(name).with_suffix(".begun.json")
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str:
+    """Return in words the first thing that two sets of inputs have different."""
+    for key in (*now, *then):
+        one, other = then.get(key), now.get(key)
+        if one != other:
+            if isinstance(one, Mapping) and isinstance(other, Mapping):
+                return _difference(one, other, f"{where}{key}.")
+            short = all(len(str(value)) < 32 for value in (one, other))
+            return f"{where}{key} {one}, not {other}" if short else f"another {where}{key}"
+    return "other settings"

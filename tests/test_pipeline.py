@@ -197,6 +197,24 @@ def test_changed_settings_redo_what_depends_on_them_only(values, tmp_path):
     assert changed == {"prune-width.json", "random-width.json"}
 
 
+def test_a_run_goes_on_in_another_layout_and_nothing_trained_is_removed_unasked(values, tmp_path):
+    folder = tmp_path / "run"
+    Pipeline(parse_recipe(values, "test"), folder).prepare_only()
+    checkpoint = folder / "train" / "width-pruned" / "nemo" / "checkpoints" / "step=7-last"
+    checkpoint.mkdir(parents=True)
+    values["targets"]["width"]["layout"] = {"data_parallel": 2}
+    values["train"]["micro_batch_size"] = 2
+    [job, *_] = Pipeline(parse_recipe(values, "test"), folder).prepare_only()
+    assert json.loads(job.read_text())["layout"]["data_parallel"] == 2
+    assert checkpoint.is_dir()
+    values["train"]["weight_decay"] = 0.0
+    with pytest.raises(UserError, match=r"made with training.weight_decay 0.1, not 0.0; .*--force train/width-pruned"):
+        Pipeline(parse_recipe(values, "test"), folder).prepare_only()
+    assert checkpoint.is_dir()
+    Pipeline(parse_recipe(values, "test"), folder, force=("train/width-pruned",)).prepare_only()
+    assert not checkpoint.exists()
+
+
 def test_forced_stage_is_done_again(values, tmp_path):
     folder = tmp_path / "run"
     Pipeline(parse_recipe(values, "test"), folder).prepare()
@@ -505,7 +523,8 @@ def test_both_arms_learn_from_the_parent_and_are_charged_alike(values, tmp_path)
     again.prepare_only()
     assert _records(folder) == before, "what changes no training made it be done again"
     values["train"]["distill"]["temperature"] = 1.0
-    changed = Pipeline(parse_recipe(values, "test"), folder)
-    changed.prepare_only()
+    with pytest.raises(UserError, match=r"made with training.distill.temperature 2.0, not 1.0"):
+        Pipeline(parse_recipe(values, "test"), folder).prepare_only()
+    Pipeline(parse_recipe(values, "test"), folder, force=("train",)).prepare_only()
     assert "train-depth-pruned.json" in before
     assert "train-depth-pruned.json" not in _records(folder)

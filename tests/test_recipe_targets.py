@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
-from nemo_pvs.recipe_blocks import Target
+from nemo_pvs.recipe_blocks import Layout, Target, Training
 from nemo_pvs.recipe_targets import expected_shape, needs_gradients, needs_scores
+from nemo_pvs.training_checks import check_training
 from tests.pruning.test_flap import TINY
 from tests.pruning.test_llm_pruner import make_scores
 
@@ -34,3 +36,14 @@ def test_gradients_are_charged_to_those_who_need_them() -> None:
     assert needs_scores(taylor)
     assert needs_gradients(taylor)
     assert not needs_gradients(flap)
+
+
+def test_fp8_asks_for_shards_that_suit_it() -> None:
+    training = Training(
+        tokens=1e6, sequence_length=64, global_batch_size=8, learning_rate=1e-3, validation_samples=8, precision="fp8"
+    )
+    even = TINY.replace(hidden=64, ffn=96)
+    check_training(training, Layout(), even)
+    with pytest.raises(UserError, match="FP8 needs shards that are multiples of 16, but ffn=100 is not"):
+        check_training(training, Layout(), even.replace(ffn=100))
+    check_training(training, Layout(), even.replace(ffn=100), exact=False)

@@ -36,14 +36,14 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
     made_with = manifest.get("tokenizer_sha256", tokenizer_sha256)
     if made_with != tokenizer_sha256:
         raise UserError(
-            f"{prefix}.bin was made with another tokenizer than the parent's ({made_with[:12]}, not "
-            f"{tokenizer_sha256[:12]}); tokenise the text with the parent's."
+            f"{prefix}.bin was made with another tokenizer than the model's ({made_with[:12]}, not "
+            f"{tokenizer_sha256[:12]}); tokenise the text with the model's."
         )
     largest = _largest_id(prefix, tokens)
     if largest >= vocab:
         raise UserError(
-            f"{prefix}.bin holds the token {largest:,}, but the parent's vocabulary ends at {vocab - 1:,}; "
-            "tokenise the text with the parent's tokenizer."
+            f"{prefix}.bin holds the token {largest:,}, but the model's vocabulary ends at {vocab - 1:,}; "
+            "tokenise the text with the model's tokenizer."
         )
     identity = {"index": sha256_file(_beside(prefix, ".idx")), "bytes": _beside(prefix, ".bin").stat().st_size}
     return {"tokens": tokens, "bin_sha256": manifest.get("bin_sha256") or sha256_json(identity)}

@@ -47,6 +47,7 @@ def _arm(run: Pipeline, arm: Arm) -> ArmResult:
     curve = metrics.read(run.job(arm).metrics)
     before, after = run.results[f"evaluate/{initial_label(arm)}"], run.results[f"evaluate/{arm.name}"]
     model = open_source(run.model(arm.name))
+    layout = run.results[f"train/{arm.name}"].get("layout") or arm.layout.model_dump()
     speeds = [point["tokens_per_second"] for point in curve.training]
     return ArmResult(
         name=_for_people(arm),
@@ -54,11 +55,7 @@ def _arm(run: Pipeline, arm: Arm) -> ArmResult:
         method=run.recipe.targets[arm.target].method,
         initialisation=arm.initialisation,
         shape=shape_of(model),
-        parallel={
-            "tensor": arm.layout.tensor_parallel,
-            "pipeline": arm.layout.pipeline_parallel,
-            "data": arm.layout.data_parallel,
-        },
+        parallel={name: layout[f"{name}_parallel"] for name in ("tensor", "pipeline", "data")},
         masked_parameters=count_masked(model),
         setting=arm.setting,
         validation=[

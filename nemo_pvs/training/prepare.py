@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.masks import check_masks, masks_of
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.random import RandomSource
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
-from nemo_pvs.data.tokenize import count_tokens
+from nemo_pvs.data.token_files import describe_token_file
+from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.windows import validation_windows, write_validation_document
 from nemo_pvs.files import read_json, write_json
@@ -19,6 +21,7 @@ from nemo_pvs.progress import progress
 from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.recipe_teacher import check_teacher, check_tokens
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training_checks import check_context, check_training
 
 
 def prepare_job(
@@ -45,20 +48,25 @@ def prepare_job(
         keep_parent_embeddings: Of ``random_init``: draw no embedding and no norms, as the published baseline.
 
     Raises:
-        UserError: the layout does not fit the model, it has no masks to clip before, its masks are those of another
-            one, the data are too short, the teacher of ``training.distill`` cannot teach this model, or ``out`` holds
+        UserError: the layout does not fit the model or the batch, sequences are longer than its context, it has no
+            masks to clip before, its masks are those of another one, the data are too short or were made with another
+            tokenizer, the teacher of ``training.distill`` cannot teach this model, or ``out`` holds
             another run.
     """
     source: WeightSource = open_source(initial)
     shape = shape_of(source)
-    shape.check_parallel(**layout.split)
+    check_training(training, layout, shape)
+    context = int(source.config.get("max_position_embeddings", 0))
+    check_context(training.sequence_length, context, "--sequence-length")
     if training.clip_before_mask and not masks_of(source).names:
         raise UserError(f"{initial} has no masks, so there is nothing to clip before; leave out --clip-before-mask.")
     teacher = Path(training.distill.teacher) if training.distill else None
     if teacher:
         check_teacher(shape_of(open_source(teacher)), shape, layout)
         check_tokens(teacher, Path(initial))
-    available = count_tokens(data / "train")
+    tokenizer = tokenizer_hash(tokenizer_folder(Path(initial)))
+    available = describe_token_file(data / "train", tokenizer, shape.vocab)["tokens"]
+    describe_token_file(data / "validation", tokenizer, shape.vocab)
     if training.tokens > available:
         raise UserError(
             f"--tokens is {int(training.tokens):,}, but {data / 'train'}.bin has {available:,}; "

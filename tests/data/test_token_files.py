@@ -17,14 +17,14 @@ def test_a_file_of_ours_is_known_by_its_manifest(tokenizer_folder: Path, tmp_pat
     found = describe_token_file(tmp_path / "a", tokenizer_hash(tokenizer_folder), 10_000)
     assert found == {"tokens": made["tokens"], "bin_sha256": made["bin_sha256"]}
     other = save_tokenizer(tmp_path / "other", vocab_size=300)
-    with pytest.raises(UserError, match="made with another tokenizer than the parent's"):
+    with pytest.raises(UserError, match="made with another tokenizer than the model's"):
         describe_token_file(tmp_path / "a", tokenizer_hash(other), 10_000)
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
     write_token_file(tmp_path / "a", [[1, 2, 127], [5]], vocab=128)
     assert describe_token_file(tmp_path / "a", "any", 128)["tokens"] == 4
-    with pytest.raises(UserError, match="holds the token 127, but the parent's vocabulary ends at 126"):
+    with pytest.raises(UserError, match="holds the token 127, but the model's vocabulary ends at 126"):
         describe_token_file(tmp_path / "a", "any", 127)
 
 

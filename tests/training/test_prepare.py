@@ -12,6 +12,7 @@ from nemo_pvs.checkpoints.masks import FILE, masks_of, write_masks
 from nemo_pvs.checkpoints.megatron import NemoSource
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.errors import UserError
+from nemo_pvs.files import write_json
 from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.training.prepare import prepare_job
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -57,5 +58,45 @@ def test_masks_of_another_model_are_refused_before_anything_is_written(sparse):
     (sparse / FILE).unlink()
     write_masks(RandomMasks(HuggingFaceSource(sparse.parent / "dense"), seed=1), sparse / FILE)
     with pytest.raises(UserError, match="although its mask calls them pruned"):
+        _prepare(sparse, random_init=False)
+    assert not (sparse.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "sentence"),
+    [
+        ({}, {"data_parallel": 3}, "global_batch_size 4 is not a multiple of micro_batch_size x data_parallel = 3"),
+        ({}, {"pipeline_parallel": 3}, "does not divide 4 layers"),
+        ({}, {"sequence_parallel": True}, "sequence_parallel needs tensor_parallel of at least 2"),
+        ({}, {"context_parallel": 3}, "6 pieces, which do not divide sequence_length 32"),
+        ({"sequence_length": 512}, {}, "--sequence-length is 512, but the parent's context ends at 256"),
+        ({"tokens": 1e6}, {}, "has 1,200"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(sparse, settings, layout, sentence):
+    training = Training(
+        **{
+            "tokens": 512,
+            "sequence_length": 32,
+            "global_batch_size": 4,
+            "learning_rate": 1e-3,
+            "validation_samples": 4,
+            **settings,
+        }
+    )
+    folder = sparse.parent
+    with pytest.raises(UserError, match=sentence):
+        prepare_job(str(sparse), folder / "run", folder / "data", Layout(**layout), training, random_init=False)
+    assert not (folder / "run").exists()
+
+
+def test_tokens_of_another_model_are_refused(sparse):
+    folder = sparse.parent / "data"
+    write_json(folder / "train.json", {"tokenizer_sha256": "f" * 64})
+    with pytest.raises(UserError, match=r"train.bin was made with another tokenizer than the model's"):
+        _prepare(sparse, random_init=False)
+    (folder / "train.json").unlink()
+    write_tokens(folder / "validation", [*range(3, 123), 700] * 10)
+    with pytest.raises(UserError, match=r"validation.bin holds the token 700, but the model's vocabulary ends at 127"):
         _prepare(sparse, random_init=False)
     assert not (sparse.parent / "run").exists()

@@ -1,0 +1,47 @@
+"""Steps of a run are done once; what took long to make is not removed unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.stages import Stages
+
+
+def _train(folder: Path, rate: float, *, force: tuple[str, ...] = (), dies: bool = False) -> int:
+    """Run a stage that counts how often it has been worked on, and return the count."""
+    out = folder / "train" / "width"
+
+    def work() -> dict[str, int]:
+        out.mkdir(parents=True, exist_ok=True)
+        count = out / "count"
+        count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
+        if dies:
+            raise KeyboardInterrupt
+        return {"count": int(count.read_text())}
+
+    inputs = {"training": {"learning_rate": rate}, "initial": "f" * 64}
+    stages = Stages(folder, force)
+    return int(stages.run("train/width", inputs, [out], work, keep_partial=True, precious=[out])["count"])
+
+
+def test_an_interrupted_stage_goes_on_and_a_finished_one_stays(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path, 1e-3, dies=True)
+    assert _train(tmp_path, 1e-3) == 2
+    assert _train(tmp_path, 1e-3) == 2
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_what_took_long_is_not_removed_unasked(tmp_path: Path, dies: bool) -> None:
+    if dies:
+        with pytest.raises(KeyboardInterrupt):
+            _train(tmp_path, 1e-3, dies=True)
+    else:
+        _train(tmp_path, 1e-3)
+    with pytest.raises(UserError, match=r"made with training.learning_rate 0.001, not 0.002; .* --force train/width"):
+        _train(tmp_path, 2e-3)
+    assert _train(tmp_path, 1e-3) == (2 if dies else 1), "the refusal has touched what was there"
+    assert _train(tmp_path, 2e-3, force=("train/width",)) == 1
