@@ -39,11 +39,20 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """Equal for runs that differ in nothing but their seed."""
+        """Equal for runs that differ in nothing but their seed.
+
+        A key that is null may as well be absent: an older run does not have the keys that recipes have learned since.
+        """
         recipe = {key: value for key, value in self.results.recipe.items() if key not in ("name", "title")}
         if isinstance(train := recipe.get("train"), Mapping):
             recipe["train"] = {key: value for key, value in train.items() if key != "seed"}
-        return sha256_json(recipe)
+        return sha256_json(_without_nulls(recipe))
+
+
+def _without_nulls(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _without_nulls(value) for key, value in values.items() if value is not None}
+    return [_without_nulls(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 
 @dataclass(frozen=True)

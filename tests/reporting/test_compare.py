@@ -52,6 +52,17 @@ def test_seeds_are_shown_as_mean_and_spread(results: Results) -> None:
     assert runs.warnings == []
 
 
+def test_a_run_from_before_a_key_existed_is_a_repetition_too(results: Results) -> None:
+    newer = _repeated(results, 1, {})
+    newer.results.recipe["train"]["learned_since"] = None
+    newer.results.recipe["targets"] = {"width": {"task": None, "ffn": 8}}
+    older = _repeated(results, 0, {})
+    older.results.recipe["targets"] = {"width": {"ffn": 8}}
+    assert compare([older, newer]).seeds == 2
+    newer.results.recipe["train"]["learned_since"] = 0
+    assert older.identity != newer.identity
+
+
 def test_one_run_has_no_spread(results: Results) -> None:
     runs = compare([Run("runs/demo", results)])
     assert runs.results == results
