@@ -24,6 +24,7 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
 from nemo_pvs.checkpoints.masks import FILE as MASKS_FILE
+from nemo_pvs.files import sha256_json
 from nemo_pvs.recipe import Training
 from nemo_pvs.training.attention import FUSED_KERNELS, causal_data_step, layer_spec
 from nemo_pvs.training.callbacks import Checkpoint, MetricsLog
@@ -206,7 +207,9 @@ def weights_and_biases(job: TrainingJob) -> run.Config | None:
     project = os.environ.get("WANDB_PROJECT")
     if not project:
         return None
-    return run.Config(WandbLogger, project=project, name=job.name, id=job.name, save_dir=str(job.folder))
+    # Arms of other runs have the same names; a run that goes on is the one in the same folder.
+    identity = f"{job.name}-{sha256_json(str(job.folder))[:12]}"
+    return run.Config(WandbLogger, project=project, name=job.name, id=identity, save_dir=str(job.folder))
 
 
 def hold_masks(job: TrainingJob, *, sparse: bool = False) -> list[run.Config]:
