@@ -20,7 +20,7 @@ from nemo_pvs.layout import Layout as WeightLayout
 from nemo_pvs.progress import console
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe import Arm, Recipe
-from nemo_pvs.recipe_blocks import DENSE, Distillation, Target
+from nemo_pvs.recipe_blocks import DENSE, Distillation, Layout, Target
 from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
 from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger
@@ -199,11 +199,25 @@ def _targets_table(plan: DryRun) -> Table:
             if shape == plan.parent
             else describe_removal(plan.parent, shape).split(" of")[0].removeprefix("removes "),
             f"{layout.processes:,}",
-            f"{layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}",
+            _ranks(layout),
             f"{one.memory.total / 1e9:,.1f}",
             f"{one.memory.total_recomputed / 1e9:,.1f}",
         )
     return table
+
+
+def _ranks(layout: Layout) -> str:
+    """Return TP x PP x DP, and behind it what else is not as usual."""
+    more = {
+        "VPP": layout.virtual_pipeline,
+        "first stage": layout.first_stage_layers,
+        "last stage": layout.last_stage_layers,
+        "CP": layout.context_parallel if layout.context_parallel > 1 else None,
+    }
+    words = [f"{name} {size}" for name, size in more.items() if size is not None]
+    words += ["SP"] * layout.sequence_parallel + ["plain optimizer"] * (not layout.distributed_optimizer)
+    ranks = f"{layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}"
+    return ", ".join([ranks, *words])
 
 
 def _sizes(shape: Shape) -> str:

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from nemo_pvs import cli
-from nemo_pvs.dry_run import dry_run
+from nemo_pvs.dry_run import _ranks, dry_run
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.presets import presets
 from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
@@ -141,6 +141,13 @@ def test_what_a_task_reads_is_not_known_beforehand():
         ("targets.width", {"method": "wanda", "sparsity": "2:5"}, "needs groups of 5 inputs, but q_proj has 576"),
         ("train.sequence_length", 10000, "the parent's context ends at 8192"),
         ("train.micro_batch_size", 3, "is not a multiple of micro_batch_size"),
+        ("train.clip_before_mask", True, "is about sparse models, and no target is one; leave it out"),
+        (
+            "targets.width.layout",
+            {"context_parallel": 7},
+            "cuts a sequence into 14 pieces, which do not divide sequence_length 256",
+        ),
+        ("targets.width.layout", {"sequence_parallel": True}, "sequence_parallel needs tensor_parallel of at least 2"),
         ("parent.config", None, "not a folder here, and the recipe has no parent.config"),
     ],
 )
@@ -153,6 +160,15 @@ def test_what_is_impossible_is_refused(path, value, sentence):
     block[key] = value
     with pytest.raises(UserError, match=sentence):
         dry_run(parse_recipe(values, "test"))
+
+
+def test_a_layout_is_shown_with_all_that_is_not_as_usual():
+    values = load_recipe("smollm2_135m/demo").model_dump()
+    depth = values["targets"]["depth"]
+    depth["layout"] = {"pipeline_parallel": 4, "first_stage_layers": 2, "distributed_optimizer": False}
+    values["targets"]["width"]["layout"] = {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2}
+    shown = [_ranks(planned.target.layout) for planned in dry_run(parse_recipe(values, "test")).targets]
+    assert shown == ["2 x 1 x 1, CP 2, SP", "1 x 4 x 1, first stage 2, plain optimizer"]
 
 
 def test_the_command_prints_it_and_does_nothing(tmp_path, monkeypatch, capsys):
