@@ -307,6 +307,12 @@ def test_a_search_writes_a_target_that_prune_takes(pvs, model, text, tmp_path):
     arguments = ["--method", "minitron-joint", "--target", best, "--scores", tmp_path / "scores"]
     code, _, errors = pvs("prune", model, tmp_path / "small", *arguments)
     assert code == 0, errors
+    models = len(json.loads(best.with_suffix(".search.json").read_text())["loss"])
+    charged = json.loads((tmp_path / "small" / "ledger.json").read_text())["charges"]
+    assert [(one["activity"], one["tokens"]) for one in charged[1:]] == [
+        ("calibration", 128),
+        ("search", models * 128),
+    ]
 
 
 def test_layers_chosen_by_a_task(pvs, model, tmp_path):

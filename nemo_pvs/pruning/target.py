@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, write_json
@@ -16,6 +17,7 @@ SIZES = ("layers", "hidden", "ffn", "kv_groups")
 DENOMINATORS = ("body", "total")
 """What a ratio is a share of: decoder layers with the final norm, or all parameters."""
 
+_SEARCH = "search"
 _RATIO_AXES = {"minitron-depth": "depth", "shortgpt": "depth", "minitron-width": "width"}
 _TOLERANCE = 0.05
 """How far the share that a target removes may be from the ratio."""
@@ -135,9 +137,10 @@ def describe_removal(parent: Shape, target: Shape) -> str:
     return f"removes {total:.1%} of all parameters, {body:.1%} of the body (decoder layers and final norm)"
 
 
-def write_target(shape: Shape, path: Path) -> None:
-    """Write the sizes as a JSON file, which ``--target`` takes."""
-    write_json(path, {name: getattr(shape, name) for name in SIZES})
+def write_target(shape: Shape, path: Path, spent: Mapping[str, int] | None = None) -> None:
+    """Write the sizes as a JSON file, which ``--target`` takes; ``spent``: tokens and FLOPs of the search for them."""
+    sizes = {name: getattr(shape, name) for name in SIZES}
+    write_json(path, {**sizes, _SEARCH: dict(spent)} if spent else sizes)
 
 
 def read_target(path: Path, parent: Shape) -> Shape:
@@ -146,10 +149,20 @@ def read_target(path: Path, parent: Shape) -> Shape:
     Raises:
         UserError: it is no such file, or the model cannot be pruned to it.
     """
+    sizes = _read(path)
+    return parse_target(",".join(f"{name}={size}" for name, size in sizes.items() if name != _SEARCH), parent)
+
+
+def search_spent(target: str | None) -> Mapping[str, int] | None:
+    """Return the ``tokens`` and ``flops`` of the search that found a ``--target``, if it is a file that says so."""
+    return _read(Path(target)).get(_SEARCH) if target and target.endswith(".json") else None
+
+
+def _read(path: Path) -> dict[str, Any]:
     sizes = read_json(path)
     if not isinstance(sizes, dict) or not sizes:
         raise UserError(f"{path} is not a target; it should hold sizes such as {{'hidden': 384, 'ffn': 1024}}.")
-    return parse_target(",".join(f"{name}={size}" for name, size in sizes.items()), parent)
+    return sizes
 
 
 def _narrower(parent: Shape, wanted: float, of: str) -> Shape:

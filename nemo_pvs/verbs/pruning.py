@@ -140,9 +140,10 @@ def prune(
     from nemo_pvs.files import refuse_existing
     from nemo_pvs.pruning import methods
     from nemo_pvs.pruning.spent import spent
+    from nemo_pvs.pruning.target import search_spent
     from nemo_pvs.pruning.work_folder import work_folder
     from nemo_pvs.recipe_targets import SCORED
-    from nemo_pvs.reporting.ledger import LEDGER
+    from nemo_pvs.reporting.ledger import LEDGER, Charge
 
     options = {name: value for name, value in locals().items() if name in methods.Options.__dataclass_fields__}
     one_of("--uneven", uneven, ("keep", "pad"))
@@ -195,6 +196,8 @@ def prune(
         if method in SCORED:
             ids, gradients = known_scores().tokens.ids, methods.METHODS[method].gradients
             ledger.charges.append(charge_scores(parent, ids.numel(), ids.shape[1], gradients=gradients))
+        if sought := search_spent(target):
+            ledger.charges.append(Charge("search", sought["tokens"], sought["flops"], "architecture search"))
         ledger.charges += pruning_charges(spent(pruned, methods.Options(**options), parent, read), task)
         with progress(f"write {wanted}", "parameters") as show:
             methods.write(pruned, Path(target_folder), wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)

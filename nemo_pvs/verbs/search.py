@@ -115,6 +115,11 @@ def search(
         runs, data = Path(out).with_suffix(".runs"), Path(retrain_data or "")
         with short_training(model, runs, data, layout, training) as retrain:
             ranking = find(retrain=retrain, retrain_best=retrain_best, retrained=f"{data}: {training}")
+    tokens, flops = ranking.tokens_read, ranking.flops
+    for shape in [one.shape for one in ranking.candidates if one.retrained_loss is not None]:
+        trained = training.steps * training.tokens_per_step
+        tokens += trained
+        flops += trained * shape.flops_per_token(sequence_length=sequence_length, training=True)
     sizes = ("layers", "hidden", "ffn", "KV groups", "parameters (M)", "GFLOPs/token")
     table = Table(*sizes, "loss (nats/token)", *(["after training"] if retrain_tokens else []))
     for candidate in ranking.candidates[:shortlist]:
@@ -127,5 +132,5 @@ def search(
             *("" if loss is None else f"{loss:.4f}" for loss in losses),
         )
     console.print(table)
-    write_target(ranking.candidates[0].shape, Path(out))
+    write_target(ranking.candidates[0].shape, Path(out), {"tokens": tokens, "flops": flops})
     console.print(f"{len(shapes):,} shapes within the budget; the best is in {out}", soft_wrap=True)
