@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs import cli
+from nemo_pvs.recipe_file import load_recipe, packaged_recipes
 from nemo_pvs.verbs import VERBS
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
@@ -24,7 +25,7 @@ DOCUMENTS = [
 
 def _commands(document: Path) -> list[str]:
     """Return the lines of fenced blocks without their comments."""
-    blocks = re.findall(r"^```\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^ *```\n(.*?)^ *```", document.read_text(), re.MULTILINE | re.DOTALL)
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
@@ -56,6 +57,31 @@ def test_every_verb_and_option_in_the_documents_exists():
             raise AssertionError(f"pvs {verb} is in a document but not in the program")
         for option in re.findall(r"--([a-z-]+)", " ".join(rest)):
             assert option.replace("-", "_") in verbs[verb], f"pvs {verb} has no --{option}"
+
+
+def test_the_way_to_a_cluster_makes_what_its_recipes_read():
+    """Every parent, tokenizer and token file of a recipe on the page comes out of a command above it."""
+    made: list[str] = []
+    seen = []
+    for command in _commands(ROOT / "launch" / "README.md"):
+        if found := re.match(r"pvs run (llama\S+) --launch \S+( --dry-run)?$", command):
+            recipe = load_recipe(found[1])
+            seen.append(recipe.name)
+            assert recipe.data.token_files is not None
+            _, files = recipe.data.token_files.blend
+            for path in (recipe.parent.source or recipe.parent.tokenizer, *files, recipe.data.token_files.test):
+                assert any(str(path).startswith(folder) for folder in made), f"{recipe.name} reads {path}"
+            made.append(f"runs/{recipe.name}/models" if not found[2] else "nothing: that was a dry run")
+        made += re.findall(r"--(?:local-dir|out) (\S+)", command)
+    assert seen == ["llama31_8b_p200", "llama31_8b_p200", "llama31_8b_minitron_width"]
+
+
+def test_every_recipe_in_the_documents_exists():
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    known = packaged_recipes()
+    named = re.findall(r"pvs (?:run|recipes|budget) ([a-z0-9_]+/[a-z0-9_]+)\b", text)
+    assert len(named) > 5
+    assert {*named} - {"my/recipe"} <= {*known}
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint"])
