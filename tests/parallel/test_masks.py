@@ -375,6 +375,16 @@ def test_uneven_layers_hold(job, tmp_path):
     _assert_held(run.checkpoint, tmp_path / "initial")
 
 
+def test_three_ranks_share_three_kv_groups(tmp_path):
+    """SmolLM2's form: 9 heads in 3 groups, at TP=3."""
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 129}
+    dense = HuggingFaceSource(save_tiny_tokenizer(make_tiny_llama(tmp_path / "model", **sizes), 129))
+    job = tiny_job(tmp_path, MaskedSource(dense), steps=6, clip_grad_norm=0.3, validations=1, checkpoints=1)
+    one, three = (_run(job, tmp_path / str(ranks), {"tensor_parallel": ranks}) for ranks in (1, 3))
+    assert (one.losses - three.losses).abs().max() < 1e-4
+    _assert_held(three.checkpoint, job.initial)
+
+
 def test_what_cannot_hold_masks_is_refused(job, tmp_path):
     run_ranks(1, _check_refusals, job)
 
@@ -383,8 +393,9 @@ def _check_refusals(job: TrainingJob) -> None:
     from types import SimpleNamespace
 
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
 
+    from nemo_pvs.training import masked_optimizer
     from nemo_pvs.training.cpu import megatron_on_cpu
     from nemo_pvs.training.masked_optimizer import MaskedOptimizer
     from nemo_pvs.training.masks import RankMasks
@@ -404,3 +415,14 @@ def _check_refusals(job: TrainingJob) -> None:
         refused("precision-aware", use_precision_aware_optimizer=True)
         refused("CPU offload", optimizer_cpu_offload=True)
         refused("Megatron-FSDP", fsdp=True)
+        optimizer = FP32Optimizer(
+            torch.optim.AdamW(model.parameters()), OptimizerConfig(optimizer="adam"), lambda *_: 0
+        )
+        with pytest.raises(UserError, match="FP8 parameters are quantised out of our sight"):
+            # What Transformer Engine's parameters say of themselves; it cannot be installed without CUDA.
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(masked_optimizer, "is_float8tensor", lambda parameter: parameter is model.weight)
+                masked_optimizer._refuse_unfit(optimizer, {model.weight: next(iter(masks.entries.values()))})
+        optimizer.__class__ = type("LayerwiseOptimizer", (MegatronOptimizer,), {"__abstractmethods__": frozenset()})
+        with pytest.raises(UserError, match="LayerwiseOptimizer is none that we know"):
+            masked_optimizer._refuse_unfit(optimizer, {})
