@@ -415,14 +415,15 @@ def _check_refusals(job: TrainingJob) -> None:
         refused("precision-aware", use_precision_aware_optimizer=True)
         refused("CPU offload", optimizer_cpu_offload=True)
         refused("Megatron-FSDP", fsdp=True)
-        optimizer = FP32Optimizer(
-            torch.optim.AdamW(model.parameters()), OptimizerConfig(optimizer="adam"), lambda *_: 0
-        )
+        adamw = torch.optim.AdamW(model.parameters())
+        optimizer = FP32Optimizer(adamw, OptimizerConfig(optimizer="adam"), lambda *_: None)
+        masked = {model.weight: next(iter(masks.entries.values()))}
+        # What Transformer Engine says of its own parameters; it cannot be installed without CUDA.
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setattr(masked_optimizer, "is_float8tensor", lambda parameter: parameter is model.weight)
         with pytest.raises(UserError, match="FP8 parameters are quantised out of our sight"):
-            # What Transformer Engine's parameters say of themselves; it cannot be installed without CUDA.
-            with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(masked_optimizer, "is_float8tensor", lambda parameter: parameter is model.weight)
-                masked_optimizer._refuse_unfit(optimizer, {model.weight: next(iter(masks.entries.values()))})
+            masked_optimizer._refuse_unfit(optimizer, masked)
+        monkeypatch.undo()
         optimizer.__class__ = type("LayerwiseOptimizer", (MegatronOptimizer,), {"__abstractmethods__": frozenset()})
         with pytest.raises(UserError, match="LayerwiseOptimizer is none that we know"):
             masked_optimizer._refuse_unfit(optimizer, {})
