@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_pvs.files import read_json, write_json
 from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe_efficient import PruningAware
 
 JOB_FILE = "job.json"
 METRICS_FILE = "metrics.jsonl"
@@ -33,6 +34,8 @@ class TrainingJob:
     """Where in the training data, in the order of training, the run begins to read; whole sequences."""
     teacher: Path | None = None
     """The checkpoint, of any format, that a run with ``training.distill`` learns from."""
+    pruning: PruningAware | None = None
+    """What is removed while the run trains."""
 
     @property
     def metrics(self) -> Path:
@@ -64,6 +67,7 @@ class TrainingJob:
             "layout": self.layout.model_dump(),
             "training": self.training.model_dump(),
             "teacher": self.teacher and str(self.teacher),
+            "pruning": self.pruning and self.pruning.model_dump(),
         }
 
     @classmethod
@@ -79,4 +83,5 @@ class TrainingJob:
             training=Training.model_validate(values["training"]),
             first_token=values.get("first_token", 0),
             teacher=Path(values["teacher"]) if values.get("teacher") else None,
+            pruning=PruningAware.model_validate(values["pruning"]) if values.get("pruning") else None,
         )

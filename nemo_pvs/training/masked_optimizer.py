@@ -147,12 +147,12 @@ def _shards(
     for parameter, main, start in owned(optimizer):
         if parameter in masked:
             entry = masked[parameter]
-            owned = slice(start, start + main.numel())
+            own = slice(start, start + main.numel())
             yield MaskedShard(
                 name=f"decoder.layers.{entry.layer}.{entry.megatron}",
-                mask=PackedMask(masks.read(entry).flatten()[owned], main.device),
+                mask=PackedMask(masks.read(entry).flatten()[own], main.device),
                 main=main,
-                model=parameter.detach().view(-1)[owned],
+                model=parameter.detach().view(-1)[own],
             )
 
 

@@ -19,6 +19,8 @@ class Curve:
     """step, tokens, loss (nats per token)."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)
     """step, zero_fraction (of the weights of masked matrices); empty for a dense model."""
+    pruning: list[dict[str, Any]] = field(default_factory=list)
+    """step, parameters (left after it); of a run during which units are removed, the steps that removed some."""
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ def read(path: Path) -> Curve:
 
     Half a line at the end, left by a killed run, is ignored.
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {"training": {}, "validation": {}, "sparsity": {}}
+    found: dict[str, dict[int, dict[str, Any]]] = {"training": {}, "validation": {}, "sparsity": {}, "pruning": {}}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
