@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.saliency import Rules, fewest_removals
-from nemo_pvs.recipe_blocks import Block, Fraction, Positive, Rate, Tokens, Training
+from nemo_pvs.recipe_basics import Block, Fraction, Layout, Positive, Rate, Tokens
 from nemo_pvs.shape import Shape
+
+if TYPE_CHECKING:
+    from nemo_pvs.recipe_blocks import Training
 
 
 class PruningAware(Block):
@@ -51,6 +54,11 @@ class PruningAware(Block):
     damping: float = Field(default=0.01, ge=0)
     learning_rate: Rate | None = None
     """The peak; that of ``train`` if it is left out."""
+    first_token: Tokens | None = None
+    """Where in the training data, in the order of training; by default where pruned arms begin, which then read the
+    same tokens again."""
+    layout: Layout | None = None
+    """Of this training, in which the parent's tensors are whole; the target's own by default."""
 
     @property
     def rules(self) -> Rules:
