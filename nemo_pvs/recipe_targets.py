@@ -15,6 +15,7 @@ from nemo_pvs.pruning.target import choose_target
 from nemo_pvs.pruning.unit_counts import Rules, unit_counts
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
+from nemo_pvs.run_masks import check_masks, learns_masks
 from nemo_pvs.shape import LayerSizes, Shape
 
 SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp", "llm-pruner")
@@ -54,6 +55,8 @@ def check_options(target: Target) -> None:
             f"{'two things say' if asked else 'nothing says'} how much to remove; "
             f"give {'only one' if asked else 'at least one'} of {known}."
         )
+    if target.learn is not None and target.method != "sheared-llama":
+        raise UserError(f"{target.method} learns no masks; leave learn out.")
     if target.sparsity is not None:
         Sparsity.parse(target.sparsity)
     if target.method == DENSE and target.keep_parent_embeddings:
@@ -166,6 +169,8 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
                 pipeline_parallel=layout.pipeline_parallel,
                 virtual_pipeline=layout.virtual_pipeline,
             )
+            if learns_masks(target):
+                check_masks(recipe, target, expected.shape, parent)
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
         batch = recipe.train.micro_batch_size * layout.data_parallel

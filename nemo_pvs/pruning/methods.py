@@ -255,6 +255,13 @@ def _joint(job: Job, target: Shape) -> Plan:
     return plan_joint(job.scores(), target, **job.options.given("aggregation"))
 
 
+def _by_training(job: Job) -> Pruned:
+    raise UserError(
+        "sheared-llama trains the model while it learns what to keep; write a recipe with a target of this method, "
+        "and use pvs run."
+    )
+
+
 def _magnitude(job: Job) -> Pruned:
     sparsity = _sparsity(job)
     source = MagnitudeSource(job.source, sparsity, **job.options.given("compat"))
@@ -322,6 +329,11 @@ METHODS: Mapping[str, Method] = {
         ("ratio", *_TAYLOR),
         _scored(plan_llm_pruner, *_TAYLOR),
         gradients=True,
+    ),
+    "sheared-llama": Method(
+        "hidden and FFN channels, KV groups and layers, by masks learned in training",
+        ("target", "preset"),
+        _by_training,
     ),
     "magnitude": Method("single weights by |W|", ("sparsity", "compat"), _magnitude),
     "wanda": Method("single weights by |W| |x|", ("sparsity", "sequential"), _layer_by_layer(Wanda)),
