@@ -24,6 +24,8 @@ from nemo_pvs.recipe_blocks import DENSE, Distillation, Target
 from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
 from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.run_efficient import prunes_while_training
+from nemo_pvs.run_masks import learns_masks
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_memory import Memory, training_memory
 
@@ -132,6 +134,8 @@ def _stages(recipe: Recipe) -> list[str]:
     if any(needs_scores(target) for target in recipe.targets.values()):
         stages.append("calibrate")
     for name, target in recipe.targets.items():
+        if learns_masks(target) or prunes_while_training(target):
+            stages.append(f"masks/{name}")
         if target.method != DENSE or "pruned" in recipe.arms:
             stages.append(f"prune/{name}")
         if "random" in recipe.arms:

@@ -28,21 +28,23 @@ from nemo_pvs.evaluation.windows import write_validation_document
 from nemo_pvs.files import read_json, sha256_json, whole_folder, write_json, write_text
 from nemo_pvs.layout import Layout
 from nemo_pvs.progress import progress
-from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
+from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target, write_planned
 from nemo_pvs.recipe import Arm, Recipe, Target
 from nemo_pvs.recipe_blocks import DENSE, PARENT, Initialisation
 from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_gradients, needs_scores, scans
 from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
+from nemo_pvs.run_efficient import aware_job, prune_by_units, prunes_while_training, train_and_prune
 from nemo_pvs.run_ledger import run_ledger
+from nemo_pvs.run_masks import learn_masks, learns_masks, mask_job, prune_by_masks
 from nemo_pvs.run_tasks import TASKS, measure_tasks, reads_text, search_score
 from nemo_pvs.shape import Shape
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer
 
-STAGES = ("parent", "data", "calibrate", "prune", "random", "train", "evaluate", "report")
+STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
 
 
 def initial_label(arm: Arm) -> str:
@@ -105,6 +107,8 @@ class Pipeline:
         if any(needs_scores(target) for target in self.recipe.targets.values()):
             self.calibrate()
         for name, target in self.recipe.targets.items():
+            if learns_masks(target) or prunes_while_training(target):
+                self.learn_masks(name, target)
             if target.method != DENSE or "pruned" in self.recipe.arms:
                 self.prune(name, target)
             if "random" in self.recipe.arms:
@@ -204,6 +208,29 @@ class Pipeline:
 
         self._stage("calibrate", inputs, [folder], work)
 
+    def learn_masks(self, name: str, target: Target) -> None:
+        """Train the parent while it turns out what to keep of it for a target: masks are learned, or units go."""
+        folder = self.folder / "masks" / name
+        job, identity = self._mask_job(name, target)
+        inputs = {
+            "parent": self.results["parent"]["fingerprint"],
+            "text": self._text("train"),
+            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
+            **identity,
+        }
+
+        def work() -> dict[str, Any]:
+            train = train_and_prune if prunes_while_training(target) else learn_masks
+            return train(job, self.parent_source, self.folder / "train" / "launcher.log")
+
+        self._stage(f"masks/{name}", inputs, [folder], work, keep_partial=True)
+
+    def _mask_job(self, name: str, target: Target) -> tuple[TrainingJob, dict[str, Any]]:
+        if prunes_while_training(target):
+            return aware_job(self.recipe, name, self.folder / "masks" / name, self._training_data)
+        shape = expected_shape(target, self.parent_shape).shape
+        return mask_job(self.recipe, name, shape, self.folder / "masks" / name, self._training_data)
+
     def prune(self, name: str, target: Target) -> None:
         """Prune to a target, into a Hugging Face folder and a NeMo checkpoint."""
         folder, settings = self.pruned(name), self.recipe.calibrate
@@ -216,9 +243,14 @@ class Pipeline:
             "shape": expected_shape(target, self.parent_shape).shape.to_dict(),
             "scores": self.results["calibrate"]["scores"] if needs_scores(target) else None,
             "text": [self._text("calibration"), samples, settings.sequence_length, settings.seed] * reads,
+            **({"masks": learned["masks"]} if (learned := self.results.get(f"masks/{name}")) else {}),
         }
 
         def work() -> dict[str, Any]:
+            if learned:
+                job, _ = self._mask_job(name, target)
+                prune = prune_by_units if prunes_while_training(target) else prune_by_masks
+                return write_planned(*prune(job, learned["checkpoint"], self.parent_source), folder)
             source, text, questions = self.parent_source, self.tokens.prefix("calibration"), self.folder / "questions"
             return prune_target(
                 target,
@@ -379,15 +411,19 @@ class Pipeline:
             name=arm.name,
             folder=self.folder.resolve() / "train" / arm.name,
             initial=self.initial(arm.target, arm.initialisation).resolve(),
-            data={
-                "train": self.tokens.training_paths,
-                "validation": str(self.tokens.folder.resolve() / "validation_windows"),
-            },
+            data=self._training_data,
             layout=arm.layout,
             training=arm.training,
             first_token=arm.first_token,
             teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
         )
+
+    @property
+    def _training_data(self) -> dict[str, Any]:
+        return {
+            "train": self.tokens.training_paths,
+            "validation": str(self.tokens.folder.resolve() / "validation_windows"),
+        }
 
     def _training_inputs(self, arm: Arm) -> dict[str, Any]:
         return {

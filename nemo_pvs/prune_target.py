@@ -97,6 +97,13 @@ def prune_target(
     return result
 
 
+def write_planned(source: WeightSource, plan: Plan, folder: Path) -> dict[str, Any]:
+    """Write a model that is pruned by a plan made elsewhere; returns what ``prune_target`` does."""
+    _write(source, folder)
+    plan.save(folder / PLAN)
+    return {"fingerprint": fingerprint(source), "plan": plan.plan_hash}
+
+
 def _write(source: WeightSource, folder: Path) -> None:
     folder.mkdir(parents=True)
     for write, place in ((write_huggingface, HUGGING_FACE), (write_nemo, NEMO)):

@@ -15,6 +15,9 @@ from nemo_pvs.pruning.target import choose_target
 from nemo_pvs.pruning.unit_counts import Rules, unit_counts
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
+from nemo_pvs.run_efficient import METHOD as EFFICIENT
+from nemo_pvs.run_efficient import about_shape, check_pruning_aware
+from nemo_pvs.run_masks import check_masks, learns_masks
 from nemo_pvs.shape import LayerSizes, Shape
 
 SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp", "llm-pruner")
@@ -54,6 +57,10 @@ def check_options(target: Target) -> None:
             f"{'two things say' if asked else 'nothing says'} how much to remove; "
             f"give {'only one' if asked else 'at least one'} of {known}."
         )
+    if target.learn is not None and target.method != "sheared-llama":
+        raise UserError(f"{target.method} learns no masks; leave learn out.")
+    if target.pruning_aware is not None and target.method != EFFICIENT:
+        raise UserError(f"{target.method} removes nothing while it trains; leave pruning_aware out.")
     if target.sparsity is not None:
         Sparsity.parse(target.sparsity)
     if target.method == DENSE and target.keep_parent_embeddings:
@@ -109,6 +116,8 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
         for name, inputs in (("q_proj", parent.hidden), ("o_proj", parent.axis("query")), ("down_proj", parent.ffn)):
             sparsity.check(name, (1, inputs))
         return Expected(parent, True)
+    if target.method == EFFICIENT:
+        return Expected(about_shape(target, parent), False)
     if target.method in _STRUCTURES:
         return _by_units(target, parent, options)
     sizes = {name: options.get(name) for name in ("target", "ratio", "preset")}
@@ -166,6 +175,10 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
                 pipeline_parallel=layout.pipeline_parallel,
                 virtual_pipeline=layout.virtual_pipeline,
             )
+            if learns_masks(target):
+                check_masks(recipe, target, expected.shape, parent)
+            if target.method == EFFICIENT:
+                check_pruning_aware(recipe, target, parent)
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
         batch = recipe.train.micro_batch_size * layout.data_parallel

@@ -19,14 +19,14 @@ PARENT = WeightLayout.for_config(CONFIG).shape(CONFIG)
 PER_STEP = 8 * 32
 
 
-def recipe(layout: dict[str, int] | None = None, **pruning: Any) -> Recipe:
+def recipe(target_layout: dict[str, int] | None = None, **pruning: Any) -> Recipe:
     aware = {"parameters": 0.7 * PARENT.parameters // 1, "tokens": 40 * PER_STEP, **pruning}
     values = {
         "name": "tiny",
         "title": "Tiny",
         "parent": {"source": "nowhere", "config": CONFIG, "pretraining_tokens": 1e6},
         "data": {"source": "text"},
-        "targets": {"small": {"method": "efficient-llm", "pruning_aware": aware, "layout": layout or {}}},
+        "targets": {"small": {"method": "efficient-llm", "pruning_aware": aware, "layout": target_layout or {}}},
         "train": {
             "tokens": 4 * PER_STEP,
             "sequence_length": 32,

@@ -32,6 +32,7 @@ from nemo_pvs.training.data import PretrainingData
 from nemo_pvs.training.distillation_callback import distill
 from nemo_pvs.training.gates import gated_layer_spec
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.mask_learning_callback import learn_masks
 from nemo_pvs.training.masks_callback import HoldMasks
 from nemo_pvs.training.preemption_callback import Resume, SaveOnSignal
 from nemo_pvs.training.pruning_aware_callback import prune_while_training
@@ -94,7 +95,7 @@ def model(job: TrainingJob, precision: str, machine: Machine, described: run.Con
         config.data_step_fn = causal_data_step
         # Initialisation must not ask for a CUDA generator; the restored weights replace it in any case.
         config.use_cpu_initialization = not machine.gpu
-    if job.pruning:
+    if job.masks or job.pruning:
         config.transformer_layer_spec = gated_layer_spec
     if job.layout.virtual_pipeline:
         # Of two ranks each is before and behind the other: messages sent in one batch would be taken for each other.
@@ -160,6 +161,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         *hold_masks(job),
         *distill(job),
         *prune_while_training(job),
+        *learn_masks(job),
         run.Config(SaveOnSignal),
     ]
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:
