@@ -59,7 +59,7 @@ def test_it_is_planned_and_charged_as_training_of_the_whole_parent() -> None:
     ("layout", "pruning", "reason"),
     [
         ({}, {"parameters": PARENT.parameters}, "cannot be pruned to"),
-        ({}, {"parameters": 1000}, "pruned to nothing next"),
+        ({}, {"parameters": 100}, "pruned to nothing next"),
         ({}, {"every": 40}, r"takes at least \d+ removals, so [\d,]+ steps, but 10,240 tokens are 40 steps with 1 "),
         ({}, {"start_tokens": 40 * PER_STEP, "pace": "linear"}, "with 0 removals"),
         ({"tensor_parallel": 2}, {"pace": "linear"}, r"has to divide pruning_aware\.groups_at_once \(1\)"),

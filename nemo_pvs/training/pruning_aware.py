@@ -8,8 +8,7 @@ computes what a smaller one would, in tensors that never change their shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -18,8 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import distributed
 
-from nemo_pvs.errors import UserError
-from nemo_pvs.layout import Entry, Layout
+from nemo_pvs.layout import Layout
 from nemo_pvs.pruning.compensation import predictors
 from nemo_pvs.pruning.kept_units import KeptUnits
 from nemo_pvs.pruning.saliency import Removal, add_terms, next_removal, saliency
@@ -27,62 +25,8 @@ from nemo_pvs.pruning.unit_space import UnitSpace
 from nemo_pvs.recipe_blocks import Training
 from nemo_pvs.recipe_efficient import PruningAware
 from nemo_pvs.training.input_samples import COLUMN_PARALLEL, ROW_PARALLEL, InputSamples, Site
-from nemo_pvs.training.masked_optimizer import owned, refuse_unfit, unchained
-
-# Norms on their own have the names that Transformer Engine gives them inside of the linear layer behind.
-_NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-
-
-@dataclass
-class _Tensor:
-    """A weight of this rank's model, with the units of its rows and columns."""
-
-    entry: Entry
-    rows: torch.Tensor
-    columns: torch.Tensor
-    counts: bool
-    """Whether no other rank has the same weights."""
-    masks: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Which rows and columns are kept; None as long as all are."""
-
-
-@dataclass
-class _Shard:
-    """The range of a flattened tensor that this rank updates."""
-
-    tensor: _Tensor
-    main: torch.nn.Parameter
-    optimizer: MegatronOptimizer
-    rectangles: list[tuple[slice, slice, slice]] = field(default_factory=list)
-
-    def views(self, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice, slice]]:
-        """Yield the rectangles of a tensor that has the shard's size, with their rows and columns."""
-        flat = values.detach().view(-1)
-        for rows, columns, place in self.rectangles:
-            yield flat[place].view(rows.stop - rows.start, columns.stop - columns.start), rows, columns
-
-    @property
-    def moments(self) -> list[torch.Tensor]:
-        """What the optimizer remembers of each weight."""
-        states = self.optimizer.optimizer.state.get(self.main, {}).values()
-        return [state for state in states if isinstance(state, torch.Tensor) and state.numel() == self.main.numel()]
-
-
-def rectangles(start: int, count: int, width: int) -> list[tuple[slice, slice, slice]]:
-    """Return the at most three rectangles of a range of a flattened matrix: rows, columns, and where in the range."""
-    end = start + count
-    first, last = -(-start // width), end // width
-    if first > last:
-        return [(slice(last, last + 1), slice(start % width, end % width), slice(0, count))]
-    pieces = [
-        (slice(first - 1, first), slice(start % width, width), slice(0, first * width - start)),
-        (slice(first, last), slice(0, width), slice(first * width - start, last * width - start)),
-        (slice(last, last + 1), slice(0, end % width), slice(last * width - start, count)),
-    ]
-    return [piece for piece in pieces if piece[2].stop > piece[2].start]
+from nemo_pvs.training.masked_optimizer import unchained
+from nemo_pvs.training.unit_tensors import UnitTensor, linear_layers, unit_shards, unit_tensors
 
 
 class Pruner:
@@ -101,7 +45,7 @@ class Pruner:
         """Hook into the optimizers from now on.
 
         Args:
-            optimizers: Megatron's, as NeMo calls them.
+            optimizers: Megatron's, as NeMo calls them: one, which may be a chain.
             chunks: The pieces of the model that this rank has.
             layout: The model's table of weights.
             space: The model's units.
@@ -118,20 +62,19 @@ class Pruner:
         self._terms = train.tokens_per_step if how.curvature == "tokens" else train.global_batch_size
         self._device = torch.device(torch.cuda.current_device())
         models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, GPTModel)]
-        tensors = dict(_tensors(models, layout, space, self._device))
-        self._shards = list(_shards(optimizers, tensors))
+        tensors = dict(unit_tensors(models, layout, space, self._device))
+        self._shards = list(unit_shards(optimizers, tensors))
         # Replicas that share the weights out, or None where each has them all.
         sharded = any(isinstance(optimizer, DistributedOptimizer) for optimizer in unchained(optimizers))
         self._owners = parallel_state.get_data_parallel_group(with_context_parallel=True) if sharded else None
-        modules = _modules(models, space)
+        modules = linear_layers(models, space)
         stride = max(1, train.tokens_per_step // how.compensation_tokens)
         sequence_parallel = models[0].config.sequence_parallel
         self._inputs = InputSamples(modules, stride, sequence_parallel=sequence_parallel)
         names = {(tensor.entry.layer, tensor.entry.megatron): tensor for tensor in tensors.values()}
-        self._sites: dict[Site, _Tensor] = {site: names[site[0], f"{site[1]}.weight"] for site in modules}
+        self._sites: dict[Site, UnitTensor] = {site: names[site[0], f"{site[1]}.weight"] for site in modules}
         self._refresh()
-        for optimizer in optimizers:
-            self._install(optimizer)
+        self._install(*optimizers)
 
     def _install(self, optimizer: MegatronOptimizer) -> None:
         prepare = optimizer.prepare_grads
@@ -167,7 +110,7 @@ class Pruner:
         self._inputs.active = False
         for shard in self._shards:
             if shard.tensor.masks and shard.main.grad is not None:
-                _zero(shard, shard.main.grad)
+                shard.zero_removed(shard.main.grad)
 
     def _sum_up(self) -> None:
         """Take this step's weights and gradients into the averages, the same on every rank then."""
@@ -220,7 +163,7 @@ class Pruner:
             kept = self.state.kept[units].to(self._device)
             self._take_over(site, tensor, places, kept)
 
-    def _take_over(self, site: Site, tensor: _Tensor, gone: torch.Tensor, kept: torch.Tensor) -> None:
+    def _take_over(self, site: Site, tensor: UnitTensor, gone: torch.Tensor, kept: torch.Tensor) -> None:
         """Add to a matrix what its columns ``gone`` [k] gave, as far as the ``kept`` [inputs] ones predict it."""
         shares = predictors(self._inputs.hessian(site), gone, kept, self.how.damping)
         rows = site[1] in ROW_PARALLEL
@@ -254,70 +197,6 @@ class Pruner:
             same = before and all(map(torch.equal, before, masks))
             if tensor.masks and not same:
                 for values in (shard.main, *shard.moments):
-                    _zero(shard, values)
+                    shard.zero_removed(values)
         self.hidden = self.space.hidden(kept)
         """Which hidden channels are left, bool [d]."""
-
-
-def _zero(shard: _Shard, values: torch.Tensor) -> None:
-    """Set what a shard has of removed units to zero."""
-    assert shard.tensor.masks
-    kept_rows, kept_columns = shard.tensor.masks
-    for part, rows, columns in shard.views(values):
-        part.masked_fill_(~kept_rows[rows, None], 0).masked_fill_(~kept_columns[columns], 0)
-
-
-def _tensors(
-    models: list[GPTModel], layout: Layout, space: UnitSpace, device: torch.device
-) -> Iterator[tuple[torch.nn.Parameter, _Tensor]]:
-    """Yield every parameter of this rank with the units of its rows and columns."""
-    entries = {(entry.layer, entry.megatron): entry for entry in layout.entries(space.shape)}
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    for model in models:
-        numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
-        for name, parameter in model.named_parameters():
-            prefix = next((prefix for prefix in numbers if name.startswith(prefix)), "")
-            own = name.removeprefix(prefix)
-            for norm, stored in _NORMS.items():
-                own = own.replace(norm, stored) if own.startswith(norm) else own
-            if own == "output_layer.weight" and space.shape.tied:  # the last stage's copy of the embedding
-                own = "embedding.word_embeddings.weight"
-            entry = entries.get((numbers.get(prefix), own))
-            if entry is None:
-                raise UserError(f"The weight {name} is in no table of conversions/, so it cannot be pruned.")
-            rows, columns = space.of_tensor(entry, rank=rank, ranks=ranks)
-            if (len(rows), len(columns)) != (len(parameter), parameter[0].numel()):
-                raise UserError(
-                    f"{name} is {tuple(parameter.shape)}, not {(len(rows), len(columns))} as its units are; the "
-                    "vocabulary may be padded, which pruning while training does not know."
-                )
-            copied = getattr(parameter, "shared", False) or (entry.tensor_parallel_axis is None and rank > 0)
-            yield parameter, _Tensor(entry, rows.to(device), columns.to(device), not copied)
-
-
-def _shards(optimizers: Sequence[MegatronOptimizer], tensors: dict[torch.nn.Parameter, _Tensor]) -> Iterator[_Shard]:
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    for optimizer in unchained(optimizers):
-        refuse_unfit(optimizer, dict.fromkeys(tensors))
-        whole = not isinstance(optimizer, DistributedOptimizer)
-        for parameter, main, start in owned(optimizer):
-            tensor = tensors[parameter]
-            if whole and replica > 0:
-                tensor.counts = False
-            yield _Shard(tensor, main, optimizer, rectangles(start, main.numel(), len(tensor.columns)))
-
-
-def _modules(models: list[GPTModel], space: UnitSpace) -> dict[Site, torch.nn.Module]:
-    """Return the linear layers of this rank, in the order of the layers.
-
-    A tied output head is left out: what would make up for a channel in it would change the embedding.
-    """
-    found: dict[Site, torch.nn.Module] = {}
-    for model in models:
-        for layer in model.decoder.layers:
-            for name in (*COLUMN_PARALLEL[:2], *ROW_PARALLEL):
-                found[layer.layer_number - 1, name] = layer.get_submodule(name)
-        if model.post_process and not space.shape.tied:
-            found[None, "output_layer"] = model.output_layer
-    return found
