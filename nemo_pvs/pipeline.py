@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ class Pipeline:
 
     def run(self) -> None:
         """Do every stage that is not done yet."""
-        self.prepare()
-        with Trainer(self.folder / "train" / "launcher.log") as trainer:
+        with self._trainer() as trainer:
+            self.prepare(trainer)
             for arm in self.recipe.runs:
                 self.train(trainer, arm)
         self.evaluate()
@@ -97,8 +98,8 @@ class Pipeline:
             jobs.append(job.save())
         return jobs
 
-    def prepare(self) -> None:
-        """Do every stage that makes initial weights and token files."""
+    def prepare(self, trainer: Trainer | None = None) -> None:
+        """Do every stage that makes initial weights and token files; ``trainer`` where there is one already."""
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
         self.parent()
         self.recipe = settle(self.recipe, self.parent_shape)
@@ -107,7 +108,7 @@ class Pipeline:
             self.calibrate()
         for name, target in self.recipe.targets.items():
             if learns_masks(target):
-                self.learn_masks(name, target)
+                self.learn_masks(name, target, trainer)
             if target.method != DENSE or "pruned" in self.recipe.arms:
                 self.prune(name, target)
             if "random" in self.recipe.arms:
@@ -207,7 +208,7 @@ class Pipeline:
 
         self._stage("calibrate", inputs, [folder], work)
 
-    def learn_masks(self, name: str, target: Target) -> None:
+    def learn_masks(self, name: str, target: Target, trainer: Trainer | None = None) -> None:
         """Train the parent together with the masks of a target, which then say what is pruned."""
         folder = self.folder / "masks" / name
         job, identity = self._mask_job(name, target)
@@ -219,7 +220,8 @@ class Pipeline:
         }
 
         def work() -> dict[str, Any]:
-            return learn_masks(job, self.parent_source, self.folder / "train" / "launcher.log")
+            with nullcontext(trainer) if trainer else self._trainer() as running:
+                return learn_masks(running, job, self.parent_source)
 
         self._stage(f"masks/{name}", inputs, [folder], work, keep_partial=True)
 
@@ -412,6 +414,9 @@ class Pipeline:
             first_token=arm.first_token,
             teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
         )
+
+    def _trainer(self) -> Trainer:
+        return Trainer(self.folder / "train" / "launcher.log")
 
     @property
     def _training_data(self) -> dict[str, Any]:

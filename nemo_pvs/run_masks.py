@@ -138,7 +138,7 @@ def mask_job(
     }
 
 
-def learn_masks(job: TrainingJob, parent: WeightSource, log: Path) -> dict[str, Any]:
+def learn_masks(trainer: Trainer, job: TrainingJob, parent: WeightSource) -> dict[str, Any]:
     """Train the parent and the masks, going on where an earlier attempt stopped.
 
     Returns:
@@ -151,8 +151,7 @@ def learn_masks(job: TrainingJob, parent: WeightSource, log: Path) -> dict[str, 
     if not job.initial.exists():
         with progress("write nemo", "parameters") as show:
             write_nemo(parent, job.initial, progress=show)
-    with Trainer(log) as trainer:
-        checkpoint = trainer.train(job)
+    checkpoint = trainer.train(job)
     load_gates(job.masks_file, job.masks.target)
     return {"checkpoint": checkpoint.name, "masks": sha256_file(job.masks_file)}
 
