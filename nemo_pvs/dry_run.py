@@ -24,7 +24,7 @@ from nemo_pvs.recipe_blocks import DENSE, Distillation, Target
 from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
 from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger
-from nemo_pvs.run_masks import learns_masks
+from nemo_pvs.run_masks import describe_masks, end_of_reading, learns_masks
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_memory import Memory, training_memory
 
@@ -116,8 +116,7 @@ def _check_data(recipe: Recipe) -> None:
         return
     weights, names = token_files.blend
     if all(Path(f"{name}.idx").is_file() for name in names):
-        end = max(arm.first_token + arm.tokens for arm in recipe.runs)
-        check_end(end, [count_tokens(Path(name)) for name in names], weights, names)
+        check_end(end_of_reading(recipe), [count_tokens(Path(name)) for name in names], weights, names)
 
 
 def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: Shape | None) -> PlannedTarget:
@@ -164,6 +163,9 @@ def show(plan: DryRun, executor: str) -> None:
     )
     if train.distill:
         console.print(_describe(train.distill), soft_wrap=True)
+    for one in plan.targets:
+        if learns_masks(one.target):
+            console.print(f"masks of {one.name}: {describe_masks(recipe, one.target, plan.parent)}", soft_wrap=True)
     console.print(f"where: {executor}", soft_wrap=True)
     # A file or a pipe has no width: nothing need be broken there.
     wide = console if console.is_terminal else Console(width=_WIDE, highlight=False, quiet=console.quiet)

@@ -37,7 +37,7 @@ from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
 from nemo_pvs.run_ledger import run_ledger
-from nemo_pvs.run_masks import learn_masks, learns_masks, mask_job, prune_by_masks
+from nemo_pvs.run_masks import end_of_reading, learn_masks, learns_masks, mask_job, prune_by_masks
 from nemo_pvs.run_tasks import TASKS, measure_tasks, reads_text, search_score
 from nemo_pvs.shape import Shape
 from nemo_pvs.stages import Stages
@@ -117,7 +117,7 @@ class Pipeline:
         made = (name for name in self.recipe.targets if f"prune/{name}" in self.results)
         shapes = {name: shape_of(open_source(self.pruned(name) / HUGGING_FACE)) for name in made}
         self.recipe = settle(self.recipe, self.parent_shape, shapes)
-        self.tokens.check_ends(self.results["data"]["splits"], self.recipe.runs)
+        self.tokens.check_end(self.results["data"]["splits"], end_of_reading(self.recipe))
 
     def parent(self) -> None:
         """Get the parent as a checkpoint folder, and check that the recipe can be done with it."""
@@ -180,13 +180,13 @@ class Pipeline:
 
         def work() -> dict[str, Any]:
             splits = self.tokens.prepare(self.tokenizer, vocab)
-            self.tokens.check_ends(splits, self.recipe.runs)
+            self.tokens.check_end(splits, end_of_reading(self.recipe))
             windows = self.tokens.validation_windows
             write_validation_document(windows, self.tokens.folder / "validation_windows", vocab)
             return {"splits": splits, "validation_windows": windows.manifest}
 
         self._stage("data", inputs, [self.tokens.folder], work)
-        self.tokens.check_ends(self.results["data"]["splits"], self.recipe.runs)
+        self.tokens.check_end(self.results["data"]["splits"], end_of_reading(self.recipe))
 
     def calibrate(self) -> None:
         """Measure importance, one dense pass for all targets, and one back where a target needs gradients."""

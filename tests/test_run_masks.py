@@ -21,7 +21,7 @@ from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe_file import load_recipe, parse_recipe
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
-from nemo_pvs.run_masks import first_token, mask_job, mask_layout, mask_training
+from nemo_pvs.run_masks import describe_masks, end_of_reading, first_token, mask_job, mask_layout, mask_training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -128,6 +128,14 @@ def test_mask_learning_is_training_of_the_whole_parent_and_charged_as_such(tmp_p
     assert mask_layout(target.target).processes == 32
     job, _ = mask_job(plan.recipe, "4b-shear", target.expected.shape, tmp_path, {"train": "t", "validation": "v"})
     assert TrainingJob.load(job.save()) == job
+
+
+def test_mask_learning_counts_among_what_is_read() -> None:
+    recipe = load_recipe("llama31_8b/sheared")
+    assert end_of_reading(recipe) == first_token(recipe, recipe.targets["4b-shear"]) + 419_430_400
+    assert "3,200 steps of 131,072 tokens" in describe_masks(
+        recipe, recipe.targets["4b-shear"], dry_run(recipe).parent
+    )
 
 
 @pytest.mark.parametrize(
