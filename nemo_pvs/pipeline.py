@@ -37,12 +37,12 @@ from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
 from nemo_pvs.run_ledger import run_ledger
-from nemo_pvs.run_masks import end_of_reading, learn_masks, learns_masks, mask_job, prune_by_masks
+from nemo_pvs.run_masks import end_of_reading, learn_masks, learns_masks, mask_job, prepare_masks, prune_by_masks
 from nemo_pvs.run_tasks import TASKS, measure_tasks, reads_text, search_score
 from nemo_pvs.shape import Shape
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import Trainer
+from nemo_pvs.training.run import Trainer, is_finished
 
 STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
 
@@ -88,9 +88,14 @@ class Pipeline:
             self.tasks()
 
     def prepare_only(self) -> list[Path]:
-        """Do every stage before training, and return the job files for ranks that something else starts."""
-        self.prepare()
-        jobs = []
+        """Do every stage before training, and return the job files for ranks that something else starts.
+
+        Where masks are to be learned, these are the first jobs; call it again when they are done.
+        """
+        self._begin()
+        if jobs := self._mask_jobs():
+            return jobs
+        self._make_initial_weights()
         for arm in self.recipe.runs:
             job = self.job(arm)
             outputs = [job.folder, self.model(arm.name)]
@@ -100,10 +105,16 @@ class Pipeline:
 
     def prepare(self, trainer: Trainer | None = None) -> None:
         """Do every stage that makes initial weights and token files; ``trainer`` where there is one already."""
+        self._begin()
+        self._make_initial_weights(trainer)
+
+    def _begin(self) -> None:
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
         self.parent()
         self.recipe = settle(self.recipe, self.parent_shape)
         self.data()
+
+    def _make_initial_weights(self, trainer: Trainer | None = None) -> None:
         if any(needs_scores(target) for target in self.recipe.targets.values()):
             self.calibrate()
         for name, target in self.recipe.targets.items():
@@ -210,24 +221,34 @@ class Pipeline:
 
     def learn_masks(self, name: str, target: Target, trainer: Trainer | None = None) -> None:
         """Train the parent together with the masks of a target, which then say what is pruned."""
-        folder = self.folder / "masks" / name
-        job, identity = self._mask_job(name, target)
-        inputs = {
-            "parent": self.results["parent"]["fingerprint"],
-            "text": self._text("train"),
-            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
-            **identity,
-        }
+        job, inputs = self._mask_job(name, target)
 
         def work() -> dict[str, Any]:
             with nullcontext(trainer) if trainer else self._trainer() as running:
                 return learn_masks(running, job, self.parent_source)
 
-        self._stage(f"masks/{name}", inputs, [folder], work, keep_partial=True)
+        self._stage(f"masks/{name}", inputs, [job.folder.parent], work, keep_partial=True)
+
+    def _mask_jobs(self) -> list[Path]:
+        """Return the files of the jobs that learn masks and are not finished."""
+        learned = {name: self._mask_job(name, one) for name, one in self.recipe.targets.items() if learns_masks(one)}
+        return [
+            prepare_masks(job, self.parent_source)
+            for name, (job, inputs) in learned.items()
+            if self.stages.begin(f"masks/{name}", inputs, [job.folder.parent], keep_partial=True) is None
+            and not is_finished(job)
+        ]
 
     def _mask_job(self, name: str, target: Target) -> tuple[TrainingJob, dict[str, Any]]:
+        """Return the job that learns the masks of a target, and what the stage is made from."""
         shape = expected_shape(target, self.parent_shape).shape
-        return mask_job(self.recipe, name, shape, self.folder / "masks" / name, self._training_data)
+        job, identity = mask_job(self.recipe, name, shape, self.folder / "masks" / name, self._training_data)
+        return job, {
+            "parent": self.results["parent"]["fingerprint"],
+            "text": self._text("train"),
+            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
+            **identity,
+        }
 
     def prune(self, name: str, target: Target) -> None:
         """Prune to a target, into a Hugging Face folder and a NeMo checkpoint."""

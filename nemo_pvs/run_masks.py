@@ -162,6 +162,14 @@ def mask_job(
     }
 
 
+def prepare_masks(job: TrainingJob, parent: WeightSource) -> Path:
+    """Write what ranks need to learn masks, and return the job's file."""
+    if not job.initial.exists():
+        with progress("write nemo", "parameters") as show:
+            write_nemo(parent, job.initial, progress=show)
+    return job.save()
+
+
 def learn_masks(trainer: Trainer, job: TrainingJob, parent: WeightSource) -> dict[str, Any]:
     """Train the parent and the masks, going on where an earlier attempt stopped.
 
@@ -172,9 +180,7 @@ def learn_masks(trainer: Trainer, job: TrainingJob, parent: WeightSource) -> dic
         UserError: the masks did not come near the target.
     """
     assert job.masks is not None
-    if not job.initial.exists():
-        with progress("write nemo", "parameters") as show:
-            write_nemo(parent, job.initial, progress=show)
+    prepare_masks(job, parent)
     checkpoint = trainer.train(job)
     load_gates(job.masks_file, job.masks.target)
     return {"checkpoint": checkpoint.name, "masks": sha256_file(job.masks_file)}

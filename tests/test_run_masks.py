@@ -115,6 +115,20 @@ def test_a_run_killed_while_it_learns_masks_goes_on_to_a_pruned_and_trained_mode
     assert ledger.total == arm_cost(recipe, arm, plan.target, plan.parent).total
 
 
+def test_what_is_prepared_first_is_the_job_that_learns_masks(tmp_path: Path) -> None:
+    recipe, folder = parse_recipe(_values(tmp_path), "test"), tmp_path / "run"
+    (path,) = Pipeline(recipe, folder).prepare_only()
+    job = TrainingJob.load(path)
+    assert path == (folder / "masks" / "sheared" / "run" / "job.json").resolve()
+    assert job.masks is not None
+    assert (job.masks.target.hidden, job.layout.pipeline_parallel, job.training.steps) == (48, 2, STEPS)
+    assert shape_of(open_source(job.initial)).hidden == 64
+    assert not (folder / "pruned").exists()
+    before = job.initial.stat().st_mtime_ns
+    assert Pipeline(recipe, folder).prepare_only() == [path]
+    assert job.initial.stat().st_mtime_ns == before
+
+
 def test_mask_learning_is_training_of_the_whole_parent_and_charged_as_such(tmp_path: Path) -> None:
     plan = dry_run(load_recipe("llama31_8b/sheared"))
     (target,) = plan.targets

@@ -34,6 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP=2": {"tensor_parallel": 2},
     "TP=2, sequence parallel": {"tensor_parallel": 2, "sequence_parallel": True},
     "PP=2": {"pipeline_parallel": 2},
+    "PP=2, virtual": {"pipeline_parallel": 2, "virtual_pipeline": 2},
     "DP=2": {"data_parallel": 2},
     "TP=2 PP=2": {"tensor_parallel": 2, "pipeline_parallel": 2},
 }
