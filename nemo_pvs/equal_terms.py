@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from nemo_pvs.masks_stage import charge_stage, is_trained_first
 from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
 from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.recipe import Arm, Recipe
@@ -12,8 +13,6 @@ from nemo_pvs.recipe_targets import expected_shape, is_sparse, masked_parameters
 from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors, teacher_shape
 from nemo_pvs.reporting.budget import PrunedArm, scratch_budget
 from nemo_pvs.reporting.ledger import Charge, Ledger
-from nemo_pvs.run_efficient import charge_pruning_aware, prunes_while_training
-from nemo_pvs.run_masks import charge_masks, learns_masks
 from nemo_pvs.shape import Shape
 
 
@@ -98,10 +97,8 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         models, forwards = _scan(target, parent.layers, parent.layers - shape.layers)
         flops = sweep_flops(parent, text, forwards, models)
         ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, "depth scan, prefixes shared"))
-    if learns_masks(target):
-        charge_masks(ledger, recipe, target, parent)
-    if prunes_while_training(target):
-        charge_pruning_aware(ledger, recipe, target, parent)
+    if is_trained_first(target):
+        charge_stage(ledger, recipe, target, parent)
     if target.task is not None:
         ledger.charges.append(Charge("search", None, None, f"depth by {target.task}, known when it has been asked"))
     return ledger

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.masks_stage import check_stage, is_trained_first
 from nemo_pvs.pruning.input_means import FEATURES
 from nemo_pvs.pruning.methods import METHODS, Options
 from nemo_pvs.pruning.sparsity import Sparsity
@@ -16,8 +17,7 @@ from nemo_pvs.pruning.unit_counts import Rules, unit_counts
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
 from nemo_pvs.run_efficient import METHOD as EFFICIENT
-from nemo_pvs.run_efficient import about_shape, check_pruning_aware
-from nemo_pvs.run_masks import check_masks, learns_masks
+from nemo_pvs.run_efficient import about_shape
 from nemo_pvs.shape import LayerSizes, Shape
 
 SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp", "llm-pruner")
@@ -175,10 +175,8 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
                 pipeline_parallel=layout.pipeline_parallel,
                 virtual_pipeline=layout.virtual_pipeline,
             )
-            if learns_masks(target):
-                check_masks(recipe, target, expected.shape, parent)
-            if target.method == EFFICIENT:
-                check_pruning_aware(recipe, target, parent)
+            if is_trained_first(target):
+                check_stage(recipe, target, expected.shape, parent)
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
         batch = recipe.train.micro_batch_size * layout.data_parallel

@@ -8,11 +8,9 @@ from typing import Any
 
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.masks import masks_of
-from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import sha256_file
-from nemo_pvs.progress import progress
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.kept_units import KeptUnits, state_file
 from nemo_pvs.pruning.plan import Plan
@@ -22,9 +20,11 @@ from nemo_pvs.recipe_basics import Layout
 from nemo_pvs.recipe_blocks import Target, Training
 from nemo_pvs.recipe_efficient import PruningAware
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.run_masks import prepare_masks
 from nemo_pvs.shape import Shape
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer
+from nemo_pvs.training_memory import training_memory
 
 METHOD = "efficient-llm"
 
@@ -116,6 +116,31 @@ def charge_pruning_aware(ledger: Ledger, recipe: Recipe, target: Target, parent:
     )
 
 
+def describe_pruning_aware(recipe: Recipe, target: Target, parent: Shape) -> str:
+    """Return one line about that training."""
+    training, layout = aware_training(recipe, target), aware_layout(target)
+    memory = training_memory(parent, layout, training)
+    return (
+        f"{training.steps:,} steps of {training.tokens_per_step:,} tokens from token "
+        f"{_first_token(recipe, target):,}, units go from step {how(target).start_step(training) + 1:,} on; TP x PP x DP = {layout.tensor_parallel} x "
+        f"{layout.pipeline_parallel} x {layout.data_parallel}, {memory.total / 1e9:,.1f} GB a GPU, "
+        f"{memory.total_recomputed / 1e9:,.1f} recomputed"
+    )
+
+
+def end_of_aware(recipe: Recipe, target: Target) -> int:
+    """Return the end of what that training reads, in the order of training."""
+    training = aware_training(recipe, target)
+    return _first_token(recipe, target) + training.steps * training.tokens_per_step
+
+
+def _first_token(recipe: Recipe, target: Target) -> int:
+    """Return where in the training data it begins, rounded up to whole steps."""
+    given, step = how(target).first_token, recipe.train.tokens_per_step
+    first = recipe.data.token_ranges.of("pruned")[0] if given is None else int(given)
+    return -(-first // step) * step
+
+
 def aware_job(recipe: Recipe, name: str, folder: Path, data: Mapping[str, Any]) -> tuple[TrainingJob, dict[str, Any]]:
     """Return the training job in which units of a target go, and what tells it from another.
 
@@ -127,7 +152,6 @@ def aware_job(recipe: Recipe, name: str, folder: Path, data: Mapping[str, Any]) 
     """
     target = recipe.targets[name]
     asked, training = how(target), aware_training(recipe, target)
-    first = recipe.data.token_ranges.of("pruned")[0] if asked.first_token is None else int(asked.first_token)
     job = TrainingJob(
         name=f"pruning of {name}",
         folder=folder.resolve() / "run",
@@ -135,7 +159,7 @@ def aware_job(recipe: Recipe, name: str, folder: Path, data: Mapping[str, Any]) 
         data=dict(data),
         layout=aware_layout(target),
         training=training,
-        first_token=-(-first // training.tokens_per_step) * training.tokens_per_step,
+        first_token=_first_token(recipe, target),
         pruning=asked,
     )
     return job, {
@@ -146,7 +170,7 @@ def aware_job(recipe: Recipe, name: str, folder: Path, data: Mapping[str, Any]) 
     }
 
 
-def train_and_prune(job: TrainingJob, parent: WeightSource, log: Path) -> dict[str, Any]:
+def train_and_prune(trainer: Trainer, job: TrainingJob, parent: WeightSource) -> dict[str, Any]:
     """Train the parent while its units go, from where an earlier attempt stopped.
 
     Returns:
@@ -157,11 +181,8 @@ def train_and_prune(job: TrainingJob, parent: WeightSource, log: Path) -> dict[s
     """
     if masks_of(parent).names:
         raise UserError("The parent is sparse, with masks of single weights; efficient-llm needs a dense one.")
-    if not job.initial.exists():
-        with progress("write nemo", "parameters") as show:
-            write_nemo(parent, job.initial, progress=show)
-    with Trainer(log) as trainer:
-        checkpoint = trainer.train(job)
+    prepare_masks(job, parent)
+    checkpoint = trainer.train(job)
     return {"checkpoint": checkpoint.name, "masks": sha256_file(state_file(job.folder, job.training.steps))}
 
 

@@ -8,12 +8,11 @@ from typing import Any
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.equal_terms import charge_calibration, charge_training
+from nemo_pvs.masks_stage import charge_stage, is_trained_first
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_targets import needs_scores
 from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors
 from nemo_pvs.reporting.ledger import Charge, Ledger
-from nemo_pvs.run_efficient import charge_pruning_aware, prunes_while_training
-from nemo_pvs.run_masks import charge_masks, learns_masks
 from nemo_pvs.shape import Shape
 
 
@@ -46,10 +45,8 @@ def run_ledger(
             task = recipe.targets[arm.target].task
             note = f"depth by {task}" if task else "depth scan, prefixes shared"
             ledger.charges.append(Charge("search", search["tokens"], search["flops"], note))
-        if learns_masks(target):
-            charge_masks(ledger, recipe, target, parent)
-        if prunes_while_training(target):
-            charge_pruning_aware(ledger, recipe, target, parent)
+        if is_trained_first(target):
+            charge_stage(ledger, recipe, target, parent)
     charge_training(ledger, arm, shape_of(model), count_masked(model))
     charge_teacher(ledger, recipe, arm, parent)
     return ledger

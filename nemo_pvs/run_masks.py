@@ -23,6 +23,7 @@ from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.training.job import LearnedMasks, TrainingJob
 from nemo_pvs.training.run import Trainer
+from nemo_pvs.training_memory import training_memory
 
 
 def learns_masks(target: Target) -> bool:
@@ -61,6 +62,29 @@ def first_token(recipe: Recipe, target: Target) -> int:
     given, step = _how(target).first_token, mask_training(recipe, target).tokens_per_step
     first = recipe.data.token_ranges.of("pruned")[0] if given is None else int(given)
     return -(-first // step) * step
+
+
+def end_of_reading(recipe: Recipe) -> int:
+    """Return the end of what any run of a recipe reads, in the order of training; its budgets are numbers by now."""
+    arms = [arm.first_token + arm.tokens for arm in recipe.runs]
+    learned = [
+        first_token(recipe, target) + training.steps * training.tokens_per_step
+        for target in recipe.targets.values()
+        if learns_masks(target)
+        for training in [mask_training(recipe, target)]
+    ]
+    return max(arms + learned)
+
+
+def describe_masks(recipe: Recipe, target: Target, parent: Shape) -> str:
+    """Return one line about how the masks of a target are learned."""
+    training, layout = mask_training(recipe, target), mask_layout(target)
+    memory = training_memory(parent, layout, training)
+    return (
+        f"{training.steps:,} steps of {training.tokens_per_step:,} tokens from token {first_token(recipe, target):,}, "
+        f"TP x PP x DP = {layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}, "
+        f"{memory.total / 1e9:,.1f} GB a GPU, {memory.total_recomputed / 1e9:,.1f} recomputed"
+    )
 
 
 def check_masks(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> None:
@@ -138,7 +162,15 @@ def mask_job(
     }
 
 
-def learn_masks(job: TrainingJob, parent: WeightSource, log: Path) -> dict[str, Any]:
+def prepare_masks(job: TrainingJob, parent: WeightSource) -> Path:
+    """Write what ranks need to learn masks, and return the job's file."""
+    if not job.initial.exists():
+        with progress("write nemo", "parameters") as show:
+            write_nemo(parent, job.initial, progress=show)
+    return job.save()
+
+
+def learn_masks(trainer: Trainer, job: TrainingJob, parent: WeightSource) -> dict[str, Any]:
     """Train the parent and the masks, going on where an earlier attempt stopped.
 
     Returns:
@@ -148,11 +180,8 @@ def learn_masks(job: TrainingJob, parent: WeightSource, log: Path) -> dict[str, 
         UserError: the masks did not come near the target.
     """
     assert job.masks is not None
-    if not job.initial.exists():
-        with progress("write nemo", "parameters") as show:
-            write_nemo(parent, job.initial, progress=show)
-    with Trainer(log) as trainer:
-        checkpoint = trainer.train(job)
+    prepare_masks(job, parent)
+    checkpoint = trainer.train(job)
     load_gates(job.masks_file, job.masks.target)
     return {"checkpoint": checkpoint.name, "masks": sha256_file(job.masks_file)}
 

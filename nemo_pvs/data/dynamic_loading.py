@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_pvs.errors import UserError
 
@@ -81,7 +82,7 @@ def reference_losses(
     return [_extrapolate(sizes / scale, column, target_parameters / scale) for column in measured.T]
 
 
-def _extrapolate(sizes: np.ndarray, losses: np.ndarray, wanted: float) -> float:
+def _extrapolate(sizes: NDArray[np.float64], losses: NDArray[np.float64], wanted: float) -> float:
     best = (np.inf, float(losses.mean()))
     for exponent in _EXPONENTS:
         falling = sizes**-exponent

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Entry, Layout, Part
 from nemo_pvs.pruning.plan import Indices, Plan
 from nemo_pvs.shape import Shape
@@ -71,6 +72,13 @@ def plan_of_gates(method: str, parent: Shape, gates: Gates, provenance: Mapping[
     layers, hidden = kept(gates.layers), kept(gates.hidden)
     ffn = tuple(kept(gates.ffn[layer]) for layer in layers)
     groups = tuple(kept(gates.groups[layer]) for layer in layers)
+    if not hidden or not layers:
+        raise UserError(f"The gates leave no {'layers' if hidden else 'hidden channels'}; ask for less.")
+    for layer, channels, own in zip(layers, ffn, groups, strict=True):
+        if not channels or not own:
+            raise UserError(
+                f"The gates leave no {'KV groups' if channels else 'FFN channels'} in layer {layer}; ask for less."
+            )
     even = parent.replace(layers=len(layers), hidden=len(hidden))
     sizes = [
         size._replace(ffn=len(channels), kv_groups=len(own), heads=len(own) * parent.heads_per_group)

@@ -7,7 +7,7 @@ import torch
 
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.gates import UNITS, FoldedSource, Gates, gate_sizes
+from nemo_pvs.pruning.gates import UNITS, FoldedSource, Gates, gate_sizes, plan_of_gates
 from nemo_pvs.pruning.mask_learning import MaskLearner, MaskSettings
 from nemo_pvs.pruning.sheared import load_gates, save_masks, sheared_plan
 from nemo_pvs.shape import Shape
@@ -144,6 +144,14 @@ def test_masks_are_read_back_for_their_own_target_only(tmp_path: Path) -> None:
         load_gates(tmp_path / "masks", TARGET.replace(ffn=41))
     with pytest.raises(UserError, match="does not hold learned masks"):
         load_gates(tmp_path / "nothing", TARGET)
+
+
+@pytest.mark.parametrize("unit", ["hidden", "ffn", "groups", "layers"])
+def test_gates_that_leave_nothing_make_no_plan(unit: str) -> None:
+    gates = {one: torch.ones(size) for one, size in gate_sizes(PARENT).items()}
+    gates[unit][0 if gates[unit].ndim > 1 else slice(None)] = 0
+    with pytest.raises(UserError, match="The gates leave no"):
+        plan_of_gates("test", PARENT, Gates(**gates), {})
 
 
 @pytest.mark.parametrize(
