@@ -122,9 +122,9 @@ def describe_pruning_aware(recipe: Recipe, target: Target, parent: Shape) -> str
     memory = training_memory(parent, layout, training)
     return (
         f"{training.steps:,} steps of {training.tokens_per_step:,} tokens from token "
-        f"{_first_token(recipe, target):,}, units go from step {how(target).start_step(training) + 1:,} on; TP x PP x DP = {layout.tensor_parallel} x "
-        f"{layout.pipeline_parallel} x {layout.data_parallel}, {memory.total / 1e9:,.1f} GB a GPU, "
-        f"{memory.total_recomputed / 1e9:,.1f} recomputed"
+        f"{_first_token(recipe, target):,}, units go from step {how(target).start_step(training) + 1:,} on; "
+        f"TP x PP x DP = {layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}, "
+        f"{memory.total / 1e9:,.1f} GB a GPU, {memory.total_recomputed / 1e9:,.1f} recomputed"
     )
 
 
