@@ -17,10 +17,12 @@ from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.equal_terms import arm_cost, pruning_cost, settle
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout as WeightLayout
+from nemo_pvs.masks_stage import describe_stage, end_of_reading, is_trained_first
 from nemo_pvs.progress import console
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe import Arm, Recipe
-from nemo_pvs.recipe_blocks import DENSE, Distillation, Layout, Target
+from nemo_pvs.recipe_basics import Layout
+from nemo_pvs.recipe_blocks import DENSE, Distillation, Target
 from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
 from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger
@@ -115,8 +117,7 @@ def _check_data(recipe: Recipe) -> None:
         return
     weights, names = token_files.blend
     if all(Path(f"{name}.idx").is_file() for name in names):
-        end = max(arm.first_token + arm.tokens for arm in recipe.runs)
-        check_end(end, [count_tokens(Path(name)) for name in names], weights, names)
+        check_end(end_of_reading(recipe), [count_tokens(Path(name)) for name in names], weights, names)
 
 
 def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: Shape | None) -> PlannedTarget:
@@ -132,6 +133,8 @@ def _stages(recipe: Recipe) -> list[str]:
     if any(needs_scores(target) for target in recipe.targets.values()):
         stages.append("calibrate")
     for name, target in recipe.targets.items():
+        if is_trained_first(target):
+            stages.append(f"masks/{name}")
         if target.method != DENSE or "pruned" in recipe.arms:
             stages.append(f"prune/{name}")
         if "random" in recipe.arms:
@@ -161,6 +164,9 @@ def show(plan: DryRun, executor: str) -> None:
     )
     if train.distill:
         console.print(_describe(train.distill), soft_wrap=True)
+    for one in plan.targets:
+        if is_trained_first(one.target):
+            console.print(f"masks of {one.name}: {describe_stage(recipe, one.target, plan.parent)}", soft_wrap=True)
     console.print(f"where: {executor}", soft_wrap=True)
     # A file or a pipe has no width: nothing need be broken there.
     wide = console if console.is_terminal else Console(width=_WIDE, highlight=False, quiet=console.quiet)

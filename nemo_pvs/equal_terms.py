@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nemo_pvs.checkpoint_ledger import DEPTH_SCAN, charge_scores, charge_training
+from nemo_pvs.masks_stage import charge_stage, is_trained_first
 from nemo_pvs.pruning.costs import sparse_calibration_flops
 from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.recipe import Arm, Recipe
@@ -82,6 +83,8 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         models, forwards = _scan(target, parent.layers, parent.layers - shape.layers)
         flops = sweep_flops(parent, text, forwards, models)
         ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, DEPTH_SCAN))
+    if is_trained_first(target):
+        charge_stage(ledger, recipe, target, parent)
     if target.task is not None:
         ledger.charges.append(Charge("search", None, None, f"depth by {target.task}, known when it has been asked"))
     return ledger

@@ -203,7 +203,7 @@ class Stage:
 
 
 def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile | SlurmProfile) -> list[Stage]:
-    """Return the stages of ``pvs run`` as commands: prepare, each arm, report.
+    """Return the stages of ``pvs run`` as commands: prepare, each arm, report; before that, masks that are learned.
 
     Args:
         recipe: The recipe.
@@ -212,17 +212,33 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         profile: Where to run; trainings follow one another on one machine, and run at once on a cluster.
     """
     from nemo_pvs.dry_run import settled  # takes seconds; profiles are also read to list them
+    from nemo_pvs.masks_stage import is_trained_first, stage_layout
 
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
     command = ["run", name, "--out", str(folder)]
-    made = [Stage("prepare", "nemo_pvs.cli", [*command, "--prepare-only"], [])]
-    for arm in settled(recipe).runs:
-        arguments = profile.training(folder / "train" / arm.name / "job.json")
-        before = made[0] if profile.kind == "slurm" else made[-1]
-        made.append(Stage(f"train-{arm.name}", "nemo_pvs.training.launch", arguments, [before.name], arm.layout))
-    trained = [stage.name for stage in made[1:]] if profile.kind == "slurm" else [made[-1].name]
-    return [*made, Stage("report", "nemo_pvs.cli", command, trained)]
+    recipe = settled(recipe)
+
+    def trained(prepare: str, before: list[str], jobs: Mapping[str, tuple[Path, Layout]]) -> list[Stage]:
+        """Return a stage that prepares, and one for each job."""
+        made = [Stage(prepare, "nemo_pvs.cli", [*command, "--prepare-only"], before)]
+        for stage, (job, layout) in jobs.items():
+            after = made[0] if profile.kind == "slurm" else made[-1]
+            made.append(Stage(stage, "nemo_pvs.training.launch", profile.training(job), [after.name], layout))
+        return made
+
+    def ends(made: list[Stage]) -> list[str]:
+        return [stage.name for stage in made[1:]] if profile.kind == "slurm" else [made[-1].name]
+
+    masks = {
+        f"masks-{name}": (folder / "masks" / name / "run" / "job.json", stage_layout(target))
+        for name, target in recipe.targets.items()
+        if is_trained_first(target)
+    }
+    learned = trained("prepare-masks", [], masks) if masks else []
+    arms = {f"train-{arm.name}": (folder / "train" / arm.name / "job.json", arm.layout) for arm in recipe.runs}
+    made = trained("prepare", ends(learned) if learned else [], arms)
+    return [*learned, *made, Stage("report", "nemo_pvs.cli", command, ends(made))]
 
 
 def scripts(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> dict[str, str]:

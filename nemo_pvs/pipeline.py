@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.evaluation.windows import write_validation_document
 from nemo_pvs.files import read_json, sha256_json, whole_folder, write_json, write_text
 from nemo_pvs.layout import Layout
+from nemo_pvs.masks_stage import end_of_reading, is_trained_first, prune_by_stage, stage_job, train_stage
 from nemo_pvs.progress import progress
-from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
+from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target, write_planned
 from nemo_pvs.recipe import Arm, Recipe, Target
 from nemo_pvs.recipe_blocks import DENSE, PARENT, Initialisation
 from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_gradients, needs_scores, scans
@@ -36,13 +38,14 @@ from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_data import RunData
 from nemo_pvs.run_ledger import run_ledger
+from nemo_pvs.run_masks import prepare_masks
 from nemo_pvs.run_tasks import TASKS, measure_tasks, reads_text, search_score
 from nemo_pvs.shape import Shape
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import Trainer
+from nemo_pvs.training.run import Trainer, is_finished
 
-STAGES = ("parent", "data", "calibrate", "prune", "random", "train", "evaluate", "report")
+STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
 
 
 def initial_label(arm: Arm) -> str:
@@ -77,8 +80,8 @@ class Pipeline:
 
     def run(self) -> None:
         """Do every stage that is not done yet."""
-        self.prepare()
-        with Trainer(self.folder / "train" / "launcher.log") as trainer:
+        with self._trainer() as trainer:
+            self.prepare(trainer)
             for arm in self.recipe.runs:
                 self.train(trainer, arm)
         self.evaluate()
@@ -86,9 +89,14 @@ class Pipeline:
             self.tasks()
 
     def prepare_only(self) -> list[Path]:
-        """Do every stage before training, and return the job files for ranks that something else starts."""
-        self.prepare()
-        jobs = []
+        """Do every stage before training, and return the job files for ranks that something else starts.
+
+        Where masks are to be learned, these are the first jobs; call it again when they are done.
+        """
+        self._begin()
+        if jobs := self._mask_jobs():
+            return jobs
+        self._make_initial_weights()
         for arm in self.recipe.runs:
             job = self.job(arm)
             outputs = [job.folder, self.model(arm.name)]
@@ -102,15 +110,23 @@ class Pipeline:
             jobs.append(job.save())
         return jobs
 
-    def prepare(self) -> None:
-        """Do every stage that makes initial weights and token files."""
+    def prepare(self, trainer: Trainer | None = None) -> None:
+        """Do every stage that makes initial weights and token files; ``trainer`` where there is one already."""
+        self._begin()
+        self._make_initial_weights(trainer)
+
+    def _begin(self) -> None:
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
         self.parent()
         self.recipe = settle(self.recipe, self.parent_shape)
         self.data()
+
+    def _make_initial_weights(self, trainer: Trainer | None = None) -> None:
         if any(needs_scores(target) for target in self.recipe.targets.values()):
             self.calibrate()
         for name, target in self.recipe.targets.items():
+            if is_trained_first(target):
+                self.learn_masks(name, target, trainer)
             if target.method != DENSE or "pruned" in self.recipe.arms:
                 self.prune(name, target)
             if "random" in self.recipe.arms:
@@ -119,7 +135,7 @@ class Pipeline:
         made = (name for name in self.recipe.targets if f"prune/{name}" in self.results)
         shapes = {name: shape_of(open_source(self.pruned(name) / HUGGING_FACE)) for name in made}
         self.recipe = settle(self.recipe, self.parent_shape, shapes)
-        self.tokens.check_ends(self.results["data"]["splits"], self.recipe.runs)
+        self.tokens.check_end(self.results["data"]["splits"], end_of_reading(self.recipe))
 
     def parent(self) -> None:
         """Get the parent as a checkpoint folder, and check that the recipe can be done with it."""
@@ -182,13 +198,13 @@ class Pipeline:
 
         def work() -> dict[str, Any]:
             splits = self.tokens.prepare(self.tokenizer, vocab)
-            self.tokens.check_ends(splits, self.recipe.runs)
+            self.tokens.check_end(splits, end_of_reading(self.recipe))
             windows = self.tokens.validation_windows
             write_validation_document(windows, self.tokens.folder / "validation_windows", vocab)
             return {"splits": splits, "validation_windows": windows.manifest}
 
         self._stage("data", inputs, [self.tokens.folder], work)
-        self.tokens.check_ends(self.results["data"]["splits"], self.recipe.runs)
+        self.tokens.check_end(self.results["data"]["splits"], end_of_reading(self.recipe))
 
     def calibrate(self) -> None:
         """Measure importance, one dense pass for all targets, and one back where a target needs gradients."""
@@ -210,6 +226,41 @@ class Pipeline:
 
         self._stage("calibrate", inputs, [folder], work)
 
+    def learn_masks(self, name: str, target: Target, trainer: Trainer | None = None) -> None:
+        """Train the parent while it turns out what to keep of it for a target: masks are learned, or units go."""
+        job, inputs = self._mask_job(name, target)
+
+        def work() -> dict[str, Any]:
+            with nullcontext(trainer) if trainer else self._trainer() as running:
+                return train_stage(running, job, self.parent_source)
+
+        outputs, precious = [job.folder.parent], [job.checkpoints]
+        self._stage(f"masks/{name}", inputs, outputs, work, keep_partial=True, precious=precious)
+
+    def _mask_jobs(self) -> list[Path]:
+        """Return the files of the jobs that learn masks and are not finished."""
+        learned = {
+            name: self._mask_job(name, one) for name, one in self.recipe.targets.items() if is_trained_first(one)
+        }
+        jobs = []
+        for name, (job, inputs) in learned.items():
+            outputs, precious = [job.folder.parent], [job.checkpoints]
+            begun = self.stages.begin(f"masks/{name}", inputs, outputs, keep_partial=True, precious=precious) is None
+            if begun and not is_finished(job):
+                jobs.append(prepare_masks(job, self.parent_source))
+        return jobs
+
+    def _mask_job(self, name: str, target: Target) -> tuple[TrainingJob, dict[str, Any]]:
+        """Return the job that learns the masks of a target, and what the stage is made from."""
+        shape = expected_shape(target, self.parent_shape).shape
+        job, identity = stage_job(self.recipe, name, shape, self.folder / "masks" / name, self._training_data)
+        return job, {
+            "parent": self.results["parent"]["fingerprint"],
+            "text": self._text("train"),
+            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
+            **identity,
+        }
+
     def prune(self, name: str, target: Target) -> None:
         """Prune to a target, into a Hugging Face folder and a NeMo checkpoint."""
         folder, settings = self.pruned(name), self.recipe.calibrate
@@ -222,9 +273,13 @@ class Pipeline:
             "shape": expected_shape(target, self.parent_shape).shape.to_dict(),
             "scores": self.results["calibrate"]["scores"] if needs_scores(target) else None,
             "text": [self._text("calibration"), samples, settings.sequence_length, settings.seed] * reads,
+            **({"masks": learned["masks"]} if (learned := self.results.get(f"masks/{name}")) else {}),
         }
 
         def work() -> dict[str, Any]:
+            if learned:
+                job, _ = self._mask_job(name, target)
+                return write_planned(*prune_by_stage(job, learned["checkpoint"], self.parent_source), folder)
             source, text, questions = self.parent_source, self.tokens.prefix("calibration"), self.folder / "questions"
             return prune_target(
                 target,
@@ -393,15 +448,22 @@ class Pipeline:
             name=arm.name,
             folder=self.folder.resolve() / "train" / arm.name,
             initial=self.initial(arm.target, arm.initialisation).resolve(),
-            data={
-                "train": self.tokens.training_paths,
-                "validation": str(self.tokens.folder.resolve() / "validation_windows"),
-            },
+            data=self._training_data,
             layout=arm.layout,
             training=arm.training,
             first_token=arm.first_token,
             teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
         )
+
+    def _trainer(self) -> Trainer:
+        return Trainer(self.folder / "train" / "launcher.log")
+
+    @property
+    def _training_data(self) -> dict[str, Any]:
+        return {
+            "train": self.tokens.training_paths,
+            "validation": str(self.tokens.folder.resolve() / "validation_windows"),
+        }
 
     def _training_inputs(self, arm: Arm) -> dict[str, Any]:
         """Return what a training's result depends on; a run may go on in another layout, so that is no part of it."""

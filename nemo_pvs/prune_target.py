@@ -16,6 +16,7 @@ from nemo_pvs.files import sha256_json, write_json
 from nemo_pvs.progress import console, progress
 from nemo_pvs.pruning import methods
 from nemo_pvs.pruning.depth_task import Scorer
+from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.sparse_source import SparseSource
 from nemo_pvs.pruning.spent import spent
 from nemo_pvs.pruning.work_folder import work_folder
@@ -91,6 +92,13 @@ def prune_target(
     if isinstance(pruned.source, SparseSource):
         shutil.rmtree(pruned.source.folder)
     return result
+
+
+def write_planned(source: WeightSource, plan: Plan, folder: Path) -> dict[str, Any]:
+    """Write a model that is pruned by a plan made elsewhere; returns what ``prune_target`` does."""
+    _write(source, folder)
+    plan.save(folder / PLAN)
+    return {"fingerprint": fingerprint(source), "plan": plan.plan_hash}
 
 
 def _write(source: WeightSource, folder: Path) -> None:

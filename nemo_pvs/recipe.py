@@ -10,18 +10,16 @@ from typing import Any
 from pydantic import Field, PrivateAttr, model_validator
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.recipe_basics import Block, Layout, Tokens
 from nemo_pvs.recipe_blocks import (
     DENSE,
     PARENT,
-    Block,
     Budgets,
     Calibration,
     Evaluation,
     Initialisation,
-    Layout,
     Parent,
     Target,
-    Tokens,
     Training,
 )
 from nemo_pvs.recipe_data import Data

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from nemo_pvs.recipe_basics import Block, Fraction, Layout, Positive, Rate, Tokens
+from nemo_pvs.recipe_efficient import PruningAware
+from nemo_pvs.recipe_sheared import MaskLearning
 from nemo_pvs.reporting.budget import Setting
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Initialisation = Literal["pruned", "random"]
 """Where an arm's weights come from: the pruned parent (R_N in the paper), or a random draw (S_N)."""
 
 SIZES = ("layers", "hidden", "ffn", "kv_groups")
 TASK_DATA = "task_data"
 """Where downloaded data sets lie unless a recipe says otherwise."""
-_NO_OPTIONS = ("method", "task_data", "learning_rate", "keep_parent_embeddings", "layout", "distill")
+_NO_OPTIONS = (
+    "method",
+    "task_data",
+    "learning_rate",
+    "keep_parent_embeddings",
+    "layout",
+    "distill",
+    "learn",
+    "pruning_aware",
+)
 """Keys of a target that its method does not ask for."""
 DENSE = "dense"
 """The method of a target that is the parent's own architecture: to train the parent itself, or to train it on."""
-
-
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise ValueError("must be a whole number")
-    return int(value)
 
 
 def _pattern(value: Any) -> Any:
@@ -49,17 +53,8 @@ def _budget(value: Any) -> Any:
     return value
 
 
-Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
-"""A number of tokens; 200e9 is as good as 200000000000."""
 Budget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
 """A number of tokens, or what is to be equal to the pruned arm."""
-Rate = Annotated[float, Field(gt=0)]
-
-
-class Block(BaseModel):
-    """A part of a recipe; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Parent(Block):
@@ -97,35 +92,6 @@ class Calibration(Block):
     seed: int = 0
 
 
-class Layout(Block):
-    """How one training run is spread over processes."""
-
-    tensor_parallel: Positive = 1
-    pipeline_parallel: Positive = 1
-    virtual_pipeline: Positive | None = None
-    """Pieces of layers that each stage works on in turns, which makes the pipeline's bubble as many times smaller."""
-    first_stage_layers: Positive | None = None
-    """Layers of the first pipeline stage, where stages are not equal."""
-    last_stage_layers: Positive | None = None
-    """Layers of the last one."""
-    context_parallel: Positive = 1
-    """Ranks that share every sequence; needs Transformer Engine."""
-    data_parallel: Positive = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
-
-    @property
-    def processes(self) -> int:
-        """Number of ranks."""
-        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
-
-    @property
-    def split(self) -> dict[str, Any]:
-        """How it cuts a model, for ``Shape.check_parallel``."""
-        names = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "first_stage_layers", "last_stage_layers")
-        return {name: getattr(self, name) for name in names}
-
-
 class Rates(Block):
     """Peak learning rates by initial weights."""
 
@@ -145,6 +111,8 @@ class Target(Block):
         "wanda-sp",
         "magnitude-sp",
         "llm-pruner",
+        "sheared-llama",
+        "efficient-llm",
         "magnitude",
         "wanda",
         "sparsegpt",
@@ -184,6 +152,10 @@ class Target(Block):
     """The random arm keeps the pruned model's embedding and vectors, as the published sparse baseline does."""
     distill: bool = True
     """Whether ``train.distill`` is for its arms, too; false trains them on the text alone."""
+    learn: MaskLearning | None = None
+    """How ``sheared-llama`` learns its masks."""
+    pruning_aware: PruningAware | None = None
+    """How much ``efficient-llm`` removes, and when, while the parent is trained."""
     layout: Layout = Layout()
 
     @property
@@ -294,7 +266,7 @@ class Evaluation(Block):
 
     samples: Positive = 64
     sequence_length: Positive = 2048
-    tasks: list[str] = []
+    tasks: list[str] = Field(default=[])
     """As ``pvs evaluate --tasks`` takes them; ``continuation`` is made of the test split."""
     task_data: str = TASK_DATA
     """Folder of downloaded data sets, ``<owner>/<name>`` each."""
@@ -305,8 +277,8 @@ class Evaluation(Block):
 class Budgets(Block):
     """Token budgets by initial weights; every one is a run of its own."""
 
-    pruned: list[Tokens] = []
-    random: list[Budget] = []
+    pruned: list[Tokens] = Field(default=[])
+    random: list[Budget] = Field(default=[])
     """A setting is a run for each of ``pruned``, as long as makes it equal to that one."""
 
     @model_validator(mode="after")

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Recipe
-from nemo_pvs.recipe_blocks import Layout, Training
+from nemo_pvs.recipe_basics import Layout
+from nemo_pvs.recipe_blocks import Training
 from nemo_pvs.recipe_problems import first_problem
 
 _BASE = "base.yaml"

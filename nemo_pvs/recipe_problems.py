@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from nemo_pvs.recipe_blocks import Block
+from nemo_pvs.recipe_basics import Block
 
 _UNION_TAGS = {"Rates", "Budgets", "float", "str"}
 

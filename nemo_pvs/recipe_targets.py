@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.masks_stage import check_stage, is_trained_first
 from nemo_pvs.pruning.input_means import FEATURES
 from nemo_pvs.pruning.methods import METHODS, Options
 from nemo_pvs.pruning.sparsity import Sparsity
@@ -15,6 +16,8 @@ from nemo_pvs.pruning.target import choose_target
 from nemo_pvs.pruning.unit_counts import Rules, unit_counts
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
+from nemo_pvs.run_efficient import METHOD as EFFICIENT
+from nemo_pvs.run_efficient import about_shape
 from nemo_pvs.shape import LayerSizes, Shape
 from nemo_pvs.training_checks import check_context, check_training
 
@@ -55,6 +58,10 @@ def check_options(target: Target) -> None:
             f"{'two things say' if asked else 'nothing says'} how much to remove; "
             f"give {'only one' if asked else 'at least one'} of {known}."
         )
+    if target.learn is not None and target.method != "sheared-llama":
+        raise UserError(f"{target.method} learns no masks; leave learn out.")
+    if target.pruning_aware is not None and target.method != EFFICIENT:
+        raise UserError(f"{target.method} removes nothing while it trains; leave pruning_aware out.")
     if target.sparsity is not None:
         Sparsity.parse(target.sparsity)
     if target.method == DENSE and target.keep_parent_embeddings:
@@ -110,6 +117,8 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
         for name, inputs in (("q_proj", parent.hidden), ("o_proj", parent.axis("query")), ("down_proj", parent.ffn)):
             sparsity.check(name, (1, inputs))
         return Expected(parent, True)
+    if target.method == EFFICIENT:
+        return Expected(about_shape(target, parent), False)
     if target.method in _STRUCTURES:
         return _by_units(target, parent, options)
     sizes = {name: options.get(name) for name in ("target", "ratio", "preset")}
@@ -157,6 +166,8 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
         try:
             expected = expected_shape(target, parent)
             check_training(recipe.train, target.layout, expected.shape, exact=expected.exact)
+            if is_trained_first(target):
+                check_stage(recipe, target, expected.shape, parent)
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
     if recipe.train.clip_before_mask and not any(map(is_sparse, recipe.targets.values())):

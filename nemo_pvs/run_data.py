@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
 from nemo_pvs.evaluation.windows import validation_windows
 from nemo_pvs.files import sha256_json
 from nemo_pvs.progress import progress
-from nemo_pvs.recipe import Arm, Recipe
+from nemo_pvs.recipe import Recipe
 
 Splits = dict[str, Any]
 """For train, validation, calibration and test: ``tokens`` and ``bin_sha256``; for train also ``files`` if several."""
@@ -76,13 +75,12 @@ class RunData:
                 made[name] = tokenize(part, tokenizer, self.folder / name, progress=show)
         return made
 
-    def check_ends(self, splits: Splits, arms: Iterable[Arm]) -> None:
-        """Refuse arms that read past the end of the training data.
+    def check_end(self, splits: Splits, end: int) -> None:
+        """Refuse to read ``end`` tokens from the start of the training data if there are fewer.
 
         Raises:
             UserError: saying how many tokens are missing.
         """
-        end = max(arm.first_token + arm.tokens for arm in arms)
         if self._data.token_files is None:
             check_end(end, [splits["train"]["tokens"]], None, ["train"])
             return

@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_pvs.checkpoint_ledger import charge_scores, charge_training, count_masked, pruning_charges
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.masks_stage import charge_stage, is_trained_first
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_targets import needs_gradients, needs_scores
 from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors
@@ -37,6 +38,8 @@ def run_ledger(
             tokens, length = stages["calibrate"]["tokens"], recipe.calibrate.sequence_length
             ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
         ledger.charges += pruning_charges(stages[f"prune/{arm.target}"], target.task)
+        if is_trained_first(target):
+            charge_stage(ledger, recipe, target, parent)
     charge_training(ledger, arm.training, shape_of(model), count_masked(model))
     charge_teacher(ledger, recipe, arm, parent)
     return ledger

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe_blocks import Layout, Training
+from nemo_pvs.recipe_basics import Layout
+from nemo_pvs.recipe_blocks import Training
 from nemo_pvs.shape import Shape
 
 

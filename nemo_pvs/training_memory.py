@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_pvs.recipe_blocks import Layout, Training
+from nemo_pvs.recipe_basics import Layout
+from nemo_pvs.recipe_blocks import Training
 from nemo_pvs.shape import LayerSizes, Shape
 
 

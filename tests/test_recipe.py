@@ -7,7 +7,7 @@ import yaml
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Recipe, Target
-from nemo_pvs.recipe_blocks import Block
+from nemo_pvs.recipe_basics import Block
 from nemo_pvs.recipe_data import TokenFiles
 from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
 
@@ -130,7 +130,17 @@ def test_the_methods_of_a_target_are_those_of_pruning():
 
     fields = Target.model_fields
     assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}
-    own = {"method", "layout", "learning_rate", "keep_parent_embeddings", "distill", "task_data", *SIZES}
+    own = {
+        "method",
+        "layout",
+        "learning_rate",
+        "keep_parent_embeddings",
+        "distill",
+        "learn",
+        "pruning_aware",
+        "task_data",
+        *SIZES,
+    }
     assert {*fields} - own == {*Options.__dataclass_fields__} - {"target"}
 
 

@@ -255,6 +255,18 @@ def _joint(job: Job, target: Shape) -> Plan:
     return plan_joint(job.scores(), target, **job.options.given("aggregation"))
 
 
+def _by_training(method: str) -> Callable[[Job], Pruned]:
+    """A method that finds out what to keep while it trains the model, which a stage of ``pvs run`` does."""
+
+    def prune(job: Job) -> Pruned:
+        raise UserError(
+            f"{method} trains the model while it finds out what to keep; write a recipe with a target of this method, "
+            "and use pvs run."
+        )
+
+    return prune
+
+
 def _magnitude(job: Job) -> Pruned:
     sparsity = _sparsity(job)
     source = MagnitudeSource(job.source, sparsity, **job.options.given("compat"))
@@ -322,6 +334,14 @@ METHODS: Mapping[str, Method] = {
         ("ratio", *_TAYLOR),
         _scored(plan_llm_pruner, *_TAYLOR),
         gradients=True,
+    ),
+    "sheared-llama": Method(
+        "hidden and FFN channels, KV groups and layers, by masks learned in training",
+        ("target", "preset"),
+        _by_training("sheared-llama"),
+    ),
+    "efficient-llm": Method(
+        "hidden and FFN channels and KV groups, one by one while the model trains", (), _by_training("efficient-llm")
     ),
     "magnitude": Method("single weights by |W|", ("sparsity", "compat"), _magnitude),
     "wanda": Method("single weights by |W| |x|", ("sparsity", "sequential"), _layer_by_layer(Wanda)),

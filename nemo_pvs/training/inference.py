@@ -8,9 +8,10 @@ NeMo checkpoint.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import fiddle
 import torch
@@ -61,6 +62,9 @@ def megatron_ranks(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Iter
 
 class LoadedModel:
     """A model on Megatron's ranks, its weights loaded; use it where ``parallel_state`` is initialised."""
+
+    layer_spec: Callable[..., Any] | None = None
+    """What layers are made of; by default NeMo's choice, or ours where there is no Transformer Engine."""
 
     def __init__(
         self, source: WeightSource, *, dtype: torch.dtype, device: str | torch.device, sequence_parallel: bool = False
@@ -119,6 +123,8 @@ class LoadedModel:
             settings.update(dict.fromkeys(FUSED_KERNELS, False))
             settings["transformer_layer_spec"] = layer_spec
             settings["use_cpu_initialization"] = self.device.type == "cpu"
+        if self.layer_spec:
+            settings["transformer_layer_spec"] = self.layer_spec
         for name, value in settings.items():
             setattr(config, name, value)
         model = fiddle.build(config).configure_model(None, pre_process=self._first, post_process=self._last)

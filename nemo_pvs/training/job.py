@@ -8,10 +8,32 @@ from typing import Any
 
 from nemo_pvs.files import read_json, write_json
 from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe_efficient import PruningAware
+from nemo_pvs.recipe_sheared import MaskLearning
+from nemo_pvs.shape import Shape
 
 JOB_FILE = "job.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
+MASKS_FILE = "masks.safetensors"
+
+
+@dataclass(frozen=True)
+class LearnedMasks:
+    """What a run learns beside its weights."""
+
+    target: Shape
+    """What the masks are to leave of the model."""
+    how: MaskLearning
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"target": self.target.to_dict(), "how": self.how.model_dump()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LearnedMasks:
+        """Undo ``to_json``."""
+        return cls(Shape.from_dict(values["target"]), MaskLearning.model_validate(values["how"]))
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,10 @@ class TrainingJob:
     """Where in the training data, in the order of training, the run begins to read; whole sequences."""
     teacher: Path | None = None
     """The checkpoint, of any format, that a run with ``training.distill`` learns from."""
+    pruning: PruningAware | None = None
+    """What is removed while the run trains."""
+    masks: LearnedMasks | None = None
+    """Of a run that learns masks (Sheared LLaMA); its initial checkpoint is the model that they are for."""
 
     @property
     def metrics(self) -> Path:
@@ -43,6 +69,11 @@ class TrainingJob:
     def log(self) -> Path:
         """Everything that NeMo and Megatron print."""
         return self.folder / LOG_FILE
+
+    @property
+    def masks_file(self) -> Path:
+        """The learned masks, when the run is finished."""
+        return self.folder / MASKS_FILE
 
     @property
     def checkpoints(self) -> Path:
@@ -64,6 +95,8 @@ class TrainingJob:
             "layout": self.layout.model_dump(),
             "training": self.training.model_dump(),
             "teacher": self.teacher and str(self.teacher),
+            "pruning": self.pruning and self.pruning.model_dump(),
+            "masks": self.masks and self.masks.to_json(),
         }
 
     @classmethod
@@ -79,4 +112,6 @@ class TrainingJob:
             training=Training.model_validate(values["training"]),
             first_token=values.get("first_token", 0),
             teacher=Path(values["teacher"]) if values.get("teacher") else None,
+            pruning=PruningAware.model_validate(values["pruning"]) if values.get("pruning") else None,
+            masks=LearnedMasks.from_json(values["masks"]) if values.get("masks") else None,
         )

@@ -79,8 +79,8 @@ class MaskedOptimizer:
         """
         masked = _masked_parameters(model, masks)
         self.shards: list[MaskedShard] = []
-        for optimizer in _unchained(optimizers):
-            _refuse_unfit(optimizer, masked)
+        for optimizer in unchained(optimizers):
+            refuse_unfit(optimizer, masked)
             shards = list(_shards(optimizer, masked, masks))
             self.shards += shards
             _install(optimizer, shards, clip_before_mask=clip_before_mask)
@@ -108,15 +108,16 @@ def _masked_parameters(model: torch.nn.Module, masks: RankMasks) -> dict[torch.n
     return found
 
 
-def _unchained(optimizers: Iterable[MegatronOptimizer]) -> Iterator[MegatronOptimizer]:
+def unchained(optimizers: Iterable[MegatronOptimizer]) -> Iterator[MegatronOptimizer]:
+    """Yield the optimizers that work, one by one."""
     for optimizer in optimizers:
         if isinstance(optimizer, ChainedOptimizer):
-            yield from _unchained(optimizer.chained_optimizers)
+            yield from unchained(optimizer.chained_optimizers)
         elif not getattr(optimizer, "is_stub_optimizer", False):
             yield optimizer
 
 
-def _refuse_unfit(optimizer: MegatronOptimizer, masked: Mapping[torch.nn.Parameter, Entry]) -> None:
+def refuse_unfit(optimizer: MegatronOptimizer, masked: Mapping[torch.nn.Parameter, Entry]) -> None:
     """Raise UserError where no fp32 weights and gradients lie open between reduction and step."""
     reasons = {
         "the precision-aware optimizer keeps the weights inside its kernel; set use_precision_aware_optimizer=False": (
@@ -143,19 +144,19 @@ def _refuse_unfit(optimizer: MegatronOptimizer, masked: Mapping[torch.nn.Paramet
 def _shards(
     optimizer: MegatronOptimizer, masked: Mapping[torch.nn.Parameter, Entry], masks: RankMasks
 ) -> Iterator[MaskedShard]:
-    for parameter, main, start in _owned(optimizer):
+    for parameter, main, start in owned(optimizer):
         if parameter in masked:
             entry = masked[parameter]
-            owned = slice(start, start + main.numel())
+            own = slice(start, start + main.numel())
             yield MaskedShard(
                 name=f"decoder.layers.{entry.layer}.{entry.megatron}",
-                mask=PackedMask(masks.read(entry).flatten()[owned], main.device),
+                mask=PackedMask(masks.read(entry).flatten()[own], main.device),
                 main=main,
-                model=parameter.detach().view(-1)[owned],
+                model=parameter.detach().view(-1)[own],
             )
 
 
-def _owned(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
+def owned(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
     """Yield every parameter that a rank updates, the fp32 tensor that it updates, and where in the parameter it is."""
     if isinstance(optimizer, FP32Optimizer):
         yield from ((parameter, parameter, 0) for parameter in optimizer.get_parameters())

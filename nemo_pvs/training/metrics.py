@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ class Curve:
     """step, tokens, loss (nats per token)."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)
     """step, zero_fraction (of the weights of masked matrices); empty for a dense model."""
+    pruning: list[dict[str, Any]] = field(default_factory=list)
+    """step, parameters (left after it); of a run during which units are removed, the steps that removed some."""
+    masks: list[dict[str, Any]] = field(default_factory=list)
+    """Of a run that learns masks: step, sparsities (expected, by kind of unit), targets and multipliers."""
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -32,7 +36,7 @@ def read(path: Path) -> Curve:
 
     Half a line at the end, left by a killed run, is ignored.
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {"training": {}, "validation": {}, "sparsity": {}}
+    found: dict[str, dict[int, dict[str, Any]]] = {one.name: {} for one in fields(Curve)}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)

@@ -31,9 +31,12 @@ from nemo_pvs.training.callbacks import Checkpoint, MetricsLog
 from nemo_pvs.training.cluster import Machine
 from nemo_pvs.training.data import PretrainingData
 from nemo_pvs.training.distillation_callback import distill
+from nemo_pvs.training.gates import gated_layer_spec
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.mask_learning_callback import learn_masks
 from nemo_pvs.training.masks_callback import HoldMasks
 from nemo_pvs.training.preemption_callback import Resume, SaveOnSignal
+from nemo_pvs.training.pruning_aware_callback import prune_while_training
 from nemo_pvs.training.schedule import QuadraticWarmupCosine, decays_everything
 
 
@@ -93,6 +96,8 @@ def model(job: TrainingJob, precision: str, machine: Machine, described: run.Con
         config.data_step_fn = causal_data_step
         # Initialisation must not ask for a CUDA generator; the restored weights replace it in any case.
         config.use_cpu_initialization = not machine.gpu
+    if job.masks or job.pruning:
+        config.transformer_layer_spec = gated_layer_spec
     if job.layout.virtual_pipeline:
         # Of two ranks each is before and behind the other: messages sent in one batch would be taken for each other.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
@@ -158,6 +163,8 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         ),
         *hold_masks(job),
         *distill(job),
+        *prune_while_training(job),
+        *learn_masks(job),
         run.Config(SaveOnSignal),
     ]
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:

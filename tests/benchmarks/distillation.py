@@ -107,7 +107,8 @@ def distilled_job(folder: Path, hidden: int, layers: int, vocab: int, steps: int
 
 def measure(job: TrainingJob, layout: Layout, distill: Distillation) -> Cost:
     """Train with and without the teacher, one after the other."""
-    return Cost(*(_seconds(job, layout, how) for how in (None, distill)))
+    trainings = (job.training.model_copy(update={"distill": how}) for how in (None, distill))
+    return Cost(*(seconds_of_a_step(replace(job, layout=layout, training=training)) for training in trainings))
 
 
 def flops_ratio(job: TrainingJob) -> float:
@@ -118,15 +119,11 @@ def flops_ratio(job: TrainingJob) -> float:
     return 1 + teacher.flops_per_token(sequence_length=_SEQUENCE, training=False) / plain
 
 
-def _seconds(job: TrainingJob, layout: Layout, distill: Distillation | None) -> float:
+def seconds_of_a_step(job: TrainingJob) -> float:
+    """Train in a folder of its own, and return the median of a step."""
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
-        run = replace(
-            job,
-            folder=Path(folder),
-            layout=layout,
-            training=job.training.model_copy(update={"distill": distill}),
-        )
-        run_ranks(layout.processes, _train, run)
+        run = replace(job, folder=Path(folder))
+        run_ranks(run.layout.processes, _train, run)
         steps = metrics.read(run.metrics).training[_WARM_UP:]
         return statistics.median(run.training.tokens_per_step / step["tokens_per_second"] for step in steps)
 

@@ -91,6 +91,20 @@ def test_trainings_wait_for_each_other_on_one_machine_only(tmp_path):
     assert slurm[5].after == [stage.name for stage in slurm[1:5]]
 
 
+def test_masks_are_learned_before_anything_is_pruned(tmp_path):
+    recipe = load_recipe("llama31_8b/sheared")
+    made = stages(recipe, "llama31_8b/sheared", tmp_path, load_profile("slurm_h100", SITE))
+    assert [(stage.name, stage.after) for stage in made[:4]] == [
+        ("prepare-masks", []),
+        ("masks-4b-shear", ["prepare-masks"]),
+        ("prepare", ["masks-4b-shear"]),
+        ("train-4b-shear-pruned-10B", ["prepare"]),
+    ]
+    assert made[1].layout.processes == 32
+    assert str(tmp_path / "masks" / "4b-shear" / "run" / "job.json") in made[1].arguments
+    assert made[-1].after == [stage.name for stage in made[3:-1]]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -1,0 +1,99 @@
+"""The masks stage of ``pvs run``: targets whose parent is trained first, which turns out what to keep of it.
+
+Sheared LLaMA learns masks then (``run_masks``), EfficientLLM removes units (``run_efficient``); here is what the
+pipeline, the dry run, the ledger and launchers ask of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs import run_efficient, run_masks
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.recipe import Recipe
+from nemo_pvs.recipe_basics import Layout
+from nemo_pvs.recipe_blocks import Target
+from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.shape import Shape
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.run import Trainer
+
+
+def is_trained_first(target: Target) -> bool:
+    """Return whether a target has this stage."""
+    return run_masks.learns_masks(target) or run_efficient.prunes_while_training(target)
+
+
+def stage_layout(target: Target) -> Layout:
+    """Return how the stage is spread over processes."""
+    if run_efficient.prunes_while_training(target):
+        return run_efficient.aware_layout(target)
+    return run_masks.mask_layout(target)
+
+
+def check_stage(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> None:
+    """Refuse what cannot be done, before any work.
+
+    Raises:
+        UserError: naming it.
+    """
+    if run_efficient.prunes_while_training(target):
+        run_efficient.check_pruning_aware(recipe, target, parent)
+    else:
+        run_masks.check_masks(recipe, target, shape, parent)
+
+
+def charge_stage(ledger: Ledger, recipe: Recipe, target: Target, parent: Shape) -> None:
+    """Charge a pruned arm with the stage."""
+    if run_efficient.prunes_while_training(target):
+        run_efficient.charge_pruning_aware(ledger, recipe, target, parent)
+    else:
+        run_masks.charge_masks(ledger, recipe, target, parent)
+
+
+def describe_stage(recipe: Recipe, target: Target, parent: Shape) -> str:
+    """Return one line about the stage."""
+    if run_efficient.prunes_while_training(target):
+        return run_efficient.describe_pruning_aware(recipe, target, parent)
+    return run_masks.describe_masks(recipe, target, parent)
+
+
+def end_of_reading(recipe: Recipe) -> int:
+    """Return the end of what any run of a recipe reads, in the order of training; its budgets are numbers by now."""
+    aware = [
+        run_efficient.end_of_aware(recipe, target)
+        for target in recipe.targets.values()
+        if run_efficient.prunes_while_training(target)
+    ]
+    return max([*aware, run_masks.end_of_reading(recipe)])
+
+
+def stage_job(
+    recipe: Recipe, name: str, shape: Shape, folder: Path, data: Mapping[str, Any]
+) -> tuple[TrainingJob, dict[str, Any]]:
+    """Return the training job of a target's stage, and what tells it from another.
+
+    Args:
+        recipe: The recipe.
+        name: The target.
+        shape: What the target is pruned to, as far as it is known.
+        folder: Of the stage.
+        data: As in ``TrainingJob``.
+    """
+    if run_efficient.prunes_while_training(recipe.targets[name]):
+        return run_efficient.aware_job(recipe, name, folder, data)
+    return run_masks.mask_job(recipe, name, shape, folder, data)
+
+
+def train_stage(trainer: Trainer, job: TrainingJob, parent: WeightSource) -> dict[str, Any]:
+    """Train, going on where an earlier attempt stopped; returns ``checkpoint`` and ``masks`` (a hash)."""
+    return (run_efficient.train_and_prune if job.pruning else run_masks.learn_masks)(trainer, job, parent)
+
+
+def prune_by_stage(job: TrainingJob, checkpoint: str, parent: WeightSource) -> tuple[PrunedSource, Plan]:
+    """Return the pruned model, not written yet, and its plan, from what a job has found out."""
+    return (run_efficient.prune_by_units if job.pruning else run_masks.prune_by_masks)(job, checkpoint, parent)

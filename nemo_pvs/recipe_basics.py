@@ -1,0 +1,56 @@
+"""What the blocks of a recipe are made of: numbers with bounds, and the layout of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
+"""A number of tokens; 200e9 is as good as 200000000000."""
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Block(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Layout(Block):
+    """How one training run is spread over processes."""
+
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    virtual_pipeline: Positive | None = None
+    """Pieces of layers that each stage works on in turns, which makes the pipeline's bubble as many times smaller."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage, where stages are not equal."""
+    last_stage_layers: Positive | None = None
+    """Layers of the last one."""
+    context_parallel: Positive = 1
+    """Ranks that share every sequence; needs Transformer Engine."""
+    data_parallel: Positive = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+
+    @property
+    def processes(self) -> int:
+        """Number of ranks."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """How it cuts a model, for ``Shape.check_parallel``."""
+        names = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "first_stage_layers", "last_stage_layers")
+        return {name: getattr(self, name) for name in names}

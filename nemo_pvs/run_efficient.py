@@ -1,0 +1,195 @@
+"""The masks stage of a target of method ``efficient-llm``: the parent trained while its units go, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.masks import masks_of
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import sha256_file
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.kept_units import KeptUnits, state_file
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.unit_space import UnitSpace
+from nemo_pvs.recipe import Recipe
+from nemo_pvs.recipe_basics import Layout
+from nemo_pvs.recipe_blocks import Target, Training
+from nemo_pvs.recipe_efficient import PruningAware
+from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.run_masks import prepare_masks
+from nemo_pvs.shape import Shape
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.run import Trainer
+from nemo_pvs.training_checks import check_training
+from nemo_pvs.training_memory import training_memory
+
+METHOD = "efficient-llm"
+
+
+def prunes_while_training(target: Target) -> bool:
+    """Return whether units of a target go while it trains."""
+    return target.method == METHOD
+
+
+def how(target: Target) -> PruningAware:
+    """Return what a target asks of the method.
+
+    Raises:
+        UserError: nothing.
+    """
+    if target.pruning_aware is None:
+        raise UserError("nothing says how much to remove; give pruning_aware with parameters and tokens.")
+    return target.pruning_aware
+
+
+def aware_training(recipe: Recipe, target: Target) -> Training:
+    """Return the training during which units of a target go."""
+    return how(target).training(recipe.train)
+
+
+def aware_layout(target: Target) -> Layout:
+    """Return how that training is spread over processes."""
+    return how(target).layout or target.layout
+
+
+def check_pruning_aware(recipe: Recipe, target: Target, parent: Shape) -> None:
+    """Refuse what cannot be done, before any work.
+
+    Raises:
+        UserError: the target is out of reach, the layout does not fit the parent, or what is left might not be fit
+            for the layout in which the target is trained on.
+    """
+    asked, layout, later = how(target), aware_layout(target), target.layout
+    asked.check(parent, recipe.train)
+    check_training(aware_training(recipe, target), layout, parent)
+    for name, size, at_once in (
+        ("groups_at_once", parent.kv_groups, asked.groups_at_once),
+        ("ffn_at_once", parent.ffn, asked.ffn_at_once),
+    ):
+        if size % later.tensor_parallel or at_once % later.tensor_parallel:
+            raise UserError(
+                f"what is left could not be trained on with tensor_parallel {later.tensor_parallel}, which has to "
+                f"divide pruning_aware.{name} ({at_once}) and what the parent has ({size}); take another layout, and "
+                "say under pruning_aware.layout how the parent is trained."
+            )
+
+
+def about_shape(target: Target, parent: Shape) -> Shape:
+    """Return a shape of about the target's size, all kinds of units pruned alike; saliency decides on the true one."""
+    parameters = how(target).parameters
+
+    def scaled(share: float) -> Shape:
+        sizes = {"hidden": parent.hidden, "ffn": parent.ffn, "kv_groups": parent.kv_groups}
+        return parent.replace(**{name: max(1, round(share * size)) for name, size in sizes.items()})
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if scaled(middle).parameters <= parameters else (low, middle)
+    return scaled(low)
+
+
+def charge_pruning_aware(ledger: Ledger, recipe: Recipe, target: Target, parent: Shape) -> None:
+    """Charge a pruned arm with that training, at the FLOPs of the whole parent, whose tensors are multiplied."""
+    training = aware_training(recipe, target)
+    ledger.charge(
+        "mask learning",
+        training.steps * training.tokens_per_step,
+        parent,
+        training.sequence_length,
+        training=True,
+        note="trained while units went",
+        tokens_per_step=training.tokens_per_step,
+    )
+
+
+def describe_pruning_aware(recipe: Recipe, target: Target, parent: Shape) -> str:
+    """Return one line about that training."""
+    training, layout = aware_training(recipe, target), aware_layout(target)
+    memory = training_memory(parent, layout, training)
+    return (
+        f"{training.steps:,} steps of {training.tokens_per_step:,} tokens from token "
+        f"{_first_token(recipe, target):,}, units go from step {how(target).start_step(training) + 1:,} on; "
+        f"TP x PP x DP = {layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}, "
+        f"{memory.total / 1e9:,.1f} GB a GPU, {memory.total_recomputed / 1e9:,.1f} recomputed"
+    )
+
+
+def end_of_aware(recipe: Recipe, target: Target) -> int:
+    """Return the end of what that training reads, in the order of training."""
+    training = aware_training(recipe, target)
+    return _first_token(recipe, target) + training.steps * training.tokens_per_step
+
+
+def _first_token(recipe: Recipe, target: Target) -> int:
+    """Return where in the training data it begins, rounded up to whole steps."""
+    given, step = how(target).first_token, recipe.train.tokens_per_step
+    first = recipe.data.token_ranges.of("pruned")[0] if given is None else int(given)
+    return -(-first // step) * step
+
+
+def aware_job(recipe: Recipe, name: str, folder: Path, data: Mapping[str, Any]) -> tuple[TrainingJob, dict[str, Any]]:
+    """Return the training job in which units of a target go, and what tells it from another.
+
+    Args:
+        recipe: The recipe.
+        name: The target.
+        folder: Of the stage.
+        data: As in ``TrainingJob``.
+    """
+    target = recipe.targets[name]
+    asked, training = how(target), aware_training(recipe, target)
+    job = TrainingJob(
+        name=f"pruning of {name}",
+        folder=folder.resolve() / "run",
+        initial=folder.resolve() / "initial",
+        data=dict(data),
+        layout=aware_layout(target),
+        training=training,
+        first_token=_first_token(recipe, target),
+        pruning=asked,
+    )
+    return job, {
+        "pruning_aware": asked.model_dump(mode="json", exclude={"layout"}),
+        "training": training.model_dump(mode="json", exclude={"micro_batch_size", "checkpoints"}),
+        "first_token": job.first_token,
+    }
+
+
+def train_and_prune(trainer: Trainer, job: TrainingJob, parent: WeightSource) -> dict[str, Any]:
+    """Train the parent while its units go, from where an earlier attempt stopped.
+
+    Returns:
+        ``checkpoint`` and ``masks`` (a hash of the units that are left).
+
+    Raises:
+        UserError: the parent has masks of single weights.
+    """
+    if masks_of(parent).names:
+        raise UserError("The parent is sparse, with masks of single weights; efficient-llm needs a dense one.")
+    prepare_masks(job, parent)
+    checkpoint = trainer.train(job)
+    return {"checkpoint": checkpoint.name, "masks": sha256_file(state_file(job.folder, job.training.steps))}
+
+
+def prune_by_units(job: TrainingJob, checkpoint: str, parent: WeightSource) -> tuple[PrunedSource, Plan]:
+    """Return the model that is left, not written yet, and its plan: the one physical compaction."""
+    assert job.pruning is not None
+    trained = open_source(job.checkpoints / checkpoint)
+    space = UnitSpace(shape_of(trained))
+    state = KeptUnits.load(state_file(job.folder, job.training.steps), space)
+    provenance = {
+        "model_fingerprint": fingerprint(trained),
+        "parent_fingerprint": fingerprint(parent),
+        "pruning_aware": job.pruning.model_dump(mode="json"),
+        "removals": {
+            kind: sum(removal["units"] for removal in state.removals if removal["kind"] == kind)
+            for kind in ("hidden", "groups", "ffn")
+        },
+    }
+    plan = space.plan(state.kept, METHOD, provenance)
+    return PrunedSource(trained, plan), plan
