@@ -16,6 +16,7 @@ from nemo_pvs.pruning.unit_counts import Rules, unit_counts
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
 from nemo_pvs.shape import LayerSizes, Shape
+from nemo_pvs.staged import ADAPT, check_stages, stage_targets, stages_of
 
 SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp", "llm-pruner")
 """Methods that read the scores of one calibration, shared by all of a recipe's targets."""
@@ -72,7 +73,7 @@ def options_of(target: Target) -> Options:
 
 def needs_scores(target: Target) -> bool:
     """Return whether a target is pruned by the scores of a calibration."""
-    return target.method in SCORED
+    return target.method in SCORED and stages_of(target) == 1
 
 
 def needs_gradients(target: Target) -> bool:
@@ -109,6 +110,8 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
         for name, inputs in (("q_proj", parent.hidden), ("o_proj", parent.axis("query")), ("down_proj", parent.ffn)):
             sparsity.check(name, (1, inputs))
         return Expected(parent, True)
+    if target.method == ADAPT:
+        return Expected(stage_targets(target, parent)[-1][1], False)
     if target.method in _STRUCTURES:
         return _by_units(target, parent, options)
     sizes = {name: options.get(name) for name in ("target", "ratio", "preset")}
@@ -161,6 +164,7 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
         layout = target.layout
         try:
             expected = expected_shape(target, parent)
+            check_stages(recipe, name, target, parent)
             known = {} if expected.exact else {"tensor_parallel": 1}
             expected.shape.check_parallel(**{**layout.split, **known})
         except UserError as error:
