@@ -27,6 +27,7 @@ from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, need
 from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
+from nemo_pvs.staged import stages_of
 from nemo_pvs.training_memory import Memory, training_memory
 
 _WIDE = 160
@@ -136,7 +137,8 @@ def _stages(recipe: Recipe) -> list[str]:
         if is_trained_first(target):
             stages.append(f"masks/{name}")
         if target.method != DENSE or "pruned" in recipe.arms:
-            stages.append(f"prune/{name}")
+            between = f" ({stages_of(target)} times, training between)" if stages_of(target) > 1 else ""
+            stages.append(f"prune/{name}{between}")
         if "random" in recipe.arms:
             stages.append(f"random/{name}")
     stages += [f"train/{arm.name}" for arm in recipe.runs]

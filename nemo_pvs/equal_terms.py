@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from nemo_pvs.checkpoint_ledger import DEPTH_SCAN, charge_scores, charge_training
 from nemo_pvs.masks_stage import charge_stage, is_trained_first
-from nemo_pvs.pruning.costs import sparse_calibration_flops
+from nemo_pvs.pruning.adapt_pruner import Settings
+from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
 from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_blocks import Target
@@ -15,6 +17,7 @@ from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors, teacher_s
 from nemo_pvs.reporting.budget import PrunedArm, scratch_budget
 from nemo_pvs.reporting.ledger import Charge, Ledger
 from nemo_pvs.shape import Shape
+from nemo_pvs.staged import ADAPT, shares, stage_targets, stages_of
 
 
 def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = None) -> Recipe:
@@ -60,9 +63,14 @@ def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
     """Return the ledger that an arm will have: with its parent, its pruning and its teacher."""
     ledger = Ledger()
     inherit_ancestors(ledger, recipe, arm.target, arm.initialisation, parent)
+    target = recipe.targets[arm.target]
     if arm.initialisation == "pruned":
-        ledger.charges += pruning_cost(recipe, recipe.targets[arm.target], shape, parent).charges
-    charge_training(ledger, arm.training, shape, masked_parameters(recipe.targets[arm.target], shape))
+        ledger.charges += pruning_cost(recipe, target, shape, parent).charges
+        shapes = [between for _, between in stage_targets(target, parent)] if stages_of(target) > 1 else [shape]
+    else:
+        shapes = [shape]
+    for share, between in zip(shares(recipe, arm), [*shapes[:-1], shape], strict=True):
+        charge_training(ledger, share.training, between, masked_parameters(target, between))
     charge_teacher(ledger, recipe, arm, parent)
     return ledger
 
@@ -73,6 +81,17 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
     length = settings.sequence_length
     tokens = settings.samples * length
     ledger = Ledger()
+    if stages_of(target) > 1:
+        for asked, after in stage_targets(target, parent):
+            ledger.charges += pruning_cost(recipe, asked.model_copy(update={"stages": None}), after, parent).charges
+            parent = after
+        return ledger
+    if target.method == ADAPT:
+        steps = math.ceil(
+            (target.iterations or Settings().iterations) * (1 - shape.matrix_parameters / parent.matrix_parameters)
+        )
+        flops = steps * calibration_flops(parent, tokens, length, gradients=True)
+        ledger.charges.append(Charge("calibration", steps * tokens, flops, "at each iteration, forward and back"))
     if needs_scores(target):
         ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
     if is_sparse(target) and target.method != "magnitude":

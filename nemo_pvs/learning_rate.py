@@ -1,4 +1,4 @@
-"""The learning-rate schedule of "Small LLMs: Pruning vs. Training from Scratch" (2606.14150)."""
+"""Learning-rate schedules as shares of the peak: of "Small LLMs: Pruning vs. Training from Scratch", NeMo's, WSD."""
 
 from __future__ import annotations
 
@@ -22,3 +22,27 @@ def quadratic_warmup_cosine(step: int, *, steps: int, warmup_steps: int, min_rat
     left = 1 - min(step, warmup_steps) / warmup_steps if warmup_steps else 0.0
     cosine = min_ratio + (1 - min_ratio) / 2 * (1 + math.cos(math.pi * step / steps))
     return min(1 - left**2, cosine)
+
+
+def linear_warmup(step: int, *, steps: int, warmup_steps: int, min_ratio: float, decay_steps: int | None) -> float:
+    """Return the share of the peak learning rate at a step, the first of which is 0, behind a linear warm-up.
+
+    ``(t + 1) / (w + 1)`` up to step w; then NeMo's cosine over the rest, or with ``decay_steps`` the peak, until the
+    last so many steps go down to the minimum in a line (warm-up, stable, decay: Adapt-Pruner, 2502.03460).
+
+    Args:
+        step: Optimizer steps done (t).
+        steps: Optimizer steps of the run (T).
+        warmup_steps: Steps of the warm-up (w); 0 for none.
+        min_ratio: Share of the peak at the end.
+        decay_steps: Steps of the decay in a line; None for a cosine.
+    """
+    if warmup_steps and step <= warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if step > steps:
+        return min_ratio
+    if decay_steps is None:
+        left = (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))) / 2
+    else:
+        left = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
+    return min_ratio + (1 - min_ratio) * left

@@ -41,6 +41,8 @@ from nemo_pvs.run_ledger import run_ledger
 from nemo_pvs.run_masks import prepare_masks
 from nemo_pvs.run_tasks import TASKS, measure_tasks, reads_text, search_score
 from nemo_pvs.shape import Shape
+from nemo_pvs.staged import ADAPT, Share, shares, stages_of
+from nemo_pvs.staged_run import prune_in_stages
 from nemo_pvs.stages import Stages
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer, is_finished
@@ -128,7 +130,7 @@ class Pipeline:
             if is_trained_first(target):
                 self.learn_masks(name, target, trainer)
             if target.method != DENSE or "pruned" in self.recipe.arms:
-                self.prune(name, target)
+                self.prune(name, target, trainer)
             if "random" in self.recipe.arms:
                 self.random(name, target)
         # Now that their shapes are known, also those that scores decided.
@@ -145,7 +147,7 @@ class Pipeline:
             assert parent.config is not None
             assert parent.tokenizer is not None
             inputs: dict[str, Any] = {"config": parent.config, "tokenizer": tokenizer_hash(Path(parent.tokenizer))}
-            self._stage("parent", inputs, [target], self._describe_parent)
+            self.stage("parent", inputs, [target], self._describe_parent)
         else:
             given = Path(source).is_dir()
             inputs = {"source": source, "fingerprint": fingerprint(open_source(source)) if given else None}
@@ -155,7 +157,7 @@ class Pipeline:
                 place = str(path.resolve()) if given else "parent"
                 return {"path": place, "fingerprint": fingerprint(open_source(path))}
 
-            self._stage("parent", inputs, [] if given else [target], work)
+            self.stage("parent", inputs, [] if given else [target], work)
         self._check_parent()
         check_recipe(self.recipe, self.parent_shape, int(self.parent_config.get("max_position_embeddings", 0)))
         check_recipe_teacher(self.recipe, self.parent_shape)
@@ -203,7 +205,7 @@ class Pipeline:
             write_validation_document(windows, self.tokens.folder / "validation_windows", vocab)
             return {"splits": splits, "validation_windows": windows.manifest}
 
-        self._stage("data", inputs, [self.tokens.folder], work)
+        self.stage("data", inputs, [self.tokens.folder], work)
         self.tokens.check_end(self.results["data"]["splits"], end_of_reading(self.recipe))
 
     def calibrate(self) -> None:
@@ -212,19 +214,19 @@ class Pipeline:
         gradients = any(map(needs_gradients, self.recipe.targets.values()))
         inputs = {
             "parent": self.results["parent"]["fingerprint"],
-            "text": self._text("calibration"),
+            "text": self.text("calibration"),
             "settings": settings.model_dump(include={"samples", "sequence_length", "seed"}),
             **({"gradients": True} if gradients else {}),
         }
 
         def work() -> dict[str, Any]:
-            tokens = self._calibration_tokens(settings.samples)
+            tokens = self.calibration_tokens(settings.samples)
             with progress("calibrate", "layers") as show:
                 scores = calibrate(self.parent_source, tokens, gradients=gradients, **self.compute, progress=show)
             scores.save(folder)
             return {"scores": scores.content_hash, "tokens": tokens.ids.numel()}
 
-        self._stage("calibrate", inputs, [folder], work)
+        self.stage("calibrate", inputs, [folder], work)
 
     def learn_masks(self, name: str, target: Target, trainer: Trainer | None = None) -> None:
         """Train the parent while it turns out what to keep of it for a target: masks are learned, or units go."""
@@ -235,7 +237,7 @@ class Pipeline:
                 return train_stage(running, job, self.parent_source)
 
         outputs, precious = [job.folder.parent], [job.checkpoints]
-        self._stage(f"masks/{name}", inputs, outputs, work, keep_partial=True, precious=precious)
+        self.stage(f"masks/{name}", inputs, outputs, work, keep_partial=True, precious=precious)
 
     def _mask_jobs(self) -> list[Path]:
         """Return the files of the jobs that learn masks and are not finished."""
@@ -256,23 +258,26 @@ class Pipeline:
         job, identity = stage_job(self.recipe, name, shape, self.folder / "masks" / name, self._training_data)
         return job, {
             "parent": self.results["parent"]["fingerprint"],
-            "text": self._text("train"),
+            "text": self.text("train"),
             "validation": self.results["data"]["validation_windows"]["ids_sha256"],
             **identity,
         }
 
-    def prune(self, name: str, target: Target) -> None:
+    def prune(self, name: str, target: Target, trainer: Trainer | None = None) -> None:
         """Prune to a target, into a Hugging Face folder and a NeMo checkpoint."""
+        if stages_of(target) > 1:
+            prune_in_stages(self, trainer, name, target)
+            return
         folder, settings = self.pruned(name), self.recipe.calibrate
         samples = settings.scan_samples if scans(target) else settings.samples
-        reads = scans(target) or is_sparse(target) or reads_text(target)
+        reads = scans(target) or is_sparse(target) or reads_text(target) or target.method == ADAPT
         inputs = {
             "parent": self.results["parent"]["fingerprint"],
             "method": target.method,
             "options": target.options,
             "shape": expected_shape(target, self.parent_shape).shape.to_dict(),
             "scores": self.results["calibrate"]["scores"] if needs_scores(target) else None,
-            "text": [self._text("calibration"), samples, settings.sequence_length, settings.seed] * reads,
+            "text": [self.text("calibration"), samples, settings.sequence_length, settings.seed] * reads,
             **({"masks": learned["masks"]} if (learned := self.results.get(f"masks/{name}")) else {}),
         }
 
@@ -285,13 +290,14 @@ class Pipeline:
                 target,
                 source,
                 folder,
-                tokens=lambda: self._calibration_tokens(samples),
+                tokens=lambda: self.calibration_tokens(samples),
                 scores=lambda: Scores.load(self.folder / "scores", source),
                 task_score=lambda: search_score(target, text, self.tokenizer, questions / name, self.compute),
                 compute=self.compute,
+                draw=lambda iteration: self.calibration_tokens(samples, iteration),
             )
 
-        self._stage(f"prune/{name}", inputs, [folder], work)
+        self.stage(f"prune/{name}", inputs, [folder], work)
 
     def random(self, name: str, target: Target) -> None:
         """Draw the scratch baseline's initial weights for a target, under the same masks, as a NeMo checkpoint."""
@@ -313,7 +319,7 @@ class Pipeline:
             write_nemo(drawn, folder / NEMO)
             return {"fingerprint": fingerprint(drawn)}
 
-        self._stage(f"random/{name}", inputs, [folder], work)
+        self.stage(f"random/{name}", inputs, [folder], work)
 
     def train(self, trainer: Trainer, arm: Arm) -> None:
         """Train one arm on Megatron, and hand the result over as a Hugging Face folder."""
@@ -326,7 +332,7 @@ class Pipeline:
             return {"fingerprint": fingerprint(open_source(self.model(arm.name))), "layout": layout}
 
         outputs = [job.folder, self.model(arm.name)]
-        self._stage(
+        self.stage(
             f"train/{arm.name}",
             self._training_inputs(arm),
             outputs,
@@ -345,7 +351,7 @@ class Pipeline:
             source = open_source(path)
             inputs = {
                 "model": fingerprint(source),
-                "text": self._text("test"),
+                "text": self.text("test"),
                 "settings": self.recipe.evaluate.model_dump(include={"samples", "sequence_length"}),
                 "validation": self.results["data"]["validation_windows"]["ids_sha256"],
             }
@@ -366,7 +372,7 @@ class Pipeline:
                         measured[text] = perplexity(source, tokens, **self.compute, progress=show)
                 return measured
 
-            self._stage(f"evaluate/{label}", inputs, [], work)
+            self.stage(f"evaluate/{label}", inputs, [], work)
 
     def tasks(self) -> None:
         """Ask the tasks of the recipe of the parent and of every trained arm; the report finds the answers."""
@@ -374,7 +380,7 @@ class Pipeline:
         models = [path for label, path in self.models_to_evaluate().items() if not label.endswith("-initial")]
         inputs = {
             "models": [fingerprint(open_source(path)) for path in models],
-            "text": self._text("test"),
+            "text": self.text("test"),
             "tasks": settings.model_dump(include={"tasks", "task_limit"}),
         }
 
@@ -382,7 +388,7 @@ class Pipeline:
             measure_tasks(settings, models, self.tokens.prefix("test"), self.tokenizer, folder, self.compute)
             return {}
 
-        self._stage("evaluate/tasks", inputs, [folder], work, keep_partial=True)
+        self.stage("evaluate/tasks", inputs, [folder], work, keep_partial=True)
 
     def models_to_evaluate(self) -> dict[str, Path]:
         """Return every model of the run by label: the parent, each arm's initial weights, each trained arm."""
@@ -443,15 +449,22 @@ class Pipeline:
         return self.folder / "models" / arm
 
     def job(self, arm: Arm) -> TrainingJob:
-        """Return the training job of an arm."""
+        """Return the training job of an arm; of one made in stages, its last share."""
+        last = shares(self.recipe, arm)[-1]
+        return self.share_job(arm, last, arm.name, Path(arm.name), self.initial(arm.target, arm.initialisation))
+
+    def share_job(self, arm: Arm, share: Share, name: str, folder: Path, initial: Path) -> TrainingJob:
+        """Return the job of a share of an arm's training, in a folder below ``train/``."""
         return TrainingJob(
-            name=arm.name,
-            folder=self.folder.resolve() / "train" / arm.name,
-            initial=self.initial(arm.target, arm.initialisation).resolve(),
+            name=name,
+            folder=self.folder.resolve() / "train" / folder,
+            initial=initial.resolve(),
             data=self._training_data,
             layout=arm.layout,
-            training=arm.training,
-            first_token=arm.first_token,
+            training=share.training,
+            first_token=share.first_token,
+            first_step=share.first_step,
+            all_steps=share.all_steps,
             teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
         )
 
@@ -466,15 +479,21 @@ class Pipeline:
         }
 
     def _training_inputs(self, arm: Arm) -> dict[str, Any]:
-        """Return what a training's result depends on; a run may go on in another layout, so that is no part of it."""
+        made = self.results[f"{'prune' if arm.initialisation == 'pruned' else 'random'}/{arm.target}"]
+        return self.training_inputs(arm, shares(self.recipe, arm)[-1], str(made["fingerprint"]))
+
+    def training_inputs(self, arm: Arm, share: Share, initial: str) -> dict[str, Any]:
+        """Return what the result of a share of an arm's training depends on.
+
+        A run may go on in another layout, so that is no part of it; ``initial`` is its weights' fingerprint.
+        """
         return {
-            "initial": self.results[f"{'prune' if arm.initialisation == 'pruned' else 'random'}/{arm.target}"][
-                "fingerprint"
-            ],
-            "text": self._text("train"),
+            "initial": initial,
+            "text": self.text("train"),
             "validation": self.results["data"]["validation_windows"]["ids_sha256"],
-            "first_token": arm.first_token,
-            "training": arm.training.model_dump(
+            "first_token": share.first_token,
+            **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
+            "training": share.training.model_dump(
                 exclude={
                     "micro_batch_size": True,
                     "checkpoints": True,
@@ -484,17 +503,20 @@ class Pipeline:
             **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
         }
 
-    def _stage(self, name: str, *args: Any, **kwargs: Any) -> None:
+    def stage(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Do a stage, or take its result from its record (``Stages.run``)."""
         self.results[name] = self.stages.run(name, *args, **kwargs)
 
-    def _text(self, split: str) -> str:
+    def text(self, split: str) -> str:
+        """Return the hash of a split's tokens."""
         return str(self.results["data"]["splits"][split]["bin_sha256"])
 
-    def _calibration_tokens(self, samples: int) -> TokenSet:
+    def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:
+        """Return sequences of the calibration split; another ``draw`` gives others."""
         settings = self.recipe.calibrate
         return TokenSet.from_token_file(
             self.tokens.prefix("calibration"),
             samples=samples,
             sequence_length=settings.sequence_length,
-            seed=settings.seed,
+            seed=settings.seed + draw,
         )

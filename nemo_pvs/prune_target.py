@@ -36,6 +36,7 @@ def prune_target(
     scores: Callable[[], Scores],
     task_score: Callable[[], Scorer],
     compute: Mapping[str, Any],
+    draw: Callable[[int], TokenSet] | None = None,
 ) -> dict[str, Any]:
     """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and what says how it was done.
 
@@ -47,6 +48,7 @@ def prune_target(
         scores: Loads the scores.
         task_score: Returns what measures models by the target's task.
         compute: Where and how layers run, as ``methods.Job`` takes it.
+        draw: Draws a calibration text for each iteration of a method that has such.
 
     Returns:
         ``fingerprint`` of the result; ``plan`` (a hash); where they were spent ``search`` and ``calibration`` with
@@ -77,6 +79,7 @@ def prune_target(
             say=lambda text: console.print(f"  {text}", soft_wrap=True),
             overwrite=True,
             task_score=task_score,
+            draw=draw,
             compute=compute,
         ),
     )

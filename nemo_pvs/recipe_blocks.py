@@ -19,6 +19,7 @@ TASK_DATA = "task_data"
 """Where downloaded data sets lie unless a recipe says otherwise."""
 _NO_OPTIONS = (
     "method",
+    "stages",
     "task_data",
     "learning_rate",
     "keep_parent_embeddings",
@@ -113,6 +114,7 @@ class Target(Block):
         "llm-pruner",
         "sheared-llama",
         "efficient-llm",
+        "adapt-pruner",
         "magnitude",
         "wanda",
         "sparsegpt",
@@ -146,6 +148,10 @@ class Target(Block):
     protect_first: int | None = Field(default=None, ge=0)
     protect_last: int | None = Field(default=None, ge=0)
     compat: bool | None = None
+    iterations: Positive | None = None
+    amplitude: float | None = Field(default=None, ge=0)
+    stages: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Reach the target in so many steps, with a share of the training behind each (``staged``)."""
     learning_rate: Rate | Rates | None = None
     """Instead of ``train.learning_rate``: one, or one for each kind of initial weights."""
     keep_parent_embeddings: bool = False
@@ -217,6 +223,9 @@ class Training(Block):
     """linear: NeMo's, then a cosine over the rest. quadratic: the paper's, the lower of it and a cosine over all."""
     warmup_fraction: Fraction = 0.05
     warmup_max_steps: Positive | None = None
+    decay_fraction: Fraction | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Warm-up, stable, decay: the rate stays at the peak, and falls in a line over this share of the steps, the last
+    ones. Without it, a cosine."""
     weight_decay: float = Field(default=0.1, ge=0)
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     """all: norms and biases too, as in the paper."""
@@ -254,8 +263,15 @@ class Training(Block):
         steps = int(self.warmup_fraction * self.steps + 1e-9)
         return min(steps, self.warmup_max_steps or steps)
 
+    @property
+    def decay_steps(self) -> int | None:
+        """Steps of the decay in a line, if that is asked for."""
+        return None if self.decay_fraction is None else int(self.decay_fraction * self.steps + 1e-9)
+
     @model_validator(mode="after")
     def _batches_fit(self) -> Training:
+        if self.decay_fraction is not None and self.warmup == "quadratic":
+            raise ValueError("a quadratic warm-up has a cosine behind it; leave decay_fraction out")
         if self.validation_samples % self.global_batch_size:
             raise ValueError("validation_samples must be a multiple of global_batch_size")
         return self

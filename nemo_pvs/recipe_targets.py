@@ -19,6 +19,7 @@ from nemo_pvs.recipe_blocks import DENSE, SIZES, Target
 from nemo_pvs.run_efficient import METHOD as EFFICIENT
 from nemo_pvs.run_efficient import about_shape
 from nemo_pvs.shape import LayerSizes, Shape
+from nemo_pvs.staged import ADAPT, check_stages, stage_targets, stages_of
 from nemo_pvs.training_checks import check_context, check_training
 
 SCORED = ("minitron-width", "minitron-joint", "shortgpt", "flap", "wanda-sp", "magnitude-sp", "llm-pruner")
@@ -80,7 +81,7 @@ def options_of(target: Target) -> Options:
 
 def needs_scores(target: Target) -> bool:
     """Return whether a target is pruned by the scores of a calibration."""
-    return target.method in SCORED
+    return target.method in SCORED and stages_of(target) == 1
 
 
 def needs_gradients(target: Target) -> bool:
@@ -119,6 +120,8 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
         return Expected(parent, True)
     if target.method == EFFICIENT:
         return Expected(about_shape(target, parent), False)
+    if target.method == ADAPT:
+        return Expected(stage_targets(target, parent)[-1][1], False)
     if target.method in _STRUCTURES:
         return _by_units(target, parent, options)
     sizes = {name: options.get(name) for name in ("target", "ratio", "preset")}
@@ -165,6 +168,7 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
     for name, target in recipe.targets.items():
         try:
             expected = expected_shape(target, parent)
+            check_stages(recipe, name, target, parent)
             check_training(recipe.train, target.layout, expected.shape, exact=expected.exact)
             if is_trained_first(target):
                 check_stage(recipe, target, expected.shape, parent)

@@ -13,6 +13,7 @@ from nemo_pvs.recipe_targets import needs_gradients, needs_scores
 from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
+from nemo_pvs.staged import charges_of, shares, stages_of
 
 
 def run_ledger(
@@ -34,12 +35,13 @@ def run_ledger(
     inherit_ancestors(ledger, recipe, arm.target, arm.initialisation, parent)
     if arm.initialisation == "pruned":
         target = recipe.targets[arm.target]
+        made = stages[f"prune/{arm.target}"]
         if needs_scores(target):
             tokens, length = stages["calibrate"]["tokens"], recipe.calibrate.sequence_length
             ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
-        ledger.charges += pruning_charges(stages[f"prune/{arm.target}"], target.task)
+        ledger.charges += charges_of(made) if stages_of(target) > 1 else pruning_charges(made, target.task)
         if is_trained_first(target):
             charge_stage(ledger, recipe, target, parent)
-    charge_training(ledger, arm.training, shape_of(model), count_masked(model))
+    charge_training(ledger, shares(recipe, arm)[-1].training, shape_of(model), count_masked(model))
     charge_teacher(ledger, recipe, arm, parent)
     return ledger

@@ -138,6 +138,7 @@ def test_the_methods_of_a_target_are_those_of_pruning():
         "distill",
         "learn",
         "pruning_aware",
+        "stages",
         "task_data",
         *SIZES,
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from nemo_pvs.calibration import ranks
 from nemo_pvs.calibration.taylor import Matrix, unit_scores
@@ -49,11 +50,38 @@ def taylor_scores(
         UserError: hidden states do not fit the model's memory limit, the tokens not the model, or gradients are not
             finite.
     """
+    layers, _ = layer_taylor_scores(model, tokens, batch_size=batch_size, progress=progress)
+    return {name: torch.stack([scores[name] for scores in layers]) for name in layers[0]}
+
+
+def layer_taylor_scores(
+    model: LayerwiseModel,
+    tokens: TokenSet,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[], None] | None = None,
+) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """Return ``taylor_scores`` layer by layer, of a model whose layers need not be even, and how little layers change.
+
+    Args:
+        model: As there.
+        tokens: As there.
+        batch_size: As there.
+        progress: As there.
+
+    Returns:
+        Of each layer ``groups.<metric>`` [its G] and ``ffn.<metric>`` [its f]; and the mean over all tokens of the
+        cosine between each layer's inputs and outputs, float64 [L].
+
+    Raises:
+        UserError: as there.
+    """
     room = _room(model, tokens)
     backward = _Backward(model, tokens, batch_size, progress or (lambda: None))
     backward.run(room)
-    layers = backward.scores
-    return {name: torch.stack([layers[index][name] for index in range(len(layers))]) for name in layers[0]}
+    layers = range(model.shape.layers)
+    similarity = torch.stack([backward.similarity[index] for index in layers])
+    return [backward.scores[index] for index in layers], ranks.all_reduce(similarity).div_(tokens.ids.numel())
 
 
 def _room(model: LayerwiseModel, tokens: TokenSet) -> int:
@@ -83,6 +111,8 @@ class _Backward:
 
     def __init__(self, model: LayerwiseModel, tokens: TokenSet, batch_size: int, progress: Callable[[], None]) -> None:
         self.scores: dict[int, dict[str, torch.Tensor]] = {}
+        self.similarity: dict[int, torch.Tensor] = {}
+        """Of each layer: the sum over this rank's tokens of the cosine between inputs and outputs."""
         self._model = model
         self._samples = len(tokens.ids)
         self._ids = ranks.split(tokens.ids)
@@ -133,10 +163,19 @@ class _Backward:
             _MatrixGradient(part.axes, layer.get_submodule(_module_name(part)))
             for part in matrices(Layout.for_config(self._model.source.config), self._model.shape, index)
         ]
+        self.similarity[index] = torch.zeros((), dtype=torch.float64)
+        layer.register_forward_hook(partial(self._add_similarity, index))
         self._model.back_through_layer(layer, states, self._gradient, self._batch_size)
         sums = (gradient.matrix(self._samples, f"layer {index}") for gradient in gradients)
-        self.scores[index] = unit_scores(sums, self._model.shape.kv_groups)
+        self.scores[index] = unit_scores(sums, self._model.shape.at(index).kv_groups)
         self._progress()
+
+    def _add_similarity(
+        self, index: int, _: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor
+    ) -> None:
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        cosines = functional.cosine_similarity(inputs[0].detach().to(wide), outputs.detach().to(wide), dim=-1)
+        self.similarity[index] += cosines.sum(dtype=torch.float64).cpu()
 
 
 class _MatrixGradient:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from nemo_pvs.checkpoints.pad import pad_layers
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import write_json
+from nemo_pvs.pruning.adapt_measure import LayerMeasure
+from nemo_pvs.pruning.adapt_pruner import Settings, plan_adapt_pruner
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
 from nemo_pvs.pruning.depth_task import Scorer, plan_task, scan_task
@@ -31,7 +33,7 @@ from nemo_pvs.pruning.shortgpt import plan_shortgpt
 from nemo_pvs.pruning.sparse_source import SparseSource
 from nemo_pvs.pruning.sparsegpt import SparseGPT
 from nemo_pvs.pruning.sparsity import Sparsity
-from nemo_pvs.pruning.target import choose_target, describe_removal
+from nemo_pvs.pruning.target import choose_target, describe_removal, parameters_left
 from nemo_pvs.pruning.wanda import Wanda
 from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.width import plan_width
@@ -67,6 +69,8 @@ class Options:
     protect_first: int | None = None
     protect_last: int | None = None
     compat: bool | None = None
+    iterations: int | None = None
+    amplitude: float | None = None
 
     def given(self, *names: str) -> dict[str, Any]:
         """Return those of the options that were given, as keyword arguments."""
@@ -93,6 +97,8 @@ class Job:
     overwrite: bool = False
     task_score: Callable[[], Scorer] | None = None
     """Returns what measures models by ``options.task``, when a method needs it."""
+    draw: Callable[[int], TokenSet] | None = None
+    """Draws a text of its own for each iteration of a method that has such; by default all read the same."""
     compute: Mapping[str, Any] = field(default_factory=dict)
     """Where and how layers run, as ``layerwise.LayerwiseModel`` takes it: ``device``, ``dtype``, ``memory_limit``."""
 
@@ -267,6 +273,21 @@ def _by_training(method: str) -> Callable[[Job], Pruned]:
     return prune
 
 
+def _adapt(job: Job) -> Pruned:
+    shape, options = shape_of(job.source), job.options
+    if options.ratio is None:
+        raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of all parameters.")
+    count = parameters_left(shape, options.ratio, options.of or "total")
+    settings = Settings(**options.given(*_ADAPT))
+    measure = LayerMeasure(job.draw or (lambda _: job.tokens()), settings.metric, job.compute)
+    with job.progress("prune by adapt-pruner", "parameters") as show:
+        plan = plan_adapt_pruner(job.source, count, measure, settings, show)
+    job.check(plan.target)
+    job.say(f"target: {plan.target}; {describe_removal(shape, plan.target)}")
+    cost = {"tokens": measure.tokens, "flops": measure.flops}
+    return _planned(job, replace(plan, provenance={**plan.provenance, "calibration": cost}))
+
+
 def _magnitude(job: Job) -> Pruned:
     sparsity = _sparsity(job)
     source = MagnitudeSource(job.source, sparsity, **job.options.given("compat"))
@@ -305,6 +326,7 @@ _SIZES = ("target", "ratio", "of", "preset")
 _PROTECT = ("protect_first", "protect_last")
 _UNITS = ("ratio", "structure", "remove_groups", "ffn_multiple", "kv_groups_multiple")
 _TAYLOR = ("metric", *_UNITS[1:], "uniform", *_PROTECT)
+_ADAPT = ("iterations", "amplitude", "metric", "ffn_multiple", "kv_groups_multiple", "compat")
 _FLAP = ("metric", "structure", "remove_groups", "bias", "uniform", "ffn_multiple", "kv_groups_multiple", "compat")
 
 METHODS: Mapping[str, Method] = {
@@ -342,6 +364,11 @@ METHODS: Mapping[str, Method] = {
     ),
     "efficient-llm": Method(
         "hidden and FFN channels and KV groups, one by one while the model trains", (), _by_training("efficient-llm")
+    ),
+    "adapt-pruner": Method(
+        "KV groups and FFN channels by |W gradient|, most from layers that change their input least",
+        ("ratio", "of", *_ADAPT),
+        _adapt,
     ),
     "magnitude": Method("single weights by |W|", ("sparsity", "compat"), _magnitude),
     "wanda": Method("single weights by |W| |x|", ("sparsity", "sequential"), _layer_by_layer(Wanda)),

@@ -25,6 +25,8 @@ def spent(pruned: Pruned, options: Options, parent: Shape, read: TokenSet | None
         ``search`` and ``calibration``, where there was one: ``tokens`` and ``flops``, of a search also the ``losses``
         or ``scores`` of the candidates.
     """
+    if pruned.plan is not None and "calibration" in pruned.plan.provenance:
+        return {"calibration": dict(pruned.plan.provenance["calibration"])}
     if pruned.plan is not None:
         return _search(pruned.plan, options)
     if read is None:

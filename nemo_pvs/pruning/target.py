@@ -131,6 +131,19 @@ def target_for_ratio(parent: Shape, ratio: float, method: str, of: str = "body")
     return shape
 
 
+def parameters_left(parent: Shape, ratio: float, of: str) -> int:
+    """Return how many parameters, embeddings and all, stay when a ratio of ``body`` or ``total`` goes from the body.
+
+    Raises:
+        UserError: the ratio leaves nothing or removes nothing, or is a share of something else.
+    """
+    if of not in DENOMINATORS:
+        raise UserError(f"A ratio is a share of {' or '.join(DENOMINATORS)}, not of {of!r}.")
+    if not 0 < ratio < 1:
+        raise UserError(f"The ratio {ratio:g} leaves nothing or removes nothing; choose one between 0 and 1.")
+    return parent.parameters - round(ratio * _count(parent, of))
+
+
 def describe_removal(parent: Shape, target: Shape) -> str:
     """Return how much goes, with both denominators: ``43.5 % of all parameters, 50.0 % of the body``."""
     total, body = (1 - _count(target, of) / _count(parent, of) for of in ("total", "body"))

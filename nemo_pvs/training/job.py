@@ -53,6 +53,10 @@ class TrainingJob:
     training: Training
     first_token: int = 0
     """Where in the training data, in the order of training, the run begins to read; whole sequences."""
+    first_step: int = 0
+    """Steps of other jobs that this one goes on from, for the learning rate."""
+    all_steps: int | None = None
+    """Steps that the learning rate's schedule runs over, where they are more than this job's."""
     teacher: Path | None = None
     """The checkpoint, of any format, that a run with ``training.distill`` learns from."""
     pruning: PruningAware | None = None
@@ -111,6 +115,8 @@ class TrainingJob:
             layout=Layout.model_validate(values["layout"]),
             training=Training.model_validate(values["training"]),
             first_token=values.get("first_token", 0),
+            first_step=values.get("first_step", 0),
+            all_steps=values.get("all_steps"),
             teacher=Path(values["teacher"]) if values.get("teacher") else None,
             pruning=PruningAware.model_validate(values["pruning"]) if values.get("pruning") else None,
             masks=LearnedMasks.from_json(values["masks"]) if values.get("masks") else None,

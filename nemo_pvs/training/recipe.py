@@ -25,7 +25,6 @@ from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
 from nemo_pvs.checkpoints.masks import FILE as MASKS_FILE
 from nemo_pvs.files import sha256_json
-from nemo_pvs.recipe import Training
 from nemo_pvs.training.attention import FUSED_KERNELS, causal_data_step, layer_spec
 from nemo_pvs.training.callbacks import Checkpoint, MetricsLog
 from nemo_pvs.training.cluster import Machine
@@ -37,7 +36,7 @@ from nemo_pvs.training.mask_learning_callback import learn_masks
 from nemo_pvs.training.masks_callback import HoldMasks
 from nemo_pvs.training.preemption_callback import Resume, SaveOnSignal
 from nemo_pvs.training.pruning_aware_callback import prune_while_training
-from nemo_pvs.training.schedule import QuadraticWarmupCosine, decays_everything
+from nemo_pvs.training.schedule import PartOfSchedule, QuadraticWarmupCosine, decays_everything
 
 
 def pretrain_recipe(
@@ -270,13 +269,26 @@ def optimizer(job: TrainingJob, precision: str) -> run.Config:
             params_dtype=_DTYPES[precision],
             use_distributed_optimizer=job.layout.distributed_optimizer,
         ),
-        lr_scheduler=schedule(training),
+        lr_scheduler=schedule(job),
         no_weight_decay_cond=decays_everything if training.weight_decay_on == "all" else None,
     )
 
 
-def schedule(training: Training) -> run.Config:
-    """Return the learning rate over the run: NeMo's, linear up and cosine down, or the paper's."""
+def schedule(job: TrainingJob) -> run.Config:
+    """Return the learning rate: NeMo's, linear up and cosine down, the paper's, WSD, or part of a longer schedule."""
+    training = job.training
+    if job.all_steps is not None or training.decay_steps is not None:
+        steps = job.all_steps or training.steps
+        whole = training.model_copy(update={"tokens": float(steps * training.tokens_per_step)})
+        return run.Config(
+            PartOfSchedule,
+            warmup=training.warmup,
+            first_step=job.first_step,
+            max_steps=steps,
+            warmup_steps=whole.warmup_steps,
+            min_ratio=training.min_learning_rate_ratio,
+            decay_steps=whole.decay_steps,
+        )
     if training.warmup == "quadratic":
         return run.Config(
             QuadraticWarmupCosine,

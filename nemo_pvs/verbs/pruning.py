@@ -84,7 +84,7 @@ def prune(
         str,
         typer.Option(
             help="minitron-depth, shortgpt, minitron-width, minitron-joint, flap, wanda-sp, magnitude-sp, llm-pruner, "
-            "magnitude, wanda, sparsegpt"
+            "adapt-pruner, magnitude, wanda, sparsegpt"
         ),
     ],
     target: Annotated[Optional[str], typer.Option(help="sizes to reach, e.g. hidden=288,ffn=768 or layers=14")] = None,
@@ -112,6 +112,8 @@ def prune(
     protect_last: Annotated[Optional[int], typer.Option(help="layers at the output that stay in any case")] = None,
     sequential: Annotated[Optional[bool], typer.Option(help="measure each layer behind the pruned ones")] = None,
     compat: Annotated[Optional[bool], typer.Option(help="the published code's quirks, to repeat its numbers")] = None,
+    iterations: Annotated[Optional[int], typer.Option(help="steps of adapt-pruner that would remove all")] = None,
+    amplitude: Annotated[Optional[float], typer.Option(help="how unlike adapt-pruner treats layers")] = None,
     scores: Annotated[Optional[str], typer.Option(help="folder that pvs calibrate wrote; else calibrates now")] = None,
     data: Text = "wikipedia-sample",
     samples: Samples = 32,
