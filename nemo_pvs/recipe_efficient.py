@@ -49,8 +49,10 @@ class PruningAware(Block):
     signed: bool = False
     compensate: bool = True
     """Let the weights that stay make up for those that go."""
-    compensation_tokens: Positive = 8192
-    """Of a step, evenly spread, from which the Hessian of each input is made; a few times the widest input."""
+    compensation_tokens: Positive = 65_536
+    """Of a step, evenly spread, from which the Hessian of each input is made. Least squares from n tokens for m inputs
+    add about ``m / (n - m)`` of what cannot be predicted as noise, so n has to be several times the widest input;
+    where a step has not as many tokens, do without compensation."""
     damping: float = Field(default=0.01, ge=0)
     learning_rate: Rate | None = None
     """The peak; that of ``train`` if it is left out."""
