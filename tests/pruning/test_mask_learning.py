@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
@@ -164,3 +165,35 @@ def test_gates_that_leave_nothing_make_no_plan(unit: str) -> None:
 def test_impossible_targets_are_refused(target: Shape, words: str) -> None:
     with pytest.raises(UserError, match=words):
         MaskLearner(PARENT, target, QUICK)
+
+
+def test_planted_units_of_a_llama_are_the_ones_that_go() -> None:
+    """A layer, a KV group a layer, and 56 FFN channels a layer add nothing: weights stay, masks find them."""
+    model = tiny_model(seed=7).requires_grad_(requires_grad=False)
+    generator = torch.Generator().manual_seed(0)
+    sizes = gate_sizes(PARENT)
+    planted = {unit: torch.ones(sizes[unit], dtype=torch.bool) for unit in ("groups", "ffn", "layers")}
+    planted["layers"][2] = False
+    for index, layer in enumerate(model.model.layers):
+        group = int(torch.randint(2, (), generator=generator))
+        channels = torch.randperm(PARENT.ffn, generator=generator)[: PARENT.ffn - 40]
+        planted["groups"][index, group], planted["ffn"][index, channels] = False, False
+        width = PARENT.axis("query") // PARENT.kv_groups
+        layer.self_attn.o_proj.weight[:, group * width : (group + 1) * width] = 0
+        layer.mlp.down_proj.weight[:, channels] = 0
+    for block in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
+        block.weight.zero_()
+    expected = model(IDS).logits.softmax(-1)
+    masks = MaskLearner(PARENT, PARENT.replace(ffn=40, kv_groups=1, layers=3), MaskSettings(0.3, 0.3, 80))
+    current: list[Gates] = []
+    gated(model, lambda: current[-1])
+    for step in range(300):
+        current.append(masks.draw(step).requires_grad_())
+        cross_entropy(model(IDS).logits.flatten(0, 1), expected.flatten(0, 1)).backward()
+        zeros = (torch.zeros_like(one) if one.grad is None else one.grad for one in current[-1].tensors)
+        masks.learn(step, Gates(*zeros), schedule=min(1.0, (300 - step) / 200))
+    gates = masks.deterministic()
+    assert torch.equal(gates.layers != 0, planted["layers"])
+    kept = planted["layers"]
+    assert torch.equal((gates.groups != 0)[kept], planted["groups"][kept])
+    assert float(((gates.ffn != 0) == planted["ffn"])[kept].float().mean()) > 0.99
