@@ -28,6 +28,7 @@ from nemo_pvs.training_memory import training_memory
 
 METHOD = "efficient-llm"
 _TOKENS_PER_INPUT = 4  # with fewer least squares add more than a third of what they cannot predict as noise
+_MUCH_DAMPING = 1.0
 
 
 def prunes_while_training(target: Target) -> bool:
@@ -134,9 +135,9 @@ def _doubt(asked: PruningAware, training: Training, parent: Shape) -> str:
     """Return what to say of compensation from too few tokens."""
     widest = max(parent.hidden, parent.ffn, parent.axis("query"))
     tokens = min(training.tokens_per_step, asked.compensation_tokens)
-    if not asked.compensate or tokens >= _TOKENS_PER_INPUT * widest:
+    if not asked.compensate or asked.damping >= _MUCH_DAMPING or tokens >= _TOKENS_PER_INPUT * widest:
         return ""
-    return f"; {tokens:,} tokens are few to compensate {widest:,} inputs: take more of them, or compensate: false"
+    return f"; {tokens:,} tokens are few to compensate {widest:,} inputs: take more of them, or damping: 1"
 
 
 def end_of_aware(recipe: Recipe, target: Target) -> int:
