@@ -49,9 +49,14 @@ class PruningAware(Block):
     signed: bool = False
     compensate: bool = True
     """Let the weights that stay make up for those that go."""
-    compensation_tokens: Positive = 8192
-    """Of a step, evenly spread, from which the Hessian of each input is made; a few times the widest input."""
-    damping: float = Field(default=0.01, ge=0)
+    compensation_tokens: Positive = 65_536
+    """Of a step, evenly spread, from which the Hessian of each input is made. Least squares from n tokens for m inputs
+    add about ``m / (n - m)`` of what cannot be predicted as noise, so n should be several times the widest input,
+    or the damping high."""
+    damping: float = Field(default=1.0, ge=0)
+    """Share of the Hessian's mean diagonal. SparseGPT's 0.01 is for 64 tokens an input. Of the 1,536 FFN inputs of
+    SmolLM2-135M a tenth went, in layers 4, 15 and 25, made up for from 2,048 or 4,096 tokens: on other text the error
+    was 1.2 to 2.2 times that of doing nothing with 0.01, 0.9 to 1.3 times with 0.1, and 0.8 to 0.9 times with 1."""
     learning_rate: Rate | None = None
     """The peak; that of ``train`` if it is left out."""
     first_token: Tokens | None = None

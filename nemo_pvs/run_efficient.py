@@ -28,6 +28,8 @@ from nemo_pvs.training_checks import check_training
 from nemo_pvs.training_memory import training_memory
 
 METHOD = "efficient-llm"
+_TOKENS_PER_INPUT = 4  # with fewer least squares add more than a third of what they cannot predict as noise
+_MUCH_DAMPING = 1.0
 
 
 def prunes_while_training(target: Target) -> bool:
@@ -116,7 +118,17 @@ def describe_pruning_aware(recipe: Recipe, target: Target, parent: Shape) -> str
         f"{_first_token(recipe, target):,}, units go from step {how(target).start_step(training) + 1:,} on; "
         f"TP x PP x DP = {layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}, "
         f"{memory.total / 1e9:,.1f} GB a GPU, {memory.total_recomputed / 1e9:,.1f} recomputed"
+        + _doubt(how(target), training, parent)
     )
+
+
+def _doubt(asked: PruningAware, training: Training, parent: Shape) -> str:
+    """Return what to say of compensation from too few tokens."""
+    widest = max(parent.hidden, parent.ffn, parent.axis("query"))
+    tokens = min(training.tokens_per_step, asked.compensation_tokens)
+    if not asked.compensate or asked.damping >= _MUCH_DAMPING or tokens >= _TOKENS_PER_INPUT * widest:
+        return ""
+    return f"; {tokens:,} tokens are few to compensate {widest:,} inputs: take more of them, or damping: 1"
 
 
 def end_of_aware(recipe: Recipe, target: Target) -> int:

@@ -12,6 +12,7 @@ from nemo_pvs.layout import Layout as WeightLayout
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_efficient import PruningAware
 from nemo_pvs.recipe_file import load_recipe, parse_recipe
+from nemo_pvs.run_efficient import describe_pruning_aware
 from tests.conftest import tiny_llama_config
 
 CONFIG = {**tiny_llama_config().to_dict(), "model_type": "llama"}
@@ -93,6 +94,18 @@ def test_a_linear_pace_ends_at_the_target_before_the_last_step() -> None:
     assert goals == [950, 900, 850, 800, 750, 700, 650, *[600] * 9]
     assert [step for step in range(9) if how.is_due(step, train)] == [4, 5, 6, 7, 8]
     assert [s for s in range(9) if how.model_copy(update={"every": 2}).is_due(s, train)] == [4, 6, 8]
+
+
+def test_compensation_from_few_tokens_is_doubted() -> None:
+    doubt = "256 tokens are few to compensate 128 inputs"
+    for pruning, said in (({"damping": 0.01}, True), ({"damping": 0.01, "compensate": False}, False), ({}, False)):
+        made = recipe(pace="linear", **pruning)
+        assert (doubt in describe_pruning_aware(made, made.targets["small"], PARENT)) is said
+    for name in ("efficient_llm/smollm_1p7b", "efficient_llm/llama31_8b", "smollm2_135m/efficient"):
+        plan = dry_run(load_recipe(name))
+        for target in plan.recipe.targets.values():
+            if target.pruning_aware:
+                assert "few" not in describe_pruning_aware(plan.recipe, target, plan.parent)
 
 
 def test_the_published_settings() -> None:

@@ -3,7 +3,7 @@
 The output of a matrix W changes least, in squares over the tokens, if the weights that stay take over what the
 inputs that stay predict of those that go: with H the sum of ``x x^T``, ``W_kept += W_gone (H_kept^-1 H_kept,gone)^T``.
 For one column that is the step ``-w_c / [H^-1]_cc [H^-1]_c`` of SparseGPT (2301.00774), here of several at once.
-EfficientLLM (2502.06663) speaks of a local Hessian and gives no damping; it is SparseGPT's.
+EfficientLLM (2502.06663) speaks of a local Hessian and gives no damping; few tokens want much of it.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ def _made_up_for(source: NemoSource, run: Run, kind: str) -> dict[str, torch.Ten
             columns = run.state.kept[run.space.along(part.axes[1], part.layer)]
             if part.axes[1] == axes[kind] and name in hessians:
                 gone = (~columns).nonzero().flatten()
-                tensor += tensor[:, gone] @ predictors(hessians[name], gone, columns, 0.01).T
+                tensor += tensor[:, gone] @ predictors(hessians[name], gone, columns, run.job.pruning.damping).T
             tensor[:, ~columns] = 0
         expected[name] = tensor
     return expected
