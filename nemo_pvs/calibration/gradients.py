@@ -173,8 +173,9 @@ class _Backward:
     def _add_similarity(
         self, index: int, _: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor
     ) -> None:
-        states = (state.detach().to(torch.promote_types(state.dtype, torch.float32)) for state in (inputs[0], outputs))
-        self.similarity[index] += functional.cosine_similarity(*states, dim=-1).sum(dtype=torch.float64).cpu()
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        cosines = functional.cosine_similarity(inputs[0].detach().to(wide), outputs.detach().to(wide), dim=-1)
+        self.similarity[index] += cosines.sum(dtype=torch.float64).cpu()
 
 
 class _MatrixGradient:
