@@ -6,7 +6,7 @@ One call is one stage: from a model to one of at most so many parameters. Traini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -209,7 +209,7 @@ def _best(plan: Plan, layer: int, sizes: LayerSizes, measured: Measured) -> tupl
     )
 
 
-def _plan(start: Shape, kept: list[tuple[Indices, Indices]], provenance: dict[str, object] | None = None) -> Plan:
+def _plan(start: Shape, kept: list[tuple[Indices, Indices]], provenance: Mapping[str, object] | None = None) -> Plan:
     groups, ffn = zip(*kept, strict=True)
     sizes = [
         LayerSizes(len(channels), len(heads) * start.at(layer).heads_per_group, len(heads))
