@@ -284,7 +284,7 @@ def schedule(job: TrainingJob) -> run.Config:
             PartOfSchedule,
             warmup=training.warmup,
             first_step=job.first_step,
-            max_steps=steps,
+            all_steps=steps,
             warmup_steps=whole.warmup_steps,
             min_ratio=training.min_learning_rate_ratio,
             decay_steps=whole.decay_steps,

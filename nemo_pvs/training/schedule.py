@@ -28,13 +28,16 @@ class QuadraticWarmupCosine(LRSchedulerModule):
 
 
 class PartOfSchedule(LRSchedulerModule):
-    """Part of a schedule of ``nemo_pvs.learning_rate``, from a step of the whole on."""
+    """Part of a schedule of ``nemo_pvs.learning_rate``, from a step of the whole on.
+
+    NeMo puts the run's own steps into whatever a scheduler calls ``max_steps``; so nothing here is called that.
+    """
 
     def __init__(
         self,
         warmup: str,
         first_step: int,
-        max_steps: int,
+        all_steps: int,
         warmup_steps: int,
         min_ratio: float,
         decay_steps: int | None,
@@ -42,14 +45,14 @@ class PartOfSchedule(LRSchedulerModule):
         super().__init__()
         self.warmup = warmup
         self.first_step = first_step
-        self.max_steps = max_steps
+        self.all_steps = all_steps
         self.warmup_steps = warmup_steps
         self.min_ratio = min_ratio
         self.decay_steps = decay_steps
 
     def scheduler(self, model, optimizer):
         """Return what Lightning asks for."""
-        numbers = {"steps": self.max_steps, "warmup_steps": self.warmup_steps, "min_ratio": self.min_ratio}
+        numbers = {"steps": self.all_steps, "warmup_steps": self.warmup_steps, "min_ratio": self.min_ratio}
         whole = (
             partial(quadratic_warmup_cosine, **numbers)
             if self.warmup == "quadratic"
