@@ -62,7 +62,7 @@ def check_reached(sparsities: Mapping[str, float], targets: Mapping[str, float])
         found = ", ".join(f"{sparsities[one]:.1%} of the {NAMES[one]} instead of {targets[one]:.1%}" for one in missed)
         raise UserError(
             f"The masks did not reach the target shape: they would remove {found}; learn them for more tokens, or "
-            "with a shorter target_warmup_fraction."
+            "with a higher multiplier_learning_rate."
         )
 
 
