@@ -12,16 +12,20 @@ from nemo_pvs.checkpoints.masks import check_masks, masks_of
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.random import RandomSource
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.token_files import describe_token_file
 from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.windows import validation_windows, write_validation_document
 from nemo_pvs.files import read_json, write_json
-from nemo_pvs.progress import progress
+from nemo_pvs.progress import console, progress
 from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.recipe_teacher import check_teacher, check_tokens
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training_checks import check_context, check_training
+
+_SPARSE = 0.1
+"""Share of zeros in a matrix from which on they are hardly chance."""
 
 
 def prepare_job(
@@ -90,6 +94,7 @@ def prepare_job(
         raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
     if not settings_file.exists():
         check_masks(source)
+        _say_unmasked_zeros(initial, source)
         with progress("write initial weights", "parameters") as show:
             write_nemo(source, out / "initial", overwrite=True, progress=show)
         write_validation_document(windows, out / "validation_windows", shape.vocab)
@@ -104,3 +109,16 @@ def prepare_job(
         training=training,
         teacher=teacher.resolve() if teacher else None,
     )
+
+
+def _say_unmasked_zeros(initial: str, source: WeightSource) -> None:
+    """Tell of a model that looks sparse but has no masks, as other tools leave it: training will fill its zeros."""
+    first = next(matrix_sparsity(source))
+    share = first.zeros / first.weights
+    if not masks_of(source).names and share > _SPARSE:
+        how = f"--method magnitude --sparsity {first.pattern or f'{share:.2g}'}"
+        console.print(
+            f"[yellow]![/] {initial} has {share:.0%} zeros in {first.name} and no masks, so training fills them; "
+            f"pvs prune {initial} DST {how} keeps these zeros and writes their masks.",
+            soft_wrap=True,
+        )

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
-from nemo_pvs.checkpoints.masks import FILE, masks_of, write_masks
+from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, masks_of, write_masks
 from nemo_pvs.checkpoints.megatron import NemoSource
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import write_json
+from nemo_pvs.files import read_json, write_json
+from nemo_pvs.pruning.magnitude import MagnitudeSource
+from nemo_pvs.pruning.sparsity import Sparsity
 from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.training.prepare import prepare_job
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -100,3 +102,21 @@ def test_tokens_of_another_model_are_refused(sparse):
     with pytest.raises(UserError, match=r"validation.bin holds the token 700, but the model's vocabulary ends at 127"):
         _prepare(sparse, random_init=False)
     assert not (sparse.parent / "run").exists()
+
+
+def test_a_sparse_model_of_another_tool_is_told_what_to_do_and_that_works(sparse, capsys):
+    """Without its masks a model's zeros would fill; magnitude pruning finds exactly them again."""
+    dense = HuggingFaceSource(sparse.parent / "dense")
+    pruned = MagnitudeSource(dense, Sparsity.parse("2:4"))
+    write_huggingface(pruned, sparse.parent / "foreign")
+    config = read_json(sparse.parent / "foreign" / "config.json")
+    write_json(sparse.parent / "foreign" / "config.json", {**config, CONFIG_KEY: None})
+    (sparse.parent / "foreign" / FILE).unlink()
+    _prepare(sparse.parent / "foreign", random_init=False)
+    said = capsys.readouterr().out
+    assert "50% zeros in model.layers.0.self_attn.q_proj.weight and no masks" in said
+    assert "--method magnitude --sparsity 2:4 keeps these zeros" in said
+    again = MagnitudeSource(HuggingFaceSource(sparse.parent / "foreign"), Sparsity.parse("2:4"))
+    for name in masks_of(pruned).names:
+        assert torch.equal(masks_of(again).read(name), masks_of(pruned).read(name))
+        assert torch.equal(again.read(name), pruned.read(name))
