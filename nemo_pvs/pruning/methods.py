@@ -123,6 +123,8 @@ class Method:
     prune: Callable[[Job], Pruned]
     gradients: bool = False
     """Whether its scores are measured with gradients."""
+    trains: bool = False
+    """Whether it trains the model while it finds out what to keep, which a stage of ``pvs run`` does."""
 
 
 def prune(method: str, job: Job) -> Pruned:
@@ -361,9 +363,13 @@ METHODS: Mapping[str, Method] = {
         "hidden and FFN channels, KV groups and layers, by masks learned in training",
         ("target", "preset"),
         _by_training("sheared-llama"),
+        trains=True,
     ),
     "efficient-llm": Method(
-        "hidden and FFN channels and KV groups, one by one while the model trains", (), _by_training("efficient-llm")
+        "hidden and FFN channels and KV groups, one by one while the model trains",
+        (),
+        _by_training("efficient-llm"),
+        trains=True,
     ),
     "adapt-pruner": Method(
         "KV groups and FFN channels by |W gradient|, most from layers that change their input least",
@@ -379,3 +385,5 @@ METHODS: Mapping[str, Method] = {
     ),
 }
 """Every method by the name that ``pvs prune --method`` takes."""
+AT_ONCE = tuple(name for name, method in METHODS.items() if not method.trains)
+"""The methods that ``pvs prune`` does by itself."""

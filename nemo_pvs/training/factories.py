@@ -23,7 +23,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout as WeightLayout
 from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.progress import console
-from nemo_pvs.pruning.methods import METHODS
+from nemo_pvs.pruning.methods import AT_ONCE
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_file import load_recipe, packaged_recipes
 from nemo_pvs.recipe_targets import expected_shape, is_sparse
@@ -45,7 +45,7 @@ def register() -> None:
         recipe = settled(load_recipe(name))
         for arm in recipe.runs:
             run.cli.factory(_pretrain(recipe, arm), target=llm.pretrain, name=factory_name(name, arm.name))
-    for method in METHODS:
+    for method in AT_ONCE:
         run.cli.factory(_prune(method), target=llm.prune, name=prune_factory_name(method))
 
 

@@ -25,7 +25,7 @@ from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.layout import Layout
 from nemo_pvs.progress import console, progress
-from nemo_pvs.pruning.methods import METHODS, Job, Options, prune
+from nemo_pvs.pruning.methods import AT_ONCE, METHODS, Job, Options, prune
 from nemo_pvs.shape import Shape
 from tests.benchmarks.conversion import SHAPES, make_input
 from tests.benchmarks.llm_compressor import random_tokens
@@ -43,7 +43,11 @@ def options_of(method: str, shape: Shape) -> dict[str, Any]:
     }
     if method in names:
         return {"target": ",".join(f"{name}={fewer[name]}" for name in names[method])}
-    return {"sparsity": "2:4"} if method in {"magnitude", "wanda", "sparsegpt"} else {"ratio": 0.2}
+    return (
+        {"sparsity": "2:4"}
+        if method in {"magnitude", "wanda", "sparsegpt"}
+        else {"ratio": 0.2, **({"of": "body", "iterations": 5} if method == "adapt-pruner" else {})}
+    )
 
 
 def main() -> None:
@@ -53,7 +57,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="another depth")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--only", action="append", choices=METHODS, help="may be repeated")
+    parser.add_argument("--only", action="append", choices=AT_ONCE, help="may be repeated")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_calibration"))
     given = parser.parse_args()
     shape = SHAPES[given.shape]
@@ -65,7 +69,7 @@ def main() -> None:
     elif shape_of(HuggingFaceSource(model)) != shape:
         raise SystemExit(f"{model} holds another model; remove it.")
     results = {}
-    for name in ("calibrate", *(given.only or METHODS)):
+    for name in ("calibrate", *(given.only or AT_ONCE)):
         work = calibrated if name == "calibrate" else pruned
         forget_cached(model)
         results[name] = measure(work, name, model, given.folder, size)
@@ -120,7 +124,7 @@ def table(shape: Shape, size: tuple[int, int], results: dict[str, Measured]) -> 
     for column in ("", "s", "s a layer", "CPU s", "peak MB", "before MB", "options"):
         made.add_column(column, justify="right" if column not in {"", "options"} else "left")
     for name, measured in results.items():
-        chosen = options_of(name, shape) if name in METHODS else {}
+        chosen = options_of(name, shape) if name in AT_ONCE else {}
         made.add_row(
             name,
             f"{measured.seconds:.1f}",

@@ -31,7 +31,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.progress import progress
-from nemo_pvs.pruning.methods import METHODS, Job, Options, prune, write
+from nemo_pvs.pruning.methods import AT_ONCE, METHODS, Job, Options, prune, write
 from tests.benchmarks.structured_methods import texts
 
 
@@ -72,6 +72,7 @@ def cases(layers: int, hidden: int, ffn: int) -> Iterator[Case]:
     # As published: layers 4 to 29 of 32.
     protected = {"structure": "UL-MM", "protect_first": 4, "protect_last": 2}
     yield Case("llm-pruner", {**fifth, **protected}, "pruning/test_llm_pruner.py")
+    yield Case("adapt-pruner", {**fifth, "of": "body", "iterations": 10}, "pruning/test_adapt_pruner.py")
     for method in ("sparsegpt", "wanda", "magnitude"):
         for sparsity in ("0.5", "4:8", "2:4"):
             yield Case(method, {"sparsity": sparsity}, f"pruning/test_{method}.py")
@@ -83,7 +84,7 @@ def main() -> None:
     options.add_argument("--parent", default="smollm2-135m", help="as in a recipe")
     options.add_argument("--samples", type=int, default=32, help="calibration windows; half as many are predicted")
     options.add_argument("--sequence-length", type=int, default=256)
-    options.add_argument("--only", action="append", choices=METHODS, help="may be repeated")
+    options.add_argument("--only", action="append", choices=AT_ONCE, help="may be repeated")
     options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "pvs_benchmark_parent")
     given = options.parse_args()
     folder = given.folder if given.folder.is_dir() else prepare_parent(given.parent, given.folder)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_pvs.pruning.methods import METHODS
+from nemo_pvs.pruning.methods import AT_ONCE
 from nemo_pvs.pruning.presets import presets
 from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
 from nemo_pvs.training.factory_names import factory_name, prune_factory_name
@@ -251,7 +251,7 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
             ["llm", "pretrain", "--factory", WIDTH, "--to-yaml", str(tmp_path / "out.yaml")],
             *(
                 ["llm", "prune", "--factory", prune_factory_name(name), "source=A", "target_folder=B", "--dryrun"]
-                for name in METHODS
+                for name in AT_ONCE
             ),
             verbs,
         ],
@@ -262,7 +262,7 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
     assert re.search(r"tensor_model_parallel_size\W+4", said[0])
     assert "DP 32" in said[1]
     assert "hidden_size: 3072" in (tmp_path / "out.yaml").read_text()
-    for method, text in zip(METHODS, said[4:], strict=False):
+    for method, text in zip(AT_ONCE, said[4:], strict=False):
         assert "Dry run for prune" in text
         assert f"'{method}'" in text
     assert "Dry run for run" in said[-1]
