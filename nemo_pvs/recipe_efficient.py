@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.saliency import Rules, fewest_removals
+from nemo_pvs.pruning.removal_rules import Rules, fewest_removals
 from nemo_pvs.recipe_basics import Block, Fraction, Layout, Positive, Rate, Tokens
 from nemo_pvs.shape import Shape
 

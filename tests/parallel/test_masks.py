@@ -422,8 +422,8 @@ def _check_refusals(job: TrainingJob) -> None:
         monkeypatch = pytest.MonkeyPatch()
         monkeypatch.setattr(masked_optimizer, "is_float8tensor", lambda parameter: parameter is model.weight)
         with pytest.raises(UserError, match="FP8 parameters are quantised out of our sight"):
-            masked_optimizer._refuse_unfit(optimizer, masked)
+            masked_optimizer.refuse_unfit(optimizer, masked)
         monkeypatch.undo()
         optimizer.__class__ = type("LayerwiseOptimizer", (MegatronOptimizer,), {"__abstractmethods__": frozenset()})
         with pytest.raises(UserError, match="LayerwiseOptimizer is none that we know"):
-            masked_optimizer._refuse_unfit(optimizer, {})
+            masked_optimizer.refuse_unfit(optimizer, {})

@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.saliency import (
-    Removal,
-    Rules,
-    add_terms,
-    fewest_removals,
-    next_removal,
-    saliency,
-    smallest,
-    unit_parameters,
-)
+from nemo_pvs.pruning.removal_rules import Rules, fewest_removals, smallest, unit_parameters
+from nemo_pvs.pruning.saliency import Removal, add_terms, next_removal, saliency
 from nemo_pvs.pruning.unit_space import UnitSpace
 from nemo_pvs.shape import Shape
 
