@@ -123,7 +123,7 @@ def _check_data(recipe: Recipe) -> None:
 
 def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: Shape | None) -> PlannedTarget:
     expected = expected_shape(target, parent)
-    distilled = any(recipe.distills(name, initialisation) for initialisation in recipe.arms)
+    distilled = any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name))
     memory = training_memory(expected.shape, target.layout, recipe.train, teacher if distilled else None)
     return PlannedTarget(name, target, expected, memory, pruning_cost(recipe, target, expected.shape, parent))
 
@@ -136,10 +136,10 @@ def _stages(recipe: Recipe) -> list[str]:
     for name, target in recipe.targets.items():
         if is_trained_first(target):
             stages.append(f"masks/{name}")
-        if target.method != DENSE or "pruned" in recipe.arms:
+        if target.method != DENSE or "pruned" in recipe.arms_of(name):
             between = f" ({stages_of(target)} times, training between)" if stages_of(target) > 1 else ""
             stages.append(f"prune/{name}{between}")
-        if "random" in recipe.arms:
+        if "random" in recipe.arms_of(name):
             stages.append(f"random/{name}")
     stages += [f"train/{arm.name}" for arm in recipe.runs]
     stages += ["evaluate"] + ["evaluate/tasks"] * bool(recipe.evaluate.tasks)
@@ -229,7 +229,8 @@ def _ranks(layout: Layout) -> str:
 
 
 def _sizes(shape: Shape) -> str:
-    return f"{shape.layers} x {shape.hidden}, ffn {shape.ffn}, {shape.heads}/{shape.kv_groups} heads"
+    ffn, heads, groups = shape.spans
+    return f"{shape.layers} x {shape.hidden}, ffn {ffn}, {heads} / {groups} heads"
 
 
 def _arms_table(plan: DryRun) -> Table:

@@ -129,9 +129,9 @@ class Pipeline:
         for name, target in self.recipe.targets.items():
             if is_trained_first(target):
                 self.learn_masks(name, target, trainer)
-            if target.method != DENSE or "pruned" in self.recipe.arms:
+            if target.method != DENSE or "pruned" in self.recipe.arms_of(name):
                 self.prune(name, target, trainer)
-            if "random" in self.recipe.arms:
+            if "random" in self.recipe.arms_of(name):
                 self.random(name, target)
         # Now that their shapes are known, also those that scores decided.
         made = (name for name in self.recipe.targets if f"prune/{name}" in self.results)
@@ -237,15 +237,18 @@ class Pipeline:
                 return train_stage(running, job, self.parent_source)
 
         outputs, precious = [job.folder.parent], [job.checkpoints]
-        self.stage(f"masks/{name}", inputs, outputs, work, keep_partial=True, precious=precious)
+        self.stage(f"masks/{name}", inputs, outputs, work, keep_partial=True, precious=precious, shared=True)
 
     def _mask_jobs(self) -> list[Path]:
         """Return the files of the jobs that learn masks and are not finished."""
         learned = {
             name: self._mask_job(name, one) for name, one in self.recipe.targets.items() if is_trained_first(one)
         }
-        jobs = []
+        jobs, begun_with = [], set[str]()
         for name, (job, inputs) in learned.items():
+            if sha256_json(inputs) in begun_with:
+                continue  # an earlier target's masks are this one's, too
+            begun_with.add(sha256_json(inputs))
             outputs, precious = [job.folder.parent], [job.checkpoints]
             begun = self.stages.begin(f"masks/{name}", inputs, outputs, keep_partial=True, precious=precious) is None
             if begun and not is_finished(job):
@@ -297,7 +300,7 @@ class Pipeline:
                 draw=lambda iteration: self.calibration_tokens(samples, iteration),
             )
 
-        self.stage(f"prune/{name}", inputs, [folder], work)
+        self.stage(f"prune/{name}", inputs, [folder], work, shared=True)
 
     def random(self, name: str, target: Target) -> None:
         """Draw the scratch baseline's initial weights for a target, under the same masks, as a NeMo checkpoint."""
@@ -319,7 +322,7 @@ class Pipeline:
             write_nemo(drawn, folder / NEMO)
             return {"fingerprint": fingerprint(drawn)}
 
-        self.stage(f"random/{name}", inputs, [folder], work)
+        self.stage(f"random/{name}", inputs, [folder], work, shared=True)
 
     def train(self, trainer: Trainer, arm: Arm) -> None:
         """Train one arm on Megatron, and hand the result over as a Hugging Face folder."""
@@ -372,7 +375,7 @@ class Pipeline:
                         measured[text] = perplexity(source, tokens, **self.compute, progress=show)
                 return measured
 
-            self.stage(f"evaluate/{label}", inputs, [], work)
+            self.stage(f"evaluate/{label}", inputs, [], work, shared=True)
 
     def tasks(self) -> None:
         """Ask the tasks of the recipe of the parent and of every trained arm; the report finds the answers."""

@@ -62,7 +62,7 @@ class Recipe(Block):
     calibrate: Calibration = Calibration()
     targets: dict[str, Target] = Field(min_length=1)
     arms: list[Initialisation] = Field(default=["pruned", "random"], min_length=1)
-    """Initial weights to train every target from."""
+    """Initial weights to train every target from that names none of its own."""
     budgets: list[Tokens] | Budgets | None = None
     """Training tokens, one run for each; a list for all arms, or one for pruned and one for random weights.
     ``budget: equal-total-tokens`` is short for ``train.tokens`` for pruned and this setting for random weights."""
@@ -113,7 +113,8 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _parent_can_be_pruned(self) -> Recipe:
         methods = {target.method for target in self.targets.values()}
-        if self.parent.source is None and (methods != {DENSE} or self.arms != ["random"]):
+        arms = {arm for target in self.targets for arm in self.arms_of(target)}
+        if self.parent.source is None and (methods != {DENSE} or arms != {"random"}):
             raise ValueError(
                 f"parent has no source, so all that can be done is to train it: targets of method {DENSE}, "
                 "and arms: [random]"
@@ -125,13 +126,13 @@ class Recipe(Block):
         distill = self.train.distill
         if distill and distill.teacher == PARENT and self.parent.source is None:
             raise ValueError("parent has no source, so it cannot be the teacher; leave train.distill out")
-        if distill and not any(self.distills(target, arm) for target in self.targets for arm in self.arms):
+        if distill and not any(self.distills(target, arm) for target in self.targets for arm in self.arms_of(target)):
             raise ValueError("train.distill is for none of the arms; name one of them in train.distill.arms")
         return self
 
     @model_validator(mode="after")
     def _ranges_hold_the_budgets(self) -> Recipe:
-        for initialisation in self.arms:
+        for initialisation in sorted({arm for target in self.targets for arm in self.arms_of(target)}):
             numbers = [budget for budget in self.budgets_of(initialisation) if not isinstance(budget, str)]
             self._check_range(initialisation, max(numbers, default=0))
         return self
@@ -143,6 +144,10 @@ class Recipe(Block):
                 f"a budget of {tokens:,} tokens for {initialisation} arms goes past the end of their range "
                 f"({first:,} to {end:,.0f}) in data.token_ranges"
             )
+
+    def arms_of(self, target: str) -> list[Initialisation]:
+        """Return the initial weights that a target is trained from."""
+        return self.targets[target].arms or self.arms
 
     def budgets_of(self, initialisation: Initialisation) -> list[int | Setting]:
         """Return what arms of a kind are trained for: tokens, or what makes them equal to the pruned arms."""
@@ -167,7 +172,7 @@ class Recipe(Block):
         return [
             arm
             for target in self.targets
-            for initialisation in self.arms
+            for initialisation in self.arms_of(target)
             for arm in (self.pruned_runs(target) if initialisation == "pruned" else self._random_runs(target))
         ]
 
@@ -179,7 +184,7 @@ class Recipe(Block):
     def matched_runs(self, target: str) -> Iterator[tuple[str, Setting, Arm]]:
         """Yield the random arms of a target whose budget is a setting: name, setting, the pruned arm to equal."""
         for budget in self.budgets_of("random"):
-            if isinstance(budget, str) and "random" in self.arms:
+            if isinstance(budget, str) and "random" in self.arms_of(target):
                 yield from self._matched(target, budget)
 
     def _matched(self, target: str, setting: Setting) -> Iterator[tuple[str, Setting, Arm]]:

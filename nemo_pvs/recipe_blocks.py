@@ -24,6 +24,7 @@ _NO_OPTIONS = (
     "learning_rate",
     "keep_parent_embeddings",
     "layout",
+    "arms",
     "distill",
     "learn",
     "pruning_aware",
@@ -154,6 +155,8 @@ class Target(Block):
     """Reach the target in so many steps, with a share of the training behind each (``staged``)."""
     learning_rate: Rate | Rates | None = None
     """Instead of ``train.learning_rate``: one, or one for each kind of initial weights."""
+    arms: list[Initialisation] | None = Field(default=None, min_length=1, exclude_if=lambda given: given is None)
+    """Initial weights to train it from, instead of the recipe's ``arms``."""
     keep_parent_embeddings: bool = False
     """The random arm keeps the pruned model's embedding and vectors, as the published sparse baseline does."""
     distill: bool = True

@@ -66,7 +66,7 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
     """
     teacher = teacher_shape(recipe, parent)
     for name, target in recipe.targets.items():
-        if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms):
+        if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
             try:
                 check_teacher(teacher, parent, target.layout)
             except UserError as error:

@@ -353,8 +353,13 @@ class Shape:
             ("vocab", self.vocab),
         ]
 
+    @property
+    def spans(self) -> list[str]:
+        """What to say of ``ffn``, ``heads`` and ``kv_groups``: a number, or the least and the most of uneven layers."""
+        return [_span(row) for row in zip(*self.layer_sizes, strict=True)]
+
     def __str__(self) -> str:
-        ffn, heads, groups = (_span(row) for row in zip(*self.layer_sizes, strict=True))
+        ffn, heads, groups = self.spans
         return (
             f"{self.layers} layers, hidden {self.hidden}, ffn {ffn}, "
             f"{heads} heads in {groups} KV groups of {self.head_dim}, "

@@ -6,24 +6,44 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, sha256_json, write_json
+from nemo_pvs.files import link_tree, read_json, sha256_json, write_json
 from nemo_pvs.progress import console
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A finished stage of this run."""
+
+    name: str
+    outputs: list[Path]
+    result: dict[str, Any]
+
+    def again(self, outputs: list[Path]) -> dict[str, Any]:
+        """Make its outputs once more, in other places, and return its result."""
+        for made, wanted in zip(self.outputs, outputs, strict=True):
+            if wanted.exists():  # of an attempt that was killed
+                shutil.rmtree(wanted)
+            link_tree(made, wanted)
+        return dict(self.result)
 
 
 class Stages:
     """The finished stages of one run folder, a small record each; a record is written last.
 
     A stage is skipped when its record was made from the same inputs and its outputs are still there. One without a
-    record (interrupted, killed) is done again.
+    record (interrupted, killed) is done again. One that differs from an earlier stage in nothing but its name is not
+    done: it gets the same result and the same files.
     """
 
     def __init__(self, folder: Path, force: tuple[str, ...] = ()) -> None:
         self.folder = folder
         self._force = force
+        self._done: dict[tuple[str, str], _Done] = {}
 
     def run(
         self,
@@ -34,6 +54,7 @@ class Stages:
         *,
         keep_partial: bool = False,
         precious: Sequence[Path] = (),
+        shared: bool = False,
     ) -> dict[str, Any]:
         """Do a stage, or take its result from the record.
 
@@ -44,6 +65,7 @@ class Stages:
             work: does it, and returns the result as plain data.
             keep_partial: the stage resumes by itself from what an interrupted attempt at the same inputs left.
             precious: of the outputs what took long; made from other inputs it is not removed unasked.
+            shared: a stage of the same kind (what is before the slash) with the same inputs makes the same.
 
         Returns:
             What ``work`` returned, now or earlier.
@@ -51,13 +73,16 @@ class Stages:
         Raises:
             UserError: something precious is in the way.
         """
+        this = (name.split("/")[0], sha256_json(inputs))
         record = self.begin(name, inputs, outputs, keep_partial=keep_partial, precious=precious)
         if record is not None:
             console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
+            self._done.setdefault(this, _Done(name, outputs, record["result"]))
             return dict(record["result"])
         console.print(f"[bold]→[/] {name}")
         began = time.monotonic()
-        result = dict(work())
+        twin = self._done.get(this) if shared else None
+        result = twin.again(outputs) if twin else dict(work())
         seconds = time.monotonic() - began
         write_json(
             self._record(name),
@@ -70,7 +95,8 @@ class Stages:
             },
         )
         self._attempt(name).unlink()
-        console.print(f"[green]✓[/] {name} [dim]({seconds:.0f} s)[/]")
+        self._done.setdefault(this, _Done(name, outputs, result))
+        console.print(f"[green]✓[/] {name} [dim]({f'as {twin.name}' if twin else f'{seconds:.0f} s'})[/]")
         return result
 
     def begin(

@@ -177,14 +177,20 @@ def _check(results: Results, folder: Path, values: dict) -> None:
 
 
 def test_prepare_only_stops_before_training(values, tmp_path):
+    """And a target that differs in its training only takes what another was pruned to."""
+    values["targets"]["width_too"] = {**values["targets"]["width"], "learning_rate": 1e-3, "arms": ["pruned"]}
     pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
     jobs = pipeline.prepare_only()
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == pipeline.recipe, "the run cannot be repeated"
-    assert [job.parent.name for job in jobs] == ["width-pruned", "width-random", "depth-pruned", "depth-random"]
+    arms = ["width-pruned", "width-random", "depth-pruned", "depth-random", "width_too-pruned"]
+    assert [job.parent.name for job in jobs] == arms
     assert all(job.is_file() for job in jobs)
     assert not (tmp_path / "run" / "models").exists()
     job = json.loads(jobs[0].read_text())
     assert (Path(job["initial"]) / "weights" / ".metadata").is_file()
+    one, other = (pipeline.pruned(name) / "huggingface" / "model.safetensors" for name in ("width", "width_too"))
+    assert one.samefile(other)
+    assert {path.name for path in (tmp_path / "run" / "random").iterdir()} == {"width", "depth"}
 
 
 def test_changed_settings_redo_what_depends_on_them_only(values, tmp_path):

@@ -132,6 +132,7 @@ def test_the_methods_of_a_target_are_those_of_pruning():
     assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}
     own = {
         "method",
+        "arms",
         "layout",
         "learning_rate",
         "keep_parent_embeddings",

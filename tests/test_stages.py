@@ -45,3 +45,32 @@ def test_what_took_long_is_not_removed_unasked(tmp_path: Path, dies: bool) -> No
         _train(tmp_path, 2e-3)
     assert _train(tmp_path, 1e-3) == (2 if dies else 1), "the refusal has touched what was there"
     assert _train(tmp_path, 2e-3, force=("train/width",)) == 1
+
+
+def test_equal_stages_of_a_kind_are_done_once(tmp_path: Path) -> None:
+    """And a second one that was killed while it took over what the first had made begins that anew."""
+    done: list[str] = []
+
+    def run(stages: Stages, name: str, ratio: float) -> dict[str, int]:
+        out = tmp_path / name
+
+        def work() -> dict[str, int]:
+            out.mkdir(parents=True)
+            (out / "weights").write_text(str(ratio))
+            done.append(name)
+            return {"count": len(done)}
+
+        return stages.run(name, {"ratio": ratio}, [out], work, keep_partial=True, shared=True)
+
+    stages = Stages(tmp_path)
+    assert run(stages, "prune/a", 0.5) == {"count": 1}
+    (tmp_path / "prune" / "b").mkdir()
+    (tmp_path / "prune" / "b" / "torn").touch()
+    assert run(stages, "prune/b", 0.5) == {"count": 1}
+    assert {path.name: path.read_text() for path in (tmp_path / "prune" / "b").iterdir()} == {"weights": "0.5"}
+    assert run(stages, "prune/c", 0.6) == {"count": 2}
+    assert run(stages, "masks/a", 0.5) == {"count": 3}
+    again = Stages(tmp_path)
+    for name, ratio, count in (("prune/a", 0.5, 1), ("prune/b", 0.5, 1), ("prune/d", 0.6, 4)):
+        assert run(again, name, ratio) == {"count": count}
+    assert done == ["prune/a", "prune/c", "masks/a", "prune/d"]
