@@ -43,11 +43,9 @@ def options_of(method: str, shape: Shape) -> dict[str, Any]:
     }
     if method in names:
         return {"target": ",".join(f"{name}={fewer[name]}" for name in names[method])}
-    return (
-        {"sparsity": "2:4"}
-        if method in {"magnitude", "wanda", "sparsegpt"}
-        else {"ratio": 0.2, **({"of": "body", "iterations": 5} if method == "adapt-pruner" else {})}
-    )
+    if method in {"magnitude", "wanda", "sparsegpt"}:
+        return {"sparsity": "2:4"}
+    return {"ratio": 0.2, "of": "body", "iterations": 5} if method == "adapt-pruner" else {"ratio": 0.2}
 
 
 def main() -> None:
