@@ -65,7 +65,7 @@ class Pipeline:
         force: tuple[str, ...] = (),
         compute: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepare to run ``recipe`` in ``folder``; ``compute`` says where layers run (``pruning.methods.Job``).
+        """Prepare to run ``recipe`` in ``folder``; ``compute`` says where layers run (``pruning.job.Job``).
 
         Raises:
             UserError: a forced stage is unknown.

@@ -14,8 +14,9 @@ from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.files import sha256_json, write_json
 from nemo_pvs.progress import console, progress
-from nemo_pvs.pruning import methods
 from nemo_pvs.pruning.depth_task import Scorer
+from nemo_pvs.pruning.job import Job
+from nemo_pvs.pruning.methods import prune_by
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.sparse_source import SparseSource
 from nemo_pvs.pruning.spent import spent
@@ -47,7 +48,7 @@ def prune_target(
         tokens: Reads the calibration text.
         scores: Loads the scores.
         task_score: Returns what measures models by the target's task.
-        compute: Where and how layers run, as ``methods.Job`` takes it.
+        compute: Where and how layers run, as ``pruning.job.Job`` takes it.
         draw: Draws a calibration text for each iteration of a method that has such.
 
     Returns:
@@ -66,9 +67,9 @@ def prune_target(
         read.append(tokens())
         return read[-1]
 
-    pruned = methods.prune(
+    pruned = prune_by(
         target.method,
-        methods.Job(
+        Job(
             source=source,
             options=options_of(target),
             tokens=read_tokens,

@@ -169,7 +169,7 @@ class Target(Block):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is asked of the method, under the names of ``pruning.methods.Options``."""
+        """What is asked of the method, under the names of ``pruning.job.Options``."""
         given = {
             name: value
             for name in type(self).model_fields

@@ -10,7 +10,8 @@ import torch
 from nemo_pvs.errors import UserError
 from nemo_pvs.masks_stage import check_stage, is_trained_first
 from nemo_pvs.pruning.input_means import FEATURES
-from nemo_pvs.pruning.methods import METHODS, Options
+from nemo_pvs.pruning.job import Options
+from nemo_pvs.pruning.methods import METHODS
 from nemo_pvs.pruning.sparsity import Sparsity
 from nemo_pvs.pruning.target import choose_target
 from nemo_pvs.pruning.unit_counts import Rules, unit_counts

@@ -355,7 +355,7 @@ class Shape:
 
     @property
     def spans(self) -> list[str]:
-        """What to say of ``ffn``, ``heads`` and ``kv_groups``: a number, or the least and the most of uneven layers."""
+        """What to say of ``ffn``, ``heads`` and ``kv_groups``: a size, or the least and the most of uneven layers."""
         return [_span(row) for row in zip(*self.layer_sizes, strict=True)]
 
     def __str__(self) -> str:

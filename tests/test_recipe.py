@@ -125,7 +125,8 @@ def _recipe(values: dict, **changes) -> Recipe:
 def test_the_methods_of_a_target_are_those_of_pruning():
     from typing import get_args
 
-    from nemo_pvs.pruning.methods import METHODS, Options
+    from nemo_pvs.pruning.job import Options
+    from nemo_pvs.pruning.methods import METHODS
     from nemo_pvs.recipe_blocks import DENSE, SIZES
 
     fields = Target.model_fields

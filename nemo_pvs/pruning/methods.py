@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.huggingface import write_huggingface
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.checkpoints.pad import pad_layers
-from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import write_json
 from nemo_pvs.pruning.adapt_measure import LayerMeasure
 from nemo_pvs.pruning.adapt_pruner import Settings, plan_adapt_pruner
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
-from nemo_pvs.pruning.depth_task import Scorer, plan_task, scan_task
+from nemo_pvs.pruning.depth_task import plan_task, scan_task
 from nemo_pvs.pruning.flap import plan_flap
 from nemo_pvs.pruning.greedy import plan_greedy, scan_greedy
+from nemo_pvs.pruning.job import Job, Options
 from nemo_pvs.pruning.joint import plan_joint
 from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
 from nemo_pvs.pruning.magnitude import MagnitudeSource
 from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.result import Pruned
 from nemo_pvs.pruning.sequential import prune_layers
 from nemo_pvs.pruning.shortgpt import plan_shortgpt
-from nemo_pvs.pruning.sparse_source import SparseSource
 from nemo_pvs.pruning.sparsegpt import SparseGPT
 from nemo_pvs.pruning.sparsity import Sparsity
 from nemo_pvs.pruning.target import choose_target, describe_removal, parameters_left
@@ -38,79 +31,6 @@ from nemo_pvs.pruning.wanda import Wanda
 from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.width import plan_width
 from nemo_pvs.shape import Shape
-
-PLAN = "pvs_plan.json"
-"""The file in a pruned checkpoint that says what was kept of the parent."""
-SETTINGS = "pvs_pruning.json"
-"""The file in a sparse checkpoint that says how it was made."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may ask of a method; None is the method's own default."""
-
-    target: str | None = None
-    ratio: float | None = None
-    of: str | None = None
-    preset: str | None = None
-    sparsity: str | None = None
-    search: str | None = None
-    task: str | None = None
-    task_limit: int | None = None
-    aggregation: str | None = None
-    metric: str | None = None
-    structure: str | None = None
-    bias: bool | None = None
-    uniform: bool | None = None
-    remove_groups: int | None = None
-    ffn_multiple: int | None = None
-    kv_groups_multiple: int | None = None
-    sequential: bool | None = None
-    protect_first: int | None = None
-    protect_last: int | None = None
-    compat: bool | None = None
-    iterations: int | None = None
-    amplitude: float | None = None
-
-    def given(self, *names: str) -> dict[str, Any]:
-        """Return those of the options that were given, as keyword arguments."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model to prune."""
-
-    source: WeightSource
-    options: Options
-    tokens: Callable[[], TokenSet]
-    """Reads the calibration text when a method needs it."""
-    scores: Callable[[], Scores]
-    """Loads the scores, or measures them, when a method needs them."""
-    check: Callable[[Shape], None]
-    """Raises UserError for a shape that is not wanted, before any work on it."""
-    work_folder: Path
-    """Where a method keeps what it has finished, to go on from."""
-    progress: Callable[..., Any]
-    """``progress.progress``, or something like it."""
-    say: Callable[[str], None]
-    overwrite: bool = False
-    task_score: Callable[[], Scorer] | None = None
-    """Returns what measures models by ``options.task``, when a method needs it."""
-    draw: Callable[[int], TokenSet] | None = None
-    """Draws a text of its own for each iteration of a method that has such; by default all read the same."""
-    compute: Mapping[str, Any] = field(default_factory=dict)
-    """Where and how layers run, as ``layerwise.LayerwiseModel`` takes it: ``device``, ``dtype``, ``memory_limit``."""
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned model, not written yet."""
-
-    source: WeightSource
-    plan: Plan | None
-    """Absent for sparse models: masks say it all."""
-    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -127,7 +47,7 @@ class Method:
     """Whether it trains the model while it finds out what to keep, which a stage of ``pvs run`` does."""
 
 
-def prune(method: str, job: Job) -> Pruned:
+def prune_by(method: str, job: Job) -> Pruned:
     """Prune a model; what is returned streams the result when it is read.
 
     Raises:
@@ -142,39 +62,6 @@ def prune(method: str, job: Job) -> Pruned:
         own = ", ".join(f"--{name.replace('_', '-')}" for name in chosen.takes)
         raise UserError(f"{method} has no {' or '.join(foreign)}; its own options are {own}.")
     return chosen.prune(job)
-
-
-def write(
-    pruned: Pruned,
-    target: Path,
-    to: str,
-    *,
-    pad: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write a pruned model with a record of how it was made, and remove what was kept to go on from.
-
-    Args:
-        pruned: The model.
-        target: The folder to make.
-        to: hf or nemo.
-        pad: Make uneven layers even by zeros, so that stock classes load the model.
-        overwrite: Replace an existing ``target``.
-        progress: Called with (done, total) parameters.
-
-    Raises:
-        UserError: ``target`` exists or cannot be written.
-    """
-    source = pad_layers(pruned.source) if pad else pruned.source
-    writer = write_huggingface if to == "hf" else write_nemo
-    writer(source, target, overwrite=overwrite, progress=progress)
-    if pruned.plan:
-        pruned.plan.save(target / PLAN)
-    else:
-        write_json(target / SETTINGS, dict(pruned.settings))
-    if isinstance(pruned.source, SparseSource):
-        shutil.rmtree(pruned.source.folder)
 
 
 def _sized(method: str, plan: Callable[[Job, Shape], Plan]) -> Callable[[Job], Pruned]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.pruning.costs import sparse_calibration_flops
-from nemo_pvs.pruning.methods import Options, Pruned
+from nemo_pvs.pruning.job import Options
 from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.result import Pruned
 from nemo_pvs.pruning.sweep import sweep_flops, sweep_tokens
 from nemo_pvs.shape import Shape
 

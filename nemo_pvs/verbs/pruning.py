@@ -140,14 +140,16 @@ def prune(
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stream import describe
     from nemo_pvs.files import refuse_existing
-    from nemo_pvs.pruning import methods
+    from nemo_pvs.pruning.job import Job, Options
+    from nemo_pvs.pruning.methods import METHODS, prune_by
+    from nemo_pvs.pruning.result import write
     from nemo_pvs.pruning.spent import spent
     from nemo_pvs.pruning.target import search_spent
     from nemo_pvs.pruning.work_folder import work_folder
     from nemo_pvs.recipe_targets import SCORED
     from nemo_pvs.reporting.ledger import LEDGER, Charge
 
-    options = {name: value for name, value in locals().items() if name in methods.Options.__dataclass_fields__}
+    options = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     one_of("--uneven", uneven, ("keep", "pad"))
     refuse_existing(Path(target_folder), overwrite=overwrite)
     compute = compute_of(device, activation_memory)
@@ -165,7 +167,7 @@ def prune(
             if scores:
                 return Scores.load(Path(scores), model)
             with progress("calibrate", "layers") as show:
-                gradients = methods.METHODS[method].gradients
+                gradients = METHODS[method].gradients
                 return measure(model, read_tokens(), gradients=gradients, **compute, progress=show)
 
         def score_by_task() -> Any:
@@ -174,11 +176,11 @@ def prune(
             where = {name: compute[name] for name in ("dtype", "device")}
             return task_score(str(task), folder, Path(task_data), limit=task_limit, **where)
 
-        pruned = methods.prune(
+        pruned = prune_by(
             method,
-            methods.Job(
+            Job(
                 source=model,
-                options=methods.Options(**options),
+                options=Options(**options),
                 tokens=read_tokens,
                 scores=known_scores,
                 check=lambda shape: shape.check_parallel(
@@ -196,13 +198,13 @@ def prune(
             return
         read, parent = read_tokens() if read_tokens.cache_info().currsize else None, shape_of(model)
         if method in SCORED:
-            ids, gradients = known_scores().tokens.ids, methods.METHODS[method].gradients
+            ids, gradients = known_scores().tokens.ids, METHODS[method].gradients
             ledger.charges.append(charge_scores(parent, ids.numel(), ids.shape[1], gradients=gradients))
         if sought := search_spent(target):
             ledger.charges.append(Charge("search", sought["tokens"], sought["flops"], "architecture search"))
-        ledger.charges += pruning_charges(spent(pruned, methods.Options(**options), parent, read), task)
+        ledger.charges += pruning_charges(spent(pruned, Options(**options), parent, read), task)
         with progress(f"write {wanted}", "parameters") as show:
-            methods.write(pruned, Path(target_folder), wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)
+            write(pruned, Path(target_folder), wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)
         ledger.save(Path(target_folder) / LEDGER)
         console.print(f"{target_folder}: {sentence(describe(target_folder))}", soft_wrap=True)
 

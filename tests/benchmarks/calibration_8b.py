@@ -25,7 +25,8 @@ from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.layout import Layout
 from nemo_pvs.progress import console, progress
-from nemo_pvs.pruning.methods import AT_ONCE, METHODS, Job, Options, prune
+from nemo_pvs.pruning.job import Job, Options
+from nemo_pvs.pruning.methods import AT_ONCE, METHODS, prune_by
 from nemo_pvs.shape import Shape
 from tests.benchmarks.conversion import SHAPES, make_input
 from tests.benchmarks.llm_compressor import random_tokens
@@ -104,7 +105,7 @@ def pruned(method: str, model: Path, folder: Path, size: tuple[int, int]) -> Non
         progress=progress,
         say=console.print,
     )
-    result = prune(method, job).source
+    result = prune_by(method, job).source
     masks = masks_of(result)
     for name in Layout.for_config(result.config).parts(shape_of(result)):
         tensor = result.read(name)

@@ -31,7 +31,9 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.progress import progress
-from nemo_pvs.pruning.methods import AT_ONCE, METHODS, Job, Options, prune, write
+from nemo_pvs.pruning.job import Job, Options
+from nemo_pvs.pruning.methods import AT_ONCE, METHODS, prune_by
+from nemo_pvs.pruning.result import write
 from tests.benchmarks.structured_methods import texts
 
 
@@ -110,7 +112,7 @@ def row(source: WeightSource, case: Case, calibration: TokenSet, scores: Scores,
         target = Path(scratch) / "pruned"
         began = time.monotonic()
         gradients = METHODS[case.method].gradients  # then the row's time has its own calibration
-        pruned = prune(
+        pruned = prune_by(
             case.method,
             Job(
                 source=source,

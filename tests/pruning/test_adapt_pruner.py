@@ -12,7 +12,6 @@ from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise import LayerwiseModel
-from nemo_pvs.pruning import methods
 from nemo_pvs.pruning.adapt_measure import LayerMeasure
 from nemo_pvs.pruning.adapt_pruner import (
     Measured,
@@ -24,6 +23,8 @@ from nemo_pvs.pruning.adapt_pruner import (
 )
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.costs import calibration_flops
+from nemo_pvs.pruning.job import Job, Options
+from nemo_pvs.pruning.methods import prune_by
 from nemo_pvs.shape import LayerSizes, Shape
 from tests.calibration.test_engine import token_set
 from tests.calibration.test_gradients import element_scores, whole_model_loss
@@ -206,9 +207,9 @@ def test_the_method_by_its_name() -> None:
         def __exit__(self, *_: object) -> None:
             pass
 
-    job = methods.Job(
+    job = Job(
         source=source,
-        options=methods.Options(ratio=0.2, iterations=20),
+        options=Options(ratio=0.2, iterations=20),
         tokens=token_set,
         scores=lambda: pytest.fail("it measures by itself"),
         check=lambda shape: None,
@@ -216,7 +217,7 @@ def test_the_method_by_its_name() -> None:
         progress=lambda *_: Silent(),
         say=said.append,
     )
-    pruned = methods.prune("adapt-pruner", job)
+    pruned = prune_by("adapt-pruner", job)
     assert shape_of(pruned.source).parameters <= 0.8 * shape_of(source).parameters
     assert pruned.plan is not None
     assert pruned.plan.provenance["calibration"]["tokens"] > 0

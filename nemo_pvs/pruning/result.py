@@ -1,0 +1,65 @@
+"""What a pruning method gives: a model that is not written yet, and how it is written with a record of its making."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.checkpoints.huggingface import write_huggingface
+from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.pad import pad_layers
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.files import write_json
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.sparse_source import SparseSource
+
+PLAN = "pvs_plan.json"
+"""The file in a pruned checkpoint that says what was kept of the parent."""
+SETTINGS = "pvs_pruning.json"
+"""The file in a sparse checkpoint that says how it was made."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model, not written yet."""
+
+    source: WeightSource
+    plan: Plan | None
+    """Absent for sparse models: masks say it all."""
+    settings: Mapping[str, Any]
+
+
+def write(
+    pruned: Pruned,
+    target: Path,
+    to: str,
+    *,
+    pad: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a pruned model with a record of how it was made, and remove what was kept to go on from.
+
+    Args:
+        pruned: The model.
+        target: The folder to make.
+        to: hf or nemo.
+        pad: Make uneven layers even by zeros, so that stock classes load the model.
+        overwrite: Replace an existing ``target``.
+        progress: Called with (done, total) parameters.
+
+    Raises:
+        UserError: ``target`` exists or cannot be written.
+    """
+    source = pad_layers(pruned.source) if pad else pruned.source
+    writer = write_huggingface if to == "hf" else write_nemo
+    writer(source, target, overwrite=overwrite, progress=progress)
+    if pruned.plan:
+        pruned.plan.save(target / PLAN)
+    else:
+        write_json(target / SETTINGS, dict(pruned.settings))
+    if isinstance(pruned.source, SparseSource):
+        shutil.rmtree(pruned.source.folder)
