@@ -1,4 +1,4 @@
-"""What pruning that trains costs a step on Megatron: masks, units that are watched or go, a teacher, beside a plain one.
+"""What pruning that trains costs a step on Megatron: masks, units that are watched or go, a teacher.
 
     python -m tests.benchmarks.step_costs [--hidden 384] [--layers 4] [--vocab 4096] [--steps 16]
 
