@@ -1,193 +1,23 @@
 """From a recipe and a launch profile to a NeMo-Run experiment: prepare, train every arm, evaluate and report.
 
-A profile (``launch/*.yaml``) says where the processes of a run start. Each stage is a command that a person could
-type; NeMo-Run's executors make batch scripts of them, submit those with their dependencies, and start them again.
+Each stage is a command that a person could type; NeMo-Run's executors make batch scripts of them, submit those with
+their dependencies, and start them again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
-import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-
-from nemo_pvs.errors import TrainingError, UserError
+from nemo_pvs.errors import TrainingError
+from nemo_pvs.launch_profile import LocalProfile, SlurmProfile
 from nemo_pvs.recipe import Layout, Recipe
-
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-class _Profile(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    python: str
-    """Interpreter that nemo_pvs is installed in, where the stages run."""
-    environment: dict[str, str] = {}
-    """Variables of every process."""
-
-
-class LocalProfile(_Profile):
-    """This machine, or the one that a person is logged in to."""
-
-    kind: Literal["local"]
-    python: str = sys.executable
-
-    def executor(self, layout: Layout | None, folder: Path) -> Any:
-        """Return NeMo-Run's executor of a stage; the ranks of a training are started by its command."""
-        import nemo_run as run
-
-        return run.LocalExecutor(env_vars=dict(self.environment))
-
-    def training(self, job: Path) -> list[str]:
-        """Return the arguments of ``python -m nemo_pvs.training.launch``."""
-        return [str(job)]
-
-
-class SlurmProfile(_Profile):
-    """A Slurm cluster, with a container (Pyxis) or an environment that all nodes see."""
-
-    kind: Literal["slurm"]
-    python: str = "python"
-    account: str
-    partition: str | None = None
-    time: str = "04:00:00"
-    """Limit of one allocation; a run that needs longer is requeued."""
-    gpus_per_node: Annotated[int, Field(ge=1)] = 8
-    requeues: Annotated[int, Field(ge=0)] = 100
-    """How often a stage that failed, was preempted or reached its limit is queued again; training resumes."""
-    seconds_to_save: Annotated[int, Field(ge=1)] = 300
-    """How long before the limit the ranks are told: a step, a validation and a save must fit."""
-    container_image: str | None = None
-    container_mounts: list[str] = []
-    """``host:container``; the run folder must be visible under the same path in both."""
-    srun_args: list[str] = []
-    sbatch: dict[str, Any] = {}
-    """More options of sbatch: ``qos: high``."""
-    host: str | None = None
-    """Login node to submit from, by ssh; None where sbatch is here."""
-    user: str | None = None
-
-    def executor(self, layout: Layout | None, folder: Path) -> Any:
-        """Return NeMo-Run's executor: one task a GPU for a training, one task on one node for all other stages."""
-        import nemo_run as run
-
-        ranks = layout.processes if layout else 1
-        here = min(ranks, self.gpus_per_node)
-        if ranks % here:
-            raise UserError(f"{ranks} ranks do not fill nodes of {self.gpus_per_node} GPUs; change data_parallel.")
-        # Relative paths of a recipe mean what they mean here; NeMo-Run would start in a folder of its own.
-        work = "--container-workdir" if self.container_image else "--chdir"
-        for path in (folder, Path.cwd()):
-            self._check_mounted(path)
-        jobs = str(folder / "slurm")
-        tunnel = (
-            run.SSHTunnel(host=self.host, user=self.user or os.environ.get("USER", ""), job_dir=jobs)
-            if self.host
-            else run.LocalTunnel(job_dir=jobs)
-        )
-        return run.SlurmExecutor(
-            account=self.account,
-            partition=self.partition,
-            time=self.time,
-            nodes=ranks // here,
-            ntasks_per_node=here,
-            gpus_per_node=here if layout else self.gpus_per_node,
-            exclusive=True,
-            mem="0",  # all of the node
-            signal=f"USR1@{self.seconds_to_save}",
-            container_image=self.container_image or None,
-            container_mounts=list(self.container_mounts),
-            srun_args=[f"{work}={Path.cwd()}", *self.srun_args],
-            additional_parameters={"requeue": True, **self.sbatch},
-            env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": "29500", **self.environment},
-            retries=self.requeues,
-            tunnel=tunnel,
-            packager=run.Packager(),  # nemo_pvs is installed where it runs
-        )
-
-    def training(self, job: Path) -> list[str]:
-        """Return the arguments of ``python -m nemo_pvs.training.launch``, which srun starts once a rank."""
-        return ["--slurm", str(job)]
-
-    def _check_mounted(self, folder: Path) -> None:
-        if not self.container_image:
-            return
-        mounts = [mount.split(":") for mount in self.container_mounts]
-        same = [Path(mount[0]) for mount in mounts if mount[0] == mount[min(1, len(mount) - 1)]]
-        if not any(folder.is_relative_to(mount) for mount in same):
-            raise UserError(
-                f"{folder} is in none of the profile's container_mounts under its own path; add {folder}:{folder}."
-            )
-
-
-Profile = Annotated[LocalProfile | SlurmProfile, Field(discriminator="kind")]
-
-
-def packaged_profiles() -> list[str]:
-    """Return the names of the profiles that come with the package."""
-    folder = Path(str(resources.files("nemo_pvs.launch")))
-    return sorted(file.stem for file in folder.glob("*.yaml"))
-
-
-def load_profile(name_or_path: str, environment: Mapping[str, str] = os.environ) -> LocalProfile | SlurmProfile:
-    """Read a profile by path (``my/cluster.yaml``) or by the name of a packaged one (``slurm_h100``).
-
-    ``${NAME}`` stands for a variable of the environment, ``${NAME:-value}`` for one that may be unset.
-
-    Raises:
-        UserError: there is no such profile, it says something that a profile cannot say, or a variable is not set.
-    """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = Path(str(resources.files("nemo_pvs.launch").joinpath(f"{name_or_path}.yaml")))
-    if not path.is_file():
-        raise UserError(f"There is no launch profile {name_or_path}; known names: {', '.join(packaged_profiles())}.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    try:
-        profile: LocalProfile | SlurmProfile = TypeAdapter(Profile).validate_python(
-            _substituted(values, environment, str(path))
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"] if part not in ("local", "slurm"))
-        raise UserError(f"{path}: {key or 'profile'}: {problem['msg']}.") from None
-    return profile
-
-
-def _substituted(value: Any, environment: Mapping[str, str], where: str) -> Any:
-    """Return a profile's values with variables replaced; an entry of a list that becomes empty is left out."""
-    if isinstance(value, Mapping):
-        return {key: _substituted(entry, environment, where) for key, entry in value.items()}
-    if isinstance(value, list):
-        entries = [_substituted(entry, environment, where) for entry in value]
-        return [entry for entry in entries if entry != ""]
-    if not isinstance(value, str):
-        return value
-
-    def replace(found: re.Match[str]) -> str:
-        name, default = found.groups()
-        text = environment.get(name, default)
-        if text is None:
-            raise UserError(
-                f"{where} needs the variable {name}; set it, or copy the profile and write the value in it."
-            )
-        return text
-
-    return _VARIABLE.sub(replace, value)
 
 
 @dataclass(frozen=True)
@@ -212,7 +42,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         profile: Where to run; trainings follow one another on one machine, and run at once on a cluster.
     """
     from nemo_pvs.dry_run import settled  # takes seconds; profiles are also read to list them
-    from nemo_pvs.masks_stage import is_trained_first, stage_layout
+    from nemo_pvs.masks_stage import stage_layout, stage_targets
 
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
@@ -231,9 +61,8 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         return [stage.name for stage in made[1:]] if profile.kind == "slurm" else [made[-1].name]
 
     masks = {
-        f"masks-{name}": (folder / "masks" / name / "run" / "job.json", stage_layout(target))
-        for name, target in recipe.targets.items()
-        if is_trained_first(target)
+        f"masks-{name}": (folder / "masks" / name / "run" / "job.json", stage_layout(recipe.targets[name]))
+        for name in stage_targets(recipe)
     }
     learned = trained("prepare-masks", [], masks) if masks else []
     arms = {f"train-{arm.name}": (folder / "train" / arm.name / "job.json", arm.layout) for arm in recipe.runs}

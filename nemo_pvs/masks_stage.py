@@ -12,11 +12,12 @@ from typing import Any
 
 from nemo_pvs import run_efficient, run_masks
 from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.files import sha256_json
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_basics import Layout
-from nemo_pvs.recipe_blocks import Target
+from nemo_pvs.recipe_blocks import SIZES, Target
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.training.job import TrainingJob
@@ -26,6 +27,18 @@ from nemo_pvs.training.run import Trainer
 def is_trained_first(target: Target) -> bool:
     """Return whether a target has this stage."""
     return run_masks.learns_masks(target) or run_efficient.prunes_while_training(target)
+
+
+def stage_targets(recipe: Recipe) -> list[str]:
+    """Return the targets whose stage is to be done: of those that have the same, the first."""
+    later = {"layout": True, "micro_batch_size": True, "checkpoints": True}
+    kinds = {"method": True, "preset": True, **dict.fromkeys(SIZES, True), "learn": True, "pruning_aware": True}
+    first: dict[str, str] = {}
+    for name, target in recipe.targets.items():
+        if is_trained_first(target):
+            what = target.model_dump(mode="json", include=kinds, exclude={"learn": later, "pruning_aware": later})
+            first.setdefault(sha256_json(what), name)
+    return list(first.values())
 
 
 def stage_layout(target: Target) -> Layout:

@@ -28,7 +28,14 @@ from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.evaluation.windows import write_validation_document
 from nemo_pvs.files import read_json, sha256_json, whole_folder, write_json, write_text
 from nemo_pvs.layout import Layout
-from nemo_pvs.masks_stage import end_of_reading, is_trained_first, prune_by_stage, stage_job, train_stage
+from nemo_pvs.masks_stage import (
+    end_of_reading,
+    is_trained_first,
+    prune_by_stage,
+    stage_job,
+    stage_targets,
+    train_stage,
+)
 from nemo_pvs.progress import progress
 from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target, write_planned
 from nemo_pvs.recipe import Arm, Recipe, Target
@@ -241,14 +248,9 @@ class Pipeline:
 
     def _mask_jobs(self) -> list[Path]:
         """Return the files of the jobs that learn masks and are not finished."""
-        learned = {
-            name: self._mask_job(name, one) for name, one in self.recipe.targets.items() if is_trained_first(one)
-        }
-        jobs, begun_with = [], set[str]()
-        for name, (job, inputs) in learned.items():
-            if sha256_json(inputs) in begun_with:
-                continue  # an earlier target's masks are this one's, too
-            begun_with.add(sha256_json(inputs))
+        jobs = []
+        for name in stage_targets(self.recipe):
+            job, inputs = self._mask_job(name, self.recipe.targets[name])
             outputs, precious = [job.folder.parent], [job.checkpoints]
             begun = self.stages.begin(f"masks/{name}", inputs, outputs, keep_partial=True, precious=precious) is None
             if begun and not is_finished(job):

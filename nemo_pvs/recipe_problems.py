@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one sentence that names the key."""
+"""What is wrong with a recipe or a launch profile, in one sentence that names the key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from nemo_pvs.recipe_basics import Block
 
-_UNION_TAGS = {"Rates", "Budgets", "float", "str"}
+_UNION_TAGS = {"Rates", "Budgets", "float", "str", "local", "slurm"}
 
 
 def first_problem(error: ValidationError, block: type[Block]) -> str:

@@ -19,7 +19,7 @@ def recipes(
     from rich.table import Table
 
     from nemo_pvs.dry_run import settled
-    from nemo_pvs.launching import packaged_profiles
+    from nemo_pvs.launch_profile import packaged_profiles
     from nemo_pvs.recipe_file import load_recipe, packaged_recipes
     from nemo_pvs.training.factory_names import factory_name
 

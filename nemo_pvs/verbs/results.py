@@ -60,7 +60,8 @@ def run(
 
 def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:
     from nemo_pvs import dry_run as planning
-    from nemo_pvs.launching import launch, load_profile, scripts, stages
+    from nemo_pvs.launch_profile import load_profile
+    from nemo_pvs.launching import launch, scripts, stages
 
     profile = load_profile(profile_name)
     todo = stages(checked, recipe, folder, profile)

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.launching import load_profile, packaged_profiles, scripts, stages
+from nemo_pvs.launch_profile import LocalProfile, SlurmProfile, load_profile, packaged_profiles
+from nemo_pvs.launching import scripts, stages
 from nemo_pvs.recipe_file import load_recipe
 
 SITE = {"SLURM_ACCOUNT": "physics", "SLURM_PARTITION": "h100", "PVS_IMAGE": "/images/pvs.sqsh", "PVS_SHARED": "/"}
@@ -68,10 +69,46 @@ def test_ranks_get_their_address_and_start_where_the_user_is(grid):
     job = re.search(r"-m nemo_pvs\.training\.launch --slurm (\S+)$", command)[1]
     assert job.endswith("/grid/train/4b-width-pruned-50B/job.json")
     assert "--container-image /images/pvs.sqsh" in command
+    assert command.rindex("--kill-on-bad-exit=0") > command.rindex("--kill-on-bad-exit=1"), "the last one counts"
     assert command.index("/nemo_run/code") < command.index(f"--container-workdir={Path.cwd()}"), "the last one counts"
     assert "export MASTER_ADDR=$head_node_ip" in script
     assert "--prepare-only" in grid["prepare"]
     assert "--prepare-only" not in grid["report"]
+
+
+def test_only_what_has_saved_is_queued_again_without_end(tmp_path):
+    """The script itself, with programs in the place of Slurm's: srun ends with the code that it is told."""
+    programs, folder = tmp_path / "bin", tmp_path / "run"
+    programs.mkdir()
+    (folder / "slurm").mkdir(parents=True)
+    script = tmp_path / "job.sh"
+    script.write_text(_scripts("smollm2_135m/demo", "slurm_h100", folder)["train-width-pruned"])
+    for name, body in {
+        "srun": 'case "$*" in *launch*) exit $CODE;; *) echo head;; esac',
+        "scontrol": 'if [ "$1" = requeue ]; then touch $REQUEUED; else echo head; fi',
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+
+    def requeued(code: int, job: int) -> bool:
+        flag = tmp_path / "requeued"
+        flag.unlink(missing_ok=True)
+        variables = {"CODE": code, "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "head", "REQUEUED": flag}
+        path = {"PATH": f"{programs}:/usr/bin:/bin"}
+        done = subprocess.run(
+            ["bash", str(script)],
+            env={**path, **{name: str(value) for name, value in variables.items()}},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        return flag.exists()
+
+    assert [requeued(75, 1) for _ in range(4)] == [True] * 4
+    assert [requeued(1, 2), requeued(75, 2), requeued(137, 2), requeued(1, 2)] == [True, True, True, False]
+    assert not requeued(2, 3), "a user's mistake is one again"
+    assert not requeued(0, 4)
 
 
 def test_without_a_container_an_environment_is_used(tmp_path):
@@ -105,11 +142,19 @@ def test_masks_are_learned_before_anything_is_pruned(tmp_path):
     assert made[-1].after == [stage.name for stage in made[3:-1]]
 
 
+def test_masks_of_targets_that_differ_later_are_learned_once(tmp_path):
+    recipe = load_recipe("smollm2_135m/methods")
+    made = stages(recipe, "smollm2_135m/methods", tmp_path, load_profile("slurm_h100", SITE))
+    learned = {stage.name for stage in made if stage.name.startswith("masks-")}
+    assert learned == {f"masks-{method}_{size}" for method in ("sheared", "efficient") for size in ("quarter", "half")}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"kind": "cloud"}, "kind"),
-        ({"acount": "x"}, "acount: Extra inputs are not permitted"),
+        ({"acount": "x"}, "unknown key acount; did you mean account?"),
+        ({"sbatch": 3}, "sbatch: "),
         ({"account": "${PVS_NO_SUCH_VARIABLE}"}, "needs the variable PVS_NO_SUCH_VARIABLE; set it"),
         ({"gpus_per_node": 0}, "gpus_per_node: "),
     ],
@@ -121,6 +166,13 @@ def test_a_wrong_profile_gets_one_sentence(tmp_path, change, sentence):
         load_profile(str(tmp_path / "my.yaml"), {})
     assert sentence in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_launch_page_describes_every_key():
+    text = (Path(__file__).parents[2] / "launch" / "README.md").read_text()
+    assert {
+        key for block in (LocalProfile, SlurmProfile) for key in block.model_fields if f"`{key}`" not in text
+    } == set()
 
 
 def test_unknown_profile_names_the_known_ones():
