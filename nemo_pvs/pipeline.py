@@ -498,13 +498,7 @@ class Pipeline:
             "validation": self.results["data"]["validation_windows"]["ids_sha256"],
             "first_token": share.first_token,
             **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
-            "training": share.training.model_dump(
-                exclude={
-                    "micro_batch_size": True,
-                    "checkpoints": True,
-                    "distill": {"teacher", "arms", "pretraining_tokens"},
-                }
-            ),
+            "training": share.training.identity,
             **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
         }
 

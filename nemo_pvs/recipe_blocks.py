@@ -237,6 +237,9 @@ class Training(Block):
     clip_grad_norm: float = Field(default=1.0, gt=0)
     clip_before_mask: bool = False
     """Of a sparse model: clip the gradient's norm with pruned weights in it, as the published runs did."""
+    mask_check_steps: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Of a sparse model: how often every pruned weight is looked at, besides before the first step and after the last;
+    every 50 steps by default."""
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     """auto: bf16 where the device computes in it, else fp32. fp8: matrix products of layers in FP8, the rest bf16."""
     validations: Positive = 10
@@ -249,6 +252,19 @@ class Training(Block):
     """Order of the training data and the draws of a random initialisation."""
     distill: Distillation | None = Field(default=None, exclude_if=lambda given: given is None)
     """Learn from a teacher as well; what is not given is no part of a run's identity, so older runs keep theirs."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on; how a run is spread over memory and looked after may change on the way."""
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "micro_batch_size": True,
+                "checkpoints": True,
+                "mask_check_steps": True,
+                "distill": {"teacher", "arms", "pretraining_tokens"},
+            },
+        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -175,5 +175,6 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
                 check_stage(recipe, target, expected.shape, parent)
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
-    if recipe.train.clip_before_mask and not any(map(is_sparse, recipe.targets.values())):
-        raise UserError("train.clip_before_mask is about sparse models, and no target is one; leave it out.")
+    for key in ("clip_before_mask", "mask_check_steps"):
+        if getattr(recipe.train, key) and not any(map(is_sparse, recipe.targets.values())):
+            raise UserError(f"train.{key} is about sparse models, and no target is one; leave it out.")

@@ -167,7 +167,7 @@ def aware_job(recipe: Recipe, name: str, folder: Path, data: Mapping[str, Any]) 
     )
     return job, {
         "pruning_aware": asked.model_dump(mode="json", exclude={"layout"}),
-        "training": training.model_dump(mode="json", exclude={"micro_batch_size", "checkpoints"}),
+        "training": training.identity,
         "first_token": job.first_token,
     }
 

@@ -147,7 +147,7 @@ def mask_job(
     return job, {
         "shape": shape.to_dict(),
         "learn": _how(target).model_dump(mode="json", exclude={"layout", "micro_batch_size", "checkpoints"}),
-        "training": job.training.model_dump(mode="json", exclude={"micro_batch_size", "checkpoints"}),
+        "training": job.training.identity,
         "first_token": job.first_token,
     }
 

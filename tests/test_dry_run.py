@@ -141,6 +141,7 @@ def test_what_a_task_reads_is_not_known_beforehand():
         ("targets.width", {"method": "wanda", "sparsity": "2:5"}, "needs groups of 5 inputs, but q_proj has 576"),
         ("train.sequence_length", 10000, "the parent's context ends at 8192"),
         ("train.micro_batch_size", 3, "is not a multiple of micro_batch_size"),
+        ("train.mask_check_steps", 5, "train.mask_check_steps is about sparse models, and no target is one"),
         ("train.clip_before_mask", True, "is about sparse models, and no target is one; leave it out"),
         (
             "targets.width.layout",

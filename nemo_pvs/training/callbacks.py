@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -28,6 +29,7 @@ class MetricsLog(pl.Callback, IOMixin):
         self.tokens_per_step = tokens_per_step
         self.total_steps = total_steps
         self._step_began = self._run_began = time.monotonic()
+        self._speeds: deque[float] = deque(maxlen=metrics.PACE_STEPS)
 
     def on_train_start(self, trainer, pl_module):
         """Start the clock after set-up and loading."""
@@ -52,10 +54,13 @@ class MetricsLog(pl.Callback, IOMixin):
         if KL in values:
             record["kl"] = float(values[KL])
         metrics.append(self.path, record)
+        self._speeds.append(record["tokens_per_second"])
+        left = metrics.time_left((self.total_steps - record["step"]) * self.tokens_per_step, self._speeds)
         print(
             f"step {record['step']}/{self.total_steps}  tokens {record['tokens']:,}  loss {record['loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s" + (f"  KL {record['kl']:.4f}" if "kl" in record else ""),
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+            + (f"  KL {record['kl']:.4f}" if "kl" in record else ""),
             flush=True,
         )
         self._step_began = now

@@ -14,6 +14,9 @@ from nemo_pvs.training import metrics
 from nemo_pvs.training.masked_optimizer import MaskedOptimizer
 from nemo_pvs.training.masks import RankMasks
 
+CHECK_STEPS = 50
+"""How often weights are looked at unless the recipe says."""
+
 
 class HoldMasks(pl.Callback, IOMixin):
     """Keep the pruned weights of a sparse model at zero, and look after them every few steps.
@@ -21,7 +24,9 @@ class HoldMasks(pl.Callback, IOMixin):
     Installed once initial weights or an interrupted run's are restored; what it finds goes into the metrics.
     """
 
-    def __init__(self, initial: str, path: str, clip_before_mask: bool = False, every_steps: int = 50) -> None:
+    def __init__(
+        self, initial: str, path: str, clip_before_mask: bool = False, every_steps: int = CHECK_STEPS
+    ) -> None:
         """Prepare.
 
         Args:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+PACE_STEPS = 20
+"""The last steps, whose pace says how long the rest takes."""
 
 
 @dataclass(frozen=True)
@@ -44,3 +49,15 @@ def read(path: Path) -> Curve:
             continue
         found[record.pop("kind")][record["step"]] = record
     return Curve(**{kind: [records[step] for step in sorted(records)] for kind, records in found.items()})
+
+
+def time_left(tokens: float, speeds: Iterable[float]) -> str:
+    """Return how long so many tokens take, as 12 s, 3 min or 4.5 h, at the pace of the last steps (tokens/s).
+
+    A resumed run has done steps that its clock knows nothing about, and validation pauses it: the median step counts.
+    """
+    seconds = tokens / median(speeds)
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"

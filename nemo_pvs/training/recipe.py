@@ -33,7 +33,7 @@ from nemo_pvs.training.distillation_callback import distill
 from nemo_pvs.training.gates import gated_layer_spec
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.mask_learning_callback import learn_masks
-from nemo_pvs.training.masks_callback import HoldMasks
+from nemo_pvs.training.masks_callback import CHECK_STEPS, HoldMasks
 from nemo_pvs.training.preemption_callback import Resume, SaveOnSignal
 from nemo_pvs.training.pruning_aware_callback import prune_while_training
 from nemo_pvs.training.schedule import PartOfSchedule, QuadraticWarmupCosine, decays_everything
@@ -231,6 +231,7 @@ def hold_masks(job: TrainingJob, *, sparse: bool = False) -> list[run.Config]:
             initial=str(job.initial),
             path=str(job.metrics),
             clip_before_mask=job.training.clip_before_mask,
+            every_steps=job.training.mask_check_steps or CHECK_STEPS,
         )
     ]
 

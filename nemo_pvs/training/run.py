@@ -7,7 +7,6 @@ import sys
 import threading
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from statistics import median
 from types import TracebackType
 
 from nemo_pvs.errors import TrainingError
@@ -19,7 +18,6 @@ from nemo_pvs.training.preemption import PREEMPTED, handing_on
 from nemo_pvs.training.run_checkpoints import checkpoint_name, newest_sound, say_broken
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_STEPS_OF_PACE = 20
 
 
 class PreemptedError(TrainingError):
@@ -128,7 +126,9 @@ def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]
     if not curve.training:
         show(0, total, note="starting NeMo and Megatron")
         return
-    show(curve.training[-1]["tokens"], total, note=latest(curve), left=time_left(curve, job.training.steps))
+    tokens = curve.training[-1]["tokens"]
+    speeds = [point["tokens_per_second"] for point in curve.training[-metrics.PACE_STEPS :]]
+    show(tokens, total, note=latest(curve), left=metrics.time_left(total - tokens, speeds))
 
 
 def latest(curve: metrics.Curve) -> str:
@@ -140,18 +140,3 @@ def latest(curve: metrics.Curve) -> str:
     if curve.sparsity:
         note += f", {curve.sparsity[-1]['zero_fraction']:.2%} zeros"
     return note
-
-
-def time_left(curve: metrics.Curve, steps: int) -> str:
-    """Return how long the rest of a run takes, as 12 s, 3 min or 4.5 h, at the pace of its last steps.
-
-    A resumed run has done steps that its clock knows nothing about, and validation pauses it: the median step counts.
-    """
-    recent = curve.training[-_STEPS_OF_PACE:]
-    last = recent[-1]
-    tokens_per_step = last["tokens"] / last["step"]
-    seconds = (steps - last["step"]) * tokens_per_step / median(point["tokens_per_second"] for point in recent)
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h"

@@ -337,7 +337,8 @@ def test_masks_follow_from_tp_to_pp_to_dp(job, reference, tmp_path):
 
 
 def test_clipping_before_masking_is_the_published_order(job, reference, tmp_path):
-    run = _run(job, tmp_path / "run", {"data_parallel": 2}, clip_before_mask=True)
+    run = _run(job, tmp_path / "run", {"data_parallel": 2}, clip_before_mask=True, mask_check_steps=7)
+    assert [point["step"] for point in run.curve.sparsity] == [*range(0, STEPS, 7), STEPS]
     _assert_equal(run, _oracle(job, reference.ranks[0], multiplied=False, clip_before_mask=True))
     _assert_held(run.checkpoint, job.initial)
     assert (run.grad_norms > 1.05 * reference.grad_norms).all(), "dead weights have no part in the norm"
