@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -218,8 +219,12 @@ def _join(name: str, places: list[Path], out: Path, made_from: str, tokenizer_fo
     dtype = DType.optimal_dtype(len(load_tokenizer(tokenizer_folder)))
     partial = out / f".{name}.partial.bin"
     builder = IndexedDatasetBuilder(str(partial), dtype=dtype)
-    for prefix in present:
-        builder.add_index(str(prefix))
+    gc.freeze()  # Megatron collects garbage for every shard: seconds, if all that is imported is looked at each time
+    try:
+        for prefix in present:
+            builder.add_index(str(prefix))
+    finally:
+        gc.unfreeze()
     builder.finalize(str(partial.with_suffix(".idx")))
     (out / f"{name}.json").unlink(missing_ok=True)  # it describes other tokens
     for suffix in (".bin", ".idx"):
