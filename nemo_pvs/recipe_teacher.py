@@ -19,6 +19,7 @@ from nemo_pvs.recipe_basics import Layout
 from nemo_pvs.recipe_blocks import PARENT, Initialisation
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
+from nemo_pvs.training_checks import check_context
 
 
 def teacher_shape(recipe: Recipe, parent: Shape) -> Shape | None:
@@ -65,6 +66,8 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
         UserError: naming the target, or the teacher is not here.
     """
     teacher = teacher_shape(recipe, parent)
+    if teacher and recipe.train.distill and recipe.train.distill.teacher != PARENT:
+        check_teacher_context(recipe.train.distill.teacher, recipe.train.sequence_length, "train.sequence_length")
     for name, target in recipe.targets.items():
         if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
             try:
@@ -92,6 +95,16 @@ def check_teacher(teacher: Shape, student: Shape, layout: Layout) -> None:
         teacher.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
     except UserError as error:
         raise UserError(f"The teacher sits on its student's ranks, but: {error}") from None
+
+
+def check_teacher_context(teacher: str, length: int, what: str) -> None:
+    """Refuse a teacher that has never seen sequences so long; ``what`` says how long.
+
+    Raises:
+        UserError: naming both.
+    """
+    context = int(open_source(teacher).config.get("max_position_embeddings", 0))
+    check_context(length, context, what, f"teacher {teacher}")
 
 
 def check_tokens(teacher: Path, student: Path) -> None:

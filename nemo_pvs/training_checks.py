@@ -57,11 +57,11 @@ def _check_sequence(length: int, layout: Layout) -> None:
         )
 
 
-def check_context(length: int, limit: int, what: str) -> None:
+def check_context(length: int, limit: int, what: str, model: str = "the parent") -> None:
     """Refuse sequences longer than a model's context; ``what`` is the key or option that says how long.
 
     Raises:
         UserError: naming both.
     """
     if length > limit:
-        raise UserError(f"{what} is {length}, but the parent's context ends at {limit} tokens; choose a shorter one.")
+        raise UserError(f"{what} is {length}, but {model}'s context ends at {limit} tokens; choose a shorter one.")

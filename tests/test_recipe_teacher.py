@@ -143,6 +143,9 @@ def test_what_cannot_be_taught_is_refused(distill: dict[str, Any], changes: dict
 
 
 def test_a_teacher_of_another_vocabulary_or_for_another_layout_is_refused(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path / "shorter", max_position_embeddings=16)
+    with pytest.raises(UserError, match=r"train.sequence_length is 32, but teacher .*shorter's context ends at 16"):
+        dry_run(distilled_recipe({"teacher": str(tmp_path / "shorter")}))
     make_tiny_llama(tmp_path / "larger", vocab_size=256)
     with pytest.raises(UserError, match="Target depth: The teacher's vocabulary has 256 tokens and the student's 128"):
         dry_run(distilled_recipe({"teacher": str(tmp_path / "larger")}))
