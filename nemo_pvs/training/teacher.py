@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 
 from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.training.hidden_states import keep
 from nemo_pvs.training.inference import LoadedModel
 
 Batch = Any
@@ -29,7 +32,13 @@ class Teacher:
     """
 
     def __init__(
-        self, source: WeightSource, *, dtype: torch.dtype, device: torch.device, sequence_parallel: bool
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        sequence_parallel: bool,
+        states: Iterable[int] = (),
     ) -> None:
         """Build this rank's part and load its weights.
 
@@ -38,9 +47,12 @@ class Teacher:
             dtype: Type of weights and arithmetic.
             device: Where the student is.
             sequence_parallel: As the student has it.
+            states: Hidden states that are wanted, by number; each micro-batch leaves one in ``self.states``.
         """
         loaded = LoadedModel(source, dtype=dtype, device=device, sequence_parallel=sequence_parallel)
         self.model = loaded.model.requires_grad_(False)
+        self.states: dict[int, deque[torch.Tensor]] = {number: deque() for number in states}
+        keep(self.model, self.states)
         self._pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
         self._hidden: Iterator[torch.Tensor] = iter(())
         if parallel_state.is_pipeline_last_stage():
@@ -59,6 +71,8 @@ class Teacher:
             micro_batch_size: Sequences a micro-batch.
         """
         data = iter(batches)
+        for waiting in self.states.values():
+            waiting.clear()
         if not self._pipelined:
             self._hidden = (self._forward(data, data_step) for _ in batches)
             return
@@ -74,6 +88,11 @@ class Teacher:
                 collect_non_loss_data=True,
             )
         )
+
+    def look_ahead(self) -> None:
+        """Show it the next micro-batch before the student sees it, so that its hidden states are there."""
+        if not self._pipelined:
+            self._hidden = chain([next(self._hidden)], self._hidden)
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
