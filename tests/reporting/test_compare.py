@@ -144,6 +144,27 @@ def test_what_is_not_comparable_is_refused_with_the_field(
     assert forced.warnings[0].startswith("These runs are not comparable, and were put together all the same")
 
 
+def test_runs_of_which_the_first_says_nothing_are_compared_too(results: Results) -> None:
+    of_depth = _changed(results, lambda r: r.recipe.update(more=1))
+    of_depth.results.arms = of_depth.results.arms[:2]
+    pruned = Run("runs/pruned", _changed(results, lambda r: r.recipe.update(more=2)).results)
+    scratch = Run("runs/scratch", _changed(results, lambda r: r.recipe.update(more=3)).results)
+    pruned.results.arms, scratch.results.arms = pruned.results.arms[2:3], scratch.results.arms[3:]
+    assert compare([of_depth, pruned, scratch]).differences == ()
+    scratch.results.arms[0].shape = of_depth.results.arms[0].shape
+    with pytest.raises(UserError, match=r"architecture differs, the shape of width is .* in runs/pruned and .* in runs/s"):
+        compare([of_depth, pruned, scratch])
+
+
+def test_the_seeds_that_recipes_do_not_share_are_named(results: Results) -> None:
+    twice = [_repeated(results, seed, {}) for seed in (1, 2)]
+    once = Run("runs/other", copy.deepcopy(twice[0].results))
+    once.results.recipe["more"] = True
+    once.results.arms = once.results.arms[:1]
+    with pytest.raises(UserError, match="train.seed is 1 in runs/seed1 and 2 in runs/seed2 and 1 in runs/other"):
+        compare([*twice, once])
+
+
 def test_what_a_run_does_not_say_is_no_difference(results: Results) -> None:
     other = _changed(results, lambda r: r.recipe.update(more=True))
     other.results.hashes["tokenizer"] = "1"
