@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -23,13 +23,18 @@ _OPTIONAL = ("initialisation", "parent_parameters", "parent_loss")
 _LOG_COLUMNS = ("name", "log", "tokens_per_step", "parameters")
 
 
-def read_series(runs: Iterable[str]) -> list[Series]:
+def read_series(runs: Iterable[str], leave_out: Callable[[str], None] | None = None) -> list[Series]:
     """Read series from run folders (``results.json``), CSV tables or, by the name ``published``, the paper's Figure 1.
 
     A table has the columns name, tokens, loss, parameters and, if they are known, initialisation (``pruned`` or
     ``random``), parent_parameters and parent_loss; rows of one name are the ends of separate runs of one model. With
     log and tokens_per_step instead of tokens and loss, a row is one run whose curve is in a training log
     (``reporting.training_log``; relative to the table).
+
+    Args:
+        runs: Where to read.
+        leave_out: Takes the sentence about an arm of a run that cannot be fitted, because it diverged or was hardly
+            validated, and the other arms are read; without it such a run is refused.
 
     Raises:
         UserError: one of them cannot be read, or a name comes twice.
@@ -41,7 +46,7 @@ def read_series(runs: Iterable[str]) -> list[Series]:
         elif run.endswith(".csv"):
             found += _table(Path(run))
         else:
-            found += run_series(_results(Path(run)), run)
+            found += run_series(_results(Path(run)), run, leave_out)
     names = [series.name for series in found]
     for name in names:
         if names.count(name) > 1:
@@ -59,9 +64,18 @@ def _results(folder: Path) -> Results:
     return Results.load(file)
 
 
-def run_series(results: Results, source: str) -> list[Series]:
-    """Return a series for every arm of a run that was validated."""
-    return [_arm(results, arm, source) for arm in results.arms if any(point.tokens for point in arm.validation)]
+def run_series(results: Results, source: str, leave_out: Callable[[str], None] | None = None) -> list[Series]:
+    """Return a series for every arm of a run that was validated; for ``leave_out`` see ``read_series``."""
+    found = []
+    for arm in results.arms:
+        try:
+            if any(point.tokens for point in arm.validation):
+                found.append(_arm(results, arm, source))
+        except UserError as error:
+            if leave_out is None:
+                raise
+            leave_out(str(error))
+    return found
 
 
 def _arm(results: Results, arm: ArmResult, source: str) -> Series:

@@ -47,6 +47,16 @@ def test_a_loss_that_is_no_number_is_refused(results: Results, tmp_path: Path) -
         read_series([_run(results, tmp_path)])
 
 
+def test_an_arm_that_cannot_be_fitted_does_not_stop_the_others(results: Results, tmp_path: Path) -> None:
+    results.arms[1].validation[2].loss = math.nan
+    del results.arms[2].validation[2:]
+    results.arms[2].validation[1].tokens = 1
+    why: list[str] = []
+    series = read_series([_run(results, tmp_path)], why.append)
+    assert [one.name for one in series] == [f"{tmp_path}: depth, pruned", f"{tmp_path}: width, scratch"]
+    assert ["depth, scratch has a loss of nan" in why[0], "width, pruned has no validation loss" in why[1]] == [True] * 2
+
+
 def test_a_run_given_twice_is_refused(results: Results, tmp_path: Path) -> None:
     run = _run(results, tmp_path)
     with pytest.raises(UserError, match="give each run once"):
