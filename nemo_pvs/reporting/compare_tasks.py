@@ -114,17 +114,18 @@ class AverageRow(TaskRow):
 def read_scores(folder: Path) -> Scores:
     """Read the folder of ``pvs evaluate``: ``results.json``, and single questions from ``measured/`` where they are.
 
+    Of a model that was asked all and only the first so many questions of a task, all count.
+
     Raises:
         UserError: it holds no evaluation.
     """
     data = read_json(folder / "results.json")
     try:
-        return {
-            model["fingerprint"]: {
-                name: _score(folder, model, name, about) for name, about in model["measured"].items()
-            }
-            for model in data["models"]
-        }
+        found: Scores = {}
+        for model in sorted(data["models"], key=lambda model: model["limit"] or math.inf):
+            scores = {name: _score(folder, model, name, about) for name, about in model["measured"].items()}
+            found.setdefault(model["fingerprint"], {}).update(scores)
+        return found
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no evaluation ({error!r}); give the --out folder of pvs evaluate.") from None
 
