@@ -123,6 +123,9 @@ class SideBySide:
             for target, start in self.missing
         ]
         for arm in self.results.arms:
+            alone = arm.initialisation == "pruned" and not self.results.comparisons(arm)
+            if alone and (arm.target, "random") not in self.missing and arm.method != DENSE:
+                found.append(f"“{arm.name}” has no counterpart from random weights that cost the same.")
             have = {run.label for run, _ in self.repetitions[arm.name]}
             group = {run.label for run in self.runs if run.identity == self.repetitions[arm.name][0][0].identity}
             if lacking := sorted(group - have):

@@ -154,7 +154,8 @@ def scaling_predict(
             )
             sizes = [fit.series[0].parameters for fit in (one, scratch)]
             if one.form == "per-run" and sizes[0] != sizes[1]:
-                doubts.append(f"{one.name} has {sizes[0]:,} parameters, {scratch.name} {sizes[1]:,}: two architectures")
+                sized = f"{one.name} has {sizes[0]:,} parameters, {scratch.name} {sizes[1]:,}"
+                doubts.append(f"{sized}: two architectures")
         within = [one.range[1]]  # the model may be out of range where no number of tokens is asked for
         for count in [count for count in found if math.isfinite(count)] or within:
             doubts += extrapolation(one, count, at)

@@ -12,6 +12,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare import Run, compare, read_runs
 from nemo_pvs.reporting.compare_data import arm_rows
+from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.results import Results
 
 
@@ -90,6 +91,14 @@ def test_a_missing_arm_is_missing_and_not_zero(results: Results) -> None:
     assert {name: value for name, value in row.items() if value is not None} == named
 
 
+def test_an_arm_whose_counterpart_cost_something_else_stands_alone(results: Results) -> None:
+    results.arms[3].ledger = Ledger()
+    results.arms[3].ledger.charge("training", 9 * 40_960, results.arms[3].shape, 64, training=True)
+    assert compare([Run("runs/demo", results)]).warnings == [
+        "“width, pruned” has no counterpart from random weights that cost the same."
+    ]
+
+
 def test_a_parent_that_was_trained_on_needs_no_counterpart(results: Results) -> None:
     results.arms = results.arms[:1]
     results.arms[0].method = "dense"
@@ -152,7 +161,7 @@ def test_runs_of_which_the_first_says_nothing_are_compared_too(results: Results)
     pruned.results.arms, scratch.results.arms = pruned.results.arms[2:3], scratch.results.arms[3:]
     assert compare([of_depth, pruned, scratch]).differences == ()
     scratch.results.arms[0].shape = of_depth.results.arms[0].shape
-    with pytest.raises(UserError, match=r"architecture differs, the shape of width is .* in runs/pruned and .* in runs/s"):
+    with pytest.raises(UserError, match=r"the shape of width is .* in runs/pruned and .* in runs/scratch"):
         compare([of_depth, pruned, scratch])
 
 
@@ -161,7 +170,7 @@ def test_the_seeds_that_recipes_do_not_share_are_named(results: Results) -> None
     once = Run("runs/other", copy.deepcopy(twice[0].results))
     once.results.recipe["more"] = True
     once.results.arms = once.results.arms[:1]
-    with pytest.raises(UserError, match="train.seed is 1 in runs/seed1 and 2 in runs/seed2 and 1 in runs/other"):
+    with pytest.raises(UserError, match=r"train\.seed is 1 in runs/seed1 and 2 in runs/seed2 and 1 in runs/other"):
         compare([*twice, once])
 
 

@@ -54,7 +54,8 @@ def test_an_arm_that_cannot_be_fitted_does_not_stop_the_others(results: Results,
     why: list[str] = []
     series = read_series([_run(results, tmp_path)], why.append)
     assert [one.name for one in series] == [f"{tmp_path}: depth, pruned", f"{tmp_path}: width, scratch"]
-    assert ["depth, scratch has a loss of nan" in why[0], "width, pruned has no validation loss" in why[1]] == [True] * 2
+    assert "depth, scratch has a loss of nan" in why[0]
+    assert "width, pruned has no validation loss" in why[1]
 
 
 def test_a_run_given_twice_is_refused(results: Results, tmp_path: Path) -> None:
