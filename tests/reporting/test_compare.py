@@ -12,6 +12,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare import Run, compare, read_runs
 from nemo_pvs.reporting.compare_data import arm_rows
+from nemo_pvs.reporting.figure import loss_panels
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.results import Results
 
@@ -85,10 +86,29 @@ def test_a_missing_arm_is_missing_and_not_zero(results: Results) -> None:
     del results.arms[3]
     runs = compare([Run("runs/demo", results)])
     assert runs.missing == [("width", "random"), ("joint", "pruned"), ("joint", "random")]
-    assert "The arm from random weights on width is missing: nothing is known of it." in runs.warnings
+    assert "The arms from random weights on width and joint are missing: nothing is known of them." in runs.warnings
+    assert "The arm from the pruned parent on joint is missing: nothing is known of it." in runs.warnings
     row = arm_rows(runs)[3]
     named = {"arm": "width, random", "target": "width", "initialisation": "random", "runs": 0}
     assert {name: value for name, value in row.items() if value is not None} == named
+
+
+def test_an_arm_that_no_recipe_asks_for_is_not_missing(results: Results) -> None:
+    results.recipe |= {"targets": {"depth": {}, "width": {"arms": ["pruned"]}}, "arms": ["pruned", "random"]}
+    del results.arms[3]
+    runs = compare([Run("runs/demo", results)])
+    assert runs.missing == []
+    assert runs.warnings == ["No arm from random weights was asked for on width, so there is no gap."]
+    assert len(arm_rows(runs)) == 3
+    assert "missing" in loss_panels(runs.results)[1]
+    assert "missing" not in loss_panels(runs.results, missing=runs.missing)[1]
+    results.recipe["arms"] = ["pruned"]
+    results.recipe["targets"]["width"] = {}
+    assert compare([Run("runs/demo", results)]).missing == []
+    scratch = _changed(results, lambda r: r.recipe.update(arms=["random"]))
+    scratch.results.arms = []
+    runs = compare([Run("runs/demo", results), scratch])
+    assert runs.missing == [("width", "random")], "the second run asks for it"
 
 
 def test_an_arm_whose_counterpart_cost_something_else_stands_alone(results: Results) -> None:
