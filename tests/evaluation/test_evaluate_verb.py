@@ -165,6 +165,7 @@ def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
         "no/such/model does not exist": ("no/such/model",),
         "--backend is 'vllm'; choose auto, transformers or megatron": (model, "--backend", "vllm"),
         "--limit is 0; give 1 or more": (model, "--limit", 0),
+        "0 samples of 512 tokens predict nothing": (model, "--perplexity", TASKS / "letters.jsonl", "--samples", 0),
         "need a multiple of 2 ranks, not 1; start them with torchrun": (model, "--tensor-parallel", 2),
         "Sequences of 699 tokens do not fit the model's context of 600": (
             *(model, "--perplexity", "wikipedia-sample", "--sequence-length", 700),
