@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.compare_check import at
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ArmResult, Results
 from nemo_pvs.reporting.training_log import log_files, validation_losses
@@ -80,7 +81,7 @@ def run_series(results: Results, source: str, leave_out: Callable[[str], None] |
 
 def _arm(results: Results, arm: ArmResult, source: str) -> Series:
     planned = arm.ledger.training.tokens or None
-    start = _WARM_UP * (planned or arm.validation[-1].tokens)
+    start = max(_WARM_UP * (planned or arm.validation[-1].tokens), _last_stage(results, arm))
     points = {point.tokens: point.loss for point in arm.validation if point.tokens > start}
     return Series(
         name=f"{source.rstrip('/')}: {arm.name}",
@@ -93,6 +94,14 @@ def _arm(results: Results, arm: ArmResult, source: str) -> Series:
         planned_tokens=planned,
         source=source,
     )
+
+
+def _last_stage(results: Results, arm: ArmResult) -> int:
+    """Return the tokens after which an arm was pruned for the last time: before that it was a larger model."""
+    if arm.initialisation == "random" or (at(results.recipe, "targets", arm.target, "stages") or 1) == 1:
+        return 0
+    again = [one.tokens for one, other in pairwise(arm.validation) if one.tokens == other.tokens]
+    return max(again, default=0)
 
 
 def _published() -> list[Series]:

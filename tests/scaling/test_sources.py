@@ -36,6 +36,16 @@ def test_a_runs_arms_are_series_without_their_warm_up(results: Results, tmp_path
     assert not first.cut_short
 
 
+def test_of_an_arm_made_in_stages_the_last_counts(results: Results, tmp_path: Path) -> None:
+    pruned = results.arms[0].validation
+    pruned.insert(2, dataclasses.replace(pruned[1], loss=3.25))  # measured before and after it was pruned again
+    assert len(read_series([_run(results, tmp_path)])[0].tokens) == 3
+    results.recipe["targets"] = {"depth": {"stages": 2}}
+    one, other, *_ = read_series([_run(results, tmp_path)])
+    assert one.losses == (2.625, 2.54)
+    assert len(other.losses) == 3
+
+
 def test_a_run_that_stopped_early_is_known(results: Results, tmp_path: Path) -> None:
     results.arms[0].validation.pop()
     assert [one.cut_short for one in read_series([_run(results, tmp_path)])] == [True, False, False, False]
