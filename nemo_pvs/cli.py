@@ -14,6 +14,7 @@ from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.processes import heeding_interrupts
 from nemo_pvs.progress import console
 from nemo_pvs.verbs import VERBS
+from nemo_pvs.verbs.scaling import scaling_fit, scaling_predict
 
 _INTERRUPTED = 130
 
@@ -26,6 +27,11 @@ app = typer.Typer(
 )
 for verb in VERBS:
     app.command()(verb)
+
+scaling = typer.Typer(no_args_is_help=True, help="The same as scaling-fit and scaling-predict.")
+scaling.command("fit")(scaling_fit)
+scaling.command("predict")(scaling_predict)
+app.add_typer(scaling, name="scaling")
 
 
 @app.callback(invoke_without_command=True)

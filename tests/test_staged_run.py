@@ -17,6 +17,7 @@ from nemo_pvs.learning_rate import linear_warmup
 from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe_file import parse_recipe
+from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
@@ -63,7 +64,8 @@ def test_kill_9_in_the_middle_of_a_stage(staged, tmp_path):
     assert "prune-one-stage-1.json" in finished
     assert "train-one-stage-1.json" not in finished
 
-    Pipeline(parse_recipe(staged, "test"), folder).run()
+    pipeline = Pipeline(parse_recipe(staged, "test"), folder)
+    pipeline.run()
     assert finished.items() <= _records(folder).items(), "a finished stage was done again"
     assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed stage began anew"
 
@@ -71,7 +73,7 @@ def test_kill_9_in_the_middle_of_a_stage(staged, tmp_path):
     last = folder / "train" / "one-pruned"
     rates = [point["learning_rate"] for run in (first, last) for point in metrics.read(run / METRICS_FILE).training]
     whole = {"steps": 16, "warmup_steps": 3, "decay_steps": 4, "min_ratio": 0.1}
-    assert rates == pytest.approx([3e-3 * linear_warmup(step, **whole) for step in range(1, 17)])
+    assert rates == pytest.approx([3e-3 * linear_warmup(step, **whole) for step in range(16)])
     jobs = [read_json(run / "job.json") for run in (first, last)]
     assert [job["first_token"] for job in jobs] == [0, 8 * 128]
     assert [job["training"]["tokens"] for job in jobs] == [8 * 128, 8 * 128]
@@ -89,6 +91,16 @@ def test_kill_9_in_the_middle_of_a_stage(staged, tmp_path):
     assert shape_of(open_source(folder / "models" / "one-random")) == shapes[1]
     assert Plan.load(folder / "pruned" / "one" / "plan.json").parent == shapes[0]
     assert not (first / "nemo").exists(), "moments that nobody goes on from fill the disk"
+
+    # The report's curve is that of the whole training, in which the arm lost channels half-way.
+    pruned, random = assemble(pipeline).arms
+    assert [point.step for point in pruned.training] == list(range(1, 17))
+    assert [point.learning_rate for point in pruned.training] == rates
+    assert pruned.training[-1].tokens == pruned.validation[-1].tokens == random.validation[-1].tokens == 16 * 128
+    half = [point.loss for point in pruned.validation if point.tokens == 8 * 128]
+    assert half == [losses[0], pipeline.results["evaluate/one-pruned-initial"]["validation"]["loss"]]
+    assert (pruned.validation[0].tokens, pruned.validation[-1].loss) == (4 * 128, losses[1])
+    assert pruned.test_perplexity_before is None
 
     ledger = Ledger.load(folder / "models" / "one-pruned" / LEDGER)
     assert ledger.training.tokens == 16 * 128

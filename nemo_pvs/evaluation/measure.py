@@ -10,7 +10,7 @@ from typing import Any
 from nemo_pvs.calibration import ranks
 from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
 from nemo_pvs.evaluation.store import Store
-from nemo_pvs.evaluation.summary import summary
+from nemo_pvs.evaluation.summary import measured_before, summary, with_earlier
 from nemo_pvs.evaluation.wishes import Wish, Wishes
 from nemo_pvs.files import write_json
 from nemo_pvs.progress import progress
@@ -28,7 +28,9 @@ def measure(
     limit: int | None = None,
     force: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure what is not measured yet, write ``results.json`` beside it, and return what it says of each model.
+    """Measure what is not measured yet, write ``results.json`` beside it, and return what was asked of each model.
+
+    What earlier commands measured into the same folder stays in ``results.json``.
 
     Args:
         models: What to measure.
@@ -40,8 +42,11 @@ def measure(
         force: Measure again what has been measured.
 
     Raises:
-        UserError: a task or a text is not there, or does not suit a model; nothing was measured then.
+        UserError: a task or a text is not there, or does not suit a model, or ``results.json`` is not an evaluation's;
+            nothing was measured then.
     """
+    file = store.folder / RESULTS
+    measured_before(file)
     loaded = _load_tasks(wishes.tasks, task_data)
     texts = {model.path: wishes.windows(model, task_data) for model in models}
     results = []
@@ -59,7 +64,8 @@ def measure(
         measured.update(wishes.averages(measured))
         results.append({**model.about(), "backend": model.backend, "limit": limit, "measured": measured})
     if ranks.is_main():
-        write_json(store.folder / RESULTS, summary(results, {**asdict(compute), "dtype": str(compute.dtype)}))
+        known = with_earlier(results, measured_before(file))
+        write_json(file, summary(known, {**asdict(compute), "dtype": str(compute.dtype)}))
     return results
 
 

@@ -1,13 +1,17 @@
-"""Everything that one command measured, as one JSON file and as a table with a column a model."""
+"""Everything that was measured into one folder, as one JSON file and as a table with a column a model."""
 
 from __future__ import annotations
 
 import math
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import read_json
 
 Measured = dict[str, dict[str, Any]]
 """``arc_challenge/25-shot/acc_norm``: value, stderr and what they rest on."""
@@ -24,6 +28,43 @@ def average(measured: Measured, names: list[str]) -> dict[str, Any] | None:
         "higher_is_better": True,
         "documents": sum(measured[name]["documents"] for name in names),
     }
+
+
+def measured_before(file: Path) -> list[dict[str, Any]]:
+    """Return what ``results.json`` says of models; nothing if it is not there.
+
+    Raises:
+        UserError: the file is of something else, such as a run, and would be lost.
+    """
+    if not file.is_file():
+        return []
+    known = read_json(file)
+    if not isinstance(known, dict) or not isinstance(known.get("models"), list):
+        raise UserError(
+            f"{file} is no evaluation's and would be overwritten; choose a folder of its own with --out, such as "
+            f"{file.parent / 'evaluation'}."
+        )
+    models: list[dict[str, Any]] = known["models"]
+    return models
+
+
+def with_earlier(models: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return models with what was measured of them before, and then the other models that were.
+
+    A model is the same by its weights, the backend that ran it and the limit of documents; of the same metric the new
+    measurement counts.
+    """
+    known = {_identity(model): model for model in earlier}
+    joined = [
+        {**model, "measured": {**known.get(_identity(model), {}).get("measured", {}), **model["measured"]}}
+        for model in models
+    ]
+    new = {_identity(model) for model in models}
+    return joined + [model for model in earlier if _identity(model) not in new]
+
+
+def _identity(model: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(model.get(name) for name in ("fingerprint", "backend", "limit"))
 
 
 def summary(models: list[dict[str, Any]], compute: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def load_tasks(wishes: Sequence[Wish], data: Path) -> list[LoadedTask]:
         data: Folder of downloaded data sets.
 
     Raises:
-        UserError: lm-eval knows no such task, its data are not here, or it generates text.
+        UserError: lm-eval knows no such task, its data are not here, it generates text, or two have one name.
     """
     loaded: list[LoadedTask] = []
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a definition leaves to it
@@ -90,6 +90,7 @@ def load_tasks(wishes: Sequence[Wish], data: Path) -> list[LoadedTask]:
                 loaded.append(LoadedTask(wish, task))
     for task in loaded:
         _refuse_missing_metric(task)
+    _refuse_one_name_for_two(loaded)
     return loaded
 
 
@@ -111,6 +112,15 @@ def _refuse_missing_metric(task: LoadedTask) -> None:
     known = task.task.higher_is_better()
     if task.wish.metric is not None and task.wish.metric not in known:
         raise UserError(f"The task {task.name} has no metric {task.wish.metric} (it has {', '.join(known)}).")
+
+
+def _refuse_one_name_for_two(tasks: Sequence[LoadedTask]) -> None:
+    named: dict[str, LoadedTask] = {}
+    for task in tasks:
+        first = named.setdefault(task.name, task)
+        if first is not task and first.content_hash != task.content_hash:
+            places = " and ".join(str(one.wish.folder or "lm-eval") for one in (first, task))
+            raise UserError(f"{places} have different tasks named {task.name}; rename one, or ask for one at a time.")
 
 
 def _load(wish: Wish, manager: TaskManager, data: Path) -> list[Task]:

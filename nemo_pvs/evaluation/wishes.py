@@ -146,8 +146,8 @@ class Wishes:
             wanted,
             [text for text in dict.fromkeys(texts) if text != "none"],
             named,
-            samples or (preset.samples if preset else _SAMPLES),
-            sequence_length or (preset.sequence_length if preset else _SEQUENCE_LENGTH),
+            (preset.samples if preset else _SAMPLES) if samples is None else samples,
+            (preset.sequence_length if preset else _SEQUENCE_LENGTH) if sequence_length is None else sequence_length,
             stride,
             train_split,
         )

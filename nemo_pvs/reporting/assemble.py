@@ -16,7 +16,9 @@ from nemo_pvs.pipeline import Pipeline, initial_label
 from nemo_pvs.recipe import Arm
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
+from nemo_pvs.staged import shares
 from nemo_pvs.training import metrics
+from nemo_pvs.training.job import METRICS_FILE
 
 _PACKAGES = ("nemo-pvs", "nemo-toolkit", "megatron-core", "torch", "transformers", "numpy")
 
@@ -44,10 +46,13 @@ def assemble(run: Pipeline) -> Results:
 
 
 def _arm(run: Pipeline, arm: Arm) -> ArmResult:
-    curve = metrics.read(run.job(arm).metrics)
+    curve = _curve(run, arm)
+    first_step = shares(run.recipe, arm)[-1].first_step
+    start = first_step * arm.training.tokens_per_step
     before, after = run.results[f"evaluate/{initial_label(arm)}"], run.results[f"evaluate/{arm.name}"]
     model = open_source(run.model(arm.name))
     layout = run.results[f"train/{arm.name}"].get("layout") or arm.layout.model_dump()
+    validation = [Point(point["step"], point["tokens"], point["loss"]) for point in curve.validation]
     speeds = [point["tokens_per_second"] for point in curve.training]
     return ArmResult(
         name=_for_people(arm),
@@ -59,18 +64,29 @@ def _arm(run: Pipeline, arm: Arm) -> ArmResult:
         masked_parameters=count_masked(model),
         setting=arm.setting,
         validation=[
-            Point(0, 0, before["validation"]["loss"]),
-            *(Point(point["step"], point["tokens"], point["loss"]) for point in curve.validation),
+            *(one for one in validation if one.step <= first_step),
+            Point(first_step, start, before["validation"]["loss"]),
+            *(one for one in validation if one.step > first_step),
         ],
         training=[
             Point(point["step"], point["tokens"], point["loss"], point["learning_rate"]) for point in curve.training
         ],
-        test_perplexity_before=before["test"]["perplexity"],
+        # What a staged arm began with was pruned further before anybody measured it.
+        test_perplexity_before=None if first_step else before["test"]["perplexity"],
         test_perplexity_after=after["test"]["perplexity"],
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
         seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds),
         tokens_per_second=statistics.median(speeds),
     )
+
+
+def _curve(run: Pipeline, arm: Arm) -> metrics.Curve:
+    """Return what the whole training of an arm measured; that of a staged one has an output for each share."""
+    parts = shares(run.recipe, arm)
+    between = run.folder / "train" / f"{arm.target}-stages"
+    files = [*(between / str(number) / METRICS_FILE for number in range(1, len(parts))), run.job(arm).metrics]
+    starts = [share.first_step for share in parts]
+    return metrics.joined(zip(files, starts, strict=True), arm.training.tokens_per_step)
 
 
 def _for_people(arm: Arm) -> str:

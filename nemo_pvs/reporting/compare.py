@@ -95,7 +95,14 @@ class SideBySide:
 
     @property
     def missing(self) -> list[tuple[str, str]]:
-        """Target and initial weights (``pruned``, ``random``) of the arms that a comparison needs and nobody ran."""
+        """Target and initial weights (``pruned``, ``random``) of the arms that a comparison needs and nobody ran.
+
+        What no recipe asks for (``arms``) is not among them.
+        """
+        return [(target, start) for target, start in self._absent if self._asked(target, start)]
+
+    @property
+    def _absent(self) -> list[tuple[str, str]]:
         planned = {name for run in self.runs for name in at(run.results.recipe, "targets") or {}}
         targets = {**self.results.targets, **{name: [] for name in sorted(planned - self.results.targets.keys())}}
         return [
@@ -105,6 +112,15 @@ class SideBySide:
             for start in ("pruned", "random")
             if all(arm.initialisation != start for arm in arms)
         ]
+
+    def _asked(self, target: str, start: str) -> bool:
+        """Whether a recipe asks for an arm; of a target that no recipe knows, both are."""
+        asked = [
+            at(run.results.recipe, "targets", target, "arms") or at(run.results.recipe, "arms")
+            for run in self.runs
+            if at(run.results.recipe, "targets", target) is not None
+        ]
+        return not asked or any(arms is None or start in arms for arms in asked)
 
     def _method(self, target: str) -> Any:
         return next(
@@ -117,12 +133,19 @@ class SideBySide:
         found = [
             f"These runs are not comparable, and were put together all the same: {one}." for one in self.differences
         ]
-        found += [
-            f"The arm from {'random weights' if start == 'random' else 'the pruned parent'} on {target} is missing: "
-            "nothing is known of it."
-            for target, start in self.missing
-        ]
+        for start, words in (("pruned", "the pruned parent"), ("random", "random weights")):
+            gone = [target for target, one in self.missing if one == start]
+            if gone:
+                many = "arms" if len(gone) > 1 else "arm"
+                be, it = ("are", "them") if len(gone) > 1 else ("is", "it")
+                found.append(f"The {many} from {words} on {_and(gone)} {be} missing: nothing is known of {it}.")
+            unasked = [target for target, one in self._absent if one == start and (target, one) not in self.missing]
+            if unasked:
+                found.append(f"No arm from {words} was asked for on {_and(unasked)}, so there is no gap.")
         for arm in self.results.arms:
+            alone = arm.initialisation == "pruned" and not self.results.comparisons(arm)
+            if alone and (arm.target, "random") not in self._absent and arm.method != DENSE:
+                found.append(f"“{arm.name}” has no counterpart from random weights that cost the same.")
             have = {run.label for run, _ in self.repetitions[arm.name]}
             group = {run.label for run in self.runs if run.identity == self.repetitions[arm.name][0][0].identity}
             if lacking := sorted(group - have):
@@ -134,6 +157,10 @@ class SideBySide:
                     "diverged, and such points are left out of the figures."
                 )
         return found
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def deviation(values: Sequence[float]) -> float | None:

@@ -12,27 +12,35 @@ if TYPE_CHECKING:
 
 
 def differences_of(runs: Sequence[Run]) -> list[str]:
-    """Return a clause for every field in which a run differs from the first and must not."""
-    first = runs[0]
-    fields = [(run, _fields(run.results)) for run in runs]
+    """Return a clause for every field in which a run must not differ from the first that says something of it."""
     found = []
-    for run, values in fields[1:]:
-        for (what, name), value in values.items():
-            one = fields[0][1].get((what, name))
-            if one is not None and value is not None and one != value:
+    said: dict[tuple[str, str], tuple[Run, Any]] = {}
+    for run in runs:
+        for field, value in _fields(run.results).items():
+            first, one = said.setdefault(field, (run, value)) if value is not None else (run, value)
+            if one != value:
+                what, name = field
                 found.append(
                     f"{what} differs, {name} is {_short(one)} in {first.label} and {_short(value)} in {run.label}"
                 )
-    seeds: dict[str, set[Any]] = {}
+    recipes: dict[str, list[Run]] = {}
     for run in runs:
-        seeds.setdefault(run.identity, set()).add(run.seed)
-    if any(one != next(iter(seeds.values())) for one in seeds.values()):
-        other = next(run for run in runs[1:] if run.identity != first.identity)
+        recipes.setdefault(run.identity, []).append(run)
+    ours, *others = recipes.values()
+    if theirs := next((group for group in others if _seeds(group) != _seeds(ours)), None):
         found.append(
-            f"data order differs, train.seed is {first.seed} in {first.label} and {other.seed} in {other.label}, and "
-            "they are not one recipe repeated with the same seeds"
+            f"data order differs, train.seed is {_listed(ours)} and {_listed(theirs)}, and they are not one recipe "
+            "repeated with the same seeds"
         )
     return found
+
+
+def _seeds(runs: Sequence[Run]) -> set[Any]:
+    return {run.seed for run in runs}
+
+
+def _listed(runs: Sequence[Run]) -> str:
+    return " and ".join(f"{run.seed} in {run.label}" for run in runs)
 
 
 def _fields(results: Results) -> dict[tuple[str, str], Any]:

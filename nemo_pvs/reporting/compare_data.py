@@ -111,6 +111,7 @@ def _arm(runs: SideBySide, arm: ArmResult) -> dict[str, Any]:
 def _task(row: TaskRow) -> dict[str, Any]:
     return {
         "task": row.task,
+        "windows": row.cut,
         "pruned_arm": row.pruned_name,
         "scratch_arm": row.scratch_name,
         **_score("parent", row.parent),

@@ -36,6 +36,8 @@ class Score:
     """The metric of every question, where it was kept."""
     content: str | None = None
     """The hash of the questions: two models with equal ones were asked the same, in the same order."""
+    cut: str | None = None
+    """How a text was cut into windows, without which a loss means nothing: ``chunks of 8192``; None for questions."""
 
 
 Scores = dict[str, dict[str, Score]]
@@ -55,8 +57,19 @@ class TaskRow:
 
     @property
     def difference(self) -> float | None:
-        """Scratch minus pruned (S − P in arXiv 2606.14150, Figure 1); None if one of them was not measured."""
-        return None if self.pruned is None or self.scratch is None else self.scratch.value - self.pruned.value
+        """Scratch minus pruned (S − P in arXiv 2606.14150, Figure 1).
+
+        None if one of them was not measured, or on windows of another kind.
+        """
+        if self.pruned is None or self.scratch is None or self.pruned.cut != self.scratch.cut:
+            return None
+        return self.scratch.value - self.pruned.value
+
+    @property
+    def cut(self) -> str | None:
+        """How the text was cut, both sides' where they differ; None for questions."""
+        cuts = [one.cut for one in (self.pruned, self.scratch) if one is not None and one.cut is not None]
+        return " and ".join(dict.fromkeys(cuts)) or None
 
     @property
     def paired(self) -> bool:
@@ -70,7 +83,7 @@ class TaskRow:
     def stderr(self) -> float | None:
         """The standard error of the difference: of the differences by question, or of two independent scores."""
         one, other = self.pruned, self.scratch
-        if one is None or other is None:
+        if one is None or other is None or self.difference is None:
             return None
         if self.paired:
             assert one.by_document is not None
@@ -114,23 +127,26 @@ class AverageRow(TaskRow):
 def read_scores(folder: Path) -> Scores:
     """Read the folder of ``pvs evaluate``: ``results.json``, and single questions from ``measured/`` where they are.
 
+    Of a model that was asked all and only the first so many questions of a task, all count.
+
     Raises:
         UserError: it holds no evaluation.
     """
     data = read_json(folder / "results.json")
     try:
-        return {
-            model["fingerprint"]: {
-                name: _score(folder, model, name, about) for name, about in model["measured"].items()
-            }
-            for model in data["models"]
-        }
+        found: Scores = {}
+        for model in sorted(data["models"], key=lambda model: model["limit"] or math.inf):
+            scores = {name: _score(folder, model, name, about) for name, about in model["measured"].items()}
+            found.setdefault(model["fingerprint"], {}).update(scores)
+        return found
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no evaluation ({error!r}); give the --out folder of pvs evaluate.") from None
 
 
 def _score(folder: Path, model: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> Score:
-    plain = Score(about["value"], about["stderr"], about["documents"], about["higher_is_better"])
+    plain = Score(
+        about["value"], about["stderr"], about["documents"], about["higher_is_better"], cut=about.get("windows")
+    )
     task, _, metric = name.rpartition("/")
     for file in sorted((folder / "measured" / model["fingerprint"][:16]).glob("*.json")):
         kept = read_json(file)
@@ -168,13 +184,17 @@ def task_rows(runs: SideBySide) -> list[TaskRow]:
                 task,
                 arm.name,
                 scratch.name if scratch else f"{arm.target}, random (missing)",
-                parent.get(task),
+                _if_alike(parent.get(task), ours.get(task) or theirs.get(task)),
                 ours.get(task),
                 theirs.get(task),
             )
             for task in dict.fromkeys([*ours, *theirs])
         ]
     return rows
+
+
+def _if_alike(parent: Score | None, arm: Score | None) -> Score | None:
+    return parent if parent is None or arm is None or parent.cut == arm.cut else None
 
 
 def averages(rows: Sequence[TaskRow]) -> list[TaskRow]:
@@ -246,6 +266,7 @@ def _mean_score(scores: Sequence[Score], documents: int) -> Score:
     errors = [score.stderr for score in scores if score.stderr is not None]
     questions = [score.by_document for score in scores if score.by_document is not None]
     contents = {score.content for score in scores}
+    cuts = [score.cut for score in scores if score.cut is not None]
     same = len(questions) == len(scores) and len(contents) == 1 and None not in contents
     return Score(
         statistics.fmean(score.value for score in scores),
@@ -254,4 +275,5 @@ def _mean_score(scores: Sequence[Score], documents: int) -> Score:
         scores[0].higher_is_better,
         tuple(map(statistics.fmean, zip(*questions, strict=True))) if same else None,
         contents.pop() if same else None,
+        " and ".join(dict.fromkeys(cuts)) or None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ from nemo_pvs.reporting.results import ArmResult, Point, Results
 
 Deviations = Mapping[str, Mapping[int, float]]
 """Standard deviation of the validation loss over seeds, by arm and tokens."""
+Missing = Collection[tuple[str, str]]
 _SCRATCH_MARKERS = ("s", "v", "P")
 _PANELS_A_ROW = 2
 # A random start has a loss of ln(vocabulary): with it on the axis, the differences at the end would be invisible. The
@@ -24,10 +25,15 @@ _PANELS_A_ROW = 2
 _IGNORED_SHARE = 0.1
 
 
-def loss_figure(results: Results, deviations: Deviations | None = None) -> str:
+def loss_figure(results: Results, deviations: Deviations | None = None, missing: Missing | None = None) -> str:
     """Draw one panel a target: pruned solid, scratch dashed, parent dotted, the gap at the end in nats per token.
 
     Markers and dashes differ too, so that the figure can be read in black and white; bars are standard deviations.
+
+    Args:
+        results: the arms.
+        deviations: of their losses, over seeds.
+        missing: target and initial weights of the arms to be called missing; all that are not there, by default.
 
     Returns:
         An ``<svg>`` element to put into a page. Text takes the page's colour, lines the CSS variables ``--series-1``,
@@ -35,14 +41,14 @@ def loss_figure(results: Results, deviations: Deviations | None = None) -> str:
         no validation loss was measured.
     """
     targets = _drawn(results)
-    return _draw(results, targets, deviations or {}, _PANELS_A_ROW) if targets else ""
+    return _draw(results, targets, deviations or {}, missing, _PANELS_A_ROW) if targets else ""
 
 
-def loss_panels(results: Results, deviations: Deviations | None = None) -> list[str]:
+def loss_panels(results: Results, deviations: Deviations | None = None, missing: Missing | None = None) -> list[str]:
     """Return the panels of ``loss_figure`` one by one, on one scale, for a page that wraps them itself."""
     targets = _drawn(results)
     return [
-        _draw(results, {name: arms}, deviations or {}, 1, prefix=f"loss-{index}")
+        _draw(results, {name: arms}, deviations or {}, missing, 1, prefix=f"loss-{index}")
         for index, (name, arms) in enumerate(targets.items())
     ]
 
@@ -52,7 +58,12 @@ def _drawn(results: Results) -> dict[str, list[ArmResult]]:
 
 
 def _draw(
-    results: Results, targets: dict[str, list[ArmResult]], deviations: Deviations, most_columns: int, prefix: str = ""
+    results: Results,
+    targets: dict[str, list[ArmResult]],
+    deviations: Deviations,
+    missing: Missing | None,
+    most_columns: int,
+    prefix: str = "",
 ) -> str:
     columns = min(len(targets), most_columns)
     rows = math.ceil(len(targets) / columns)
@@ -62,7 +73,7 @@ def _draw(
         panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
         low, high = _loss_range(results)
         for axes, (name, arms) in zip(panels, targets.items(), strict=False):
-            _draw_panel(axes, results, arms, deviations, unit, high)
+            _draw_panel(axes, results, arms, deviations, missing, unit, high)
             axes.set_title(name, loc="left", fontweight="bold")
             axes.set_ylim(low, high)
         for axes in panels[len(targets) :]:
@@ -99,6 +110,7 @@ def _draw_panel(
     results: Results,
     arms: list[ArmResult],
     deviations: Deviations,
+    missing: Missing | None,
     unit: tuple[float, str],
     top_of_axis: float,
 ) -> None:
@@ -131,7 +143,7 @@ def _draw_panel(
             axes.errorbar(tokens, losses, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=4)
     if all(arm.method != DENSE for arm in arms):
         for kind, start in ((pruned, "pruned"), (scratch, "random")):
-            if not kind:
+            if not kind and (missing is None or (arms[0].target, start) in missing):
                 axes.plot([], [], " ", label=f"{arms[0].target}, {start}: missing")
     last = max(point.tokens for arm in arms for point in _finite(arm.validation)) / divisor or 1.0
     parent_loss = results.parent.validation_loss

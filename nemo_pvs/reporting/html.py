@@ -74,7 +74,7 @@ def write_files(runs: SideBySide, folder: Path, *, reference: bool = False) -> N
     write_text(folder / "report.csv", csv_text(data["arms"]))
     if data["tasks"]:
         write_text(folder / "tasks.csv", csv_text(data["averages"] + data["tasks"]))
-    write_text(folder / "loss.svg", standalone(loss_figure(runs.results, deviations_of(runs))))
+    write_text(folder / "loss.svg", standalone(loss_figure(runs.results, deviations_of(runs), runs.missing)))
 
 
 def deviations_of(runs: SideBySide) -> dict[str, dict[int, float]]:
@@ -99,7 +99,7 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
         runs=runs,
         outcome=outcome(results),
         total_cost=total_cost(results),
-        panels=drawn(*loss_panels(results, deviations_of(runs))),
+        panels=drawn(*loss_panels(results, deviations_of(runs), runs.missing)),
         gaps=drawn(
             gap_against_ratio(results, gaps, reference=reference), gap_against_tokens(results, reference=reference)
         ),

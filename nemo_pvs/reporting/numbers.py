@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 DASH = "–"
+NOT_FINITE = "not finite"
 _PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -14,7 +15,7 @@ def fixed(value: float | None, decimals: int = 2, *, signed: bool = False) -> st
     if value is None:
         return DASH
     if not math.isfinite(value):
-        return "not finite"
+        return NOT_FINITE
     text = f"{value:{'+' if signed else ''},.{decimals}f}"
     return text.replace("-", "−")
 

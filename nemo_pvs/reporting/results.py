@@ -161,11 +161,11 @@ class Results:
         """Read what ``to_json`` returned.
 
         Raises:
-            UserError: something is missing or of the wrong type.
+            UserError: something is missing or of the wrong type, or a ledger charges less than was seen.
         """
         try:
             data = {**data, "arms": [{**arm, "ledger": {"charges": arm["ledger"]}} for arm in data["arms"]]}
-            return _READER.validate_python(data)
+            results = _READER.validate_python(data)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the top level"
@@ -176,6 +176,14 @@ class Results:
             raise UserError(
                 f"The results are not those of a finished run ({error!r}); use the file that a run wrote."
             ) from None
+        for arm in results.arms:
+            charged, seen = arm.ledger.training.tokens, max((point.tokens for point in arm.validation), default=0)
+            if arm.ledger.charges and charged is not None and charged < seen:
+                raise UserError(
+                    f"The ledger of {arm.name} does not add up: it charges {charged:,} training tokens, but a "
+                    f"loss was measured after {seen:,}; use the file that a run wrote."
+                )
+        return results
 
     def save(self, path: Path) -> None:
         """Write ``results.json``."""

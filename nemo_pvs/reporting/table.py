@@ -10,12 +10,15 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_pvs.reporting.numbers import DASH, fixed, perplexity, scaled, scientific, unit_of
+from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, scaled, scientific, unit_of
 from nemo_pvs.reporting.results import ArmResult, Results
 from nemo_pvs.shape import Shape
 
 if TYPE_CHECKING:
     from nemo_pvs.reporting.compare import SideBySide
+
+_NOT_FINITE = "NaN/∞"
+"""In the terminal, where a wider cell takes the last column away."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,13 @@ def _arm_row(
         with_deviation(fixed(arm.validation_loss), runs.final_loss_deviation(arm) if runs else None),
         with_deviation(fixed(results.gap(arm), signed=True), runs.gap_deviation(arm) if runs else None),
         perplexity(arm.test_perplexity_before),
-        with_deviation(perplexity(arm.test_perplexity_after), runs.perplexity_deviation(arm) if runs else None),
+        _perplexity_cell(arm, runs),
     ]
+
+
+def _perplexity_cell(arm: ArmResult, runs: SideBySide | None) -> str:
+    value, spread = arm.test_perplexity_after, runs.perplexity_deviation(arm) if runs else None
+    return with_deviation(perplexity(value), spread, 2 if value is None or value < 1000 else 0)
 
 
 def with_deviation(text: str, spread: float | None, decimals: int = 2) -> str:
@@ -195,7 +203,7 @@ def results_table(results: Results) -> Table:
         else:
             table.add_column(heading, overflow="fold", min_width=12)
     for row in rows.rows:
-        table.add_row(*(escape(row[index]) for index, _ in shown))
+        table.add_row(*(escape(row[index].replace(NOT_FINITE, _NOT_FINITE)) for index, _ in shown))
     return table
 
 

@@ -15,7 +15,7 @@ TASK_NOTES = [
     f"Better: which side's advantage exceeds {SURE:g} standard errors of the difference; within error: neither.",
     "*: the difference was taken question by question, which makes its standard error smaller; else the two models "
     "count as independent.",
-    f"{DASH}: not measured.",
+    f"{DASH}: not measured, or in windows of another kind.",
 ]
 TERMS_HEADINGS = ["Pruned model", "from scratch", "equal", "gap (nats)"]
 _TRAINING = "equal-training-tokens"
@@ -25,7 +25,7 @@ def task_cells(rows: Sequence[TaskRow]) -> list[list[str]]:
     """Return formatted cells of ``compare_tasks.task_rows``."""
     return [
         [
-            row.task,
+            row.task if row.cut is None else f"{row.task}, {row.cut}",
             row.pruned_name,
             *(_score(row.task, score) for score in (row.parent, row.pruned, row.scratch)),
             _difference(row),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -48,7 +49,7 @@ def advise(question: Question, runs: Iterable[Results] = (), paper: Published | 
         ("training tokens", question.train_tokens),
         ("parent tokens", question.parent_tokens),
     ):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{value:g} {name} make no sense; give a number above 0.")
     if question.ratio <= 0:
         raise UserError(

@@ -16,6 +16,7 @@ class Chinchilla:
     name = "chinchilla"
     exponents: tuple[Bounds, ...] = (Bounds("alpha", 0.02, 2.0), Bounds("beta", 0.02, 2.0))
     coefficients: tuple[str, ...] = ("E", "A", "B")
+    of_tokens = "B"
 
     def curve(self, values: Sequence[float], at: Conditions) -> Curve:
         """Return the loss curve of a model; needs its parameters."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.scaling.law import Conditions, Law, names
+from nemo_pvs.scaling.law import BILLION, Conditions, Law, names
 from nemo_pvs.scaling.series import Series
 
 Array = NDArray[np.float64]
@@ -66,9 +66,15 @@ def estimate(law: Law, points: Points, *, seed: int = 0) -> Array:
 
 
 def polish(law: Law, points: Points, start: Array) -> tuple[float, Array]:
-    """Return the robust cost and the parameters of the minimum next to ``start``."""
+    """Return the robust cost and the parameters of the minimum next to ``start``.
+
+    Tokens are counted in their geometric mean meanwhile: in billions, the coefficient and the exponent of a run of a
+    million tokens can only move together, and the search stops half-way.
+    """
     low, high = _bounds(law)
     measured = np.log(points.losses)
+    unit = float(np.exp(np.mean(np.log(points.tokens / BILLION))))
+    points = replace(points, tokens=points.tokens / unit)
 
     def residuals(values: Array) -> Array:
         # Far from the data a curve may leave what a double holds; such a step is bad, not an error.
@@ -76,11 +82,19 @@ def polish(law: Law, points: Points, start: Array) -> tuple[float, Array]:
             fitted = np.log(np.maximum(predict(law, values, points), _TINY))
         return np.nan_to_num(fitted - measured, nan=1e3, posinf=1e3, neginf=-1e3)
 
-    inside = np.clip(start, low + _TINY, np.where(np.isfinite(high), high - _TINY, high))
+    inside = np.clip(_counted_in(law, start, unit), low + _TINY, np.where(np.isfinite(high), high - _TINY, high))
     found = least_squares(
         residuals, inside, bounds=(low, high), loss="huber", f_scale=_HUBER, x_scale="jac", max_nfev=400
     )
-    return float(found.cost), np.asarray(found.x, np.float64)
+    return float(found.cost), _counted_in(law, np.asarray(found.x, np.float64), 1 / unit)
+
+
+def _counted_in(law: Law, values: Array, unit: float) -> Array:
+    """Return the parameters of the same curves for tokens that are counted in so many of what they were."""
+    exponent, coefficient = names(law).index("beta"), names(law).index(law.of_tokens)
+    moved = values.copy()
+    moved[coefficient] *= unit ** -values[exponent]
+    return moved
 
 
 def predict(law: Law, values: Array, points: Points) -> Array:

@@ -25,6 +25,7 @@ Form = Literal["p2", "chinchilla", "per-run"]
 LAWS: dict[str, Law] = {P2.name: P2(), Chinchilla.name: Chinchilla(), PerRun.name: PerRun()}
 
 _POINTS_A_PARAMETER = 3
+_EDGE = 1e-4
 
 DRAWS = 200
 CONFIDENCE = 95.0
@@ -110,6 +111,11 @@ def fit(
     if len(points.tokens) < _POINTS_A_PARAMETER * len(names(law)):
         warnings.append(f"{len(points.tokens)} points for {len(names(law))} parameters: the intervals are rough")
     values = estimate(law, points, seed=seed)
+    for exponent, value in zip(law.exponents, values, strict=False):
+        if min(value - exponent.low, exponent.high - value) < _EDGE:
+            warnings.append(
+                f"{exponent.name} is {value:.3g}, the edge of where the fit looks: these losses hardly follow the law"
+            )
     fitted = predict(law, values, points)
     result = Fit(
         form,

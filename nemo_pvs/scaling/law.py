@@ -45,6 +45,8 @@ class Law(Protocol):
     name: str
     exponents: tuple[Bounds, ...]
     coefficients: tuple[str, ...]
+    of_tokens: str
+    """The coefficient of D^-beta."""
 
     def curve(self, values: Sequence[float], at: Conditions) -> Curve:
         """Return the loss curve of a model.

@@ -29,6 +29,7 @@ class P2:
         Bounds("beta", 0.02, 2.0),
     )
     coefficients: tuple[str, ...] = ("N_C", "D_C", "E")
+    of_tokens = "D_C"
 
     def curve(self, values: Sequence[float], at: Conditions) -> Curve:
         """Return the loss curve of a pruned model; needs the parent's parameters and loss, and the ratio."""

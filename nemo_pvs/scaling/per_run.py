@@ -15,6 +15,7 @@ class PerRun:
     name = "per-run"
     exponents: tuple[Bounds, ...] = (Bounds("beta", 0.02, 2.0),)
     coefficients: tuple[str, ...] = ("E", "B")
+    of_tokens = "B"
 
     def curve(self, values: Sequence[float], at: Conditions) -> Curve:
         """Return the run's loss curve; nothing about the model is needed."""

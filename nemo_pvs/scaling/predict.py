@@ -35,6 +35,8 @@ class Overtaking:
     """None where it never is, up to ``horizon``."""
     share: float
     """Of the draws in which it is, up to ``horizon``."""
+    low: float
+    """Tokens from which on the curves were compared: where both were measured."""
     horizon: float
     """Tokens up to which the curves were compared."""
 
@@ -51,7 +53,7 @@ def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Estimate:
         UserError: the tokens are too far beyond those of the fit, or the model is not given.
     """
     most = fit.range[1]
-    if tokens <= 0 or tokens > _FARTHEST * most:
+    if not 0 < tokens <= _FARTHEST * most:
         raise UserError(
             f"A loss after {tokens:,.0f} tokens is out of reach of a fit of up to {most:,.0f}; "
             f"ask for at most {_FARTHEST:.0f} times as many, or train further."
@@ -63,7 +65,13 @@ def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Estimate:
 
 
 def tokens_to(fit: Fit, loss: float, at: Conditions | None = None) -> Estimate:
-    """Return the tokens to a target loss; infinite where the law never gets there."""
+    """Return the tokens to a target loss; infinite where the law never gets there.
+
+    Raises:
+        UserError: it is no loss.
+    """
+    if not 0 < loss < math.inf:
+        raise UserError(f"A target loss of {loss:g} makes no sense; give nats per token above 0.")
     return _of_curve(fit, at, lambda curve: curve.tokens_to(loss))
 
 
@@ -73,7 +81,7 @@ def tokens_at_gain(fit: Fit, gain: float, at: Conditions | None = None) -> Estim
     Raises:
         UserError: the gain is not positive.
     """
-    if gain <= 0:
+    if not 0 < gain < math.inf:
         raise UserError(f"A gain of {gain} nats per billion tokens is not above 0; give one such as 0.001.")
     return _of_curve(fit, at, lambda curve: curve.tokens_at_gain(gain))
 
@@ -94,7 +102,12 @@ def overtaking(
         head_start: tokens that scratch gets in addition: the parent's, for a comparison at equal total tokens.
         scratch_at: the model trained from scratch, for laws over several.
         pruned_at: the pruned model.
+
+    Raises:
+        UserError: the head start is no number of tokens.
     """
+    if not 0 <= head_start < math.inf:
+        raise UserError(f"A head start of {head_start:g} tokens makes no sense; give 0 or more.")
     low = max(scratch.range[0], pruned.range[0])
     horizon = _FARTHEST * min(scratch.range[1], pruned.range[1])
     best = curve_of(scratch, scratch_at).overtakes(curve_of(pruned, pruned_at), low, horizon, head_start)
@@ -106,7 +119,7 @@ def overtaking(
     tokens = None
     if best is not None:
         tokens = _estimate(best, np.array([math.inf if one is None else one for one in drawn]))
-    return Overtaking(tokens, share, horizon)
+    return Overtaking(tokens, share, low, horizon)
 
 
 def extrapolation(fit: Fit, tokens: float, at: Conditions | None = None) -> list[str]:

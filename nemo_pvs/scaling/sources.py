@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.compare_check import at
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ArmResult, Results
 from nemo_pvs.reporting.training_log import log_files, validation_losses
@@ -23,13 +24,18 @@ _OPTIONAL = ("initialisation", "parent_parameters", "parent_loss")
 _LOG_COLUMNS = ("name", "log", "tokens_per_step", "parameters")
 
 
-def read_series(runs: Iterable[str]) -> list[Series]:
+def read_series(runs: Iterable[str], leave_out: Callable[[str], None] | None = None) -> list[Series]:
     """Read series from run folders (``results.json``), CSV tables or, by the name ``published``, the paper's Figure 1.
 
     A table has the columns name, tokens, loss, parameters and, if they are known, initialisation (``pruned`` or
     ``random``), parent_parameters and parent_loss; rows of one name are the ends of separate runs of one model. With
     log and tokens_per_step instead of tokens and loss, a row is one run whose curve is in a training log
     (``reporting.training_log``; relative to the table).
+
+    Args:
+        runs: Where to read.
+        leave_out: Takes the sentence about an arm of a run that cannot be fitted, because it diverged or was hardly
+            validated, and the other arms are read; without it such a run is refused.
 
     Raises:
         UserError: one of them cannot be read, or a name comes twice.
@@ -41,7 +47,7 @@ def read_series(runs: Iterable[str]) -> list[Series]:
         elif run.endswith(".csv"):
             found += _table(Path(run))
         else:
-            found += run_series(_results(Path(run)), run)
+            found += run_series(_results(Path(run)), run, leave_out)
     names = [series.name for series in found]
     for name in names:
         if names.count(name) > 1:
@@ -59,14 +65,23 @@ def _results(folder: Path) -> Results:
     return Results.load(file)
 
 
-def run_series(results: Results, source: str) -> list[Series]:
-    """Return a series for every arm of a run that was validated."""
-    return [_arm(results, arm, source) for arm in results.arms if any(point.tokens for point in arm.validation)]
+def run_series(results: Results, source: str, leave_out: Callable[[str], None] | None = None) -> list[Series]:
+    """Return a series for every arm of a run that was validated; for ``leave_out`` see ``read_series``."""
+    found = []
+    for arm in results.arms:
+        try:
+            if any(point.tokens for point in arm.validation):
+                found.append(_arm(results, arm, source))
+        except UserError as error:
+            if leave_out is None:
+                raise
+            leave_out(str(error))
+    return found
 
 
 def _arm(results: Results, arm: ArmResult, source: str) -> Series:
     planned = arm.ledger.training.tokens or None
-    start = _WARM_UP * (planned or arm.validation[-1].tokens)
+    start = max(_WARM_UP * (planned or arm.validation[-1].tokens), _last_stage(results, arm))
     points = {point.tokens: point.loss for point in arm.validation if point.tokens > start}
     return Series(
         name=f"{source.rstrip('/')}: {arm.name}",
@@ -79,6 +94,14 @@ def _arm(results: Results, arm: ArmResult, source: str) -> Series:
         planned_tokens=planned,
         source=source,
     )
+
+
+def _last_stage(results: Results, arm: ArmResult) -> int:
+    """Return the tokens after which an arm was pruned for the last time: before that it was a larger model."""
+    if arm.initialisation == "random" or (at(results.recipe, "targets", arm.target, "stages") or 1) == 1:
+        return 0
+    again = [one.tokens for one, other in pairwise(arm.validation) if one.tokens == other.tokens]
+    return max(again, default=0)
 
 
 def _published() -> list[Series]:

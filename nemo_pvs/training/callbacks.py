@@ -29,11 +29,16 @@ class MetricsLog(pl.Callback, IOMixin):
         self.tokens_per_step = tokens_per_step
         self.total_steps = total_steps
         self._step_began = self._run_began = time.monotonic()
+        self._learning_rate = 0.0
         self._speeds: deque[float] = deque(maxlen=metrics.PACE_STEPS)
 
     def on_train_start(self, trainer, pl_module):
         """Start the clock after set-up and loading."""
         self._step_began = self._run_began = time.monotonic()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        """Remember the learning rate: at the end of a step the schedule has moved to the next one's."""
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """Record loss, learning rate, gradient norm and speed of a step."""
@@ -46,7 +51,7 @@ class MetricsLog(pl.Callback, IOMixin):
             "step": trainer.global_step,
             "tokens": trainer.global_step * self.tokens_per_step,
             "loss": float(values["reduced_train_loss"]),
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": self._learning_rate,
             "grad_norm": float(values["grad_norm"]),
             "tokens_per_second": self.tokens_per_step / (now - self._step_began),
             "seconds": now - self._run_began,

@@ -18,9 +18,10 @@ class Curve:
     """What a run measured, in step order, each step once."""
 
     training: list[dict[str, Any]]
-    """step, tokens, loss (nats per token), learning_rate, grad_norm, tokens_per_second, seconds; of a distilled run
-    also kl, its divergence from the teacher (nats per token, scaled as ``vocabulary_parallel_kl`` says), and hidden,
-    the mean squared difference of the hidden states that are compared, if any are."""
+    """step, tokens, loss (nats per token), learning_rate (of this step's update), grad_norm, tokens_per_second,
+    seconds; of a distilled run also kl, its divergence from the teacher (nats per token, scaled as
+    ``vocabulary_parallel_kl`` says), and hidden, the mean squared difference of the hidden states that are compared,
+    if any are."""
     validation: list[dict[str, Any]]
     """step, tokens, loss (nats per token)."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)
@@ -50,6 +51,24 @@ def read(path: Path) -> Curve:
             continue
         found[record.pop("kind")][record["step"]] = record
     return Curve(**{kind: [records[step] for step in sorted(records)] for kind, records in found.items()})
+
+
+def joined(parts: Iterable[tuple[Path, int]], tokens_per_step: int) -> Curve:
+    """Read the files of trainings that are parts of one, as one curve.
+
+    Args:
+        parts: The file of each part, and the steps of all parts before it, by which its own are counted on.
+        tokens_per_step: Of every part.
+    """
+    whole = Curve([], [])
+    for path, before in parts:
+        for kind, records in vars(read(path)).items():
+            for record in records:
+                moved = {"step": record["step"] + before}
+                if "tokens" in record:
+                    moved["tokens"] = record["tokens"] + before * tokens_per_step
+                getattr(whole, kind).append({**record, **moved})
+    return whole
 
 
 def time_left(tokens: float, speeds: Iterable[float]) -> str:

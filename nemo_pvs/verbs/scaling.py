@@ -70,11 +70,14 @@ def scaling_fit(
     one_of("--initialisation", start, ("pruned", "random", "both"))
     if draws < 20:
         raise UserError(f"{draws} draws give no interval; take at least 20.")
+    from rich.markup import escape
+
     from nemo_pvs.scaling.fit import fit, save_fits
     from nemo_pvs.scaling.plot import write_figure
     from nemo_pvs.scaling.sources import read_series
 
-    series = [one for one in read_series(runs) if start in ("both", one.initialisation)]
+    read = read_series(runs, lambda why: console.print(f"[yellow]![/] {escape(why)}", soft_wrap=True))
+    series = [one for one in read if start in ("both", one.initialisation)]
     if not series:
         raise UserError(f"There is no {start} arm with a validation loss in {', '.join(runs)}; give other runs.")
     groups = [[one] for one in series] if form == "per-run" else [series]
@@ -128,20 +131,35 @@ def scaling_predict(
         raise UserError(f"{fits} has no such run; it has {', '.join(one.name for one in known)}.")
     for one in chosen:
         console.print(f"\n[bold]{one.name}[/] ({one.form})", soft_wrap=True)
+        found, doubts = [tokens] if tokens else [], list(one.warnings)
         if tokens:
             after = loss_at(one, tokens, at)
             console.print(f"  loss after {_tokens(tokens)}: {after.value:.3f} ({after.low:.3f} to {after.high:.3f})")
         if target_loss:
-            console.print(f"  tokens to a loss of {target_loss:g}: {_interval(tokens_to(one, target_loss, at))}")
+            needed = tokens_to(one, target_loss, at)
+            console.print(f"  tokens to a loss of {target_loss:g}: {_interval(needed)}", soft_wrap=True)
+            found.append(needed.value)
         if gain:
-            console.print(f"  {gain:g} nats a billion tokens from: {_interval(tokens_at_gain(one, gain, at))}")
+            flat = tokens_at_gain(one, gain, at)
+            console.print(f"  {gain:g} nats a billion tokens from: {_interval(flat)}", soft_wrap=True)
+            found.append(flat.value)
         if scratch is not None:
             met = overtaking(scratch, one, head_start=parent_tokens, scratch_at=at, pruned_at=at)
-            best = f"at {_interval(met.tokens)}" if met.tokens else f"not up to {_tokens(met.horizon)}"
+            best = f"not up to {_tokens(met.horizon)}"
+            if met.tokens:
+                best = f"at {'or before ' if met.tokens.value <= met.low else ''}{_interval(met.tokens)}"
+                found.append(met.tokens.value)
             console.print(
                 f"  {scratch.name} catches up: {best}; in {met.share:.0%} of the draws it does", soft_wrap=True
             )
-        for warning in [*one.warnings, *(extrapolation(one, tokens, at) if tokens else [])]:
+            sizes = [fit.series[0].parameters for fit in (one, scratch)]
+            if one.form == "per-run" and sizes[0] != sizes[1]:
+                sized = f"{one.name} has {sizes[0]:,} parameters, {scratch.name} {sizes[1]:,}"
+                doubts.append(f"{sized}: two architectures")
+        within = [one.range[1]]  # the model may be out of range where no number of tokens is asked for
+        for count in [count for count in found if math.isfinite(count)] or within:
+            doubts += extrapolation(one, count, at)
+        for warning in dict.fromkeys(doubts):
             console.print(f"  [yellow]![/] {warning}", soft_wrap=True)
 
 
@@ -175,14 +193,15 @@ def _show_fit(fit: Fit) -> None:
         low, high = intervals[name]
         console.print(f"  {name:6} {value:9.4g}  ({low:.4g} to {high:.4g})")
     points = sum(len(one.tokens) for one in fit.series)
-    console.print(f"  {points} points, rmse {fit.rmse:.4f} nats, {_slope(fit.slope_difference)}")
+    console.print(f"  {points} points, rmse {fit.rmse:.4f} nats, {_slope(fit.slope_difference)}", soft_wrap=True)
     for held in fit.held_out:
         if held.rmse is None:
             console.print(f"  without the {held.name}: {held.reason}", soft_wrap=True)
         else:
             console.print(
                 f"  without the {held.name} ({held.points} points): rmse {held.rmse:.4f} nats, "
-                f"{_slope(held.slope_difference)}"
+                f"{_slope(held.slope_difference)}",
+                soft_wrap=True,
             )
     for warning in fit.warnings:
         console.print(f"  [yellow]![/] {warning}", soft_wrap=True)

@@ -11,6 +11,7 @@ import pytest
 from nemo_pvs import cli
 from nemo_pvs.evaluation import perplexity as perplexity_module
 from nemo_pvs.evaluation.scoring import TransformersScorer
+from nemo_pvs.reporting.compare_tasks import read_scores
 from tests.conftest import make_tiny_llama
 from tests.evaluation.models import TASKS, save_byte_model
 from tests.evaluation.paper_data import write_paper_data
@@ -103,6 +104,18 @@ def test_a_measurement_is_made_once(evaluate, model, tmp_path, forwards):
     assert evaluate(model, *options)[0] == 0
     assert not forwards
 
+    # What earlier commands measured is still said, so that models may be measured one by one.
+    assert evaluate(model, "--perplexity", TASKS / "letters.jsonl", "--sequence-length", 32, *options[2:])[0] == 0
+    models = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert [(Path(one["checkpoint"]).name, one["limit"]) for one in models] == [
+        *(("model", None), ("other", None), ("model", 2))
+    ]
+    assert len(models[0]["measured"]) == len(first) + 2
+    assert all(models[0]["measured"][name]["value"] == about["value"] for name, about in first.items())
+    scores = read_scores(tmp_path / "out")
+    assert scores.keys() == {one["fingerprint"] for one in models}
+    assert scores[models[0]["fingerprint"]]["capitals/0-shot/acc"].documents == 8
+
 
 def test_a_killed_evaluation_keeps_what_it_has(evaluate, model, tmp_path, forwards, monkeypatch):
     options = ("--tasks", TASKS, "--batch-size", 4, "--out", tmp_path / "out")
@@ -152,6 +165,7 @@ def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
         "no/such/model does not exist": ("no/such/model",),
         "--backend is 'vllm'; choose auto, transformers or megatron": (model, "--backend", "vllm"),
         "--limit is 0; give 1 or more": (model, "--limit", 0),
+        "0 samples of 512 tokens predict nothing": (model, "--perplexity", TASKS / "letters.jsonl", "--samples", 0),
         "need a multiple of 2 ranks, not 1; start them with torchrun": (model, "--tensor-parallel", 2),
         "Sequences of 699 tokens do not fit the model's context of 600": (
             *(model, "--perplexity", "wikipedia-sample", "--sequence-length", 700),
@@ -163,3 +177,14 @@ def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
         assert errors.startswith("pvs: ")
         assert errors.count("\n") == 1, errors
         assert not list((tmp_path / "runs").rglob("*.json")), sentence
+
+
+def test_the_results_of_a_run_are_not_overwritten(evaluate, model, tmp_path, forwards):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "results.json").write_text('{"arms": []}')
+    code, _, errors = evaluate(model, "--tasks", TASKS, "--out", run)
+    assert code == 2
+    assert f"no evaluation's and would be overwritten; choose a folder of its own with --out, such as {run}" in errors
+    assert (run / "results.json").read_text() == '{"arms": []}'
+    assert not forwards

@@ -75,6 +75,16 @@ def test_accuracy_is_the_mean_of_single_documents(model):
     assert measure_task(task, model, limit=3)["acc"]["by_document"] == right[:3]
 
 
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    """The later one would overwrite the earlier."""
+    other = shutil.copytree(TASKS, tmp_path / "other")
+    assert len(load_tasks(parse_wishes(f"{TASKS},{other}"), Path("none"))) == 6, "the same questions twice"
+    letters = other / "letters.jsonl"
+    letters.write_text(letters.read_text().replace(" ", "  "))
+    with pytest.raises(UserError, match=f"{TASKS} and {other} have different tasks named letters/0-shot"):
+        load_tasks(parse_wishes(f"{TASKS},{other}"), Path("none"))
+
+
 def test_few_shot_and_zero_shot_results_have_names_of_their_own(model):
     """The published code files both under the task, so the later one overwrites the earlier."""
     tasks = load_tasks(parse_wishes(f"{TASKS},capitals:2"), Path("none"))

@@ -155,7 +155,6 @@ def test_a_run_with_the_papers_schedule_and_a_range(job: TrainingJob):
     measured = [point["learning_rate"] for point in metrics.read(job.metrics).training]
     steps = job.training.steps
     expected = [
-        1e-3 * quadratic_warmup_cosine(step, steps=steps, warmup_steps=3, min_ratio=0.1)
-        for step in range(1, steps + 1)
+        1e-3 * quadratic_warmup_cosine(step, steps=steps, warmup_steps=3, min_ratio=0.1) for step in range(steps)
     ]
     assert measured == pytest.approx(expected)

@@ -193,6 +193,7 @@ def test_a_finished_run_says_what_its_scratch_arm_learnt_from(results: Results, 
     for arm in arms:
         (same,) = (one for one in plan.arms if one.arm.initialisation == arm.initialisation)
         arm.ledger, arm.shape, arm.masked_parameters = same.ledger, plan.targets[0].expected.shape, 0
+        arm.validation = []
     results.arms = arms
     results.save(tmp_path / "results.json")
     (found,) = pruned_arms(str(tmp_path))

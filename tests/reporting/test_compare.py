@@ -12,6 +12,8 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare import Run, compare, read_runs
 from nemo_pvs.reporting.compare_data import arm_rows
+from nemo_pvs.reporting.figure import loss_panels
+from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.results import Results
 
 
@@ -84,10 +86,37 @@ def test_a_missing_arm_is_missing_and_not_zero(results: Results) -> None:
     del results.arms[3]
     runs = compare([Run("runs/demo", results)])
     assert runs.missing == [("width", "random"), ("joint", "pruned"), ("joint", "random")]
-    assert "The arm from random weights on width is missing: nothing is known of it." in runs.warnings
+    assert "The arms from random weights on width and joint are missing: nothing is known of them." in runs.warnings
+    assert "The arm from the pruned parent on joint is missing: nothing is known of it." in runs.warnings
     row = arm_rows(runs)[3]
     named = {"arm": "width, random", "target": "width", "initialisation": "random", "runs": 0}
     assert {name: value for name, value in row.items() if value is not None} == named
+
+
+def test_an_arm_that_no_recipe_asks_for_is_not_missing(results: Results) -> None:
+    results.recipe |= {"targets": {"depth": {}, "width": {"arms": ["pruned"]}}, "arms": ["pruned", "random"]}
+    del results.arms[3]
+    runs = compare([Run("runs/demo", results)])
+    assert runs.missing == []
+    assert runs.warnings == ["No arm from random weights was asked for on width, so there is no gap."]
+    assert len(arm_rows(runs)) == 3
+    assert "missing" in loss_panels(runs.results)[1]
+    assert "missing" not in loss_panels(runs.results, missing=runs.missing)[1]
+    results.recipe["arms"] = ["pruned"]
+    results.recipe["targets"]["width"] = {}
+    assert compare([Run("runs/demo", results)]).missing == []
+    scratch = _changed(results, lambda r: r.recipe.update(arms=["random"]))
+    scratch.results.arms = []
+    runs = compare([Run("runs/demo", results), scratch])
+    assert runs.missing == [("width", "random")], "the second run asks for it"
+
+
+def test_an_arm_whose_counterpart_cost_something_else_stands_alone(results: Results) -> None:
+    results.arms[3].ledger = Ledger()
+    results.arms[3].ledger.charge("training", 9 * 40_960, results.arms[3].shape, 64, training=True)
+    assert compare([Run("runs/demo", results)]).warnings == [
+        "“width, pruned” has no counterpart from random weights that cost the same."
+    ]
 
 
 def test_a_parent_that_was_trained_on_needs_no_counterpart(results: Results) -> None:
@@ -142,6 +171,27 @@ def test_what_is_not_comparable_is_refused_with_the_field(
     forced = compare(runs, force=True)
     assert any(message in difference for difference in forced.differences)
     assert forced.warnings[0].startswith("These runs are not comparable, and were put together all the same")
+
+
+def test_runs_of_which_the_first_says_nothing_are_compared_too(results: Results) -> None:
+    of_depth = _changed(results, lambda r: r.recipe.update(more=1))
+    of_depth.results.arms = of_depth.results.arms[:2]
+    pruned = Run("runs/pruned", _changed(results, lambda r: r.recipe.update(more=2)).results)
+    scratch = Run("runs/scratch", _changed(results, lambda r: r.recipe.update(more=3)).results)
+    pruned.results.arms, scratch.results.arms = pruned.results.arms[2:3], scratch.results.arms[3:]
+    assert compare([of_depth, pruned, scratch]).differences == ()
+    scratch.results.arms[0].shape = of_depth.results.arms[0].shape
+    with pytest.raises(UserError, match=r"the shape of width is .* in runs/pruned and .* in runs/scratch"):
+        compare([of_depth, pruned, scratch])
+
+
+def test_the_seeds_that_recipes_do_not_share_are_named(results: Results) -> None:
+    twice = [_repeated(results, seed, {}) for seed in (1, 2)]
+    once = Run("runs/other", copy.deepcopy(twice[0].results))
+    once.results.recipe["more"] = True
+    once.results.arms = once.results.arms[:1]
+    with pytest.raises(UserError, match=r"train\.seed is 1 in runs/seed1 and 2 in runs/seed2 and 1 in runs/other"):
+        compare([*twice, once])
 
 
 def test_what_a_run_does_not_say_is_no_difference(results: Results) -> None:

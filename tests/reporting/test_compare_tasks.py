@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import statistics
 from pathlib import Path
@@ -12,6 +13,7 @@ from nemo_pvs.files import read_json, write_json
 from nemo_pvs.reporting.compare import Run, compare
 from nemo_pvs.reporting.compare_tasks import Score, TaskRow, averages, read_scores, task_rows
 from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.table_tasks import task_cells
 
 from .evaluated import write_evaluation
 
@@ -51,6 +53,24 @@ def test_without_single_questions_the_errors_are_independent(evaluated: Run) -> 
     row = _row(evaluated, "perplexity/c4/loss")
     assert not row.paired
     assert row.stderr == pytest.approx(math.hypot(0.25, 0.25))
+
+
+def test_windows_are_said_and_only_equal_ones_compared(evaluated: Run) -> None:
+    ours, theirs = (evaluated.scores[name * 64] for name in "bc")
+    task = "perplexity/c4/loss"
+    for scores in (ours, theirs):
+        scores[task] = dataclasses.replace(scores[task], cut="chunks of 8192")
+    row = _row(evaluated, task)
+    assert (row.cut, row.difference) == ("chunks of 8192", 0.0)
+    assert task_cells([row])[0][0] == "perplexity/c4/loss, chunks of 8192"
+    evaluated.scores["a" * 64] = {task: ours[task]}
+    assert _row(evaluated, task).parent == ours[task]
+    evaluated.scores["a" * 64] = {task: dataclasses.replace(ours[task], cut="chunks of 512")}
+    assert _row(evaluated, task).parent is None
+    theirs[task] = dataclasses.replace(theirs[task], cut="chunks of 512")
+    row = _row(evaluated, task)
+    assert (row.cut, row.difference, row.stderr) == ("chunks of 8192 and chunks of 512", None, None)
+    assert task_cells([row])[0][-2:] == ["–", "–"]
 
 
 def test_other_questions_are_not_paired(evaluated: Run, tmp_path: Path) -> None:

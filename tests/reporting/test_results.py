@@ -62,6 +62,14 @@ def test_damaged_results_are_refused_with_the_place(
         Results.load(tmp_path / "results.json")
 
 
+def test_a_ledger_with_fewer_tokens_than_the_curve_is_refused(results: Results, tmp_path: Path) -> None:
+    results.arms[1].ledger = Ledger()
+    results.arms[1].ledger.charge("training", TOKENS - 1, results.arms[1].shape, 64, training=True)
+    results.save(tmp_path / "results.json")
+    with pytest.raises(UserError, match=r"depth, scratch does not add up: it charges 40,959 training .* after 40,960"):
+        Results.load(tmp_path / "results.json")
+
+
 def test_the_gap_is_scratch_minus_pruned_at_the_end(results: Results) -> None:
     gaps = [results.gap(arm) for arm in results.arms]
     assert gaps == [pytest.approx(0.10), None, pytest.approx(-0.20), None]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -7,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from nemo_pvs.reporting.compare import Run, compare
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.reporting.table import markdown_table, outcome, results_rows, results_table, total_cost
@@ -39,6 +41,23 @@ def test_the_headline_claims_nothing_that_was_not_measured(results: Results) -> 
     assert "on depth pruning or training from scratch diverged" in outcome(results)
     results.arms = [results.arms[1]]
     assert outcome(results) == "No pruned model here has a counterpart trained from scratch."
+
+
+def test_a_loss_that_is_not_finite_takes_no_column_from_the_terminal(results: Results) -> None:
+    results.arms[0].validation[-1].loss = math.nan
+    text = _terminal(results, 80)
+    assert text.count("NaN/∞") == 2, "loss and gap"
+    assert text.count("45.68") == 4, "perplexity after training"
+
+
+def test_a_perplexity_and_its_deviation_have_as_many_digits(results: Results) -> None:
+    other = copy.deepcopy(results)
+    other.recipe["train"]["seed"] = 2
+    other.arms[0].test_perplexity_after, other.arms[1].test_perplexity_after = 47.678, 4045.678
+    results.arms[1].test_perplexity_after = 4000.0
+    runs = compare([Run("one", results), Run("two", other)])
+    after = [row[-1] for row in results_rows(runs.results, runs).rows]
+    assert after[1:3] == ["46.68\u00a0±\u00a01.41", "4,023\u00a0±\u00a032"]
 
 
 def test_several_pruned_models_of_a_target_are_told_apart(results: Results) -> None:

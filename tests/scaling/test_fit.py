@@ -35,6 +35,19 @@ def test_without_noise_the_parameters_come_back(drawn: Draw, form: Form) -> None
     np.testing.assert_allclose(values, list(TRUTH[form].values()), rtol=0.05 if form == "p2" else 1e-3)
 
 
+def test_short_and_long_runs_are_fitted_alike(drawn: Draw) -> None:
+    """Tokens in other units are the same curve, down to demonstrations of thousands of tokens."""
+    (series,) = _series(drawn, "per-run", billions=np.arange(1, 7))
+    steep = dataclasses.replace(series, losses=(8.566, 7.643, 7.706, 7.776, 7.675, 7.628))
+    short = dataclasses.replace(steep, tokens=tuple(count * 8.192e-6 for count in steep.tokens))
+    long, brief = (fit("per-run", [one], draws=40) for one in (steep, short))
+    assert brief.rmse == pytest.approx(long.rmse, rel=1e-4)
+    for name in ("beta", "E"):
+        assert brief.parameters[name] == pytest.approx(long.parameters[name], rel=1e-3)
+        assert brief.intervals[name] == pytest.approx(long.intervals[name], rel=0.02)
+    assert "beta is 2, the edge of where the fit looks: these losses hardly follow the law" in brief.warnings
+
+
 @pytest.mark.parametrize("form", ["p2", "chinchilla", "per-run"])
 def test_at_1_percent_noise_the_truth_is_in_the_intervals(drawn: Draw, form: Form) -> None:
     many = np.geomspace(0.05, 1, 60)

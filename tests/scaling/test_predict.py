@@ -92,8 +92,16 @@ def test_a_law_over_models_predicts_a_model(drawn: Draw) -> None:
 def test_questions_far_beyond_the_points_are_refused_or_warned_about(pruned: Fit, drawn: Draw) -> None:
     with pytest.raises(UserError, match="out of reach of a fit of up to"):
         loss_at(pruned, 2000e9)
-    with pytest.raises(UserError, match="not above 0"):
-        tokens_at_gain(pruned, 0.0)
+    for ask, message in (
+        (lambda: loss_at(pruned, math.nan), "out of reach"),
+        (lambda: tokens_at_gain(pruned, 0.0), "not above 0"),
+        (lambda: tokens_at_gain(pruned, math.inf), "not above 0"),
+        (lambda: tokens_to(pruned, math.nan), "A target loss of nan makes no sense"),
+        (lambda: tokens_to(pruned, -1.0), "A target loss of -1 makes no sense"),
+        (lambda: overtaking(pruned, pruned, head_start=-1.0), "A head start of -1 tokens makes no sense"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ask()
     assert extrapolation(pruned, 50e9) == []
     assert "outside the fitted" in extrapolation(pruned, 500e9)[0]
     over_models = fit("p2", drawn("p2"), draws=20)

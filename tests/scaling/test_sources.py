@@ -36,6 +36,16 @@ def test_a_runs_arms_are_series_without_their_warm_up(results: Results, tmp_path
     assert not first.cut_short
 
 
+def test_of_an_arm_made_in_stages_the_last_counts(results: Results, tmp_path: Path) -> None:
+    pruned = results.arms[0].validation
+    pruned.insert(2, dataclasses.replace(pruned[1], loss=3.25))  # measured before and after it was pruned again
+    assert len(read_series([_run(results, tmp_path)])[0].tokens) == 3
+    results.recipe["targets"] = {"depth": {"stages": 2}}
+    one, other, *_ = read_series([_run(results, tmp_path)])
+    assert one.losses == (2.625, 2.54)
+    assert len(other.losses) == 3
+
+
 def test_a_run_that_stopped_early_is_known(results: Results, tmp_path: Path) -> None:
     results.arms[0].validation.pop()
     assert [one.cut_short for one in read_series([_run(results, tmp_path)])] == [True, False, False, False]
@@ -45,6 +55,17 @@ def test_a_loss_that_is_no_number_is_refused(results: Results, tmp_path: Path) -
     results.arms[1].validation[2].loss = math.nan
     with pytest.raises(UserError, match=r"depth, scratch has a loss of nan after 27,306 tokens; a run that diverged"):
         read_series([_run(results, tmp_path)])
+
+
+def test_an_arm_that_cannot_be_fitted_does_not_stop_the_others(results: Results, tmp_path: Path) -> None:
+    results.arms[1].validation[2].loss = math.nan
+    del results.arms[2].validation[2:]
+    results.arms[2].validation[1].tokens = 1
+    why: list[str] = []
+    series = read_series([_run(results, tmp_path)], why.append)
+    assert [one.name for one in series] == [f"{tmp_path}: depth, pruned", f"{tmp_path}: width, scratch"]
+    assert "depth, scratch has a loss of nan" in why[0]
+    assert "width, pruned has no validation loss" in why[1]
 
 
 def test_a_run_given_twice_is_refused(results: Results, tmp_path: Path) -> None:

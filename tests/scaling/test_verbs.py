@@ -55,7 +55,25 @@ def test_fit_and_predict_on_the_papers_points(pvs: Pvs, tmp_path: Path) -> None:
     assert code == 0
     assert "loss after 100 B tokens: 2.4" in out
     assert "0.001 nats a billion tokens from: 6" in out
-    assert "catches up" in out
+    assert "catches up: at 4.0" in out
+    assert out.count("are outside the fitted") == 1, "where they meet is far beyond the points"
+    depth = ("--run", "minitron-depth, pruned (arXiv 2606.14150)", "--parent-tokens", "200e9")
+    code, out, _ = pvs("scaling", "predict", fit, "--against", scratch, *depth)
+    assert code == 0
+    assert "catches up: at or before 10.5 B tokens" in out
+    assert "has 4,540,469,248 parameters" in out
+    assert "two architectures" in out
+
+
+def test_a_run_with_an_arm_that_diverged(pvs: Pvs, results: Results, tmp_path: Path) -> None:
+    results.arms[0].validation[2].loss = float("nan")
+    results.save(tmp_path / "results.json")
+    options = ("--draws", 20, "--initialisation", "random")
+    del results.arms[3].validation[1:]
+    code, out, errors = pvs("scaling", "fit", tmp_path, "--out", tmp_path / "fit.json", *options)
+    assert code == 2, errors  # three points do not determine three parameters
+    assert "depth, pruned has a loss of nan after 27,306 tokens; a run that diverged cannot be fitted" in out
+    assert "3 points do not determine" in errors
 
 
 def test_the_p2_law_from_a_table(pvs: Pvs, drawn: Draw, tmp_path: Path) -> None:
@@ -87,6 +105,9 @@ def test_what_cannot_be_fitted_or_asked_is_refused(pvs: Pvs, tmp_path: Path) -> 
     _refused(pvs("scaling-fit", "published", "--form", "p2", "--out", fit), "at least 2 parents and 2 ratios")
     _refused(pvs("scaling-fit", "published", "--draws", 5), "take at least 20")
     _refused(pvs("scaling-fit", tmp_path / "none"), "does not exist")
+    (tmp_path / "file").write_text("")
+    _refused(pvs("scaling-fit", tmp_path / "file"), "does not exist")
+    _refused(pvs("scaling-predict", tmp_path, "--tokens", 1), "cannot be read (Is a directory)")
     assert not fit.exists()
     _refused(pvs("scaling-predict", fit, "--tokens", 1), "does not exist")
     _refused(pvs("scaling-predict", fit), "Nothing is asked")
@@ -101,6 +122,8 @@ def test_advice_on_the_command_line(pvs: Pvs, results: Results, tmp_path: Path) 
     assert "[arXiv 2606.14150, Figure 1 left]" in out
     assert "At equal total tokens (parent charged): the evidence does not reach" in out
     _refused(pvs(*question, "--parent-params", "3e9"), "give a larger --parent-params")
+    _refused(pvs("advise", "--params", "nan", "--train-tokens", 1), "nan parameters make no sense")
+    _refused(pvs("advise", "--params", 1, "--train-tokens", "inf"), "inf training tokens make no sense")
 
     results.save(tmp_path / "results.json")
     arm = results.arms[0]

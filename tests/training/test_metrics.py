@@ -15,5 +15,18 @@ def test_resumed_steps_replace_earlier_ones_and_half_a_line_is_ignored(tmp_path)
     assert [(point["step"], point["loss"]) for point in curve.validation] == [(2, 4.5)]
 
 
+def test_parts_of_a_training_are_counted_through(tmp_path):
+    for part, losses in enumerate([(5.0, 4.0), (4.5, 3.5)]):
+        for step, loss in enumerate(losses, 1):
+            metrics.append(tmp_path / str(part), {"kind": "training", "step": step, "tokens": 8 * step, "loss": loss})
+        metrics.append(tmp_path / str(part), {"kind": "validation", "step": 2, "tokens": 16, "loss": loss})
+        metrics.append(tmp_path / str(part), {"kind": "sparsity", "step": 2, "zero_fraction": 0.5})
+    curve = metrics.joined([(tmp_path / "0", 0), (tmp_path / "1", 2)], tokens_per_step=8)
+    points = [tuple(point.values()) for point in curve.training]
+    assert points == [(1, 8, 5.0), (2, 16, 4.0), (3, 24, 4.5), (4, 32, 3.5)]
+    assert [tuple(point.values()) for point in curve.validation] == [(2, 16, 4.0), (4, 32, 3.5)]
+    assert [point["step"] for point in curve.sparsity] == [2, 4]
+
+
 def test_no_file_is_an_empty_curve(tmp_path):
     assert metrics.read(tmp_path / "none") == metrics.Curve([], [])
