@@ -181,8 +181,6 @@ def _describe(distill: Distillation) -> str:
     loss = f"{distill.kl_weight:g} x KL(teacher || student)"
     if distill.lm_weight:
         loss = f"{distill.lm_weight:g} x LM loss + {loss}"
-    if distill.hidden_weight:
-        loss += f" + {distill.hidden_weight:g} x hidden states"
     top = f", top {distill.top_k} of its tokens" if distill.top_k else ""
     arms = " and ".join(distill.arms)
     return f"distilled: {arms} arms from {distill.teacher}; {loss}, T = {distill.temperature:g}{top}"

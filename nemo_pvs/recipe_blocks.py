@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from nemo_pvs.recipe_basics import Block, Fraction, Layout, NonNegative, Positive, Rate, Tokens
+from nemo_pvs.recipe_basics import Block, Fraction, Layout, Positive, Rate, Tokens
 from nemo_pvs.recipe_efficient import PruningAware
 from nemo_pvs.recipe_sheared import MaskLearning
 from nemo_pvs.reporting.budget import Setting
@@ -192,7 +192,7 @@ PARENT = "parent"
 class Distillation(Block):
     """Learning from a teacher's logits (Hinton et al., 1503.02531), as Minitron retrains pruned models (2407.14679).
 
-    The loss is ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student) + hidden_weight * hidden states``.
+    The loss is ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student)``.
     """
 
     teacher: str = PARENT
@@ -206,21 +206,8 @@ class Distillation(Block):
     lm_weight: float = Field(default=0.0, ge=0)
     """Of the loss against the text; Minitron found the divergence alone best."""
     kl_weight: Rate = 1.0
-    hidden_weight: float = Field(default=0.0, ge=0, exclude_if=lambda given: not given)
-    """Of the mean squared difference of hidden states (``training.hidden_states``)."""
-    hidden_layers: dict[NonNegative, NonNegative] | None = Field(
-        default=None, min_length=1, exclude_if=lambda given: given is None
-    )
-    """Which states are paired, the student's layer and the teacher's; 0 is the embedding. By default that, and the
-    last layers."""
     pretraining_tokens: Tokens = 0
     """Tokens that a teacher other than the parent was pretrained on, for the ledger; 0 when nobody knows."""
-
-    @model_validator(mode="after")
-    def _layers_have_a_weight(self) -> Distillation:
-        if self.hidden_layers and not self.hidden_weight:
-            raise ValueError("hidden_layers are about hidden states, whose weight is 0; give hidden_weight")
-        return self
 
 
 class Training(Block):

@@ -6,7 +6,6 @@ each token that it is trained on, and the teacher's own pretraining.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from pathlib import Path
 
 from nemo_pvs.checkpoint_ledger import charge_lessons
@@ -17,8 +16,7 @@ from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_basics import Layout
-from nemo_pvs.recipe_blocks import PARENT, Distillation, Initialisation
-from nemo_pvs.recipe_targets import expected_shape
+from nemo_pvs.recipe_blocks import PARENT, Initialisation
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_checks import check_context
@@ -74,7 +72,6 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
         if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
             try:
                 check_teacher(teacher, parent, target.layout)
-                hidden_pairs(recipe.train.distill, expected_shape(target, parent).shape, teacher, target.layout)
             except UserError as error:
                 raise UserError(f"Target {name}: {error}") from None
 
@@ -98,46 +95,6 @@ def check_teacher(teacher: Shape, student: Shape, layout: Layout) -> None:
         teacher.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
     except UserError as error:
         raise UserError(f"The teacher sits on its student's ranks, but: {error}") from None
-
-
-def hidden_pairs(
-    distill: Distillation | None, student: Shape, teacher: Shape, layout: Layout
-) -> list[tuple[int, int]]:
-    """Return which states of student and teacher are compared, as ``training.hidden_states`` takes them.
-
-    Raises:
-        UserError: there is no such layer, or two that are paired would be on different pipeline stages.
-    """
-    if distill is None or not distill.hidden_weight:
-        return []
-    pairs = [*(distill.hidden_layers or {0: 0, student.layers: teacher.layers}).items()]
-    for own, its in pairs:
-        for number, model, name in ((own, student, "student"), (its, teacher, "teacher")):
-            if number > model.layers:
-                raise UserError(f"hidden_layers {own}: {its}, but the {name} has {model.layers} layers; pair others.")
-        stages = _stage(own, student, layout), _stage(its, teacher, _even(layout))
-        if stages[0] != stages[1]:
-            raise UserError(
-                f"hidden_layers {own}: {its}, but with pipeline_parallel {layout.pipeline_parallel} the student's "
-                f"layer is on stage {stages[0]} and the teacher's on {stages[1]}; pair layers of one stage."
-            )
-    return pairs
-
-
-def _even(layout: Layout) -> Layout:
-    """Return how the teacher's layers are shared out."""
-    return Layout(pipeline_parallel=layout.pipeline_parallel)
-
-
-def _stage(number: int, shape: Shape, layout: Layout) -> int:
-    """Return the pipeline stage that has a layer, counted from 1; 0 is the embedding."""
-    stages = layout.pipeline_parallel
-    if number == 0 or stages == 1:
-        return 0
-    if layout.virtual_pipeline:
-        return (number - 1) // (shape.layers // (stages * layout.virtual_pipeline)) % stages
-    ends = accumulate(shape.stage_layers(stages, layout.first_stage_layers, layout.last_stage_layers))
-    return next(stage for stage, end in enumerate(ends) if number <= end)
 
 
 def check_teacher_context(teacher: str, length: int, what: str) -> None:

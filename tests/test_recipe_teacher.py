@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import pytest
 from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout as WeightLayout
-from nemo_pvs.recipe import Layout, Recipe
-from nemo_pvs.recipe_blocks import Distillation
+from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_file import load_recipe, parse_recipe
-from nemo_pvs.recipe_teacher import check_tokens, hidden_pairs
+from nemo_pvs.recipe_teacher import check_tokens
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_memory import parameters_on, training_memory
@@ -136,41 +134,12 @@ def test_memory_counts_the_teacher() -> None:
         ({"arms": ["random"]}, {"arms": ["pruned"]}, "train.distill is for none of the arms"),
         ({}, {"target": {"distill": False}}, "train.distill is for none of the arms"),
         ({"teacher": "nowhere/else"}, {}, "nowhere/else does not exist"),
-        ({"hidden_layers": {0: 0}}, {}, "whose weight is 0; give hidden_weight"),
-        ({"hidden_weight": 1, "hidden_layers": {3: 3}}, {}, "hidden_layers 3: 3, but the student has 2 layers"),
-        (
-            {"hidden_weight": 1, "hidden_layers": {0: 0, 1: 3}},
-            {"layout": {"pipeline_parallel": 2}},
-            "hidden_layers 1: 3, but with pipeline_parallel 2 the student's layer is on stage 0 and the",
-        ),
         ({}, {"layout": {"context_parallel": 2}}, "Target depth: Distillation at context_parallel 2 is not offered"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(distill: dict[str, Any], changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         dry_run(distilled_recipe(distill, **changes))
-
-
-def test_pairs_are_of_one_stage_where_stages_take_turns() -> None:
-    """Of 8 layers with two pieces a stage, the first stage has 1, 2, 5 and 6; of the teacher's 12 it has 1 to 6."""
-    student, teacher = PARENT.replace(layers=8), PARENT.replace(layers=12)
-    layout = Layout(pipeline_parallel=2, virtual_pipeline=2)
-
-    def pairs(own: int, its: int) -> list[tuple[int, int]]:
-        return hidden_pairs(Distillation(hidden_weight=1, hidden_layers={own: its}), student, teacher, layout)
-
-    assert hidden_pairs(Distillation(hidden_weight=1), student, teacher, layout) == [(0, 0), (8, 12)]
-    assert hidden_pairs(Distillation(), student, teacher, layout) == []
-    assert [own for own in range(9) if _fits(pairs, own, 6)] == [0, 1, 2, 5, 6]
-    assert [own for own in range(9) if _fits(pairs, own, 7)] == [3, 4, 7, 8]
-
-
-def _fits(pairs: Callable[[int, int], Any], own: int, its: int) -> bool:
-    try:
-        pairs(own, its)
-    except UserError:
-        return False
-    return True
 
 
 def test_a_teacher_of_another_vocabulary_or_for_another_layout_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
 
 from nemo_pvs.training import metrics
-from nemo_pvs.training.distillation_callback import HIDDEN, KL
+from nemo_pvs.training.distillation_callback import KL
 from nemo_pvs.training.run_checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
 
 
@@ -56,9 +56,8 @@ class MetricsLog(pl.Callback, IOMixin):
             "tokens_per_second": self.tokens_per_step / (now - self._step_began),
             "seconds": now - self._run_began,
         }
-        for name, key in ((KL, "kl"), (HIDDEN, "hidden")):
-            if name in values:
-                record[key] = float(values[name])
+        if KL in values:
+            record["kl"] = float(values[KL])
         metrics.append(self.path, record)
         self._speeds.append(record["tokens_per_second"])
         left = metrics.time_left((self.total_steps - record["step"]) * self.tokens_per_step, self._speeds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from itertools import islice
 
 import lightning.pytorch as pl
@@ -15,17 +14,12 @@ from nemo.lightning.io import IOMixin
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.recipe_teacher import hidden_pairs
 from nemo_pvs.training.distillation_loss import vocabulary_parallel_kl
-from nemo_pvs.training.hidden_states import HiddenStates, Pairs, draw
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.teacher import Teacher
 
 KL = "train_kl"
 """What the divergence is called among Lightning's metrics."""
-HIDDEN = "train_hidden"
-"""What the difference of hidden states is called there."""
 
 
 def distill(job: TrainingJob) -> list[run.Config]:
@@ -41,24 +35,12 @@ def distill(job: TrainingJob) -> list[run.Config]:
             top_k=how.top_k,
             lm_weight=how.lm_weight,
             kl_weight=how.kl_weight,
-            hidden_weight=how.hidden_weight,
-            hidden_pairs=_pairs(job),
-            betas=job.training.adam_betas,
         )
     ]
 
 
-def _pairs(job: TrainingJob) -> Pairs:
-    if not job.training.distill.hidden_weight:
-        return []
-    student, teacher = (shape_of(open_source(str(model))) for model in (job.initial, job.teacher))
-    return hidden_pairs(job.training.distill, student, teacher, job.layout)
-
-
 class Distill(pl.Callback, IOMixin):
     """Train on ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student)``, each a mean over the tokens.
-
-    With pairs of hidden states, their loss is added to the gradient where they are (``hidden_states``).
 
     The student's model computes both per token where it would have computed the first, in training only: what is
     validated, and what is logged as loss, is the LM loss of any other run. The KL is logged beside it.
@@ -71,9 +53,6 @@ class Distill(pl.Callback, IOMixin):
         top_k: int | None = None,
         lm_weight: float = 0.0,
         kl_weight: float = 1.0,
-        hidden_weight: float = 0.0,
-        hidden_pairs: Pairs | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
         """Prepare.
 
@@ -83,21 +62,13 @@ class Distill(pl.Callback, IOMixin):
             top_k: See there.
             lm_weight: Of the LM loss; 0 for distillation alone.
             kl_weight: Of the divergence.
-            hidden_weight: See ``HiddenStates``.
-            hidden_pairs: See there; none where hidden states are left alone.
-            betas: See there.
         """
         self.teacher = teacher
         self.temperature = temperature
         self.top_k = top_k
         self.lm_weight = lm_weight
         self.kl_weight = kl_weight
-        self.hidden_weight = hidden_weight
-        self.hidden_pairs = [(own, its) for own, its in hidden_pairs or []]
-        self.betas = betas
         self._training = False
-        self._states: HiddenStates | None = None
-        self._restored: dict | None = None
 
     def on_train_start(self, trainer, pl_module):
         """Load the teacher, and put its loss in the place of the student's."""
@@ -106,10 +77,7 @@ class Distill(pl.Callback, IOMixin):
             dtype=pl_module.config.params_dtype,
             device=torch.device(torch.cuda.current_device()),
             sequence_parallel=pl_module.config.sequence_parallel,
-            states={its for _, its in self.hidden_pairs},
         )
-        if self.hidden_pairs:
-            self._draw(trainer, pl_module.config)
         self._reduction = _WeightedLosses(self.lm_weight, self.kl_weight)
         for chunk in trainer.strategy.megatron_parallel:
             chunk._training_loss_reduction = self._reduction
@@ -117,35 +85,9 @@ class Distill(pl.Callback, IOMixin):
             if student.post_process:
                 student.compute_language_model_loss = self._losses(student.compute_language_model_loss)
 
-    def _draw(self, trainer, config):
-        """Let hidden states be drawn to the teacher's."""
-        if config.calculate_per_token_loss:
-            raise RuntimeError("Gradients of hidden states are those of a mean loss, not of a sum over tokens.")
-        copies = parallel_state.get_data_parallel_world_size()
-        tensor = parallel_state.get_tensor_model_parallel_world_size()
-        shards = tensor if config.sequence_parallel else 1
-        self._states = HiddenStates(
-            self.hidden_pairs,
-            weight=self.hidden_weight,
-            widths=(config.hidden_size, self._model.model.config.hidden_size),
-            device=torch.device(torch.cuda.current_device()),
-            betas=self.betas,
-            replicas=copies * tensor // shards,
-            shards=shards,
-        )
-        if self._restored:
-            self._states.load_state_dict(self._restored)
-        for chunk in trainer.strategy.megatron_parallel:
-            student = next(module for module in chunk.modules() if isinstance(module, GPTModel))
-            if student.pre_process:
-                student.register_forward_pre_hook(lambda *_: self._model.look_ahead() if self._training else None)
-            draw(student, self._states, self._model.states, lambda: self._training)
-
     def on_megatron_microbatches_start(self, step):
         """Show the micro-batches of a training step to the teacher; the student reads the same ones."""
         self._training = not step.forward_only
-        if self._training and self._states:
-            self._states.begin(step.num_microbatches)
         if self._training:
             batches = list(islice(step.data, step.num_microbatches))
             self._model.read(
@@ -162,26 +104,7 @@ class Distill(pl.Callback, IOMixin):
             kl = self._reduction.kl.clone()
             _sync_from_last_pipeline_stage(kl)
             step.trainer.lightning_module.log(KL, kl, batch_size=1)
-            if self._states:
-                step.trainer.lightning_module.log(HIDDEN, self._states.loss(), batch_size=1)
         self._training = False
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """Note the learning rate of the step, which the map of hidden states has too."""
-        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Take the map's own step, before the checkpoint of the step is written; Lightning calls that last."""
-        if self._states:
-            self._states.learn(self._rate)
-
-    def state_dict(self):
-        """Return what goes into every checkpoint: the map, the same on every rank."""
-        return deepcopy(self._states.state_dict()) if self._states else {}
-
-    def load_state_dict(self, state_dict):
-        """Keep what a checkpoint held until training starts."""
-        self._restored = state_dict
 
     def _losses(self, lm_loss):
         """Return what takes the place of a model's ``lm_loss``: of labels [b, s] and logits [s, b, V / TP]."""

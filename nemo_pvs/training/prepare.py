@@ -20,7 +20,7 @@ from nemo_pvs.evaluation.windows import validation_windows, write_validation_doc
 from nemo_pvs.files import read_json, write_json
 from nemo_pvs.progress import console, progress
 from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_teacher import check_teacher, check_teacher_context, check_tokens, hidden_pairs
+from nemo_pvs.recipe_teacher import check_teacher, check_teacher_context, check_tokens
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training_checks import check_context, check_training
 
@@ -67,7 +67,6 @@ def prepare_job(
     teacher = Path(training.distill.teacher) if training.distill else None
     if teacher:
         check_teacher(shape_of(open_source(teacher)), shape, layout)
-        hidden_pairs(training.distill, shape, shape_of(open_source(teacher)), layout)
         check_teacher_context(str(teacher), training.sequence_length, "--sequence-length")
         check_tokens(teacher, Path(initial))
     tokenizer = tokenizer_hash(tokenizer_folder(Path(initial)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +10,6 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.training.hidden_states import keep
 from nemo_pvs.training.inference import LoadedModel
 
 Batch = Any
@@ -32,13 +29,7 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        source: WeightSource,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        sequence_parallel: bool,
-        states: Iterable[int] = (),
+        self, source: WeightSource, *, dtype: torch.dtype, device: torch.device, sequence_parallel: bool
     ) -> None:
         """Build this rank's part and load its weights.
 
@@ -47,12 +38,9 @@ class Teacher:
             dtype: Type of weights and arithmetic.
             device: Where the student is.
             sequence_parallel: As the student has it.
-            states: Hidden states that are wanted, by number; each micro-batch leaves one in ``self.states``.
         """
         loaded = LoadedModel(source, dtype=dtype, device=device, sequence_parallel=sequence_parallel)
         self.model = loaded.model.requires_grad_(False)
-        self.states: dict[int, deque[torch.Tensor]] = {number: deque() for number in states}
-        keep(self.model, self.states)
         self._pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
         self._hidden: Iterator[torch.Tensor] = iter(())
         if parallel_state.is_pipeline_last_stage():
@@ -71,8 +59,6 @@ class Teacher:
             micro_batch_size: Sequences a micro-batch.
         """
         data = iter(batches)
-        for waiting in self.states.values():
-            waiting.clear()
         if not self._pipelined:
             self._hidden = (self._forward(data, data_step) for _ in batches)
             return
@@ -88,11 +74,6 @@ class Teacher:
                 collect_non_loss_data=True,
             )
         )
-
-    def look_ahead(self) -> None:
-        """Show it the next micro-batch before the student sees it, so that its hidden states are there."""
-        if not self._pipelined:
-            self._hidden = chain([next(self._hidden)], self._hidden)
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:

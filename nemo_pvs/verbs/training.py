@@ -74,7 +74,6 @@ def train(
     top_k: Annotated[Optional[int], typer.Option(help="only so many of the teacher's likeliest tokens")] = None,
     lm_weight: Annotated[float, typer.Option(help="of the loss against the text, beside the divergence")] = 0.0,
     kl_weight: Annotated[float, typer.Option(help="of the divergence from the teacher")] = 1.0,
-    hidden_weight: Annotated[float, typer.Option(help="of hidden states, the first and the last")] = 0.0,
     parent_tokens: ParentTokens = None,
 ) -> None:
     """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
@@ -93,13 +92,9 @@ def train(
         "top_k": top_k,
         "lm_weight": lm_weight,
         "kl_weight": kl_weight,
-        "hidden_weight": hidden_weight,
     }
-    if teacher is None and (temperature, top_k, lm_weight, kl_weight, hidden_weight) != (1.0, None, 0.0, 1.0, 0.0):
-        raise UserError(
-            "--temperature, --top-k, --lm-weight, --kl-weight and --hidden-weight are about distillation; "
-            "give --teacher."
-        )
+    if teacher is None and (temperature, top_k, lm_weight, kl_weight) != (1.0, None, 0.0, 1.0):
+        raise UserError("--temperature, --top-k, --lm-weight and --kl-weight are about distillation; give --teacher.")
     layout = parse_layout(
         {
             "tensor_parallel": tensor_parallel,
