@@ -19,7 +19,8 @@ class Curve:
 
     training: list[dict[str, Any]]
     """step, tokens, loss (nats per token), learning_rate, grad_norm, tokens_per_second, seconds; of a distilled run
-    also kl, its divergence from the teacher (nats per token, scaled as ``vocabulary_parallel_kl`` says)."""
+    also kl, its divergence from the teacher (nats per token, scaled as ``vocabulary_parallel_kl`` says),
+    and hidden_loss and embedding_loss if its hidden states are compared with the teacher's."""
     validation: list[dict[str, Any]]
     """step, tokens, loss (nats per token)."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)
