@@ -181,6 +181,11 @@ def _describe(distill: Distillation) -> str:
     loss = f"{distill.kl_weight:g} x KL(teacher || student)"
     if distill.lm_weight:
         loss = f"{distill.lm_weight:g} x LM loss + {loss}"
+    if distill.layer_pairs:
+        pairs = ", ".join(f"{ours}:{theirs}" for ours, theirs in distill.layer_pairs)
+        loss += f" + {distill.hidden_weight:g} x {distill.hidden_loss} of layers {pairs}"
+    if distill.embedding_weight:
+        loss += f" + {distill.embedding_weight:g} x {distill.hidden_loss} of embeddings"
     top = f", top {distill.top_k} of its tokens" if distill.top_k else ""
     arms = " and ".join(distill.arms)
     return f"distilled: {arms} arms from {distill.teacher}; {loss}, T = {distill.temperature:g}{top}"

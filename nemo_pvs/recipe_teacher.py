@@ -16,7 +16,8 @@ from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_basics import Layout
-from nemo_pvs.recipe_blocks import PARENT, Initialisation
+from nemo_pvs.recipe_blocks import PARENT, Distillation, Initialisation
+from nemo_pvs.recipe_targets import expected_shape
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_checks import check_context
@@ -72,6 +73,8 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
         if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
             try:
                 check_teacher(teacher, parent, target.layout)
+                if recipe.train.distill:
+                    check_pairs(recipe.train.distill, teacher, expected_shape(target, parent).shape)
             except UserError as error:
                 raise UserError(f"Target {name}: {error}") from None
 
@@ -95,6 +98,21 @@ def check_teacher(teacher: Shape, student: Shape, layout: Layout) -> None:
         teacher.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
     except UserError as error:
         raise UserError(f"The teacher sits on its student's ranks, but: {error}") from None
+
+
+def check_pairs(distill: Distillation, teacher: Shape, student: Shape) -> None:
+    """Refuse hidden states behind layers that are not there.
+
+    Raises:
+        UserError: naming the pair.
+    """
+    for pair in distill.layer_pairs:
+        for whose, layer, shape in zip(("student", "teacher"), pair, (student, teacher), strict=True):
+            if layer > shape.layers:
+                raise UserError(
+                    f"layer_pairs compares layers {pair[0]} and {pair[1]} of student and teacher, but the {whose} has "
+                    f"{shape.layers} layers; choose pairs within both."
+                )
 
 
 def check_teacher_context(teacher: str, length: int, what: str) -> None:

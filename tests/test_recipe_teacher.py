@@ -63,6 +63,11 @@ def test_runs_without_a_teacher_keep_their_identity() -> None:
     assert "distill" not in distilled_recipe(None).train.model_dump()
     again = parse_recipe(distilled_recipe({"temperature": 2}).model_dump(), "again")
     assert again.train.distill == distilled_recipe({"temperature": 2}).train.distill
+    logits_alone = distilled_recipe({}).train.distill
+    assert logits_alone
+    assert not {"layer_pairs", "hidden_weight", "embedding_weight", "hidden_loss"} & set(logits_alone.model_dump())
+    pairs = distilled_recipe({"layer_pairs": [[1, 2], [2, 4]], "hidden_weight": 1})
+    assert parse_recipe(pairs.model_dump(mode="json"), "again").train.distill == pairs.train.distill
 
 
 def _charges(ledger: Ledger) -> list[tuple[str, int | None]]:
@@ -133,6 +138,25 @@ def test_memory_counts_the_teacher() -> None:
         ({"temperatur": 1}, {}, "unknown key train.distill.temperatur; did you mean temperature?"),
         ({"arms": ["random"]}, {"arms": ["pruned"]}, "train.distill is for none of the arms"),
         ({}, {"target": {"distill": False}}, "train.distill is for none of the arms"),
+        ({"hidden_weight": 1}, {}, "layer_pairs and hidden_weight belong together; give both, or neither"),
+        ({"layer_pairs": [[1, 1]]}, {}, "layer_pairs and hidden_weight belong together"),
+        (
+            {"layer_pairs": [[2, 3], [1, 4]], "hidden_weight": 1},
+            {},
+            r"layer_pairs must go up in student and teacher, but \[1, 4\] follows \[2, 3\]",
+        ),
+        ({"layer_pairs": [[0, 1]], "hidden_weight": 1}, {}, "should be greater than or equal to 1, not 0"),
+        (
+            {"layer_pairs": [[1, 2], [3, 4]], "hidden_weight": 1},
+            {},
+            "Target depth: layer_pairs compares layers 3 and 4 of student and teacher, but the student has 2 layers",
+        ),
+        (
+            {"layer_pairs": [[2, 5]], "hidden_weight": 1},
+            {},
+            "Target depth: layer_pairs compares layers 2 and 5 of student and teacher, but the teacher has 4 layers",
+        ),
+        ({"hidden_loss": "l1"}, {}, "train.distill.hidden_loss"),
         ({"teacher": "nowhere/else"}, {}, "nowhere/else does not exist"),
         ({}, {"layout": {"context_parallel": 2}}, "Target depth: Distillation at context_parallel 2 is not offered"),
     ],

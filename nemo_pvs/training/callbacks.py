@@ -13,7 +13,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
 
 from nemo_pvs.training import metrics
-from nemo_pvs.training.distillation_callback import KL
+from nemo_pvs.training.distillation_callback import EMBEDDINGS, HIDDEN, KL
 from nemo_pvs.training.run_checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
 
 
@@ -56,8 +56,8 @@ class MetricsLog(pl.Callback, IOMixin):
             "tokens_per_second": self.tokens_per_step / (now - self._step_began),
             "seconds": now - self._run_began,
         }
-        if KL in values:
-            record["kl"] = float(values[KL])
+        lessons = {"kl": KL, "hidden_loss": HIDDEN, "embedding_loss": EMBEDDINGS}
+        record.update({key: float(values[name]) for key, name in lessons.items() if name in values})
         metrics.append(self.path, record)
         self._speeds.append(record["tokens_per_second"])
         left = metrics.time_left((self.total_steps - record["step"]) * self.tokens_per_step, self._speeds)
@@ -65,7 +65,8 @@ class MetricsLog(pl.Callback, IOMixin):
             f"step {record['step']}/{self.total_steps}  tokens {record['tokens']:,}  loss {record['loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
-            + (f"  KL {record['kl']:.4f}" if "kl" in record else ""),
+            + (f"  KL {record['kl']:.4f}" if "kl" in record else "")
+            + (f"  hidden {record['hidden_loss']:.4f}" if "hidden_loss" in record else ""),
             flush=True,
         )
         self._step_began = now

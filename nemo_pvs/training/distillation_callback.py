@@ -15,11 +15,13 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.training.distillation_loss import vocabulary_parallel_kl
+from nemo_pvs.training.hidden_states import HiddenStates
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.teacher import Teacher
+from nemo_pvs.training.teacher import EMBEDDING, Teacher
 
 KL = "train_kl"
-"""What the divergence is called among Lightning's metrics."""
+HIDDEN, EMBEDDINGS = "train_hidden", "train_embedding"
+"""What the divergence and the losses of hidden states are called among Lightning's metrics."""
 
 
 def distill(job: TrainingJob) -> list[run.Config]:
@@ -35,6 +37,12 @@ def distill(job: TrainingJob) -> list[run.Config]:
             top_k=how.top_k,
             lm_weight=how.lm_weight,
             kl_weight=how.kl_weight,
+            hidden_weight=how.hidden_weight,
+            embedding_weight=how.embedding_weight,
+            layer_pairs=[list(pair) for pair in how.layer_pairs],
+            hidden_loss=how.hidden_loss,
+            betas=list(job.training.adam_betas),
+            seed=job.training.seed,
         )
     ]
 
@@ -43,7 +51,8 @@ class Distill(pl.Callback, IOMixin):
     """Train on ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student)``, each a mean over the tokens.
 
     The student's model computes both per token where it would have computed the first, in training only: what is
-    validated, and what is logged as loss, is the LM loss of any other run. The KL is logged beside it.
+    validated, and what is logged as loss, is the LM loss of any other run. The KL is logged beside it. On top
+    come losses of hidden states, if they have a weight (``HiddenStates``).
     """
 
     def __init__(
@@ -53,6 +62,12 @@ class Distill(pl.Callback, IOMixin):
         top_k: int | None = None,
         lm_weight: float = 0.0,
         kl_weight: float = 1.0,
+        hidden_weight: float = 0.0,
+        embedding_weight: float = 0.0,
+        layer_pairs: list[list[int]] | None = None,
+        hidden_loss: str = "cosine",
+        betas: list[float] | None = None,
+        seed: int = 0,
     ) -> None:
         """Prepare.
 
@@ -62,13 +77,27 @@ class Distill(pl.Callback, IOMixin):
             top_k: See there.
             lm_weight: Of the LM loss; 0 for distillation alone.
             kl_weight: Of the divergence.
+            hidden_weight: Of the loss of hidden states, see ``HiddenStates``.
+            embedding_weight: See there.
+            layer_pairs: ``[student, teacher]``, see there.
+            hidden_loss: See there.
+            betas: See there.
+            seed: See there.
         """
         self.teacher = teacher
         self.temperature = temperature
         self.top_k = top_k
         self.lm_weight = lm_weight
         self.kl_weight = kl_weight
+        self.hidden_weight = hidden_weight
+        self.embedding_weight = embedding_weight
+        self.layer_pairs = layer_pairs or []
+        self.hidden_loss = hidden_loss
+        self.betas = betas or [0.9, 0.95]
+        self.seed = seed
         self._training = False
+        self._restored: dict = {}
+        self._states: HiddenStates | None = None
 
     def on_train_start(self, trainer, pl_module):
         """Load the teacher, and put its loss in the place of the student's."""
@@ -77,13 +106,47 @@ class Distill(pl.Callback, IOMixin):
             dtype=pl_module.config.params_dtype,
             device=torch.device(torch.cuda.current_device()),
             sequence_parallel=pl_module.config.sequence_parallel,
+            places=[EMBEDDING] * (self.embedding_weight > 0)
+            + [theirs for _, theirs in self.layer_pairs if self.hidden_weight],
         )
         self._reduction = _WeightedLosses(self.lm_weight, self.kl_weight)
+        students = []
         for chunk in trainer.strategy.megatron_parallel:
             chunk._training_loss_reduction = self._reduction
             student = next(module for module in chunk.modules() if isinstance(module, GPTModel))
+            students.append(student)
             if student.post_process:
                 student.compute_language_model_loss = self._losses(student.compute_language_model_loss)
+        if self.hidden_weight or self.embedding_weight:
+            self._states = HiddenStates(
+                self._model,
+                students,
+                pairs=[(ours, theirs) for ours, theirs in self.layer_pairs],
+                hidden_weight=self.hidden_weight,
+                embedding_weight=self.embedding_weight,
+                kind=self.hidden_loss,
+                betas=tuple(self.betas),
+                seed=self.seed,
+            )
+            if self._restored:
+                self._states.load_state_dict(self._restored)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        """Note the learning rate of the step."""
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Teach the projection, before the checkpoint of the step is written; Lightning calls that last."""
+        if self._states:
+            self._states.learn(self._rate)
+
+    def state_dict(self):
+        """Return the projection of hidden states, which is no part of the model; the same on every rank."""
+        return self._states.state_dict() if self._states else {}
+
+    def load_state_dict(self, state_dict):
+        """Keep what a checkpoint held until training starts."""
+        self._restored = state_dict
 
     def on_megatron_microbatches_start(self, step):
         """Show the micro-batches of a training step to the teacher; the student reads the same ones."""
@@ -96,6 +159,8 @@ class Distill(pl.Callback, IOMixin):
                 sequence_length=step.seq_length,
                 micro_batch_size=step.micro_batch_size,
             )
+            if self._states:
+                self._states.begin([_loss_mask(batch) for batch in batches])
             step.data = iter(batches)
 
     def on_megatron_step_end(self, step):
@@ -104,6 +169,9 @@ class Distill(pl.Callback, IOMixin):
             kl = self._reduction.kl.clone()
             _sync_from_last_pipeline_stage(kl)
             step.trainer.lightning_module.log(KL, kl, batch_size=1)
+            if self._states:
+                for name, loss in zip((HIDDEN, EMBEDDINGS), self._states.end(), strict=True):
+                    step.trainer.lightning_module.log(name, loss, batch_size=1)
         self._training = False
 
     def _losses(self, lm_loss):
@@ -125,6 +193,11 @@ class Distill(pl.Callback, IOMixin):
             return torch.stack([lm, kl.transpose(0, 1)])
 
         return losses
+
+
+def _loss_mask(batch):
+    """Return the mask [b, s] of a micro-batch; a data step gives it to the last stage alone."""
+    return (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"]
 
 
 class _WeightedLosses(MaskedTokenLossReduction):

@@ -20,7 +20,7 @@ class Curve:
     training: list[dict[str, Any]]
     """step, tokens, loss (nats per token), learning_rate (of this step's update), grad_norm, tokens_per_second,
     seconds; of a distilled run also kl, its divergence from the teacher (nats per token, scaled as
-    ``vocabulary_parallel_kl`` says)."""
+    ``vocabulary_parallel_kl`` says), and hidden_loss and embedding_loss if its hidden states are compared."""
     validation: list[dict[str, Any]]
     """step, tokens, loss (nats per token)."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)

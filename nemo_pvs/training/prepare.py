@@ -20,7 +20,7 @@ from nemo_pvs.evaluation.windows import validation_windows, write_validation_doc
 from nemo_pvs.files import read_json, write_json
 from nemo_pvs.progress import console, progress
 from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_teacher import check_teacher, check_teacher_context, check_tokens
+from nemo_pvs.recipe_teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training_checks import check_context, check_training
 
@@ -65,8 +65,9 @@ def prepare_job(
     if training.clip_before_mask and not masks_of(source).names:
         raise UserError(f"{initial} has no masks, so there is nothing to clip before; leave out --clip-before-mask.")
     teacher = Path(training.distill.teacher) if training.distill else None
-    if teacher:
+    if teacher and training.distill:
         check_teacher(shape_of(open_source(teacher)), shape, layout)
+        check_pairs(training.distill, shape_of(open_source(teacher)), shape)
         check_teacher_context(str(teacher), training.sequence_length, "--sequence-length")
         check_tokens(teacher, Path(initial))
     tokenizer = tokenizer_hash(tokenizer_folder(Path(initial)))

@@ -129,3 +129,11 @@ def parse_shares(text: str) -> dict[str, float]:
         return {name.strip(): float(share) for name, share in (pair.split("=") for pair in text.split(","))}
     except ValueError:
         raise UserError(f"--split is {text!r}; write it as train=0.9,validation=0.1.") from None
+
+
+def parse_pairs(text: str) -> list[tuple[int, int]]:
+    """Return ``4:6,8:13`` as pairs."""
+    try:
+        return [(int(ours), int(theirs)) for ours, theirs in (pair.split(":") for pair in text.split(","))]
+    except ValueError:
+        raise UserError(f"--layer-pairs is {text!r}; write it as 4:6,8:13, student:teacher.") from None

@@ -9,7 +9,7 @@ import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.progress import console, progress
-from nemo_pvs.verbs.arguments import ParentTokens, SequenceLength, parse_shares
+from nemo_pvs.verbs.arguments import ParentTokens, SequenceLength, parse_pairs, parse_shares
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -74,6 +74,12 @@ def train(
     top_k: Annotated[Optional[int], typer.Option(help="only so many of the teacher's likeliest tokens")] = None,
     lm_weight: Annotated[float, typer.Option(help="of the loss against the text, beside the divergence")] = 0.0,
     kl_weight: Annotated[float, typer.Option(help="of the divergence from the teacher")] = 1.0,
+    layer_pairs: Annotated[
+        Optional[str], typer.Option(help="student:teacher layers whose hidden states are compared, e.g. 4:6,8:13")
+    ] = None,
+    hidden_weight: Annotated[float, typer.Option(help="of the loss of their hidden states")] = 0.0,
+    embedding_weight: Annotated[float, typer.Option(help="of the same loss behind the embedding")] = 0.0,
+    hidden_loss: Annotated[str, typer.Option(help="cosine or mse")] = "cosine",
     parent_tokens: ParentTokens = None,
 ) -> None:
     """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
@@ -92,9 +98,16 @@ def train(
         "top_k": top_k,
         "lm_weight": lm_weight,
         "kl_weight": kl_weight,
+        "layer_pairs": parse_pairs(layer_pairs) if layer_pairs else (),
+        "hidden_weight": hidden_weight,
+        "embedding_weight": embedding_weight,
+        "hidden_loss": hidden_loss,
     }
-    if teacher is None and (temperature, top_k, lm_weight, kl_weight) != (1.0, None, 0.0, 1.0):
-        raise UserError("--temperature, --top-k, --lm-weight and --kl-weight are about distillation; give --teacher.")
+    if teacher is None and tuple(distill.values()) != (None, 1.0, None, 0.0, 1.0, (), 0.0, 0.0, "cosine"):
+        raise UserError(
+            "--temperature, --top-k, --layer-pairs, --hidden-loss and the weights of losses are about distillation; "
+            "give --teacher."
+        )
     layout = parse_layout(
         {
             "tensor_parallel": tensor_parallel,

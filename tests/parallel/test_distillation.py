@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
@@ -20,6 +20,7 @@ from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.recipe_blocks import Distillation
 from nemo_pvs.training import metrics
 from nemo_pvs.training.distillation_loss import vocabulary_parallel_kl
+from nemo_pvs.training.hidden_loss import initial_projection
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -34,12 +35,14 @@ pytestmark = pytest.mark.parallel
 STEPS = 8
 SEQUENCE = 32
 SAMPLES = 8
+PAIRS = ((1, 2), (2, 4), (3, 5))
+"""At PP=2 of 4 layers and 6 the second pair's ends lie on two stages; in a virtual pipeline the third's do, too."""
 TEACHER = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 6, "num_key_value_heads": 4}
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
-    """A distilled run of 8 steps in fp32; the teacher is wider and deeper, with its embeddings tied."""
+    """A run of 8 steps in fp32 with every loss; the teacher is wider and deeper, with its embeddings tied."""
     folder = tmp_path_factory.mktemp("job")
     make_tiny_llama(folder / "teacher", seed=5, initializer_range=0.1, tie_word_embeddings=True, **TEACHER)
     save_tiny_tokenizer(make_tiny_llama(folder / "model"))
@@ -64,7 +67,15 @@ def job(tmp_path_factory) -> TrainingJob:
             validations=2,
             validation_samples=SAMPLES,
             checkpoints=2,
-            distill=Distillation(teacher="elsewhere", temperature=2.0, top_k=50, lm_weight=0.25),
+            distill=Distillation(
+                teacher="elsewhere",
+                temperature=2.0,
+                top_k=50,
+                lm_weight=0.25,
+                layer_pairs=PAIRS,
+                hidden_weight=0.5,
+                embedding_weight=2.0,
+            ),
         ),
         teacher=folder / "teacher",
     )
@@ -86,12 +97,21 @@ def _divergences(curve: metrics.Curve) -> list[float]:
     return [point["kl"] for point in curve.training]
 
 
+def _farthest(one: metrics.Curve, other: metrics.Curve) -> float:
+    """Return the largest difference of any loss of any step."""
+    names = ("loss", "kl", "hidden_loss", "embedding_loss")
+    return max(
+        _largest_difference(*([point[name] for point in curve.training] for curve in (one, other))) for name in names
+    )
+
+
 @pytest.fixture(scope="module")
 def reference(job, tmp_path_factory) -> metrics.Curve:
     """The curve of one process."""
     curve = _run(job, tmp_path_factory.mktemp("reference"), distributed_optimizer=False)
     assert len(curve.training) == STEPS
-    assert curve.training[-1]["kl"] < curve.training[0]["kl"] - 0.1, "it does not learn"
+    for loss in ("kl", "hidden_loss", "embedding_loss"):
+        assert curve.training[-1][loss] < curve.training[0][loss] - 0.1, f"{loss}: it does not learn"
     return curve
 
 
@@ -109,8 +129,7 @@ def reference(job, tmp_path_factory) -> metrics.Curve:
 )
 def test_every_layout_has_the_same_curve(job, reference, layout, tmp_path):
     curve = _run(job, tmp_path / "run", **layout)
-    assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
-    assert _largest_difference(_divergences(curve), _divergences(reference)) < 1e-3
+    assert _farthest(curve, reference) < 1e-3
     ours, theirs = ([point["loss"] for point in one.validation] for one in (curve, reference))
     assert _largest_difference(ours, theirs) < 1e-3
 
@@ -162,26 +181,36 @@ def test_a_step_is_that_of_transformers_and_leaves_the_teacher_alone(job, tmp_pa
     [(batches, unchanged)] = run_ranks(1, _train_and_record, ran)
     assert unchanged
     student, teacher = (as_transformers(open_source(path)).double() for path in (job.initial, job.teacher))
-    losses, divergences = torch.zeros(2, dtype=torch.float64)
+    losses, divergences, hidden, embedding = torch.zeros(4, dtype=torch.float64)
+    projection = initial_projection(64, TEACHER["hidden_size"], job.training.seed).double()
     per_step = 4
     for tokens, labels in batches[:per_step]:
-        logits = student(torch.tensor(tokens)).logits.flatten(0, 1)
+        ours = student(torch.tensor(tokens), output_hidden_states=True)
         with torch.no_grad():
-            wanted = teacher(torch.tensor(tokens)).logits.flatten(0, 1) / 2.0
+            theirs = teacher(torch.tensor(tokens), output_hidden_states=True)
+        far = [
+            1 - cosine_similarity(ours.hidden_states[mine] @ projection, theirs.hidden_states[its], dim=-1).mean()
+            for mine, its in ((0, 0), *PAIRS)
+        ]
+        hidden, embedding = hidden + sum(far[1:]) / per_step, embedding + far[0] / per_step
+        logits = ours.logits.flatten(0, 1)
+        wanted = theirs.logits.flatten(0, 1) / 2.0
         wanted[wanted < wanted.topk(50).values[:, -1:]] = -torch.inf
         q, p = (logits / 2.0).log_softmax(-1), wanted.log_softmax(-1)
         divergences = divergences + 4.0 * kl_div(q, p, log_target=True, reduction="none").nansum(-1).mean() / per_step
         losses = losses + cross_entropy(logits, torch.tensor(labels).flatten()) / per_step
-    (0.25 * losses + divergences).backward()
+    (0.25 * losses + divergences + 0.5 * hidden + 2.0 * embedding).backward()
     norm = torch.stack([weight.grad.norm() for weight in student.parameters()]).norm()
     first = metrics.read(ran.metrics).training[0]
     assert first["loss"] == pytest.approx(float(losses), rel=1e-5)
     assert first["kl"] == pytest.approx(float(divergences), rel=1e-5)
+    assert first["hidden_loss"] == pytest.approx(float(hidden), rel=1e-5)
+    assert first["embedding_loss"] == pytest.approx(float(embedding), rel=1e-5)
     assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     trained = TorchDistReader(last_checkpoint(ran) / "weights").names
     initial = TorchDistReader(job.initial / "weights").names
     assert {name for name in trained if name.startswith("module.")} == set(initial)
-    assert not [name for name in trained if "teacher" in name or "layers.4." in name]
+    assert not [name for name in trained if "teacher" in name or "projection" in name or "layers.4." in name]
 
 
 @pytest.mark.parametrize("layout", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=["TP=2", "PP=2"])
@@ -203,8 +232,7 @@ def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
         run_ranks(2, train, doomed, 6)
     curve = _run(job, folder, pipeline_parallel=2)
     assert doomed.log.read_text().count(f"step 5/{STEPS}") == 2, "it began anew instead of at the checkpoint of step 4"
-    assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
-    assert _largest_difference(_divergences(curve), _divergences(reference)) < 1e-3
+    assert _farthest(curve, reference) < 1e-3
 
 
 def test_a_sparse_student_learns_under_its_masks(job, tmp_path):
