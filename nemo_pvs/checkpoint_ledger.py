@@ -13,6 +13,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.costs import calibration_flops
 from nemo_pvs.recipe_blocks import Training
 from nemo_pvs.reporting.ledger import Charge, Ledger
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.shape import Shape
 
 DEPTH_SCAN = "depth scan, prefixes shared"
@@ -40,15 +41,25 @@ def ancestry(ancestor: Path | None, declared_tokens: float | None) -> Ledger:
     return ledger
 
 
-def charge_run(ledger: Ledger, training: Training, model: WeightSource, teacher: Path | None) -> None:
+def tokens_read(data: str, training: Training, first_token: int) -> TokensRead:
+    """Return which tokens a training reads of the token file with the hash ``data``, from the first one on."""
+    end = first_token + training.steps * training.tokens_per_step
+    return TokensRead(data, training.seed, training.sequence_length, first_token, end)
+
+
+def charge_run(
+    ledger: Ledger, training: Training, model: WeightSource, teacher: Path | None, read: TokensRead | None = None
+) -> None:
     """Charge what training a model took, and its lessons if it had a teacher, the checkpoint of that name."""
-    charge_training(ledger, training, shape_of(model), count_masked(model))
+    charge_training(ledger, training, shape_of(model), count_masked(model), read)
     if teacher is not None:
         charge_lessons(ledger, training, shape_of(open_source(teacher)))
 
 
-def charge_training(ledger: Ledger, training: Training, shape: Shape, masked: int) -> None:
-    """Charge a training; ``masked`` weights of the model's matrices are held at zero."""
+def charge_training(
+    ledger: Ledger, training: Training, shape: Shape, masked: int, read: TokensRead | None = None
+) -> None:
+    """Charge a training; ``masked`` weights of the model's matrices are held at zero, ``read`` is what it read."""
     ledger.charge(
         "training",
         training.steps * training.tokens_per_step,
@@ -58,6 +69,7 @@ def charge_training(ledger: Ledger, training: Training, shape: Shape, masked: in
         note="this run",
         masked_parameters=masked,
         tokens_per_step=training.tokens_per_step,
+        read=read,
     )
 
 

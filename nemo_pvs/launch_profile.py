@@ -41,6 +41,17 @@ class LocalProfile(_Profile):
 
         return run.LocalExecutor(env_vars=dict(self.environment))
 
+    def function_executor(self, folder: Path) -> Any:
+        """Return NeMo-Run's executor of a function that every rank calls: one a GPU, or one; torchrun starts them."""
+        import nemo_run as run
+        import torch
+
+        return run.LocalExecutor(
+            ntasks_per_node=max(1, torch.cuda.device_count()),
+            launcher="torchrun",
+            env_vars={"PATH": f"{Path(self.python).parent}:{os.environ.get('PATH', '')}", **self.environment},
+        )
+
     def training(self, job: Path) -> list[str]:
         """Return the arguments of ``python -m nemo_pvs.training.launch``."""
         return [str(job)]
@@ -111,6 +122,19 @@ class SlurmProfile(_Profile):
             tunnel=tunnel,
             packager=run.Packager(),  # nemo_pvs is installed where it runs
         )
+
+    def function_executor(self, folder: Path) -> Any:
+        """Return NeMo-Run's executor of a function that every rank calls: srun starts one a GPU, on one node."""
+        executor = self.executor(Layout(data_parallel=self.gpus_per_node), folder)
+        if os.sep in self.python:
+            # NeMo-Run starts functions with whatever python comes first.
+            if self.container_image:
+                raise UserError(
+                    f"The profile's python is {self.python}, but under nemo the container's own is started; leave "
+                    "python (PVS_PYTHON) out, and take an image that nemo_pvs is installed in."
+                )
+            executor.env_vars["PATH"] = f"{Path(self.python).parent}:$PATH"
+        return executor
 
     def training(self, job: Path) -> list[str]:
         """Return the arguments of ``python -m nemo_pvs.training.launch``, which srun starts once a rank."""

@@ -1,7 +1,7 @@
 """What this package adds to NeMo's own command, which loads this module (entry point group ``nemo_run.cli``).
 
-``nemo pvs VERB`` for all verbs, ``nemo llm pretrain --factory pvs_...`` for the runs of our recipes, and
-``nemo llm prune --factory pvs_...`` for our pruning methods.
+``nemo pvs VERB`` for all verbs, ``nemo llm pretrain --factory pvs_...`` for the runs of our recipes,
+``nemo llm prune --factory pvs_...`` for our pruning methods, and ``run.executor=pvs_...`` for our launch profiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_pvs.verbs import VERBS
 
 import_megatron()
 
-from nemo_pvs.training import factories  # noqa: E402
+from nemo_pvs.training import executors, factories  # noqa: E402
 
 
 def _register(verb: Callable[..., None]) -> None:
@@ -35,3 +35,4 @@ for verb in VERBS:
     _register(verb)
 
 factories.register()
+executors.register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.checkpoint_ledger import tokens_read
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset, tokenizer_folder
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
@@ -43,6 +45,7 @@ from nemo_pvs.recipe_blocks import DENSE, PARENT, Initialisation
 from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_gradients, needs_scores, scans
 from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.reporting.ledger import LEDGER
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.run_data import RunData
 from nemo_pvs.run_ledger import run_ledger
 from nemo_pvs.run_masks import prepare_masks
@@ -345,7 +348,8 @@ class Pipeline:
             keep_partial=True,
             precious=[job.checkpoints, self.model(arm.name)],
         )
-        ledger = run_ledger(self.recipe, arm, self.results, self.parent_shape, open_source(self.model(arm.name)))
+        model = open_source(self.model(arm.name))
+        ledger = run_ledger(self.recipe, arm, self.results, self.parent_shape, model, self.reads(arm))
         for folder in outputs:  # beside the model, so that what is pruned from it inherits its cost
             ledger.save(folder / LEDGER)
 
@@ -509,6 +513,12 @@ class Pipeline:
     def text(self, split: str) -> str:
         """Return the hash of a split's tokens."""
         return str(self.results["data"]["splits"][split]["bin_sha256"])
+
+    def reads(self, arm: Arm) -> TokensRead | None:
+        """Return which tokens an arm is trained on, of all its shares; None where several files are blended."""
+        last = shares(self.recipe, arm)[-1]
+        file = self.tokens.training_file(self.results["data"]["splits"])
+        return replace(tokens_read(file, last.training, last.first_token), first=arm.first_token) if file else None
 
     def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:
         """Return sequences of the calibration split; another ``draw`` gives others."""

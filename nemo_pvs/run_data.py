@@ -75,6 +75,11 @@ class RunData:
                 made[name] = tokenize(part, tokenizer, self.folder / name, progress=show)
         return made
 
+    def training_file(self, splits: Splits) -> str | None:
+        """Return the hash of the training file; None where several are blended."""
+        files = splits["train"].get("files", [splits["train"]])
+        return str(files[0]["bin_sha256"]) if len(files) == 1 else None
+
     def check_end(self, splits: Splits, end: int) -> None:
         """Refuse to read ``end`` tokens from the start of the training data if there are fewer.
 

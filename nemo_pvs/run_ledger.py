@@ -12,12 +12,18 @@ from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_targets import needs_gradients, needs_scores
 from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.shape import Shape
 from nemo_pvs.staged import charges_of, shares, stages_of
 
 
 def run_ledger(
-    recipe: Recipe, arm: Arm, stages: Mapping[str, Mapping[str, Any]], parent: Shape, model: WeightSource
+    recipe: Recipe,
+    arm: Arm,
+    stages: Mapping[str, Mapping[str, Any]],
+    parent: Shape,
+    model: WeightSource,
+    read: TokensRead | None = None,
 ) -> Ledger:
     """Charge an arm with its training, its teacher, and, when it was pruned, all that went into its initial weights.
 
@@ -27,6 +33,7 @@ def run_ledger(
         stages: What ``calibrate`` and ``prune/<target>`` returned.
         parent: The parent's shape.
         model: The trained arm.
+        read: Which tokens it was trained on, where that is known.
 
     Raises:
         UserError: the parent's ledger contradicts the recipe.
@@ -42,6 +49,6 @@ def run_ledger(
         ledger.charges += charges_of(made) if stages_of(target) > 1 else pruning_charges(made, target.task)
         if is_trained_first(target):
             charge_stage(ledger, recipe, target, parent)
-    charge_training(ledger, shares(recipe, arm)[-1].training, shape_of(model), count_masked(model))
+    charge_training(ledger, shares(recipe, arm)[-1].training, shape_of(model), count_masked(model), read)
     charge_teacher(ledger, recipe, arm, parent)
     return ledger

@@ -17,6 +17,7 @@ from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import fingerprint, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.shards import tokenize_files
+from nemo_pvs.data.token_files import token_file_hash
 from nemo_pvs.equal_terms import arm_cost, settle
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.task_score import task_score
@@ -29,6 +30,7 @@ from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.html import write_report
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.run_ledger import run_ledger
 from nemo_pvs.stages import Stages
 from nemo_pvs.training import metrics
@@ -336,6 +338,8 @@ def test_token_files_are_used_where_they_are(values, tmp_path):
         ("width-random-1024", 0),
         ("width-random-2048", 0),
     ]
+    read = TokensRead(token_file_hash(tmp_path / "tokens" / "train"), 1234, 32, 1024, 3072)
+    assert pipeline.reads(pipeline.recipe.runs[1]) == read, "what pvs train on the trained model must not read again"
     values["data"]["token_ranges"] = {"random": [1e6, 2e6]}
     with pytest.raises(UserError, match=r"Training reads 1,002,\d+ tokens .* has"):
         Pipeline(parse_recipe(values, "test"), tmp_path / "other").prepare()
@@ -395,6 +399,7 @@ def test_a_sparse_and_an_uneven_target_train_to_the_report(values, tmp_path):
             assert Ledger.load(place / LEDGER) == measured.ledger
     grandchild = Ledger()
     grandchild.inherit_checkpoint(pipeline.model("wanda-pruned-512"), pipeline.parent_shape, None)
+    assert grandchild.read == [pipeline.reads(pipeline.recipe.runs[0])]
     assert grandchild.total == results.arms[0].ledger.total
     assert shape_of(open_source(pipeline.model("flap-pruned-512"))).uneven
 

@@ -17,10 +17,7 @@ _SAMPLE = 1 << 20
 
 
 def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict[str, Any]:
-    """Return ``tokens`` and a hash (``bin_sha256``) of a token file, after a look at whether it suits a model.
-
-    The hash is the one in the manifest that ``pvs tokenize`` left; without one it covers the index and the size,
-    because the tokens themselves may be terabytes.
+    """Return ``tokens`` and the hash (``bin_sha256``) of a token file, after a look at whether it suits a model.
 
     Args:
         prefix: Path without suffix.
@@ -31,9 +28,7 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
         UserError: the files are missing or damaged, or were made with another tokenizer or a larger vocabulary.
     """
     tokens = count_tokens(prefix)
-    manifest_path = _beside(prefix, ".json")
-    manifest = read_json(manifest_path) if manifest_path.is_file() else {}
-    made_with = manifest.get("tokenizer_sha256", tokenizer_sha256)
+    made_with = _manifest(prefix).get("tokenizer_sha256", tokenizer_sha256)
     if made_with != tokenizer_sha256:
         raise UserError(
             f"{prefix}.bin was made with another tokenizer than the model's ({made_with[:12]}, not "
@@ -45,8 +40,18 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
             f"{prefix}.bin holds the token {largest:,}, but the model's vocabulary ends at {vocab - 1:,}; "
             "tokenise the text with the model's tokenizer."
         )
+    return {"tokens": tokens, "bin_sha256": token_file_hash(prefix)}
+
+
+def token_file_hash(prefix: Path) -> str:
+    """Return a hash that tells a token file from others.
+
+    It is the one in the manifest that ``pvs tokenize`` left; without one it covers the index and the size, because the
+    tokens themselves may be terabytes.
+    """
+    known = _manifest(prefix).get("bin_sha256")
     identity = {"index": sha256_file(_beside(prefix, ".idx")), "bytes": _beside(prefix, ".bin").stat().st_size}
-    return {"tokens": tokens, "bin_sha256": manifest.get("bin_sha256") or sha256_json(identity)}
+    return str(known or sha256_json(identity))
 
 
 def check_end(end: int, tokens: Sequence[int], weights: Sequence[float] | None, names: Sequence[str]) -> None:
@@ -83,6 +88,11 @@ def _largest_id(prefix: Path, tokens: int) -> int:
     ids = np.memmap(file, dtype=dtype, mode="r")
     middle = max(0, tokens // 2 - _SAMPLE // 2)
     return int(max(ids[start : start + _SAMPLE].max() for start in (0, middle, max(0, tokens - _SAMPLE))))
+
+
+def _manifest(prefix: Path) -> dict[str, Any]:
+    path = _beside(prefix, ".json")
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _beside(prefix: Path, suffix: str) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, write_json
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.shape import Shape
 
 Activity = Literal["parent pretraining", "calibration", "search", "mask learning", "teacher", "training", "evaluation"]
@@ -37,6 +38,9 @@ class Charge:
     """The same without the products with weights that a mask holds at zero; None where nothing is masked."""
     tokens_per_step: int | None = None
     """Sequences times their length in one optimizer step: 512 x 8192 is 4,194,304; None where there are no steps."""
+    read: TokensRead | None = field(default=None, compare=False)
+    """Which tokens, of a training; None where that is not known, or they are a blend of several files. Two charges are
+    equal if they cost the same."""
 
     def __post_init__(self) -> None:
         counts = (self.tokens, self.flops, self.flops_zeros_skipped, self.tokens_per_step)
@@ -90,6 +94,7 @@ class Ledger:
         *,
         masked_parameters: int = 0,
         tokens_per_step: int | None = None,
+        read: TokensRead | None = None,
     ) -> None:
         """Enter tokens that went through a model of this shape, at ``Shape.flops_per_token`` FLOPs each.
 
@@ -103,6 +108,7 @@ class Ledger:
             masked_parameters: weights of its matrices that a mask holds at zero; each saves 2 FLOPs a token forward
                 and 4 backward (its share of the input's gradient and its own) where zeros are skipped.
             tokens_per_step: of one optimizer step, if the tokens were seen in such.
+            read: which tokens they were, if that is known.
 
         Raises:
             UserError: the tokens are no whole number of steps, or more weights are masked than there are.
@@ -117,6 +123,7 @@ class Ledger:
                 note,
                 flops_zeros_skipped=tokens * skipped if tokens is not None and masked_parameters else None,
                 tokens_per_step=tokens_per_step,
+                read=read,
             )
         )
 
@@ -151,6 +158,11 @@ class Ledger:
         self.inherit(parent)
 
     @property
+    def read(self) -> list[TokensRead]:
+        """Which tokens the model and its ancestors, teachers among them, were trained on, as far as it is known."""
+        return [charge.read for charge in self.charges if charge.read is not None]
+
+    @property
     def training(self) -> Total:
         """What the training of this model alone took: the budget that the arms of a comparison share."""
         return _sum(self._of_training)
@@ -180,7 +192,8 @@ class Ledger:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the charges as plain data."""
-        return [asdict(charge) for charge in self.charges]
+        charges = [asdict(charge) for charge in self.charges]
+        return [{key: value for key, value in charge.items() if (key, value) != ("read", None)} for charge in charges]
 
     @classmethod
     def from_json(cls, data: list[Mapping[str, Any]]) -> Ledger:
@@ -190,7 +203,10 @@ class Ledger:
             UserError: it is something else, or a charge does not add up.
         """
         try:
-            charges = [Charge(**entry) for entry in data]
+            charges = [
+                Charge(**{**entry, "read": TokensRead(**entry["read"]) if entry.get("read") else None})
+                for entry in data
+            ]
         except TypeError as error:
             raise UserError(f"This is no ledger of nemo_pvs ({error}); use the file that a run wrote.") from None
         for charge in charges:

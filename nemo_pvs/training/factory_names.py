@@ -1,4 +1,4 @@
-"""What the training runs of our recipes are called under ``nemo llm pretrain --factory``. Imports no NeMo."""
+"""What our recipes, methods and launch profiles are called under NeMo's own command. Imports no NeMo."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def factory_name(recipe: str, arm: str) -> str:
 def prune_factory_name(method: str) -> str:
     """Return ``pvs_minitron_width`` for the method ``minitron-width``, under ``nemo llm prune --factory``."""
     return "pvs_" + re.sub(r"\W", "_", method)
+
+
+def executor_name(profile: str) -> str:
+    """Return ``pvs_slurm_h100`` for the launch profile ``slurm_h100``, under ``run.executor=``."""
+    return "pvs_" + re.sub(r"\W", "_", profile)

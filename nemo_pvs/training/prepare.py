@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from nemo_pvs.checkpoint_ledger import tokens_read
 from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.masks import check_masks, masks_of
@@ -21,6 +23,7 @@ from nemo_pvs.files import read_json, write_json
 from nemo_pvs.progress import console, progress
 from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.recipe_teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training_checks import check_context, check_training
 
@@ -37,6 +40,8 @@ def prepare_job(
     *,
     random_init: bool,
     keep_parent_embeddings: bool = False,
+    first_token: int = 0,
+    before: Sequence[TokensRead] = (),
 ) -> TrainingJob:
     """Write initial weights and validation windows into ``out``, unless an earlier call did, and return the job.
 
@@ -50,12 +55,14 @@ def prepare_job(
         training: What to train.
         random_init: Draw the weights.
         keep_parent_embeddings: Of ``random_init``: draw no embedding and no norms, as the published baseline.
+        first_token: Where in the training data, in the order of training, to begin; rounded up to whole steps.
+        before: What the initial weights were trained on, and must not be trained on again.
 
     Raises:
         UserError: the layout does not fit the model or the batch, sequences are longer than its context, it has no
-            masks to clip before, its masks are those of another one, the data are too short or were made with another
-            tokenizer, the teacher of ``training.distill`` cannot teach this model, or ``out`` holds
-            another run.
+            masks to clip before, its masks are those of another one, the data are too short, were made with another
+            tokenizer or were read before, the teacher of ``training.distill`` cannot teach this model, or ``out``
+            holds another run.
     """
     source: WeightSource = open_source(initial)
     shape = shape_of(source)
@@ -71,13 +78,16 @@ def prepare_job(
         check_teacher_context(str(teacher), training.sequence_length, "--sequence-length")
         check_tokens(teacher, Path(initial))
     tokenizer = tokenizer_hash(tokenizer_folder(Path(initial)))
-    available = describe_token_file(data / "train", tokenizer, shape.vocab)["tokens"]
+    described = describe_token_file(data / "train", tokenizer, shape.vocab)
     describe_token_file(data / "validation", tokenizer, shape.vocab)
-    if training.tokens > available:
+    read = tokens_read(described["bin_sha256"], training, _whole_steps(first_token, training))
+    if read.end >= described["tokens"]:  # one more token, which the last one predicts
+        behind = f" from token {read.first:,} on" if read.first else ""
         raise UserError(
-            f"--tokens is {int(training.tokens):,}, but {data / 'train'}.bin has {available:,}; "
+            f"--tokens is {int(training.tokens):,}{behind}, but {data / 'train'}.bin has {described['tokens']:,}; "
             "tokenise more text or train on fewer tokens."
         )
+    read.check_new(before)
     windows = validation_windows(
         data / "validation", samples=training.validation_samples, sequence_length=training.sequence_length
     )
@@ -90,6 +100,7 @@ def prepare_job(
         "training": training.model_dump(mode="json"),
         "validation": windows.manifest["ids_sha256"],
         **({"teacher": fingerprint(open_source(teacher))} if teacher else {}),
+        **({"first_token": read.first} if read.first else {}),
     }
     settings_file = out / "settings.json"
     if settings_file.exists() and read_json(settings_file) != settings:
@@ -109,8 +120,14 @@ def prepare_job(
         data={"train": str((data / "train").resolve()), "validation": str(folder / "validation_windows")},
         layout=layout,
         training=training,
+        first_token=read.first,
         teacher=teacher.resolve() if teacher else None,
     )
+
+
+def _whole_steps(first_token: int, training: Training) -> int:
+    """Return the first token of the first whole step that begins there or later, as recipes round their ranges."""
+    return -(-first_token // training.tokens_per_step) * training.tokens_per_step
 
 
 def _say_unmasked_zeros(initial: str, source: WeightSource) -> None:

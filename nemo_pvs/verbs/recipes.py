@@ -29,7 +29,7 @@ def recipes(
             known = settled(load_recipe(name))
             table.add_row(name, str(len(known.runs)), known.title)
         console.print(table)
-        console.print(f"launch profiles: {', '.join(packaged_profiles())}")
+        console.print(f"launch profiles: {', '.join(packaged_profiles())} (under nemo: run.executor=pvs_PROFILE)")
         return
     arms = settled(load_recipe(recipe)).runs
     packaged = recipe in packaged_recipes()  # only these have factories

@@ -69,6 +69,12 @@ def train(
         bool, typer.Option(help="of a sparse model: clip with pruned weights in the norm, as the published runs did")
     ] = False,
     seed: Annotated[int, typer.Option(help="order of the data and random weights")] = 1234,
+    first_token: Annotated[
+        float, typer.Option(help="where in that order to begin, e.g. behind what the parent read; rounded up to steps")
+    ] = 0,
+    allow_overlap: Annotated[
+        bool, typer.Option(help="read again what the weights were trained on, as their ledger says")
+    ] = False,
     teacher: Annotated[Optional[str], typer.Option(help="checkpoint to distil from, of the same tokenizer")] = None,
     temperature: Annotated[float, typer.Option(help="of teacher and student in the divergence")] = 1.0,
     top_k: Annotated[Optional[int], typer.Option(help="only so many of the teacher's likeliest tokens")] = None,
@@ -85,8 +91,11 @@ def train(
     """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
     if keep_parent_embeddings and not random_init:
         raise UserError("--keep-parent-embeddings says what --random-init does not draw; give both, or neither.")
-    from nemo_pvs.checkpoint_ledger import ancestry, charge_run
+    if first_token < 0 or not float(first_token).is_integer():
+        raise UserError(f"--first-token is {first_token:g}; give a whole number of 0 or more.")
+    from nemo_pvs.checkpoint_ledger import ancestry, charge_run, tokens_read
     from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.data.token_files import token_file_hash
     from nemo_pvs.recipe_file import parse_layout, parse_training
     from nemo_pvs.reporting.ledger import LEDGER
     from nemo_pvs.training.prepare import prepare_job
@@ -131,6 +140,9 @@ def train(
             "distill": distill if teacher else None,
         }
     )
+    # Weights that were pruned mostly come from the teacher itself, and its pretraining counts once.
+    weights_from = (Path(teacher) if teacher else None) if random_init else Path(initial)
+    ledger = ancestry(weights_from, parent_tokens)
     job = prepare_job(
         initial,
         Path(out),
@@ -139,13 +151,13 @@ def train(
         training,
         random_init=random_init,
         keep_parent_embeddings=keep_parent_embeddings,
+        first_token=int(first_token),
+        before=[] if random_init or allow_overlap else ledger.read,
     )
-    # Weights that were pruned mostly come from the teacher itself, and its pretraining counts once.
-    weights_from = (Path(teacher) if teacher else None) if random_init else Path(initial)
-    ledger = ancestry(weights_from, parent_tokens)
     with Trainer(Path(out) / "launcher.log") as trainer:
         checkpoint = trainer.train(job)
-    charge_run(ledger, training, open_source(checkpoint), Path(teacher) if teacher else None)
+    read = tokens_read(token_file_hash(Path(data) / "train"), training, job.first_token)
+    charge_run(ledger, training, open_source(checkpoint), Path(teacher) if teacher else None, read)
     for folder in (Path(out), checkpoint):  # beside the weights, so that what is made from them inherits their cost
         ledger.save(folder / LEDGER)
     console.print(f"trained checkpoint: {checkpoint}", soft_wrap=True)

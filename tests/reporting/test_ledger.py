@@ -9,6 +9,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, write_json
 from nemo_pvs.reporting.ledger import Activity, Charge, Ledger
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.shape import Shape
 
 # The paper's parent (Llama-3.1-8B) and its two targets of half the size.
@@ -56,6 +57,16 @@ def test_every_pass_is_charged_at_its_own_rate() -> None:
     ledger.charge("training", 1000, PARENT, 2048, training=True)
     assert ledger.training == (1000, 3 * 1000 * forward)
     assert ledger.total == (2000, 4 * 1000 * forward)
+
+
+def test_what_was_read_is_inherited_and_comes_back_from_disk(tmp_path: Path) -> None:
+    read = TokensRead("a" * 64, seed=1, sequence_length=32, first=64, end=128)
+    parent, child = _trained(DEPTH, 300), Ledger()
+    parent.charge("training", 64, DEPTH, 32, training=True, read=read)
+    child.inherit(parent)
+    child.save(tmp_path / "ledger.json")
+    assert Ledger.load(tmp_path / "ledger.json").read == [read]
+    assert [list(charge).count("read") for charge in child.to_json()] == [0, 1], "ledgers of old stay as they were"
 
 
 def test_inherited_training_is_the_parents_and_evaluation_never_counts() -> None:

@@ -57,7 +57,7 @@ def _dry_run(commands: list[list[str]], folder: Path) -> list[str]:
     from nemo_run.cli.api import create_cli
 
     os.chdir(folder)
-    os.environ.update(NEMORUN_HOME=str(folder / "home"), COLUMNS="250")
+    os.environ.update(NEMORUN_HOME=str(folder / "home"), COLUMNS="250", SLURM_ACCOUNT="physics")
     said = []
     for command in commands:
         sys.argv = ["nemo", *command]
@@ -241,13 +241,15 @@ def test_fp8_stages_and_overlap_for_h100():
 def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
     (tmp_path / "over.yaml").write_text(f"run:\n  factory: {WIDTH}(num_nodes=2)\ntrainer:\n  max_steps: 9\n")
     override = "trainer.strategy.tensor_model_parallel_size=4"
+    slurm = ["run.executor=pvs_slurm_h100", "run.executor.nodes=16"]
     verbs = ["pvs", "run", "recipe=smollm2_135m/demo", "dry_run=True", "launch=local_cpu", "--dryrun"]
     said = _in_nemo(
         _dry_run,
         [
-            ["llm", "pretrain", "--factory", WIDTH, override, "--dryrun"],
+            ["llm", "pretrain", "--factory", WIDTH, override, "--executor=pvs_slurm_h100", "--dryrun"],
             ["llm", "pretrain", "--factory", f"{WIDTH}(num_nodes=4)", "trainer.max_steps=7", "--dryrun"],
             ["llm", "pretrain", "--yaml", str(tmp_path / "over.yaml"), "--dryrun"],
+            ["llm", "pretrain", "--factory", WIDTH, *slurm, "--dryrun"],
             ["llm", "pretrain", "--factory", WIDTH, "--to-yaml", str(tmp_path / "out.yaml")],
             *(
                 ["llm", "prune", "--factory", prune_factory_name(name), "source=A", "target_folder=B", "--dryrun"]
@@ -257,12 +259,15 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
         ],
         tmp_path,
     )
-    for text in said[:3]:
+    for text in said[:4]:
         assert "Dry run for pretrain" in text, text[-2000:]
     assert re.search(r"tensor_model_parallel_size\W+4", said[0])
+    assert "SlurmExecutor" not in said[0], "NeMo-Run takes --executor now; say so in launch/README.md"
     assert "DP 32" in said[1]
+    for value in ("SlurmExecutor", "account='physics'", "nodes=16,", "ntasks_per_node=8", "num_nodes=16"):
+        assert value in said[3], value
     assert "hidden_size: 3072" in (tmp_path / "out.yaml").read_text()
-    for method, text in zip(AT_ONCE, said[4:], strict=False):
+    for method, text in zip(AT_ONCE, said[5:], strict=False):
         assert "Dry run for prune" in text
         assert f"'{method}'" in text
     assert "Dry run for run" in said[-1]

@@ -92,6 +92,23 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(sparse, se
     assert not (folder / "run").exists()
 
 
+def test_a_run_begins_with_a_whole_step_and_ends_within_the_data(sparse):
+    training = Training(tokens=256, sequence_length=32, global_batch_size=4, learning_rate=1e-3, validation_samples=4)
+    folder = sparse.parent
+
+    def first(token: int) -> int:
+        more = {"random_init": False, "first_token": token}
+        return prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, **more).first_token
+
+    with pytest.raises(UserError, match=r"--tokens is 256 from token 1,024 on, but .*train.bin has 1,200"):
+        first(1000)
+    assert not (folder / "run").exists()
+    assert first(800) == 896
+    assert first(896) == 896, "the same run"
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        first(0)
+
+
 def test_tokens_of_another_model_are_refused(sparse):
     folder = sparse.parent / "data"
     write_json(folder / "train.json", {"tokenizer_sha256": "f" * 64})
