@@ -42,7 +42,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         profile: Where to run; trainings follow one another on one machine, and run at once on a cluster.
     """
     from nemo_pvs.dry_run import settled  # takes seconds; profiles are also read to list them
-    from nemo_pvs.masks_stage import stage_layout, stage_targets
+    from nemo_pvs.masks_stage import first_of_each_stage, stage_layout
 
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
@@ -62,7 +62,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
 
     masks = {
         f"masks-{name}": (folder / "masks" / name / "run" / "job.json", stage_layout(recipe.targets[name]))
-        for name in stage_targets(recipe)
+        for name in first_of_each_stage(recipe)
     }
     learned = trained("prepare-masks", [], masks) if masks else []
     arms = {f"train-{arm.name}": (folder / "train" / arm.name / "job.json", arm.layout) for arm in recipe.runs}

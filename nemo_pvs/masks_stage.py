@@ -29,7 +29,7 @@ def is_trained_first(target: Target) -> bool:
     return run_masks.learns_masks(target) or run_efficient.prunes_while_training(target)
 
 
-def stage_targets(recipe: Recipe) -> list[str]:
+def first_of_each_stage(recipe: Recipe) -> list[str]:
     """Return the targets whose stage is to be done: of those that have the same, the first."""
     later = {"layout": True, "micro_batch_size": True, "checkpoints": True}
     kinds = {"method": True, "preset": True, **dict.fromkeys(SIZES, True), "learn": True, "pruning_aware": True}

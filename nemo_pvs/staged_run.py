@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
@@ -20,17 +20,15 @@ from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
 from nemo_pvs.recipe import Target
 from nemo_pvs.recipe_blocks import DENSE
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.run_folder import RunFolder
 from nemo_pvs.staged import ADAPT, Share, adapt_parameters, shares, stage_targets
 from nemo_pvs.training.run import Trainer
-
-if TYPE_CHECKING:
-    from nemo_pvs.pipeline import Pipeline
 
 _DRAWS = 10_000
 """Seeds between the calibration texts of two stages: more than a stage has iterations."""
 
 
-def prune_in_stages(run: Pipeline, trainer: Trainer | None, name: str, target: Target) -> None:
+def prune_in_stages(run: RunFolder, trainer: Trainer | None, name: str, target: Target) -> None:
     """Prune to a target in stages, with training between them; the last share is that of the arm's own training.
 
     The result lies where a target's does, with ``charges`` for all that was spent on the way.
@@ -58,7 +56,7 @@ def prune_in_stages(run: Pipeline, trainer: Trainer | None, name: str, target: T
 
 
 def _prune(
-    run: Pipeline,
+    run: RunFolder,
     stage: str,
     folder: Path,
     before: Path,
@@ -118,7 +116,7 @@ def _prune(
 
 
 def _train(
-    run: Pipeline, trainer: Trainer, name: str, number: int, pruned: Path, initial: str, share: Share
+    run: RunFolder, trainer: Trainer, name: str, number: int, pruned: Path, initial: str, share: Share
 ) -> tuple[Path, dict[str, Any]]:
     """Train one share, and return the model's Hugging Face folder and what it cost.
 

@@ -31,6 +31,7 @@ from nemo_pvs.reporting.html import write_report
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.reporting.tokens_read import TokensRead
+from nemo_pvs.run_evaluation import models_to_evaluate
 from nemo_pvs.run_ledger import run_ledger
 from nemo_pvs.stages import Stages
 from nemo_pvs.training import metrics
@@ -359,7 +360,7 @@ def test_a_parent_that_is_yet_to_be_trained(values, tmp_path):
     assert list(pipeline.results) == ["parent", "data", "random/parent"]
     drawn = open_source(pipeline.initial("parent", "random"))
     assert shape_of(drawn) == pipeline.parent_shape
-    assert list(pipeline.models_to_evaluate()) == ["parent-random-initial", "parent-random"]
+    assert list(models_to_evaluate(pipeline)) == ["parent-random-initial", "parent-random"]
 
 
 def test_a_config_of_another_parent_is_refused(values, tmp_path):

@@ -12,10 +12,11 @@ from typing import Any
 from nemo_pvs.checkpoint_ledger import count_masked
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.pipeline import Pipeline, initial_label
 from nemo_pvs.recipe import Arm
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
+from nemo_pvs.run_evaluation import initial_label
+from nemo_pvs.run_folder import RunFolder
 from nemo_pvs.staged import shares
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
@@ -23,7 +24,7 @@ from nemo_pvs.training.job import METRICS_FILE
 _PACKAGES = ("nemo-pvs", "nemo-toolkit", "megatron-core", "torch", "transformers", "numpy")
 
 
-def assemble(run: Pipeline) -> Results:
+def assemble(run: RunFolder) -> Results:
     """Return the results of a run whose stages are done."""
     recipe, done = run.recipe, run.results
     parent = run.parent_source
@@ -45,7 +46,7 @@ def assemble(run: Pipeline) -> Results:
     )
 
 
-def _arm(run: Pipeline, arm: Arm) -> ArmResult:
+def _arm(run: RunFolder, arm: Arm) -> ArmResult:
     curve = _curve(run, arm)
     first_step = shares(run.recipe, arm)[-1].first_step
     start = first_step * arm.training.tokens_per_step
@@ -80,7 +81,7 @@ def _arm(run: Pipeline, arm: Arm) -> ArmResult:
     )
 
 
-def _curve(run: Pipeline, arm: Arm) -> metrics.Curve:
+def _curve(run: RunFolder, arm: Arm) -> metrics.Curve:
     """Return what the whole training of an arm measured; that of a staged one has an output for each share."""
     parts = shares(run.recipe, arm)
     between = run.folder / "train" / f"{arm.target}-stages"

@@ -1,0 +1,171 @@
+"""A run folder: the recipe that fills it, what lies where in it, and what its stages have found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.checkpoint_ledger import tokens_read
+from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.errors import UserError
+from nemo_pvs.files import read_json
+from nemo_pvs.layout import Layout
+from nemo_pvs.prune_target import NEMO
+from nemo_pvs.recipe import Arm, Recipe
+from nemo_pvs.recipe_blocks import PARENT, Initialisation
+from nemo_pvs.reporting.tokens_read import TokensRead
+from nemo_pvs.run_data import RunData
+from nemo_pvs.shape import Shape
+from nemo_pvs.staged import Share, shares
+from nemo_pvs.stages import Stages
+from nemo_pvs.training.job import TrainingJob
+
+STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
+
+
+class RunFolder:
+    """A run folder, the recipe that fills it, and the results of the stages that were done or found done."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        force: tuple[str, ...] = (),
+        compute: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepare to run ``recipe`` in ``folder``; ``compute`` says where layers run (``pruning.job.Job``).
+
+        Raises:
+            UserError: a forced stage is unknown.
+        """
+        for stage in force:
+            if stage.split("/")[0] not in STAGES:
+                raise UserError(f"There is no stage {stage} to force; stages are {', '.join(STAGES)}.")
+        self.recipe = recipe
+        self.folder = folder
+        self.compute = compute or {}
+        self.tokens = RunData(recipe, folder / "data")
+        self.stages = Stages(folder, force)
+        self.results: dict[str, dict[str, Any]] = {}
+
+    @property
+    def parent_path(self) -> Path:
+        """The parent's checkpoint folder."""
+        return self.folder / self.results["parent"]["path"]
+
+    @property
+    def teacher_path(self) -> Path | None:
+        """The checkpoint folder of the teacher, if arms are distilled; the parent's before there is one, too."""
+        distill, source = self.recipe.train.distill, self.recipe.parent.source
+        if distill is None:
+            return None
+        if distill.teacher != PARENT:
+            return Path(distill.teacher)
+        return Path(source) if source and Path(source).is_dir() else self.folder / "parent"
+
+    @property
+    def parent_source(self) -> WeightSource:
+        """The parent."""
+        return open_source(self.parent_path)
+
+    @property
+    def parent_config(self) -> Mapping[str, Any]:
+        """The config.json of the parent, which may be yet to be trained."""
+        if self.recipe.parent.source:
+            return self.parent_source.config
+        config: dict[str, Any] = read_json(self.parent_path / "config.json")
+        return config
+
+    @property
+    def parent_shape(self) -> Shape:
+        """The sizes of the parent."""
+        return Layout.for_config(self.parent_config).shape(self.parent_config)
+
+    @property
+    def tokenizer(self) -> Path:
+        """A folder with the parent's tokenizer."""
+        return tokenizer_folder(self.parent_path)
+
+    def pruned(self, target: str) -> Path:
+        """The folder of a pruned target: plan.json, huggingface/, nemo/."""
+        return self.folder / "pruned" / target
+
+    def initial(self, target: str, initialisation: Initialisation) -> Path:
+        """The NeMo checkpoint that an arm starts from."""
+        return (self.pruned(target) if initialisation == "pruned" else self.folder / "random" / target) / NEMO
+
+    def model(self, arm: str) -> Path:
+        """The Hugging Face folder of a trained arm."""
+        return self.folder / "models" / arm
+
+    def job(self, arm: Arm) -> TrainingJob:
+        """Return the training job of an arm; of one made in stages, its last share."""
+        last = shares(self.recipe, arm)[-1]
+        return self.share_job(arm, last, arm.name, Path(arm.name), self.initial(arm.target, arm.initialisation))
+
+    def share_job(self, arm: Arm, share: Share, name: str, folder: Path, initial: Path) -> TrainingJob:
+        """Return the job of a share of an arm's training, in a folder below ``train/``."""
+        return TrainingJob(
+            name=name,
+            folder=self.folder.resolve() / "train" / folder,
+            initial=initial.resolve(),
+            data=self.training_data,
+            layout=arm.layout,
+            training=share.training,
+            first_token=share.first_token,
+            first_step=share.first_step,
+            all_steps=share.all_steps,
+            teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
+        )
+
+    @property
+    def training_data(self) -> dict[str, Any]:
+        """Prefixes of the token files that training reads, as ``TrainingJob`` takes them."""
+        return {
+            "train": self.tokens.training_paths,
+            "validation": str(self.tokens.folder.resolve() / "validation_windows"),
+        }
+
+    def training_inputs(self, arm: Arm, share: Share, initial: str) -> dict[str, Any]:
+        """Return what the result of a share of an arm's training depends on.
+
+        A run may go on in another layout, so that is no part of it; ``initial`` is its weights' fingerprint.
+        """
+        return {
+            "initial": initial,
+            "text": self.text("train"),
+            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
+            "first_token": share.first_token,
+            **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
+            "training": share.training.identity,
+            **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
+        }
+
+    def stage(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Do a stage, or take its result from its record (``Stages.run``)."""
+        self.results[name] = self.stages.run(name, *args, **kwargs)
+
+    def text(self, split: str) -> str:
+        """Return the hash of a split's tokens."""
+        return str(self.results["data"]["splits"][split]["bin_sha256"])
+
+    def reads(self, arm: Arm) -> TokensRead | None:
+        """Return which tokens an arm is trained on, of all its shares; None where several files are blended."""
+        last = shares(self.recipe, arm)[-1]
+        file = self.tokens.training_file(self.results["data"]["splits"])
+        return replace(tokens_read(file, last.training, last.first_token), first=arm.first_token) if file else None
+
+    def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:
+        """Return sequences of the calibration split; another ``draw`` gives others."""
+        settings = self.recipe.calibrate
+        return TokenSet.from_token_file(
+            self.tokens.prefix("calibration"),
+            samples=samples,
+            sequence_length=settings.sequence_length,
+            seed=settings.seed + draw,
+        )
