@@ -50,6 +50,8 @@ def training_memory(shape: Shape, layout: Layout, training: Training, teacher: S
 
     A ``teacher`` adds its weights on every stage. On the last one it adds its logits and the gradient of the
     divergence and, of several stages, its final hidden states of a whole step (``teacher.Teacher``).
+    Where hidden states are compared, those of each place come on top: of a step with several stages, else of a
+    micro-batch.
     """
     stages = range(layout.pipeline_parallel)
     return max((_stage(shape, layout, training, stage, teacher) for stage in stages), key=lambda memory: memory.total)
@@ -89,13 +91,18 @@ def _stage(shape: Shape, layout: Layout, training: Training, stage: int, teacher
     head = 0.0
     if stage == layout.pipeline_parallel - 1:
         head = 2 * whole + (value + 4) * shape.vocab / tensor
+    of_teacher = 0.0
+    if teacher:
+        of_teacher = _of_teacher(teacher, layout, stage, value, tokens, batches)
+        held = tokens * (batches if layout.pipeline_parallel > 1 else 1)
+        of_teacher += _of_hidden_states(shape, teacher, layout, training, value * held)
     return Memory(
         weights=value * parameters,
         gradients=4 * parameters,
         optimizer=(8 if value == 4 else 12) * parameters / replicas,
         activations=tokens * (waiting * sum(kept) + head),
         activations_recomputed=tokens * (waiting * whole * len(kept) + max(kept) + head),
-        teacher=_of_teacher(teacher, layout, stage, value, tokens, batches) if teacher else 0.0,
+        teacher=of_teacher,
     )
 
 
@@ -109,6 +116,21 @@ def _of_teacher(teacher: Shape, layout: Layout, stage: int, value: int, tokens: 
             shards = layout.tensor_parallel if layout.sequence_parallel else 1
             needed += batches * tokens * value * teacher.hidden / shards
     return needed
+
+
+def _of_hidden_states(shape: Shape, teacher: Shape, layout: Layout, training: Training, held: float) -> float:
+    """Return the bytes of what a student's hidden states are compared with, if all of it is on one rank.
+
+    That is ``held`` bytes for each of the teacher's channels at each place, and the projection in fp32 with its
+    gradient and two moments.
+    """
+    distill = training.distill
+    places = len(distill.layer_pairs) + (distill.embedding_weight > 0) if distill else 0
+    if not places:
+        return 0.0
+    shards = layout.tensor_parallel if layout.sequence_parallel else 1
+    projection = 16 * shape.hidden * teacher.hidden if shape.hidden != teacher.hidden else 0
+    return places * held * teacher.hidden / shards + projection
 
 
 def _sharded_values(shape: Shape, sizes: LayerSizes) -> int:

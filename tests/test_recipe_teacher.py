@@ -127,6 +127,13 @@ def test_memory_counts_the_teacher() -> None:
     more = training_memory(student, halves, recipe.train, PARENT).teacher
     hidden_of_a_step = 8 * 32 * 2 * PARENT.hidden
     assert more == 2 * parameters_on(PARENT, halves, 1) + 32 * 2 * 2 * PARENT.vocab + hidden_of_a_step
+    places = {"layer_pairs": [[1, 2], [2, 4]], "hidden_weight": 1, "embedding_weight": 1}
+    compared = distilled_recipe(places).train
+    assert training_memory(student, layout, compared, PARENT).teacher == taught.teacher + 3 * 32 * 2 * PARENT.hidden
+    assert training_memory(student, halves, compared, PARENT).teacher == more + 3 * hidden_of_a_step
+    narrow = student.replace(hidden=32)
+    without, projected = (training_memory(narrow, layout, how, PARENT).teacher for how in (recipe.train, compared))
+    assert projected - without == 3 * 32 * 2 * PARENT.hidden + 16 * 32 * PARENT.hidden
 
 
 @pytest.mark.parametrize(
