@@ -22,7 +22,8 @@ from nemo_pvs.progress import console
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_basics import Layout
-from nemo_pvs.recipe_blocks import DENSE, Distillation, Target
+from nemo_pvs.recipe_blocks import DENSE, Target
+from nemo_pvs.recipe_distillation import Distillation
 from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
 from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger

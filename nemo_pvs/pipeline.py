@@ -36,7 +36,8 @@ from nemo_pvs.masks_stage import (
 from nemo_pvs.progress import progress
 from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target, write_planned
 from nemo_pvs.recipe import Arm, Target
-from nemo_pvs.recipe_blocks import DENSE, PARENT
+from nemo_pvs.recipe_blocks import DENSE
+from nemo_pvs.recipe_distillation import PARENT
 from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_gradients, needs_scores, scans
 from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.reporting.ledger import LEDGER

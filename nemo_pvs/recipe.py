@@ -10,19 +10,18 @@ from typing import Any
 from pydantic import Field, PrivateAttr, model_validator
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe_basics import Block, Layout, Tokens
+from nemo_pvs.recipe_basics import Block, Initialisation, Layout, Tokens
 from nemo_pvs.recipe_blocks import (
     DENSE,
-    PARENT,
     Budgets,
     Calibration,
     Evaluation,
-    Initialisation,
     Parent,
     Target,
     Training,
 )
 from nemo_pvs.recipe_data import Data
+from nemo_pvs.recipe_distillation import PARENT
 from nemo_pvs.reporting.budget import Setting
 
 __all__ = ["Arm", "Initialisation", "Layout", "Recipe", "Target", "Training"]

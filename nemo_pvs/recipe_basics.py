@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -19,6 +19,8 @@ def _whole(value: float) -> int:
 Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
 """A number of tokens; 200e9 is as good as 200000000000."""
 Rate = Annotated[float, Field(gt=0)]
+Initialisation = Literal["pruned", "random"]
+"""Where an arm's weights come from: the pruned parent (R_N in the paper), or a random draw (S_N)."""
 
 
 class Block(BaseModel):

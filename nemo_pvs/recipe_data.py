@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
-from nemo_pvs.recipe_basics import Block, Fraction, Tokens
-from nemo_pvs.recipe_blocks import Initialisation, number
+from nemo_pvs.recipe_basics import Block, Fraction, Initialisation, Tokens
+from nemo_pvs.recipe_blocks import number
 
 Range = tuple[Tokens, Tokens]
 """Tokens of the training data from the first to the one behind the last, counted in the order of training."""

@@ -15,8 +15,8 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Arm, Recipe
-from nemo_pvs.recipe_basics import Layout
-from nemo_pvs.recipe_blocks import PARENT, Distillation, Initialisation
+from nemo_pvs.recipe_basics import Initialisation, Layout
+from nemo_pvs.recipe_distillation import PARENT, Distillation
 from nemo_pvs.recipe_targets import expected_shape
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape

@@ -17,7 +17,8 @@ from nemo_pvs.files import read_json
 from nemo_pvs.layout import Layout
 from nemo_pvs.prune_target import NEMO
 from nemo_pvs.recipe import Arm, Recipe
-from nemo_pvs.recipe_blocks import PARENT, Initialisation
+from nemo_pvs.recipe_basics import Initialisation
+from nemo_pvs.recipe_distillation import PARENT
 from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.run_data import RunData
 from nemo_pvs.shape import Shape

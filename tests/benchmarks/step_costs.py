@@ -24,7 +24,7 @@ from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.progress import console
 from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_blocks import Distillation
+from nemo_pvs.recipe_distillation import Distillation
 from nemo_pvs.recipe_efficient import PruningAware
 from nemo_pvs.recipe_sheared import MaskLearning
 from nemo_pvs.training import metrics

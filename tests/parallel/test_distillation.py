@@ -17,7 +17,7 @@ from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.checkpoints.torch_dist import TorchDistReader
 from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_blocks import Distillation
+from nemo_pvs.recipe_distillation import Distillation
 from nemo_pvs.training import metrics
 from nemo_pvs.training.distillation_loss import vocabulary_parallel_kl
 from nemo_pvs.training.hidden_loss import initial_projection
