@@ -14,6 +14,7 @@ from nemo.lightning.io import IOMixin
 
 from nemo_pvs.training import metrics
 from nemo_pvs.training.distillation_callback import EMBEDDINGS, HIDDEN, KL
+from nemo_pvs.training.optimizer_offsets import correct_saved_offsets
 from nemo_pvs.training.run_checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
 
 
@@ -93,7 +94,8 @@ class Checkpoint(nl.ModelCheckpoint):
 
     The architecture never changes during a run, and that context names stock NeMo classes only, so every checkpoint
     of the run can be read without this package; NeMo's own would name our layer and data classes. It is copied before
-    the save is declared finished, because resuming needs it. Two are kept, the newest (``run_checkpoints``).
+    the save is declared finished, because resuming needs it. Two are kept, the newest (``run_checkpoints``). What
+    Megatron saves of the optimizer is corrected (``optimizer_offsets``).
     """
 
     def __init__(self, initial: str, **kwargs):
@@ -104,6 +106,7 @@ class Checkpoint(nl.ModelCheckpoint):
         """Free the names of broken checkpoints; every rank has chosen what to resume from before it comes here."""
         if trainer.is_global_zero:
             set_aside(newest_sound(Path(self.dirpath))[1])
+        correct_saved_offsets()
         super().setup(trainer, *args, **kwargs)
 
     def _save_last_checkpoint(self, trainer, monitor_candidates):

@@ -132,6 +132,15 @@ def test_bf16_follows_fp32(job, reference, tmp_path):
     assert curve.training[-1]["loss"] < curve.training[0]["loss"] - 0.5
 
 
+def _killed_at_13(job: TrainingJob, folder: Path, **layout) -> TrainingJob:
+    """Return the job of a run whose last rank died at step 13 of 20."""
+    folder.mkdir()
+    doomed = replace(job, folder=folder, layout=Layout(**layout))
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(doomed.layout.processes, _train, doomed, 13)
+    return doomed
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -145,18 +154,26 @@ def test_bf16_follows_fp32(job, reference, tmp_path):
     ids=["TP=2 to PP=2", "PP=2 to TP=2, plain optimizer", "DP=2"],
 )
 def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    doomed = replace(job, folder=folder, layout=Layout(**before))
-    with pytest.raises(AssertionError, match="died without a word"):
-        run_ranks(2, _train, doomed, 13)
+    doomed = _killed_at_13(job, tmp_path / "run", **before)
     assert _checkpoint_writers(doomed.folder) == [], "the checkpoint writer's helper outlives its killed rank"
     assert metrics.read(doomed.metrics).training[-1]["step"] >= 12
-    curve = _run(job, folder, **after)
+    curve = _run(job, doomed.folder, **after)
     resumed = doomed.log.read_text().count("step 11/20")
     assert resumed == 2, "it began anew instead of at the checkpoint of step 10"
     assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
     assert [point["step"] for point in curve.validation] == [5, 10, 15, 20]
+
+
+def test_tied_embeddings_on_two_stages_keep_their_optimizer_state(tmp_path):
+    """They lie behind a bucket that is no multiple of 128, and Megatron alone saves others' state as theirs."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 40, "intermediate_size": 50}
+    model = make_tiny_llama(tmp_path / "model", tie_word_embeddings=True, **sizes)
+    save_tiny_tokenizer(model)
+    job = tiny_job(tmp_path, model, steps=STEPS)
+    whole = _run(job, tmp_path / "whole", pipeline_parallel=2)
+    doomed = _killed_at_13(job, tmp_path / "run", pipeline_parallel=2)
+    curve = _run(job, doomed.folder, tensor_parallel=2)
+    assert _largest_difference(_losses(curve), _losses(whole)) < 1e-3
 
 
 def test_trained_checkpoint_reads_back_through_our_stream(job, reference, tmp_path):
