@@ -63,6 +63,17 @@ class Entry:
         groups = [tensor.unflatten(0, (kv_groups, -1)) for tensor in tensors]
         return torch.cat(groups, dim=1).flatten(0, 1)
 
+    def join_rank(self, tensors: Sequence[torch.Tensor], shape: Shape, rank: int, ranks: int) -> torch.Tensor:
+        """Fuse one tensor parallel rank's slices of the whole parts, which ``ranks`` divide.
+
+        Each part is cut before they are fused: gate and up rows of a rank are not neighbours in the whole tensor.
+        """
+        if self.tensor_parallel_axis is None or ranks == 1:
+            return self.join(tensors, shape)
+        cut = [part.chunk(ranks, dim=self.tensor_parallel_axis)[rank] for part in tensors]
+        layer = shape.at(self.layer)
+        return self.join(cut, layer.replace(kv_groups=layer.kv_groups // ranks) if self.fuse == "qkv" else shape)
+
     def split(self, fused: torch.Tensor, shape: Shape) -> list[torch.Tensor]:
         """Undo ``join``: return the parts of a Megatron tensor, as views where the fusion allows."""
         if self.fuse == "plain":

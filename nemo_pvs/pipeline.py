@@ -47,7 +47,7 @@ from nemo_pvs.run_ledger import run_ledger
 from nemo_pvs.run_masks import prepare_masks
 from nemo_pvs.run_tasks import reads_text, search_score
 from nemo_pvs.staged import ADAPT, shares, stages_of
-from nemo_pvs.staged_run import prune_in_stages
+from nemo_pvs.staged_run import forget_optimizer, prune_in_stages
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer, is_finished
 
@@ -313,6 +313,8 @@ class Pipeline(RunFolder):
             keep_partial=True,
             precious=[job.checkpoints, self.model(arm.name)],
         )
+        if arm.initialisation == "pruned" and (number := stages_of(self.recipe.targets[arm.target])) > 1:
+            forget_optimizer(self, arm.target, number - 1)
         model = open_source(self.model(arm.name))
         ledger = run_ledger(self.recipe, arm, self.results, self.parent_shape, model, self.reads(arm))
         for folder in outputs:  # beside the model, so that what is pruned from it inherits its cost

@@ -18,6 +18,7 @@ TASK_DATA = "task_data"
 _NO_OPTIONS = (
     "method",
     "stages",
+    "slice_optimizer_state",
     "task_data",
     "learning_rate",
     "keep_parent_embeddings",
@@ -151,6 +152,8 @@ class Target(Block):
     amplitude: float | None = Field(default=None, ge=0)
     stages: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
     """Reach the target in so many steps, with a share of the training behind each (``staged``)."""
+    slice_optimizer_state: bool = Field(default=False, exclude_if=lambda given: not given)
+    """Of ``stages``: go on with what each stage's pruning leaves of AdamW's state, instead of beginning it anew."""
     learning_rate: Rate | Rates | None = None
     """Instead of ``train.learning_rate``: one, or one for each kind of initial weights."""
     arms: list[Initialisation] | None = Field(default=None, min_length=1, exclude_if=lambda given: given is None)

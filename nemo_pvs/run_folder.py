@@ -15,7 +15,7 @@ from nemo_pvs.checkpoints.source import WeightSource, fingerprint
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json
 from nemo_pvs.layout import Layout
-from nemo_pvs.prune_target import NEMO
+from nemo_pvs.prune_target import NEMO, PLAN
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_basics import Initialisation
 from nemo_pvs.recipe_distillation import PARENT
@@ -24,7 +24,7 @@ from nemo_pvs.run_data import RunData
 from nemo_pvs.shape import Shape
 from nemo_pvs.staged import Share, shares
 from nemo_pvs.stages import Stages
-from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.job import CHECKPOINTS, CarriedState, TrainingJob
 
 STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
 
@@ -106,11 +106,16 @@ class RunFolder:
 
     def job(self, arm: Arm) -> TrainingJob:
         """Return the training job of an arm; of one made in stages, its last share."""
-        last = shares(self.recipe, arm)[-1]
-        return self.share_job(arm, last, arm.name, Path(arm.name), self.initial(arm.target, arm.initialisation))
+        parts = shares(self.recipe, arm)
+        initial = self.initial(arm.target, arm.initialisation)
+        return self.share_job(arm, parts[-1], arm.name, Path(arm.name), initial, len(parts))
 
-    def share_job(self, arm: Arm, share: Share, name: str, folder: Path, initial: Path) -> TrainingJob:
-        """Return the job of a share of an arm's training, in a folder below ``train/``."""
+    def share_job(
+        self, arm: Arm, share: Share, name: str, folder: Path, initial: Path, number: int = 1
+    ) -> TrainingJob:
+        """Return the job of a share of an arm's training, counted from 1, in a folder below ``train/``."""
+        plan = (initial.parent / PLAN).resolve()
+        before = self.share_folder(arm.target, number - 1) / CHECKPOINTS
         return TrainingJob(
             name=name,
             folder=self.folder.resolve() / "train" / folder,
@@ -122,7 +127,17 @@ class RunFolder:
             first_step=share.first_step,
             all_steps=share.all_steps,
             teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
+            carried=CarriedState(before, plan if plan.exists() else None) if self.carries(arm, number) else None,
         )
+
+    def carries(self, arm: Arm, number: int) -> bool:
+        """Return whether a share of an arm's training, counted from 1, goes on with the optimizer state before it."""
+        sliced = arm.initialisation == "pruned" and self.recipe.targets[arm.target].slice_optimizer_state
+        return sliced and number > 1
+
+    def share_folder(self, target: str, number: int) -> Path:
+        """Return the folder of the training behind a stage of a target that is not the last, counted from 1."""
+        return self.folder.resolve() / "train" / f"{target}-stages" / str(number)
 
     @property
     def training_data(self) -> dict[str, Any]:
@@ -143,6 +158,7 @@ class RunFolder:
             "validation": self.results["data"]["validation_windows"]["ids_sha256"],
             "first_token": share.first_token,
             **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
+            **({"optimizer": "sliced"} if share.first_step and self.carries(arm, 2) else {}),
             "training": share.training.identity,
             **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
         }

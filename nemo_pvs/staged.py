@@ -2,7 +2,8 @@
 
 Adapt-Pruner (2502.03460) prunes a few percent and trains a share of the tokens, again and again; iterative Minitron
 does the same with whole layers or widths. All shares together are one training: one schedule of the learning rate,
-one range of the data, each share where the one before has ended; only the optimizer's moments begin anew.
+one range of the data, each share where the one before has ended. The optimizer's moments begin anew, as published, or
+are what the pruning leaves of those before (``slice_optimizer_state``).
 """
 
 from __future__ import annotations
@@ -136,6 +137,8 @@ def check_stages(recipe: Recipe, name: str, target: Target, parent: Shape) -> No
     Raises:
         UserError: naming what is wrong.
     """
+    if target.slice_optimizer_state and stages_of(target) == 1:
+        raise UserError("slice_optimizer_state is about the training between stages; say stages, or leave it out.")
     if target.stages is None:
         return
     if target.method not in STAGED:

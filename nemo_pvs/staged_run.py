@@ -53,6 +53,13 @@ def prune_in_stages(run: RunFolder, trainer: Trainer | None, name: str, target: 
             initial = str(run.results[stage]["fingerprint"])
             before, spent = _train(run, trainer, name, number, folder, initial, parts[number - 1])
             charges = [*charges, spent]
+        if number > 1 and not run.carries(arm, number):
+            forget_optimizer(run, name, number - 1)
+
+
+def forget_optimizer(run: RunFolder, name: str, number: int) -> None:
+    """Remove what only going on with a share of training would need, its checkpoints; its weights are kept."""
+    shutil.rmtree(run.share_folder(name, number) / "nemo", ignore_errors=True)
 
 
 def _prune(
@@ -118,13 +125,10 @@ def _prune(
 def _train(
     run: RunFolder, trainer: Trainer, name: str, number: int, pruned: Path, initial: str, share: Share
 ) -> tuple[Path, dict[str, Any]]:
-    """Train one share, and return the model's Hugging Face folder and what it cost.
-
-    Optimizer state is not handed on, so it goes once the weights are safe.
-    """
+    """Train one share, and return the model's Hugging Face folder and what it cost."""
     (arm,) = run.recipe.pruned_runs(name)
     label = f"{name}-stages"
-    job = run.share_job(arm, share, f"{arm.name} {number}", Path(label) / str(number), pruned / NEMO)
+    job = run.share_job(arm, share, f"{arm.name} {number}", Path(label) / str(number), pruned / NEMO, number)
     model = run.model(label) / str(number)
 
     def work() -> dict[str, Any]:
@@ -134,7 +138,8 @@ def _train(
     inputs = run.training_inputs(arm, share, initial)
     precious = [job.checkpoints, model]
     run.stage(f"train/{name}/stage-{number}", inputs, [job.folder, model], work, keep_partial=True, precious=precious)
-    shutil.rmtree(job.folder / "nemo", ignore_errors=True)
+    if run.carries(arm, number):
+        forget_optimizer(run, name, number - 1)
     ledger = Ledger()
     charge_training(ledger, share.training, shape_of(open_source(pruned / HUGGING_FACE)), 0)
     (charge,) = ledger.charges

@@ -141,6 +141,7 @@ def test_the_methods_of_a_target_are_those_of_pruning():
         "learn",
         "pruning_aware",
         "stages",
+        "slice_optimizer_state",
         "task_data",
         *SIZES,
     }

@@ -48,6 +48,7 @@ def staged_values(values: dict) -> dict:
 @pytest.mark.parallel
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_stage(staged, tmp_path):
+    staged["targets"]["one"]["slice_optimizer_state"] = True
     folder = tmp_path / "run"
     first = folder / "train" / "one-stages" / "1"
     recipe = tmp_path / "staged.yaml"
@@ -69,8 +70,9 @@ def test_kill_9_in_the_middle_of_a_stage(staged, tmp_path):
     assert finished.items() <= _records(folder).items(), "a finished stage was done again"
     assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed stage began anew"
 
-    # One schedule over both stages, data where the first has ended, moments begun anew.
+    # One schedule over both stages, data where the first has ended, what is left of its moments.
     last = folder / "train" / "one-pruned"
+    assert "optimizer state of step=7-last after 8 steps is carried on" in (last / "log.txt").read_text()
     rates = [point["learning_rate"] for run in (first, last) for point in metrics.read(run / METRICS_FILE).training]
     whole = {"steps": 16, "warmup_steps": 3, "decay_steps": 4, "min_ratio": 0.1}
     assert rates == pytest.approx([3e-3 * linear_warmup(step, **whole) for step in range(16)])

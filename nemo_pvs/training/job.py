@@ -16,6 +16,8 @@ JOB_FILE = "job.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 MASKS_FILE = "masks.safetensors"
+CHECKPOINTS = Path("nemo") / "checkpoints"
+"""Inside the folder that NeMo tidies up itself when it resumes."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,25 @@ class LearnedMasks:
     def from_json(cls, values: dict[str, Any]) -> LearnedMasks:
         """Undo ``to_json``."""
         return cls(Shape.from_dict(values["target"]), MaskLearning.model_validate(values["how"]))
+
+
+@dataclass(frozen=True)
+class CarriedState:
+    """Where a run takes its optimizer's first state from: the training that came before a pruning."""
+
+    checkpoints: Path
+    """Folder of checkpoints of that training."""
+    plan: Path | None
+    """The plan of the pruning; None where nothing was removed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"checkpoints": str(self.checkpoints), "plan": self.plan and str(self.plan)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> CarriedState:
+        """Undo ``to_json``."""
+        return cls(Path(values["checkpoints"]), Path(values["plan"]) if values["plan"] else None)
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,8 @@ class TrainingJob:
     """What is removed while the run trains."""
     masks: LearnedMasks | None = None
     """Of a run that learns masks (Sheared LLaMA); its initial checkpoint is the model that they are for."""
+    carried: CarriedState | None = None
+    """Of a run that goes on with the optimizer's state of another, which has taken ``first_step`` steps."""
 
     @property
     def metrics(self) -> Path:
@@ -81,8 +104,8 @@ class TrainingJob:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of NeMo checkpoints, inside the folder that NeMo tidies up itself when it resumes."""
-        return self.folder / "nemo" / "checkpoints"
+        """The folder of NeMo checkpoints."""
+        return self.folder / CHECKPOINTS
 
     def save(self) -> Path:
         """Write the job into its folder and return the file."""
@@ -101,6 +124,7 @@ class TrainingJob:
             "teacher": self.teacher and str(self.teacher),
             "pruning": self.pruning and self.pruning.model_dump(),
             "masks": self.masks and self.masks.to_json(),
+            "carried": self.carried and self.carried.to_json(),
         }
 
     @classmethod
@@ -120,4 +144,5 @@ class TrainingJob:
             teacher=Path(values["teacher"]) if values.get("teacher") else None,
             pruning=PruningAware.model_validate(values["pruning"]) if values.get("pruning") else None,
             masks=LearnedMasks.from_json(values["masks"]) if values.get("masks") else None,
+            carried=CarriedState.from_json(values["carried"]) if values.get("carried") else None,
         )

@@ -117,8 +117,13 @@ def unchained(optimizers: Iterable[MegatronOptimizer]) -> Iterator[MegatronOptim
             yield optimizer
 
 
-def refuse_unfit(optimizer: MegatronOptimizer, masked: Mapping[torch.nn.Parameter, Entry]) -> None:
-    """Raise UserError where no fp32 weights and gradients lie open between reduction and step."""
+def refuse_unfit(
+    optimizer: MegatronOptimizer,
+    masked: Mapping[torch.nn.Parameter, Any],
+    *,
+    refusal: str = "Masks cannot be held",
+) -> None:
+    """Raise UserError, with the reason behind ``refusal``, where no fp32 weights and gradients lie open."""
     reasons = {
         "the precision-aware optimizer keeps the weights inside its kernel; set use_precision_aware_optimizer=False": (
             optimizer.config.use_precision_aware_optimizer
@@ -138,7 +143,7 @@ def refuse_unfit(optimizer: MegatronOptimizer, masked: Mapping[torch.nn.Paramete
     }
     for reason, unfit in reasons.items():
         if unfit:
-            raise UserError(f"Masks cannot be held: {reason}.")
+            raise UserError(f"{refusal}: {reason}.")
 
 
 def _shards(

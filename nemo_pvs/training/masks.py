@@ -91,16 +91,10 @@ class RankMasks:
     def read(self, entry: Entry) -> torch.Tensor:
         """Return the mask of this rank's slice of a Megatron tensor, bool; True is a weight that is kept.
 
-        Each part is cut before they are fused: gate and up rows of a rank are not neighbours in the whole tensor.
         Parts without a mask are kept whole.
         """
         parts = [
             self._masks.read(part.name) if part.name in self._names else torch.ones(part.size(self._shape)).bool()
             for part in entry.parts
         ]
-        if entry.tensor_parallel_axis is None:
-            return entry.join(parts, self._shape)
-        layer = self._shape.at(entry.layer)
-        local = layer.replace(kv_groups=layer.kv_groups // self._ranks)
-        cut = [part.chunk(self._ranks, dim=entry.tensor_parallel_axis)[self._rank] for part in parts]
-        return entry.join(cut, local)
+        return entry.join_rank(parts, self._shape, self._rank, self._ranks)

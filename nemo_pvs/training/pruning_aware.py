@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import distributed
@@ -26,6 +25,7 @@ from nemo_pvs.recipe_blocks import Training
 from nemo_pvs.recipe_efficient import PruningAware
 from nemo_pvs.training.input_samples import COLUMN_PARALLEL, ROW_PARALLEL, InputSamples, Site
 from nemo_pvs.training.masked_optimizer import unchained
+from nemo_pvs.training.parameter_entries import gpt_models
 from nemo_pvs.training.unit_tensors import UnitTensor, linear_layers, unit_shards, unit_tensors
 
 
@@ -61,7 +61,7 @@ class Pruner:
         """The step, from 0, whose gradients come next."""
         self._terms = train.tokens_per_step if how.curvature == "tokens" else train.global_batch_size
         self._device = torch.device(torch.cuda.current_device())
-        models = [module for chunk in chunks for module in chunk.modules() if isinstance(module, GPTModel)]
+        models = gpt_models(chunks)
         tensors = dict(unit_tensors(models, layout, space, self._device))
         self._shards = list(unit_shards(optimizers, tensors))
         # Replicas that share the weights out, or None where each has them all.

@@ -27,6 +27,7 @@ from nemo_pvs.checkpoints.masks import FILE as MASKS_FILE
 from nemo_pvs.files import sha256_json
 from nemo_pvs.training.attention import FUSED_KERNELS, causal_data_step, layer_spec
 from nemo_pvs.training.callbacks import Checkpoint, MetricsLog
+from nemo_pvs.training.carried_state import carry_optimizer_state
 from nemo_pvs.training.cluster import Machine
 from nemo_pvs.training.data import PretrainingData
 from nemo_pvs.training.distillation_callback import distill
@@ -157,6 +158,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         ),
     )
     callbacks = [
+        *carry_optimizer_state(job),
         run.Config(
             MetricsLog, path=str(job.metrics), tokens_per_step=training.tokens_per_step, total_steps=training.steps
         ),

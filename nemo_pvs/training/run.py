@@ -15,7 +15,7 @@ from nemo_pvs.progress import console, progress
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.preemption import PREEMPTED, handing_on
-from nemo_pvs.training.run_checkpoints import checkpoint_name, newest_sound, say_broken
+from nemo_pvs.training.run_checkpoints import checkpoint_name, newest_sound, say_broken, state_to_carry
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -56,11 +56,15 @@ class Trainer:
         Raises:
             PreemptedError: SIGTERM or SIGUSR1 came, and the ranks have saved.
             TrainingError: a rank failed.
+            UserError: the optimizer's state that it begins with is gone.
         """
         if is_finished(job):
             return last_checkpoint(job)
-        for sentence in say_broken(*newest_sound(job.checkpoints)):
+        newest, broken = newest_sound(job.checkpoints)
+        for sentence in say_broken(newest, broken):
             console.print(sentence, soft_wrap=True)
+        if job.carried and newest is None:
+            state_to_carry(job.carried.checkpoints)
         launcher = self._start()
         assert launcher.stdin is not None
         print(job.save(), file=launcher.stdin, flush=True)

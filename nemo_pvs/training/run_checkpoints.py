@@ -55,6 +55,22 @@ def newest_sound(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, broken
 
 
+def state_to_carry(folder: Path) -> Path:
+    """Return the checkpoint whose optimizer state another run goes on with.
+
+    Raises:
+        UserError: there is none that is whole.
+    """
+    checkpoint, _ = newest_sound(folder)
+    if checkpoint is None:
+        target, stage = folder.parents[2].name.removesuffix("-stages"), folder.parents[1].name
+        raise UserError(
+            f"There is no checkpoint in {folder} to take the optimizer's state from; train that stage again (--force "
+            f"train/{target}/stage-{stage}), or leave slice_optimizer_state out."
+        )
+    return checkpoint
+
+
 def say_broken(chosen: Path | None, broken: dict[Path, str]) -> list[str]:
     """Return a sentence for each broken checkpoint and where the run goes on instead."""
     instead = f"at {chosen.name}" if chosen else "at its initial weights"

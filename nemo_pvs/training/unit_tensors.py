@@ -16,12 +16,7 @@ from nemo_pvs.layout import Entry, Layout
 from nemo_pvs.pruning.unit_space import UnitSpace
 from nemo_pvs.training.input_samples import COLUMN_PARALLEL, ROW_PARALLEL, Site
 from nemo_pvs.training.masked_optimizer import owned, refuse_unfit, unchained
-
-# Norms on their own have the names that Transformer Engine gives them inside of the linear layer behind.
-_NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+from nemo_pvs.training.parameter_entries import parameter_entries
 
 
 @dataclass
@@ -88,29 +83,17 @@ def unit_tensors(
     Raises:
         UserError: a weight is not in the table, or its vocabulary is padded.
     """
-    entries = {(entry.layer, entry.megatron): entry for entry in layout.entries(space.shape)}
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    for model in models:
-        numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
-        for name, parameter in model.named_parameters():
-            prefix = next((prefix for prefix in numbers if name.startswith(prefix)), "")
-            own = name.removeprefix(prefix)
-            for norm, stored in _NORMS.items():
-                own = own.replace(norm, stored) if own.startswith(norm) else own
-            if own == "output_layer.weight" and space.shape.tied:  # the last stage's copy of the embedding
-                own = "embedding.word_embeddings.weight"
-            entry = entries.get((numbers.get(prefix), own))
-            if entry is None:
-                raise UserError(f"The weight {name} is in no table of conversions/, so it cannot be pruned.")
-            rows, columns = space.of_tensor(entry, rank=rank, ranks=ranks)
-            if (len(rows), len(columns)) != (len(parameter), parameter[0].numel()):
-                raise UserError(
-                    f"{name} is {tuple(parameter.shape)}, not {(len(rows), len(columns))} as its units are; the "
-                    "vocabulary may be padded, which pruning while training does not know."
-                )
-            copied = getattr(parameter, "shared", False) or (entry.tensor_parallel_axis is None and rank > 0)
-            yield parameter, UnitTensor(entry, rows.to(device), columns.to(device), not copied)
+    for name, parameter, entry in parameter_entries(models, layout, space.shape):
+        rows, columns = space.of_tensor(entry, rank=rank, ranks=ranks)
+        if (len(rows), len(columns)) != (len(parameter), parameter[0].numel()):
+            raise UserError(
+                f"{name} is {tuple(parameter.shape)}, not {(len(rows), len(columns))} as its units are; the "
+                "vocabulary may be padded, which pruning while training does not know."
+            )
+        copied = getattr(parameter, "shared", False) or (entry.tensor_parallel_axis is None and rank > 0)
+        yield parameter, UnitTensor(entry, rows.to(device), columns.to(device), not copied)
 
 
 def unit_shards(
