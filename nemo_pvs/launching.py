@@ -33,7 +33,10 @@ class Stage:
 
 
 def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile | SlurmProfile) -> list[Stage]:
-    """Return the stages of ``pvs run`` as commands: prepare, each arm, report; before that, masks that are learned.
+    """Return the stages of ``pvs run`` as commands: prepare, each arm, report.
+
+    Before that, masks that are learned, and the trainings between the stages of targets: those behind the first
+    stages, then those behind the second, each prepared when the ones before are done.
 
     Args:
         recipe: The recipe.
@@ -43,31 +46,46 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     """
     from nemo_pvs.dry_run import settled  # takes seconds; profiles are also read to list them
     from nemo_pvs.masks_stage import first_of_each_stage, stage_layout
+    from nemo_pvs.staged import stages_of
 
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
     command = ["run", name, "--out", str(folder)]
     recipe = settled(recipe)
 
-    def trained(prepare: str, before: list[str], jobs: Mapping[str, tuple[Path, Layout]]) -> list[Stage]:
-        """Return a stage that prepares, and one for each job."""
-        made = [Stage(prepare, "nemo_pvs.cli", [*command, "--prepare-only"], before)]
-        for stage, (job, layout) in jobs.items():
-            after = made[0] if profile.kind == "slurm" else made[-1]
-            made.append(Stage(stage, "nemo_pvs.training.launch", profile.training(job), [after.name], layout))
-        return made
+    todo: list[Stage] = []
+    ends: list[str] = []
 
-    def ends(made: list[Stage]) -> list[str]:
-        return [stage.name for stage in made[1:]] if profile.kind == "slurm" else [made[-1].name]
+    def train(prepare: str, jobs: Mapping[str, tuple[Path, Layout]]) -> None:
+        """Add a stage that prepares, and one for each job."""
+        todo.append(Stage(prepare, "nemo_pvs.cli", [*command, "--prepare-only"], list(ends)))
+        ends.clear()
+        for stage, (job, layout) in jobs.items():
+            after = prepare if profile.kind == "slurm" else todo[-1].name
+            todo.append(Stage(stage, "nemo_pvs.training.launch", profile.training(job), [after], layout))
+            ends.append(stage)
+        if profile.kind != "slurm":
+            del ends[:-1]
 
     masks = {
         f"masks-{name}": (folder / "masks" / name / "run" / "job.json", stage_layout(recipe.targets[name]))
         for name in first_of_each_stage(recipe)
     }
-    learned = trained("prepare-masks", [], masks) if masks else []
+    if masks:
+        train("prepare-masks", masks)
+    for number in range(1, max(map(stages_of, recipe.targets.values()))):
+        shares = {
+            f"train-{name}-stage-{number}": (
+                folder / "train" / f"{name}-stages" / str(number) / "job.json",
+                target.layout,
+            )
+            for name, target in recipe.targets.items()
+            if stages_of(target) > number
+        }
+        train(f"prepare-stage-{number}", shares)
     arms = {f"train-{arm.name}": (folder / "train" / arm.name / "job.json", arm.layout) for arm in recipe.runs}
-    made = trained("prepare", ends(learned) if learned else [], arms)
-    return [*learned, *made, Stage("report", "nemo_pvs.cli", command, ends(made))]
+    train("prepare", arms)
+    return [*todo, Stage("report", "nemo_pvs.cli", command, ends)]
 
 
 def scripts(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> dict[str, str]:

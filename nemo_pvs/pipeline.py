@@ -68,12 +68,12 @@ class Pipeline(RunFolder):
     def prepare_only(self) -> list[Path]:
         """Do every stage before training, and return the job files for ranks that something else starts.
 
-        Where masks are to be learned, these are the first jobs; call it again when they are done.
+        Where masks are to be learned, or targets are trained between their stages, these are the first jobs; call it
+        again when they are done.
         """
         self._begin()
-        if jobs := self._mask_jobs():
+        if jobs := self._mask_jobs() or self._make_initial_weights(None):
             return jobs
-        self._make_initial_weights()
         for arm in self.recipe.runs:
             job = self.job(arm)
             outputs = [job.folder, self.model(arm.name)]
@@ -90,7 +90,8 @@ class Pipeline(RunFolder):
     def prepare(self, trainer: Trainer | None = None) -> None:
         """Do every stage that makes initial weights and token files; ``trainer`` where there is one already."""
         self._begin()
-        self._make_initial_weights(trainer)
+        with nullcontext(trainer) if trainer else self._trainer() as running:
+            self._make_initial_weights(running)
 
     def _begin(self) -> None:
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
@@ -98,21 +99,29 @@ class Pipeline(RunFolder):
         self.recipe = settle(self.recipe, self.parent_shape)
         self.data()
 
-    def _make_initial_weights(self, trainer: Trainer | None = None) -> None:
+    def _make_initial_weights(self, trainer: Trainer | None) -> list[Path]:
+        """Make every arm's; without a trainer as far as that goes, and return the jobs that must be done first."""
+        waiting = []
         if any(needs_scores(target) for target in self.recipe.targets.values()):
             self.calibrate()
         for name, target in self.recipe.targets.items():
             if is_trained_first(target):
                 self.learn_masks(name, target, trainer)
             if target.method != DENSE or "pruned" in self.recipe.arms_of(name):
-                self.prune(name, target, trainer)
+                job = self.prune(name, target, trainer)
+                if job is not None:
+                    waiting.append(job)
+                    continue
             if "random" in self.recipe.arms_of(name):
                 self.random(name, target)
+        if waiting:
+            return waiting
         # Now that their shapes are known, also those that scores decided.
         made = (name for name in self.recipe.targets if f"prune/{name}" in self.results)
         shapes = {name: shape_of(open_source(self.pruned(name) / HUGGING_FACE)) for name in made}
         self.recipe = settle(self.recipe, self.parent_shape, shapes)
         self.tokens.check_end(self.results["data"]["splits"], end_of_reading(self.recipe))
+        return []
 
     def parent(self) -> None:
         """Get the parent as a checkpoint folder, and check that the recipe can be done with it."""
@@ -236,11 +245,14 @@ class Pipeline(RunFolder):
             **identity,
         }
 
-    def prune(self, name: str, target: Target, trainer: Trainer | None = None) -> None:
-        """Prune to a target, into a Hugging Face folder and a NeMo checkpoint."""
+    def prune(self, name: str, target: Target, trainer: Trainer | None = None) -> Path | None:
+        """Prune to a target, into a Hugging Face folder and a NeMo checkpoint.
+
+        Returns:
+            Without a trainer, the job between two of its stages that must be done first, if there is one.
+        """
         if stages_of(target) > 1:
-            prune_in_stages(self, trainer, name, target)
-            return
+            return prune_in_stages(self, trainer, name, target)
         folder, settings = self.pruned(name), self.recipe.calibrate
         samples = settings.scan_samples if scans(target) else settings.samples
         reads = scans(target) or is_sparse(target) or reads_text(target) or target.method == ADAPT
@@ -271,6 +283,7 @@ class Pipeline(RunFolder):
             )
 
         self.stage(f"prune/{name}", inputs, [folder], work, shared=True)
+        return None
 
     def random(self, name: str, target: Target) -> None:
         """Draw the scratch baseline's initial weights for a target, under the same masks, as a NeMo checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,35 @@ from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.errors import UserError
 from nemo_pvs.progress import progress
 from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
-from nemo_pvs.recipe import Target
+from nemo_pvs.recipe import Arm, Target
 from nemo_pvs.recipe_blocks import DENSE
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.run_folder import RunFolder
 from nemo_pvs.staged import ADAPT, Share, adapt_parameters, shares, stage_targets
-from nemo_pvs.training.run import Trainer
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.run import Trainer, is_finished, last_checkpoint
 
 _DRAWS = 10_000
 """Seeds between the calibration texts of two stages: more than a stage has iterations."""
 
 
-def prune_in_stages(run: RunFolder, trainer: Trainer | None, name: str, target: Target) -> None:
+def prune_in_stages(run: RunFolder, trainer: Trainer | None, name: str, target: Target) -> Path | None:
     """Prune to a target in stages, with training between them; the last share is that of the arm's own training.
 
     The result lies where a target's does, with ``charges`` for all that was spent on the way.
 
+    Args:
+        run: The run folder.
+        trainer: What trains the shares; None where something else starts the ranks.
+        name: The target's.
+        target: With its stages.
+
+    Returns:
+        The job of the first share that something else has to train before it goes on; else None.
+
     Raises:
-        UserError: ranks are started by something else, or a stage cannot be reached; those before it stay.
+        UserError: a stage cannot be reached; those before it stay.
     """
-    if trainer is None:
-        raise UserError(
-            f"Target {name} is trained between its stages, so its ranks cannot be started by something else; run it "
-            "without --prepare-only."
-        )
     (arm,) = run.recipe.pruned_runs(name)
     parts = shares(run.recipe, arm)
     before, charges = run.parent_path, list[dict[str, Any]]()
@@ -49,12 +54,18 @@ def prune_in_stages(run: RunFolder, trainer: Trainer | None, name: str, target: 
         folder = run.pruned(name) if last else run.pruned(f"{name}-stages") / str(number)
         stage = f"prune/{name}" if last else f"prune/{name}/stage-{number}"
         charges = _prune(run, stage, folder, before, target, asked, number, charges)
-        if not last:
-            initial = str(run.results[stage]["fingerprint"])
-            before, spent = _train(run, trainer, name, number, folder, initial, parts[number - 1])
-            charges = [*charges, spent]
         if number > 1 and not run.carries(arm, number):
             forget_optimizer(run, name, number - 1)
+        if last:
+            break
+        training = _training(run, arm, number, folder, str(run.results[stage]["fingerprint"]), parts[number - 1])
+        if trainer is None and (waits_for := _unfinished(run, training)):
+            return waits_for
+        before = _train(run, trainer, training)
+        charges = [*charges, _charge(parts[number - 1], folder)]
+        if run.carries(arm, number):
+            forget_optimizer(run, name, number - 1)
+    return None
 
 
 def forget_optimizer(run: RunFolder, name: str, number: int) -> None:
@@ -122,25 +133,54 @@ def _prune(
     return made
 
 
-def _train(
-    run: RunFolder, trainer: Trainer, name: str, number: int, pruned: Path, initial: str, share: Share
-) -> tuple[Path, dict[str, Any]]:
-    """Train one share, and return the model's Hugging Face folder and what it cost."""
-    (arm,) = run.recipe.pruned_runs(name)
-    label = f"{name}-stages"
+@dataclass(frozen=True)
+class _Training:
+    """The training behind a stage that is not the last, as a stage of the run."""
+
+    stage: str
+    inputs: dict[str, Any]
+    job: TrainingJob
+    model: Path
+    """Hugging Face folder of what it makes."""
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [self.job.folder, self.model]
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What is left alone when an attempt is gone on with, and what is never removed unasked."""
+        return {"keep_partial": True, "precious": [self.job.checkpoints, self.model]}
+
+
+def _training(run: RunFolder, arm: Arm, number: int, pruned: Path, initial: str, share: Share) -> _Training:
+    label = f"{arm.target}-stages"
     job = run.share_job(arm, share, f"{arm.name} {number}", Path(label) / str(number), pruned / NEMO, number)
-    model = run.model(label) / str(number)
+    stage = f"train/{arm.target}/stage-{number}"
+    return _Training(stage, run.training_inputs(arm, share, initial), job, run.model(label) / str(number))
+
+
+def _unfinished(run: RunFolder, training: _Training) -> Path | None:
+    """Return the file of the job, for ranks that something else starts, unless they have done it."""
+    done = run.stages.begin(training.stage, training.inputs, training.outputs, **training.kept)
+    return None if done or is_finished(training.job) else training.job.save()
+
+
+def _train(run: RunFolder, trainer: Trainer | None, training: _Training) -> Path:
+    """Train one share, or take it from ranks that have, and return the model's Hugging Face folder."""
 
     def work() -> dict[str, Any]:
-        convert(trainer.train(job), model, to="hf", overwrite=True)
-        return {"fingerprint": fingerprint(open_source(model))}
+        trained = trainer.train(training.job) if trainer else last_checkpoint(training.job)
+        convert(trained, training.model, to="hf", overwrite=True)
+        return {"fingerprint": fingerprint(open_source(training.model))}
 
-    inputs = run.training_inputs(arm, share, initial)
-    precious = [job.checkpoints, model]
-    run.stage(f"train/{name}/stage-{number}", inputs, [job.folder, model], work, keep_partial=True, precious=precious)
-    if run.carries(arm, number):
-        forget_optimizer(run, name, number - 1)
+    run.stage(training.stage, training.inputs, training.outputs, work, **training.kept)
+    return training.model
+
+
+def _charge(share: Share, pruned: Path) -> dict[str, Any]:
+    """Return what the training of a share cost."""
     ledger = Ledger()
     charge_training(ledger, share.training, shape_of(open_source(pruned / HUGGING_FACE)), 0)
     (charge,) = ledger.charges
-    return model, asdict(charge)
+    return asdict(charge)

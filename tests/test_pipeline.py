@@ -42,13 +42,17 @@ from tests.parallel.ranks import fork_context
 STAGES_BEFORE_TRAINING = ["parent", "data", "calibrate", "prune/width", "random/width", "prune/depth", "random/depth"]
 
 
-@pytest.fixture
-def values(tmp_path) -> dict:
-    """A recipe for a tiny parent, a text that can be learned, a width and a depth target."""
-    parent = save_tiny_tokenizer(make_tiny_llama(tmp_path / "parent", tie_word_embeddings=True))
+@pytest.fixture(name="values")
+def values_fixture(tmp_path) -> dict:
+    return tiny_values(tmp_path)
+
+
+def tiny_values(folder: Path) -> dict:
+    """Return a recipe for a tiny parent, a text that can be learned, a width and a depth target."""
+    parent = save_tiny_tokenizer(make_tiny_llama(folder / "parent", tie_word_embeddings=True))
     generator = random.Random(0)
     words = [f"w{generator.randint(2, 127)}" for _ in range(61)]
-    corpus = tmp_path / "corpus.jsonl"
+    corpus = folder / "corpus.jsonl"
     lines = [json.dumps({"text": " ".join(words[index % 61 :] + words * 5)}) for index in range(60)]
     corpus.write_text("\n".join(lines))
     return {

@@ -17,12 +17,12 @@ from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
-from tests.test_pipeline import _in_child, values  # noqa: F401
+from tests.test_pipeline import _in_child, values_fixture  # noqa: F401
 
 
 @pytest.mark.parallel
 @pytest.mark.slow
-def test_killed_while_units_go_it_goes_on_to_the_report(values, tmp_path):  # noqa: F811
+def test_killed_while_units_go_it_goes_on_to_the_report(values, tmp_path):
     folder = tmp_path / "run"
     parent = shape_of(open_source(values["parent"]["source"]))
     values["targets"] = {

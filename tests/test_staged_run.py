@@ -1,17 +1,18 @@
-"""A target in stages, trained on Megatron's ranks, killed in the middle of a stage, and gone on with."""
+"""A target in stages, trained on Megatron's ranks: killed in the middle of a stage, started by others, spread out."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json
 from nemo_pvs.learning_rate import linear_warmup
 from nemo_pvs.pipeline import Pipeline
@@ -20,20 +21,22 @@ from nemo_pvs.recipe_file import parse_recipe
 from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.training import metrics
-from nemo_pvs.training.job import METRICS_FILE
-from tests.test_pipeline import _records, values
+from nemo_pvs.training.job import METRICS_FILE, TrainingJob
+from tests.parallel.ranks import run_ranks
+from tests.test_pipeline import _records, tiny_values
 
-__all__ = ["values"]
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 
-@pytest.fixture(name="staged")
-def staged_values(values: dict) -> dict:
-    """The tiny recipe with one target in two stages, uneven under TP=2, and 16 steps in all."""
+def staged_values(folder: Path) -> dict:
+    """Return the tiny recipe with one target in two stages, uneven under TP=2, and 16 steps in all."""
+    values = tiny_values(folder)
     values["targets"] = {
         "one": {
             "method": "adapt-pruner",
             "ratio": 0.2,
             "stages": 2,
+            "slice_optimizer_state": True,
             "iterations": 10,
             "ffn_multiple": 2,
             "kv_groups_multiple": 2,
@@ -45,10 +48,11 @@ def staged_values(values: dict) -> dict:
     return values
 
 
-@pytest.mark.parallel
-@pytest.mark.slow
-def test_kill_9_in_the_middle_of_a_stage(staged, tmp_path):
-    staged["targets"]["one"]["slice_optimizer_state"] = True
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[dict, Pipeline]:
+    """A recipe, and its run, which was killed in the middle of the first stage's training and gone on with."""
+    tmp_path = tmp_path_factory.mktemp("staged")
+    staged = staged_values(tmp_path)
     folder = tmp_path / "run"
     first = folder / "train" / "one-stages" / "1"
     recipe = tmp_path / "staged.yaml"
@@ -69,6 +73,13 @@ def test_kill_9_in_the_middle_of_a_stage(staged, tmp_path):
     pipeline.run()
     assert finished.items() <= _records(folder).items(), "a finished stage was done again"
     assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed stage began anew"
+    return staged, pipeline
+
+
+def test_stages_are_one_training(whole):
+    staged, pipeline = whole
+    folder = pipeline.folder
+    first = folder / "train" / "one-stages" / "1"
 
     # One schedule over both stages, data where the first has ended, what is left of its moments.
     last = folder / "train" / "one-pruned"
@@ -113,6 +124,39 @@ def test_kill_9_in_the_middle_of_a_stage(staged, tmp_path):
     assert activities == ["parent pretraining", "calibration", "training", "calibration", "training"]
 
 
-def test_ranks_of_others_cannot_train_between_stages(staged, tmp_path):
-    with pytest.raises(UserError, match="without --prepare-only"):
-        Pipeline(parse_recipe(staged, "test"), tmp_path / "run").prepare_only()
+def _train(job: TrainingJob) -> None:
+    from nemo_pvs.training.train import train_on_cpu
+
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    train_on_cpu(job)
+
+
+def train(file: Path) -> list[float]:
+    """Be what starts the ranks of a job; return the losses."""
+    job = TrainingJob.load(file)
+    run_ranks(job.layout.processes, _train, job)
+    return [point["loss"] for point in metrics.read(job.metrics).training]
+
+
+@pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"data_parallel": 2}], ids=["PP=2", "DP=2"])
+def test_ranks_that_others_start_train_between_stages(whole, layout, tmp_path):
+    """Job after job, at another layout: the same curve, the same units, the same charges as in one go at TP=2."""
+    _, reference = whole
+    values = staged_values(tmp_path)
+    values["targets"]["one"]["layout"] = layout
+    recipe, folder = parse_recipe(values, "test"), tmp_path / "run"
+    (share,) = Pipeline(recipe, folder).prepare_only()
+    assert share == folder / "train" / "one-stages" / "1" / "job.json"
+    assert Pipeline(recipe, folder).prepare_only() == [share], "it was not trained yet"
+    losses = train(share)
+    pruned, scratch = Pipeline(recipe, folder).prepare_only()
+    assert (pruned.parent.name, scratch.parent.name) == ("one-pruned", "one-random")
+    losses += train(pruned)
+    (arm, _) = assemble(reference).arms
+    assert losses == pytest.approx([point.loss for point in arm.training], abs=1e-3)
+    ours, theirs = (Plan.load(path / "pruned" / "one" / "plan.json") for path in (folder, reference.folder))
+    assert (ours.keep_ffn, ours.keep_kv_groups) == (theirs.keep_ffn, theirs.keep_kv_groups)
+    charges = [read_json(path / "stages" / "prune-one.json")["result"] for path in (folder, reference.folder)]
+    assert charges[0]["charges"] == charges[1]["charges"]

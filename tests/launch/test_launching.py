@@ -149,6 +149,26 @@ def test_masks_of_targets_that_differ_later_are_learned_once(tmp_path):
     assert learned == {f"masks-{method}_{size}" for method in ("sheared", "efficient") for size in ("quarter", "half")}
 
 
+def test_what_is_trained_between_stages_is_prepared_stage_by_stage(tmp_path):
+    recipe = load_recipe("adapt_pruner/llama31_8b")
+    made = stages(recipe, "adapt_pruner/llama31_8b", tmp_path, load_profile("slurm_h100", SITE))
+    by_name = {stage.name: stage for stage in made}
+    assert made[0].name == "prepare-stage-1"
+    for number in range(1, 10):  # of ten stages of one target and eight of the other, the last is the arm's training
+        targets = ["4.5b-adapt", "4.5b-minitron"] if number < 8 else ["4.5b-adapt"]
+        shares = [f"train-{target}-stage-{number}" for target in targets]
+        assert [stage.name for stage in made if f"-stage-{number}" in stage.name][1:] == shares
+        for share, target in zip(shares, targets, strict=True):
+            assert by_name[share].after == [f"prepare-stage-{number}"]
+            assert by_name[share].layout.processes == 128
+            file = tmp_path / "train" / f"{target}-stages" / str(number) / "job.json"
+            assert str(file) in by_name[share].arguments
+        following = f"prepare-stage-{number + 1}" if number < 9 else "prepare"
+        assert by_name[following].after == shares
+    assert by_name["train-4.5b-adapt-pruned-10B"].after == ["prepare"]
+    assert made[-1].name == "report"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
