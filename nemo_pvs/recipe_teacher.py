@@ -36,7 +36,7 @@ def teacher_shape(recipe: Recipe, parent: Shape) -> Shape | None:
 
 
 def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape, student: Shape) -> None:
-    """Charge a distilled arm of this shape, with its last one where it has stages, with its lessons; others with nothing."""
+    """Charge a distilled arm with its lessons, others with nothing; ``student`` is the shape that an arm ends with."""
     teacher = teacher_shape(recipe, parent) if arm.training.distill else None
     if teacher:
         charge_lessons(ledger, arm.training, teacher, student)

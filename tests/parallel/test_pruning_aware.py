@@ -257,12 +257,14 @@ def test_planted_useless_units_of_all_kinds_are_the_ones_that_go(tmp_path):
             layer.mlp.down_proj.weight[:, channels] = 0
             for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 linear.weight[useless] = 0
-    write_nemo(StateSource(model), job.initial, overwrite=True)
+    planted = StateSource(model)
+    planted.assets = HuggingFaceSource(tmp_path / "model").assets
+    write_nemo(planted, tmp_path / "planted")
     target = space.kept_shape(useful)
     assert (target.hidden, target.kv_groups, target.ffn) == (48, 1, 48)
     pruning = job.pruning.model_copy(update={"parameters": target.parameters})
     training = job.training.model_copy(update={"learning_rate": 1e-30})
-    run = _run(replace(job, pruning=pruning, training=training), tmp_path / "run")
+    run = _run(replace(job, initial=tmp_path / "planted", pruning=pruning, training=training), tmp_path / "run")
     assert {removal["kind"] for removal in run.state.removals} == {"hidden", "groups", "ffn"}
     assert torch.equal(run.state.kept, useful)
 
