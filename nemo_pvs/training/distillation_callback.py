@@ -1,4 +1,10 @@
-"""The callback that trains a student on what its teacher says, inside NeMo's training loop."""
+"""The callback that trains a student on what its teacher says, inside NeMo's training loop.
+
+NeMo has a distillation of its own (2.7.3, ``llm.modelopt.distill``). Its divergence is ours at a temperature of 1. But
+its teacher is a NeMo checkpoint and never a Hugging Face folder, the hidden states of a pair must both be on the last
+pipeline stage, virtual pipelines are refused, and what configures it knows no temperature, no top-k and no embedding
+of a first stage. It is a model class of its own besides, which what we do to models in training would have to know.
+"""
 
 from __future__ import annotations
 

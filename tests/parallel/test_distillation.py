@@ -318,6 +318,39 @@ def test_a_vocabulary_in_parts_has_the_divergence_of_the_whole(ranks, how):
     assert not gradient[0].any()
 
 
+def _kl_of_nemo(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the divergence by NeMo's distillation, and the gradient of its sum, from this rank's columns."""
+    from types import SimpleNamespace
+
+    import torch.distributed as distributed
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+
+    from nemo_pvs.evaluation.parallel import joined
+    from nemo_pvs.training.inference import megatron_ranks
+
+    with joined(), megatron_ranks(2):
+        student, teacher = (torch.from_numpy(one).chunk(2, -1)[distributed.get_rank()] for one in arrays)
+        mine = student.clone().requires_grad_()
+        kl, *_ = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=2))(mine, teacher)
+        kl.sum().backward()
+        whole = kl.detach().clone()
+        distributed.all_reduce(whole)
+        return whole.T.numpy(), mine.grad.numpy()
+
+
+def test_nemos_own_distillation_has_the_same_divergence():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(7, 3, 64, generator=generator) for _ in range(2))
+    found = run_ranks(2, _kl_of_nemo, [student.numpy(), teacher.numpy()])
+    whole = student.clone().requires_grad_()
+    kl = vocabulary_parallel_kl(whole, teacher)
+    kl.sum().backward()
+    for theirs, _ in found:
+        np.testing.assert_allclose(theirs, kl.detach(), rtol=1e-4)
+    gradient = np.concatenate([part for _, part in found], -1)
+    np.testing.assert_allclose(gradient, whole.grad, rtol=1e-3, atol=1e-6)
+
+
 def _reference(student, teacher, temperature=1.0, top_k=None):
     """The definition, by PyTorch's own functions and autograd."""
     if top_k:
