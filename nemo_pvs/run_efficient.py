@@ -96,7 +96,11 @@ def about_shape(target: Target, parent: Shape) -> Shape:
 
 
 def charge_pruning_aware(ledger: Ledger, recipe: Recipe, target: Target, parent: Shape) -> None:
-    """Charge a pruned arm with that training, at the FLOPs of the whole parent, whose tensors are multiplied."""
+    """Charge a pruned arm with that training, at the FLOPs of the whole parent, whose tensors are multiplied.
+
+    What only chooses and makes up for units is left out, as SparseGPT's Hessians are; the step costs in
+    ``tests/benchmarks/README.md`` have it.
+    """
     training = aware_training(recipe, target)
     ledger.charge(
         "mask learning",
