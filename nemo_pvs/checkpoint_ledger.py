@@ -12,6 +12,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.costs import calibration_flops
 from nemo_pvs.recipe_blocks import Training
+from nemo_pvs.recipe_distillation import Distillation
 from nemo_pvs.reporting.ledger import Charge, Ledger
 from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.shape import Shape
@@ -53,7 +54,7 @@ def charge_run(
     """Charge what training a model took, and its lessons if it had a teacher, the checkpoint of that name."""
     charge_training(ledger, training, shape_of(model), count_masked(model), read)
     if teacher is not None:
-        charge_lessons(ledger, training, shape_of(open_source(teacher)))
+        charge_lessons(ledger, training, shape_of(open_source(teacher)), shape_of(model))
 
 
 def charge_training(
@@ -73,17 +74,25 @@ def charge_training(
     )
 
 
-def charge_lessons(ledger: Ledger, training: Training, teacher: Shape) -> None:
-    """Charge the forward passes of a teacher over every token of a training."""
-    ledger.charge(
-        "teacher",
-        training.steps * training.tokens_per_step,
-        teacher,
-        training.sequence_length,
-        training=False,
-        note="forward, this run",
-        tokens_per_step=training.tokens_per_step,
+def charge_lessons(ledger: Ledger, training: Training, teacher: Shape, student: Shape) -> None:
+    """Charge what every token of a distilled training takes beside the student."""
+    assert training.distill is not None
+    tokens = training.steps * training.tokens_per_step
+    rate = lesson_flops(training.distill, training.sequence_length, teacher, student)
+    ledger.charges.append(
+        Charge("teacher", tokens, tokens * rate, "forward, this run", tokens_per_step=training.tokens_per_step)
     )
+
+
+def lesson_flops(distill: Distillation, sequence_length: int, teacher: Shape, student: Shape) -> int:
+    """Return the FLOPs of a token that distillation adds to a training step.
+
+    These are the teacher's forward pass and, where hidden states of unlike widths d and D are compared, their
+    projection at every place: ``2 d D`` forward, and as much for its own gradient and for that of the states.
+    """
+    forward = teacher.flops_per_token(sequence_length=sequence_length, training=False)
+    projected = distill.places if student.hidden != teacher.hidden else 0
+    return forward + 6 * projected * student.hidden * teacher.hidden
 
 
 def charge_scores(parent: Shape, tokens: int, sequence_length: int, *, gradients: bool) -> Charge:

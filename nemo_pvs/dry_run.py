@@ -187,6 +187,8 @@ def _describe(distill: Distillation) -> str:
         loss += f" + {distill.hidden_weight:g} x {distill.hidden_loss} of layers {pairs}"
     if distill.embedding_weight:
         loss += f" + {distill.embedding_weight:g} x {distill.hidden_loss} of embeddings"
+    if distill.dynamic_weight:
+        loss += ", hidden states scaled to the size of the divergence"
     top = f", top {distill.top_k} of its tokens" if distill.top_k else ""
     arms = " and ".join(distill.arms)
     return f"distilled: {arms} arms from {distill.teacher}; {loss}, T = {distill.temperature:g}{top}"

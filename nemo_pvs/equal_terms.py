@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from nemo_pvs.checkpoint_ledger import DEPTH_SCAN, charge_scores, charge_training
+from nemo_pvs.checkpoint_ledger import DEPTH_SCAN, charge_scores, charge_training, lesson_flops
 from nemo_pvs.masks_stage import charge_stage, is_trained_first
 from nemo_pvs.pruning.adapt_pruner import Settings
 from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
@@ -43,6 +43,7 @@ def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = N
 def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedArm:
     """Return a pruned arm of a recipe with its cost, its ancestors included."""
     training, target = arm.training, recipe.targets[arm.target]
+    distill = recipe.train.distill if recipe.distills(arm.target, "random") else None
     scratch_before, teacher = Ledger(), teacher_shape(recipe, parent)
     inherit_ancestors(scratch_before, recipe, arm.target, "random", parent)
     return PrunedArm(
@@ -52,8 +53,8 @@ def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedA
         training.tokens_per_step,
         training.sequence_length,
         masked_parameters(target, shape),
-        scratch_teacher_flops=teacher.flops_per_token(sequence_length=training.sequence_length, training=False)
-        if teacher and recipe.distills(arm.target, "random")
+        scratch_teacher_flops=lesson_flops(distill, training.sequence_length, teacher, shape)
+        if distill and teacher
         else 0,
         scratch_before=scratch_before,
     )
@@ -71,7 +72,7 @@ def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
         shapes = [shape]
     for share, between in zip(shares(recipe, arm), [*shapes[:-1], shape], strict=True):
         charge_training(ledger, share.training, between, masked_parameters(target, between))
-    charge_teacher(ledger, recipe, arm, parent)
+    charge_teacher(ledger, recipe, arm, parent, shape)
     return ledger
 
 

@@ -47,6 +47,8 @@ class PruningAware(Block):
     """What the gradient of a step is the mean of, n in ``h = n g^2``. Tokens of a sequence have their gradients in
     common to some part; with sequences h is smaller than it is, and first order counts for more."""
     signed: bool = False
+    per_parameter: bool = Field(default=True, exclude_if=lambda given: given)
+    """Compare kinds of units by saliency per parameter, which the paper leaves open; else by the whole of it."""
     compensate: bool = True
     """Let the weights that stay make up for those that go."""
     compensation_tokens: Positive = 65_536
@@ -68,7 +70,7 @@ class PruningAware(Block):
     @property
     def rules(self) -> Rules:
         """What may go."""
-        names = ("uniform", "groups_at_once", "ffn_at_once", "hidden_at_once")
+        names = ("uniform", "groups_at_once", "ffn_at_once", "hidden_at_once", "per_parameter")
         least = ("least_groups", "least_ffn", "least_hidden")
         return Rules(int(self.parameters), **{name: getattr(self, name) for name in (*names, *least)})
 

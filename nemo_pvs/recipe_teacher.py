@@ -35,11 +35,11 @@ def teacher_shape(recipe: Recipe, parent: Shape) -> Shape | None:
     return parent if distill.teacher == PARENT else shape_of(open_source(distill.teacher))
 
 
-def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape) -> None:
-    """Charge a distilled arm with its teacher's forward passes; others with nothing."""
+def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape, student: Shape) -> None:
+    """Charge a distilled arm with its lessons, others with nothing; ``student`` is the shape that an arm ends with."""
     teacher = teacher_shape(recipe, parent) if arm.training.distill else None
     if teacher:
-        charge_lessons(ledger, arm.training, teacher)
+        charge_lessons(ledger, arm.training, teacher, student)
 
 
 def inherit_ancestors(

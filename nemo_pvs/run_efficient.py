@@ -96,7 +96,11 @@ def about_shape(target: Target, parent: Shape) -> Shape:
 
 
 def charge_pruning_aware(ledger: Ledger, recipe: Recipe, target: Target, parent: Shape) -> None:
-    """Charge a pruned arm with that training, at the FLOPs of the whole parent, whose tensors are multiplied."""
+    """Charge a pruned arm with that training, at the FLOPs of the whole parent, whose tensors are multiplied.
+
+    What only chooses and makes up for units is left out, as SparseGPT's Hessians are; the step costs in
+    ``tests/benchmarks/README.md`` have it.
+    """
     training = aware_training(recipe, target)
     ledger.charge(
         "mask learning",
@@ -189,7 +193,13 @@ def train_and_prune(trainer: Trainer, job: TrainingJob, parent: WeightSource) ->
 
 
 def prune_by_units(job: TrainingJob, checkpoint: str, parent: WeightSource) -> tuple[PrunedSource, Plan]:
-    """Return the model that is left, not written yet, and its plan: the one physical compaction."""
+    """Return the model that is left, not written yet, and its plan: the one physical compaction.
+
+    There is none before the end. One in between would save a part of the FLOPs of this training alone, which is short
+    (the paper's 8.6 B tokens stand before 50 B or more), at the price of another model, optimizer and set of shards
+    each time, of sizes that need not suit the layout while units of single layers go, and of saliency that begins
+    anew. Where that is worth it, a recipe may take the result of another as its parent.
+    """
     assert job.pruning is not None
     trained = open_source(job.checkpoints / checkpoint)
     space = UnitSpace(shape_of(trained))

@@ -49,6 +49,7 @@ def run_ledger(
         ledger.charges += charges_of(made) if stages_of(target) > 1 else pruning_charges(made, target.task)
         if is_trained_first(target):
             charge_stage(ledger, recipe, target, parent)
-    charge_training(ledger, shares(recipe, arm)[-1].training, shape_of(model), count_masked(model), read)
-    charge_teacher(ledger, recipe, arm, parent)
+    shape = shape_of(model)
+    charge_training(ledger, shares(recipe, arm)[-1].training, shape, count_masked(model), read)
+    charge_teacher(ledger, recipe, arm, parent, shape)
     return ledger

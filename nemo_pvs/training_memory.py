@@ -124,8 +124,7 @@ def _of_hidden_states(shape: Shape, teacher: Shape, layout: Layout, training: Tr
     That is ``held`` bytes for each of the teacher's channels at each place, and the projection in fp32 with its
     gradient and two moments.
     """
-    distill = training.distill
-    places = len(distill.layer_pairs) + (distill.embedding_weight > 0) if distill else 0
+    places = training.distill.places if training.distill else 0
     if not places:
         return 0.0
     shards = layout.tensor_parallel if layout.sequence_parallel else 1

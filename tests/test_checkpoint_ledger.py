@@ -14,6 +14,7 @@ from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
 from nemo_pvs.recipe_blocks import Training
+from nemo_pvs.recipe_distillation import Distillation
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.verbs import prune
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -61,6 +62,7 @@ def test_a_sparse_method_charges_its_own_pass(model: str, tmp_path: Path) -> Non
     # What is trained under its masks is charged as dense, and the zeros are counted beside it.
     training = Training(tokens=1280, sequence_length=32, global_batch_size=4, validation_samples=4, learning_rate=1e-3)
     ledger = ancestry(Path(sparse), None)
+    training = training.model_copy(update={"distill": Distillation(teacher=str(model))})
     charge_run(ledger, training, open_source(sparse), Path(model))
     run, lessons = ledger.charges[2:]
     zeros = sum(int((weight == 0).sum()) for weight in AutoModelForCausalLM.from_pretrained(sparse).parameters())

@@ -259,6 +259,9 @@ def test_every_method_leaves_a_stock_model(pvs, model, text, tmp_path, method, o
 def test_options_of_another_method_are_refused(pvs, model, tmp_path):
     _refused(pvs("prune", model, tmp_path / "x", "--method", "wanda", "--ratio", "0.5"), "wanda has no --ratio")
     _refused(pvs("prune", model, tmp_path / "x", "--method", "flap"), "give --ratio")
+    for method in ("sheared-llama", "efficient-llm"):
+        asked = ("prune", model, tmp_path / "x", "--method", method, "--ratio", "0.5")
+        _refused(pvs(*asked), f"{method} trains the model while it finds out what to keep; write a recipe")
     _refused(pvs("prune", model, tmp_path / "x", "--method", "wanda", "--sparsity", "3:2"), "3:2")
     assert not (tmp_path / "x").exists()
 

@@ -1,14 +1,17 @@
 """A dry run of every packaged recipe, without data or model, against numbers worked out apart."""
 
 import copy
+from pathlib import Path
 
 import pytest
+import yaml
 
 from nemo_pvs import cli
 from nemo_pvs.dry_run import _ranks, dry_run
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.presets import presets
 from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
+from tests.conftest import make_tiny_llama
 
 BATCH = 512 * 8192
 
@@ -161,6 +164,42 @@ def test_what_is_impossible_is_refused(path, value, sentence):
     block[key] = value
     with pytest.raises(UserError, match=sentence):
         dry_run(parse_recipe(values, "test"))
+
+
+IMPOSSIBLE = {
+    "asks for hidden=577, but the model has 576": {"method": "sheared-llama", "hidden": 577},
+    "has 97 stages but trains for 96 steps": {"method": "adapt-pruner", "ratio": 0.2, "stages": 97},
+    "leave nothing of the layers beside the embeddings": {"method": "adapt-pruner", "ratio": 0.99},
+    "at which a layer would be pruned to nothing next": {
+        "method": "efficient-llm",
+        "pruning_aware": {"parameters": 1000, "tokens": 49152},
+    },
+    "takes at least 203 removals, so 203 steps, but 49,152 tokens are 96 steps": {
+        "method": "efficient-llm",
+        "pruning_aware": {"parameters": 70e6, "tokens": 49152},
+    },
+    "The teacher's vocabulary has 128 tokens and the student's 49,152": {"method": "minitron-depth", "layers": 14},
+}
+
+
+def test_what_learned_and_iterative_methods_cannot_do_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    demo = Path(__file__).parents[1] / "recipes" / "smollm2_135m" / "demo.yaml"
+    make_tiny_llama(tmp_path / "teacher")
+    for number, (sentence, target) in enumerate(IMPOSSIBLE.items()):
+        train = {"tokens": 49152, "sequence_length": 256, "global_batch_size": 2, "micro_batch_size": 2}
+        if "teacher" in sentence:
+            train["distill"] = {"teacher": str(tmp_path / "teacher")}
+        recipe = tmp_path / f"{number}.yaml"
+        values = {"extends": str(demo), "targets": {"width": None, "depth": None, "one": target}, "train": train}
+        recipe.write_text(yaml.safe_dump(values))
+        monkeypatch.setattr("sys.argv", ["pvs", "run", str(recipe), "--dry-run"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        assert end.value.code == 2, said.out
+        assert sentence in said.err
+        assert said.err.startswith("pvs: Target one: ")
+        assert said.err.count("\n") == 1
 
 
 def test_a_layout_is_shown_with_all_that_is_not_as_usual():

@@ -228,6 +228,14 @@ def test_a_run_goes_on_in_another_layout_and_nothing_trained_is_removed_unasked(
     assert not checkpoint.exists()
 
 
+def test_a_teacher_of_another_tokenizer_is_refused(values, tmp_path):
+    teacher = save_tiny_tokenizer(make_tiny_llama(tmp_path / "teacher"), vocab=127)
+    values["train"]["distill"] = {"teacher": str(teacher)}
+    with pytest.raises(UserError, match="differ, first at token 127"):
+        Pipeline(parse_recipe(values, "test"), tmp_path / "run").prepare()
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
 def test_forced_stage_is_done_again(values, tmp_path):
     folder = tmp_path / "run"
     Pipeline(parse_recipe(values, "test"), folder).prepare()

@@ -65,7 +65,8 @@ def test_runs_without_a_teacher_keep_their_identity() -> None:
     assert again.train.distill == distilled_recipe({"temperature": 2}).train.distill
     logits_alone = distilled_recipe({}).train.distill
     assert logits_alone
-    assert not {"layer_pairs", "hidden_weight", "embedding_weight", "hidden_loss"} & set(logits_alone.model_dump())
+    hidden = {"layer_pairs", "hidden_weight", "embedding_weight", "hidden_loss", "dynamic_weight"}
+    assert not hidden & set(logits_alone.model_dump())
     pairs = distilled_recipe({"layer_pairs": [[1, 2], [2, 4]], "hidden_weight": 1})
     assert parse_recipe(pairs.model_dump(mode="json"), "again").train.distill == pairs.train.distill
 
@@ -87,6 +88,25 @@ def test_a_teacher_is_charged_to_pruned_and_random_alike() -> None:
     alone = dry_run(distilled_recipe({"arms": ["pruned"]})).arms[1].ledger
     assert _charges(alone) == [("training", tokens)]
     assert alone.training == scratch.training, "the teacher is no training of the student"
+
+
+def test_a_projection_is_charged_forward_and_back(tmp_path: Path) -> None:
+    """At each place, where widths differ; by hand: 96 x 64 numbers multiplied and added three times a token."""
+    make_tiny_llama(tmp_path, hidden_size=96)
+    hidden = {"layer_pairs": [[1, 2], [2, 3]], "hidden_weight": 1, "embedding_weight": 1}
+    plain, compared, alike = (
+        dry_run(distilled_recipe({"teacher": teacher, **how})).arms[1].ledger.charges[-1].flops
+        for teacher, how in ((str(tmp_path), {}), (str(tmp_path), hidden), ("parent", hidden))
+    )
+    tokens = 4 * PER_STEP
+    assert compared - plain == tokens * 3 * 6 * 96 * 64
+    assert alike == dry_run(distilled_recipe({})).arms[1].ledger.charges[-1].flops
+    wider = distilled_recipe(
+        {"teacher": str(tmp_path), "pretraining_tokens": 1e6, **hidden}, budget="equal-total-flops"
+    )
+    pruned, scratch = (planned.ledger for planned in dry_run(wider).arms)
+    a_step = sum(charge.flops / charge.steps for charge in scratch.charges if charge.steps)
+    assert pruned.total.flops <= scratch.total.flops < pruned.total.flops + a_step
 
 
 @pytest.mark.parametrize("setting", ["equal-training-tokens", "equal-total-tokens", "equal-total-flops"])
@@ -151,6 +171,11 @@ def test_memory_counts_the_teacher() -> None:
             {"layer_pairs": [[2, 3], [1, 4]], "hidden_weight": 1},
             {},
             r"layer_pairs must go up in student and teacher, but \[1, 4\] follows \[2, 3\]",
+        ),
+        (
+            {"dynamic_weight": True},
+            {},
+            "dynamic_weight is of hidden states; give hidden_weight or embedding_weight, too",
         ),
         ({"layer_pairs": [[0, 1]], "hidden_weight": 1}, {}, "should be greater than or equal to 1, not 0"),
         (

@@ -13,17 +13,22 @@ import pytest
 import torch
 
 from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.dry_run import dry_run
 from nemo_pvs.equal_terms import arm_cost
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline import Pipeline
+from nemo_pvs.pruning.mask_learning import MaskLearner, MaskSettings
 from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.sheared import save_masks
 from nemo_pvs.recipe_file import load_recipe, parse_recipe
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.run_masks import describe_masks, end_of_reading, first_token, mask_job, mask_layout, mask_training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.run import last_checkpoint
+from nemo_pvs.training.run_checkpoints import checkpoint_name
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.ranks import fork_context
 
@@ -127,6 +132,25 @@ def test_what_is_prepared_first_is_the_job_that_learns_masks(tmp_path: Path) -> 
     before = job.initial.stat().st_mtime_ns
     assert Pipeline(recipe, folder).prepare_only() == [path]
     assert job.initial.stat().st_mtime_ns == before
+
+
+def test_masks_that_fall_short_stop_the_run_with_how_far_they_got_and_stay(tmp_path: Path) -> None:
+    """Nothing is trained here: the masks are those of the first step, beside the last step's checkpoint."""
+    recipe, folder = parse_recipe(_values(tmp_path), "test"), tmp_path / "run"
+    (path,) = Pipeline(recipe, folder).prepare_only()
+    job = TrainingJob.load(path)
+    assert job.masks is not None
+    initial = open_source(job.initial)
+    write_nemo(initial, job.checkpoints / checkpoint_name(STEPS))
+    save_masks(job.masks_file, MaskLearner(shape_of(initial), job.masks.target, MaskSettings()))
+    with pytest.raises(
+        UserError, match=r"would remove 0\.\d% of the hidden channels instead of 25\.0%, 0\."
+    ):
+        Pipeline(recipe, folder).run()
+    assert last_checkpoint(job).name == checkpoint_name(STEPS)
+    assert job.masks_file.exists()
+    assert not (folder / "pruned").exists()
+    assert not (folder / "stages" / "masks-sheared.json").exists()
 
 
 def test_mask_learning_is_training_of_the_whole_parent_and_charged_as_such(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def prune_by(method: str, job: Job) -> Pruned:
     chosen = METHODS[method]
     given = job.options.given(*(one.name for one in fields(Options)))
     foreign = [f"--{name.replace('_', '-')}" for name in given if name not in chosen.takes]
-    if foreign:
+    if foreign and not chosen.trains:  # which has a sentence of its own
         own = ", ".join(f"--{name.replace('_', '-')}" for name in chosen.takes)
         raise UserError(f"{method} has no {' or '.join(foreign)}; its own options are {own}.")
     return chosen.prune(job)

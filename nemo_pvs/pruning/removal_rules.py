@@ -31,6 +31,8 @@ class Rules:
     """FFN channels that every layer keeps."""
     least_hidden: int = 1
     """Hidden channels that are kept."""
+    per_parameter: bool = True
+    """Compare what may go by its saliency per parameter; else by the whole of it."""
 
 
 def unit_parameters(shape: Shape, parent: Shape) -> dict[str, int]:

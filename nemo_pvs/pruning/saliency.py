@@ -8,7 +8,8 @@ paper has no code; where it is silent this is our reading, and an option:
 - h is not said. Here it is the Gauss-Newton estimate ``n g^2`` from the mean gradient g of n tokens, as in Sophia
   (2305.14342), which is exact in expectation where the gradients of tokens are independent; so ``h w^2 = n (w g)^2``
   and one product of weights and gradients is all that a step costs.
-- Groups of all kinds are compared by saliency per parameter; its absolute value, unless it is to be ``signed``.
+- Groups of all kinds are compared by saliency ``per_parameter``, or else what can go at a time by all of it, so that
+  FFN channels go long before a head; by its absolute value, unless it is to be ``signed``.
 - Accumulated means an exponential average over steps.
 - What goes at a time is one KV group, one hidden channel, or as many FFN channels as asked; ``uniform`` takes as many
   from every layer, and leaves an even model such as those that the paper has published.
@@ -37,7 +38,7 @@ class Removal:
     parameters: int
     """That go with them."""
     saliency: float
-    """Of all of them together, per parameter."""
+    """Of all of them together, per parameter if they are compared so."""
 
 
 def add_terms(totals: torch.Tensor, product: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
@@ -68,7 +69,7 @@ def saliency(first: torch.Tensor, second: torch.Tensor, *, signed: bool = False)
 
 
 def next_removal(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rules: Rules) -> Removal:
-    """Return what goes next: of all kinds (and layers) the units of least saliency per parameter.
+    """Return what goes next: of all kinds (and layers) the units of least saliency, per parameter or in all.
 
     Ties go to hidden channels before KV groups before FFN channels, to the first layer and to the lowest index.
 
@@ -111,4 +112,5 @@ def _candidates(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rule
         elif rules.uniform:
             continue
         for score, units in rows:
-            yield Removal(kind, units.sort().values, parameters, score / parameters)
+            compared = score / parameters if rules.per_parameter else score
+            yield Removal(kind, units.sort().values, parameters, compared)

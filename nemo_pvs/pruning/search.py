@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_pvs.calibration import ranks
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.parallel import from_main
 from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.files import read_json, sha256_json, write_json
 from nemo_pvs.layerwise import MEMORY_LIMIT
@@ -97,6 +99,8 @@ def search(
     shortlist is run: the dense model and the parent with one size changed at a time (two values a size) say what each
     size costs, and the sum estimates the rest. Importance kept, which costs nothing, is no guide: a few channels of
     the residual stream have most of its energy, so it takes narrow models for good ones.
+
+    Under ``torch.distributed`` the ranks share the text of every model; each calls ``retrain``.
 
     Args:
         source: The dense model.
@@ -214,8 +218,8 @@ class _Known:
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self._path = path
         self._values: dict[str, Any] = {"settings_sha256": sha256_json(settings), "settings": settings}
-        if path is not None and path.exists():
-            found = read_json(path)
+        found = from_main(lambda: read_json(path) if path is not None and path.exists() else None)
+        if found is not None:
             if not isinstance(found, dict) or found.get("settings_sha256") != self._values["settings_sha256"]:
                 raise UserError(
                     f"{path} belongs to a search with other scores, text or settings; remove it or rename."
@@ -228,6 +232,6 @@ class _Known:
         key = ",".join(f"{name}={getattr(shape, name)}" for name in SIZES)
         if key not in results:
             results[key] = measure(shape)
-            if self._path is not None:
+            if self._path is not None and ranks.is_main():
                 write_json(self._path, self._values)
         return float(results[key])

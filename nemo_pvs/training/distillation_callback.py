@@ -1,4 +1,10 @@
-"""The callback that trains a student on what its teacher says, inside NeMo's training loop."""
+"""The callback that trains a student on what its teacher says, inside NeMo's training loop.
+
+NeMo has a distillation of its own (2.7.3, ``llm.modelopt.distill``). Its divergence is ours at a temperature of 1. But
+its teacher is a NeMo checkpoint and never a Hugging Face folder, the hidden states of a pair must both be on the last
+pipeline stage, virtual pipelines are refused, and what configures it knows no temperature, no top-k and no embedding
+of a first stage. It is a model class of its own besides, which what we do to models in training would have to know.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +47,7 @@ def distill(job: TrainingJob) -> list[run.Config]:
             embedding_weight=how.embedding_weight,
             layer_pairs=[list(pair) for pair in how.layer_pairs],
             hidden_loss=how.hidden_loss,
+            dynamic_weight=how.dynamic_weight,
             betas=list(job.training.adam_betas),
             seed=job.training.seed,
         )
@@ -66,6 +73,7 @@ class Distill(pl.Callback, IOMixin):
         embedding_weight: float = 0.0,
         layer_pairs: list[list[int]] | None = None,
         hidden_loss: str = "cosine",
+        dynamic_weight: bool = False,
         betas: list[float] | None = None,
         seed: int = 0,
     ) -> None:
@@ -81,6 +89,7 @@ class Distill(pl.Callback, IOMixin):
             embedding_weight: See there.
             layer_pairs: ``[student, teacher]``, see there.
             hidden_loss: See there.
+            dynamic_weight: See there.
             betas: See there.
             seed: See there.
         """
@@ -93,6 +102,7 @@ class Distill(pl.Callback, IOMixin):
         self.embedding_weight = embedding_weight
         self.layer_pairs = layer_pairs or []
         self.hidden_loss = hidden_loss
+        self.dynamic_weight = dynamic_weight
         self.betas = betas or [0.9, 0.95]
         self.seed = seed
         self._training = False
@@ -125,6 +135,7 @@ class Distill(pl.Callback, IOMixin):
                 hidden_weight=self.hidden_weight,
                 embedding_weight=self.embedding_weight,
                 kind=self.hidden_loss,
+                dynamic=self.dynamic_weight,
                 betas=tuple(self.betas),
                 seed=self.seed,
             )
@@ -141,7 +152,7 @@ class Distill(pl.Callback, IOMixin):
             self._states.learn(self._rate)
 
     def state_dict(self):
-        """Return the projection of hidden states, which is no part of the model; the same on every rank."""
+        """Return what hidden states have beside the model; the same on every rank."""
         return self._states.state_dict() if self._states else {}
 
     def load_state_dict(self, state_dict):
@@ -167,10 +178,11 @@ class Distill(pl.Callback, IOMixin):
         """Log the divergence, which the last pipeline stage knows."""
         if self._training:
             kl = self._reduction.kl.clone()
-            _sync_from_last_pipeline_stage(kl)
+            _sync_from_last_pipeline_stage(kl, broadcast=self.dynamic_weight)  # to all ranks, else to rank 0 alone
             step.trainer.lightning_module.log(KL, kl, batch_size=1)
             if self._states:
-                for name, loss in zip((HIDDEN, EMBEDDINGS), self._states.end(), strict=True):
+                found = self._states.end(self.kl_weight * float(kl))
+                for name, loss in zip((HIDDEN, EMBEDDINGS), found, strict=True):
                     step.trainer.lightning_module.log(name, loss, batch_size=1)
         self._training = False
 

@@ -21,6 +21,10 @@ class HiddenStates:
     Megatron's schedules, its optimizer and its loss know nothing of it. What the teacher says there is sent to that
     stage if it was said on another. Each is a mean over the tokens of a micro-batch, as the LM loss is.
 
+    With a dynamic weight they are scaled by Minitron's ``alpha = L_logits / L_is`` (2407.14679, section 3.2), which is
+    a number and has no gradient. It is that of the losses of the step before, over all ranks: a stage is done with its
+    part of a step before the last one knows the divergence. So the first step of a run has none.
+
     The projection is no part of the model. Every rank holds it whole in fp32 with an Adam of its own, at the learning
     rate of the weights and without decay, and takes the same step by a gradient that is summed over all ranks; so an
     interrupted run goes on at another TP x PP x DP. The norm of the weights' gradient does not count it.
@@ -35,6 +39,7 @@ class HiddenStates:
         hidden_weight: float,
         embedding_weight: float,
         kind: str,
+        dynamic: bool,
         betas: tuple[float, float],
         seed: int,
     ) -> None:
@@ -47,10 +52,14 @@ class HiddenStates:
             hidden_weight: Of the sum over ``pairs``.
             embedding_weight: Of the same loss behind the embedding.
             kind: See ``hidden_loss``.
+            dynamic: Scale all of it to the size of the divergence.
             betas: Of the projection's Adam.
             seed: Of its initial values.
         """
         self._teacher, self._kind = teacher, kind
+        self._alpha = 0.0 if dynamic else 1.0
+        self._dynamic = dynamic
+        self._hidden_weight, self._embedding_weight = hidden_weight, embedding_weight
         self._weights = dict.fromkeys([ours for ours, _ in pairs], hidden_weight) | {EMBEDDING: embedding_weight}
         self._pairs = {ours: theirs for ours, theirs in [(EMBEDDING, EMBEDDING), *pairs] if self._weights[ours]}
         config = students[0].config
@@ -80,10 +89,17 @@ class HiddenStates:
         self._masks = {place: iter(ready) for place in self._pairs}
         self._sums.zero_()
 
-    def end(self) -> tuple[float, float]:
-        """Return the step's losses of layers (their sum) and of the embedding; later passes are not compared."""
+    def end(self, divergence: float) -> tuple[float, float]:
+        """Return the step's losses of layers (their sum) and of the embedding; later passes are not compared.
+
+        Args:
+            divergence: Of the step, as it is weighted; the same on every rank.
+        """
         self._masks = {}
         layers, embedding = self._over_ranks(self._sums.clone()).tolist()
+        weighted = self._hidden_weight * layers + self._embedding_weight * embedding
+        if self._dynamic and weighted > 0:
+            self._alpha = divergence / weighted
         return layers, embedding
 
     def learn(self, rate: float) -> None:
@@ -97,17 +113,20 @@ class HiddenStates:
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the projection and its moments, the same on every rank; nothing without one."""
-        if self.projection is None:
-            return {}
-        return deepcopy({"projection": self.projection.detach(), "optimizer": self._optimizer.state_dict()})
+        """Return a copy of alpha, the projection and its moments, the same on every rank; nothing without them."""
+        state: dict[str, Any] = {"alpha": self._alpha} if self._dynamic else {}
+        if self.projection is not None:
+            state |= {"projection": self.projection.detach(), "optimizer": self._optimizer.state_dict()}
+        return deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the projection of an interrupted run."""
-        assert self.projection is not None
-        with torch.no_grad():
-            self.projection.copy_(state["projection"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        """Go on with what an interrupted run has saved."""
+        if self._dynamic:
+            self._alpha = state["alpha"]
+        if self.projection is not None:
+            with torch.no_grad():
+                self.projection.copy_(state["projection"])
+            self._optimizer.load_state_dict(state["optimizer"])
 
     def _hook(self, place: int) -> Any:
         weight = self._weights[place]
@@ -122,7 +141,7 @@ class HiddenStates:
                 losses = hidden_loss(ours, wanted, self.projection, kind=self._kind)
                 loss = (losses * mask).sum() / self._micro_batches
             self._sums[int(place == EMBEDDING)] += loss.detach()
-            (weight * loss).backward()  # type: ignore[no-untyped-call]
+            (self._alpha * weight * loss).backward()  # type: ignore[no-untyped-call]
             gradient = ours.grad
             states.register_hook(lambda from_above: from_above + gradient)
 

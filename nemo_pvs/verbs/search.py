@@ -40,14 +40,16 @@ def search(
     learning_rate: Annotated[float, typer.Option(help="peak of that training")] = 1e-4,
     tensor_parallel: Annotated[int, typer.Option(help="ranks that share every layer")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="stages that share the layers out")] = 1,
+    data_parallel: Annotated[int, typer.Option(help="copies of a candidate that is trained")] = 1,
     fp8: Annotated[bool, typer.Option(help="only shapes whose shards suit FP8")] = False,
     device: Device = None,
     activation_memory: ActivationMemory = "8GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """Find the best architecture within a budget, by the loss right after pruning."""
+    """Find the best architecture within a budget; under torchrun the ranks share the text."""
     from rich.table import Table
 
+    from nemo_pvs.calibration import ranks
     from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.source import shape_of
@@ -99,8 +101,16 @@ def search(
         state=Path(out).with_suffix(".search.json"),
         **compute,
     )
-    with progress("search", "layers") as show:
+    with ranks.joined(), progress("search", "layers") as show:
+        if retrain_tokens and ranks.world_size() > 1:
+            raise UserError(
+                "Candidates are trained on ranks of their own (--tensor-parallel, --pipeline-parallel, "
+                "--data-parallel); leave --retrain-tokens out under torchrun, and train them by the same command "
+                "without torchrun and with --overwrite: what is measured stays so."
+            )
         ranking = find(progress=show)
+        if not ranks.is_main():
+            return
     if retrain_tokens:
         training = parse_training(
             {
@@ -111,7 +121,13 @@ def search(
                 "learning_rate": learning_rate,
             }
         )
-        layout = parse_layout({"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel})
+        layout = parse_layout(
+            {
+                "tensor_parallel": tensor_parallel,
+                "pipeline_parallel": pipeline_parallel,
+                "data_parallel": data_parallel,
+            }
+        )
         runs, data = Path(out).with_suffix(".runs"), Path(retrain_data or "")
         with short_training(model, runs, data, layout, training) as retrain:
             ranking = find(retrain=retrain, retrain_best=retrain_best, retrained=f"{data}: {training}")

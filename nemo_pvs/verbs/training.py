@@ -86,6 +86,9 @@ def train(
     hidden_weight: Annotated[float, typer.Option(help="of the loss of their hidden states")] = 0.0,
     embedding_weight: Annotated[float, typer.Option(help="of the same loss behind the embedding")] = 0.0,
     hidden_loss: Annotated[str, typer.Option(help="cosine or mse")] = "cosine",
+    dynamic_weight: Annotated[
+        bool, typer.Option(help="let the losses of hidden states together weigh what the divergence does")
+    ] = False,
     parent_tokens: ParentTokens = None,
 ) -> None:
     """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
@@ -111,8 +114,9 @@ def train(
         "hidden_weight": hidden_weight,
         "embedding_weight": embedding_weight,
         "hidden_loss": hidden_loss,
+        "dynamic_weight": dynamic_weight,
     }
-    if teacher is None and tuple(distill.values()) != (None, 1.0, None, 0.0, 1.0, (), 0.0, 0.0, "cosine"):
+    if teacher is None and tuple(distill.values()) != (None, 1.0, None, 0.0, 1.0, (), 0.0, 0.0, "cosine", False):
         raise UserError(
             "--temperature, --top-k, --layer-pairs, --hidden-loss and the weights of losses are about distillation; "
             "give --teacher."

@@ -132,6 +132,14 @@ def _distilled(top_k: int | None = None) -> Callable[[TrainingJob], TrainingJob]
     return kind
 
 
+def _compared(job: TrainingJob) -> TrainingJob:
+    """Learn from logits, the embedding and every layer, each from the teacher's at the same share of its depth."""
+    layers = shape_of(NemoSource(job.initial)).layers
+    pairs = tuple((layer, 2 * layer) for layer in range(1, layers + 1))
+    distill = Distillation(teacher="elsewhere", layer_pairs=pairs, hidden_weight=1.0, embedding_weight=1.0)
+    return replace(job, training=job.training.model_copy(update={"distill": distill}))
+
+
 def _masked(job: TrainingJob) -> TrainingJob:
     """Learn masks of every kind of unit."""
     shape = shape_of(NemoSource(job.initial))
@@ -171,6 +179,7 @@ KINDS: dict[str, Callable[[TrainingJob], TrainingJob]] = {
     "plain training": _plain,
     "distillation, a teacher twice as deep": _distilled(),
     "... by its 100 likeliest tokens": _distilled(top_k=100),
+    "... by hidden states of every layer, too": _compared,
     "Sheared LLaMA: masks are learned": _masked,
     "EfficientLLM: units are watched": _watched,
     "... and an FFN channel of a layer goes": _removed(compensate=False),

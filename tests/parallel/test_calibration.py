@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.flap import plan_flap
+from nemo_pvs.pruning.grid import flops_at
 from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
+from nemo_pvs.pruning.search import search
 from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.width import plan_width
 from tests.calibration.test_engine import token_set
@@ -59,6 +63,28 @@ def test_ranks_do_not_change_scores_or_plans(world_size: int) -> None:
             np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=atol, err_msg=name)
         assert its_plans == plans
         assert content_hash == results[0][2]  # the same bits on every rank
+
+
+def searched(scores: Scores, state: Path) -> list[tuple[Any, float | None]]:
+    """Return what a search knows of three shapes, which the ranks have measured together."""
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    source, tokens = StateSource(tiny_model()), token_set(samples=SAMPLES)
+    shapes = [scores.shape.replace(**sizes) for sizes in ({"ffn": 64}, {"hidden": 48}, {"layers": 3})]
+    found = search(source, scores, tokens, shapes, flops_at(24), state=state).candidates
+    return [(candidate.shape, candidate.loss) for candidate in found]
+
+
+def test_ranks_search_together(tmp_path: Path) -> None:
+    scores = calibrate(StateSource(tiny_model()), token_set(samples=SAMPLES))
+    expected = searched(scores, tmp_path / "alone.json")
+    ranks = run_ranks(2, searched, scores, tmp_path / "shared.json")
+    assert ranks[0] == ranks[1]
+    assert [shape for shape, _ in ranks[0]] == [shape for shape, _ in expected]
+    assert [loss for _, loss in ranks[0]] == pytest.approx([loss for _, loss in expected], rel=1e-6)
+    assert run_ranks(2, searched, scores, tmp_path / "alone.json") == [expected] * 2, (
+        "what is known was measured again"
+    )
 
 
 def measure_too_little() -> str:

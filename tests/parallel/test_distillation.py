@@ -75,6 +75,7 @@ def job(tmp_path_factory) -> TrainingJob:
                 layer_pairs=PAIRS,
                 hidden_weight=0.5,
                 embedding_weight=2.0,
+                dynamic_weight=True,
             ),
         ),
         teacher=folder / "teacher",
@@ -173,40 +174,73 @@ def _train_and_record(job: TrainingJob) -> tuple[list[Any], bool]:
     return batches, all(map(torch.equal, before, after))
 
 
-def test_a_step_is_that_of_transformers_and_leaves_the_teacher_alone(job, tmp_path):
-    """Loss, divergence and gradient norm of the first step in float64, from the batches that Megatron read."""
+def _steps_in_float64(job: TrainingJob, batches: list[Any], rates: list[float]) -> list[dict[str, float]]:
+    """Return losses and gradient norms of the first steps, from the batches that Megatron read, by plain autograd."""
+    how, settings = job.training.distill, job.training
+    student, teacher = (as_transformers(open_source(path)).double() for path in (job.initial, job.teacher))
+    parameters, projected = list(student.parameters()), torch.eye(64, dtype=torch.float64)
+    adam = {"betas": settings.adam_betas, "eps": settings.adam_eps}
+    optimizers = [torch.optim.AdamW(parameters, weight_decay=0.0, **adam)]
+    if teacher.config.hidden_size != 64:
+        projected = initial_projection(64, TEACHER["hidden_size"], settings.seed).double().requires_grad_()
+        optimizers.append(torch.optim.Adam([projected], betas=settings.adam_betas))
+
+    def unit(states: torch.Tensor) -> torch.Tensor:
+        return states * (states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+    def far(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        ours, theirs = unit(ours) @ projected, unit(theirs)
+        if how.hidden_loss == "mse":
+            return (ours - theirs).square().mean()
+        return 1 - cosine_similarity(ours, theirs, dim=-1).mean()
+
+    alpha, found = 0.0 if how.dynamic_weight else 1.0, []
+    per_step = settings.global_batch_size // settings.micro_batch_size
+    for step, rate in enumerate(rates):
+        lm, kl, hidden, embedding = torch.zeros(4, dtype=torch.float64)
+        for tokens, labels in batches[step * per_step : (step + 1) * per_step]:
+            ours = student(torch.tensor(tokens), output_hidden_states=True)
+            with torch.no_grad():
+                theirs = teacher(torch.tensor(tokens), output_hidden_states=True)
+            distances = [far(ours.hidden_states[one], theirs.hidden_states[two]) for one, two in ((0, 0), *PAIRS)]
+            hidden, embedding = hidden + sum(distances[1:]) / per_step, embedding + distances[0] / per_step
+            logits, wanted = ours.logits.flatten(0, 1), theirs.logits.flatten(0, 1) / 2.0
+            wanted[wanted < wanted.topk(50).values[:, -1:]] = -torch.inf
+            q, p = (logits / 2.0).log_softmax(-1), wanted.log_softmax(-1)
+            kl = kl + 4.0 * kl_div(q, p, log_target=True, reduction="none").nansum(-1).mean() / per_step
+            lm = lm + cross_entropy(logits, torch.tensor(labels).flatten()) / per_step
+        states = 0.5 * hidden + 2.0 * embedding
+        (0.25 * lm + kl + alpha * states).backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
+        measured = {"loss": lm, "kl": kl, "hidden_loss": hidden, "embedding_loss": embedding, "grad_norm": norm}
+        found.append({name: float(value) for name, value in measured.items()})
+        if how.dynamic_weight:
+            alpha = float(kl / states)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("wider", [True, False], ids=["wider, cosine", "as wide, mse, dynamic"])
+def test_steps_are_those_of_transformers_and_leave_the_teacher_alone(job, wider, tmp_path):
+    """Every loss and the gradient norm of four steps in float64, of the first to single precision."""
     folder = tmp_path / "run"
     folder.mkdir()
-    ran = replace(job, folder=folder)
+    how = {"dynamic_weight": not wider, "hidden_loss": "cosine" if wider else "mse"}
+    distill = job.training.distill.model_copy(update=how)
+    training = job.training.model_copy(update={"distill": distill, "weight_decay": 0.0})
+    ran = replace(job, folder=folder, training=training)
+    if not wider:
+        ran = replace(ran, teacher=make_tiny_llama(tmp_path / "equal", 5, initializer_range=0.1, num_hidden_layers=6))
     [(batches, unchanged)] = run_ranks(1, _train_and_record, ran)
     assert unchanged
-    student, teacher = (as_transformers(open_source(path)).double() for path in (job.initial, job.teacher))
-    losses, divergences, hidden, embedding = torch.zeros(4, dtype=torch.float64)
-    projection = initial_projection(64, TEACHER["hidden_size"], job.training.seed).double()
-    per_step = 4
-    for tokens, labels in batches[:per_step]:
-        ours = student(torch.tensor(tokens), output_hidden_states=True)
-        with torch.no_grad():
-            theirs = teacher(torch.tensor(tokens), output_hidden_states=True)
-        far = [
-            1 - cosine_similarity(ours.hidden_states[mine] @ projection, theirs.hidden_states[its], dim=-1).mean()
-            for mine, its in ((0, 0), *PAIRS)
-        ]
-        hidden, embedding = hidden + sum(far[1:]) / per_step, embedding + far[0] / per_step
-        logits = ours.logits.flatten(0, 1)
-        wanted = theirs.logits.flatten(0, 1) / 2.0
-        wanted[wanted < wanted.topk(50).values[:, -1:]] = -torch.inf
-        q, p = (logits / 2.0).log_softmax(-1), wanted.log_softmax(-1)
-        divergences = divergences + 4.0 * kl_div(q, p, log_target=True, reduction="none").nansum(-1).mean() / per_step
-        losses = losses + cross_entropy(logits, torch.tensor(labels).flatten()) / per_step
-    (0.25 * losses + divergences + 0.5 * hidden + 2.0 * embedding).backward()
-    norm = torch.stack([weight.grad.norm() for weight in student.parameters()]).norm()
-    first = metrics.read(ran.metrics).training[0]
-    assert first["loss"] == pytest.approx(float(losses), rel=1e-5)
-    assert first["kl"] == pytest.approx(float(divergences), rel=1e-5)
-    assert first["hidden_loss"] == pytest.approx(float(hidden), rel=1e-5)
-    assert first["embedding_loss"] == pytest.approx(float(embedding), rel=1e-5)
-    assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    curve = metrics.read(ran.metrics).training
+    expected = _steps_in_float64(ran, batches, [point["learning_rate"] for point in curve[:4]])
+    for step, wanted in enumerate(expected):
+        for name, value in wanted.items():
+            assert curve[step][name] == pytest.approx(value, rel=1e-3 if step else 1e-4), (step, name)
     trained = TorchDistReader(last_checkpoint(ran) / "weights").names
     initial = TorchDistReader(job.initial / "weights").names
     assert {name for name in trained if name.startswith("module.")} == set(initial)
@@ -282,6 +316,39 @@ def test_a_vocabulary_in_parts_has_the_divergence_of_the_whole(ranks, how):
     gradient = np.concatenate([part for _, part in found], -1)
     np.testing.assert_allclose(gradient, whole.grad, rtol=1e-11, atol=1e-14)
     assert not gradient[0].any()
+
+
+def _kl_of_nemo(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the divergence by NeMo's distillation, and the gradient of its sum, from this rank's columns."""
+    from types import SimpleNamespace
+
+    import torch.distributed as distributed
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+
+    from nemo_pvs.evaluation.parallel import joined
+    from nemo_pvs.training.inference import megatron_ranks
+
+    with joined(), megatron_ranks(2):
+        student, teacher = (torch.from_numpy(one).chunk(2, -1)[distributed.get_rank()] for one in arrays)
+        mine = student.clone().requires_grad_()
+        kl, *_ = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=2))(mine, teacher)
+        kl.sum().backward()
+        whole = kl.detach().clone()
+        distributed.all_reduce(whole)
+        return whole.T.numpy(), mine.grad.numpy()
+
+
+def test_nemos_own_distillation_has_the_same_divergence():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(7, 3, 64, generator=generator) for _ in range(2))
+    found = run_ranks(2, _kl_of_nemo, [student.numpy(), teacher.numpy()])
+    whole = student.clone().requires_grad_()
+    kl = vocabulary_parallel_kl(whole, teacher)
+    kl.sum().backward()
+    for theirs, _ in found:
+        np.testing.assert_allclose(theirs, kl.detach(), rtol=1e-4)
+    gradient = np.concatenate([part for _, part in found], -1)
+    np.testing.assert_allclose(gradient, whole.grad, rtol=1e-3, atol=1e-6)
 
 
 def _reference(student, teacher, temperature=1.0, top_k=None):

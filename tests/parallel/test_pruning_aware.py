@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource, stored_name
+from nemo_pvs.checkpoints.megatron import NemoSource, stored_name, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.torch_dist import TorchDistReader
 from nemo_pvs.layout import Layout as WeightLayout
@@ -29,7 +29,7 @@ from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_masks import Die, _nothing, _record_batches, _train
-from tests.state_source import as_transformers
+from tests.state_source import StateSource, as_transformers
 
 pytestmark = pytest.mark.parallel
 
@@ -237,6 +237,36 @@ def _made_up_for(source: NemoSource, run: Run, kind: str) -> dict[str, torch.Ten
             tensor[:, ~columns] = 0
         expected[name] = tensor
     return expected
+
+
+def test_planted_useless_units_of_all_kinds_are_the_ones_that_go(tmp_path):
+    """A quarter of the hidden channels, one of two groups and half of the FFN channels of every layer do nothing."""
+    job = make_job(tmp_path, {"uniform": True, "least_ffn": 1, "least_hidden": 1}, initializer_range=0.1)
+    source = NemoSource(job.initial)
+    space, model = UnitSpace(shape_of(source)), as_transformers(source)
+    useful, generator = space.everything(), torch.Generator().manual_seed(0)
+    useless = torch.randperm(64, generator=generator)[:16]
+    space.hidden(useful)[useless] = False
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, useless] = 0
+        for index, layer in enumerate(model.model.layers):
+            group, channels = index % 2, torch.randperm(96, generator=generator)[:48]
+            space.groups(useful)[index, group] = False
+            space.ffn(useful)[index, channels] = False
+            layer.self_attn.o_proj.weight[:, 64 * group : 64 * group + 64] = 0
+            layer.mlp.down_proj.weight[:, channels] = 0
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight[useless] = 0
+    planted = StateSource(model)
+    planted.assets = HuggingFaceSource(tmp_path / "model").assets
+    write_nemo(planted, tmp_path / "planted")
+    target = space.kept_shape(useful)
+    assert (target.hidden, target.kv_groups, target.ffn) == (48, 1, 48)
+    pruning = job.pruning.model_copy(update={"parameters": target.parameters})
+    training = job.training.model_copy(update={"learning_rate": 1e-30})
+    run = _run(replace(job, initial=tmp_path / "planted", pruning=pruning, training=training), tmp_path / "run")
+    assert {removal["kind"] for removal in run.state.removals} == {"hidden", "groups", "ffn"}
+    assert torch.equal(run.state.kept, useful)
 
 
 def test_a_target_that_is_not_reached_stops_before_the_last_checkpoint(job, tmp_path):

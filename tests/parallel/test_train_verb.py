@@ -8,6 +8,7 @@ import pytest
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.training import metrics
+from nemo_pvs.training.job import JOB_FILE, TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
@@ -68,7 +69,7 @@ def test_search_trains_its_best_candidates_for_a_while(pvs, tmp_path):
     command = [
         "search", model, "--scores", tmp_path / "scores", "--out", best, "--parameters", "100e3", "--tolerance", 0.4,
         "--hidden-step", 16, "--ffn-step", 16, "--layers-step", 1, "--retrain-tokens", 1024, "--retrain-best", 2,
-        "--sequence-length", 32, "--global-batch-size", 4,
+        "--sequence-length", 32, "--global-batch-size", 4, "--data-parallel", 2,
     ]  # fmt: skip
     refused = pvs(*command)
     assert refused.code == 2
@@ -82,6 +83,10 @@ def test_search_trains_its_best_candidates_for_a_while(pvs, tmp_path):
     known = json.loads(best.with_suffix(".search.json").read_text())
     (losses,) = (value for key, value in known.items() if key.startswith("retrained_loss"))
     assert sorted(losses.values()) == sorted(trained)
+    before = [(run / "metrics.jsonl").read_text() for run in runs]
+    assert pvs(*command, "--retrain-data", tmp_path / "data", "--overwrite").code == 0
+    assert [(run / "metrics.jsonl").read_text() for run in runs] == before, "trained again"
+    assert TrainingJob.load(runs[0] / JOB_FILE).layout.data_parallel == 2
     winner = min(losses, key=losses.get)
     assert json.loads(best.read_text())["layers"] == int(dict(pair.split("=") for pair in winner.split(","))["layers"])
 

@@ -54,6 +54,25 @@ def test_sparsities_rise_by_the_same_in_all_while_none_is_clipped() -> None:
     assert float(next_sparsity(torch.tensor([0.98]).double(), torch.tensor([-1.0]).double(), settings)) == 0.99
 
 
+def test_four_steps_by_hand() -> None:
+    """T-A1 of methods.md with a layer that cannot lose more than it has: u = 1/10, A = 0.2, I = 1, -1/4, -3/4."""
+    importance, settings = torch.tensor([1, -0.25, -0.75]).double(), Settings(iterations=10, amplitude=0.2)
+    sparsity, steps = torch.tensor([0.15, 0, 0]).double(), []
+    for _ in range(4):
+        sparsity = next_sparsity(sparsity, importance, settings)
+        steps.append(sparsity.tolist())
+    expected = [[0.05, 0.15, 0.25], [0, 0.3, 0.5], [0, 0.45, 0.75], [0, 0.6, 0.99]]
+    torch.testing.assert_close(torch.tensor(steps), torch.tensor(expected))
+
+
+def test_a_layer_that_changes_nothing_matters_least_and_is_pruned_fastest() -> None:
+    """T-A2: its cosine is 1."""
+    importance = layer_importance(torch.tensor([0.8, 1.0, 0.75, 0.85]))
+    assert float(importance[1]) == -1 == float(importance.min())
+    assert float(importance.sum()) == pytest.approx(0)
+    assert int(next_sparsity(torch.zeros(4).double(), importance, Settings()).argmax()) == 1
+
+
 def test_layers_that_are_all_alike_are_pruned_alike() -> None:
     assert layer_importance(torch.tensor([0.7, 0.7, 0.7])).tolist() == [0, 0, 0]
 

@@ -80,6 +80,11 @@ def test_of_all_kinds_the_least_saliency_per_parameter_goes() -> None:
     SPACE.ffn(scores)[2, 7] -= 1
     found = chosen(scores, uniform=False)
     assert (found.kind, found.units.tolist()) == ("ffn", [12 + 12 + 27])
+    assert chosen(scores, uniform=False, per_parameter=False).kind == "ffn", "a channel is the smallest"
+    SPACE.groups(scores)[1, 2] = 30
+    found = chosen(scores, uniform=False, per_parameter=False)
+    assert (found.kind, found.saliency) == ("groups", 30)
+    SPACE.groups(scores)[1, 2] = costs["groups"]
     uniform = chosen(scores)
     assert (uniform.kind, uniform.units.tolist()) == ("ffn", [24, 34, 51])
     assert uniform.parameters == 3 * costs["ffn"]

@@ -123,6 +123,25 @@ def test_retraining_has_the_last_word(model: Any) -> None:
     assert [candidate.loss for candidate in after] == [before[place].loss for place in (1, 0, 2)]
 
 
+def test_an_interrupted_retraining_begins_with_the_candidate_that_is_next(model: Any, tmp_path: Path) -> None:
+    source, scores, tokens, shapes = model
+    settings: dict[str, Any] = {"retrain_best": 3, "retrained": "so", "state": tmp_path / "search.json"}
+    asked: list[Shape] = []
+
+    def retrain(plan: Plan) -> float:
+        asked.append(plan.target)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return float(len(asked))
+
+    with pytest.raises(KeyboardInterrupt):
+        search(source, scores, tokens, shapes[:3], FLOPS, retrain=retrain, **settings)
+    found = search(source, scores, tokens, shapes[:3], FLOPS, retrain=retrain, **settings).candidates
+    assert asked[1] == asked[2]
+    assert len(set(asked)) == 3 == len(asked) - 1
+    assert [(one.shape, one.retrained_loss) for one in found] == [(asked[0], 1.0), (asked[1], 3.0), (asked[3], 4.0)]
+
+
 def test_an_interrupted_search_goes_on(model: Any, tmp_path: Path) -> None:
     source, scores, tokens, shapes = model
     state = tmp_path / "search.json"

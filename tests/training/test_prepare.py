@@ -16,6 +16,7 @@ from nemo_pvs.files import read_json, write_json
 from nemo_pvs.pruning.magnitude import MagnitudeSource
 from nemo_pvs.pruning.sparsity import Sparsity
 from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe_distillation import Distillation
 from nemo_pvs.training.prepare import prepare_job
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource, RandomMasks
@@ -119,6 +120,18 @@ def test_tokens_of_another_model_are_refused(sparse):
     with pytest.raises(UserError, match=r"validation.bin holds the token 700, but the model's vocabulary ends at 127"):
         _prepare(sparse, random_init=False)
     assert not (sparse.parent / "run").exists()
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_before_anything_is_written(sparse):
+    teacher = save_tiny_tokenizer(make_tiny_llama(sparse.parent / "teacher"), vocab=127)
+    distill = Distillation(teacher=str(teacher))
+    training = Training(
+        tokens=512, sequence_length=32, global_batch_size=4, learning_rate=1e-3, validation_samples=4, distill=distill
+    )
+    folder = sparse.parent
+    with pytest.raises(UserError, match="differ, first at token 127"):
+        prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, random_init=False)
+    assert not (folder / "run").exists()
 
 
 def test_a_sparse_model_of_another_tool_is_told_what_to_do_and_that_works(sparse, capsys):
