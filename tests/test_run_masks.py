@@ -143,9 +143,7 @@ def test_masks_that_fall_short_stop_the_run_with_how_far_they_got_and_stay(tmp_p
     initial = open_source(job.initial)
     write_nemo(initial, job.checkpoints / checkpoint_name(STEPS))
     save_masks(job.masks_file, MaskLearner(shape_of(initial), job.masks.target, MaskSettings()))
-    with pytest.raises(
-        UserError, match=r"would remove 0\.\d% of the hidden channels instead of 25\.0%, 0\."
-    ):
+    with pytest.raises(UserError, match=r"would remove 0\.\d% of the hidden channels instead of 25\.0%, 0\."):
         Pipeline(recipe, folder).run()
     assert last_checkpoint(job).name == checkpoint_name(STEPS)
     assert job.masks_file.exists()
