@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from nemo_pvs.checkpoints.detect import open_source
@@ -30,8 +29,6 @@ from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.staged import stages_of
 from nemo_pvs.training_memory import Memory, training_memory
-
-_WIDE = 160
 
 
 @dataclass(frozen=True)
@@ -171,10 +168,8 @@ def show(plan: DryRun, executor: str) -> None:
         if is_trained_first(one.target):
             console.print(f"masks of {one.name}: {describe_stage(recipe, one.target, plan.parent)}", soft_wrap=True)
     console.print(f"where: {executor}", soft_wrap=True)
-    # A file or a pipe has no width: nothing need be broken there.
-    wide = console if console.is_terminal else Console(width=_WIDE, highlight=False, quiet=console.quiet)
-    wide.print(_targets_table(plan))
-    wide.print(_arms_table(plan))
+    console.print(_targets_table(plan))
+    console.print(_arms_table(plan))
 
 
 def _describe(distill: Distillation) -> str:

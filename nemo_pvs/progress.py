@@ -10,7 +10,18 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+_LOG_WIDTH = 160
+"""Columns where nobody has said how many there are: tables of a log that is read later, of Slurm or a pipe."""
+
+
+def _made() -> Console:
+    made = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _LOG_WIDTH
+    return made
+
+
+console = _made()
 """Of the ranks that torchrun starts the first one talks."""
 
 _SECONDS_BETWEEN_LINES = 20.0
