@@ -72,6 +72,10 @@ class MetricsLog(pl.Callback, IOMixin):
         )
         self._step_began = now
 
+    def on_validation_batch_start(self, trainer, *args, **kwargs):
+        """Give every validation step the same weight; to Lightning, which sees no batch yet, the first is one of 1."""
+        trainer._results.batch_size = 1
+
     def on_validation_end(self, trainer, pl_module):
         """Record the validation loss; the time it took is not charged to the next step."""
         if trainer.is_global_zero and not trainer.sanity_checking:
