@@ -23,9 +23,11 @@ from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_basics import Layout
 from nemo_pvs.recipe_blocks import DENSE, Target
 from nemo_pvs.recipe_distillation import Distillation
+from nemo_pvs.recipe_domains import describe_domains
 from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
 from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.run_data import check_domains_end
 from nemo_pvs.shape import Shape
 from nemo_pvs.staged import stages_of
 from nemo_pvs.training_memory import Memory, training_memory
@@ -114,6 +116,12 @@ def _check_data(recipe: Recipe) -> None:
     token_files = recipe.data.token_files
     if token_files is None:
         return
+    if recipe.data.domains:
+        _, names = token_files.blend
+        if all(Path(f"{name}.idx").is_file() for name in names):
+            available = (count_tokens(Path(name)) for name in names)
+            check_domains_end(recipe, dict(zip(recipe.data.domains, available, strict=True)), end_of_reading(recipe))
+        return
     weights, names = token_files.blend
     if all(Path(f"{name}.idx").is_file() for name in names):
         check_end(end_of_reading(recipe), [count_tokens(Path(name)) for name in names], weights, names)
@@ -162,6 +170,8 @@ def show(plan: DryRun, executor: str) -> None:
         f"tokens; {train.warmup} warm-up, {train.precision} precision",
         soft_wrap=True,
     )
+    for line in describe_domains(recipe, {one.name: one.expected.shape.parameters for one in plan.targets}):
+        console.print(line, soft_wrap=True)
     if train.distill:
         console.print(_describe(train.distill), soft_wrap=True)
     for one in plan.targets:

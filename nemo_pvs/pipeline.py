@@ -22,7 +22,6 @@ from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.equal_terms import settle
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.windows import write_validation_document
 from nemo_pvs.files import sha256_json, whole_folder, write_json, write_text
 from nemo_pvs.layout import Layout
 from nemo_pvs.masks_stage import (
@@ -185,9 +184,7 @@ class Pipeline(RunFolder):
         def work() -> dict[str, Any]:
             splits = self.tokens.prepare(self.tokenizer, vocab)
             self.tokens.check_end(splits, end_of_reading(self.recipe))
-            windows = self.tokens.validation_windows
-            write_validation_document(windows, self.tokens.folder / "validation_windows", vocab)
-            return {"splits": splits, "validation_windows": windows.manifest}
+            return {"splits": splits, "validation_windows": self.tokens.write_validation_windows(vocab)}
 
         self.stage("data", inputs, [self.tokens.folder], work)
         self.tokens.check_end(self.results["data"]["splits"], end_of_reading(self.recipe))

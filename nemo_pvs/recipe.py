@@ -22,6 +22,7 @@ from nemo_pvs.recipe_blocks import (
 )
 from nemo_pvs.recipe_data import Data
 from nemo_pvs.recipe_distillation import PARENT
+from nemo_pvs.recipe_domains import check_recipe_domains
 from nemo_pvs.reporting.budget import Setting
 
 __all__ = ["Arm", "Initialisation", "Layout", "Recipe", "Target", "Training"]
@@ -134,6 +135,11 @@ class Recipe(Block):
         for initialisation in sorted({arm for target in self.targets for arm in self.arms_of(target)}):
             numbers = [budget for budget in self.budgets_of(initialisation) if not isinstance(budget, str)]
             self._check_range(initialisation, max(numbers, default=0))
+        return self
+
+    @model_validator(mode="after")
+    def _domains_are_loaded(self) -> Recipe:
+        check_recipe_domains(self)
         return self
 
     def _check_range(self, initialisation: Initialisation, tokens: int) -> None:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from nemo_pvs.recipe_basics import Block, Fraction, Initialisation, Layout, Positive, Rate, Tokens
 from nemo_pvs.recipe_distillation import Distillation
 from nemo_pvs.recipe_efficient import PruningAware
+from nemo_pvs.recipe_loading import DynamicLoading
 from nemo_pvs.recipe_sheared import MaskLearning
 from nemo_pvs.reporting.budget import Setting
 
@@ -226,6 +227,8 @@ class Training(Block):
     """How often the run is saved, at equal distances and at the end."""
     seed: Positive = 1234
     """Order of the training data and the draws of a random initialisation."""
+    dynamic_loading: DynamicLoading | None = Field(default=None, exclude_if=lambda given: given is None)
+    """How much of a batch is of which domain, where ``data`` has domains."""
     distill: Distillation | None = Field(default=None, exclude_if=lambda given: given is None)
     """Learn from a teacher as well; what is not given is no part of a run's identity, so older runs keep theirs."""
 

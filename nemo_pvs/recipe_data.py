@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nemo_pvs.recipe_basics import Block, Fraction, Initialisation, Tokens
 from nemo_pvs.recipe_blocks import number
 
+Domain = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+"""The name of a domain, which is part of file names."""
 Range = tuple[Tokens, Tokens]
 """Tokens of the training data from the first to the one behind the last, counted in the order of training."""
 
@@ -36,9 +38,10 @@ class Split(Block):
 class TokenFiles(Block):
     """Megatron token files (``.bin`` and ``.idx``) by their path without suffix; nothing is tokenised then."""
 
-    train: str | list[Annotated[str, BeforeValidator(_text)]]
-    """One, several that are mixed by their sizes, or a blend: weight, path, weight, path."""
-    validation: str
+    train: str | list[Annotated[str, BeforeValidator(_text)]] | dict[Domain, str]
+    """One, several that are mixed by their sizes, a blend: weight, path, weight, path; or domains, one each."""
+    validation: str | dict[Domain, str]
+    """Of domains, one each too."""
     calibration: str
     test: str
 
@@ -49,6 +52,8 @@ class TokenFiles(Block):
         Raises:
             ValueError: weights and paths do not alternate.
         """
+        if isinstance(self.train, dict):
+            return None, list(self.train.values())
         given = [self.train] if isinstance(self.train, str) else self.train
         numbers = [number(entry) for entry in given]
         if all(found is None for found in numbers) and given:
@@ -62,6 +67,12 @@ class TokenFiles(Block):
     @model_validator(mode="after")
     def _can_be_blended(self) -> TokenFiles:
         _ = self.blend
+        train, validation = (
+            set(files) if isinstance(files, dict) else set() for files in (self.train, self.validation)
+        )
+        for name in sorted(train ^ validation):
+            missing = "validation" if name in train else "train"
+            raise ValueError(f"domain {name} has no {missing} file; give one, or leave the domain out")
         return self
 
 
@@ -100,16 +111,25 @@ class TokenRanges(Block):
 class Data(Block):
     """The text that everything is trained, calibrated and measured on: ``source`` or ``token_files``."""
 
-    source: str | list[str] | None = None
-    """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``."""
+    source: str | list[str] | dict[Domain, str | list[str]] | None = None
+    """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``; or these for
+    each domain, whose calibration and test texts are put together."""
     token_files: TokenFiles | None = None
     split: Split = Split()
     seed: int = 0
     """Of the split."""
     token_ranges: TokenRanges = TokenRanges()
 
+    @property
+    def domains(self) -> list[str]:
+        """The domains whose shares ``dynamic_loading`` sets; none of one text."""
+        given = self.token_files.train if self.token_files else self.source
+        return list(given) if isinstance(given, dict) else []
+
     @model_validator(mode="after")
     def _is_one_thing(self) -> Data:
         if (self.source is None) == (self.token_files is None):
             raise ValueError("give either source or token_files")
+        if self.domains and self.token_ranges != TokenRanges():
+            raise ValueError("token_ranges are of one text, and this one has domains; leave token_ranges out")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from nemo_pvs.recipe_basics import Block, Fraction, Layout, Positive, Rate, Tokens
+from nemo_pvs.recipe_loading import DynamicLoading
 
 
 class MaskLearning(Block):
@@ -34,6 +35,8 @@ class MaskLearning(Block):
     """Share of the steps in which the sparsity that is asked for grows to the target's."""
     validations: Positive | None = None
     checkpoints: Positive | None = None
+    dynamic_loading: DynamicLoading | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Instead of ``train.dynamic_loading``."""
     seed: int = Field(default=0, ge=0)
     """Of the masks' noise."""
     layout: Layout | None = None

@@ -22,7 +22,7 @@ from nemo_pvs.recipe_efficient import PruningAware
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.run_masks import prepare_masks
 from nemo_pvs.shape import Shape
-from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.job import Loading, TrainingJob
 from nemo_pvs.training.run import Trainer
 from nemo_pvs.training_checks import check_training
 from nemo_pvs.training_memory import training_memory
@@ -168,6 +168,7 @@ def aware_job(recipe: Recipe, name: str, folder: Path, data: Mapping[str, Any]) 
         training=training,
         first_token=_first_token(recipe, target),
         pruning=asked,
+        loading=Loading.at_the_start(training),
     )
     return job, {
         "pruning_aware": asked.model_dump(mode="json", exclude={"layout"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from nemo_pvs.run_data import RunData
 from nemo_pvs.shape import Shape
 from nemo_pvs.staged import Share, shares
 from nemo_pvs.stages import Stages
-from nemo_pvs.training.job import CHECKPOINTS, CarriedState, TrainingJob
+from nemo_pvs.training import metrics
+from nemo_pvs.training.job import CHECKPOINTS, METRICS_FILE, CarriedState, Loading, TrainingJob
 
 STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
 
@@ -128,6 +129,7 @@ class RunFolder:
             all_steps=share.all_steps,
             teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
             carried=CarriedState(before, plan if plan.exists() else None) if self.carries(arm, number) else None,
+            loading=self._loading(arm),
         )
 
     def carries(self, arm: Arm, number: int) -> bool:
@@ -139,13 +141,28 @@ class RunFolder:
         """Return the folder of the training behind a stage of a target that is not the last, counted from 1."""
         return self.folder.resolve() / "train" / f"{target}-stages" / str(number)
 
+    def _loading(self, arm: Arm) -> Loading | None:
+        """Return with which shares, and where, an arm begins to read domains.
+
+        Pruned weights go on behind what the stage before has read; with its last shares, if the recipe has none.
+
+        Raises:
+            UserError: that stage is not done.
+        """
+        start = Loading.at_the_start(arm.training)
+        before = self.folder / "masks" / arm.target / "run" / METRICS_FILE
+        if start is None or arm.initialisation != "pruned":
+            return start
+        if done := metrics.read(before).domains:
+            return Loading(start.shares or done[-1]["shares"], done[-1]["samples"])
+        if not start.shares:
+            raise UserError(f"{arm.name} goes on with the shares of {before}, which is not there yet; use pvs run.")
+        return start
+
     @property
     def training_data(self) -> dict[str, Any]:
         """Prefixes of the token files that training reads, as ``TrainingJob`` takes them."""
-        return {
-            "train": self.tokens.training_paths,
-            "validation": str(self.tokens.folder.resolve() / "validation_windows"),
-        }
+        return {"train": self.tokens.training_paths, "validation": self.tokens.validation_paths}
 
     def training_inputs(self, arm: Arm, share: Share, initial: str) -> dict[str, Any]:
         """Return what the result of a share of an arm's training depends on.
@@ -160,6 +177,7 @@ class RunFolder:
             **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
             **({"optimizer": "sliced"} if share.first_step and self.carries(arm, 2) else {}),
             "training": share.training.identity,
+            **({"loading": asdict(loading)} if (loading := self._loading(arm)) else {}),
             **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
         }
 

@@ -21,7 +21,7 @@ from nemo_pvs.recipe_blocks import Target, Training
 from nemo_pvs.recipe_sheared import MaskLearning
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.shape import Shape
-from nemo_pvs.training.job import LearnedMasks, TrainingJob
+from nemo_pvs.training.job import LearnedMasks, Loading, TrainingJob
 from nemo_pvs.training.run import Trainer
 from nemo_pvs.training_checks import check_training
 from nemo_pvs.training_memory import training_memory
@@ -49,6 +49,7 @@ def mask_training(recipe: Recipe, target: Target) -> Training:
         "weight_decay": 0.0,
         "clip_before_mask": False,
         "distill": None,
+        "dynamic_loading": how.dynamic_loading or recipe.train.dynamic_loading,
     }
     return recipe.train.model_copy(update=changes)
 
@@ -134,15 +135,17 @@ def mask_job(
         data: As in ``TrainingJob``.
     """
     target = recipe.targets[name]
+    training = mask_training(recipe, target)
     job = TrainingJob(
         name=f"masks of {name}",
         folder=folder.resolve() / "run",
         initial=folder.resolve() / "initial",
         data=dict(data),
         layout=mask_layout(target),
-        training=mask_training(recipe, target),
+        training=training,
         first_token=first_token(recipe, target),
         masks=LearnedMasks(shape, _how(target)),
+        loading=Loading.at_the_start(training),
     )
     return job, {
         "shape": shape.to_dict(),

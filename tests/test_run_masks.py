@@ -18,6 +18,7 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.dry_run import dry_run
 from nemo_pvs.equal_terms import arm_cost
 from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.pipeline import Pipeline
 from nemo_pvs.pruning.mask_learning import MaskLearner, MaskSettings
 from nemo_pvs.pruning.plan import Plan
@@ -26,7 +27,7 @@ from nemo_pvs.recipe_file import load_recipe, parse_recipe
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.run_masks import describe_masks, end_of_reading, first_token, mask_job, mask_layout, mask_training
 from nemo_pvs.training import metrics
-from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.job import Loading, TrainingJob
 from nemo_pvs.training.run import last_checkpoint
 from nemo_pvs.training.run_checkpoints import checkpoint_name
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -78,6 +79,20 @@ def _values(folder: Path, **learn: Any) -> dict[str, Any]:
     }
 
 
+def _in_domains(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the recipe with noise as a second domain, of which mask learning asks for less and less."""
+    noise = torch.randint(2, 128, (160, 330), generator=torch.Generator().manual_seed(1)).tolist()
+    texts = (" ".join(f"w{number}" for number in document) for document in noise)
+    (folder / "noise.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    sources = {"song": values["data"]["source"], "noise": str(folder / "noise.jsonl")}
+    learn = values["targets"]["sheared"]["learn"]
+    how = {"target_losses": {"song": 4.0, "noise": 5.0}}
+    values["data"]["source"] = sources
+    learn["dynamic_loading"] = {"proportions": {"song": 0.5, "noise": 0.5}, "clip": True, **how}
+    values["train"]["dynamic_loading"] = how
+    return values
+
+
 def _run(values: dict[str, Any], folder: Path) -> None:
     Pipeline(parse_recipe(values, "test"), folder).run()
 
@@ -85,7 +100,7 @@ def _run(values: dict[str, Any], folder: Path) -> None:
 @pytest.mark.parallel
 @pytest.mark.slow
 def test_a_run_killed_while_it_learns_masks_goes_on_to_a_pruned_and_trained_model(tmp_path: Path) -> None:
-    values, folder = _values(tmp_path), tmp_path / "run"
+    values, folder = _in_domains(_values(tmp_path), tmp_path), tmp_path / "run"
     masks = folder / "masks" / "sheared" / "run"
     child = fork_context().Process(target=_run, args=(values, folder))
     child.start()
@@ -118,6 +133,18 @@ def test_a_run_killed_while_it_learns_masks_goes_on_to_a_pruned_and_trained_mode
     (charge,) = (one for one in ledger.charges if one.activity == "mask learning")
     assert (charge.tokens, charge.steps) == (STEPS * 4 * 32, STEPS)
     assert ledger.total == arm_cost(recipe, arm, plan.target, plan.parent).total
+
+    middle, last = curve.domains
+    assert (middle["step"], last["step"], sum(last["samples"].values())) == (STEPS // 2, STEPS, STEPS * 4)
+    assert middle["shares"] != last["shares"]
+    job = TrainingJob.load(folder / "train" / arm.name / "job.json")
+    assert job.loading == Loading(last["shares"], last["samples"]), "the arm does not go on where its masks ended"
+    arms = metrics.read(job.metrics)
+    assert sum(arms.domains[-1]["samples"].values()) == STEPS * 4 + arm.training.steps * 4
+    assert arms.validation[-1]["loss"] == pytest.approx(sum(arms.domains[-1]["losses"].values()) / 2, abs=1e-5)
+    windows = Pipeline(recipe, folder).tokens.validation_windows
+    measured = perplexity(open_source(folder / "models" / arm.name), windows)
+    assert arms.validation[-1]["loss"] == pytest.approx(measured["loss"], abs=2e-3)
 
 
 def test_what_is_prepared_first_is_the_job_that_learns_masks(tmp_path: Path) -> None:

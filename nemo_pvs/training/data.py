@@ -6,6 +6,20 @@ from nemo.collections import llm
 from torch.utils.data import Subset
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.training.job import TrainingJob
+
+
+def text_of(job: TrainingJob) -> dict[str, object]:
+    """Return what ``PretrainingData`` needs to know of the text of ``job``."""
+    train, validation = job.data["train"], [job.data["validation"]]
+    return {
+        "paths": {
+            "train": [train] if isinstance(train, str) else train,
+            "validation": validation,
+            "test": validation,  # NeMo wants all three; nothing reads this one
+        },
+        "first_sample": job.first_token // job.training.sequence_length,
+    }
 
 
 class PretrainingData(llm.PreTrainingDataModule):

@@ -58,6 +58,22 @@ class CarriedState:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """Where a run that reads domains begins; ``training.dynamic_loading`` says how it goes on."""
+
+    shares: dict[str, float]
+    """Of the domains, by name."""
+    samples: dict[str, int]
+    """Samples of each domain that were read before."""
+
+    @classmethod
+    def at_the_start(cls, training: Training) -> Loading | None:
+        """Return where a training begins by the recipe alone; None for one text."""
+        how = training.dynamic_loading
+        return how and cls(how.shares, dict.fromkeys(how.shares, 0))
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """Everything that the ranks of one run need to know."""
 
@@ -69,7 +85,7 @@ class TrainingJob:
     """NeMo checkpoint with the initial weights: pruned, or drawn at random. Fixes the architecture too."""
     data: dict[str, Any]
     """Megatron .bin/.idx prefixes of ``train`` (one, a list, or a list of weights and prefixes by turns) and
-    ``validation``, which holds exactly the fixed windows."""
+    ``validation``, which holds exactly the fixed windows; both by domain for a run with ``loading``."""
     layout: Layout
     training: Training
     first_token: int = 0
@@ -86,6 +102,8 @@ class TrainingJob:
     """Of a run that learns masks (Sheared LLaMA); its initial checkpoint is the model that they are for."""
     carried: CarriedState | None = None
     """Of a run that goes on with the optimizer's state of another, which has taken ``first_step`` steps."""
+    loading: Loading | None = None
+    """Of a run whose text is in domains; ``first_token`` does not count then."""
 
     @property
     def metrics(self) -> Path:
@@ -145,4 +163,5 @@ class TrainingJob:
             pruning=PruningAware.model_validate(values["pruning"]) if values.get("pruning") else None,
             masks=LearnedMasks.from_json(values["masks"]) if values.get("masks") else None,
             carried=CarriedState.from_json(values["carried"]) if values.get("carried") else None,
+            loading=Loading(**values["loading"]) if values.get("loading") else None,
         )

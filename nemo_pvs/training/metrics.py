@@ -29,6 +29,9 @@ class Curve:
     """step, parameters (left after it); of a run during which units are removed, the steps that removed some."""
     masks: list[dict[str, Any]] = field(default_factory=list)
     """Of a run that learns masks: step, sparsities (expected, by kind of unit), targets and multipliers."""
+    domains: list[dict[str, Any]] = field(default_factory=list)
+    """Of a run that reads domains: step, and by domain losses, shares (from that step on) and samples (read before
+    it, also by earlier runs of the same weights)."""
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -29,8 +29,9 @@ from nemo_pvs.training.attention import FUSED_KERNELS, causal_data_step, layer_s
 from nemo_pvs.training.callbacks import Checkpoint, MetricsLog
 from nemo_pvs.training.carried_state import carry_optimizer_state
 from nemo_pvs.training.cluster import Machine
-from nemo_pvs.training.data import PretrainingData
+from nemo_pvs.training.data import PretrainingData, text_of
 from nemo_pvs.training.distillation_callback import distill
+from nemo_pvs.training.domains import DomainData, domains_of, follow_losses
 from nemo_pvs.training.gates import gated_layer_spec
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.mask_learning_callback import learn_masks
@@ -108,24 +109,20 @@ def model(job: TrainingJob, precision: str, machine: Machine, described: run.Con
 
 def data(job: TrainingJob, machine: Machine) -> run.Config:
     """Return the data module: the job's tokens in an order that depends on the seed alone."""
-    training, train = job.training, job.data["train"]
+    training = job.training
+    module, text = (DomainData, domains_of(job)) if job.loading else (PretrainingData, text_of(job))
     return run.Config(
-        PretrainingData,
-        paths={
-            "train": [train] if isinstance(train, str) else train,
-            "validation": [job.data["validation"]],
-            "test": [job.data["validation"]],  # NeMo wants all three; nothing reads this one
-        },
+        module,
+        **text,
         split=None,
         tokenizer=run.Config(AutoTokenizer, pretrained_model_name=str(job.initial / "context" / "tokenizer")),
         seq_length=training.sequence_length,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         seed=training.seed,
-        num_workers=4 if machine.gpu else 0,
+        num_workers=4 if machine.gpu and not job.loading else 0,
         pin_memory=machine.gpu,
         index_mapping_dir=str(job.folder / "index"),
-        first_sample=job.first_token // training.sequence_length,
     )
 
 
@@ -166,6 +163,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         *distill(job),
         *prune_while_training(job),
         *learn_masks(job),
+        *follow_losses(job),
         run.Config(SaveOnSignal),
     ]
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:
