@@ -122,16 +122,12 @@ class RunData:
             return split_documents(list(read_documents(source)), shares, seed=seed)
         texts: dict[str, list[Document]] = {"calibration": [], "test": []}
         for domain, files in source.items():
-            for split, part in split_documents(list(read_documents(files)), shares, seed=seed).items():
-                if split in texts:
-                    texts[split] += part
-                elif part:
-                    texts[f"{split}-{domain}"] = part
-                else:
-                    raise UserError(
-                        f"Domain {domain} has too few documents for a {split} split; give it more text, or leave it "
-                        "out of data.source."
-                    )
+            try:
+                parts = split_documents(list(read_documents(files)), shares, seed=seed)
+            except UserError as error:
+                raise UserError(f"Domain {domain}: {error}") from None
+            for split, part in parts.items():
+                texts.setdefault(split if split in texts else f"{split}-{domain}", []).extend(part)
         return texts
 
     def training_file(self, splits: Splits) -> str | None:

@@ -144,20 +144,15 @@ class RunFolder:
     def _loading(self, arm: Arm) -> Loading | None:
         """Return with which shares, and where, an arm begins to read domains.
 
-        Pruned weights go on behind what the stage before has read; with its last shares, if the recipe has none.
-
-        Raises:
-            UserError: that stage is not done.
+        Pruned weights go on behind what the stage before has read; with its last shares, if the recipe has none. Where
+        that stage is yet to be done there are no shares then, and the job cannot be trained.
         """
         start = Loading.at_the_start(arm.training)
         before = self.folder / "masks" / arm.target / "run" / METRICS_FILE
         if start is None or arm.initialisation != "pruned":
             return start
-        if done := metrics.read(before).domains:
-            return Loading(start.shares or done[-1]["shares"], done[-1]["samples"])
-        if not start.shares:
-            raise UserError(f"{arm.name} goes on with the shares of {before}, which is not there yet; use pvs run.")
-        return start
+        done = metrics.read(before).domains
+        return Loading(start.shares or done[-1]["shares"], done[-1]["samples"]) if done else start
 
     @property
     def training_data(self) -> dict[str, Any]:

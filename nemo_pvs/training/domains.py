@@ -21,6 +21,7 @@ from nemo_pvs.checkpoints.megatron import NemoSource
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.domain_order import DomainOrder
 from nemo_pvs.data.dynamic_loading import update_proportions
+from nemo_pvs.errors import UserError
 from nemo_pvs.recipe_loading import DynamicLoading
 from nemo_pvs.training import metrics
 from nemo_pvs.training.data import PretrainingData
@@ -48,7 +49,16 @@ class DomainData(PretrainingData):
         self.samples = samples
 
     def build(self, trainer_max_steps: int, *args, **kwargs) -> None:
-        """Build an epoch of every domain."""
+        """Build an epoch of every domain.
+
+        Raises:
+            UserError: the run goes on with shares that are not known yet.
+        """
+        if not self.shares:
+            raise UserError(
+                "This run begins with the shares that learning its masks ends with, which is yet to be done; start it "
+                "by pvs run, or give train.dynamic_loading.proportions."
+            )
         train, validation = zip(*(self._datasets(*prefixes) for prefixes in self.domains.values()), strict=True)
         sizes = {name: len(dataset) for name, dataset in zip(self.domains, train, strict=True)}
         batch = self.data_sampler.global_batch_size
