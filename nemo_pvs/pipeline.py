@@ -11,18 +11,16 @@ import yaml
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.assets import asset_files, copy_asset
+from nemo_pvs.checkpoints.assets import asset_files
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
 from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.checkpoints.parent import prepare_parent
 from nemo_pvs.checkpoints.random import RandomSource
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.checkpoints.stream import convert
-from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
+from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.equal_terms import settle
-from nemo_pvs.errors import UserError
-from nemo_pvs.files import sha256_json, whole_folder, write_json, write_text
+from nemo_pvs.files import write_text
 from nemo_pvs.layout import Layout
 from nemo_pvs.masks_stage import (
     end_of_reading,
@@ -36,14 +34,13 @@ from nemo_pvs.progress import progress
 from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target, write_planned
 from nemo_pvs.recipe import Arm, Target
 from nemo_pvs.recipe_blocks import DENSE
-from nemo_pvs.recipe_distillation import PARENT
-from nemo_pvs.recipe_targets import check_recipe, expected_shape, is_sparse, needs_gradients, needs_scores, scans
-from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
+from nemo_pvs.recipe_targets import expected_shape, is_sparse, needs_gradients, needs_scores, scans
 from nemo_pvs.reporting.ledger import LEDGER
 from nemo_pvs.run_evaluation import ask_tasks, evaluate
 from nemo_pvs.run_folder import RunFolder
 from nemo_pvs.run_ledger import run_ledger
 from nemo_pvs.run_masks import prepare_masks
+from nemo_pvs.run_parent import get_parent
 from nemo_pvs.run_tasks import reads_text, search_score
 from nemo_pvs.staged import ADAPT, shares, stages_of
 from nemo_pvs.staged_run import forget_optimizer, prune_in_stages
@@ -94,7 +91,7 @@ class Pipeline(RunFolder):
 
     def _begin(self) -> None:
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
-        self.parent()
+        get_parent(self)
         self.recipe = settle(self.recipe, self.parent_shape)
         self.data()
 
@@ -121,55 +118,6 @@ class Pipeline(RunFolder):
         self.recipe = settle(self.recipe, self.parent_shape, shapes)
         self.tokens.check_end(self.results["data"]["splits"], end_of_reading(self.recipe))
         return []
-
-    def parent(self) -> None:
-        """Get the parent as a checkpoint folder, and check that the recipe can be done with it."""
-        parent, target = self.recipe.parent, self.folder / "parent"
-        source = parent.source
-        if source is None:
-            assert parent.config is not None
-            assert parent.tokenizer is not None
-            inputs: dict[str, Any] = {"config": parent.config, "tokenizer": tokenizer_hash(Path(parent.tokenizer))}
-            self.stage("parent", inputs, [target], self._describe_parent)
-        else:
-            given = Path(source).is_dir()
-            inputs = {"source": source, "fingerprint": fingerprint(open_source(source)) if given else None}
-
-            def work() -> dict[str, Any]:
-                path = prepare_parent(source, target)
-                place = str(path.resolve()) if given else "parent"
-                return {"path": place, "fingerprint": fingerprint(open_source(path))}
-
-            self.stage("parent", inputs, [] if given else [target], work)
-        self._check_parent()
-        check_recipe(self.recipe, self.parent_shape, int(self.parent_config.get("max_position_embeddings", 0)))
-        check_recipe_teacher(self.recipe, self.parent_shape)
-        distill = self.recipe.train.distill
-        if distill and distill.teacher != PARENT:
-            check_tokens(Path(distill.teacher), self.tokenizer)
-
-    def _describe_parent(self) -> dict[str, Any]:
-        """Put down the config and the tokenizer of a parent that is yet to be trained."""
-        parent = self.recipe.parent
-        with whole_folder(self.folder / "parent") as partial:
-            write_json(partial / "config.json", parent.config)
-            for asset in asset_files(Path(str(parent.tokenizer))):
-                copy_asset(asset, partial)
-        return {"path": "parent", "fingerprint": sha256_json(parent.config)}
-
-    def _check_parent(self) -> None:
-        stated = self.recipe.parent.config
-        if stated is not None and Layout.for_config(stated).shape(stated) != self.parent_shape:
-            raise UserError(
-                f"parent.config of the recipe is [{Layout.for_config(stated).shape(stated)}], but "
-                f"{self.recipe.parent.name} is [{self.parent_shape}]; mend one of them, or leave parent.config out."
-            )
-        tokens = len(load_tokenizer(self.tokenizer))
-        if tokens > self.parent_shape.vocab:
-            raise UserError(
-                f"The tokenizer in {self.tokenizer} has {tokens:,} tokens, but the parent's vocabulary has "
-                f"{self.parent_shape.vocab:,}; give the tokenizer that belongs to the parent."
-            )
 
     def data(self) -> None:
         """Fix the validation windows, and tokenise the text unless it is tokenised already."""

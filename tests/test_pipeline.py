@@ -33,6 +33,7 @@ from nemo_pvs.reporting.results import Results
 from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.run_evaluation import models_to_evaluate
 from nemo_pvs.run_ledger import run_ledger
+from nemo_pvs.run_parent import get_parent
 from nemo_pvs.stages import Stages
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
@@ -434,7 +435,7 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
     values["parent"]["pretraining_tokens"] = 2048
     values["budgets"] = {"pruned": [512], "random": ["equal-total-tokens", "equal-total-flops"]}
     pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
-    pipeline.parent()
+    get_parent(pipeline)
     shape = pipeline.parent_shape
     pipeline.recipe = settle(pipeline.recipe, shape)
     pipeline.data()
