@@ -12,6 +12,7 @@ from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
 from nemo_pvs.data.dynamic_loading import update_proportions
 from nemo_pvs.recipe_loading import DynamicLoading
 from nemo_pvs.training.job import Loading, TrainingJob
+from nemo_pvs.training.run_checkpoints import saved_checkpoints
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
 from tests.parallel.ranks import write_tokens
@@ -85,15 +86,23 @@ def test_shares_follow_the_losses_and_batches_the_shares(reference: Run) -> None
     assert len(noise) == domains[-1]["samples"]["noise"] - 5
 
 
-@pytest.mark.parametrize("layout", [{"tensor_parallel": 2}], ids=["TP=2"])
-def test_another_layout_reads_the_same(job: TrainingJob, reference: Run, layout: dict, tmp_path: Path) -> None:
-    _assert_same(_run(job, tmp_path, layout), reference)
+def test_another_layout_reads_the_same(job: TrainingJob, reference: Run, tmp_path: Path) -> None:
+    _assert_same(_run(job, tmp_path, {"tensor_parallel": 2}), reference)
 
 
 def test_a_killed_run_goes_on_in_another_layout(job: TrainingJob, reference: Run, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="died without a word"):
         _run(job, tmp_path, {"pipeline_parallel": 2}, Die(step=10))
     _assert_same(_run(job, tmp_path, {"data_parallel": 2}), reference)
+
+
+def test_a_domain_that_ends_stops_the_run_and_its_checkpoints_stay(job: TrainingJob, tmp_path: Path) -> None:
+    assert job.loading is not None
+    sequences = (12000 - VALIDATION_SAMPLES * SEQUENCE - 2) // SEQUENCE
+    near = replace(job, loading=replace(job.loading, samples={"song": 0, "noise": sequences - 15}))
+    with pytest.raises(AssertionError, match=rf"Domain noise ends before step [5-8]: it has {sequences} sequences"):
+        _run(near, tmp_path)
+    assert [path.name for path in saved_checkpoints(tmp_path / "nemo" / "checkpoints")] == ["step=3-last"]
 
 
 def _assert_same(run: Run, reference: Run) -> None:
