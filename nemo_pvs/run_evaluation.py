@@ -13,6 +13,7 @@ from nemo_pvs.progress import progress
 from nemo_pvs.recipe import Arm
 from nemo_pvs.run_folder import RunFolder
 from nemo_pvs.run_tasks import TASKS, measure_tasks
+from nemo_pvs.training import metrics
 
 
 def initial_label(arm: Arm) -> str:
@@ -22,7 +23,7 @@ def initial_label(arm: Arm) -> str:
 
 def evaluate(run: RunFolder) -> None:
     """Measure perplexity on the test split, and the validation loss of models that no training measured."""
-    trained = {arm.name for arm in run.recipe.runs}
+    validated = {arm.name: _is_validated(run, arm) for arm in run.recipe.runs}
     for label, path in models_to_evaluate(run).items():
         source = open_source(path)
         inputs = {
@@ -30,6 +31,7 @@ def evaluate(run: RunFolder) -> None:
             "text": run.text("test"),
             "settings": run.recipe.evaluate.model_dump(include={"samples", "sequence_length"}),
             "validation": run.results["data"]["validation_windows"]["ids_sha256"],
+            **({} if validated.get(label, True) else {"validated": False}),
         }
 
         def work(source: WeightSource = source, label: str = label) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def evaluate(run: RunFolder) -> None:
                 sequence_length=settings.sequence_length,
             )
             texts = {"test": test}
-            if label not in trained:  # training has measured the validation loss of these already
+            if not validated.get(label):
                 texts["validation"] = run.tokens.validation_windows
             measured = {}
             for text, tokens in texts.items():
@@ -49,6 +51,13 @@ def evaluate(run: RunFolder) -> None:
             return measured
 
         run.stage(f"evaluate/{label}", inputs, [], work, shared=True)
+
+
+def _is_validated(run: RunFolder, arm: Arm) -> bool:
+    """Return whether training measured the loss at its last step; one killed between saving and that did not."""
+    job = run.job(arm)
+    measured = metrics.read(job.metrics).validation
+    return bool(measured) and measured[-1]["step"] == job.training.steps
 
 
 def ask_tasks(run: RunFolder) -> None:

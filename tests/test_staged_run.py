@@ -20,6 +20,7 @@ from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe_file import parse_recipe
 from nemo_pvs.reporting.assemble import assemble
 from nemo_pvs.reporting.ledger import LEDGER, Ledger
+from nemo_pvs.run_evaluation import evaluate
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE, TrainingJob
 from tests.parallel.ranks import run_ranks
@@ -122,6 +123,16 @@ def test_stages_are_one_training(whole):
     )
     activities = [charge.activity for charge in ledger.charges]
     assert activities == ["parent pretraining", "calibration", "training", "calibration", "training"]
+
+    # Had it been killed between its last checkpoint and its last validation, the report would not lack the end.
+    curve = (last / METRICS_FILE).read_text().splitlines(keepends=True)
+    (last / METRICS_FILE).write_text("".join(line for line in curve if line != curve[-1]))
+    assert metrics.read(last / METRICS_FILE).validation[-1]["step"] < 8
+    (folder / "stages" / "evaluate-one-pruned.json").unlink()
+    evaluate(pipeline)
+    pruned, _ = assemble(pipeline).arms
+    assert pruned.validation[-1].tokens == 16 * 128
+    assert pruned.validation[-1].loss == pytest.approx(losses[1], abs=1e-3)
 
 
 def _train(job: TrainingJob) -> None:

@@ -54,6 +54,9 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
     model = open_source(run.model(arm.name))
     layout = run.results[f"train/{arm.name}"].get("layout") or arm.layout.model_dump()
     validation = [Point(point["step"], point["tokens"], point["loss"]) for point in curve.validation]
+    if "validation" in after:  # training was killed before it could measure that
+        steps = arm.training.steps
+        validation.append(Point(steps, steps * arm.training.tokens_per_step, after["validation"]["loss"]))
     speeds = [point["tokens_per_second"] for point in curve.training]
     return ArmResult(
         name=_for_people(arm),
