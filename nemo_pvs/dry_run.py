@@ -203,7 +203,11 @@ def _in_short(stages: tuple[str, ...]) -> list[str]:
     """Return the stages, those of training as their number: the arms have a table."""
     trained = [stage for stage in stages if stage.startswith("train/")]
     others = [stage for stage in stages if stage not in trained or stage == trained[0]]
-    return [f"train ({len(trained)} arms)" if stage == trained[0] else stage for stage in others]
+    return [f"train ({_arms(len(trained))})" if stage == trained[0] else stage for stage in others]
+
+
+def _arms(count: int) -> str:
+    return "1 arm" if count == 1 else f"{count} arms"
 
 
 def _targets_table(plan: DryRun) -> Table:
@@ -264,7 +268,7 @@ def _arms_table(plan: DryRun) -> Table:
         )
     flops = sum(one.ledger.training.flops or 0 for one in plan.arms)
     table.add_row(
-        f"{len(plan.arms)} arms", "", "", f"{sum(one.arm.tokens for one in plan.arms):,}", "", f"{flops:.4g}", ""
+        _arms(len(plan.arms)), "", "", f"{sum(one.arm.tokens for one in plan.arms):,}", "", f"{flops:.4g}", ""
     )
     return table
 
