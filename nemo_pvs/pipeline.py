@@ -248,7 +248,7 @@ class Pipeline(RunFolder):
         def work() -> dict[str, Any]:
             drawn = RandomSource(config, seed, assets, torch.bfloat16, masks, keep)
             write_nemo(drawn, folder / NEMO)
-            return {"fingerprint": fingerprint(drawn)}
+            return {"fingerprint": fingerprint(open_source(folder / NEMO))}
 
         self.stage(f"random/{name}", inputs, [folder], work, shared=True)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.huggingface import write_huggingface
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
@@ -60,7 +61,7 @@ def prune_target(
     """
     if target.method == DENSE:
         _write(source, folder)
-        return {"fingerprint": fingerprint(source)}
+        return {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE))}
     read: list[TokenSet] = []
 
     def read_tokens() -> TokenSet:
@@ -85,7 +86,7 @@ def prune_target(
         ),
     )
     _write(pruned.source, folder)
-    result: dict[str, Any] = {"fingerprint": fingerprint(pruned.source)}
+    result: dict[str, Any] = {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE))}
     if pruned.plan is not None:
         pruned.plan.save(folder / PLAN)
         result["plan"] = pruned.plan.plan_hash
@@ -102,7 +103,7 @@ def write_planned(source: WeightSource, plan: Plan, folder: Path) -> dict[str, A
     """Write a model that is pruned by a plan made elsewhere; returns what ``prune_target`` does."""
     _write(source, folder)
     plan.save(folder / PLAN)
-    return {"fingerprint": fingerprint(source), "plan": plan.plan_hash}
+    return {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE)), "plan": plan.plan_hash}
 
 
 def _write(source: WeightSource, folder: Path) -> None:

@@ -384,6 +384,12 @@ def _span(sizes: tuple[int, ...]) -> str:
     return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
+_MOST_LAYERS = 10_000
+"""Ten times the deepest published models; a damaged or made-up number must not fill the memory with layers."""
+
+
 def _check_size(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"A model needs {name} to be a positive whole number, not {value!r}.")
+    if name == "layers" and value > _MOST_LAYERS:
+        raise UserError(f"A model of {value:,} layers is not supported; at most {_MOST_LAYERS:,} are.")

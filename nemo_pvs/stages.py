@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_pvs.checkpoints.source import Fingerprint
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import link_tree, read_json, sha256_json, write_json
 from nemo_pvs.progress import console
@@ -112,11 +113,14 @@ class Stages:
         inputs_hash = sha256_json(inputs)
         forced = any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
         record = read_json(self._record(name)) if self._record(name).exists() else {}
-        if not forced and record.get("inputs_hash") == inputs_hash and all(path.exists() for path in outputs):
+        if not forced and record and same_inputs(record["inputs"], inputs) and all(path.exists() for path in outputs):
+            if record["inputs_hash"] != inputs_hash:  # from now on it is known by the fingerprints of today
+                record = {**record, "inputs_hash": inputs_hash, "inputs": inputs}
+                write_json(self._record(name), record)
             return dict(record)
         attempt = self._attempt(name)
         begun = read_json(attempt) if attempt.exists() else record
-        if not (keep_partial and begun.get("inputs_hash") == inputs_hash) or forced:
+        if not (keep_partial and begun and same_inputs(begun["inputs"], inputs)) or forced:
             costly = [path for path in precious if path.exists()]
             if costly and begun and not forced:
                 differs = _difference(begun.get("inputs", {}), json.loads(json.dumps(inputs)))
@@ -135,6 +139,26 @@ class Stages:
 
     def _attempt(self, name: str) -> Path:
         return self._record(name).with_suffix(".begun.json")
+
+
+def same_inputs(recorded: Any, inputs: Any) -> bool:
+    """Return whether a stage's inputs are those that were recorded, models known by an earlier name included.
+
+    Args:
+        recorded: As a JSON file has them.
+        inputs: Plain data, in which models are named by ``fingerprint``.
+    """
+    if isinstance(inputs, Fingerprint):
+        return inputs.names(recorded)
+    if isinstance(inputs, Mapping):
+        if not isinstance(recorded, Mapping) or recorded.keys() != inputs.keys():
+            return False
+        return all(same_inputs(recorded[key], value) for key, value in inputs.items())
+    if isinstance(inputs, (list, tuple)):
+        if not isinstance(recorded, list) or len(recorded) != len(inputs):
+            return False
+        return all(same_inputs(then, now) for then, now in zip(recorded, inputs, strict=True))
+    return bool(recorded == inputs)
 
 
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nemo_pvs.megatron_import import import_megatron
 
 torch.set_num_threads(1)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nemo_pvs_cache_")  # for checksums of the tests' models
 import_megatron()  # before any test module imports a part of it
 
 

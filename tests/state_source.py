@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.checkpoints.tensor_record import TensorRecord, record_of
 from nemo_pvs.layout import Layout
 from nemo_pvs.modeling import model_class
 from tests.conftest import tiny_llama_config
@@ -26,6 +27,11 @@ class StateSource:
     def read(self, name: str) -> torch.Tensor:
         self.reads.append(name)
         return self.model.state_dict()[name]
+
+    def checksums(self) -> dict[str, TensorRecord]:
+        """Known without a read, as those of a checkpoint on disk are."""
+        state = self.model.state_dict()
+        return {name: record_of(state[name]) for name in Layout.for_config(self.config).parts(shape_of(self))}
 
 
 def tiny_model(seed: int = 0, std: float = 0.2, **overrides: Any) -> LlamaForCausalLM:

@@ -73,13 +73,18 @@ def read_context(folder: Path, *, vocab_rows: int, dtype: str) -> dict[str, Any]
         UserError: there is no usable context, or its model is none that Hugging Face can express.
     """
     if (folder / _HUGGINGFACE_CONFIG).is_file():
-        config: dict[str, Any] = read_json(folder / _HUGGINGFACE_CONFIG)
+        config = read_json(folder / _HUGGINGFACE_CONFIG)
+        if not isinstance(config, dict):
+            raise UserError(
+                f"{folder / _HUGGINGFACE_CONFIG} is not a model's configuration; copy the checkpoint again."
+            )
         return config
     config = _huggingface_config(folder, vocab_rows)
     config["torch_dtype"] = dtype
     if (folder / _GENERATION).is_file():
         generation = read_json(folder / _GENERATION)
-        config.update({key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation})
+        if isinstance(generation, dict):
+            config.update({key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation})
     return config
 
 
@@ -190,6 +195,7 @@ def _huggingface_config(folder: Path, vocab_rows: int) -> dict[str, Any]:
     ]
     if missing:
         raise UserError(f"{path} does not state {', '.join(missing)}; use the checkpoint folder that NeMo wrote.")
+    _check_numbers(path, fields)
     fields["num_query_groups"] = fields["num_query_groups"] or fields["num_attention_heads"]
     fields["kv_channels"] = fields["kv_channels"] or fields["hidden_size"] // fields["num_attention_heads"]
     fields["vocab_size"] = fields["vocab_size"] or vocab_rows
@@ -207,6 +213,37 @@ def _huggingface_config(folder: Path, vocab_rows: int) -> dict[str, Any]:
         return config
     sizes = zip(*(fields[name] for name in _BY_LAYER), strict=True)
     return layout.config(layout.shape(config).with_layers(LayerSizes(*layer) for layer in sizes), config)
+
+
+_WHOLE_NUMBERS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+)
+
+
+def _check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse sizes that are none: the file may be damaged, or made by somebody else.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for field in _WHOLE_NUMBERS:
+        value = fields.get(field)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"{path} has {field}={value!r}, which is not a size; copy the checkpoint again.")
+    if not isinstance(fields["rotary_base"], (int, float)) or isinstance(fields["rotary_base"], bool):
+        raise UserError(
+            f"{path} has rotary_base={fields['rotary_base']!r}, which is not a number; copy the checkpoint again."
+        )
+    for field in _BY_LAYER:
+        sizes = fields.get(field, [])
+        if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
+            raise UserError(f"{path} has {field}={sizes!r}, which is not a list of sizes; copy the checkpoint again.")
 
 
 def _rope_scaling(family: NemoFamily, fields: Mapping[str, Any]) -> dict[str, Any] | None:

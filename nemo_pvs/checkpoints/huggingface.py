@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset
-from nemo_pvs.checkpoints.manifest import Manifest, Progress, Recorder
+from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
 from nemo_pvs.checkpoints.safetensors_file import SafetensorsWriter
 from nemo_pvs.checkpoints.shards import Shards, few
-from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.checkpoints.source import Progress, WeightSource
+from nemo_pvs.checkpoints.stored_tensors import StoredTensors
+from nemo_pvs.checkpoints.tensor_record import TensorRecord
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, whole_folder, write_json
 from nemo_pvs.layout import Layout
@@ -42,9 +44,11 @@ class HuggingFaceSource:
         self.folder = Path(folder)
         self.config: Mapping[str, Any] = read_config(self.folder / "config.json")
         self._shape = Layout.for_config(self.config).shape(self.config)
-        self._parts = Layout.for_config(self.config).parts(self._shape)
         self._weights = Shards(self.folder)
+        self._check_layers()
+        self._parts = Layout.for_config(self.config).parts(self._shape)
         self._check_weights()
+        self._stored = StoredTensors(self.folder, self._weights.files)
 
     @property
     def assets(self) -> tuple[Path, ...]:
@@ -58,7 +62,10 @@ class HuggingFaceSource:
         if file is None:
             return NoMasks()
         sizes = {name: part.size(self._shape) for name, (part, _) in self._parts.items()}
-        return MaskFile(self.folder / Path(str(file)).name, sizes)
+        path = self.folder / Path(str(file)).name
+        masks = MaskFile(path, sizes)
+        self._stored.check_file(path)
+        return masks
 
     @property
     def extra_tensors(self) -> tuple[str, ...]:
@@ -73,9 +80,29 @@ class HuggingFaceSource:
         """Return a fresh copy of one tensor.
 
         Raises:
-            UserError: there is no such tensor, or its file can no longer be read.
+            UserError: there is no such tensor, its file can no longer be read, or it is not what the manifest says.
         """
-        return self._weights.read(name)
+        tensor = self._weights.read(name)
+        self._stored.check(name, tensor)
+        return tensor
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What its tensors are compared with as they are read; None where there is none, or it is to be ignored."""
+        return self._stored.manifest
+
+    def checksums(self) -> Mapping[str, TensorRecord]:
+        """Return the checksum of every tensor (``StoredTensors.checksums``)."""
+        return self._stored.checksums(self)
+
+    def _check_layers(self) -> None:
+        """Refuse a number of layers that the files cannot hold, before anything is made for each layer."""
+        layers, tensors = self._shape.layers, len(self._weights.names)
+        if layers > tensors:
+            raise UserError(
+                f"config.json in {self.folder} says {layers:,} layers, but the files there hold {tensors:,} tensors; "
+                "use the config.json that belongs to these weights."
+            )
 
     def _check_weights(self) -> None:
         unknown = [name for name in self.extra_tensors if not name.endswith(_HARMLESS)]

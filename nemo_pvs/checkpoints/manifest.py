@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
+from pydantic import TypeAdapter, ValidationError
 
 from nemo_pvs.checkpoints.read_ahead import ReadAhead
-from nemo_pvs.checkpoints.safetensors_file import tensor_bytes
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import (
+    Progress,
+    WeightSource,
+    compute_checksums,
+    earlier_fingerprint,
+    identity,
+    shape_of,
+)
+from nemo_pvs.checkpoints.tensor_record import HASH, HASHES, TensorRecord, dtype_name, record_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, sha256_file, write_json
 from nemo_pvs.layout import Layout
 
 MANIFEST = "pvs_manifest.json"
 
-HASH = "xxh3_128"
-"""What new manifests name tensors by: 128 bits, as fast as memory, against damage and mix-ups but not against forgers
-(https://xxhash.com). SHA-256 of every tensor took longer than all the rest of a conversion."""
-
-_HASHES: dict[str, Callable[[memoryview], Any]] = {
-    HASH: xxhash.xxh3_128,
-    "sha256": hashlib.sha256,  # the first manifests, which do not say so
-}
-
 # Their contents are tensors, which have hashes of their own.
 _WEIGHT_FILES = ("model*.safetensors", "*.distcp")
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total), both in parameters."""
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """One tensor under its Hugging Face name, the same in every format."""
-
-    dtype: str
-    size: tuple[int, ...]
-    digest: str
-    """Hash, by the manifest's algorithm, of the bytes in row-major order; hexadecimal."""
+_LATER_FILES = ("ledger.json",)  # what comes into the folder after its manifest
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class Manifest:
     """Fingerprint of the model that was written (``source.fingerprint``), before any change of dtype."""
     tensors: Mapping[str, TensorRecord]
     files: Mapping[str, FileRecord]
-    """By path relative to the checkpoint; the manifest itself is not among them."""
+    """By path relative to the checkpoint; the manifest itself and the ledger are not among them."""
     hash: str = HASH
     """Name of the algorithm of the tensors' hashes."""
 
@@ -84,18 +69,15 @@ class Manifest:
         values: Any = read_json(path)
         try:
             algorithm = values.get("hash", "sha256")
-            key = "digest" if "hash" in values else "sha256"
-            tensors = {
-                name: TensorRecord(record["dtype"], tuple(record["size"]), record[key])
-                for name, record in values["tensors"].items()
-            }
-            files = {name: FileRecord(**record) for name, record in values["files"].items()}
-            manifest = cls(values["format"], values["source"], tensors, files, algorithm)
-        except (AttributeError, KeyError, TypeError):
+            if "hash" not in values:  # the first manifests
+                tensors = {name: {**record, "digest": record["sha256"]} for name, record in values["tensors"].items()}
+                values = {**values, "tensors": tensors, "hash": algorithm}
+            manifest = _MANIFEST_FILE.validate_python(values)
+        except (AttributeError, KeyError, TypeError, ValidationError):
             raise UserError(f"{path} is not a manifest of nemo_pvs; convert the checkpoint again.") from None
-        if algorithm not in _HASHES:
+        if algorithm not in HASHES:
             raise UserError(
-                f"{path} has hashes by {algorithm}, which this version does not know ({', '.join(_HASHES)}); "
+                f"{path} has hashes by {algorithm}, which this version does not know ({', '.join(HASHES)}); "
                 "use the version of nemo_pvs that wrote it, or convert the checkpoint again."
             )
         return manifest
@@ -114,7 +96,10 @@ class Manifest:
 
     def describes(self, name: str, tensor: torch.Tensor) -> bool:
         """Return whether a tensor is the one that was written under this name: its dtype, size and bytes."""
-        return self.tensors[name] == _record(tensor, self.hash)
+        return self.tensors.get(name) == record_of(tensor, self.hash)
+
+
+_MANIFEST_FILE = TypeAdapter(Manifest)
 
 
 class Recorder:
@@ -135,6 +120,7 @@ class Recorder:
         self.layout = Layout.for_config(source.config)
         self.parts = self.layout.parts(self.shape)
         self.records: dict[str, TensorRecord] = {}
+        self._source_records: dict[str, TensorRecord] = {}
         self._progress = progress
         self._allow_nonfinite = allow_nonfinite
         self._done = 0
@@ -158,6 +144,7 @@ class Recorder:
         expected = self.parts[name][0].size(self.shape)
         if tuple(tensor.shape) != expected:
             raise UserError(f"{name} is {list(tensor.shape)}, but the config implies {list(expected)}.")
+        self._source_records[name] = record_of(tensor)
         if self.dtype is not None:
             tensor = tensor.to(self.dtype)
         if not self._allow_nonfinite and not is_finite(tensor):
@@ -166,7 +153,8 @@ class Recorder:
                 f"{name} has NaN or infinite values{cast}, with which a model computes nothing; use an intact "
                 "checkpoint or another dtype, or pass --allow-nonfinite."
             )
-        self.records[name] = _record(tensor, HASH)
+        cast = tensor.dtype != getattr(torch, self._source_records[name].dtype)
+        self.records[name] = record_of(tensor) if cast else self._source_records[name]
         self._done += tensor.numel()
         if self._progress:
             self._progress(self._done, self.shape.parameters)
@@ -183,29 +171,48 @@ class Recorder:
 
     def finish(self, folder: Path, file_format: str) -> Manifest:
         """Write the manifest of what was read, and of every file below ``folder``, and return it."""
-        files = {
-            str(path.relative_to(folder)): FileRecord(path.stat().st_size, _file_hash(path))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        manifest = Manifest(file_format, fingerprint(self.source), self.records, files)
-        manifest.write(folder)
-        return manifest
+        return _write_manifest(folder, file_format, self.source, self._source_records, self.records)
+
+
+def describe_tensors(
+    source: WeightSource, folder: Path, file_format: str, *, progress: Progress | None = None
+) -> Manifest:
+    """Write the manifest of a checkpoint that another program wrote into ``folder``, and return it.
+
+    Args:
+        source: The checkpoint.
+        folder: Where it is.
+        file_format: huggingface or nemo.
+        progress: Called with (done, total) parameters.
+
+    Raises:
+        UserError: a tensor cannot be read.
+    """
+    records = compute_checksums(source, progress)
+    return _write_manifest(folder, file_format, source, records, records)
+
+
+def _write_manifest(
+    folder: Path,
+    file_format: str,
+    source: WeightSource,
+    read: Mapping[str, TensorRecord],
+    written: Mapping[str, TensorRecord],
+) -> Manifest:
+    """Write the manifest of all files below ``folder``; ``read`` are the tensors before any change of dtype."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in _LATER_FILES:
+            files[str(path.relative_to(folder))] = FileRecord(path.stat().st_size, _file_hash(path))
+    name = identity(source.config, read, earlier=lambda: earlier_fingerprint(source))
+    manifest = Manifest(file_format, str(name), written, files)
+    manifest.write(folder)
+    return manifest
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is free of NaN and infinities; in one pass, 50 times as fast as ``isfinite().all()``."""
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))  # NaN anywhere makes both NaN
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as config files spell it: bfloat16, float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _record(tensor: torch.Tensor, algorithm: str) -> TensorRecord:
-    digest = _HASHES[algorithm](tensor_bytes(tensor)).hexdigest()
-    return TensorRecord(dtype_name(tensor.dtype), tuple(tensor.shape), digest)
 
 
 def _file_hash(path: Path) -> str | None:

@@ -16,10 +16,12 @@ import torch
 
 from nemo_pvs.checkpoints.biases import with_both_biases
 from nemo_pvs.checkpoints.context import context_assets, read_context, write_context
-from nemo_pvs.checkpoints.manifest import Manifest, Progress, Recorder, dtype_name
+from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
 from nemo_pvs.checkpoints.shards import few
-from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.checkpoints.source import Progress, WeightSource
+from nemo_pvs.checkpoints.stored_tensors import StoredTensors
+from nemo_pvs.checkpoints.tensor_record import TensorRecord, dtype_name
 from nemo_pvs.checkpoints.torch_dist import Block, TorchDistReader, write_torch_dist
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import whole_folder
@@ -55,12 +57,15 @@ class NemoSource:
         )
         self._shape = Layout.for_config(self.config).shape(self.config)
         layout = Layout.for_config(self.config)
+        self._check_layers()
         self._parts = layout.parts(self._shape)
         # Megatron can be told to store even layers apart, too.
         self._stacked = not any(name.startswith(f"{_LAYERS}0.") for name in self._weights.names)
         self._check_sizes(layout)
         self._refuse_unknown_tensors()
         self._siblings: dict[str, torch.Tensor] = {}
+        self._stored = StoredTensors(self.folder, self._weights.files)
+        self._weights.check_crc = self._stored.manifest is None
 
     def _open_weights(self) -> TorchDistReader:
         return TorchDistReader(self.folder / "weights")
@@ -78,7 +83,11 @@ class NemoSource:
         """The masks in its context; most models have none."""
         path = self.folder / "context" / FILE
         sizes = {name: part.size(self._shape) for name, (part, _) in self._parts.items()}
-        return MaskFile(path, sizes) if path.is_file() else NoMasks()
+        if not path.is_file():
+            return NoMasks()
+        masks = MaskFile(path, sizes)
+        self._stored.check_file(path)
+        return masks
 
     @property
     def extra_tensors(self) -> tuple[str, ...]:
@@ -97,7 +106,8 @@ class NemoSource:
         out once and then forgotten, so a caller may change it.
 
         Raises:
-            UserError: the model has no such tensor, or the file that holds it is missing or broken.
+            UserError: the model has no such tensor, the file that holds it is missing or broken, or the tensor is not
+                what the manifest says.
         """
         if name not in self._siblings:
             if name not in self._parts:
@@ -105,7 +115,18 @@ class NemoSource:
             entry = self._parts[name][1]
             parts = entry.split(self._read_entry(entry), self._shape)
             self._siblings = dict(zip((part.name for part in entry.parts), parts, strict=True))
-        return self._siblings.pop(name)
+        tensor = self._siblings.pop(name)
+        self._stored.check(name, tensor)
+        return tensor
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What its tensors are compared with as they are read; None where there is none, or it is to be ignored."""
+        return self._stored.manifest
+
+    def checksums(self) -> Mapping[str, TensorRecord]:
+        """Return the checksum of every tensor (``StoredTensors.checksums``)."""
+        return self._stored.checksums(self)
 
     def _name(self, entry: Entry) -> str:
         return stored_name(entry, stacked=self._stacked)
@@ -115,6 +136,16 @@ class NemoSource:
         if entry.layer is None or not self._stacked:
             return self._weights.read(self._name(entry), (0,) * len(size), size)
         return self._weights.read(self._name(entry), (entry.layer, *(0 for _ in size)), (1, *size)).squeeze(0)
+
+    def _check_layers(self) -> None:
+        """Refuse a number of layers that the files cannot hold, before anything is made for each layer."""
+        names = [name for name in self._weights.names if name.startswith(_LAYERS)]
+        stored = max([len(names), *(self._weights.size(name)[0] for name in names if self._weights.size(name))])
+        if self._shape.layers > stored:
+            raise UserError(
+                f"The context of {self.folder} says {self._shape.layers:,} layers, but its weights are those of at "
+                f"most {stored:,}; use the context that belongs to these weights."
+            )
 
     def _check_sizes(self, layout: Layout) -> None:
         """Refuse weights that are not of the context's shape; only the vocabulary may have (padding) rows to spare."""

@@ -57,6 +57,10 @@ class _Prefixed(TorchDistReader):
         self._inner = inner
 
     @property
+    def files(self) -> list[Path]:
+        return self._inner.files
+
+    @property
     def names(self) -> list[str]:
         return [name if name.startswith("optimizer.") else _PREFIX + name for name in self._inner.names]
 

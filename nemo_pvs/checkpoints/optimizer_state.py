@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 from nemo_pvs.checkpoints.masks import Masks, NoMasks
 from nemo_pvs.checkpoints.megatron import NemoSource
+from nemo_pvs.checkpoints.source import compute_checksums
+from nemo_pvs.checkpoints.tensor_record import TensorRecord
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Entry, Layout
 
@@ -35,6 +38,12 @@ class OptimizerStateSource(NemoSource):
         """
         self.state = state
         super().__init__(folder)
+        self._stored.manifest = None  # it is of the weights
+        self._weights.check_crc = True
+
+    def checksums(self) -> Mapping[str, TensorRecord]:
+        """Return the checksum of every tensor, computed: those that are known are of the weights."""
+        return compute_checksums(self)
 
     @cached_property
     def masks(self) -> Masks:

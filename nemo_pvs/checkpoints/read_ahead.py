@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
-from nemo_pvs.checkpoints.source import WeightSource
+if TYPE_CHECKING:
+    from nemo_pvs.checkpoints.source import WeightSource
 
 
 class ReadAhead:

@@ -67,6 +67,11 @@ class Shards:
             )
 
     @property
+    def files(self) -> list[Path]:
+        """The files."""
+        return [self._folder / file for file in self._files]
+
+    @property
     def names(self) -> list[str]:
         """Names of all tensors."""
         return list(self._file_of)

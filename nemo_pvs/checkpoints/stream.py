@@ -12,11 +12,13 @@ import torch
 
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.huggingface import MAX_SHARD_BYTES, write_huggingface
-from nemo_pvs.checkpoints.manifest import Manifest, Progress, dtype_name
+from nemo_pvs.checkpoints.manifest import Manifest
 from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
 from nemo_pvs.checkpoints.pad import pad_layers
 from nemo_pvs.checkpoints.read_ahead import ReadAhead
-from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.checkpoints.source import Progress, WeightSource, shape_of
+from nemo_pvs.checkpoints.stored_tensors import changed_since
+from nemo_pvs.checkpoints.tensor_record import dtype_name
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import refuse_existing, sha256_file
 from nemo_pvs.layout import Layout
@@ -111,24 +113,48 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
         raise UserError(f"{folder} has no manifest to compare with; only checkpoints written by nemo_pvs have one.")
     changed = manifest.changed_files(folder)
     source = open_source(folder)
-    shape = Layout.for_config(source.config).shape(source.config)
-    expected = Layout.for_config(source.config).parts(shape)
+    expected = Layout.for_config(source.config).parts(shape_of(source))
     odd = sorted({*expected} ^ {*manifest.tensors}) + sorted(source.extra_tensors)
     if odd:
         raise UserError(f"{folder} does not hold exactly the tensors of its config (see {odd[0]}); convert it again.")
     for name, file in manifest.files.items():
         if name in changed or (file.sha256 is not None and sha256_file(folder / name) != file.sha256):
-            raise UserError(f"{name} in {folder} is not what its manifest says; convert the checkpoint again.")
+            raise changed_since(folder, name)
+    read_through(source, progress=progress)
+    return manifest
+
+
+def verify_or_read(path: str | Path, *, progress: Progress | None = None) -> str:
+    """Verify a checkpoint as far as that is possible, and say how far that was.
+
+    Raises:
+        UserError: it cannot be read whole, or differs from its manifest or from the checksums in its files.
+    """
+    folder = Path(path)
+    source = open_source(folder)
+    if source.manifest is not None:
+        manifest = verify_checkpoint(folder, progress=progress)
+        return f"all {len(manifest.tensors):,} tensors and {len(manifest.files):,} files are what was written"
+    read_through(source, progress=progress)
+    if isinstance(source, NemoSource):
+        return "every tensor could be read and has the checksum of PyTorch's archive; there is no manifest"
+    return "every tensor could be read; there is no manifest to compare with"
+
+
+def read_through(source: WeightSource, *, progress: Progress | None = None) -> None:
+    """Read every tensor of a checkpoint, which compares each with the manifest if there is one.
+
+    Raises:
+        UserError: a tensor cannot be read, or is not what was written.
+    """
+    shape = shape_of(source)
+    names = Layout.for_config(source.config).parts(shape)
+    reads = ReadAhead(source, names)
     done = 0
-    reads = ReadAhead(source, manifest.tensors)
-    for name in manifest.tensors:
-        tensor = reads.read(name)
-        if not manifest.describes(name, tensor):
-            raise UserError(f"{name} in {folder} is not what its manifest says; convert the checkpoint again.")
-        done += tensor.numel()
+    for name in names:
+        done += reads.read(name).numel()
         if progress:
             progress(done, shape.parameters)
-    return manifest
 
 
 def describe(path: str | Path, *, tensors: bool = False, config: str | Path | None = None) -> dict[str, Any]:

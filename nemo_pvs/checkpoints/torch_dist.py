@@ -6,14 +6,17 @@ Needs no NeMo, no Megatron, no process group and no GPU.
 
 from __future__ import annotations
 
+import io
 import math
 import pathlib
 import pickle
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
@@ -127,6 +130,10 @@ def _append(file: StreamedWriter, value: Any, index: metadata.MetadataIndex, des
 class TorchDistReader:
     """A checkpoint of which any slice of any tensor can be read without the rest."""
 
+    check_crc: bool = True
+    """Whether to compare what is read with the CRC-32 that PyTorch writes and never looks at; for readers who have no
+    better checksum, at 4 GB/s."""
+
     def __init__(self, folder: Path) -> None:
         """Read the description of the checkpoint.
 
@@ -141,6 +148,12 @@ class TorchDistReader:
             for name, stored in description.state_dict_metadata.items()
             if isinstance(stored, metadata.TensorStorageMetadata)
         }
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of which the checkpoint's tensors are made, their description included."""
+        names = {place.relative_path for place in self._places.values()}
+        return [self._folder / name for name in (".metadata", *sorted(names))]
 
     def truncated_files(self) -> list[str]:
         """Return the data files that are missing or end before the last item that they should hold; reads no data."""
@@ -190,7 +203,7 @@ class TorchDistReader:
                 target = _narrow(tensor, piece.dest_offsets, piece.lengths)
                 target.copy_(self._read_piece(piece, stored.properties.dtype))
             return tensor
-        except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        except _READ_ERRORS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"Cannot read {name} from {self._folder} ({reason}); copy the checkpoint again."
@@ -200,7 +213,10 @@ class TorchDistReader:
         """Return the wanted part of one stored chunk."""
         place = self._places[piece.storage_index]
         with StreamedReader(self._folder / place.relative_path) as file:
-            saved = cast(BinaryIO, _create_file_view(file, place.offset, place.length))
+            saved: Any = _create_file_view(file, place.offset, place.length)
+            if self.check_crc:
+                saved = io.BytesIO(saved.read(place.length))
+                _check_crc(saved)
             chunk = torch.load(saved, map_location="cpu", weights_only=True)
         if not isinstance(chunk, torch.Tensor):
             raise ValueError("it is no tensor")
@@ -212,6 +228,42 @@ class TorchDistReader:
         if name not in self._tensors:
             raise UserError(f"{self._folder} has no tensor {name}; is this a checkpoint of a Llama-family model?")
         return self._tensors[name]
+
+
+_READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    EOFError,
+    AttributeError,
+    TypeError,
+    NotImplementedError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading a chunk of damaged bytes can raise."""
+
+
+def _check_crc(saved: io.BytesIO) -> None:
+    """Raise ValueError if a part of what ``torch.save`` wrote is not what its archive says.
+
+    PyTorch can be told to leave checksums out (``set_crc32_options``). Then those of all parts are wrong, also that of
+    the small pickle without which nothing could be loaded, and nothing is known.
+    """
+    with zipfile.ZipFile(saved) as archive:
+        wrong = []
+        for part in archive.namelist():
+            try:
+                with archive.open(part) as stream:
+                    while stream.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile:
+                wrong.append(part)
+        if wrong and not any(part.endswith("/data.pkl") for part in wrong):
+            raise ValueError(f"{wrong[0]} has another checksum than was written")
+    saved.seek(0)
 
 
 def _narrow(tensor: torch.Tensor, offsets: Iterable[int], lengths: Iterable[int]) -> torch.Tensor:
@@ -234,9 +286,46 @@ def _read_description(path: Path) -> metadata.Metadata:
         raise
     except Exception as error:  # a broken pickle can raise anything
         raise UserError(f"{path} is broken ({error}); copy the checkpoint again.") from error
-    if not isinstance(description, metadata.Metadata) or not isinstance(description.storage_data, dict):
+    if not _is_sound(description):
         raise UserError(f"{path} does not describe a checkpoint; copy the checkpoint again.")
-    return description
+    return cast(metadata.Metadata, description)
+
+
+def _is_sound(description: Any) -> bool:
+    """Return whether a description has the types that its classes declare, and no chunk has more than its bytes.
+
+    It comes from a pickle, which can put anything anywhere.
+    """
+    try:
+        if not isinstance(description, metadata.Metadata) or not isinstance(description.storage_data, dict):
+            return False
+        room: dict[tuple[str, torch.Size], int] = {}
+        for index, place in description.storage_data.items():
+            file = place.relative_path
+            if not isinstance(file, str) or Path(file).name != file or not _is_size((place.offset, place.length)):
+                return False
+            room[index.fqn, torch.Size(index.offset or ())] = place.length
+        for name, stored in description.state_dict_metadata.items():
+            if isinstance(stored, metadata.BytesStorageMetadata):
+                continue
+            dtype = stored.properties.dtype
+            if not isinstance(name, str) or not isinstance(dtype, torch.dtype) or not _is_size(stored.size):
+                return False
+            for chunk in stored.chunks:
+                if not (_is_size(chunk.offsets) and _is_size(chunk.sizes)):
+                    return False
+                if len({len(chunk.offsets), len(chunk.sizes), len(stored.size)}) != 1:
+                    return False
+                bytes_there = room.get((name, torch.Size(chunk.offsets)), math.inf)  # none: reading it will say so
+                if math.prod(chunk.sizes) * dtype.itemsize > bytes_there:
+                    return False
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _is_size(numbers: Iterable[Any]) -> bool:
+    return all(isinstance(number, int) and number >= 0 for number in numbers)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -17,7 +17,7 @@ from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.megatron import NemoSource
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import Fingerprint, WeightSource, fingerprint, shape_of
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.parallel import from_main
@@ -78,7 +78,7 @@ class Checkpoint:
         self.tokenizer_sha256 = tokenizer_hash(tokenizer_folder(Path(path)))
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Fingerprint:
         """The hash of the model, the same in every format."""
         return fingerprint(self.source)
 
@@ -97,6 +97,7 @@ class Checkpoint:
         return {
             "checkpoint": self.path,
             "fingerprint": self.fingerprint,
+            "earlier_fingerprint": self.fingerprint.earlier(),  # what run folders of earlier versions call it
             "tokenizer_sha256": self.tokenizer_sha256,
             "parameters": self.shape.parameters,
         }

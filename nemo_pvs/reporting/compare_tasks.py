@@ -137,7 +137,8 @@ def read_scores(folder: Path) -> Scores:
         found: Scores = {}
         for model in sorted(data["models"], key=lambda model: model["limit"] or math.inf):
             scores = {name: _score(folder, model, name, about) for name, about in model["measured"].items()}
-            found.setdefault(model["fingerprint"], {}).update(scores)
+            for name in {model["fingerprint"], model.get("earlier_fingerprint", model["fingerprint"])}:
+                found.setdefault(name, {}).update(scores)
         return found
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no evaluation ({error!r}); give the --out folder of pvs evaluate.") from None

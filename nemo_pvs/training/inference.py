@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from nemo_pvs.checkpoints.biases import with_both_biases
 from nemo_pvs.checkpoints.context import write_context
-from nemo_pvs.checkpoints.manifest import dtype_name
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.checkpoints.tensor_record import dtype_name
 from nemo_pvs.evaluation.scoring import TokenScores, next_token_scores
 from nemo_pvs.layout import Entry, Layout
 from nemo_pvs.training.attention import FUSED_KERNELS, layer_spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,17 +14,18 @@ from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.masks import check_masks, masks_of
 from nemo_pvs.checkpoints.megatron import write_nemo
 from nemo_pvs.checkpoints.random import RandomSource
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import Fingerprint, WeightSource, earlier_fingerprint, fingerprint, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.token_files import describe_token_file
 from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.windows import validation_windows, write_validation_document
-from nemo_pvs.files import read_json, write_json
+from nemo_pvs.files import read_json, sha256_json, write_json
 from nemo_pvs.progress import console, progress
 from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.recipe_teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
 from nemo_pvs.reporting.tokens_read import TokensRead
+from nemo_pvs.stages import same_inputs
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training_checks import check_context, check_training
 
@@ -91,19 +93,23 @@ def prepare_job(
     windows = validation_windows(
         data / "validation", samples=training.validation_samples, sequence_length=training.sequence_length
     )
+    name = fingerprint(source)
     if random_init:
         keep = source if keep_parent_embeddings else None
         masks = masks_of(source)
         source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16, masks=masks, keep=keep)
+        # What decides the draw, because drawing a large model only to compare it takes minutes.
+        decides = sha256_json({"random": training.seed, "model": name})
+        name = Fingerprint(decides[: len(name)], partial(earlier_fingerprint, source))
     settings = {
-        "initial": fingerprint(source),
+        "initial": name,
         "training": training.model_dump(mode="json"),
         "validation": windows.manifest["ids_sha256"],
         **({"teacher": fingerprint(open_source(teacher))} if teacher else {}),
         **({"first_token": read.first} if read.first else {}),
     }
     settings_file = out / "settings.json"
-    if settings_file.exists() and read_json(settings_file) != settings:
+    if settings_file.exists() and not same_inputs(read_json(settings_file), settings):
         raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
     if not settings_file.exists():
         check_masks(source)

@@ -9,6 +9,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
+from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.manifest import Manifest, describe_tensors
+from nemo_pvs.checkpoints.stream import read_through
 from nemo_pvs.errors import TrainingError
 from nemo_pvs.processes import die_with_parent
 from nemo_pvs.progress import console, progress
@@ -56,15 +59,17 @@ class Trainer:
         Raises:
             PreemptedError: SIGTERM or SIGUSR1 came, and the ranks have saved.
             TrainingError: a rank failed.
-            UserError: the optimizer's state that it begins with is gone.
+            UserError: the optimizer's state that it begins with is gone, or its initial weights are damaged.
         """
         if is_finished(job):
-            return last_checkpoint(job)
+            return _with_manifest(last_checkpoint(job))
         newest, broken = newest_sound(job.checkpoints)
         for sentence in say_broken(newest, broken):
             console.print(sentence, soft_wrap=True)
         if job.carried and newest is None:
             state_to_carry(job.carried.checkpoints)
+        if newest is None:
+            _check_weights(job)
         launcher = self._start()
         assert launcher.stdin is not None
         print(job.save(), file=launcher.stdin, flush=True)
@@ -76,7 +81,7 @@ class Trainer:
             raise PreemptedError(f"Training of {job.name} was asked to stop; the same command goes on from there.")
         if answer != "0":
             raise TrainingError(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
-        return last_checkpoint(job)
+        return _with_manifest(last_checkpoint(job))
 
     def _start(self) -> subprocess.Popen[str]:
         if self._launcher is None:
@@ -122,6 +127,27 @@ def last_checkpoint(job: TrainingJob) -> Path:
     if newest is None:
         raise TrainingError(f"Training of {job.name} left no checkpoint in {job.checkpoints}; see {job.log}.")
     return newest
+
+
+def _check_weights(job: TrainingJob) -> None:
+    """Read what Megatron is about to read, which compares it with its manifest, because Megatron does not."""
+    models = {"initial weights": job.initial, "teacher": job.teacher}
+    for name, path in models.items():
+        if path is not None:
+            with progress(f"check the {name} of {job.name}", "parameters") as show:
+                read_through(open_source(path), progress=show)
+
+
+def _with_manifest(checkpoint: Path) -> Path:
+    """Give a trained checkpoint the manifest that those have which we write ourselves; return the checkpoint.
+
+    It is what the run hands on. Checkpoints on the way are not read back; damage to them is noticed by the checksums
+    that PyTorch keeps in their files.
+    """
+    if Manifest.read(checkpoint) is None:
+        with progress(f"checksums of {checkpoint.name}", "parameters") as show:
+            describe_tensors(open_source(checkpoint), checkpoint, "nemo", progress=show)
+    return checkpoint
 
 
 def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]

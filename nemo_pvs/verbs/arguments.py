@@ -25,6 +25,9 @@ Loader = Annotated[
     Optional[str],
     typer.Option(help="read --data as a reference does: c4_random_docs, wikitext2_random, wikitext103_seq, ..."),
 ]
+IgnoreManifest = Annotated[
+    bool, typer.Option(help="read weights that differ from the manifest: changed on purpose by another program")
+]
 Device = Annotated[
     Optional[str], typer.Option(help="cpu or cuda; the GPU if there is one (bf16 there, fp32 on a CPU)")
 ]

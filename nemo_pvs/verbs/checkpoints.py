@@ -8,7 +8,16 @@ from typing import Annotated, Any, Optional
 import typer
 
 from nemo_pvs.progress import console, progress
-from nemo_pvs.verbs.arguments import Destination, Overwrite, Source, one_of, parse_bytes, parse_dtype, tokens_of
+from nemo_pvs.verbs.arguments import (
+    Destination,
+    IgnoreManifest,
+    Overwrite,
+    Source,
+    one_of,
+    parse_bytes,
+    parse_dtype,
+    tokens_of,
+)
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -26,6 +35,7 @@ def convert(
     config: Annotated[Optional[str], typer.Option(help="config.json for a bare Megatron-LM folder")] = None,
     pad_vocab_to_multiple: Annotated[int, typer.Option(help="for NeMo: of the tensor-parallel size")] = 1,
     allow_nonfinite: Annotated[bool, typer.Option(help="copy NaN and infinite weights instead of refusing")] = False,
+    ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert between Hugging Face and NeMo, as a stream."""
@@ -34,12 +44,13 @@ def convert(
     shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.parent import local_checkpoint
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.checkpoints.stream import convert as convert_stream
     from nemo_pvs.checkpoints.stream import describe
     from nemo_pvs.files import refuse_existing
 
     refuse_existing(Path(target), overwrite=overwrite)
-    with local_checkpoint(source, Path(target)) as folder:
+    with ignoring_manifests(ignore_manifest), local_checkpoint(source, Path(target)) as folder:
         found = describe(folder, config=config)["format"]
         wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))
         with progress(f"convert to {wanted}", "parameters") as show:
@@ -71,16 +82,19 @@ def inspect(
     path: Source,
     tensors: Annotated[bool, typer.Option(help="list every tensor")] = False,
     sparsity: Annotated[bool, typer.Option(help="count the zeros of every matrix, which reads the weights")] = False,
+    verify: Annotated[bool, typer.Option(help="read everything, and compare it with the manifest")] = False,
+    ignore_manifest: IgnoreManifest = False,
 ) -> None:
-    """Show what a checkpoint is; without --sparsity no weight is read."""
+    """Show what a checkpoint is; without --sparsity or --verify no weight is read."""
     from rich.table import Table
 
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.parent import local_checkpoint
     from nemo_pvs.checkpoints.sparsity import matrix_sparsity
-    from nemo_pvs.checkpoints.stream import describe
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+    from nemo_pvs.checkpoints.stream import describe, verify_or_read
 
-    with local_checkpoint(path) as folder:
+    with ignoring_manifests(ignore_manifest), local_checkpoint(path) as folder:
         about = describe(folder, tensors=tensors)
         table = Table(show_header=False, box=None)
         for name, value in _description(about).items():
@@ -100,6 +114,9 @@ def inspect(
                 back = f", {matrix.disagreements:,} of them not zero" if matrix.disagreements else ""
                 zeros.add_row(matrix.name, f"{matrix.zeros / matrix.weights:.2%}", matrix.pattern, mask + back)
             console.print(zeros)
+        if verify:
+            with progress("read and verify", "parameters") as show:
+                console.print(f"{path}: {verify_or_read(folder, progress=show)}", soft_wrap=True)
 
 
 def _description(about: dict[str, Any]) -> dict[str, str]:

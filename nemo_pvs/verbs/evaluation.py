@@ -9,7 +9,7 @@ import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.progress import console
-from nemo_pvs.verbs.arguments import ActivationMemory, Device, compute_of, one_of, parse_dtype
+from nemo_pvs.verbs.arguments import ActivationMemory, Device, IgnoreManifest, compute_of, one_of, parse_dtype
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -49,6 +49,7 @@ def evaluate(
     compat: Annotated[
         bool, typer.Option(help="perplexity on training text, as the paper's code has it, to compare with its numbers")
     ] = False,
+    ignore_manifest: IgnoreManifest = False,
     force: Annotated[bool, typer.Option(help="measure again what has been measured")] = False,
 ) -> None:
     """Measure checkpoints on zero-shot and few-shot tasks and by perplexity, on transformers or on Megatron."""
@@ -56,6 +57,7 @@ def evaluate(
     for option, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give 1 or more.")
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
     from nemo_pvs.evaluation.measure import measure
     from nemo_pvs.evaluation.parallel import joined
@@ -74,7 +76,7 @@ def evaluate(
         tasks, perplexity, samples=samples, sequence_length=sequence_length, stride=stride, train_split=compat
     )
     store = Store(Path(out))
-    with joined():
+    with ignoring_manifests(ignore_manifest), joined():
         compute.check_ranks()
         models = [Checkpoint(path, None if backend == "auto" else backend) for path in paths]  # type: ignore[arg-type]
         results = measure(models, wishes, store, compute, task_data=Path(task_data), limit=limit, force=force)

@@ -14,6 +14,7 @@ from nemo_pvs.verbs.arguments import (
     ActivationMemory,
     Destination,
     Device,
+    IgnoreManifest,
     Loader,
     Overwrite,
     ParentTokens,
@@ -46,6 +47,7 @@ def calibrate(
     pipeline_parallel: Annotated[int, typer.Option(help="gradients on Megatron: ranks that share the layers")] = 1,
     device: Device = None,
     activation_memory: ActivationMemory = "8GB",
+    ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure importance once, for every width target."""
@@ -53,6 +55,7 @@ def calibrate(
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.parent import local_checkpoint
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.files import refuse_existing
 
@@ -61,7 +64,7 @@ def calibrate(
     megatron = (tensor_parallel, pipeline_parallel) != (1, 1)
     if megatron and not gradients:
         raise UserError("Only gradients are measured on Megatron; add --gradients, or leave the parallelism out.")
-    with local_checkpoint(source) as folder:
+    with ignoring_manifests(ignore_manifest), local_checkpoint(source) as folder:
         model = open_source(folder)
         tokens = tokens_of(folder, data, samples, sequence_length, seed, loader)
         with joined() if megatron else ranks.joined():
@@ -128,6 +131,7 @@ def prune(
     device: Device = None,
     activation_memory: ActivationMemory = "8GB",
     parent_tokens: ParentTokens = None,
+    ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Prune a model to a smaller architecture, or make it sparse; under torchrun the ranks share the text."""
@@ -138,6 +142,7 @@ def prune(
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.parent import local_checkpoint
     from nemo_pvs.checkpoints.source import shape_of
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.checkpoints.stream import describe
     from nemo_pvs.files import refuse_existing
     from nemo_pvs.pruning.job import Job, Options
@@ -153,7 +158,8 @@ def prune(
     one_of("--uneven", uneven, ("keep", "pad"))
     refuse_existing(Path(target_folder), overwrite=overwrite)
     compute = compute_of(device, activation_memory)
-    with ranks.joined(), local_checkpoint(source, Path(target_folder)) as folder:
+    ignoring = ignoring_manifests(ignore_manifest)
+    with ranks.joined(), ignoring, local_checkpoint(source, Path(target_folder)) as folder:
         wanted = one_of("--format", format or _format(describe(folder)), ("hf", "nemo"))
         model = open_source(folder)
         ledger = ancestry(folder, parent_tokens)

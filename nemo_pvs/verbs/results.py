@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from nemo_pvs.progress import console
-from nemo_pvs.verbs.arguments import compute_of
+from nemo_pvs.verbs.arguments import IgnoreManifest, compute_of
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -25,6 +25,7 @@ def run(
     launch: Annotated[
         Optional[str], typer.Option(help="profile that says where: local_cpu, local_gpu, slurm_h100, or a path")
     ] = None,
+    ignore_manifest: IgnoreManifest = False,
 ) -> None:
     """Run a recipe: calibrate, prune, train every arm, evaluate, report."""
     from nemo_pvs.recipe_file import load_recipe
@@ -39,16 +40,20 @@ def run(
 
         planning.show(planning.dry_run(checked), planning.executor_here())
         return
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.pipeline import Pipeline
     from nemo_pvs.reporting.assemble import assemble
     from nemo_pvs.reporting.html import write_report
 
     pipeline = Pipeline(checked, folder, tuple(force or ()), compute_of(None, "8GB"))
     if prepare_only:
-        for job in pipeline.prepare_only():
+        with ignoring_manifests(ignore_manifest):
+            jobs = pipeline.prepare_only()
+        for job in jobs:
             console.print(f"ready to train: {job}", soft_wrap=True)
         return
-    pipeline.run()
+    with ignoring_manifests(ignore_manifest):
+        pipeline.run()
     if checked.parent.source is None:  # a parent has no parent to be compared with
         for arm in pipeline.recipe.runs:
             console.print(f"trained: {pipeline.model(arm.name)}", soft_wrap=True)

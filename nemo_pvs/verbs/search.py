@@ -10,7 +10,15 @@ import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.progress import console, progress
-from nemo_pvs.verbs.arguments import ActivationMemory, Device, Overwrite, Source, compute_of, parse_bytes
+from nemo_pvs.verbs.arguments import (
+    ActivationMemory,
+    Device,
+    IgnoreManifest,
+    Overwrite,
+    Source,
+    compute_of,
+    parse_bytes,
+)
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -44,6 +52,7 @@ def search(
     fp8: Annotated[bool, typer.Option(help="only shapes whose shards suit FP8")] = False,
     device: Device = None,
     activation_memory: ActivationMemory = "8GB",
+    ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Find the best architecture within a budget; under torchrun the ranks share the text."""
@@ -53,6 +62,7 @@ def search(
     from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.source import shape_of
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.files import refuse_existing
     from nemo_pvs.pruning.grid import Budget, Grid, flops_at, legal_shapes
     from nemo_pvs.pruning.search import search as rank
@@ -64,7 +74,8 @@ def search(
     if retrain_tokens and not retrain_data:
         raise UserError("--retrain-tokens needs text to train on; give --retrain-data, a folder from pvs tokenize.")
     compute = compute_of(device, activation_memory)
-    model = open_source(source)
+    with ignoring_manifests(ignore_manifest):
+        model = open_source(source)
     budget = Budget(
         parameters=parameters,
         memory_bytes=None if memory is None else parse_bytes("--memory", memory),

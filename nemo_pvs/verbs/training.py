@@ -9,7 +9,7 @@ import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.progress import console, progress
-from nemo_pvs.verbs.arguments import ParentTokens, SequenceLength, parse_pairs, parse_shares
+from nemo_pvs.verbs.arguments import IgnoreManifest, ParentTokens, SequenceLength, parse_pairs, parse_shares
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -90,6 +90,7 @@ def train(
         bool, typer.Option(help="let the losses of hidden states together weigh what the divergence does")
     ] = False,
     parent_tokens: ParentTokens = None,
+    ignore_manifest: IgnoreManifest = False,
 ) -> None:
     """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
     if keep_parent_embeddings and not random_init:
@@ -98,6 +99,7 @@ def train(
         raise UserError(f"--first-token is {first_token:g}; give a whole number of 0 or more.")
     from nemo_pvs.checkpoint_ledger import ancestry, charge_run, tokens_read
     from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.data.token_files import token_file_hash
     from nemo_pvs.recipe_file import parse_layout, parse_training
     from nemo_pvs.reporting.ledger import LEDGER
@@ -147,18 +149,19 @@ def train(
     # Weights that were pruned mostly come from the teacher itself, and its pretraining counts once.
     weights_from = (Path(teacher) if teacher else None) if random_init else Path(initial)
     ledger = ancestry(weights_from, parent_tokens)
-    job = prepare_job(
-        initial,
-        Path(out),
-        Path(data),
-        layout,
-        training,
-        random_init=random_init,
-        keep_parent_embeddings=keep_parent_embeddings,
-        first_token=int(first_token),
-        before=[] if random_init or allow_overlap else ledger.read,
-    )
-    with Trainer(Path(out) / "launcher.log") as trainer:
+    with ignoring_manifests(ignore_manifest):
+        job = prepare_job(
+            initial,
+            Path(out),
+            Path(data),
+            layout,
+            training,
+            random_init=random_init,
+            keep_parent_embeddings=keep_parent_embeddings,
+            first_token=int(first_token),
+            before=[] if random_init or allow_overlap else ledger.read,
+        )
+    with ignoring_manifests(ignore_manifest), Trainer(Path(out) / "launcher.log") as trainer:
         checkpoint = trainer.train(job)
     read = tokens_read(token_file_hash(Path(data) / "train"), training, job.first_token)
     charge_run(ledger, training, open_source(checkpoint), Path(teacher) if teacher else None, read)

@@ -9,9 +9,11 @@ import pytest
 import torch
 import xxhash
 
+from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
 from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest, is_finite
 from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.checkpoints.stream import convert, describe, verify_checkpoint
 from nemo_pvs.errors import UserError
 from tests.state_source import StateSource, tiny_model
@@ -93,7 +95,7 @@ def test_the_first_manifests_still_verify(make_tiny_llama, tmp_path):
     assert describe(tmp_path / "out")["manifest"] == "complete"
     values["tensors"]["model.norm.weight"]["sha256"] = "0" * 64
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"model\.norm\.weight in .*out is not what its manifest says"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight in .*out is not what pvs_manifest.json there says"):
         verify_checkpoint(tmp_path / "out")
 
 
@@ -112,10 +114,10 @@ def test_a_changed_file_is_found(make_tiny_llama, tmp_path, to):
     convert(tmp_path / "hf", tmp_path / "out", to=to)
     [tokenizer] = (tmp_path / "out").rglob("tokenizer.json")
     tokenizer.write_text('{"version": 2}')
-    with pytest.raises(UserError, match=r"tokenizer\.json in .*out is not what its manifest says"):
+    with pytest.raises(UserError, match=r"tokenizer\.json in .*out is not what pvs_manifest.json there says"):
         verify_checkpoint(tmp_path / "out")
     tokenizer.unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json in .*out is not what its manifest says"):
+    with pytest.raises(UserError, match=r"tokenizer\.json in .*out is not what pvs_manifest.json there says"):
         verify_checkpoint(tmp_path / "out")
 
 
@@ -128,12 +130,10 @@ def test_shards_are_as_large_as_asked(make_tiny_llama, tmp_path):
     assert max(sizes) < 60_000 + 20_000  # with the header
 
 
-def test_a_tensor_is_read_once_and_once_more_for_the_fingerprint(tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_tensor_is_read_once_its_fingerprint_included(tmp_path, dtype):
     source = StateSource(tiny_model(num_hidden_layers=5))
-    manifest = write_nemo(source, tmp_path / "nemo")
-    sampled = [f"model.layers.{layer}." for layer in (0, 2, 4)]
-    expected = {
-        name: 2 if len(record.size) == 1 or any(name.startswith(prefix) for prefix in sampled) else 1
-        for name, record in manifest.tensors.items()
-    }
-    assert Counter(source.reads) == expected
+    manifest = write_nemo(source, tmp_path / "nemo", dtype=dtype)
+    assert Counter(source.reads) == dict.fromkeys(manifest.tensors, 1)
+    assert manifest.source == fingerprint(source)  # of what was read, not of what it was cast to
+    assert (manifest.source == fingerprint(open_source(tmp_path / "nemo"))) == (dtype is None)

@@ -53,7 +53,9 @@ def test_a_changed_weight_is_found(make_tiny_llama, tmp_path, to):
     data = next(path for path in (tmp_path / "out").rglob("*") if path.suffix in {".safetensors", ".distcp"})
     flip_a_bit(data, data.stat().st_size // 2)
     assert describe(tmp_path / "out")["manifest"] == "complete"  # a look at lengths cannot tell
-    with pytest.raises(UserError, match=r"weight in .*out is not what its manifest says|Cannot read module"):
+    with pytest.raises(
+        UserError, match=r"weight in .*out is not what pvs_manifest.json there says|Cannot read module"
+    ):
         verify_checkpoint(tmp_path / "out")
 
 
@@ -66,7 +68,7 @@ def test_a_target_that_reads_back_differently_is_removed(make_tiny_llama, tmp_pa
             flip_a_bit(tmp_path / "out" / "model.safetensors")
         seen.append(done)
 
-    with pytest.raises(UserError, match="not what its manifest says"):
+    with pytest.raises(UserError, match="not what pvs_manifest"):
         convert(tmp_path / "hf", tmp_path / "out", to="hf", progress=spoil)
     assert not (tmp_path / "out").exists()
     seen.clear()
