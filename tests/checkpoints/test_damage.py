@@ -86,7 +86,7 @@ def test_every_verb_that_reads_weights_stops_with_the_tensors_name(verb, damaged
     with pytest.raises(UserError, match=CHANGED) as refused:
         VERBS[verb](damaged, written / "text.txt", tmp_path / "out")
     assert "model.layers.1.mlp.up_proj.weight" in str(refused.value)
-    assert {path for path in tmp_path.rglob("*")} == before
+    assert set(tmp_path.rglob("*")) == before
     if (damaged / "weights").is_dir():  # a program that changes it on purpose writes PyTorch's checksum, too
         with pytest.raises(UserError, match="has another checksum than was written"):
             VERBS[verb](damaged, written / "text.txt", tmp_path / "out", ignore_manifest=True)
