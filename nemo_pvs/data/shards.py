@@ -21,6 +21,7 @@ from nemo_pvs.data.tokenize import batches, count_tokens, encode, end_of_text, l
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import disk_errors, read_json, sha256_file, sha256_json, whole_folder, write_json
 from nemo_pvs.megatron_import import import_megatron
+from nemo_pvs.output_paths import check_folder
 
 _SHARDS = ".shards"
 _MANIFEST = "shard.json"
@@ -83,6 +84,7 @@ def tokenize_files(
         UserError: an input, the tokenizer or a share is wrong, a split gets no document, or the disk is full.
     """
     _check(shares, workers)
+    check_folder(out)
     end_of_text(load_tokenizer(tokenizer_folder), tokenizer_folder)
     settings = _Settings(str(tokenizer_folder.resolve()), tuple(shares.items()), seed, text_key)
     report_left_out(inputs)
