@@ -56,8 +56,8 @@ def _nearest_existing(target: Path) -> Path | None:
                 return path
             if path.is_symlink():
                 raise UserError(
-                    f"Cannot write {target}: {path} is a link to {os.readlink(path)}, which does not exist; remove the "
-                    "link, or choose another path."
+                    f"Cannot write {target}: {path} is a link to {os.readlink(path)}, which does not exist; remove "
+                    "the link, or choose another path."
                 )
     except OSError as error:  # no permission to look, or the whole path is too long
         raise UserError(f"Cannot write {target}: {error.strerror}; choose another path.") from None

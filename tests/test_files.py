@@ -25,7 +25,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path, read: Callable[[Path], A
 @pytest.mark.parametrize("content", [b"{", b"\xff\xff", b"[" * 10_000, b'{"a": ' + b"1" * 5000 + b"}"])
 def test_what_cannot_be_read_is_refused(tmp_path: Path, read: Callable[[Path], Any], content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(UserError, match="is not valid (JSON|YAML)") as caught:
+    with pytest.raises(UserError, match=r"is not valid (JSON|YAML)") as caught:
         read(tmp_path / "file")
     assert "\n" not in str(caught.value)
 

@@ -13,10 +13,10 @@ import yaml
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_yaml
 from nemo_pvs.evaluation.checkpoint import Checkpoint
 from nemo_pvs.evaluation.summary import Measured, average
 from nemo_pvs.evaluation.texts import windows_of
+from nemo_pvs.files import read_yaml
 
 _SAMPLES = 64
 _SEQUENCE_LENGTH = 512
