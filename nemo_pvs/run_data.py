@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, Document, read_documents
+from nemo_pvs.data.corpus import Document, input_files, read_documents
 from nemo_pvs.data.split import split_documents
 from nemo_pvs.data.token_files import check_end, describe_token_file
 from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
@@ -191,9 +191,12 @@ def _together(files: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stat(source: str | list[str] | Mapping[str, str | list[str]]) -> dict[str, list[int]]:
-    """Return size and time of change of every input file, so that a changed corpus is tokenised again."""
+    """Return size and time of change of every file that is read, so that a changed corpus is tokenised again.
+
+    Raises:
+        UserError: an input is missing or of an unknown kind.
+    """
     parts = source.values() if isinstance(source, Mapping) else [source]
     names = [name for part in parts for name in ([part] if isinstance(part, str) else part)]
-    paths = [Path(name) for name in names if name != WIKIPEDIA_SAMPLE]
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+    files = [file for file in input_files(names) if file is not None]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

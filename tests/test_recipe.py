@@ -270,3 +270,10 @@ def test_the_readme_describes_every_key():
     assert {"title", "micro_batch_size", "allow_overlap"} <= keys
     assert not {key for key in keys if not re.search(rf"\b{key}\b", text)}
     assert not {name for name in packaged_recipes() if name.split("/")[1] not in text}
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    packaged = load_recipe("smollm2_135m/demo")
+    text = yaml.safe_dump(packaged.model_dump(), sort_keys=False)
+    (tmp_path / "recipe.yaml").write_text("\ufeff" + text, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == packaged

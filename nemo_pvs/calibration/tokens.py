@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nemo_pvs.data.token_files import token_file_manifest
 from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, sha256_bytes, sha256_file
+from nemo_pvs.files import sha256_bytes, sha256_file
 from nemo_pvs.megatron_import import import_megatron
 
 
@@ -152,9 +153,8 @@ class TokenSet:
             UserError: as ``from_stream`` and ``read_token_file``.
         """
         stream = read_token_file(prefix)
-        manifest_path = prefix.with_name(prefix.name + ".json")
-        manifest = read_json(manifest_path) if manifest_path.is_file() else {}
-        settings = {"data_set": prefix.name, "tokenizer_sha256": manifest.get("tokenizer_sha256"), **settings}
+        made_with = token_file_manifest(prefix).get("tokenizer_sha256")
+        settings = {"data_set": prefix.name, "tokenizer_sha256": made_with, **settings}
         source_sha256 = sha256_file(prefix.with_name(prefix.name + ".bin"))
         return cls.from_stream(stream, source_sha256=source_sha256, **settings)
 

@@ -20,7 +20,7 @@ from nemo_pvs.checkpoints.source import Progress, WeightSource, shape_of
 from nemo_pvs.checkpoints.stored_tensors import changed_since
 from nemo_pvs.checkpoints.tensor_record import dtype_name
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import refuse_existing, sha256_file
+from nemo_pvs.files import check_new_folder, sha256_file
 from nemo_pvs.layout import Layout
 from nemo_pvs.reporting.ledger import LEDGER
 
@@ -69,7 +69,7 @@ def convert(
         source = pad_layers(source)
     if source_path.resolve().is_relative_to(target.resolve()):
         raise UserError(f"{target} is or holds the checkpoint to convert; choose another target.")
-    refuse_existing(target, overwrite=overwrite)
+    check_new_folder(target, overwrite=overwrite)
     if to == "hf":
         manifest = write_huggingface(
             source,

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import difflib
-import gzip
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import zstandard
+import pyarrow
+import pyarrow.parquet
 
 from nemo_pvs.data import wikipedia
+from nemo_pvs.data.compressed import DAMAGE, open_text
 from nemo_pvs.errors import UserError
+from nemo_pvs.progress import console
 
 WIKIPEDIA_SAMPLE = "wikipedia-sample"
 """Built-in corpus: 88 long articles, 2.7 million characters, CC BY-SA (``wikipedia.sample_articles``)."""
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet")
 _PARQUET_ROWS = 1024
+_BYTE_ORDER_MARK = "\ufeff"
+
+# Files that accompany a data set and are not part of it. JSON lines and tables under such names are data.
+_ABOUT_THE_DATA = re.compile(
+    r"(readme|licen[sc]es?|copying|copyright|notices?|citation|changelog|data(set)?[-_ ]?card)([-_. ].*)?\.txt",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,28 @@ class Document:
     text: str
     id: str
     """Where it comes from, for messages: file and line or row, or the article's title."""
+
+
+class BlankFilter:
+    """Leaves out documents that are null or blank, and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def apply(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yield the documents that have text."""
+        for document in documents:
+            if document.text.strip():
+                yield document
+            else:
+                self.count += 1
+
+
+def report_blank(count: int) -> None:
+    """Print how many documents had no text, if any."""
+    if count:
+        were = "document without text was" if count == 1 else "documents without text were"
+        console.print(f"{count:,} {were} skipped.", soft_wrap=True)
 
 
 def read_documents(
@@ -41,24 +73,39 @@ def read_documents(
     """Return the documents of one input or several, in the order given; a folder's files in order of their names.
 
     A ``.txt`` file is one document; a line of ``.jsonl``, ``.jsonl.gz`` (``.json.gz`` in C4) or ``.jsonl.zst`` and a
-    row of ``.parquet`` are one each, their text under ``text_key``. The name ``wikipedia-sample`` needs no file. Blank
-    documents are skipped unless ``keep_blank``. Files are read as the documents are asked for; that the inputs exist
-    is checked at once.
+    row of ``.parquet`` are one each, their text under ``text_key``. The name ``wikipedia-sample`` needs no file.
+    Documents whose text is null or blank are skipped unless ``keep_blank``, and their number is printed at the end.
+    Files are read as the documents are asked for; that the inputs exist is checked at once, and the files of a folder
+    that are not read are printed.
 
     Raises:
         UserError: an input is missing or of an unknown kind, a line is broken or has no text, or nothing is there.
     """
     names = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    report_left_out(names)
     return _not_nothing(input_files(names), text_key, encoding, ", ".join(map(str, names)), keep_blank)
 
 
 def input_files(inputs: Sequence[str | Path]) -> list[Path | None]:
     """Return the files that inputs stand for, in the order of reading; None is the built-in sample.
 
+    Of a folder these are all files of a known kind below it, but not hidden ones, those in hidden folders, and
+    ``README.txt``, ``LICENSE.txt`` and the like. A file that is given by name is read whatever its name.
+
     Raises:
         UserError: an input is missing or of an unknown kind.
     """
     return [source for name in inputs for source in _sources(name)]
+
+
+def report_left_out(inputs: Sequence[str | Path]) -> None:
+    """Print a line for every folder among the inputs that has files which are not read."""
+    for folder in [Path(name) for name in inputs if str(name) != WIKIPEDIA_SAMPLE]:
+        left_out = [file for file in _files_below(folder) if not _is_text(file, folder)]
+        if left_out:
+            few = ", ".join(str(file.relative_to(folder)) for file in left_out[:3])
+            more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+            console.print(f"{folder}: not read as text: {few}{more}.", soft_wrap=True, markup=False)
 
 
 def _sources(name: str | Path) -> list[Path | None]:
@@ -67,9 +114,7 @@ def _sources(name: str | Path) -> list[Path | None]:
     if str(name) == WIKIPEDIA_SAMPLE:
         return [None]
     if path.is_dir():
-        files: list[Path | None] = [
-            file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(_SUFFIXES)
-        ]
+        files: list[Path | None] = [file for file in _files_below(path) if _is_text(file, path)]
         if not files:
             raise UserError(f"{path} holds no {', '.join(_SUFFIXES)} file; point to the folder with the texts.")
         return files
@@ -80,73 +125,106 @@ def _sources(name: str | Path) -> list[Path | None]:
     return [path]
 
 
+def _files_below(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def _is_text(file: Path, folder: Path) -> bool:
+    """Return whether a file of a folder is part of its text."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.name.endswith(_SUFFIXES) and not hidden and not _ABOUT_THE_DATA.fullmatch(file.name)
+
+
 def _not_nothing(
     sources: list[Path | None], text_key: str, encoding: str, names: str, keep_blank: bool
 ) -> Iterator[Document]:
+    blank = BlankFilter()
     empty = True
-    for source in sources:
-        for document in read_file(source, text_key, encoding):
-            if keep_blank or document.text.strip():
+    try:
+        for source in sources:
+            documents = read_file(source, text_key, encoding)
+            for document in documents if keep_blank else blank.apply(documents):
                 empty = empty and not document.text.strip()
                 yield document
+    finally:  # also where the reader has stopped before the end
+        report_blank(blank.count)
     if empty:
         raise UserError(f"{names} holds no text at all; give a corpus with at least one document.")
 
 
 def read_file(source: Path | None, text_key: str, encoding: str = "utf-8") -> Iterator[Document]:
-    """Yield the documents of one of ``input_files``, blank ones too.
+    """Yield the documents of one of ``input_files``, blank ones too; a null text is an empty one.
+
+    A byte order mark is no part of the text.
 
     Raises:
-        UserError: the file is damaged, or a line has no text.
+        UserError: the file is damaged or cut short, or a line has no text.
     """
     if source is None:
         for title, text in wikipedia.sample_articles():
             yield Document(text, title)
-        return
+    elif source.suffix == ".txt":
+        yield _text_file(source, encoding)
+    elif source.suffix == ".parquet":
+        yield from _parquet_rows(source, text_key)
+    else:
+        yield from _json_lines(source, text_key, encoding)
+
+
+def _text_file(path: Path, encoding: str) -> Document:
     try:
-        if source.suffix == ".txt":
-            yield Document(source.read_text(encoding), source.name)
-        elif source.suffix == ".parquet":
-            yield from _parquet_rows(source, text_key)
-        else:
-            yield from _json_lines(source, text_key, encoding)
+        return Document(path.read_text(encoding).removeprefix(_BYTE_ORDER_MARK), path.name)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{source} is not {encoding} text (byte {error.start}: {error.reason}); convert it to {encoding}."
-        ) from None
+        raise UserError(f"{path} {_not_decoded(error, f'byte {error.start}', encoding)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the file.") from None
 
 
 def _json_lines(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
     number = 0
     try:
-        with _open_text(path, encoding) as file:
+        with open_text(path, encoding) as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield Document(_text_of_line(line, text_key, f"{path}, line {number}"), f"{path.name}:{number}")
-    except (OSError, EOFError, zstandard.ZstdError) as error:
+                # Marks are inside, too, where files that have one were joined to a larger one.
+                record = line.removeprefix(_BYTE_ORDER_MARK)
+                if record.strip():
+                    text = _text_of_line(record, text_key, f"{path}, line {number}")
+                    yield Document(text, f"{path.name}:{number}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} {_not_decoded(error, f'after line {number}', encoding)}") from None
+    except EOFError as error:
+        raise UserError(f"{path} is cut short after line {number} ({error}); fetch it again.") from None
+    except DAMAGE as error:
         raise UserError(
-            f"{path} cannot be read after line {number} ({error}); it may be cut short, fetch it again."
+            f"{path} cannot be read after line {number} ({error}); it may be damaged or cut short, fetch it again."
         ) from None
 
 
-def _open_text(path: Path, encoding: str) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding=encoding)
-    if path.suffix == ".zst":
-        return zstandard.open(path, "rt", encoding=encoding)
-    return open(path, encoding=encoding)
+def _not_decoded(error: UnicodeDecodeError, place: str, encoding: str) -> str:
+    """Return the rest of a sentence that begins with the file."""
+    if error.reason == "unexpected end of data":
+        return f"ends in the middle of a character ({place}); it may be cut short, fetch it again."
+    return f"is not {encoding} text ({place}: {error.reason}); convert it to {encoding}."
 
 
 def _text_of_line(line: str, text_key: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}, is not valid JSON ({error.msg}); mend or remove the line.") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        advice = (
+            "correct or remove the line"
+            if line.endswith("\n")
+            else "it has no line break at its end, so the file may be cut short: fetch it again, or remove the line"
+        )
+        raise UserError(f"{place}, is not valid JSON ({reason}); {advice}.") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}, is not a JSON object; each line must read like {{{json.dumps(text_key)}: ...}}.")
     if text_key not in record:
         raise UserError(f"{place}, has no key {text_key!r}; {_suggestion(text_key, list(record))}.")
     text = record[text_key]
+    if text is None:
+        return ""
     if not isinstance(text, str):
         raise UserError(f"{place}: {text_key!r} is {type(text).__name__}, not text; name the key that holds the text.")
     # JSON can spell half a surrogate pair (\ud800), which is no character: it becomes U+FFFD, as in any UTF-8 reader.
@@ -160,21 +238,23 @@ def _suggestion(key: str, present: list[Any]) -> str:
 
 
 def _parquet_rows(path: Path, text_key: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
+    row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}); fetch it again.") from None
-    with table:
-        if text_key not in table.schema_arrow.names:
-            raise UserError(f"{path} has no column {text_key!r}; {_suggestion(text_key, table.schema_arrow.names)}.")
-        column = table.schema_arrow.field(text_key).type
-        if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
-            raise UserError(f"{path}: column {text_key!r} is {column}, not text; name the column that holds the text.")
-        row = 0
-        for batch in table.iter_batches(_PARQUET_ROWS, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                yield Document(text or "", f"{path.name}:{row}")
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as table:
+            _check_column(table.schema_arrow, text_key, path)
+            for batch in table.iter_batches(_PARQUET_ROWS, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield Document(text or "", f"{path.name}:{row}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read after row {row}" if row else "is not a complete Parquet file"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} {what} ({reason}); it may be damaged or cut short, fetch it again.") from None
+
+
+def _check_column(schema: pyarrow.Schema, text_key: str, path: Path) -> None:
+    if text_key not in schema.names:
+        raise UserError(f"{path} has no column {text_key!r}; {_suggestion(text_key, schema.names)}.")
+    column = schema.field(text_key).type
+    if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
+        raise UserError(f"{path}: column {text_key!r} is {column}, not text; name the column that holds the text.")

@@ -7,7 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.data.corpus import Document, input_files, read_file
+from nemo_pvs.data.corpus import BlankFilter, input_files, read_file, report_blank, report_left_out
 from nemo_pvs.data.tokenize import batches, count_tokens, encode, end_of_text, load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import disk_errors, read_json, sha256_file, sha256_json, whole_folder, write_json
 from nemo_pvs.megatron_import import import_megatron
+from nemo_pvs.output_paths import check_folder
 
 _SHARDS = ".shards"
 _MANIFEST = "shard.json"
@@ -83,8 +84,10 @@ def tokenize_files(
         UserError: an input, the tokenizer or a share is wrong, a split gets no document, or the disk is full.
     """
     _check(shares, workers)
+    check_folder(out)
     end_of_text(load_tokenizer(tokenizer_folder), tokenizer_folder)
     settings = _Settings(str(tokenizer_folder.resolve()), tuple(shares.items()), seed, text_key)
+    report_left_out(inputs)
     files = input_files(inputs)
     made_from: dict[str, Any] = {
         "files": [_identity(file) for file in files],
@@ -101,6 +104,7 @@ def tokenize_files(
         key = sha256_json({**made_from, "files": identity})[:16]
         places.append(out / _SHARDS / f"{index:06d}-{key}")
     _write_shards(files, places, settings, workers, progress)
+    report_blank(sum(read_json(place / _MANIFEST).get("without_text", 0) for place in places))
     with disk_errors(out):
         manifests = {name: _join(name, places, out, sha256_json(made_from), tokenizer_folder) for name in shares}
         shutil.rmtree(out / _SHARDS)
@@ -189,8 +193,9 @@ def _write_shard(file: Path | None, place: Path, settings: _Settings) -> None:
     builders: dict[str, Any] = {}
     documents = dict.fromkeys(shares, 0)
     digest = hashlib.sha256()
+    blank = BlankFilter()
     with whole_folder(place) as partial, ExitStack() as closing:
-        for batch in batches(_not_blank(file, settings.text_key)):
+        for batch in batches(blank.apply(read_file(file, settings.text_key))):
             for document, ids in zip(batch, encode(tokenizer, batch), strict=True):
                 digest.update(hashlib.sha256(document.text.encode()).digest())
                 name = split_of(document.text, shares, settings.seed)
@@ -201,11 +206,8 @@ def _write_shard(file: Path | None, place: Path, settings: _Settings) -> None:
                 documents[name] += 1
         for name, builder in builders.items():
             builder.finalize(str(partial / f"{name}.idx"))
-        write_json(partial / _MANIFEST, {"documents": documents, "source_sha256": digest.hexdigest()})
-
-
-def _not_blank(file: Path | None, text_key: str) -> Iterator[Document]:
-    return (document for document in read_file(file, text_key) if document.text.strip())
+        about = {"documents": documents, "without_text": blank.count, "source_sha256": digest.hexdigest()}
+        write_json(partial / _MANIFEST, about)
 
 
 def _join(name: str, places: list[Path], out: Path, made_from: str, tokenizer_folder: Path) -> dict[str, Any]:

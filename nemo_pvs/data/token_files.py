@@ -28,13 +28,17 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
         UserError: the files are missing or damaged, or were made with another tokenizer or a larger vocabulary.
     """
     tokens = count_tokens(prefix)
-    made_with = _manifest(prefix).get("tokenizer_sha256", tokenizer_sha256)
+    if not tokens:
+        raise UserError(f"{prefix}.bin holds no tokens; tokenise some text into it.")
+    made_with = str(token_file_manifest(prefix).get("tokenizer_sha256", tokenizer_sha256))
     if made_with != tokenizer_sha256:
         raise UserError(
             f"{prefix}.bin was made with another tokenizer than the model's ({made_with[:12]}, not "
             f"{tokenizer_sha256[:12]}); tokenise the text with the model's."
         )
-    largest = _largest_id(prefix, tokens)
+    smallest, largest = _extreme_ids(prefix, tokens)
+    if smallest < 0:
+        raise UserError(f"{prefix}.bin holds the token {smallest:,}, which no tokenizer has; it may be damaged.")
     if largest >= vocab:
         raise UserError(
             f"{prefix}.bin holds the token {largest:,}, but the model's vocabulary ends at {vocab - 1:,}; "
@@ -43,13 +47,26 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
     return {"tokens": tokens, "bin_sha256": token_file_hash(prefix)}
 
 
+def token_file_manifest(prefix: Path) -> dict[str, Any]:
+    """Return the manifest that ``pvs tokenize`` left beside a token file; an empty one where there is none.
+
+    Raises:
+        UserError: the file is no manifest.
+    """
+    path = _beside(prefix, ".json")
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not the manifest of a token file; restore it, or remove it.")
+    return values
+
+
 def token_file_hash(prefix: Path) -> str:
     """Return a hash that tells a token file from others.
 
     It is the one in the manifest that ``pvs tokenize`` left; without one it covers the index and the size, because the
     tokens themselves may be terabytes.
     """
-    known = _manifest(prefix).get("bin_sha256")
+    known = token_file_manifest(prefix).get("bin_sha256")
     identity = {"index": sha256_file(_beside(prefix, ".idx")), "bytes": _beside(prefix, ".bin").stat().st_size}
     return str(known or sha256_json(identity))
 
@@ -82,17 +99,14 @@ def check_end(end: int, tokens: Sequence[int], weights: Sequence[float] | None, 
             )
 
 
-def _largest_id(prefix: Path, tokens: int) -> int:
+def _extreme_ids(prefix: Path, tokens: int) -> tuple[int, int]:
+    """Return the smallest and the largest id of a sample."""
     file = _beside(prefix, ".bin")
     dtype = np.dtype({1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[file.stat().st_size // tokens])
     ids = np.memmap(file, dtype=dtype, mode="r")
     middle = max(0, tokens // 2 - _SAMPLE // 2)
-    return int(max(ids[start : start + _SAMPLE].max() for start in (0, middle, max(0, tokens - _SAMPLE))))
-
-
-def _manifest(prefix: Path) -> dict[str, Any]:
-    path = _beside(prefix, ".json")
-    return dict(read_json(path)) if path.is_file() else {}
+    samples = [ids[start : start + _SAMPLE] for start in (0, middle, max(0, tokens - _SAMPLE))]
+    return int(min(sample.min() for sample in samples)), int(max(sample.max() for sample in samples))
 
 
 def _beside(prefix: Path, suffix: str) -> Path:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_pvs.data.corpus import Document
+from nemo_pvs.data.token_index import count_indexed_tokens
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import disk_errors, sha256_file, sha256_json, write_json
 from nemo_pvs.megatron_import import import_megatron
@@ -30,11 +29,6 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
 )
 _BATCH = 64  # documents that the Rust tokenizer gets at once
-
-# The .idx file: magic, version, type code, number of sequences, number of documents; then the sequence lengths.
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 
 
 def tokenize(
@@ -167,22 +161,13 @@ def count_tokens(prefix: Path) -> int:
     """Return how many tokens ``prefix.bin`` holds, by the index beside it; any Megatron token file will do.
 
     Raises:
-        UserError: a file is missing, the index is not Megatron's, or the two do not fit each other.
+        UserError: a file is missing, the index is not Megatron's or damaged, or the two do not fit each other.
     """
     data, index = _with_suffix(prefix, ".bin"), _with_suffix(prefix, ".idx")
     for path in (data, index):
         if not path.is_file():
             raise UserError(f"{path} does not exist; give the path of a .bin and .idx pair without the suffix.")
-    with open(index, "rb") as file:
-        header = file.read(_INDEX_HEADER.size)
-    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
-        raise UserError(f"{index} is not an index of Megatron's token files; tokenise the corpus again.")
-    _, _, code, sequences, _ = _INDEX_HEADER.unpack(header)
-    lengths = np.fromfile(index, dtype=np.int32, count=sequences, offset=_INDEX_HEADER.size)
-    tokens = int(lengths.sum(dtype=np.int64))
-    if len(lengths) < sequences or tokens * _ITEM_BYTES.get(code, 0) != data.stat().st_size:
-        raise UserError(f"{data} and {index} do not fit each other; one may be cut short, tokenise the corpus again.")
-    return tokens
+    return count_indexed_tokens(index, data)
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:

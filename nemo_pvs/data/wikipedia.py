@@ -8,7 +8,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from xml.etree.ElementTree import Element, iterparse
+from xml.etree.ElementTree import Element, ParseError, iterparse
 
 from nemo_pvs.errors import UserError
 
@@ -61,7 +61,7 @@ def sample_articles() -> Iterator[tuple[str, str]]:
     redirects). Its text is licensed CC BY-SA by the authors of Wikipedia. gensim itself is not imported.
 
     Raises:
-        UserError: gensim, or its test data, is not installed.
+        UserError: gensim, or its test data, is not installed, or the dump is damaged.
     """
     package = importlib.util.find_spec("gensim")
     folders = package.submodule_search_locations if package else None
@@ -71,7 +71,10 @@ def sample_articles() -> Iterator[tuple[str, str]]:
             "The corpus wikipedia-sample lies in the gensim package, which is not installed whole; "
             "run pip install 'nemo-pvs[demo]', or name a corpus of your own."
         )
-    yield from articles(dump)
+    try:
+        yield from articles(dump)
+    except (OSError, EOFError, ParseError) as error:
+        raise UserError(f"{dump} is damaged ({error}); install gensim again.") from None
 
 
 def articles(dump: Path) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 import huggingface_hub
-import yaml
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -21,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.wishes import PlainLoader, Wish
-from nemo_pvs.files import sha256_json
+from nemo_pvs.files import read_yaml, sha256_json
 
 # lm-eval's own seed for the choice of few-shot examples.
 _FEWSHOT_SEED = 1234
@@ -160,7 +159,7 @@ def _definition(wish: Wish, manager: TaskManager) -> tuple[dict[str, Any], Path]
 
 
 def _with_included(path: Path) -> dict[str, Any]:
-    about = yaml.load(path.read_text(), Loader=PlainLoader) or {}
+    about = read_yaml(path, PlainLoader) or {}
     names = about.get("include") or []
     included: dict[str, Any] = {}
     for name in [names] if isinstance(names, str) else names:

@@ -16,6 +16,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.checkpoint import Checkpoint
 from nemo_pvs.evaluation.summary import Measured, average
 from nemo_pvs.evaluation.texts import windows_of
+from nemo_pvs.files import read_yaml
 
 _SAMPLES = 64
 _SEQUENCE_LENGTH = 512
@@ -89,10 +90,7 @@ def _definitions(folder: Path) -> dict[Path, dict[str, Any]]:
     """Return the task definitions in a folder; functions in them (``!function``) are not loaded here."""
     found = {}
     for path in sorted(folder.rglob("*.yaml")):
-        try:
-            about = yaml.load(path.read_text(), Loader=PlainLoader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from None
+        about = read_yaml(path, PlainLoader)
         if isinstance(about, dict) and isinstance(about.get("task"), str):
             found[path] = about
     return found

@@ -125,7 +125,7 @@ def _published() -> list[Series]:
 def _table(path: Path) -> list[Series]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the path.")
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel begins a file with a BOM
         reader = csv.DictReader(file)
         logs = "log" in (reader.fieldnames or ())
         needed = _LOG_COLUMNS if logs else _COLUMNS

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from nemo_pvs.files import check_new_folder
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
     Destination,
@@ -42,14 +43,13 @@ def convert(
     one_of("--verify", verify, ("checksum", "logits", "none"))
     one_of("--uneven", uneven, ("keep", "pad"))
     shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
+    check_new_folder(Path(target), overwrite=overwrite)
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.parent import local_checkpoint
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.checkpoints.stream import convert as convert_stream
     from nemo_pvs.checkpoints.stream import describe
-    from nemo_pvs.files import refuse_existing
 
-    refuse_existing(Path(target), overwrite=overwrite)
     with ignoring_manifests(ignore_manifest), local_checkpoint(source, Path(target)) as folder:
         found = describe(folder, config=config)["format"]
         wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))

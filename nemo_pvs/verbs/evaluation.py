@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.output_paths import check_folder
 from nemo_pvs.progress import console
 from nemo_pvs.verbs.arguments import ActivationMemory, Device, IgnoreManifest, compute_of, one_of, parse_dtype
 
@@ -53,6 +54,7 @@ def evaluate(
     force: Annotated[bool, typer.Option(help="measure again what has been measured")] = False,
 ) -> None:
     """Measure checkpoints on zero-shot and few-shot tasks and by perplexity, on transformers or on Megatron."""
+    check_folder(Path(out))
     one_of("--backend", backend, _BACKENDS)
     for option, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:

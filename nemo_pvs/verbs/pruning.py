@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.files import check_new_folder
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
     ActivationMemory,
@@ -51,15 +52,14 @@ def calibrate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure importance once, for every width target."""
+    check_new_folder(Path(out), overwrite=overwrite)
     from nemo_pvs.calibration import ranks
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.parent import local_checkpoint
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.evaluation.parallel import joined
-    from nemo_pvs.files import refuse_existing
 
-    refuse_existing(Path(out), overwrite=overwrite)
     compute = compute_of(device, activation_memory)
     megatron = (tensor_parallel, pipeline_parallel) != (1, 1)
     if megatron and not gradients:
@@ -135,6 +135,7 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Prune a model to a smaller architecture, or make it sparse; under torchrun the ranks share the text."""
+    check_new_folder(Path(target_folder), overwrite=overwrite)
     from nemo_pvs.calibration import ranks
     from nemo_pvs.calibration.engine import calibrate as measure
     from nemo_pvs.calibration.scores import Scores
@@ -144,7 +145,6 @@ def prune(
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.checkpoints.stream import describe
-    from nemo_pvs.files import refuse_existing
     from nemo_pvs.pruning.job import Job, Options
     from nemo_pvs.pruning.methods import METHODS, prune_by
     from nemo_pvs.pruning.result import write
@@ -156,7 +156,6 @@ def prune(
 
     options = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     one_of("--uneven", uneven, ("keep", "pad"))
-    refuse_existing(Path(target_folder), overwrite=overwrite)
     compute = compute_of(device, activation_memory)
     ignoring = ignoring_manifests(ignore_manifest)
     with ranks.joined(), ignoring, local_checkpoint(source, Path(target_folder)) as folder:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from nemo_pvs.output_paths import check_folder
 from nemo_pvs.progress import console
 from nemo_pvs.verbs.arguments import IgnoreManifest, compute_of
 
@@ -32,6 +33,8 @@ def run(
 
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
     folder = Path(out or f"runs/{checked.name}")
+    if not dry_run:
+        check_folder(folder)
     if launch is not None:
         _launch(checked, recipe, folder, launch, dry_run=dry_run)
         return
@@ -96,6 +99,8 @@ def report(
     force: Annotated[bool, typer.Option(help="compare what is not comparable, and mark the page")] = False,
 ) -> None:
     """Write the report of finished runs, as page, Markdown, JSON and CSV, and show its table."""
+    place = Path(out or (folders[0] if len(folders) == 1 else "runs/report"))
+    check_folder(place)
     from nemo_pvs.reporting.compare import compare, read_runs
     from nemo_pvs.reporting.compare_curves import take_curves
     from nemo_pvs.reporting.html import write_files
@@ -103,7 +108,6 @@ def report(
     read = read_runs(folders, evaluation or ())
     take_curves(read, curve or ())
     runs = compare(read, force=force)
-    place = Path(out or (folders[0] if len(folders) == 1 else "runs/report"))
     write_files(runs, place, reference=published)
     for warning in runs.warnings:
         console.print(warning, soft_wrap=True, markup=False)

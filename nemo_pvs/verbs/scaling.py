@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.output_paths import check_file
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import one_of
 
@@ -70,6 +71,9 @@ def scaling_fit(
     one_of("--initialisation", start, ("pruned", "random", "both"))
     if draws < 20:
         raise UserError(f"{draws} draws give no interval; take at least 20.")
+    picture = Path(out).with_suffix(".svg")
+    check_file(Path(out))
+    check_file(picture)
     from rich.markup import escape
 
     from nemo_pvs.scaling.fit import fit, save_fits
@@ -86,10 +90,10 @@ def scaling_fit(
         with progress(f"fit {group[0].name if len(group) == 1 else form}", "draws") as show:
             fits.append(fit(form, group, draws=draws, seed=seed, progress=show))  # type: ignore[arg-type]
     save_fits(fits, Path(out))
-    write_figure(fits, Path(out).with_suffix(".svg"))
+    write_figure(fits, picture)
     for one in fits:
         _show_fit(one)
-    console.print(f"\nFit: {out}, residuals: {Path(out).with_suffix('.svg')}", soft_wrap=True)
+    console.print(f"\nFit: {out}, residuals: {picture}", soft_wrap=True)
 
 
 def scaling_predict(

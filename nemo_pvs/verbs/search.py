@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.files import check_new_file
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
     ActivationMemory,
@@ -56,6 +57,7 @@ def search(
     overwrite: Overwrite = False,
 ) -> None:
     """Find the best architecture within a budget; under torchrun the ranks share the text."""
+    check_new_file(Path(out), overwrite=overwrite)
     from rich.table import Table
 
     from nemo_pvs.calibration import ranks
@@ -63,14 +65,12 @@ def search(
     from nemo_pvs.checkpoints.detect import open_source
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.files import refuse_existing
     from nemo_pvs.pruning.grid import Budget, Grid, flops_at, legal_shapes
     from nemo_pvs.pruning.search import search as rank
     from nemo_pvs.pruning.target import write_target
     from nemo_pvs.recipe_file import parse_layout, parse_training
     from nemo_pvs.training.short import short_training
 
-    refuse_existing(Path(out), overwrite=overwrite)
     if retrain_tokens and not retrain_data:
         raise UserError("--retrain-tokens needs text to train on; give --retrain-data, a folder from pvs tokenize.")
     compute = compute_of(device, activation_memory)

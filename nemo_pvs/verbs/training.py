@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.output_paths import check_folder
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import IgnoreManifest, ParentTokens, SequenceLength, parse_pairs, parse_shares
 
@@ -27,6 +28,7 @@ def tokenize(
     workers: Annotated[int, typer.Option(help="processes that share the files out")] = 1,
 ) -> None:
     """Turn text into Megatron token files, split by document; an interrupted run goes on, file by file."""
+    check_folder(Path(out))
     from nemo_pvs.data.shards import tokenize_files
 
     with progress("tokenise", "files") as show:
@@ -93,6 +95,7 @@ def train(
     ignore_manifest: IgnoreManifest = False,
 ) -> None:
     """Train on NeMo and Megatron, from pruned or random weights, on text alone or on what a teacher says of it."""
+    check_folder(Path(out))
     if keep_parent_embeddings and not random_init:
         raise UserError("--keep-parent-embeddings says what --random-init does not draw; give both, or neither.")
     if first_token < 0 or not float(first_token).is_integer():

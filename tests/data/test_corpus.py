@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import gzip
+import io
+import itertools
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from nemo_pvs.data.corpus import Document, read_documents
+from nemo_pvs.data.corpus import Document, input_files, read_documents, read_file
 from nemo_pvs.errors import UserError
 
 from .conftest import needs_wikipedia_sample
@@ -94,7 +97,11 @@ def test_missing_inputs_are_refused_before_anything_is_read(tmp_path: Path) -> N
         ('{"text": "a"}\n["b"]\n', r"line 2, is not a JSON object"),
         ('{"id": 1, "Text": "a"}\n', r"line 1, has no key 'text'; did you mean 'Text' \(there are id, Text\)"),
         ("{}\n", r"line 1, has no key 'text'; it has no keys at all"),
-        ('{"text": null}\n', r"line 1: 'text' is NoneType, not text"),
+        ('{"text": 1}\n', r"line 1: 'text' is int, not text"),
+        ('{"text": null}\n', r"a\.jsonl holds no text at all"),
+        ('{"text": "a"}\n{"text": "b', r"line 2, is not valid JSON .* the file may be cut short: fetch it again"),
+        ('{"text": "a", "id": ' + "1" * 5000 + "}\n", r"line 1, is not valid JSON \(Exceeds the limit"),
+        ('{"text": "a", "id": ' + "[" * 10000 + "\n", r"line 1, is not valid JSON \(maximum recursion depth"),
         ('{"text": "  "}\n', r"a\.jsonl holds no text at all"),
         ("", r"a\.jsonl holds no text at all"),
     ],
@@ -119,15 +126,134 @@ def test_wrong_bytes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(UserError, match=r"a\.txt is not utf-8 text \(byte 2"):
         list(read_documents(tmp_path / "a.txt"))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(_lines(TEXTS * 200).encode())[:-20])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read after line"):
-        list(read_documents(tmp_path / "a.jsonl.gz"))
     (tmp_path / "a.jsonl.zst").write_bytes(b"no zstandard frame")
     with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read after line"):
         list(read_documents(tmp_path / "a.jsonl.zst"))
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"a\.parquet is not a Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a complete Parquet file"):
         list(read_documents(tmp_path / "a.parquet"))
+
+
+def _gz_members(first: bytes, second: bytes) -> list[bytes]:
+    return [gzip.compress(first), gzip.compress(second)]
+
+
+def _zst_frames(first: bytes, second: bytes) -> list[bytes]:
+    skippable = struct.pack("<II", 0x184D2A50, 3) + b"abc"
+    flushed = io.BytesIO()
+    with zstandard.ZstdCompressor(write_checksum=True).stream_writer(flushed, closefd=False) as writer:
+        for line in first.splitlines(keepends=True):  # a block for every line, as loggers write
+            writer.write(line)
+            writer.flush(zstandard.FLUSH_BLOCK)
+    return [skippable, flushed.getvalue(), skippable, zstandard.compress(second), skippable]
+
+
+@pytest.mark.parametrize(("name", "frames"), [("a.jsonl.gz", _gz_members), ("a.jsonl.zst", _zst_frames)])
+def test_a_compressed_file_is_read_to_its_last_frame_or_refused_wherever_it_is_cut(
+    tmp_path: Path, name: str, frames: Callable[[bytes, bytes], list[bytes]]
+) -> None:
+    path = tmp_path / name
+    parts = frames(_lines(TEXTS).encode(), _lines(["six"]).encode())
+    whole = b"".join(parts)
+    path.write_bytes(whole)
+    assert [document.text for document in read_documents(path)] == [*TEXTS, "six"]
+    boundaries = set(itertools.accumulate(len(part) for part in parts))
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        if length in boundaries:  # nothing in the file says that there was more
+            assert [document.text for document in read_file(path, "text")] in ([], TEXTS, [*TEXTS, "six"])
+        else:
+            with pytest.raises(UserError, match=rf"{name} (is cut short after line|cannot be read after line)"):
+                list(read_file(path, "text"))
+    for length in boundaries:
+        if length < len(parts[0]) + len(parts[1]):
+            continue
+        path.write_bytes(whole[: length - 1])
+        with pytest.raises(UserError, match=rf"{name} is cut short after line \d \(.+\); fetch it again"):
+            list(read_file(path, "text"))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_a_complete_frame_that_ends_inside_a_line_may_be_cut_short(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl.zst")
+    path.write_bytes(compress(_lines(TEXTS).encode()[:-3]))
+    with pytest.raises(UserError, match=r"line 3, is not valid JSON .* may be cut short"):
+        list(read_documents(path))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_ends_inside_a_character_may_be_cut_short(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes('{"text": "a"}\n{"text": "ä'.encode()[:-1])
+    with pytest.raises(UserError, match=r"ends in the middle of a character .* may be cut short"):
+        list(read_documents(path))
+
+
+def test_a_parquet_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    _write_parquet(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"a\.parquet is not a complete Parquet file"):
+            list(read_documents(path))
+
+
+def test_a_damaged_page_of_a_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"document {i}" for i in range(50)]})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression="none")
+    damaged = path.read_bytes().replace(b"document 7", b"document 8")
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.parquet .*could not verify page integrity.*fetch it again"):
+        list(read_documents(path))
+
+
+BYTE_ORDER_MARK = "\ufeff".encode()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(BYTE_ORDER_MARK + b"Hello")
+    marked = BYTE_ORDER_MARK + b'{"text": "Hello"}\n'
+    (tmp_path / "b.jsonl").write_bytes(marked * 2)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(marked) * 2)
+    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(marked) * 2)
+    assert [document.text for document in read_documents(tmp_path)] == ["Hello"] * 7
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_documents_without_text_are_skipped_and_counted_in_every_format(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["a", None, "", " \n", "b"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        path.write_bytes({".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)(lines))
+    assert [document.text for document in read_documents([path, path])] == ["a", "b", "a", "b"]
+    assert capsys.readouterr().out == "6 documents without text were skipped.\n"
+
+
+def test_of_a_folder_only_text_is_read_and_the_rest_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_text = [
+        *("._a.txt", ".gitattributes", ".hidden.jsonl", ".cache/huggingface/b.txt", "deep/.git/c.txt", "README.md"),
+        *("README.txt", "deep/readme.en.txt", "LICENSE.txt", "Licence-CC.txt", "NOTICE.txt", "dataset_card.txt"),
+    ]
+    text = ["a.txt", "deep/readmission.txt", "licenses.jsonl", "notices.jsonl"]
+    for name in [*no_text, *text]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "a"}\n')
+    assert input_files([tmp_path]) == [tmp_path / name for name in text]
+    assert len(list(read_documents(tmp_path))) == len(text)
+    assert capsys.readouterr().out.startswith(f"{tmp_path}: not read as text: ._a.txt, .cache/huggingface/b.txt, ")
+    assert input_files([tmp_path / "README.txt"]) == [tmp_path / "README.txt"]  # it is asked for
 
 
 def test_a_parquet_column_must_be_there_and_be_text(tmp_path: Path) -> None:

@@ -104,3 +104,22 @@ def test_mistakes(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one document")
     with pytest.raises(UserError, match="No document fell into the split"):
         tokenize_files([str(tmp_path / "one.txt")], tokenizer_folder, tmp_path / "small", SHARES)
+
+
+def test_what_is_no_text_is_left_out_and_said_once(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "plain", SHARES)
+    capsys.readouterr()
+    (corpus / "README.txt").write_text("About this corpus.")
+    for file in (corpus / "0.jsonl", corpus / "3.jsonl"):
+        file.write_text(file.read_text() + '{"text": null}\n')
+    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES)
+    assert [made[name]["bin_sha256"] for name in SHARES] == [expected[name]["bin_sha256"] for name in SHARES]
+    assert capsys.readouterr().out == (
+        f"{corpus}: not read as text: README.txt.\n2 documents without text were skipped.\n"
+    )
+    (corpus / "README.txt").write_text("It is another one now.")
+    before = (tmp_path / "out" / "train.bin").stat().st_mtime_ns
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES)
+    assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == before, "a change of no text made all anew"

@@ -43,3 +43,49 @@ def test_the_last_token_must_have_one_to_predict() -> None:
     check_end(100, [80, 30], [3.0, 1.0], ["a", "b"])
     with pytest.raises(UserError, match=r"reads 75 tokens of a\.bin \(weight 3\), but it has 70"):
         check_end(100, [70, 30], [3.0, 1.0], ["a", "b"])
+
+
+def test_a_damaged_index_or_a_cut_file_is_refused_wherever_it_is(tmp_path: Path) -> None:
+    """Every cut and every flipped bit, but for borders of documents, which nothing else in the files confirms."""
+    documents = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    write_token_file(tmp_path / "a", documents, vocab=128)
+    index, data = tmp_path / "a.idx", tmp_path / "a.bin"
+    whole = index.read_bytes()
+    borders = len(whole) - 8 * (len(documents) + 1)
+    for length in range(len(whole)):
+        index.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"a\.idx is (cut short|not an index)"):
+            describe_token_file(tmp_path / "a", "any", 128)
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        index.write_bytes(damaged)
+        try:
+            found = describe_token_file(tmp_path / "a", "any", 128)
+        except UserError:
+            continue
+        assert bit // 8 >= borders
+        assert found["tokens"] == 10
+    index.write_bytes(whole)
+    data.write_bytes(data.read_bytes()[:-2])
+    with pytest.raises(UserError, match="do not fit each other; one may be cut short"):
+        describe_token_file(tmp_path / "a", "any", 128)
+
+
+def test_an_index_that_promises_more_than_there_is_makes_nobody_allocate_it(tmp_path: Path) -> None:
+    write_token_file(tmp_path / "a", [[1, 2, 3]], vocab=128)
+    index = bytearray((tmp_path / "a.idx").read_bytes())
+    index[18:26] = (1 << 60).to_bytes(8, "little")  # sequences
+    (tmp_path / "a.idx").write_bytes(index)
+    with pytest.raises(UserError, match=r"a\.idx is cut short"):
+        describe_token_file(tmp_path / "a", "any", 128)
+
+
+def test_tokens_below_zero_and_other_manifests_are_refused(tmp_path: Path) -> None:
+    write_token_file(tmp_path / "a", [[1, 2, 3]], vocab=100_000)  # int32
+    (tmp_path / "a.bin").write_bytes(b"\xff" * 12)
+    with pytest.raises(UserError, match="holds the token -1"):
+        describe_token_file(tmp_path / "a", "any", 128)
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(UserError, match=r"a\.json is not the manifest"):
+        describe_token_file(tmp_path / "a", "any", 128)

@@ -160,7 +160,7 @@ def test_token_files_that_do_not_fit_are_refused(tokenizer_folder: Path, tmp_pat
         count_tokens(prefix)
     (tmp_path / "a.bin").write_bytes(data)
     (tmp_path / "a.idx").write_bytes(index[:100])
-    with pytest.raises(UserError, match="do not fit each other"):
+    with pytest.raises(UserError, match=r"a\.idx is cut short"):
         count_tokens(prefix)
     (tmp_path / "a.idx").write_bytes(b"no index, but longer than the header of one")
     with pytest.raises(UserError, match="not an index"):

@@ -132,3 +132,13 @@ def test_a_table_of_logs(tmp_path: Path) -> None:
         UserError, match=r"logs but no results\.json.* a \.csv table with the columns name, log, tokens_"
     ):
         read_series([str(tmp_path / "logs")])
+
+
+def test_a_table_that_excel_wrote_begins_with_a_byte_order_mark(tmp_path: Path) -> None:
+    rows = HEADER + "".join(
+        f"a,{tokens}e9,{loss},1000000,pruned,,\n" for tokens, loss in ((1, 3.0), (2, 2.5), (4, 2.2))
+    )
+    for name, encoding in (("plain.csv", "utf-8"), ("excel.csv", "utf-8-sig")):
+        (tmp_path / name).write_text(rows, encoding=encoding)
+    plain, excel = (read_series([str(tmp_path / name)])[0] for name in ("plain.csv", "excel.csv"))
+    assert dataclasses.replace(excel, source=plain.source) == plain
