@@ -19,6 +19,7 @@ from nemo_pvs.checkpoints.random import RandomSource
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.data.tokenize import tokenizer_hash
+from nemo_pvs.earlier_records import adopt_earlier_records
 from nemo_pvs.equal_terms import settle
 from nemo_pvs.files import write_text
 from nemo_pvs.layout import Layout
@@ -90,6 +91,7 @@ class Pipeline(RunFolder):
             self._make_initial_weights(running)
 
     def _begin(self) -> None:
+        adopt_earlier_records(self.folder, self.recipe.parent.source)
         write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
         get_parent(self)
         self.recipe = settle(self.recipe, self.parent_shape)

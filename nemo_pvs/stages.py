@@ -114,9 +114,6 @@ class Stages:
         forced = any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
         record = read_json(self._record(name)) if self._record(name).exists() else {}
         if not forced and record and same_inputs(record["inputs"], inputs) and all(path.exists() for path in outputs):
-            if record["inputs_hash"] != inputs_hash:  # from now on it is known by the fingerprints of today
-                record = {**record, "inputs_hash": inputs_hash, "inputs": inputs}
-                write_json(self._record(name), record)
             return dict(record)
         attempt = self._attempt(name)
         begun = read_json(attempt) if attempt.exists() else record

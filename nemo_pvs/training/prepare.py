@@ -111,7 +111,9 @@ def prepare_job(
     settings_file = out / "settings.json"
     if settings_file.exists() and not same_inputs(read_json(settings_file), settings):
         raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
-    if not settings_file.exists():
+    if settings_file.exists():
+        write_json(settings_file, settings)  # with the fingerprints of today
+    else:
         check_masks(source)
         _say_unmasked_zeros(initial, source)
         with progress("write initial weights", "parameters") as show:
