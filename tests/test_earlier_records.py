@@ -1,4 +1,4 @@
-"""A run folder made by an earlier version, whose records have the earlier fingerprints, goes on without being redone."""
+"""A run folder that an earlier version made, with its fingerprints in the records, goes on without being redone."""
 
 from __future__ import annotations
 
