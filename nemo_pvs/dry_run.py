@@ -100,7 +100,7 @@ def parent_config(recipe: Recipe) -> Mapping[str, Any]:
     Raises:
         UserError: neither is there.
     """
-    source, stated = recipe.parent.source, recipe.parent.config
+    source, stated = recipe.parent.source, recipe.parent.normal_config
     if source is not None and Path(source).is_dir():
         return open_source(source).config
     if stated is None:

@@ -131,14 +131,18 @@ class Layout:
         Raises:
             UserError: no table in ``conversions/`` names the config's architecture.
         """
-        wanted = config.get("architectures") or ["(none)"]
+        wanted = config.get("architectures") or []
         for layout in layouts():
             if set(wanted) & set(layout.architectures):
                 return layout
         known = ", ".join(name for layout in layouts() for name in layout.architectures)
+        model_type = config.get("model_type")
+        if not wanted and not model_type:
+            raise UserError(f"config.json names neither architectures nor model_type; add them (known: {known}).")
         raise UserError(
-            f"No weight table for architecture {wanted[0]} (known: {known}); to add the family, write "
-            f"conversions/{config.get('model_type') or '<family>'}.yaml as conversions/README.md explains."
+            f"No weight table for {f'architecture {wanted[0]}' if wanted else f'model_type {model_type}'} "
+            f"(known: {known}); to add the family, write conversions/{model_type or '<family>'}.yaml as "
+            "conversions/README.md explains."
         )
 
     def shape(self, config: Mapping[str, Any]) -> Shape:
@@ -202,15 +206,17 @@ class Layout:
 
 def _layer_types(shape: Shape, config: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the kinds of attention (``layer_types``) for another number of layers; transformers wants one a layer."""
-    kinds = config.get("layer_types")
-    if not kinds or len(kinds) == shape.layers:
+    kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if layers == shape.layers:
         return {}
-    if len(set(kinds)) > 1:
+    # Without layer_types, layers from max_window_layers on have a window.
+    cut = config.get("use_sliding_window") and not kinds and 0 < config.get("max_window_layers", 28) < (layers or 0)
+    if cut or len(set(kinds or ())) > 1:
         raise UserError(
-            f"The layers of this model have several kinds of attention ({', '.join(sorted(set(kinds)))}); "
+            "The layers of this model have several kinds of attention (full_attention, sliding_attention); "
             "their number cannot be changed."
         )
-    return {"layer_types": kinds[:1] * shape.layers}
+    return {"layer_types": kinds[:1] * shape.layers} if kinds else {}
 
 
 @cache

@@ -6,8 +6,10 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 _LOG_WIDTH = 160
@@ -23,6 +25,13 @@ def _made() -> Console:
 
 console = _made()
 """Of the ranks that torchrun starts the first one talks."""
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print a remark that the user should know of; however often a process comes upon it, only the first time."""
+    console.print(f"[yellow]![/] {escape(text)}", soft_wrap=True)
+
 
 _SECONDS_BETWEEN_LINES = 20.0
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from nemo_pvs.checkpoints.hf_config import normal_config
 from nemo_pvs.recipe_basics import Block, Fraction, Initialisation, Layout, Positive, Rate, Tokens
 from nemo_pvs.recipe_distillation import Distillation
 from nemo_pvs.recipe_efficient import PruningAware
@@ -82,6 +83,15 @@ class Parent(Block):
     def name(self) -> str:
         """What reports call it."""
         return self.source or "parent"
+
+    @property
+    def normal_config(self) -> dict[str, Any] | None:
+        """The stated config in normal form.
+
+        Raises:
+            UserError: as ``hf_config.normal_config``.
+        """
+        return None if self.config is None else normal_config(self.config, "parent.config of the recipe")
 
 
 class Calibration(Block):

@@ -11,9 +11,9 @@ from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoint_ledger import tokens_read
 from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.hf_config import read_config
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json
 from nemo_pvs.layout import Layout
 from nemo_pvs.prune_target import NEMO, PLAN
 from nemo_pvs.recipe import Arm, Recipe
@@ -80,8 +80,7 @@ class RunFolder:
         """The config.json of the parent, which may be yet to be trained."""
         if self.recipe.parent.source:
             return self.parent_source.config
-        config: dict[str, Any] = read_json(self.parent_path / "config.json")
-        return config
+        return read_config(self.parent_path / "config.json")
 
     @property
     def parent_shape(self) -> Shape:

@@ -61,7 +61,7 @@ def _describe(run: RunFolder) -> dict[str, Any]:
 
 
 def _check(run: RunFolder) -> None:
-    stated = run.recipe.parent.config
+    stated = run.recipe.parent.normal_config
     if stated is not None and Layout.for_config(stated).shape(stated) != run.parent_shape:
         raise UserError(
             f"parent.config of the recipe is [{Layout.for_config(stated).shape(stated)}], but "

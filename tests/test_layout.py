@@ -145,5 +145,7 @@ def test_unknown_architecture_is_refused():
         Layout.for_config({"architectures": ["MambaForCausalLM"]})
     with pytest.raises(UserError, match=r"write conversions/mamba\.yaml"):
         Layout.for_config({"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
-    with pytest.raises(UserError, match="none"):
+    with pytest.raises(UserError, match=r"model_type mamba .* write conversions/mamba\.yaml"):
+        Layout.for_config({"model_type": "mamba"})
+    with pytest.raises(UserError, match="names neither architectures nor model_type"):
         Layout.for_config({})

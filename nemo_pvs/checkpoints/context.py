@@ -13,7 +13,8 @@ from typing import Any
 from nemo_pvs.checkpoints import fiddle_json
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.checkpoints.fiddle_json import Config, Symbol
-from nemo_pvs.checkpoints.nemo_classes import NemoFamily
+from nemo_pvs.checkpoints.hf_config import normal_config, read_config, without_quantization
+from nemo_pvs.checkpoints.nemo_classes import PLAIN, NemoFamily
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json, write_json
 from nemo_pvs.layout import Layout
@@ -72,20 +73,16 @@ def read_context(folder: Path, *, vocab_rows: int, dtype: str) -> dict[str, Any]
     Raises:
         UserError: there is no usable context, or its model is none that Hugging Face can express.
     """
-    if (folder / _HUGGINGFACE_CONFIG).is_file():
-        config = read_json(folder / _HUGGINGFACE_CONFIG)
-        if not isinstance(config, dict):
-            raise UserError(
-                f"{folder / _HUGGINGFACE_CONFIG} is not a model's configuration; copy the checkpoint again."
-            )
-        return config
+    kept = folder / _HUGGINGFACE_CONFIG
+    if kept.is_file():
+        return without_quantization(read_config(kept), kept)
     config = _huggingface_config(folder, vocab_rows)
     config["torch_dtype"] = dtype
     if (folder / _GENERATION).is_file():
         generation = read_json(folder / _GENERATION)
         if isinstance(generation, dict):
             config.update({key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation})
-    return config
+    return normal_config(config, folder / "io.json")
 
 
 def context_assets(folder: Path) -> tuple[Path, ...]:
@@ -183,7 +180,7 @@ def _huggingface_config(folder: Path, vocab_rows: int) -> dict[str, Any]:
         )
     fields = {**family.defaults(stored.symbol), **stored.arguments}
     layout = family.layout
-    for field, wanted in family.fixed.items():
+    for field, wanted in {**PLAIN, **family.fixed}.items():
         if fields.get(field, wanted) != wanted:
             raise UserError(
                 f"{path} has {field}={fields[field]}, which a {layout.family} in the Hugging Face format cannot have."

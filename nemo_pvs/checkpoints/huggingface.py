@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset
+from nemo_pvs.checkpoints.hf_config import quantization, read_config, without_quantization
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
 from nemo_pvs.checkpoints.safetensors_file import SafetensorsWriter
 from nemo_pvs.checkpoints.shards import Shards, few
-from nemo_pvs.checkpoints.source import Progress, WeightSource
+from nemo_pvs.checkpoints.source import Progress, WeightSource, same_values
 from nemo_pvs.checkpoints.stored_tensors import StoredTensors
 from nemo_pvs.checkpoints.tensor_record import TensorRecord
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, whole_folder, write_json
+from nemo_pvs.files import whole_folder, write_json
 from nemo_pvs.layout import Layout
+from nemo_pvs.progress import say_once
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -27,8 +29,11 @@ _INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """What transformers splits at, too."""
 
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
 # Ends of names of tensors that old checkpoints hold beside the weights: a buffer, and the copy of a tied embedding.
-_HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")
+_HARMLESS = ("rotary_emb.inv_freq", _HEAD)
 
 
 class HuggingFaceSource:
@@ -37,16 +42,27 @@ class HuggingFaceSource:
     def __init__(self, folder: str | Path) -> None:
         """Open a folder and compare what its files promise with the config; no weight is read yet.
 
+        But one: if the config ties the output head to the embedding and a head is stored all the same, the two are
+        compared. A head of its own unties the model.
+
         Raises:
             UserError: a file is missing or broken, or the weights are not those of the config: one is missing,
                 surplus, of another size or quantised.
         """
         self.folder = Path(folder)
-        self.config: Mapping[str, Any] = read_config(self.folder / "config.json")
-        self._shape = Layout.for_config(self.config).shape(self.config)
+        config = read_config(self.folder / "config.json")
         self._weights = Shards(self.folder)
+        if has_own_head(self.folder, config):
+            say_once(
+                f"{self.folder} ties the output head to the embedding in config.json but stores another head: the "
+                "head is kept and the model untied, as Transformers 5 loads it (Transformers 4 drops the head)."
+            )
+            config["tie_word_embeddings"] = False
+        self._shape = Layout.for_config(config).shape(config)
         self._check_layers()
-        self._parts = Layout.for_config(self.config).parts(self._shape)
+        self._parts = Layout.for_config(config).parts(self._shape)
+        self._refuse_quantized(config)
+        self.config: Mapping[str, Any] = without_quantization(config, self.folder / "config.json")
         self._check_weights()
         self._stored = StoredTensors(self.folder, self._weights.files)
 
@@ -104,6 +120,23 @@ class HuggingFaceSource:
                 "use the config.json that belongs to these weights."
             )
 
+    def _refuse_quantized(self, config: Mapping[str, Any]) -> None:
+        """Refuse weights that are stored as the config's quantisation says; plain ones can be used without it."""
+        method = quantization(config)
+        if method is None:
+            return
+        odd = [name for name in self.extra_tensors if not name.endswith(_HARMLESS)]
+        try:
+            for name in self._weights.names:
+                self._weights.dtype(name)
+        except UserError:
+            odd.append(name)
+        if odd:
+            raise UserError(
+                f"{self.folder} holds weights quantised by {method} (such as {odd[0]}), which are not read; use the "
+                "unquantised model."
+            )
+
     def _check_weights(self) -> None:
         unknown = [name for name in self.extra_tensors if not name.endswith(_HARMLESS)]
         if unknown:
@@ -126,6 +159,26 @@ class HuggingFaceSource:
                     f"{list(expected)}; use the config.json that belongs to these weights."
                 )
             self._weights.dtype(name)
+
+
+def has_own_head(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether a model whose config ties head and embedding stores a head that is another matrix."""
+    if not config.get("tie_word_embeddings"):
+        return False
+    files = sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin"})
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _heads_differ(folder, tuple(stamps))
+
+
+@lru_cache(maxsize=16)
+def _heads_differ(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> bool:
+    """Compare head and embedding, once for each state of the files: both are read, and a folder is opened often."""
+    weights = Shards(folder)
+    if not {_EMBEDDING, _HEAD} <= set(weights.names):
+        return False
+    if weights.size(_EMBEDDING) != weights.size(_HEAD):
+        return True
+    return not same_values(weights.read(_EMBEDDING), weights.read(_HEAD))
 
 
 def write_huggingface(
@@ -169,23 +222,6 @@ def write_huggingface(
         for asset in source.assets:
             copy_asset(asset, folder)
         return recorder.finish(folder, "huggingface")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return a config.json; the rope settings of transformers 5 are put where transformers 4 and we look for them.
-
-    Raises:
-        UserError: it is missing or broken.
-    """
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a model's configuration; download it again.")
-    rope = config.pop("rope_parameters", None)
-    if isinstance(rope, dict):
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        config.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
-    return config
 
 
 def _write_shards(recorder: Recorder, folder: Path, max_shard_bytes: int, *, with_index: bool) -> None:

@@ -19,17 +19,19 @@ from nemo_pvs.checkpoints.context import context_assets, read_context, write_con
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
 from nemo_pvs.checkpoints.shards import few
-from nemo_pvs.checkpoints.source import Progress, WeightSource
+from nemo_pvs.checkpoints.source import Progress, WeightSource, same_values
 from nemo_pvs.checkpoints.stored_tensors import StoredTensors
 from nemo_pvs.checkpoints.tensor_record import TensorRecord, dtype_name
 from nemo_pvs.checkpoints.torch_dist import Block, TorchDistReader, write_torch_dist
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import whole_folder
 from nemo_pvs.layout import Entry, Layout, Part
+from nemo_pvs.progress import say_once
 from nemo_pvs.shape import Shape
 
 _LAYERS = "module.decoder.layers."
 _EMBEDDING = "module.embedding.word_embeddings.weight"
+_HEAD = "module.output_layer.weight"
 
 # Transformer Engine modules whose extra state (FP8 scales) Megatron asks for; None means that there is none.
 _STATEFUL_MODULES = (
@@ -52,9 +54,16 @@ class NemoSource:
         """
         self.folder = Path(folder)
         self._weights = self._open_weights()
-        self.config: Mapping[str, Any] = self._read_config(
+        config = self._read_config(
             vocab_rows=self._weights.size(_EMBEDDING)[0], dtype=dtype_name(self._weights.dtype(_EMBEDDING))
         )
+        if self._has_own_head(Layout.for_config(config).shape(config)):
+            say_once(
+                f"{self.folder} shares the embedding with the output head by its config but stores another head: the "
+                "head is kept and the model untied."
+            )
+            config = {**config, "tie_word_embeddings": False}
+        self.config: Mapping[str, Any] = config
         self._shape = Layout.for_config(self.config).shape(self.config)
         layout = Layout.for_config(self.config)
         self._check_layers()
@@ -147,6 +156,16 @@ class NemoSource:
                 f"most {stored:,}; use the context that belongs to these weights."
             )
 
+    def _has_own_head(self, shape: Shape) -> bool:
+        """Return whether a model that is tied by its config stores a head that is another matrix all the same."""
+        if not shape.tied or _HEAD not in self._weights.names:
+            return False
+        stored = self._weights.size(_HEAD)
+        if stored != self._weights.size(_EMBEDDING) or stored[1:] != (shape.hidden,) or stored[0] < shape.vocab:
+            return True
+        size = (shape.vocab, shape.hidden)  # without padding rows, which may differ
+        return not same_values(*(self._weights.read(name, (0, 0), size) for name in (_EMBEDDING, _HEAD)))
+
     def _check_sizes(self, layout: Layout) -> None:
         """Refuse weights that are not of the context's shape; only the vocabulary may have (padding) rows to spare."""
         for entry in layout.entries(self._shape):
@@ -162,7 +181,8 @@ class NemoSource:
 
     def _refuse_unknown_tensors(self) -> None:
         """Refuse parts of the model that its context does not tell of: without them it would be another model."""
-        unknown = [name for name in self.extra_tensors if name.startswith("module.")]
+        # A head beside a tied embedding is a copy by now.
+        unknown = [name for name in self.extra_tensors if name.startswith("module.") and name != _HEAD]
         if unknown:
             raise UserError(
                 f"{self.folder} has {len(unknown)} tensors that {self.config['architectures'][0]} with its context "

@@ -28,17 +28,22 @@ _ARGUMENTS = {
 # What makes a GPT of Megatron-LM a Llama, and what a Llama cannot have (arguments that older versions lack).
 _LLAMA = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope"}
 _PLAIN = {
+    "activation_func_clamp_value": None,
     "add_qkv_bias": False,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
+    "glu_linear_offset": 0.0,
     "heterogeneous_layers_config_path": None,
     "multi_latent_attention": False,
     "no_rope_freq": None,
     "num_experts": None,
+    "qk_l2_norm": False,
     "qk_layernorm": False,
     "rotary_interleaved": False,
     "rotary_percent": 1.0,
     "rotary_seq_len_interpolation_factor": None,
+    "softmax_type": "vanilla",
+    "window_attn_skip_freq": None,
     "window_size": None,
 }
 

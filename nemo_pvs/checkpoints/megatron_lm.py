@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nemo_pvs.checkpoints.assets import asset_files
-from nemo_pvs.checkpoints.huggingface import read_config
+from nemo_pvs.checkpoints.hf_config import normal_config, read_config, without_quantization
 from nemo_pvs.checkpoints.megatron import NemoSource
 from nemo_pvs.checkpoints.megatron_args import config_from_arguments
 from nemo_pvs.checkpoints.torch_dist import TorchDistReader
@@ -46,8 +46,9 @@ class MegatronSource(NemoSource):
 
     def _read_config(self, *, vocab_rows: int, dtype: str) -> Mapping[str, Any]:
         if self._config_path is None:
-            return config_from_arguments(self.folder / "common.pt", vocab_rows=vocab_rows, dtype=dtype)
-        return read_config(self._config_path)
+            common = self.folder / "common.pt"
+            return normal_config(config_from_arguments(common, vocab_rows=vocab_rows, dtype=dtype), common)
+        return without_quantization(read_config(self._config_path), self._config_path)
 
 
 class _Prefixed(TorchDistReader):

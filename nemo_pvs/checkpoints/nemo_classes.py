@@ -26,6 +26,19 @@ _FIELDS = {
     "tie_word_embeddings": "share_embeddings_and_output_weights",
 }
 
+PLAIN: Mapping[str, Any] = {
+    "activation_func": Symbol("torch.nn.functional", "silu"),
+    "activation_func_clamp_value": None,
+    "apply_residual_connection_post_layernorm": False,
+    "glu_linear_offset": 0.0,
+    "multi_latent_attention": False,
+    "no_rope_freq": None,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "window_attn_skip_freq": None,
+}
+"""Fields of Megatron that change what a model computes, and the values that every family here has in all classes."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:

@@ -155,3 +155,10 @@ def _is_earlier(stated: object) -> bool:
 def _number(value: Any) -> Any:
     """Return an integer as the float that it equals: rope settings have both."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of one size hold the same numbers, NaN being the same as NaN."""
+    if one.dtype == other.dtype:
+        return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(one.double(), other.double())

@@ -81,7 +81,7 @@ def pretrain_arm(
 
 
 def _shape(recipe: Recipe, arm: Arm) -> Shape:
-    config = recipe.parent.config
+    config = recipe.parent.normal_config
     if config is None:
         raise UserError(
             f"Recipe {recipe.name} does not state its parent's config, so {arm.name} is known only when it is "
@@ -92,7 +92,7 @@ def _shape(recipe: Recipe, arm: Arm) -> Shape:
 
 
 def _teacher(recipe: Recipe, arm: Arm) -> Shape | None:
-    config = recipe.parent.config
+    config = recipe.parent.normal_config
     if arm.training.distill is None or config is None:
         return None
     return teacher_shape(recipe, WeightLayout.for_config(config).shape(config))
@@ -104,7 +104,7 @@ def _describe(recipe: Recipe, arm: Arm, job: TrainingJob) -> run.Config:
     Where scores decide how large each layer is, all have about their average until then.
     """
     shape = _shape(recipe, arm)
-    parent = {"torch_dtype": "bfloat16", **(recipe.parent.config or {})}
+    parent = {"torch_dtype": "bfloat16", **(recipe.parent.normal_config or {})}
     config = WeightLayout.for_config(parent).config(shape, parent)
     with tempfile.TemporaryDirectory() as folder:
         write_context(Path(folder) / "context", config, (), vocab_rows=shape.vocab)

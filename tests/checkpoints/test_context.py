@@ -96,9 +96,9 @@ def test_what_config_json_leaves_out_is_what_transformers_assumes(tmp_path, tiny
 def test_the_config_can_be_rebuilt_from_what_nemo_knows(tmp_path, scaling):
     config = {**CONFIG, "rope_scaling": scaling}
     write_context(tmp_path / "c", config, [], vocab_rows=100)
-    assert read_context(tmp_path / "c", vocab_rows=100, dtype="bfloat16") == config
+    expected = {**config, "model_type": "llama", "rope_scaling": LLAMA3_ROPE if scaling == LLAMA3_ROPE else None}
+    assert read_context(tmp_path / "c", vocab_rows=100, dtype="bfloat16") == expected
     again = rebuilt(tmp_path / "c")
-    expected = {**config, "rope_scaling": LLAMA3_ROPE if scaling == LLAMA3_ROPE else None}
     assert {key: again[key] for key in expected} == expected
 
 
@@ -159,11 +159,31 @@ def test_what_nemo_cannot_express_is_refused(tmp_path, change, message):
         ("Llama31Config8B", {"qk_layernorm": True}, "qk_layernorm=True"),
         ("Llama31Config8B", {"seq_len_interpolation_factor": 4.0}, r"seq_len_interpolation_factor=4\.0"),
         ("Llama2Config7B", {"normalization": "LayerNorm"}, "normalization=LayerNorm"),
+        ("Llama2Config7B", {"activation_func": Symbol("torch.nn.functional", "gelu")}, "activation_func=.*gelu"),
+        ("Llama2Config7B", {"softmax_scale": 0.5}, r"softmax_scale=0\.5"),
     ],
 )
 def test_what_hugging_face_cannot_express_is_refused(tmp_path, name, fields, message):
     with pytest.raises(UserError, match=message):
         rebuilt(write_stock(tmp_path, name, fields))
+
+
+def test_a_kept_config_is_read_like_any_other(tmp_path):
+    write_context(tmp_path / "c", CONFIG, [], vocab_rows=100)
+    path = tmp_path / "c" / "huggingface_config.json"
+    moved = {key: value for key, value in CONFIG.items() if key not in {"rope_theta", "rope_scaling", "architectures"}}
+    parameters = {**LLAMA3_ROPE, "rope_theta": 250000.0}
+    path.write_text(json.dumps({**moved, "model_type": "llama", "rope_parameters": parameters}))
+    config = read_context(tmp_path / "c", vocab_rows=100, dtype="bfloat16")
+    assert config == {**CONFIG, "model_type": "llama", "rope_scaling": LLAMA3_ROPE}
+    path.write_text(json.dumps({**CONFIG, "attn_logit_softcapping": 50.0}))
+    with pytest.raises(UserError, match=r"huggingface_config\.json sets attn_logit_softcapping to 50"):
+        read_context(tmp_path / "c", vocab_rows=100, dtype="bfloat16")
+
+
+def test_the_activation_may_be_stated(tmp_path):
+    silu = {"activation_func": Symbol("torch.nn.functional", "silu")}
+    assert rebuilt(write_stock(tmp_path, "Llama31Config8B", silu))["hidden_act"] == "silu"
 
 
 def test_a_class_of_the_same_name_from_elsewhere_is_refused(tmp_path):

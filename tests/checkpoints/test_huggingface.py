@@ -13,6 +13,8 @@ from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import sha256_file
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -195,26 +197,91 @@ def test_biases_are_refused_but_old_buffers_are_not(make_tiny_llama, tmp_path):
     edit_weights(
         tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     )
-    edit_weights(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(128, 64)}))
+    edit_weights(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     assert len(HuggingFaceSource(tmp_path).extra_tensors) == 2
     edit_weights(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}))
     with pytest.raises(UserError, match=r"1 tensors .*o_proj\.bias"):
         HuggingFaceSource(tmp_path)
 
 
-def test_rope_settings_of_transformers_5_are_understood(make_tiny_llama, tmp_path):
+def stored_as(folder, tensors, *, of_pytorch):
+    (folder / "model.safetensors").unlink()
+    if of_pytorch:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("of_pytorch", [False, True])
+def test_a_head_of_its_own_unties_the_model(make_tiny_llama, tmp_path, capsys, of_pytorch):
+    folder = make_tiny_llama(tmp_path / "in", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[HEAD] = tensors[EMBEDDING].flip(0).contiguous()
+    stored_as(folder, tensors, of_pytorch=of_pytorch)
+    source = HuggingFaceSource(folder)
+    assert source.extra_tensors == ()
+    write_huggingface(HuggingFaceSource(folder), tmp_path / "out")
+    assert capsys.readouterr().out.count("the head is kept and the model untied") == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(written.lm_head.weight, tensors[HEAD])
+    assert torch.equal(written.model.embed_tokens.weight, tensors[EMBEDDING])
+
+
+@pytest.mark.parametrize("of_pytorch", [False, True])
+def test_an_equal_copy_of_a_tied_embedding_is_dropped(make_tiny_llama, tmp_path, capsys, of_pytorch):
+    folder = make_tiny_llama(tmp_path / "in", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[EMBEDDING][3, 5] = torch.nan  # equal to itself here
+    tensors[HEAD] = tensors[EMBEDDING] if of_pytorch else tensors[EMBEDDING].clone()
+    stored_as(folder, tensors, of_pytorch=of_pytorch)
+    source = HuggingFaceSource(folder)
+    assert source.extra_tensors == (HEAD,)
+    assert source.config["tie_word_embeddings"] is True
+    assert capsys.readouterr().out == ""
+
+
+def test_heads_are_compared_again_when_the_files_change(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path, tie_word_embeddings=True)
+    edit_weights(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    assert HuggingFaceSource(tmp_path).config["tie_word_embeddings"] is True
+    edit_weights(tmp_path, lambda tensors: tensors[HEAD][-1, -1].add_(1))
+    assert HuggingFaceSource(tmp_path).config["tie_word_embeddings"] is False
+
+
+def test_a_head_of_another_size_is_refused(make_tiny_llama, tmp_path):
+    make_tiny_llama(tmp_path, tie_word_embeddings=True)
+    edit_weights(tmp_path, lambda tensors: tensors.update({HEAD: torch.ones(130, 64)}))
+    with pytest.raises(UserError, match=r"lm_head\.weight .* is \[130, 64\], but config\.json implies \[128, 64\]"):
+        HuggingFaceSource(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantisation_that_plain_weights_do_not_have_is_left_out(make_tiny_llama, tmp_path, capsys, key):
+    make_tiny_llama(tmp_path / "in")
+    before = json.loads((tmp_path / "in" / "config.json").read_text())
+    edit_json(tmp_path / "in" / "config.json", **{key: {"quant_method": "compressed-tensors"}})
+    write_huggingface(HuggingFaceSource(tmp_path / "in"), tmp_path / "out")
+    assert capsys.readouterr().out.count(f"has {key}, but the weights are plain floating-point numbers") == 1
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == before
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def _store_int8(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+
+
+def _store_scales(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(96, 1)
+
+
+@pytest.mark.parametrize("quantize", [_store_int8, _store_scales])
+def test_quantised_weights_are_called_by_their_method(make_tiny_llama, tmp_path, quantize):
     make_tiny_llama(tmp_path)
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["rope_theta"], config["rope_scaling"]
-    config["rope_parameters"] = {"rope_theta": 5e5, **scaling}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    source = HuggingFaceSource(tmp_path)
-    assert source.config["rope_theta"] == 5e5
-    assert source.config["rope_scaling"] == scaling
-    assert "rope_parameters" not in source.config
-    edit_json(tmp_path / "config.json", rope_parameters={"rope_theta": 7.0, "rope_type": "default"})
-    assert HuggingFaceSource(tmp_path).config["rope_scaling"] is None
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "fp8"})
+    edit_weights(tmp_path, quantize)
+    with pytest.raises(UserError, match=r"weights quantised by fp8 \(such as model\.layers\.0\.mlp\.up_proj\.weight"):
+        HuggingFaceSource(tmp_path)
 
 
 def test_a_broken_config_is_refused(make_tiny_llama, tmp_path):

@@ -8,10 +8,12 @@ import weakref
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.megatron_lm import MegatronSource
 from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.checkpoints.torch_dist import TorchDistReader
 from nemo_pvs.errors import UserError
@@ -238,3 +240,55 @@ def test_an_unknown_tensor_is_refused(make_tiny_llama, tmp_path):
     write_nemo(HuggingFaceSource(make_tiny_llama(tmp_path / "hf")), tmp_path / "nemo")
     with pytest.raises(UserError, match=r"no tensor model\.layers\.9"):
         NemoSource(tmp_path / "nemo").read("model.layers.9.mlp.up_proj.weight")
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def write_untied_as_tied(make_tiny_llama, folder, change, *, keep):
+    """Write a NeMo checkpoint with a head whose context says that it shares the embedding."""
+    hf = make_tiny_llama(folder / "hf")
+    weights = load_file(hf / "model.safetensors")
+    change(weights)
+    save_file(weights, hf / "model.safetensors", metadata={"format": "pt"})
+    write_nemo(HuggingFaceSource(hf), folder / "nemo", pad_vocab_to_multiple=50)
+    (folder / "nemo" / MANIFEST).unlink()  # it would not be ours
+    kept, stated = (folder / "nemo" / "context" / name for name in ("huggingface_config.json", "io.json"))
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "tie_word_embeddings": True}))
+    fields = json.loads(stated.read_text())["objects"]["llama_config_1"]["items"]
+    shared = dict(fields)["Attr(name='share_embeddings_and_output_weights')"]
+    text = json.dumps(shared)
+    stated.write_text(json.dumps(json.loads(stated.read_text())).replace(text, text.replace("false", "true")))
+    if not keep:
+        kept.unlink()
+    return weights
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_head_of_its_own_unties_the_model(make_tiny_llama, tmp_path, capsys, keep):
+    weights = write_untied_as_tied(make_tiny_llama, tmp_path, lambda weights: None, keep=keep)
+    for source in (NemoSource(tmp_path / "nemo"), NemoSource(tmp_path / "nemo")):
+        assert source.config["tie_word_embeddings"] is False
+        assert torch.equal(source.read(HEAD)[:128], weights[HEAD])  # NeMo's own context counts padding rows
+    assert capsys.readouterr().out.count("the head is kept and the model untied") == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_equal_copy_of_a_tied_embedding_is_dropped(make_tiny_llama, tmp_path, capsys, keep):
+    def copy(weights):
+        weights[HEAD] = weights[EMBEDDING].clone()
+
+    write_untied_as_tied(make_tiny_llama, tmp_path, copy, keep=keep)
+    source = NemoSource(tmp_path / "nemo")
+    assert source.config["tie_word_embeddings"] is True
+    assert "module.output_layer.weight" in source.extra_tensors
+    write_huggingface(source, tmp_path / "back")
+    assert HEAD not in load_file(tmp_path / "back" / "model.safetensors")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_head_of_a_bare_folder_is_kept_too(make_tiny_llama, tmp_path):
+    weights = write_untied_as_tied(make_tiny_llama, tmp_path, lambda weights: None, keep=True)
+    config = tmp_path / "nemo" / "context" / "huggingface_config.json"
+    source = MegatronSource(tmp_path / "nemo" / "weights", config)
+    assert torch.equal(source.read(HEAD), weights[HEAD])
