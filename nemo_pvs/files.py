@@ -91,9 +91,14 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from None
 
 
+def json_text(value: Any) -> str:
+    """Return ``value`` as indented JSON, as ``write_json`` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON; readers see the old file or the new one, never a part."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -279,6 +279,56 @@ def test_masks_and_shards_of_a_conversion(pvs, model, tmp_path):
     _refused(pvs("convert", tmp_path / "hf", tmp_path / "x", "--verify", "maybe"), "choose checksum, logits or none")
 
 
+SAME = "logits differ by 0 at most"
+
+
+def _convert_and_compare(pvs, source, target, *more):
+    code, said, errors = pvs("convert", source, target, "--verify", "logits", *more)
+    assert code == 0, errors
+    assert SAME in said
+    return said
+
+
+def test_logits_are_compared_however_short_the_context(pvs, text, tmp_path):
+    short = save_tiny_tokenizer(make_tiny_llama(tmp_path / "short", max_position_embeddings=24))
+    assert "on 96 tokens" in _convert_and_compare(pvs, short, tmp_path / "nemo", "--text", text)
+    assert "on 96 tokens" in _convert_and_compare(pvs, tmp_path / "nemo", tmp_path / "back", "--text", text)
+
+
+def test_logits_are_compared_on_random_tokens_without_a_tokenizer(pvs, tmp_path):
+    model = make_tiny_llama(tmp_path / "model")
+    said = _convert_and_compare(pvs, model, tmp_path / "nemo")
+    assert "no tokenizer, so the logits are compared on random tokens" in said
+    assert "on 1,024 tokens" in said
+    _convert_and_compare(pvs, tmp_path / "nemo", tmp_path / "back")
+    # A bare Megatron-LM folder finds its tokenizer beside the config, and here there is none.
+    _convert_and_compare(pvs, tmp_path / "nemo" / "weights", tmp_path / "bare", "--config", model / "config.json")
+
+
+def test_what_stops_a_comparison_of_logits_stops_it_before_the_work(pvs, text, tmp_path):
+    small = save_tiny_tokenizer(make_tiny_llama(tmp_path / "small", vocab_size=100))
+    logits = ["--verify", "logits", "--text"]
+    refused = pvs("convert", small, tmp_path / "x", *logits, text)
+    _refused(refused, "the model's vocabulary has 100 entries")
+    model = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
+    (tmp_path / "short.txt").write_text("w5 w7")
+    _refused(pvs("convert", model, tmp_path / "x", *logits, tmp_path / "short.txt"), "has 2 tokens, too few")
+    (model / "tokenizer.json").write_text("{")
+    _refused(pvs("convert", model, tmp_path / "x", *logits, text), "cannot be loaded")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_separate_head_of_a_tied_config_is_converted(pvs, tmp_path):
+    model = make_tiny_llama(tmp_path / "model")
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    said = _convert_and_compare(pvs, model, tmp_path / "nemo")
+    assert said.count("the head is kept and the model untied") == 1
+    _convert_and_compare(pvs, tmp_path / "nemo", tmp_path / "back")
+    head = load_file(tmp_path / "back" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(head, load_file(model / "model.safetensors")["lm_head.weight"])
+
+
 def test_a_search_writes_a_target_that_prune_takes(pvs, model, text, tmp_path):
     data = ["--data", text, "--samples", "4", "--sequence-length", "32"]
     assert pvs("calibrate", model, "--out", tmp_path / "scores", *data)[0] == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_pvs.files import read_json, write_json
+from nemo_pvs.checkpoints.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
+from nemo_pvs.files import write_json
 
 _MORE_TEMPLATES = "additional_chat_templates"
 """Where transformers keeps chat templates but the default one, each in a file of its name."""
@@ -21,6 +23,9 @@ ASSET_PATTERNS = (
     f"{_MORE_TEMPLATES}/*.jinja",
     "generation_config.json",
 )
+# Each of these alone can make a tokenizer; the other files only add to one.
+_TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
@@ -31,20 +36,17 @@ def asset_files(folder: Path) -> tuple[Path, ...]:
 
 
 def copy_asset(asset: Path, folder: Path) -> Path:
-    """Copy one of ``asset_files`` to its place in another folder; return the copy."""
+    """Copy one of ``asset_files`` to its place in another folder; return the copy.
+
+    A tokenizer's config becomes one that both Transformers 4 and 5 load.
+    """
     parent = folder / _MORE_TEMPLATES if asset.parent.name == _MORE_TEMPLATES else folder
     parent.mkdir(parents=True, exist_ok=True)
     copy = Path(shutil.copyfile(asset, parent / asset.name))
-    if asset.name == "tokenizer_config.json":
-        _name_the_class_for_both(copy)
+    values = for_both_versions(asset.parent) if asset.name == TOKENIZER_CONFIG else None
+    if values is not None:
+        write_json(copy, values)
     return copy
-
-
-def _name_the_class_for_both(tokenizer_config: Path) -> None:
-    """Rename a class of transformers 5 to what transformers 4, and so NeMo, calls it; 5 knows the old name, too."""
-    values = read_json(tokenizer_config)
-    if isinstance(values, dict) and values.get("tokenizer_class") == "TokenizersBackend":
-        write_json(tokenizer_config, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _holds_weights(path: Path) -> bool:
@@ -57,3 +59,8 @@ def tokenizer_folder(checkpoint: Path) -> Path:
     """Return the folder with the tokenizer of a checkpoint: its own, or the one inside a NeMo context."""
     inside = checkpoint / "context" / "tokenizer"
     return inside if inside.is_dir() else checkpoint
+
+
+def tokenizer_among(assets: Iterable[Path]) -> Path | None:
+    """Return the folder of the tokenizer among a checkpoint's files; None if it has none."""
+    return next((asset.parent for asset in assets if asset.name in _TOKENIZERS), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nemo_pvs.checkpoints.assets import asset_files, copy_asset
+from nemo_pvs.checkpoints.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.token_index import count_indexed_tokens
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import disk_errors, sha256_file, sha256_json, write_json
+from nemo_pvs.files import disk_errors, json_text, sha256_bytes, sha256_file, sha256_json, write_json
 from nemo_pvs.megatron_import import import_megatron
 
 # Everything that decides which ids a text becomes; chat templates and the like do not.
@@ -136,22 +139,43 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     tokenizer_hash(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        if for_both_versions(folder) is None:
+            return _load(folder)
+        with tempfile.TemporaryDirectory() as readable:
+            for asset in asset_files(folder):
+                copy_asset(asset, Path(readable))
+            tokenizer = _load(Path(readable))
+            tokenizer.name_or_path = str(folder)  # messages name it
+            return tokenizer
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UserError(f"The tokenizer in {folder} cannot be loaded ({reason[0]}); copy it anew.") from error
+        raise UserError(
+            f"The tokenizer in {folder} cannot be loaded ({reason[0]}); download it again, or save it with the "
+            "version of Transformers that is installed here."
+        ) from error
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     return tokenizer
 
 
 def tokenizer_hash(folder: Path) -> str:
     """Return one SHA-256 over the files in a folder that decide which ids a text becomes.
 
+    It is the same for a tokenizer that Transformers 5 saved and for the copy of it that we make.
+
     Raises:
         UserError: the folder holds none of them.
     """
     found = {name: sha256_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    readable = for_both_versions(folder)
+    if readable is not None:
+        found[TOKENIZER_CONFIG] = sha256_bytes(json_text(readable).encode())
     if not found.keys() - {"special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"}:
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json or the like); copy the model's tokenizer there.")
     return sha256_json(found)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from nemo_pvs.errors import UserError
 from nemo_pvs.files import check_new_folder
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
@@ -53,6 +54,7 @@ def convert(
     with ignoring_manifests(ignore_manifest), local_checkpoint(source, Path(target)) as folder:
         found = describe(folder, config=config)["format"]
         wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))
+        reference = _reference(folder, config, text) if verify == "logits" else None
         with progress(f"convert to {wanted}", "parameters") as show:
             convert_stream(
                 folder,
@@ -69,13 +71,50 @@ def convert(
                 progress=show,
             )
         console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True)
-        if verify == "logits":
+        if reference is not None:
             from nemo_pvs.checkpoints.agreement import compare
 
-            tokens = tokens_of(target, text, samples=4, sequence_length=256, seed=0)
-            with progress("run both on the same text", "layers") as show:
-                agreement = compare(open_source(folder, config), open_source(target), tokens.ids, progress=show)
+            model, ids = reference
+            with progress("run both on the same tokens", "layers") as show:
+                agreement = compare(model, open_source(target), ids, progress=show)
             console.print(f"source and target, {agreement}", soft_wrap=True)
+
+
+def _reference(folder: Path, config: str | None, text: str) -> tuple[Any, Any]:
+    """Return what the logits of a conversion's target are compared with, before there is a target.
+
+    Returns:
+        The source, as Transformers loads it if that is its format, and token ids [4, S] of the text, S being 256 or
+        the context if that is shorter. They are random where the source has no tokenizer.
+
+    Raises:
+        UserError: the source cannot be run, or not on this text.
+    """
+    import torch
+
+    from nemo_pvs.checkpoints.as_transformers_loads import AsTransformersLoads
+    from nemo_pvs.checkpoints.assets import tokenizer_among
+    from nemo_pvs.checkpoints.detect import open_source
+    from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+
+    source = open_source(folder, config)
+    # The layers run without a mask, so a text is no longer than the attention window either.
+    limits = [source.config.get(name) for name in ("max_position_embeddings", "sliding_window")]
+    length = min([256, *(limit for limit in limits if limit is not None)])
+    vocab = source.config["vocab_size"]
+    tokenizer = tokenizer_among(source.assets)
+    if tokenizer is None and not text.endswith(".bin"):
+        console.print("The source has no tokenizer, so the logits are compared on random tokens.", soft_wrap=True)
+        ids = torch.randint(vocab, (4, length), generator=torch.Generator().manual_seed(0))
+    else:
+        ids = tokens_of(tokenizer or folder, text, samples=4, sequence_length=length, seed=0).ids
+    if int(ids.max()) >= vocab:
+        raise UserError(
+            f"The text {text} has the token {int(ids.max())}, but the model's vocabulary has {vocab} entries; for "
+            "--verify logits give a --text that was tokenised for this model, or use --verify checksum."
+        )
+    model = AsTransformersLoads(folder) if isinstance(source, HuggingFaceSource) else source
+    return model, ids
 
 
 def inspect(
