@@ -507,7 +507,7 @@ def test_a_gguf_file_becomes_a_folder_for_as_long_as_it_is_needed(tmp_path):
 def test_a_broken_gguf_file_leaves_nothing(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with (
-        pytest.raises(UserError, match=r"x\.gguf is not a GGUF model that transformers reads"),
+        pytest.raises(UserError, match=r"x\.gguf is not a readable GGUF file"),
         local_checkpoint(str(tmp_path / "x.gguf"), beside=tmp_path / "out"),
     ):
         pass
