@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_pvs.checkpoints.not_a_model import refuse_lfs_pointer
 from nemo_pvs.errors import UserError
 
 _MISSING = object()
@@ -28,6 +29,7 @@ class GgufFile:
         from gguf import GGUFReader
 
         self.path = path
+        refuse_lfs_pointer(path)
         try:
             reader = GGUFReader(path)
             self._keys = {name: field.contents() for name, field in reader.fields.items()}

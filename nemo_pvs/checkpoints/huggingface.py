@@ -12,6 +12,7 @@ import torch
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
+from nemo_pvs.checkpoints.not_a_model import refuse_quantised
 from nemo_pvs.checkpoints.safetensors_file import SafetensorsWriter
 from nemo_pvs.checkpoints.shards import Shards, few
 from nemo_pvs.checkpoints.source import Progress, WeightSource
@@ -45,6 +46,7 @@ class HuggingFaceSource:
         self.config: Mapping[str, Any] = read_config(self.folder / "config.json")
         self._shape = Layout.for_config(self.config).shape(self.config)
         self._weights = Shards(self.folder)
+        refuse_quantised(self.folder, self.config, self._weights.names)
         self._check_layers()
         self._parts = Layout.for_config(self.config).parts(self._shape)
         self._check_weights()
@@ -109,7 +111,7 @@ class HuggingFaceSource:
         if unknown:
             raise UserError(
                 f"{self.folder} has {len(unknown)} tensors that {self.config['architectures'][0]} with this "
-                f"config.json does not have: {few(unknown)}; adapters and quantised weights are not supported."
+                f"config.json does not have: {few(unknown)}; use the config.json that belongs to these weights."
             )
         stored = set(self._weights.names)
         missing = [name for name in self._parts if name not in stored]

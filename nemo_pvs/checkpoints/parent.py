@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nemo_pvs.checkpoints.assets import ASSET_PATTERNS, asset_files
 from nemo_pvs.checkpoints.masks import FILE as MASKS
+from nemo_pvs.checkpoints.not_a_model import ADAPTER_CONFIG, adapter_sentence
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import whole_folder
 
@@ -120,20 +121,66 @@ def _is_gguf(source: str) -> bool:
 def _download(model: str, folder: Path | None = None) -> Path:
     """Download ``owner/name[@revision]`` into a folder, or into the hub's cache; return the folder."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repository, _, revision = model.partition("@")
+    if HF_HUB_OFFLINE:
+        return _from_cache(repository, revision or None, folder)
     try:
         files = HfApi().list_repo_files(repository, revision=revision or None)
+        if ADAPTER_CONFIG in files and "config.json" not in files:
+            raise UserError(adapter_sentence(_HUB + repository))
         return Path(
             snapshot_download(
                 repository, revision=revision or None, local_dir=folder, allow_patterns=_wanted_files(files)
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (ValueError, OSError) as error:  # the hub's own errors are OSErrors too, or ValueErrors
+        raise UserError(f"Cannot download {repository} from the Hugging Face hub: {_reason(error)}.") from None
+
+
+def _from_cache(repository: str, revision: str | None, folder: Path | None) -> Path:
+    """Return what the hub's cache holds of a repository, copied into ``folder`` if there is one."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (ValueError, OSError):
         raise UserError(
-            f"Cannot download {repository} from the Hugging Face hub: {str(error).splitlines()[0]}"
+            f"HF_HUB_OFFLINE is set, and {repository}{f' at {revision}' if revision else ''} is not in the Hugging "
+            "Face cache; unset it to download the model."
         ) from None
+    if folder is None:
+        return cached
+    names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+    for name in _wanted_files(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(cached / name, folder / name)
+    return folder
+
+
+def _reason(error: Exception) -> str:
+    """Return why the hub gave nothing, and what to do about it."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "its owner asks for consent; give it on the model's page, and log in with hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private; check the name, or log in with hf auth login"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision; check what is after the @"
+    if isinstance(error, HFValidationError):
+        return "that is no name of a repository; write hf://owner/name"
+    response = getattr(error, "response", None)
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        return f"it answers with the status {response.status_code}; try again later"
+    return "it cannot be reached; check the network, or set HF_HUB_OFFLINE=1 to use what is in the cache"
 
 
 def _wanted_files(files: list[str]) -> list[str]:

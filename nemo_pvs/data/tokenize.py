@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nemo_pvs.checkpoints.not_a_model import refuse_other_folders
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.token_index import count_indexed_tokens
 from nemo_pvs.errors import UserError
@@ -134,6 +135,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is no tokenizer that transformers can read.
     """
+    refuse_other_folders(folder)
     tokenizer_hash(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
