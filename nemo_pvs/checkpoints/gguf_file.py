@@ -26,12 +26,10 @@ class GgufFile:
         Raises:
             UserError: the file is broken, or only a part of a model.
         """
-        from gguf import GGUFReader
-
         self.path = path
         refuse_lfs_pointer(path)
         try:
-            reader = GGUFReader(path)
+            reader = _open(path)
             self._keys = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # a broken file can raise anything
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -91,3 +89,19 @@ class GgufFile:
                 "read; use a file of another quantisation."
             ) from None
         return torch.from_numpy(np.array(values, dtype=np.float32)).to(self.dtype(name)).reshape(self.size(name))
+
+
+def _open(path: Path) -> Any:
+    """Return a reader of a file that notices where it ends.
+
+    The package's own takes what lies beyond the end for an empty value, and counts a damaged array's billions of them.
+    """
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends too early")
+            return super()._get(offset, dtype, count, override_order)
+
+    return Reader(path)

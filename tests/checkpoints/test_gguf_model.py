@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, dequantize, quantize
+from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -195,3 +197,31 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"cut\.gguf is not a readable GGUF file"):
             dequantize_gguf(tmp_path / "cut.gguf", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_array_that_is_longer_than_the_file_is_refused_at_once(tmp_path):
+    content = bytearray(write_gguf(tmp_path / "x.gguf", llama()).read_bytes())
+    name = b"tokenizer.ggml.token_type"
+    length = content.index(name) + len(name) + 8  # after the types of the value and of its elements
+    content[length : length + 8] = (2**60).to_bytes(8, "little")
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"not a readable GGUF file \(it ends too early\)"):
+        dequantize_gguf(tmp_path / "x.gguf", tmp_path / "x")
+
+
+def test_damaged_headers_end_in_a_sentence_or_in_a_model(tmp_path):
+    whole = write_gguf(tmp_path / "whole.gguf", llama(attention_bias=True)).read_bytes()
+    header = GGUFReader(tmp_path / "whole.gguf").data_offset
+    dice = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(dice.randint(1, 4)):
+            damaged[dice.randrange(header)] = dice.choice([0, 1, 128, 255, dice.randrange(256)])
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            shutil.rmtree(dequantize_gguf(tmp_path / "damaged.gguf", tmp_path / "made"))
+        except UserError:
+            refused += 1
+        assert not (tmp_path / "made").exists()
+    assert refused > 30
