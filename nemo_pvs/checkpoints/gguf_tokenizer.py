@@ -182,6 +182,12 @@ def _byte_level(file: GgufFile, vocabulary: _Vocabulary, split: _Split) -> Token
 
 def _sentencepiece(file: GgufFile, vocabulary: _Vocabulary) -> Tokenizer:
     """Return a BPE over characters with bytes for those that are no token, as Llama 2's tokenizer.json has it."""
+    for key in ("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"):
+        if file.get(key, None):
+            raise UserError(
+                f"The tokenizer in {file.path} changes text before it cuts it ({key}), which is not supported; use the "
+                "model's Hugging Face folder."
+            )
     unknown = vocabulary.token_of(file.get("tokenizer.ggml.unknown_token_id", 0))
     tokenizer = Tokenizer(
         BPE(vocabulary.ids, _merges(file, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)

@@ -241,6 +241,7 @@ REFUSED = {
     "is broken": {"merges": ["a b"]},  # there is no token ab
     "has 0 scores for 257 tokens": {"model": "llama"},
     "All tokens of .* have the same score": {"model": "llama", "scores": [-1000.0] * 257},
+    "changes text before it cuts it": {"model": "llama", "remove_extra_whitespaces": True},
     "should begin with its bos token, but it names none": {"pre": "llama-bpe"},
 }
 
