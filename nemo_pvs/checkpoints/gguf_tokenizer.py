@@ -185,8 +185,8 @@ def _sentencepiece(file: GgufFile, vocabulary: _Vocabulary) -> Tokenizer:
     for key in ("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"):
         if file.get(key, None):
             raise UserError(
-                f"The tokenizer in {file.path} changes text before it cuts it ({key}), which is not supported; use the "
-                "model's Hugging Face folder."
+                f"The tokenizer in {file.path} changes text before it cuts it ({key}), which is not supported; use "
+                "the model's Hugging Face folder."
             )
     unknown = vocabulary.token_of(file.get("tokenizer.ggml.unknown_token_id", 0))
     tokenizer = Tokenizer(
