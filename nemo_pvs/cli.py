@@ -12,6 +12,7 @@ import typer
 
 import nemo_pvs
 from nemo_pvs.errors import TrainingError, UserError
+from nemo_pvs.files import expand_home
 from nemo_pvs.processes import heeding_interrupts
 from nemo_pvs.progress import console
 from nemo_pvs.verbs import VERBS
@@ -53,7 +54,7 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         with heeding_interrupts():
-            app()
+            app([expand_home(word) for word in sys.argv[1:]])
     except UserError as error:
         _complain(error)
         sys.exit(2)

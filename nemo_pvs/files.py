@@ -6,8 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,23 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.output_paths import check_file, check_folder
 
 _BLOCK_BYTES = 1 << 20
+
+# A home directory where a path may begin: ~/x, --out=~/x, ARM=~/x, ~/x,~/y.
+_HOME = re.compile(r"(?:^|(?<=[=,]))~[^/,]*(?=/|,|$)")
+
+
+def expand_home(value: Any) -> Any:
+    """Return a value with ``~`` written out in every string of it that begins with one, as a shell would do.
+
+    Words of the command line and values of recipes go through here, and nothing else needs to think of it.
+    """
+    if isinstance(value, str):
+        return _HOME.sub(lambda found: os.path.expanduser(found[0]), value)
+    if isinstance(value, Mapping):
+        return {key: expand_home(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [expand_home(entry) for entry in value]
+    return value
 
 
 def sha256_bytes(data: bytes) -> str:

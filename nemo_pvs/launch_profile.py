@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_yaml
+from nemo_pvs.files import expand_home, read_yaml
 from nemo_pvs.recipe_basics import Block, Layout, Positive
 from nemo_pvs.recipe_problems import first_problem
 from nemo_pvs.training.preemption import PREEMPTED
@@ -173,7 +173,7 @@ def load_profile(name_or_path: str, environment: Mapping[str, str] = os.environ)
         path = Path(str(resources.files("nemo_pvs.launch").joinpath(f"{name_or_path}.yaml")))
     if not path.is_file():
         raise UserError(f"There is no launch profile {name_or_path}; known names: {', '.join(packaged_profiles())}.")
-    values = _substituted(read_yaml(path), environment, str(path))
+    values = expand_home(_substituted(read_yaml(path), environment, str(path)))
     try:
         profile: LocalProfile | SlurmProfile = TypeAdapter(Profile).validate_python(values)
     except ValidationError as error:

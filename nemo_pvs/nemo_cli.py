@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import sys
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import nemo_run
 
+from nemo_pvs.files import expand_home
 from nemo_pvs.megatron_import import import_megatron
 from nemo_pvs.verbs import VERBS
 
@@ -33,6 +35,8 @@ def _register(verb: Callable[..., None]) -> None:
 
 for verb in VERBS:
     _register(verb)
+if sys.argv[1:2] == ["pvs"]:
+    sys.argv[2:] = [expand_home(word) for word in sys.argv[2:]]  # a shell does it for out=~/x, but not all do
 
 factories.register()
 executors.register()

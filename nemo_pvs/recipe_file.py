@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_yaml
+from nemo_pvs.files import expand_home, read_yaml
 from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_basics import Layout
 from nemo_pvs.recipe_blocks import Training
@@ -43,7 +43,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is not a recipe: it should hold keys such as parent, data, targets and train.")
-    own = dict(values)
+    own = dict(expand_home(values))
     base = own.pop("extends", None)
     if base is None:
         return own

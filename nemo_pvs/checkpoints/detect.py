@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
 from nemo_pvs.checkpoints.megatron import NemoSource
 from nemo_pvs.checkpoints.megatron_lm import MegatronSource
+from nemo_pvs.checkpoints.not_a_model import refuse_other_folders
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json
 
@@ -29,6 +30,7 @@ def open_source(path: str | Path, config: str | Path | None = None) -> HuggingFa
         raise UserError(f"{folder} does not exist; give the folder of a Hugging Face model or a NeMo checkpoint.")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give the folder of a checkpoint.")
+    refuse_other_folders(folder)
     if (folder / _TRACKER).is_file():
         folder = _latest(folder)
     _refuse_other_formats(folder)

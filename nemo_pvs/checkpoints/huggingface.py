@@ -13,6 +13,7 @@ from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.checkpoints.hf_config import quantization, read_config, without_quantization
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
+from nemo_pvs.checkpoints.not_a_model import refuse_quantised
 from nemo_pvs.checkpoints.safetensors_file import SafetensorsWriter
 from nemo_pvs.checkpoints.shards import Shards, few
 from nemo_pvs.checkpoints.source import Progress, WeightSource, same_values
@@ -122,27 +123,22 @@ class HuggingFaceSource:
 
     def _refuse_quantized(self, config: Mapping[str, Any]) -> None:
         """Refuse weights that are stored as the config's quantisation says; plain ones can be used without it."""
-        method = quantization(config)
-        if method is None:
-            return
-        odd = [name for name in self.extra_tensors if not name.endswith(_HARMLESS)]
-        try:
-            for name in self._weights.names:
-                self._weights.dtype(name)
-        except UserError:
-            odd.append(name)
-        if odd:
-            raise UserError(
-                f"{self.folder} holds weights quantised by {method} (such as {odd[0]}), which are not read; use the "
-                "unquantised model."
-            )
+        odd = []
+        if quantization(config) is not None:
+            odd = [name for name in self._weights.names if name not in self._parts and not name.endswith(_HARMLESS)]
+            try:
+                for name in self._weights.names:
+                    self._weights.dtype(name)
+            except UserError:
+                odd.append(name)
+        refuse_quantised(self.folder, quantization(config), self._weights.names, odd)
 
     def _check_weights(self) -> None:
         unknown = [name for name in self.extra_tensors if not name.endswith(_HARMLESS)]
         if unknown:
             raise UserError(
                 f"{self.folder} has {len(unknown)} tensors that {self.config['architectures'][0]} with this "
-                f"config.json does not have: {few(unknown)}; adapters and quantised weights are not supported."
+                f"config.json does not have: {few(unknown)}; use the config.json that belongs to these weights."
             )
         stored = set(self._weights.names)
         missing = [name for name in self._parts if name not in stored]

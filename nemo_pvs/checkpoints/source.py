@@ -120,6 +120,9 @@ def function_of(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in _NO_FUNCTION and key not in in_shape:
             value = config.get(key, default)
             function[key] = float(value) if isinstance(default, float) and value is not None else value
+    if config.get("use_sliding_window"):  # of Qwen; the constants of a switched-off window decide nothing
+        for key in ("sliding_window", "max_window_layers", "layer_types"):
+            function[key] = config.get(key)
     scaling = config.get("rope_scaling")
     if scaling:
         kind = scaling.get("rope_type", scaling.get("type", "default"))

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset
+from nemo_pvs.checkpoints.not_a_model import refuse_other_folders
 from nemo_pvs.checkpoints.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.token_index import count_indexed_tokens
@@ -137,6 +138,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is no tokenizer that transformers can read.
     """
+    refuse_other_folders(folder)
     tokenizer_hash(folder)
     try:
         if for_both_versions(folder) is None:

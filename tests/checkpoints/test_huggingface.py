@@ -280,7 +280,7 @@ def test_quantised_weights_are_called_by_their_method(make_tiny_llama, tmp_path,
     make_tiny_llama(tmp_path)
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": "fp8"})
     edit_weights(tmp_path, quantize)
-    with pytest.raises(UserError, match=r"weights quantised by fp8 \(such as model\.layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(UserError, match=r"weights quantised by FP8 \(such as model\.layers\.0\.mlp\.up_proj\.weight"):
         HuggingFaceSource(tmp_path)
 
 

@@ -507,7 +507,7 @@ def test_a_gguf_file_becomes_a_folder_for_as_long_as_it_is_needed(tmp_path):
 def test_a_broken_gguf_file_leaves_nothing(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with (
-        pytest.raises(UserError, match=r"x\.gguf is not a GGUF model that transformers reads"),
+        pytest.raises(UserError, match=r"x\.gguf is not a readable GGUF file"),
         local_checkpoint(str(tmp_path / "x.gguf"), beside=tmp_path / "out"),
     ):
         pass
@@ -595,16 +595,59 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub, hf, tmp_path, sa
         assert {*json.load(answer)} == wanted
 
 
-def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path):
-    script = (
-        "from nemo_pvs.checkpoints.parent import local_checkpoint; from nemo_pvs.errors import UserError\n"
-        "try: local_checkpoint('hf://some/model').__enter__()\n"
-        "except UserError as error: print(error)"
+def ask_the_hub(tmp_path, script: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script with a cache of its own; what it prints of UserErrors is one line each."""
+    start = (
+        "from pathlib import Path; from nemo_pvs.checkpoints.parent import local_checkpoint, prepare_parent\n"
+        "from nemo_pvs.checkpoints.detect import open_source; from nemo_pvs.checkpoints.source import fingerprint\n"
+        "from nemo_pvs.errors import UserError\n"
+        "def attempt(model):\n"
+        "    try: local_checkpoint(model).__enter__()\n"
+        "    except UserError as error: print(error)\n"
     )
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.startswith("Cannot download some/model from the Hugging Face hub: ")
-    assert done.stdout.count("\n") == 1
+    everything = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", start + script], capture_output=True, text=True, env=everything, check=True
+    )
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path):
+    done = ask_the_hub(tmp_path, "attempt('hf://some/model')", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.stdout == (
+        "Cannot download some/model from the Hugging Face hub: it cannot be reached; check the network, or set "
+        "HF_HUB_OFFLINE=1 to use what is in the cache.\n"
+    )
+
+
+def test_what_the_hub_refuses_is_one_sentence(hub, hf, tmp_path):
+    done = ask_the_hub(tmp_path, "attempt('hf://no/model'); attempt('hf://not a name')", HF_ENDPOINT=hub)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("Cannot download no/model from the Hugging Face hub: ")
+    assert lines[1].endswith("that is no name of a repository; write hf://owner/name.")
+    (hf / "adapter_config.json").write_text("{}")
+    (hf / "config.json").unlink()
+    done = ask_the_hub(tmp_path, "attempt('hf://some/model')", HF_ENDPOINT=hub)
+    assert done.stdout.startswith("hf://some/model is a LoRA adapter, not a model; merge it into its base model with")
+
+
+def test_offline_the_cache_is_used_if_the_model_is_there(hub, hf, tmp_path):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    done = ask_the_hub(tmp_path, "attempt('hf://some/model')", **nowhere)
+    assert done.stdout == (
+        "HF_HUB_OFFLINE is set, and some/model is not in the Hugging Face cache; unset it to download the model.\n"
+    )
+    script = (
+        "with local_checkpoint('hf://some/model') as folder: print(fingerprint(open_source(folder)))\n"
+        f"made = prepare_parent('hf://some/model', Path({str(tmp_path)!r}) / 'made')\n"
+        "print(fingerprint(open_source(made)))"
+    )
+    ask_the_hub(tmp_path, "attempt('hf://some/model')", HF_ENDPOINT=hub)
+    done = ask_the_hub(tmp_path, script, **nowhere)
+    assert done.stdout.split() == [fingerprint(HuggingFaceSource(hf))] * 2
+    made = {path.name for path in (tmp_path / "made").iterdir()}
+    assert made == {path.name for path in hf.iterdir()} - {"README.md"}
+    assert not any(path.is_symlink() for path in (tmp_path / "made").iterdir())
 
 
 # --- what travels with the weights

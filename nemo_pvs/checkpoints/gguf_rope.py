@@ -1,0 +1,52 @@
+"""The rope scaling of Llama 3.1 out of the factors that a GGUF file has in its place."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def llama3_scaling(factors: npt.NDArray[np.float64], theta: float, head_dim: int) -> dict[str, Any] | None:
+    """Return the ``rope_scaling`` of config.json that gives these factors, or None if no setting does.
+
+    Llama 3.1 keeps short wavelengths w, divides the frequencies of long ones by ``factor``, and between the two
+    by f, with 1/f = (1 - s) / factor + s where s = (context / w - low) / (high - low). So s is a line in 1/w, which
+    the factors between 1 and the largest determine; multiplying context, low and high by one number changes nothing,
+    and low is 1 in all published models.
+
+    Args:
+        factors: What each frequency is divided by, (head_dim / 2), highest frequency first.
+        theta: The base of the frequencies.
+        head_dim: Channels per head.
+    """
+    if factors.shape != (head_dim // 2,) or not np.all(np.isfinite(factors)) or factors.min() < 0.999:
+        return None
+    largest = float(str(np.float32(factors.max())))
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    between = (factors > 1.0001) & (factors < largest * 0.9999)
+    if between.sum() < 2:
+        return None
+    smooth = (1 / factors[between] - 1 / largest) / (1 - 1 / largest)
+    slope, intercept = np.polyfit(1 / wavelengths[between], smooth, 1)
+    if intercept >= 0:
+        return None
+    high = round(1 - 1 / float(intercept), 3)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": largest,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": round(float(slope) * (high - 1)),
+    }
+    return scaling if np.allclose(_factors(scaling, wavelengths), factors, rtol=1e-4) else None
+
+
+def _factors(scaling: dict[str, Any], wavelengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return what a setting divides the frequency of each wavelength by."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    smooth = np.clip(smooth, 0, 1)
+    return np.asarray(1 / ((1 - smooth) / scaling["factor"] + smooth))
