@@ -27,7 +27,7 @@ from tests.lock_holder import holder
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
     monkeypatch.setattr(folder_lock, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(folder_lock, "DEAD_SECONDS", 0.6)
+    monkeypatch.setattr(folder_lock, "DEAD_SECONDS", 1.5)
     monkeypatch.setattr(folder_lock, "_SECONDS_TO_WRITE", 0.1)
 
 
@@ -149,11 +149,10 @@ def test_another_process_of_the_same_number_does_not_hold_the_lock(tmp_path):
         pytest.fail("its holder runs")
 
 
-def test_a_machine_that_was_silent_for_long_is_dead(tmp_path):
-    _leave(tmp_path / ".lock", seconds_ago=1.0)
-    began = time.monotonic()
+def test_a_machine_that_was_silent_for_long_is_dead(tmp_path, capsys):
+    _leave(tmp_path / ".lock", seconds_ago=2.0)
     with locked_folder(tmp_path):
-        assert time.monotonic() - began < 0.4, "there was nothing to watch"
+        assert "watching" not in capsys.readouterr().out
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
@@ -162,7 +161,7 @@ def test_a_machine_is_watched_until_it_was_silent_for_long(tmp_path, capsys):
     _leave(tmp_path / ".lock")
     began = time.monotonic()
     with locked_folder(tmp_path):
-        assert 0.4 < time.monotonic() - began < 5
+        assert time.monotonic() - began > 1
     assert "on elsewhere" in capsys.readouterr().out
 
 
@@ -174,11 +173,12 @@ def test_a_machine_that_gives_a_sign_of_life_is_at_work(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_the_clock_of_this_machine_does_not_matter(tmp_path, monkeypatch):
+def test_the_clock_of_this_machine_does_not_matter(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    _leave(tmp_path / ".lock", seconds_ago=1.0)
+    _leave(tmp_path / ".lock", seconds_ago=2.0)
     with locked_folder(tmp_path):
         pass
+    assert "watching" not in capsys.readouterr().out
 
 
 def test_a_requeued_job_takes_over_from_its_earlier_self_only(tmp_path, monkeypatch):
