@@ -274,9 +274,14 @@ def _kept(base: Path, lock: str) -> Iterator[None]:
         ended.set()
         with suppress(OSError), touching:
             # Whoever takes us for dead has to make this file, too, and only one of us can.
-            if _create(_successor(base, lock), _Holder.here()):
+            successor = _successor(base, lock)
+            try:
+                ours = _create(successor, _Holder.here())
+            except OSError:  # the disk is full
+                ours = _chain(base)[-1].id == lock
+            if ours:
                 base.unlink()
-                _successor(base, lock).unlink()
+                successor.unlink(missing_ok=True)
 
     def beat() -> None:
         while not ended.wait(BEAT_SECONDS):
