@@ -1,9 +1,9 @@
 """Factories for NeMo's own command: every recipe, with its runs as arguments, and every pruning method.
 
-``nemo llm pretrain --factory "pvs_smollm2_135m_demo(target=width,init=pruned)"`` trains what ``pvs run
---prepare-only`` has prepared; with ``--dryrun`` nothing need be there yet. ``nemo llm prune --factory pvs_flap
-source=... target_folder=...`` runs our pruning: a factory may return a Partial of another function than the verb's, and
-NeMo-Run calls that.
+``nemo llm pretrain --factory "pvs_smollm2_135m_demo(target=width,init=pruned)"`` trains what ``pvs run`` has prepared
+with ``--prepare-only``; for ``--dryrun`` nothing need be there yet. ``nemo llm prune --factory pvs_flap source=...
+target_folder=...`` runs our pruning: a factory may return a Partial of another function than the verb's, which
+NeMo-Run then calls.
 """
 
 from __future__ import annotations
