@@ -51,7 +51,8 @@ def register() -> None:
         recipe = settled(load_recipe(name))
         run.cli.factory(_pretrain(recipe), target=llm.pretrain, name=factory_name(name))
         for arm in recipe.runs:
-            run.cli.factory(_pretrain_arm(recipe, arm), namespace=_UNLISTED, name=arm_factory_name(name, arm.name))
+            alone = {"target": llm.pretrain, "namespace": _UNLISTED, "name": arm_factory_name(name, arm.name)}
+            run.cli.factory(_pretrain_arm(recipe, arm), **alone)
     for method in AT_ONCE:
         run.cli.factory(_prune(method), target=llm.prune, name=prune_factory_name(method))
 
