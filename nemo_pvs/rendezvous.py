@@ -89,8 +89,8 @@ def ranks_joined(backend: str) -> Iterator[None]:
 
 def _meet(found: RankEnvironment) -> Any:
     """Return the store that all ranks share, when all are there."""
-    from torch import distributed
     from torch.distributed.constants import default_pg_timeout
+    from torch.distributed.rendezvous import rendezvous
 
     seconds = _seconds_to_meet()
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all ranks, and notices when one of them ends
@@ -100,7 +100,7 @@ def _meet(found: RankEnvironment) -> Any:
             soft_wrap=True,
         )
     try:
-        meeting = distributed.rendezvous("env://", found.rank, found.size, timeout=timedelta(seconds=seconds))
+        meeting = rendezvous("env://", found.rank, found.size, timeout=timedelta(seconds=seconds))
         store, _, _ = next(iter(meeting))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

@@ -19,7 +19,7 @@ _OF_THE_SITE = {"SLURM_CONF", "SLURM_ACCOUNT", "SLURM_PARTITION", "SLURM_TIMELIM
 
 
 @dataclass(kw_only=True)
-class JobFreeTunnel(run.LocalTunnel):  # type: ignore[misc]
+class JobFreeTunnel(run.LocalTunnel):
     """NeMo-Run's commands on this machine, without the variables of the job that this process may be part of.
 
     ``sbatch`` hands its environment on to the job. There srun takes ``SLURM_CPU_BIND``, ``SLURM_MEM_PER_NODE`` and the
