@@ -106,7 +106,7 @@ def parent_config(recipe: Recipe) -> Mapping[str, Any]:
     if stated is None:
         raise UserError(
             f"The parent {source} is not a folder here, and the recipe has no parent.config with its sizes; add its "
-            "config.json there, or run without --dry-run."
+            "config.json there, or name a folder as parent.source."
         )
     return stated
 

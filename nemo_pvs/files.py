@@ -7,15 +7,17 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.folder_lock import locked_target
 from nemo_pvs.output_paths import check_file, check_folder
 
 _BLOCK_BYTES = 1 << 20
@@ -120,18 +122,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``; readers see the old file or the new one, never a part.
+    """Write ``text``; readers see the old file or the new one, never a part; of two writers the last one wins.
 
     Raises:
         UserError: it cannot be written.
     """
     check_file(path)
-    partial = _partial_name(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        _fsync(partial)
-        os.replace(partial, path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            _fsync(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -143,12 +149,20 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Where ``target`` is a link to a folder, that folder is replaced and the link stays.
 
     Raises:
-        UserError: ``target`` exists and ``overwrite`` is false, or it cannot be written.
+        UserError: ``target`` exists and ``overwrite`` is false, another process is making it, or it cannot be written.
     """
-    check_new_folder(target, overwrite=overwrite)
+    check_new_folder(target, overwrite=True)
     if target.is_symlink():
         target = target.resolve()
-    missing_parents = [parent for parent in target.parents if not parent.exists()]
+    with locked_target(target):
+        if target.exists() and not overwrite:  # not all commands that get here have --overwrite
+            raise UserError(f"{target} already exists; remove it or choose another name.")
+        with _whole_folder(target) as partial:
+            yield partial
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
     partial = _partial_name(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -165,9 +179,6 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(_old_name(target), ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in missing_parents:
-            with suppress(OSError):  # something else lies in it
-                parent.rmdir()
         raise
 
 

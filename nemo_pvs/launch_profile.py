@@ -87,6 +87,8 @@ class SlurmProfile(_Profile):
         """Return NeMo-Run's executor: one task a GPU for a training, one task on one node for all other stages."""
         import nemo_run as run
 
+        from nemo_pvs.slurm_tunnel import JobFreeTunnel
+
         ranks = layout.processes if layout else 1
         here = min(ranks, self.gpus_per_node)
         if ranks % here:
@@ -99,7 +101,7 @@ class SlurmProfile(_Profile):
         tunnel = (
             run.SSHTunnel(host=self.host, user=self.user or os.environ.get("USER", ""), job_dir=jobs)
             if self.host
-            else run.LocalTunnel(job_dir=jobs)
+            else JobFreeTunnel(job_dir=jobs)
         )
         return run.SlurmExecutor(
             account=self.account,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.errors import TrainingError
+from nemo_pvs.folder_lock import locked_folder
 from nemo_pvs.launch_profile import LocalProfile, SlurmProfile
 from nemo_pvs.recipe import Layout, Recipe
 
@@ -110,13 +111,17 @@ def launch(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | 
     """Run the stages here and wait, or submit them all to the cluster and return.
 
     Raises:
-        UserError: as ``scripts``.
+        UserError: as ``scripts``, or another command is at work in the folder.
         TrainingError: a stage that ran here failed.
     """
-    with _experiment(todo, title, folder, profile, str(folder.resolve() / "nemo_run")) as made:
-        made.run(detach=profile.kind == "slurm")
+    base = str(folder.resolve() / "nemo_run")
     if profile.kind == "slurm":
+        # Without a lock, for the first job may start, and take it, while the others are still being submitted.
+        with _experiment(todo, title, folder, profile, base) as made:
+            made.run(detach=True)
         return
+    with locked_folder(folder), _experiment(todo, title, folder, profile, base) as made:
+        made.run(detach=False)
     status = made.status(return_dict=True)
     failed = [stage.name for stage in todo if str(status[stage.name]["status"]) != "SUCCEEDED"]
     if failed:

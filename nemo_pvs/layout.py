@@ -172,7 +172,9 @@ class Layout:
     def require_class(self, shape: Shape) -> None:
         """Raise UserError if no class can load a model of this shape: uneven layers of some families."""
         if shape.uneven and self.uneven_class is None:
-            raise UserError(f"Uneven layers of the family {self.family} have no class; pad them (--uneven pad).")
+            raise UserError(
+                f"Uneven layers of the family {self.family} have no class; pad them by pvs convert --uneven pad."
+            )
 
     def entries(self, shape: Shape) -> Iterator[Entry]:
         """Yield every Megatron tensor of a model of this shape, embedding first, then layer by layer."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nemo_pvs.errors import UserError
 
-# Names are made longer by temporary files and files that lie beside a target, at most ".NAME.partial.search.json".
-_ROOM_IN_NAME = 24
+# Names are made longer by temporary files and files beside a target, at most ".NAME.search.json.12345678.partial".
+_ROOM_IN_NAME = 32
 _LONGEST_NAME = 255
 """In bytes, on every file system in use."""
 

@@ -17,7 +17,8 @@ _LOG_WIDTH = 160
 
 
 def _made() -> Console:
-    made = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    made = Console(highlight=False, quiet=not first)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _LOG_WIDTH
     return made

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -89,6 +91,24 @@ class Outcome(NamedTuple):
     errors: str
 
 
+_OF_OTHER_PROGRAMS = {"repo-type", "local-dir", "no-deps", "nproc-per-node", "ckpt-convert-format"}
+
+
+def _check_advice(verb: str, message: str) -> None:
+    """Fail where a message names an option that its command does not have; ``pvs OTHER --option`` is another's."""
+    from nemo_pvs.verbs import VERBS
+
+    options = {
+        known.__name__.replace("_", "-"): {name.replace("_", "-") for name in inspect.signature(known).parameters}
+        for known in VERBS
+    }
+    for command, option in re.findall(r"(?:pvs ([a-z-]+) )?(?<![\w-])--([a-z][\w-]*)", message):
+        command = command or verb
+        if command in options and option not in _OF_OTHER_PROGRAMS:
+            known = options[command]
+            assert option in known or option.removeprefix("no-") in known, f"{command} has no --{option}: {message}"
+
+
 @pytest.fixture
 def pvs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run ``pvs`` with arguments in this process, which has imported what is slow to import."""
@@ -102,6 +122,7 @@ def pvs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
         captured = capsys.readouterr()
+        _check_advice(str(arguments[0]) if arguments else "", captured.err)
         return Outcome(code, captured.out, captured.err)
 
     return run

@@ -74,7 +74,7 @@ def test_nemo_pvs_lists_the_verbs(installed):
 
 
 def test_nemo_llm_shows_the_8b_width_recipe(installed):
-    name = "pvs_llama31_8b_minitron_width_4b_width_pruned_50b"
+    name = "pvs_llama31_8b_minitron_width(target=4b-width,tokens=50e9)"
     out = _nemo(
         installed, "llm", "pretrain", "--factory", name, "trainer.strategy.tensor_model_parallel_size=4", "--dryrun"
     )

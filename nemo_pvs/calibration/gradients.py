@@ -96,7 +96,8 @@ def _room(model: LayerwiseModel, tokens: TokenSet) -> int:
     if available < needed:
         raise UserError(
             f"Gradients of {samples} sequences of {length} tokens need {needed * copy / 1e9:.2g} GB of hidden states, "
-            f"but {model.memory_limit / 1e9:.2g} GB are allowed; raise --activation-memory, or take fewer samples."
+            f"but {model.memory_limit / 1e9:.2g} GB are allowed; take fewer samples, or "
+            "allow more by pvs calibrate --activation-memory."
         )
     return available - 2
 

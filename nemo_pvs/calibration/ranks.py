@@ -5,14 +5,14 @@ Without ``torch.distributed`` there is one rank, and every function here does no
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import distributed
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.rendezvous import ranks_joined
 
 
 def world_size() -> int:
@@ -63,12 +63,30 @@ def joined() -> Iterator[None]:
     """Join the ranks that torchrun (or Slurm through it) started, for the length of the block; alone, do nothing.
 
     Statistics are summed over gloo, which every machine has; they are a few megabytes a layer.
+
+    Raises:
+        UserError: the variables that describe the ranks make no sense, or the other ranks do not come.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _distributed():
+    with ranks_joined("gloo"):
         yield
-        return
-    distributed.init_process_group("gloo")
-    try:
+
+
+@contextmanager
+def held_by_main(lock: AbstractContextManager[None]) -> Iterator[None]:
+    """Hold a lock for all ranks: the first one takes it, and none goes on before that.
+
+    Raises:
+        UserError: the first rank cannot have it; raised on every rank.
+    """
+    with ExitStack() as stack:
+        refusal: list[str | None] = [None]
+        if is_main():
+            try:
+                stack.enter_context(lock)
+            except UserError as error:
+                refusal = [str(error)]
+        if world_size() > 1:
+            distributed.broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
         yield
-    finally:
-        distributed.destroy_process_group()

@@ -151,7 +151,7 @@ class Recorder:
             cast = f" as {dtype_name(self.dtype)}" if self.dtype else ""
             raise UserError(
                 f"{name} has NaN or infinite values{cast}, with which a model computes nothing; use an intact "
-                "checkpoint or another dtype, or pass --allow-nonfinite."
+                "checkpoint or another dtype, or copy it as it is with pvs convert --allow-nonfinite."
             )
         cast = tensor.dtype != getattr(torch, self._source_records[name].dtype)
         self.records[name] = record_of(tensor) if cast else self._source_records[name]

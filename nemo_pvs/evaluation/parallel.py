@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,23 +10,22 @@ import torch
 from torch import distributed
 
 from nemo_pvs.calibration import ranks
+from nemo_pvs.rendezvous import local_rank, ranks_joined
 
 Found = TypeVar("Found")
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the ranks for the length of the block: gloo for what is on the CPU, NCCL for what is on GPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
-        yield
-        return
+    """Join the ranks for the length of the block: gloo for what is on the CPU, NCCL for what is on GPUs.
+
+    Raises:
+        UserError: the variables that describe the ranks make no sense, or the other ranks do not come.
+    """
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
+        torch.cuda.set_device(local_rank())
+    with ranks_joined("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"):
         yield
-    finally:
-        distributed.destroy_process_group()
 
 
 def from_main(find: Callable[[], Found]) -> Found:

@@ -145,7 +145,7 @@ def _load(wish: Wish, manager: TaskManager, data: Path) -> list[Task]:
             raise UserError(f"The task {wish.task} cannot be loaded from {local} ({reason}); mend it.") from error
         raise UserError(
             f"The data of the task {wish.task} are not here ({reason}); run hf download {repository} --repo-type "
-            f"dataset --local-dir {local} where there is a network, or name the folder that has it with --task-data."
+            f"dataset --local-dir {local} where there is a network, or name the folder that has it as task data."
         ) from error
     return list(tasks.values())
 

@@ -50,7 +50,9 @@ def plan_llm_pruner(
     try:
         groups, ffn = (scores.tensors[f"{site}.{metric}"] for site in ("groups", "ffn"))
     except KeyError:
-        raise UserError("These scores were measured without gradients; calibrate again with --gradients.") from None
+        raise UserError(
+            "These scores were measured without gradients; measure them again by pvs calibrate --gradients."
+        ) from None
     shape = scores.shape
     rules = Rules(
         ratio,

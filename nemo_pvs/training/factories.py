@@ -1,8 +1,9 @@
-"""Factories for NeMo's own command: every run of our recipes, and every pruning method.
+"""Factories for NeMo's own command: every recipe, with its runs as arguments, and every pruning method.
 
-``nemo llm pretrain --factory pvs_smollm2_135m_demo_width_pruned`` trains what ``pvs run --prepare-only`` has prepared;
-with ``--dryrun`` nothing need be there yet. ``nemo llm prune --factory pvs_flap source=... target_folder=...`` runs
-our pruning: a factory may return a Partial of another function than the verb's, and NeMo-Run calls that.
+``nemo llm pretrain --factory "pvs_smollm2_135m_demo(target=width,init=pruned)"`` trains what ``pvs run`` has prepared
+with ``--prepare-only``; for ``--dryrun`` nothing need be there yet. ``nemo llm prune --factory pvs_flap source=...
+target_folder=...`` runs our pruning: a factory may return a Partial of another function than the verb's, which
+NeMo-Run then calls.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import nemo_run as run
 from nemo.collections import llm
 from nemo.lightning import io
+from nemo_run.config import get_type_namespace
 
 from nemo_pvs.checkpoints.context import write_context
 from nemo_pvs.dry_run import settled
@@ -30,11 +32,15 @@ from nemo_pvs.recipe_targets import expected_shape, is_sparse
 from nemo_pvs.recipe_teacher import teacher_shape
 from nemo_pvs.shape import Shape
 from nemo_pvs.training.cluster import H100, Machine, h100_layout
-from nemo_pvs.training.factory_names import factory_name, prune_factory_name
+from nemo_pvs.training.factory_names import arm_factory_name, choose_arm, factory_name, prune_factory_name
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.recipe import hold_masks, pretrain_recipe
 from nemo_pvs.training.train import pretrain_on_cpu
 from nemo_pvs.verbs import prune
+
+_UNLISTED = f"{get_type_namespace(llm.pretrain)}."
+"""Where NeMo-Run looks up factories of arguments of pretrain. It looks up pretrain's own there, too, but does not list
+them: 251 names of single runs, from when each had one, would hide NeMo's own."""
 
 _MACHINES: dict[str, Callable[[], Machine]] = {"h100": lambda: H100, "here": Machine.here}
 
@@ -43,8 +49,10 @@ def register() -> None:
     """Register all factories; NeMo-Run finds them by target and name."""
     for name in packaged_recipes():
         recipe = settled(load_recipe(name))
+        run.cli.factory(_pretrain(recipe), target=llm.pretrain, name=factory_name(name))
         for arm in recipe.runs:
-            run.cli.factory(_pretrain(recipe, arm), target=llm.pretrain, name=factory_name(name, arm.name))
+            alone = {"target": llm.pretrain, "namespace": _UNLISTED, "name": arm_factory_name(name, arm.name)}
+            run.cli.factory(_pretrain_arm(recipe, arm), **alone)
     for method in AT_ONCE:
         run.cli.factory(_prune(method), target=llm.prune, name=prune_factory_name(method))
 
@@ -111,7 +119,24 @@ def _describe(recipe: Recipe, arm: Arm, job: TrainingJob) -> run.Config:
         return io.load_context(Path(folder) / "context", subpath="model", build=False)
 
 
-def _pretrain(recipe: Recipe, arm: Arm) -> Callable[..., run.Partial]:
+def _pretrain(recipe: Recipe) -> Callable[..., run.Partial]:
+    def factory(
+        target: str = "",
+        init: str = "",
+        tokens: float = 0,
+        folder: str = "",
+        num_nodes: int = 0,
+        machine: str = "h100",
+    ) -> run.Partial:
+        arm = choose_arm(recipe, target, init, tokens)
+        return pretrain_arm(recipe, arm, folder=folder, num_nodes=num_nodes, machine=machine)
+
+    factory.__doc__ = f"{recipe.title}. Say which run: target, init, tokens."
+    factory.__annotations__ = typing.get_type_hints(factory)  # NeMo-Run reads types, not their names
+    return factory
+
+
+def _pretrain_arm(recipe: Recipe, arm: Arm) -> Callable[..., run.Partial]:
     def factory(folder: str = "", num_nodes: int = 0, machine: str = "h100") -> run.Partial:
         return pretrain_arm(recipe, arm, folder=folder, num_nodes=num_nodes, machine=machine)
 

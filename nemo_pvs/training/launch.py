@@ -14,10 +14,14 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+from nemo_pvs.errors import UserError
+from nemo_pvs.folder_lock import locked_folder
 from nemo_pvs.megatron_import import import_megatron
 from nemo_pvs.processes import die_with_parent
+from nemo_pvs.rendezvous import rank_environment
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_to_each
 
@@ -29,15 +33,29 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--slurm"]:
         arguments = arguments[1:]
         _take_rank_from_slurm()
-    jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
-    if "WORLD_SIZE" in os.environ:  # torchrun, Slurm or Kubernetes already made this process one of the ranks
+    try:
+        jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
+        return next((code for job in jobs if (code := _run(job))), 0)
+    except UserError as error:
+        print(f"pvs: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _run(job: TrainingJob) -> int:
+    """Be one of the ranks of a job, or start them; one process has the lock of the job's folder."""
+    found = rank_environment()
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        with locked_folder(job.folder):
+            return _start(job)
+    size, needed = found.size if found else 1, job.layout.processes
+    if size != needed:
+        raise UserError(f"{job.name} needs {needed} ranks, but the variable WORLD_SIZE is {size}; start {needed}.")
+    with locked_folder(job.folder) if os.environ["RANK"] == "0" else nullcontext():
         import_megatron()
         from nemo_pvs.training.train import train
 
-        for job in jobs:
-            train(job)
-        return 0
-    return next((code for job in jobs if (code := _start(job))), 0)
+        train(job)
+    return 0
 
 
 def _take_rank_from_slurm() -> None:

@@ -86,8 +86,8 @@ def prepare_job(
     if read.end >= described["tokens"]:  # one more token, which the last one predicts
         behind = f" from token {read.first:,} on" if read.first else ""
         raise UserError(
-            f"--tokens is {int(training.tokens):,}{behind}, but {data / 'train'}.bin has {described['tokens']:,}; "
-            "tokenise more text or train on fewer tokens."
+            f"The run reads {int(training.tokens):,} tokens{behind}, but {data / 'train'}.bin has "
+            f"{described['tokens']:,}; tokenise more text or train on fewer tokens."
         )
     read.check_new(before)
     windows = validation_windows(

@@ -13,6 +13,7 @@ from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.manifest import Manifest, describe_tensors
 from nemo_pvs.checkpoints.stream import read_through
 from nemo_pvs.errors import TrainingError
+from nemo_pvs.folder_lock import locked_folder
 from nemo_pvs.processes import die_with_parent
 from nemo_pvs.progress import console, progress
 from nemo_pvs.training import metrics
@@ -59,10 +60,13 @@ class Trainer:
         Raises:
             PreemptedError: SIGTERM or SIGUSR1 came, and the ranks have saved.
             TrainingError: a rank failed.
-            UserError: the optimizer's state that it begins with is gone, or its initial weights are damaged.
+            UserError: the optimizer's state that it begins with is gone, its initial weights are damaged, or another
+                command trains the job.
         """
-        if is_finished(job):
-            return _with_manifest(last_checkpoint(job))
+        with locked_folder(job.folder):
+            return _with_manifest(last_checkpoint(job) if is_finished(job) else self._train(job))
+
+    def _train(self, job: TrainingJob) -> Path:
         newest, broken = newest_sound(job.checkpoints)
         for sentence in say_broken(newest, broken):
             console.print(sentence, soft_wrap=True)
@@ -81,7 +85,7 @@ class Trainer:
             raise PreemptedError(f"Training of {job.name} was asked to stop; the same command goes on from there.")
         if answer != "0":
             raise TrainingError(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
-        return _with_manifest(last_checkpoint(job))
+        return last_checkpoint(job)
 
     def _start(self) -> subprocess.Popen[str]:
         if self._launcher is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -86,12 +85,14 @@ def compute_of(device: str | None, activation_memory: str) -> dict[str, Any]:
     """
     import torch
 
+    from nemo_pvs.rendezvous import local_rank
+
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     one_of("--device", name, ("cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but PyTorch sees no GPU here; choose cpu.")
     return {
-        "device": name if name == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}",
+        "device": name if name == "cpu" else f"cuda:{local_rank()}",
         "dtype": torch.float32 if name == "cpu" else torch.bfloat16,
         "memory_limit": parse_bytes("--activation-memory", activation_memory),
     }

@@ -9,6 +9,7 @@ import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import check_new_folder
+from nemo_pvs.folder_lock import locked_target
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
     Destination,
@@ -51,7 +52,11 @@ def convert(
     from nemo_pvs.checkpoints.stream import convert as convert_stream
     from nemo_pvs.checkpoints.stream import describe
 
-    with ignoring_manifests(ignore_manifest), local_checkpoint(source, Path(target)) as folder:
+    with (
+        ignoring_manifests(ignore_manifest),
+        locked_target(Path(target)),
+        local_checkpoint(source, Path(target)) as folder,
+    ):
         found = describe(folder, config=config)["format"]
         wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))
         reference = _reference(folder, config, text) if verify == "logits" else None

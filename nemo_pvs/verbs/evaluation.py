@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.folder_lock import locked_folder
 from nemo_pvs.output_paths import check_folder
 from nemo_pvs.progress import console
 from nemo_pvs.verbs.arguments import ActivationMemory, Device, IgnoreManifest, compute_of, one_of, parse_dtype
@@ -59,6 +60,7 @@ def evaluate(
     for option, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give 1 or more.")
+    from nemo_pvs.calibration import ranks
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
     from nemo_pvs.evaluation.measure import measure
@@ -78,7 +80,7 @@ def evaluate(
         tasks, perplexity, samples=samples, sequence_length=sequence_length, stride=stride, train_split=compat
     )
     store = Store(Path(out))
-    with ignoring_manifests(ignore_manifest), joined():
+    with ignoring_manifests(ignore_manifest), joined(), ranks.held_by_main(locked_folder(store.folder)):
         compute.check_ranks()
         models = [Checkpoint(path, None if backend == "auto" else backend) for path in paths]  # type: ignore[arg-type]
         results = measure(models, wishes, store, compute, task_data=Path(task_data), limit=limit, force=force)

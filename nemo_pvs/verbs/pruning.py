@@ -10,6 +10,7 @@ import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import check_new_folder
+from nemo_pvs.folder_lock import locked_target
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
     ActivationMemory,
@@ -64,18 +65,22 @@ def calibrate(
     megatron = (tensor_parallel, pipeline_parallel) != (1, 1)
     if megatron and not gradients:
         raise UserError("Only gradients are measured on Megatron; add --gradients, or leave the parallelism out.")
-    with ignoring_manifests(ignore_manifest), local_checkpoint(source) as folder:
+    with (
+        ignoring_manifests(ignore_manifest),
+        joined() if megatron else ranks.joined(),
+        ranks.held_by_main(locked_target(Path(out))),
+        local_checkpoint(source) as folder,
+    ):
+        if megatron:
+            check_ranks(tensor_parallel, pipeline_parallel)
         model = open_source(folder)
         tokens = tokens_of(folder, data, samples, sequence_length, seed, loader)
-        with joined() if megatron else ranks.joined():
-            if megatron:
-                check_ranks(tensor_parallel, pipeline_parallel)
-            with progress("calibrate", "layers") as show:
-                scores = measure(model, tokens, gradients=gradients and not megatron, **compute, progress=show)
-            if megatron:
-                scores = with_gradients(model, scores, compute, tensor_parallel, pipeline_parallel)
-            if not ranks.is_main():
-                return
+        with progress("calibrate", "layers") as show:
+            scores = measure(model, tokens, gradients=gradients and not megatron, **compute, progress=show)
+        if megatron:
+            scores = with_gradients(model, scores, compute, tensor_parallel, pipeline_parallel)
+        if not ranks.is_main():
+            return
         scores.save(Path(out), overwrite=overwrite)
         console.print(f"{out}: scores of {tokens.ids.numel():,} tokens, {scores.content_hash[:12]}")
 
@@ -157,8 +162,12 @@ def prune(
     options = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     one_of("--uneven", uneven, ("keep", "pad"))
     compute = compute_of(device, activation_memory)
-    ignoring = ignoring_manifests(ignore_manifest)
-    with ranks.joined(), ignoring, local_checkpoint(source, Path(target_folder)) as folder:
+    with (
+        ignoring_manifests(ignore_manifest),
+        ranks.joined(),
+        ranks.held_by_main(locked_target(Path(target_folder))),
+        local_checkpoint(source, Path(target_folder)) as folder,
+    ):
         wanted = one_of("--format", format or _format(describe(folder)), ("hf", "nemo"))
         model = open_source(folder)
         ledger = ancestry(folder, parent_tokens)

@@ -21,7 +21,7 @@ def recipes(
     from nemo_pvs.dry_run import settled
     from nemo_pvs.launch_profile import packaged_profiles
     from nemo_pvs.recipe_file import load_recipe, packaged_recipes
-    from nemo_pvs.training.factory_names import factory_name
+    from nemo_pvs.training.factory_names import factory_call
 
     if recipe is None:
         table = Table("recipe", "runs", "what it does")
@@ -31,9 +31,9 @@ def recipes(
         console.print(table)
         console.print(f"launch profiles: {', '.join(packaged_profiles())} (under nemo: run.executor=pvs_PROFILE)")
         return
-    arms = settled(load_recipe(recipe)).runs
+    known = settled(load_recipe(recipe))
     packaged = recipe in packaged_recipes()  # only these have factories
     table = Table("run", "tokens", *(["nemo llm pretrain --factory"] if packaged else []))
-    for arm in arms:
-        table.add_row(arm.name, f"{arm.tokens:,}", *([factory_name(recipe, arm.name)] if packaged else []))
+    for arm in known.runs:
+        table.add_row(arm.name, f"{arm.tokens:,}", *([factory_call(recipe, known, arm)] if packaged else []))
     console.print(table)

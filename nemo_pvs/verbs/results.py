@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from nemo_pvs.folder_lock import locked_folder
 from nemo_pvs.output_paths import check_folder
 from nemo_pvs.progress import console
 from nemo_pvs.verbs.arguments import IgnoreManifest, compute_of
@@ -43,12 +44,17 @@ def run(
 
         planning.show(planning.dry_run(checked), planning.executor_here())
         return
+    with locked_folder(folder):
+        _run(checked, folder, tuple(force or ()), prepare_only=prepare_only, ignore_manifest=ignore_manifest)
+
+
+def _run(checked: Any, folder: Path, force: tuple[str, ...], *, prepare_only: bool, ignore_manifest: bool) -> None:
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.pipeline import Pipeline
     from nemo_pvs.reporting.assemble import assemble
     from nemo_pvs.reporting.html import write_report
 
-    pipeline = Pipeline(checked, folder, tuple(force or ()), compute_of(None, "8GB"))
+    pipeline = Pipeline(checked, folder, force, compute_of(None, "8GB"))
     if prepare_only:
         with ignoring_manifests(ignore_manifest):
             jobs = pipeline.prepare_only()

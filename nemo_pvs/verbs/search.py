@@ -10,6 +10,7 @@ import typer
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import check_new_file
+from nemo_pvs.folder_lock import locked_target
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import (
     ActivationMemory,
@@ -112,52 +113,53 @@ def search(
         state=Path(out).with_suffix(".search.json"),
         **compute,
     )
-    with ranks.joined(), progress("search", "layers") as show:
+    with ranks.joined(), ranks.held_by_main(locked_target(Path(out))):
         if retrain_tokens and ranks.world_size() > 1:
             raise UserError(
                 "Candidates are trained on ranks of their own (--tensor-parallel, --pipeline-parallel, "
                 "--data-parallel); leave --retrain-tokens out under torchrun, and train them by the same command "
                 "without torchrun and with --overwrite: what is measured stays so."
             )
-        ranking = find(progress=show)
+        with progress("search", "layers") as show:
+            ranking = find(progress=show)
         if not ranks.is_main():
             return
-    if retrain_tokens:
-        training = parse_training(
-            {
-                "tokens": retrain_tokens,
-                "sequence_length": sequence_length,
-                "global_batch_size": global_batch_size,
-                "validation_samples": global_batch_size,
-                "learning_rate": learning_rate,
-            }
-        )
-        layout = parse_layout(
-            {
-                "tensor_parallel": tensor_parallel,
-                "pipeline_parallel": pipeline_parallel,
-                "data_parallel": data_parallel,
-            }
-        )
-        runs, data = Path(out).with_suffix(".runs"), Path(retrain_data or "")
-        with short_training(model, runs, data, layout, training) as retrain:
-            ranking = find(retrain=retrain, retrain_best=retrain_best, retrained=f"{data}: {training}")
-    tokens, flops = ranking.tokens_read, ranking.flops
-    for shape in [one.shape for one in ranking.candidates if one.retrained_loss is not None]:
-        trained = training.steps * training.tokens_per_step
-        tokens += trained
-        flops += trained * shape.flops_per_token(sequence_length=sequence_length, training=True)
-    sizes = ("layers", "hidden", "ffn", "KV groups", "parameters (M)", "GFLOPs/token")
-    table = Table(*sizes, "loss (nats/token)", *(["after training"] if retrain_tokens else []))
-    for candidate in ranking.candidates[:shortlist]:
-        shape = candidate.shape
-        losses = (candidate.loss, candidate.retrained_loss) if retrain_tokens else (candidate.loss,)
-        table.add_row(
-            *(f"{size:,}" for size in (shape.layers, shape.hidden, shape.ffn, shape.kv_groups)),
-            f"{shape.parameters / 1e6:,.1f}",
-            f"{candidate.latency / 1e9:,.2f}",
-            *("" if loss is None else f"{loss:.4f}" for loss in losses),
-        )
-    console.print(table)
-    write_target(ranking.candidates[0].shape, Path(out), {"tokens": tokens, "flops": flops})
-    console.print(f"{len(shapes):,} shapes within the budget; the best is in {out}", soft_wrap=True)
+        if retrain_tokens:
+            training = parse_training(
+                {
+                    "tokens": retrain_tokens,
+                    "sequence_length": sequence_length,
+                    "global_batch_size": global_batch_size,
+                    "validation_samples": global_batch_size,
+                    "learning_rate": learning_rate,
+                }
+            )
+            layout = parse_layout(
+                {
+                    "tensor_parallel": tensor_parallel,
+                    "pipeline_parallel": pipeline_parallel,
+                    "data_parallel": data_parallel,
+                }
+            )
+            runs, data = Path(out).with_suffix(".runs"), Path(retrain_data or "")
+            with short_training(model, runs, data, layout, training) as retrain:
+                ranking = find(retrain=retrain, retrain_best=retrain_best, retrained=f"{data}: {training}")
+        tokens, flops = ranking.tokens_read, ranking.flops
+        for shape in [one.shape for one in ranking.candidates if one.retrained_loss is not None]:
+            trained = training.steps * training.tokens_per_step
+            tokens += trained
+            flops += trained * shape.flops_per_token(sequence_length=sequence_length, training=True)
+        sizes = ("layers", "hidden", "ffn", "KV groups", "parameters (M)", "GFLOPs/token")
+        table = Table(*sizes, "loss (nats/token)", *(["after training"] if retrain_tokens else []))
+        for candidate in ranking.candidates[:shortlist]:
+            shape = candidate.shape
+            losses = (candidate.loss, candidate.retrained_loss) if retrain_tokens else (candidate.loss,)
+            table.add_row(
+                *(f"{size:,}" for size in (shape.layers, shape.hidden, shape.ffn, shape.kv_groups)),
+                f"{shape.parameters / 1e6:,.1f}",
+                f"{candidate.latency / 1e9:,.2f}",
+                *("" if loss is None else f"{loss:.4f}" for loss in losses),
+            )
+        console.print(table)
+        write_target(ranking.candidates[0].shape, Path(out), {"tokens": tokens, "flops": flops})
+        console.print(f"{len(shapes):,} shapes within the budget; the best is in {out}", soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.folder_lock import locked_folder
 from nemo_pvs.output_paths import check_folder
 from nemo_pvs.progress import console, progress
 from nemo_pvs.verbs.arguments import IgnoreManifest, ParentTokens, SequenceLength, parse_pairs, parse_shares
@@ -31,7 +32,7 @@ def tokenize(
     check_folder(Path(out))
     from nemo_pvs.data.shards import tokenize_files
 
-    with progress("tokenise", "files") as show:
+    with locked_folder(Path(out)), progress("tokenise", "files") as show:
         made = tokenize_files(
             inputs,
             Path(tokenizer),
@@ -152,7 +153,7 @@ def train(
     # Weights that were pruned mostly come from the teacher itself, and its pretraining counts once.
     weights_from = (Path(teacher) if teacher else None) if random_init else Path(initial)
     ledger = ancestry(weights_from, parent_tokens)
-    with ignoring_manifests(ignore_manifest):
+    with locked_folder(Path(out)), ignoring_manifests(ignore_manifest):
         job = prepare_job(
             initial,
             Path(out),
@@ -164,10 +165,10 @@ def train(
             first_token=int(first_token),
             before=[] if random_init or allow_overlap else ledger.read,
         )
-    with ignoring_manifests(ignore_manifest), Trainer(Path(out) / "launcher.log") as trainer:
-        checkpoint = trainer.train(job)
-    read = tokens_read(token_file_hash(Path(data) / "train"), training, job.first_token)
-    charge_run(ledger, training, open_source(checkpoint), Path(teacher) if teacher else None, read)
-    for folder in (Path(out), checkpoint):  # beside the weights, so that what is made from them inherits their cost
-        ledger.save(folder / LEDGER)
+        with Trainer(Path(out) / "launcher.log") as trainer:
+            checkpoint = trainer.train(job)
+        read = tokens_read(token_file_hash(Path(data) / "train"), training, job.first_token)
+        charge_run(ledger, training, open_source(checkpoint), Path(teacher) if teacher else None, read)
+        for folder in (Path(out), checkpoint):  # beside the weights, so that what is made of them inherits their cost
+            ledger.save(folder / LEDGER)
     console.print(f"trained checkpoint: {checkpoint}", soft_wrap=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from nemo_pvs.cli import main
 from nemo_pvs.pruning.plan import Plan
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.lock_holder import holder
 
 pytestmark = pytest.mark.parallel
 
@@ -78,3 +79,13 @@ def test_weights_layer_by_layer(model: Path, text: Path, tmp_path: Path, monkeyp
     agreeing = [float((two[name] == mask).float().mean()) for name, mask in one.items()]
     assert min(agreeing) > 0.99  # bytes of eight bits; sums differ by rounding
     assert not list(tmp_path.glob(".*")), "a work folder was left behind"
+
+
+def test_ranks_do_not_lock_each_other_out_but_another_command_does(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation"
+    evaluate = ("evaluate", model, "--perplexity", text, "--samples", "2", "--sequence-length", "32", "--out", out)
+    with holder(out) as first, pytest.raises(AssertionError, match=f"is in use by .*process {first.pid} on"):
+        torchrun(*evaluate)
+    assert [path.name for path in out.iterdir()] == [".lock"], "of the first, which was killed"
+    torchrun(*evaluate)
+    assert sorted(path.name for path in out.iterdir()) == ["measured", "results.json"]

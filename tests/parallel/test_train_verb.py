@@ -29,7 +29,7 @@ def test_train_from_random_weights_and_again(pvs, tmp_path):
     ]  # fmt: skip
     refused = pvs("train", model, tmp_path / "run", *settings, "--tokens", 1e9)
     assert refused.code == 2
-    assert "--tokens is 1,000,000,000, but" in refused.errors
+    assert "The run reads 1,000,000,000 tokens, but" in refused.errors
     refused = pvs("train", model, tmp_path / "run", *settings, "--clip-before-mask")
     assert refused.code == 2
     assert "has no masks, so there is nothing to clip before" in refused.errors

@@ -144,5 +144,5 @@ def test_what_cannot_be_planned_is_one_sentence(settings: dict[str, Any], messag
 
 def test_scores_without_gradients_are_refused() -> None:
     scores = calibrate(StateSource(tiny_model()), token_set())
-    with pytest.raises(UserError, match="without gradients; calibrate again with --gradients"):
+    with pytest.raises(UserError, match="without gradients; measure them again by pvs calibrate --gradients"):
         plan_llm_pruner(scores, 0.3)

@@ -17,13 +17,14 @@ import torch
 from nemo_pvs.pruning.methods import AT_ONCE
 from nemo_pvs.pruning.presets import presets
 from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
-from nemo_pvs.training.factory_names import factory_name, prune_factory_name
+from nemo_pvs.training.factory_names import arm_factory_name, factory_call, factory_name, prune_factory_name
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.ranks import fork_context, run_ranks
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
-WIDTH = "pvs_llama31_8b_minitron_width_4b_width_pruned_50b"
+WIDTH = "pvs_llama31_8b_minitron_width(target=4b-width,init=pruned,tokens=50e9)"
+OLD_WIDTH = "pvs_llama31_8b_minitron_width_4b_width_pruned_50b"
 
 
 def _in_nemo(function: Any, *arguments: Any) -> Any:
@@ -86,11 +87,10 @@ def _fields(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _recipes() -> dict[str, dict[str, Any]]:
     """Return what matters of every factory that needs no prepared run: built by name, and as a cluster gets it."""
-    import catalogue
     import nemo_run as run
     import torch
     from nemo.collections import llm
-    from nemo_run.config import get_type_namespace
+    from nemo_run.cli.cli_parser import parse_factory
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
     from nemo_pvs.training import factories
@@ -104,7 +104,10 @@ def _recipes() -> dict[str, dict[str, Any]]:
         if recipe.parent.config is None:
             continue
         for arm in recipe.runs:
-            made = catalogue._get((get_type_namespace(llm.pretrain), factory_name(name, arm.name)))()
+            call = factory_call(name, recipe, arm)
+            made = parse_factory(llm.pretrain, "", llm.pretrain, call)
+            older = parse_factory(llm.pretrain, "", llm.pretrain, arm_factory_name(name, arm.name))
+            assert older == made, "the name of this run alone means something else now"
             assert serializer.deserialize(serializer.serialize(made)) == made, "a cluster would get something else"
             assert made.__fn_or_cls__ is llm.pretrain
             assert isinstance(made.trainer.strategy, run.Config)
@@ -118,7 +121,7 @@ def _recipes() -> dict[str, dict[str, Any]]:
             assert made.trainer.strategy.ddp.overlap_param_gather
             # Transformer Engine's kernels are the defaults of NeMo's classes; nothing may have switched them off.
             assert not {*FUSED_KERNELS, "transformer_layer_spec", "data_step_fn"} & config.__arguments__.keys()
-            found[factory_name(name, arm.name)] = {
+            found[call] = {
                 "sizes": (config.num_layers, config.hidden_size, config.ffn_hidden_size, config.num_query_groups),
                 "steps": made.trainer.max_steps,
                 "callbacks": [callback.__fn_or_cls__.__name__ for callback in made.trainer.callbacks],
@@ -139,7 +142,6 @@ def test_every_run_of_every_recipe_is_a_factory_of_its_shape(recipes):
     assert recipes[WIDTH]["sizes"] == (shape.layers, shape.hidden, shape.ffn, shape.kv_groups)
     assert recipes[WIDTH]["steps"] == 11921  # ceil(50e9 / (512 * 8192))
     for name, made in recipes.items():
-        assert re.fullmatch(r"\w+", name), "NeMo-Run takes no other characters"
         assert ("HoldMasks" in made["callbacks"]) == made["sparse"], name
         assert "SaveOnSignal" in made["callbacks"]
 
@@ -175,7 +177,7 @@ PARALLEL = {"tensor_model_parallel_size", "sequence_parallel"}
     [
         (WIDTH, WIDTH.replace("pruned", "random"), PLACES | {"data.first_sample"}),
         (
-            "pvs_llama31_8b_p200_p200_random_200b",
+            "pvs_llama31_8b_p200",
             WIDTH.replace("pruned", "random"),
             PLACES
             | BUDGET
@@ -239,7 +241,8 @@ def test_fp8_stages_and_overlap_for_h100():
 
 
 def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
-    (tmp_path / "over.yaml").write_text(f"run:\n  factory: {WIDTH}(num_nodes=2)\ntrainer:\n  max_steps: 9\n")
+    two_nodes = WIDTH.replace(")", ",num_nodes=2)")
+    (tmp_path / "over.yaml").write_text(f"run:\n  factory: {two_nodes}\ntrainer:\n  max_steps: 9\n")
     override = "trainer.strategy.tensor_model_parallel_size=4"
     slurm = ["run.executor=pvs_slurm_h100", "run.executor.nodes=16"]
     verbs = ["pvs", "run", "recipe=smollm2_135m/demo", "dry_run=True", "launch=local_cpu", "--dryrun"]
@@ -247,7 +250,7 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
         _dry_run,
         [
             ["llm", "pretrain", "--factory", WIDTH, override, "--executor=pvs_slurm_h100", "--dryrun"],
-            ["llm", "pretrain", "--factory", f"{WIDTH}(num_nodes=4)", "trainer.max_steps=7", "--dryrun"],
+            ["llm", "pretrain", "--factory", f"{OLD_WIDTH}(num_nodes=4)", "trainer.max_steps=7", "--dryrun"],
             ["llm", "pretrain", "--yaml", str(tmp_path / "over.yaml"), "--dryrun"],
             ["llm", "pretrain", "--factory", WIDTH, *slurm, "--dryrun"],
             ["llm", "pretrain", "--factory", WIDTH, "--to-yaml", str(tmp_path / "out.yaml")],
@@ -256,6 +259,7 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
                 for name in AT_ONCE
             ),
             verbs,
+            ["llm", "pretrain", "--help"],
         ],
         tmp_path,
     )
@@ -270,7 +274,11 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
     for method, text in zip(AT_ONCE, said[5:], strict=False):
         assert "Dry run for prune" in text
         assert f"'{method}'" in text
-    assert "Dry run for run" in said[-1]
+    assert "Dry run for run" in said[-2]
+    listed = set(re.findall(r"\bpvs_\w+", said[-1]))
+    assert {factory_name(name) for name in packaged_recipes()} <= listed
+    assert len(listed) < 40, "they hide NeMo's own"
+    assert "llama3_8b" in said[-1]
 
 
 def test_every_nemo_command_of_the_documents_is_a_dry_run_that_works(tmp_path):

@@ -102,7 +102,7 @@ def test_a_run_begins_with_a_whole_step_and_ends_within_the_data(sparse):
         more = {"random_init": False, "first_token": token}
         return prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, **more).first_token
 
-    with pytest.raises(UserError, match=r"--tokens is 256 from token 1,024 on, but .*train.bin has 1,200"):
+    with pytest.raises(UserError, match=r"reads 256 tokens from token 1,024 on, but .*train.bin has 1,200"):
         first(1000)
     assert not (folder / "run").exists()
     assert first(800) == 896
