@@ -45,7 +45,7 @@ def ancestry(ancestor: Path | None, declared_tokens: float | None) -> Ledger:
 def tokens_read(data: str, training: Training, first_token: int) -> TokensRead:
     """Return which tokens a training reads of the token file with the hash ``data``, from the first one on."""
     end = first_token + training.steps * training.tokens_per_step
-    return TokensRead(data, training.seed, training.sequence_length, first_token, end)
+    return TokensRead(data, training.order_seed, training.sequence_length, first_token, end)
 
 
 def charge_run(

@@ -11,12 +11,12 @@ import torch
 from rich.table import Table
 
 from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.data.token_files import check_end
+from nemo_pvs.data.token_files import check_end, token_file_hash
 from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.equal_terms import arm_cost, pruning_cost, settle
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout as WeightLayout
-from nemo_pvs.masks_stage import describe_stage, end_of_reading, is_trained_first
+from nemo_pvs.masks_stage import describe_stage, end_of_reading, is_trained_first, untrained_first
 from nemo_pvs.progress import console
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe import Arm, Recipe
@@ -27,6 +27,7 @@ from nemo_pvs.recipe_domains import describe_domains
 from nemo_pvs.recipe_targets import Expected, check_recipe, expected_shape, needs_scores
 from nemo_pvs.recipe_teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.run_checks import check_unread
 from nemo_pvs.run_data import check_domains_end
 from nemo_pvs.shape import Shape
 from nemo_pvs.staged import stages_of
@@ -77,6 +78,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     recipe = settle(recipe, parent)
     teacher = teacher_shape(recipe, parent)
     _check_data(recipe)
+    if (file := _training_file(recipe)) is not None:
+        check_unread(recipe, file)
     targets = tuple(_target(recipe, name, target, parent, teacher) for name, target in recipe.targets.items())
     shapes = {planned.name: planned.expected.shape for planned in targets}
     arms = tuple(PlannedArm(arm, arm_cost(recipe, arm, shapes[arm.target], parent)) for arm in recipe.runs)
@@ -124,7 +127,20 @@ def _check_data(recipe: Recipe) -> None:
         return
     weights, names = token_files.blend
     if all(Path(f"{name}.idx").is_file() for name in names):
-        check_end(end_of_reading(recipe), [count_tokens(Path(name)) for name in names], weights, names)
+        check_end(
+            end_of_reading(recipe),
+            recipe.train.sequence_length,
+            [count_tokens(Path(name)) for name in names],
+            weights,
+            names,
+        )
+
+
+def _training_file(recipe: Recipe) -> str | None:
+    """Return the hash of the file with the training tokens, if there is one and it is here."""
+    token_files = recipe.data.token_files
+    names = token_files.blend[1] if token_files and not recipe.data.domains else []
+    return token_file_hash(Path(names[0])) if len(names) == 1 and Path(f"{names[0]}.bin").is_file() else None
 
 
 def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: Shape | None) -> PlannedTarget:
@@ -139,7 +155,7 @@ def _stages(recipe: Recipe) -> list[str]:
     stages = ["parent", "data"]
     if any(needs_scores(target) for target in recipe.targets.values()):
         stages.append("calibrate")
-    for name, target in recipe.targets.items():
+    for name, target in untrained_first(recipe.targets):
         if is_trained_first(target):
             stages.append(f"masks/{name}")
         if target.method != DENSE or "pruned" in recipe.arms_of(name):
@@ -149,7 +165,7 @@ def _stages(recipe: Recipe) -> list[str]:
             stages.append(f"random/{name}")
     stages += [f"train/{arm.name}" for arm in recipe.runs]
     stages += ["evaluate"] + ["evaluate/tasks"] * bool(recipe.evaluate.tasks)
-    return stages if recipe.parent.source is None else [*stages, "report"]
+    return [*stages, "report"]
 
 
 def executor_here() -> str:

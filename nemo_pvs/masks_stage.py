@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs import run_efficient, run_masks
+from nemo_pvs.checkpoint_ledger import tokens_read
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.files import sha256_json
 from nemo_pvs.pruning.apply import PrunedSource
@@ -19,7 +20,9 @@ from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_basics import Layout
 from nemo_pvs.recipe_blocks import SIZES, Target
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.shape import Shape
+from nemo_pvs.staged import stages_of
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer
 
@@ -27,6 +30,14 @@ from nemo_pvs.training.run import Trainer
 def is_trained_first(target: Target) -> bool:
     """Return whether a target has this stage."""
     return run_masks.learns_masks(target) or run_efficient.prunes_while_training(target)
+
+
+def untrained_first(targets: Mapping[str, Target]) -> list[tuple[str, Target]]:
+    """Return targets in the order in which they are pruned: those that no training leads to come first.
+
+    So whatever their pruning refuses is refused before anything is trained.
+    """
+    return sorted(targets.items(), key=lambda item: is_trained_first(item[1]) or stages_of(item[1]) > 1)
 
 
 def first_of_each_stage(recipe: Recipe) -> list[str]:
@@ -60,12 +71,23 @@ def check_stage(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> 
         run_masks.check_masks(recipe, target, shape, parent)
 
 
-def charge_stage(ledger: Ledger, recipe: Recipe, target: Target, parent: Shape) -> None:
-    """Charge a pruned arm with the stage."""
+def charge_stage(
+    ledger: Ledger, recipe: Recipe, target: Target, parent: Shape, read: TokensRead | None = None
+) -> None:
+    """Charge a pruned arm with the stage; ``read`` is what it was trained on, if that is known."""
     if run_efficient.prunes_while_training(target):
-        run_efficient.charge_pruning_aware(ledger, recipe, target, parent)
+        run_efficient.charge_pruning_aware(ledger, recipe, target, parent, read)
     else:
-        run_masks.charge_masks(ledger, recipe, target, parent)
+        run_masks.charge_masks(ledger, recipe, target, parent, read)
+
+
+def stage_reads(recipe: Recipe, target: Target, file: str) -> TokensRead:
+    """Return which tokens the stage reads of the token file with the hash ``file``."""
+    if run_efficient.prunes_while_training(target):
+        return tokens_read(
+            file, run_efficient.aware_training(recipe, target), run_efficient.first_token(recipe, target)
+        )
+    return tokens_read(file, run_masks.mask_training(recipe, target), run_masks.first_token(recipe, target))
 
 
 def describe_stage(recipe: Recipe, target: Target, parent: Shape) -> str:

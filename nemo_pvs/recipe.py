@@ -47,6 +47,11 @@ class Arm:
     """What made its budget, if that is not a number of the recipe."""
 
     @property
+    def takes_parent(self) -> bool:
+        """Whether its initial weights are the parent's, pruned or whole."""
+        return self.initialisation == "pruned"
+
+    @property
     def tokens(self) -> int:
         """Tokens of the run, exactly: whole steps."""
         return self.training.steps * self.training.tokens_per_step
@@ -149,6 +154,19 @@ class Recipe(Block):
                 f"a budget of {tokens:,} tokens for {initialisation} arms goes past the end of their range "
                 f"({first:,} to {end:,.0f}) in data.token_ranges"
             )
+
+    @property
+    def parent_tokens(self) -> int | None:
+        """Tokens that the parent was pretrained on as far as the recipe says; None where it does not.
+
+        Without a declaration they are those of the range ``data.token_ranges.parent``, in whole steps, as a run trains
+        on it. What the parent's ledger counts, where there is one, is exact.
+        """
+        given = self.data.token_ranges.parent
+        if self.parent.pretraining_tokens or given is None:
+            return int(self.parent.pretraining_tokens) or None
+        step = self.train.tokens_per_step
+        return -(-int(given[1] - given[0]) // step) * step
 
     def arms_of(self, target: str) -> list[Initialisation]:
         """Return the initial weights that a target is trained from."""

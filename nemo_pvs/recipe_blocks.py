@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -71,7 +72,7 @@ class Parent(Block):
     tokenizer: str | None = None
     """A folder with the tokenizer of a parent that is yet to be trained."""
     pretraining_tokens: Tokens = 0
-    """Tokens that the parent was pretrained on, for the ledger; 0 when nobody knows."""
+    """Tokens that the parent was pretrained on, for the ledger; 0 when nobody knows, or its own ledger does."""
 
     @model_validator(mode="after")
     def _is_something(self) -> Parent:
@@ -236,7 +237,9 @@ class Training(Block):
     checkpoints: Positive = 2
     """How often the run is saved, at equal distances and at the end."""
     seed: Positive = 1234
-    """Order of the training data and the draws of a random initialisation."""
+    """The draws of a random initialisation, and the order of the training data unless ``data_seed`` is given."""
+    data_seed: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Order of the training data, where it is not to change with ``seed``; None where it is ``seed``."""
     dynamic_loading: DynamicLoading | None = Field(default=None, exclude_if=lambda given: given is None)
     """How much of a batch is of which domain, where ``data`` has domains."""
     distill: Distillation | None = Field(default=None, exclude_if=lambda given: given is None)
@@ -275,6 +278,20 @@ class Training(Block):
     def decay_steps(self) -> int | None:
         """Steps of the decay in a line, if that is asked for."""
         return None if self.decay_fraction is None else int(self.decay_fraction * self.steps + 1e-9)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed that fixes the order of the training data."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_data_seed_differs(cls, values: Any) -> Any:
+        """Drop a ``data_seed`` equal to ``seed``: stating the default must not make another run of it."""
+        if not isinstance(values, Mapping) or "data_seed" not in values:
+            return values
+        differs = values["data_seed"] != values.get("seed", cls.model_fields["seed"].default)
+        return values if differs else {key: value for key, value in values.items() if key != "data_seed"}
 
     @model_validator(mode="after")
     def _batches_fit(self) -> Training:

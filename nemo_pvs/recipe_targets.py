@@ -95,6 +95,12 @@ def scans(target: Target) -> bool:
     return target.method in _SCANNING and target.task is None
 
 
+def reads_calibration(target: Target) -> bool:
+    """Return whether a target is pruned by what the calibration split says of the parent."""
+    by_size = ("magnitude", "magnitude-sp", DENSE, EFFICIENT, "sheared-llama")
+    return target.method not in by_size or needs_scores(target)
+
+
 def is_sparse(target: Target) -> bool:
     """Return whether a target keeps the parent's shape and has masks."""
     return target.sparsity is not None

@@ -18,7 +18,7 @@ from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_basics import Initialisation, Layout
 from nemo_pvs.recipe_distillation import PARENT, Distillation
 from nemo_pvs.recipe_targets import expected_shape
-from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.shape import Shape
 from nemo_pvs.training_checks import check_context
 
@@ -52,8 +52,9 @@ def inherit_ancestors(
     """
     distill = recipe.train.distill if recipe.distills(target, initialisation) else None
     if initialisation == "pruned" or (distill and distill.teacher == PARENT):
-        declared = int(recipe.parent.pretraining_tokens) or None
-        ledger.inherit_checkpoint(Path(recipe.parent.source or ""), parent, declared)
+        source = Path(recipe.parent.source or "")
+        stated = int(recipe.parent.pretraining_tokens) or None
+        ledger.inherit_checkpoint(source, parent, stated if (source / LEDGER).exists() else recipe.parent_tokens)
     if distill and distill.teacher != PARENT:
         teacher = teacher_shape(recipe, parent)
         assert teacher is not None

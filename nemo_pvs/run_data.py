@@ -145,11 +145,12 @@ class RunData:
             files = zip(self._data.domains, splits["train"]["files"], strict=True)
             check_domains_end(self._recipe, {name: file["tokens"] for name, file in files}, end)
             return
+        length = self._recipe.train.sequence_length
         if self._data.token_files is None:
-            check_end(end, [splits["train"]["tokens"]], None, ["train"])
+            check_end(end, length, [splits["train"]["tokens"]], None, ["train"])
             return
         weights, names = self._data.token_files.blend
-        check_end(end, [file["tokens"] for file in splits["train"]["files"]], weights, names)
+        check_end(end, length, [file["tokens"] for file in splits["train"]["files"]], weights, names)
 
     def _describe(self, tokenizer_sha256: str, vocab: int) -> Splits:
         token_files = self._data.token_files

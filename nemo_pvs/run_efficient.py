@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import sha256_file
@@ -20,6 +19,7 @@ from nemo_pvs.recipe_basics import Layout
 from nemo_pvs.recipe_blocks import Target, Training
 from nemo_pvs.recipe_efficient import PruningAware
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.run_masks import prepare_masks
 from nemo_pvs.shape import Shape
 from nemo_pvs.training.job import Loading, TrainingJob
@@ -95,8 +95,10 @@ def about_shape(target: Target, parent: Shape) -> Shape:
     return scaled(low)
 
 
-def charge_pruning_aware(ledger: Ledger, recipe: Recipe, target: Target, parent: Shape) -> None:
-    """Charge a pruned arm with that training, at the FLOPs of the whole parent, whose tensors are multiplied.
+def charge_pruning_aware(
+    ledger: Ledger, recipe: Recipe, target: Target, parent: Shape, read: TokensRead | None = None
+) -> None:
+    """Charge a pruned arm with that training on ``read``, at the FLOPs of the whole parent, which is what is computed.
 
     What only chooses and makes up for units is left out, as SparseGPT's Hessians are; the step costs in
     ``tests/benchmarks/README.md`` have it.
@@ -110,6 +112,7 @@ def charge_pruning_aware(ledger: Ledger, recipe: Recipe, target: Target, parent:
         training=True,
         note="trained while units went",
         tokens_per_step=training.tokens_per_step,
+        read=read,
     )
 
 
@@ -119,7 +122,7 @@ def describe_pruning_aware(recipe: Recipe, target: Target, parent: Shape) -> str
     memory = training_memory(parent, layout, training)
     return (
         f"{training.steps:,} steps of {training.tokens_per_step:,} tokens from token "
-        f"{_first_token(recipe, target):,}, units go from step {how(target).start_step(training) + 1:,} on; "
+        f"{first_token(recipe, target):,}, units go from step {how(target).start_step(training) + 1:,} on; "
         f"TP x PP x DP = {layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}, "
         f"{memory.total / 1e9:,.1f} GB a GPU, {memory.total_recomputed / 1e9:,.1f} recomputed"
         + _doubt(how(target), training, parent)
@@ -138,11 +141,11 @@ def _doubt(asked: PruningAware, training: Training, parent: Shape) -> str:
 def end_of_aware(recipe: Recipe, target: Target) -> int:
     """Return the end of what that training reads, in the order of training."""
     training = aware_training(recipe, target)
-    return _first_token(recipe, target) + training.steps * training.tokens_per_step
+    return first_token(recipe, target) + training.steps * training.tokens_per_step
 
 
-def _first_token(recipe: Recipe, target: Target) -> int:
-    """Return where in the training data it begins, rounded up to whole steps."""
+def first_token(recipe: Recipe, target: Target) -> int:
+    """Return where in the training data that training begins, rounded up to whole steps."""
     given, step = how(target).first_token, recipe.train.tokens_per_step
     first = recipe.data.token_ranges.of("pruned")[0] if given is None else int(given)
     return -(-first // step) * step
@@ -166,7 +169,7 @@ def aware_job(recipe: Recipe, name: str, folder: Path, data: Mapping[str, Any]) 
         data=dict(data),
         layout=aware_layout(target),
         training=training,
-        first_token=_first_token(recipe, target),
+        first_token=first_token(recipe, target),
         pruning=asked,
         loading=Loading.at_the_start(training),
     )
@@ -182,12 +185,7 @@ def train_and_prune(trainer: Trainer, job: TrainingJob, parent: WeightSource) ->
 
     Returns:
         ``checkpoint`` and ``masks`` (a hash of the units that are left).
-
-    Raises:
-        UserError: the parent has masks of single weights.
     """
-    if masks_of(parent).names:
-        raise UserError("The parent is sparse, with masks of single weights; efficient-llm needs a dense one.")
     prepare_masks(job, parent)
     checkpoint = trainer.train(job)
     return {"checkpoint": checkpoint.name, "masks": sha256_file(state_file(job.folder, job.training.steps))}

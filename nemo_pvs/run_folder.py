@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoint_ledger import tokens_read
 from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.hf_config import read_config
+from nemo_pvs.checkpoints.hf_config import normal_config
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint
 from nemo_pvs.errors import UserError
 from nemo_pvs.layout import Layout
@@ -78,9 +78,10 @@ class RunFolder:
     @property
     def parent_config(self) -> Mapping[str, Any]:
         """The config.json of the parent, which may be yet to be trained."""
-        if self.recipe.parent.source:
-            return self.parent_source.config
-        return read_config(self.parent_path / "config.json")
+        parent = self.recipe.parent
+        if parent.source is None:
+            return normal_config(parent.config, "parent.config of the recipe")
+        return self.parent_source.config
 
     @property
     def parent_shape(self) -> Shape:
@@ -90,7 +91,8 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         """A folder with the parent's tokenizer."""
-        return tokenizer_folder(self.parent_path)
+        own = self.recipe.parent.tokenizer if self.recipe.parent.source is None else None
+        return tokenizer_folder(Path(own) if own and not self.parent_path.exists() else self.parent_path)
 
     def pruned(self, target: str) -> Path:
         """The folder of a pruned target: plan.json, huggingface/, nemo/."""
@@ -185,9 +187,8 @@ class RunFolder:
 
     def reads(self, arm: Arm) -> TokensRead | None:
         """Return which tokens an arm is trained on, of all its shares; None where several files are blended."""
-        last = shares(self.recipe, arm)[-1]
         file = self.tokens.training_file(self.results["data"]["splits"])
-        return replace(tokens_read(file, last.training, last.first_token), first=arm.first_token) if file else None
+        return tokens_read(file, arm.training, arm.first_token) if file else None
 
     def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:
         """Return sequences of the calibration split; another ``draw`` gives others."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_pvs.checkpoint_ledger import charge_scores, charge_training, count_masked, pruning_charges
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
-from nemo_pvs.masks_stage import charge_stage, is_trained_first
+from nemo_pvs.masks_stage import charge_stage, is_trained_first, stage_reads
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_targets import needs_gradients, needs_scores
 from nemo_pvs.recipe_teacher import charge_teacher, inherit_ancestors
@@ -48,7 +48,8 @@ def run_ledger(
             ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
         ledger.charges += charges_of(made) if stages_of(target) > 1 else pruning_charges(made, target.task)
         if is_trained_first(target):
-            charge_stage(ledger, recipe, target, parent)
+            first = stage_reads(recipe, target, read.data) if read else None
+            charge_stage(ledger, recipe, target, parent, first)
     shape = shape_of(model)
     charge_training(ledger, shares(recipe, arm)[-1].training, shape, count_masked(model), read)
     charge_teacher(ledger, recipe, arm, parent, shape)

@@ -20,6 +20,7 @@ from nemo_pvs.recipe_basics import Layout
 from nemo_pvs.recipe_blocks import Target, Training
 from nemo_pvs.recipe_sheared import MaskLearning
 from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.reporting.tokens_read import TokensRead
 from nemo_pvs.shape import Shape
 from nemo_pvs.training.job import LearnedMasks, Loading, TrainingJob
 from nemo_pvs.training.run import Trainer
@@ -108,8 +109,10 @@ def check_masks(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> 
         )
 
 
-def charge_masks(ledger: Ledger, recipe: Recipe, target: Target, parent: Shape) -> None:
-    """Charge a pruned arm with the learning of its masks: training of the whole parent."""
+def charge_masks(
+    ledger: Ledger, recipe: Recipe, target: Target, parent: Shape, read: TokensRead | None = None
+) -> None:
+    """Charge a pruned arm with the learning of its masks, training of the whole parent on ``read``."""
     training = mask_training(recipe, target)
     ledger.charge(
         "mask learning",
@@ -119,6 +122,7 @@ def charge_masks(ledger: Ledger, recipe: Recipe, target: Target, parent: Shape) 
         training=True,
         note="weights and masks together",
         tokens_per_step=training.tokens_per_step,
+        read=read,
     )
 
 

@@ -16,33 +16,65 @@ from nemo_pvs.layout import Layout
 from nemo_pvs.recipe_distillation import PARENT
 from nemo_pvs.recipe_targets import check_recipe
 from nemo_pvs.recipe_teacher import check_recipe_teacher, check_tokens
+from nemo_pvs.run_checks import check_dense_parent
 from nemo_pvs.run_folder import RunFolder
 
 
-def get_parent(run: RunFolder) -> None:
-    """Get the parent as a checkpoint folder, and check that the recipe can be done with it.
+def parent_inputs(run: RunFolder) -> dict[str, Any]:
+    """Return what the parent stage depends on.
 
     Raises:
-        UserError: it is not what the recipe says, or cannot be pruned or trained as that asks.
+        UserError: the recipe's parent is not there.
     """
-    parent, target = run.recipe.parent, run.folder / "parent"
-    source = parent.source
-    if source is None:
-        assert parent.config is not None
+    parent = run.recipe.parent
+    if parent.source is None:
         assert parent.tokenizer is not None
-        inputs: dict[str, Any] = {"config": parent.config, "tokenizer": tokenizer_hash(Path(parent.tokenizer))}
+        return {"config": parent.config, "tokenizer": tokenizer_hash(Path(parent.tokenizer))}
+    given = Path(parent.source).is_dir()
+    return {"source": parent.source, "fingerprint": fingerprint(open_source(parent.source)) if given else None}
+
+
+def known_parent(run: RunFolder) -> dict[str, Any] | None:
+    """Return what the parent stage results in if that is known before any work; None if it must be fetched first."""
+    parent, inputs, begun = run.recipe.parent, parent_inputs(run), run.stages.begun("parent")
+    if "result" in begun and run.stages.matches(begun, inputs) and (run.folder / begun["result"]["path"]).exists():
+        return dict(begun["result"])
+    if parent.source is None:
+        return {"path": "parent", "fingerprint": sha256_json(parent.config)}
+    if inputs["fingerprint"] is not None:
+        return {"path": str(Path(parent.source).resolve()), "fingerprint": inputs["fingerprint"]}
+    return None
+
+
+def get_parent(run: RunFolder) -> None:
+    """Get the parent as a checkpoint folder.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    source, target, inputs = run.recipe.parent.source, run.folder / "parent", parent_inputs(run)
+    if source is None:
         run.stage("parent", inputs, [target], lambda: _describe(run))
-    else:
-        given = Path(source).is_dir()
-        inputs = {"source": source, "fingerprint": fingerprint(open_source(source)) if given else None}
+        return
+    given = inputs["fingerprint"] is not None
 
-        def work() -> dict[str, Any]:
-            path = prepare_parent(source, target)
-            place = str(path.resolve()) if given else "parent"
-            return {"path": place, "fingerprint": fingerprint(open_source(path))}
+    def work() -> dict[str, Any]:
+        path = prepare_parent(source, target)
+        place = str(path.resolve()) if given else "parent"
+        return {"path": place, "fingerprint": fingerprint(open_source(path))}
 
-        run.stage("parent", inputs, [] if given else [target], work)
+    run.stage("parent", inputs, [] if given else [target], work)
+
+
+def check_parent(run: RunFolder) -> None:
+    """Refuse a parent that is not what the recipe says, or that cannot be pruned or trained as it asks.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
     _check(run)
+    if run.recipe.parent.source:
+        check_dense_parent(run.recipe, run.parent_source)
     check_recipe(run.recipe, run.parent_shape, int(run.parent_config.get("max_position_embeddings", 0)))
     check_recipe_teacher(run.recipe, run.parent_shape)
     distill = run.recipe.train.distill

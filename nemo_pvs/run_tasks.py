@@ -8,12 +8,13 @@ from typing import Any
 
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
-from nemo_pvs.evaluation.continuations import NAME, write_continuations
+from nemo_pvs.evaluation.continuations import NAME, check_continuations, write_continuations
 from nemo_pvs.evaluation.measure import measure
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.task_score import task_score
-from nemo_pvs.evaluation.wishes import Wishes
+from nemo_pvs.evaluation.wishes import Wishes, parse_wishes
 from nemo_pvs.pruning.depth_task import Scorer
+from nemo_pvs.recipe import Recipe
 from nemo_pvs.recipe_blocks import TASK_DATA, Evaluation, Target
 
 TASKS = "tasks"
@@ -52,6 +53,40 @@ def measure_tasks(
         task_data=Path(settings.task_data),
         limit=settings.task_limit,
     )
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Refuse tasks of lm-eval that are not here, with their data: of ``evaluate`` and of every target.
+
+    Raises:
+        UserError: naming the task.
+    """
+    asked = [(recipe.evaluate.tasks, recipe.evaluate.task_data)]
+    asked += [(_tasks_of(target), target.task_data or TASK_DATA) for target in recipe.targets.values() if target.task]
+    for tasks, data in asked:
+        if public := [task for task in tasks if task != NAME]:
+            from nemo_pvs.evaluation.tasks import load_tasks  # takes seconds
+
+            load_tasks(parse_wishes(",".join(public)), Path(data))
+
+
+def check_questions(recipe: Recipe, test: Path, calibration: Path, tokenizer: Path) -> None:
+    """Refuse text that is too short for the questions of ``continuation`` that ``evaluate`` and targets ask.
+
+    Args:
+        recipe: The recipe.
+        test: Prefix of the token file that questions of ``evaluate`` are made of.
+        calibration: Prefix of the one that those of targets are made of.
+        tokenizer: Folder of the run's tokenizer.
+
+    Raises:
+        UserError: saying for how many questions it is long enough.
+    """
+    asked = [(recipe.evaluate.tasks, test, recipe.evaluate.task_limit)]
+    asked += [(_tasks_of(target), calibration, target.task_limit) for target in recipe.targets.values()]
+    for tasks, text, limit in asked:
+        if NAME in tasks and Path(f"{text}.idx").exists():
+            check_continuations(text, load_tokenizer(tokenizer), limit or _QUESTIONS)
 
 
 def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, compute: Mapping[str, Any]) -> Scorer:

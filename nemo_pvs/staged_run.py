@@ -12,15 +12,17 @@ from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoint_ledger import charge_scores, charge_training, pruning_charges
 from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
 from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.errors import UserError
+from nemo_pvs.look_ahead import LookAhead
 from nemo_pvs.progress import progress
 from nemo_pvs.prune_target import HUGGING_FACE, NEMO, prune_target
 from nemo_pvs.recipe import Arm, Target
 from nemo_pvs.recipe_blocks import DENSE
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.run_folder import RunFolder
+from nemo_pvs.shape import Shape
 from nemo_pvs.staged import ADAPT, Share, adapt_parameters, shares, stage_targets
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.run import Trainer, is_finished, last_checkpoint
@@ -51,21 +53,62 @@ def prune_in_stages(run: RunFolder, trainer: Trainer | None, name: str, target: 
     before, charges = run.parent_path, list[dict[str, Any]]()
     for number, (asked, _) in enumerate(stage_targets(target, run.parent_shape), 1):
         last = number == len(parts)
-        folder = run.pruned(name) if last else run.pruned(f"{name}-stages") / str(number)
-        stage = f"prune/{name}" if last else f"prune/{name}/stage-{number}"
+        stage, folder = _pruning(run, name, number, last)
         charges = _prune(run, stage, folder, before, target, asked, number, charges)
         if number > 1 and not run.carries(arm, number):
             forget_optimizer(run, name, number - 1)
         if last:
             break
-        training = _training(run, arm, number, folder, str(run.results[stage]["fingerprint"]), parts[number - 1])
-        if trainer is None and (waits_for := _unfinished(run, training)):
+        training = _training(run, arm, number, folder, parts[number - 1])
+        inputs = run.training_inputs(arm, parts[number - 1], str(run.results[stage]["fingerprint"]))
+        if trainer is None and (waits_for := _unfinished(run, training, inputs)):
             return waits_for
-        before = _train(run, trainer, training)
+        before = _train(run, trainer, training, inputs)
         charges = [*charges, _charge(parts[number - 1], folder)]
         if run.carries(arm, number):
             forget_optimizer(run, name, number - 1)
     return None
+
+
+def look_ahead_in_stages(run: RunFolder, ahead: LookAhead, name: str, target: Target) -> None:
+    """Look at the stages of a target, the training between them included.
+
+    Raises:
+        UserError: what one of them has trained would have to be removed.
+    """
+    (arm,) = run.recipe.pruned_runs(name)
+    parts = shares(run.recipe, arm)
+    before, charges, after = run.parent_path, list[dict[str, Any]](), ["parent", "data"]
+    for number, (asked, _) in enumerate(stage_targets(target, run.parent_shape), 1):
+        last = number == len(parts)
+        stage, folder = _pruning(run, name, number, last)
+
+        def inputs(
+            before: Path = before, asked: Target = asked, number: int = number, charges: Any = charges
+        ) -> dict[str, Any]:
+            source = open_source(before)
+            asked = _asked(run, shape_of(source), target, asked, number)
+            return _pruning_inputs(run, source, target, asked, number, charges)
+
+        ahead.look(stage, inputs, after=after, reads=[before])
+        if last:
+            return
+        training = _training(run, arm, number, folder, parts[number - 1])
+
+        def trained(stage: str = stage, share: Share = parts[number - 1]) -> dict[str, Any]:
+            return run.training_inputs(arm, share, str(run.results[stage]["fingerprint"]))
+
+        ahead.look(training.stage, trained, after=[stage], precious=training.kept["precious"])
+        before, after = training.model, [stage, training.stage]
+        if stage in run.results and folder.exists():
+            charges = [*run.results[stage]["charges"], _charge(parts[number - 1], folder)]
+
+
+def _pruning(run: RunFolder, name: str, number: int, last: bool) -> tuple[str, Path]:
+    """Return the name of a stage's pruning, counted from 1, and the folder of what it leaves."""
+    if last:
+        return f"prune/{name}", run.pruned(name)
+    return f"prune/{name}/stage-{number}", run.pruned(f"{name}-stages") / str(number)
 
 
 def forget_optimizer(run: RunFolder, name: str, number: int) -> None:
@@ -86,20 +129,9 @@ def _prune(
     """Do one stage's pruning, and return the charges with its own behind them."""
     settings, source = run.recipe.calibrate, open_source(before)
     shape = shape_of(source)
-    if target.method == ADAPT:
-        left = adapt_parameters(target, run.parent_shape, number)
-        asked = target.model_copy(update={"ratio": 1 - left / shape.parameters, "of": "total"})
-        if shape.parameters <= left:  # whole KV groups had gone further than the stage before was to
-            asked = target.model_copy(update={"method": DENSE})
-    samples = settings.scan_samples if target.method == "minitron-depth" else settings.samples
-    inputs = {
-        "before": fingerprint(source),
-        "method": asked.method,
-        "options": asked.options,
-        "stage": number,
-        "text": [run.text("calibration"), samples, settings.sequence_length, settings.seed],
-        "charges": charges,
-    }
+    asked = _asked(run, shape, target, asked, number)
+    samples = _samples(run, target)
+    inputs = _pruning_inputs(run, source, target, asked, number, charges)
 
     def draw(iteration: int) -> TokenSet:
         return run.calibration_tokens(samples, number * _DRAWS + iteration)
@@ -133,12 +165,41 @@ def _prune(
     return made
 
 
+def _asked(run: RunFolder, shape: Shape, target: Target, asked: Target, number: int) -> Target:
+    """Return what a stage asks its method for, now that the shape that it begins with is known."""
+    if target.method != ADAPT:
+        return asked
+    left = adapt_parameters(target, run.parent_shape, number)
+    if shape.parameters <= left:  # whole KV groups had gone further than the stage before was to
+        return target.model_copy(update={"method": DENSE})
+    return target.model_copy(update={"ratio": 1 - left / shape.parameters, "of": "total"})
+
+
+def _samples(run: RunFolder, target: Target) -> int:
+    settings = run.recipe.calibrate
+    return settings.scan_samples if target.method == "minitron-depth" else settings.samples
+
+
+def _pruning_inputs(
+    run: RunFolder, source: WeightSource, target: Target, asked: Target, number: int, charges: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what the result of a stage's pruning depends on."""
+    settings = run.recipe.calibrate
+    return {
+        "before": fingerprint(source),
+        "method": asked.method,
+        "options": asked.options,
+        "stage": number,
+        "text": [run.text("calibration"), _samples(run, target), settings.sequence_length, settings.seed],
+        "charges": charges,
+    }
+
+
 @dataclass(frozen=True)
 class _Training:
     """The training behind a stage that is not the last, as a stage of the run."""
 
     stage: str
-    inputs: dict[str, Any]
     job: TrainingJob
     model: Path
     """Hugging Face folder of what it makes."""
@@ -153,20 +214,20 @@ class _Training:
         return {"keep_partial": True, "precious": [self.job.checkpoints, self.model]}
 
 
-def _training(run: RunFolder, arm: Arm, number: int, pruned: Path, initial: str, share: Share) -> _Training:
+def _training(run: RunFolder, arm: Arm, number: int, pruned: Path, share: Share) -> _Training:
     label = f"{arm.target}-stages"
     job = run.share_job(arm, share, f"{arm.name} {number}", Path(label) / str(number), pruned / NEMO, number)
     stage = f"train/{arm.target}/stage-{number}"
-    return _Training(stage, run.training_inputs(arm, share, initial), job, run.model(label) / str(number))
+    return _Training(stage, job, run.model(label) / str(number))
 
 
-def _unfinished(run: RunFolder, training: _Training) -> Path | None:
+def _unfinished(run: RunFolder, training: _Training, inputs: dict[str, Any]) -> Path | None:
     """Return the file of the job, for ranks that something else starts, unless they have done it."""
-    done = run.stages.begin(training.stage, training.inputs, training.outputs, **training.kept)
+    done = run.stages.begin(training.stage, inputs, training.outputs, **training.kept)
     return None if done or is_finished(training.job) else training.job.save()
 
 
-def _train(run: RunFolder, trainer: Trainer | None, training: _Training) -> Path:
+def _train(run: RunFolder, trainer: Trainer | None, training: _Training, inputs: dict[str, Any]) -> Path:
     """Train one share, or take it from ranks that have, and return the model's Hugging Face folder."""
 
     def work() -> dict[str, Any]:
@@ -174,7 +235,7 @@ def _train(run: RunFolder, trainer: Trainer | None, training: _Training) -> Path
         convert(trained, training.model, to="hf", overwrite=True)
         return {"fingerprint": fingerprint(open_source(training.model))}
 
-    run.stage(training.stage, training.inputs, training.outputs, work, **training.kept)
+    run.stage(training.stage, inputs, training.outputs, work, **training.kept)
     return training.model
 
 

@@ -110,26 +110,51 @@ class Stages:
         precious: Sequence[Path] = (),
     ) -> dict[str, Any] | None:
         """Return the record of a stage that is done; else clear its outputs and note that it was begun."""
-        inputs_hash = sha256_json(inputs)
-        forced = any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
+        forced = self._is_forced(name)
         record = read_json(self._record(name)) if self._record(name).exists() else {}
-        if not forced and record and same_inputs(record["inputs"], inputs) and all(path.exists() for path in outputs):
+        if not forced and self.matches(record, inputs) and all(path.exists() for path in outputs):
             return dict(record)
-        attempt = self._attempt(name)
-        begun = read_json(attempt) if attempt.exists() else record
-        if not (keep_partial and begun and same_inputs(begun["inputs"], inputs)) or forced:
-            costly = [path for path in precious if path.exists()]
-            if costly and begun and not forced:
-                differs = _difference(begun.get("inputs", {}), json.loads(json.dumps(inputs)))
-                raise UserError(
-                    f"{costly[0]} was made with {differs}; choose another --out, or --force {name} to remove it and "
-                    "begin anew."
-                )
+        begun = self.begun(name)
+        if not (keep_partial and self.matches(begun, inputs)) or forced:
+            if begun:
+                self.refuse(name, precious, difference(begun, inputs))
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._record(name).unlink(missing_ok=True)
-        write_json(attempt, {"inputs_hash": inputs_hash, "inputs": inputs})
+        write_json(self._attempt(name), {"inputs_hash": sha256_json(inputs), "inputs": inputs})
         return None
+
+    def begun(self, name: str) -> dict[str, Any]:
+        """Return what is written of the last attempt at a stage, with its ``result`` if it is done; else nothing."""
+        for path in (self._attempt(name), self._record(name)):
+            if path.exists():
+                return dict(read_json(path))
+        return {}
+
+    def matches(self, begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+        """Return whether a stage was begun with these inputs."""
+        return bool(begun) and same_inputs(begun["inputs"], inputs)
+
+    def refuse(self, name: str, precious: Sequence[Path], how: str) -> None:
+        """Refuse to do a stage again if that removes what took long, unless it is forced.
+
+        Args:
+            name: The stage.
+            precious: What must not be removed unasked.
+            how: What it was made with, and is to be made with now.
+
+        Raises:
+            UserError: one of them is there.
+        """
+        costly = [path for path in precious if path.exists()]
+        if costly and not self._is_forced(name):
+            raise UserError(
+                f"{costly[0]} was made with {how}; choose another --out, or --force {name} to remove it and begin "
+                "again."
+            )
+
+    def _is_forced(self, name: str) -> bool:
+        return any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
 
     def _record(self, name: str) -> Path:
         return self.folder / "stages" / f"{name.replace('/', '-')}.json"
@@ -158,8 +183,12 @@ def same_inputs(recorded: Any, inputs: Any) -> bool:
     return bool(recorded == inputs)
 
 
+def difference(begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """Return in words the first thing that differs between the inputs of an earlier attempt and those of now."""
+    return _difference(begun.get("inputs", {}), json.loads(json.dumps(inputs)))
+
+
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str:
-    """Return in words the first thing that two sets of inputs have different."""
     for key in (*now, *then):
         one, other = then.get(key), now.get(key)
         if one != other:

@@ -74,7 +74,7 @@ def test_a_sparse_method_charges_its_own_pass(model: str, tmp_path: Path) -> Non
 def test_a_contradiction_is_refused_before_any_work(model: str, tmp_path: Path) -> None:
     text, out = {**TEXT, "data": str(tmp_path / "text.txt")}, tmp_path / "again"
     prune(model, str(tmp_path / "first"), "magnitude", sparsity="0.5", parent_tokens=1e6, **text)
-    with pytest.raises(UserError, match=r"1000000 in all.*2000000 pretraining tokens are declared"):
+    with pytest.raises(UserError, match=r"1,000,000 in all.*2,000,000 pretraining tokens are declared"):
         prune(str(tmp_path / "first"), str(out), "magnitude", sparsity="0.6", parent_tokens=2e6, **text)
     with pytest.raises(UserError, match="give a positive number"):
         prune(model, str(out), "magnitude", sparsity="0.6", parent_tokens=-1, **text)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_pvs.checkpoint_ledger import tokens_read
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe import Recipe, Target
 from nemo_pvs.recipe_basics import Block
@@ -221,6 +222,30 @@ def test_a_setting_in_place_of_a_number(values):
 
 def _depth(recipe: Recipe) -> list[str]:
     return [name for name, _, _ in recipe.matched_runs("depth")]
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(values):
+    """Which leaves the identity of recipes that do not give one as it was."""
+    plain = _recipe(values).train
+    assert "data_seed" not in plain.identity
+    assert plain.order_seed == plain.seed == 1234
+    values["train"]["data_seed"] = 1234
+    assert _recipe(values).train == plain, "saying the default makes another run of it"
+    values["train"]["seed"] = 7
+    other = _recipe(values).train
+    assert (other.seed, other.order_seed, other.identity["data_seed"]) == (7, 1234, 1234)
+    assert tokens_read("a" * 64, other, 0) == tokens_read("a" * 64, plain, 0)
+
+
+def test_what_the_parent_was_trained_on_need_not_be_said_twice(values):
+    """The range of the parent is as many tokens as a run of the same steps trains on; a declaration comes first."""
+    values["parent"].pop("pretraining_tokens", None)
+    assert _recipe(values).parent_tokens is None
+    step = _recipe(values).train.tokens_per_step
+    values["data"]["token_ranges"] = {"parent": [step, 4 * step + 1], "pruned": [8 * step, 1e9]}
+    assert _recipe(values).parent_tokens == 4 * step
+    values["parent"]["pretraining_tokens"] = 5
+    assert _recipe(values).parent_tokens == 5
 
 
 def test_an_overlap_with_the_parent_must_be_declared(values):

@@ -187,7 +187,7 @@ def test_mask_learning_is_training_of_the_whole_parent_and_charged_as_such(tmp_p
     assert (charge.activity, charge.tokens, charge.steps) == ("mask learning", 419_430_400, 3200)
     assert charge.flops == 419_430_400 * plan.parent.flops_per_token(sequence_length=8192, training=True)
     assert (training.learning_rate, training.weight_decay, training.warmup_steps) == (1e-4, 0.0, 320)
-    assert first_token(plan.recipe, target.target) == 700_000_000_000 // 131_072 * 131_072 + 131_072
+    assert first_token(plan.recipe, target.target) == 701_000_000_000 // 131_072 * 131_072 + 131_072
     assert mask_layout(target.target).processes == 32
     job, _ = mask_job(plan.recipe, "4b-shear", target.expected.shape, tmp_path, {"train": "t", "validation": "v"})
     assert TrainingJob.load(job.save()) == job

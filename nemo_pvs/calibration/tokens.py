@@ -59,19 +59,10 @@ class TokenSet:
         Raises:
             UserError: the stream is too short for so many windows, or a number makes no sense.
         """
-        check_size(samples, sequence_length)
-        if seed is not None and samples is None:
-            raise UserError("Random windows need a number of samples; give it, or leave out the seed.")
         ids = np.asarray(stream)
-        available = len(ids) // sequence_length if seed is None else max(0, len(ids) - sequence_length)
-        if available < (samples if seed is None and samples else 1):
-            raise UserError(
-                f"The data set {data_set} has {len(ids)} tokens, too few for {samples or 1} "
-                f"{'consecutive' if seed is None else 'random'} windows of {sequence_length}; "
-                "take more text, fewer samples or a shorter sequence_length."
-            )
+        check_length(len(ids), sequence_length=sequence_length, samples=samples, seed=seed, data_set=data_set)
         if seed is None:
-            starts = [window * sequence_length for window in range(samples or available)]
+            starts = [window * sequence_length for window in range(samples or len(ids) // sequence_length)]
         else:
             generator = random.Random(seed)
             starts = [generator.randint(0, len(ids) - sequence_length - 1) for _ in range(samples or 0)]
@@ -157,6 +148,26 @@ class TokenSet:
         settings = {"data_set": prefix.name, "tokenizer_sha256": made_with, **settings}
         source_sha256 = sha256_file(prefix.with_name(prefix.name + ".bin"))
         return cls.from_stream(stream, source_sha256=source_sha256, **settings)
+
+
+def check_length(
+    tokens: int, *, sequence_length: int, samples: int | None = None, seed: int | None = None, data_set: str
+) -> None:
+    """Refuse a stream of ``tokens`` that is too short for the windows ``TokenSet.from_stream`` is asked for.
+
+    Raises:
+        UserError: saying how long it is, or a number makes no sense.
+    """
+    check_size(samples, sequence_length)
+    if seed is not None and samples is None:
+        raise UserError("Random windows need a number of samples; give it, or leave out the seed.")
+    available = tokens // sequence_length if seed is None else max(0, tokens - sequence_length)
+    if available < (samples if seed is None and samples else 1):
+        raise UserError(
+            f"The data set {data_set} has {tokens} tokens, too few for {samples or 1} "
+            f"{'consecutive' if seed is None else 'random'} windows of {sequence_length}; "
+            "take more text, fewer samples or a shorter sequence_length."
+        )
 
 
 def check_size(samples: int | None, sequence_length: int) -> None:

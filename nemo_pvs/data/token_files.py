@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from nemo_pvs.files import read_json, sha256_file, sha256_json
 
 # Ids that are looked at in the beginning, the middle and the end of a file to tell its vocabulary.
 _SAMPLE = 1 << 20
+_BLEND_SURPLUS = 0.005
+"""Megatron builds this share more of each file of a blend than it needs."""
 
 
 def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict[str, Any]:
@@ -71,11 +74,14 @@ def token_file_hash(prefix: Path) -> str:
     return str(known or sha256_json(identity))
 
 
-def check_end(end: int, tokens: Sequence[int], weights: Sequence[float] | None, names: Sequence[str]) -> None:
-    """Refuse to read past the end of the training data, where Megatron would begin it anew without a word.
+def check_end(
+    end: int, sequence_length: int, tokens: Sequence[int], weights: Sequence[float] | None, names: Sequence[str]
+) -> None:
+    """Refuse to read past the end of the training data, where Megatron would begin it again without a word.
 
     Args:
         end: Tokens from the start of the data to the last one read.
+        sequence_length: Of the training; every sequence also needs the token after it, which its last one predicts.
         tokens: Tokens of each file.
         weights: Of the files in a blend; None if they are read whole.
         names: Of the files.
@@ -83,19 +89,22 @@ def check_end(end: int, tokens: Sequence[int], weights: Sequence[float] | None, 
     Raises:
         UserError: a file has too few tokens.
     """
+    sequences = -(-end // sequence_length)
+    available = [max(0, count - 1) // sequence_length for count in tokens]
     if weights is None:
-        if end >= sum(tokens):  # one more token, which the last one predicts
+        if sequences > sum(available):
             raise UserError(
                 f"Training reads {end:,} tokens from the start of the data, but the training split has "
                 f"{sum(tokens):,} tokens; take more text, or lower train.tokens, budgets or data.token_ranges."
             )
         return
-    for name, available, weight in zip(names, tokens, weights, strict=True):
-        wanted = int(end * weight / sum(weights))
-        if wanted >= available:
+    for name, count, here, weight in zip(names, tokens, available, weights, strict=True):
+        share = math.ceil(sequences * weight / sum(weights))
+        wanted = math.ceil(share * (1 + _BLEND_SURPLUS))
+        if wanted > here:
             raise UserError(
-                f"Training reads {wanted:,} tokens of {name}.bin (weight {weight:g}), but it has {available:,} "
-                "tokens; take more text, or lower its weight, budgets or data.token_ranges."
+                f"Training reads {wanted * sequence_length:,} tokens of {name}.bin (weight {weight:g}), but it has "
+                f"{count:,} tokens; take more text, or lower its weight, budgets or data.token_ranges."
             )
 
 

@@ -6,8 +6,10 @@ little data than the public tasks do, and nothing that can be compared with anyb
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -43,14 +45,8 @@ def write_continuations(
     Raises:
         UserError: the text is too short for so many.
     """
-    windows = TokenSet.from_token_file(text, sequence_length=CONTEXT_TOKENS + ENDING_TOKENS).ids.tolist()
-    whole = (window for window in windows if tokenizer.eos_token_id not in window)
-    pairs = [pair for pair in (_split(tokenizer, window) for window in whole) if pair is not None]
-    if len(pairs) < max(questions, CHOICES):
-        raise UserError(
-            f"{text} has text for {len(pairs)} questions of the task {NAME}, not for {max(questions, CHOICES)}; lower "
-            "task_limit, or hold out more text."
-        )
+    pairs = list(_pairs(text, tokenizer))
+    _check_enough(text, len(pairs), questions)
     chosen = [pairs[number * len(pairs) // questions] for number in range(questions)]
     draw = random.Random(seed)
     documents = []
@@ -77,6 +73,34 @@ def write_continuations(
         write_text(partial / f"{NAME}.yaml", yaml.safe_dump(definition, sort_keys=False))
         lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
         write_text(partial / f"{NAME}.jsonl", lines)
+
+
+def check_continuations(text: Path, tokenizer: PreTrainedTokenizerBase, questions: int) -> None:
+    """Refuse a text that is too short for so many questions, as ``write_continuations`` would.
+
+    Raises:
+        UserError: saying for how many it is long enough.
+    """
+    enough = itertools.islice(_pairs(text, tokenizer), max(questions, CHOICES))
+    _check_enough(text, sum(1 for _ in enough), questions)
+
+
+def _check_enough(text: Path, found: int, questions: int) -> None:
+    if found < max(questions, CHOICES):
+        raise UserError(
+            f"{text} has text for {found} questions of the task {NAME}, not for {max(questions, CHOICES)}; lower "
+            "task_limit, or hold out more text."
+        )
+
+
+def _pairs(text: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """Yield context and ending of every window that makes a question."""
+    windows = TokenSet.from_token_file(text, sequence_length=CONTEXT_TOKENS + ENDING_TOKENS).ids.tolist()
+    for window in windows:
+        if tokenizer.eos_token_id not in window:
+            pair = _split(tokenizer, window)
+            if pair is not None:
+                yield pair
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, window: list[int]) -> tuple[str, str] | None:

@@ -27,8 +27,6 @@ _PACKAGES = ("nemo-pvs", "nemo-toolkit", "megatron-core", "torch", "transformers
 def assemble(run: RunFolder) -> Results:
     """Return the results of a run whose stages are done."""
     recipe, done = run.recipe, run.results
-    parent = run.parent_source
-    measured = done["evaluate/parent"]
     return Results(
         title=recipe.title,
         recipe_name=recipe.name,
@@ -36,13 +34,18 @@ def assemble(run: RunFolder) -> Results:
         created=datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
         environment=_environment(),
         hashes=_hashes(done),
-        parent=ParentResult(
-            name=recipe.parent.name,
-            shape=shape_of(parent),
-            validation_loss=measured["validation"]["loss"],
-            test_perplexity=measured["test"]["perplexity"],
-        ),
+        parent=_parent(run) if recipe.parent.source else None,
         arms=[_arm(run, arm) for arm in recipe.runs],
+    )
+
+
+def _parent(run: RunFolder) -> ParentResult:
+    measured = run.results["evaluate/parent"]
+    return ParentResult(
+        name=run.recipe.parent.name,
+        shape=shape_of(run.parent_source),
+        validation_loss=measured["validation"]["loss"],
+        test_perplexity=measured["test"]["perplexity"],
     )
 
 
@@ -79,8 +82,8 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         test_perplexity_before=None if first_step else before["test"]["perplexity"],
         test_perplexity_after=after["test"]["perplexity"],
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
-        seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds),
-        tokens_per_second=statistics.median(speeds),
+        seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds) if speeds else None,
+        tokens_per_second=statistics.median(speeds) if speeds else None,
     )
 
 
@@ -103,7 +106,7 @@ def _for_people(arm: Arm) -> str:
 
 def _hashes(done: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Return the content hash of every artefact of the run."""
-    hashes = {"parent weights": done["parent"]["fingerprint"]}
+    hashes = {"parent weights": done["parent"]["fingerprint"]} if "evaluate/parent" in done else {}
     if "calibrate" in done:
         hashes["scores"] = done["calibrate"]["scores"]
     if tokenizer := next((made.get("tokenizer_sha256") for made in done["data"]["splits"].values()), None):
@@ -118,9 +121,17 @@ def _hashes(done: dict[str, dict[str, Any]]) -> dict[str, str]:
     return hashes
 
 
+def _version(package: str) -> str:
+    """Return the version of a package; a copy that was not installed by pip, as in some containers, has none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def _environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
-        **{package: metadata.version(package) for package in _PACKAGES},
+        **{package: _version(package) for package in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }

@@ -34,18 +34,24 @@ class Run:
 
     @property
     def seed(self) -> Any:
-        """Order of the training data and draw of the random weights."""
+        """Of the draw of the random weights."""
         return at(self.results.recipe, "train", "seed")
 
     @property
+    def data_seed(self) -> Any:
+        """Of the order of the training data."""
+        given = at(self.results.recipe, "train", "data_seed")
+        return self.seed if given is None else given
+
+    @property
     def identity(self) -> str:
-        """Equal for runs that differ in nothing but their seed.
+        """Equal for runs that differ in nothing but their seeds.
 
         A key that is null may as well be absent: an older run does not have the keys that recipes have learned since.
         """
         recipe = {key: value for key, value in self.results.recipe.items() if key not in ("name", "title")}
         if isinstance(train := recipe.get("train"), Mapping):
-            recipe["train"] = {key: value for key, value in train.items() if key != "seed"}
+            recipe["train"] = {key: value for key, value in train.items() if key not in ("seed", "data_seed")}
         return sha256_json(_without_nulls(recipe))
 
 
@@ -214,7 +220,7 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
         groups.setdefault(run.identity, []).append(run)
     for group in groups.values():
         for run, other in pairwise(group):
-            if run.seed in [one.seed for one in group if one is not run]:
+            if (run.seed, run.data_seed) in [(one.seed, one.data_seed) for one in group if one is not run]:
                 raise UserError(
                     f"{run.label} and {other.label} are one recipe with one seed ({run.seed}), so no spread can come "
                     "from them; give one of them, or run it with another train.seed."
@@ -227,7 +233,9 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
             repetitions[arm.name] = found
     first = runs[0].results
     titles = list(dict.fromkeys(run.results.title for run in runs))
-    merged = replace(first, title="; ".join(titles), arms=arms, created=max(run.results.created for run in runs))
+    parent = next((run.results.parent for run in runs if run.results.parent), None)
+    created = max(run.results.created for run in runs)
+    merged = replace(first, title="; ".join(titles), arms=arms, created=created, parent=parent)
     return SideBySide(merged, tuple(runs), repetitions, tuple(differences))
 
 

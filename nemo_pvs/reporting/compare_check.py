@@ -29,18 +29,18 @@ def differences_of(runs: Sequence[Run]) -> list[str]:
     ours, *others = recipes.values()
     if theirs := next((group for group in others if _seeds(group) != _seeds(ours)), None):
         found.append(
-            f"data order differs, train.seed is {_listed(ours)} and {_listed(theirs)}, and they are not one recipe "
+            f"data order differs, its seed is {_listed(ours)} and {_listed(theirs)}, and they are not one recipe "
             "repeated with the same seeds"
         )
     return found
 
 
 def _seeds(runs: Sequence[Run]) -> set[Any]:
-    return {run.seed for run in runs}
+    return {run.data_seed for run in runs}
 
 
 def _listed(runs: Sequence[Run]) -> str:
-    return " and ".join(f"{run.seed} in {run.label}" for run in runs)
+    return " and ".join(f"{run.data_seed} in {run.label}" for run in runs)
 
 
 def _fields(results: Results) -> dict[tuple[str, str], Any]:
@@ -51,7 +51,7 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
     perplexity = ("evaluate.samples", "evaluate.sequence_length")
     return {
         ("tokenizer", "its SHA-256"): hashes.get("tokenizer"),
-        ("architecture", "the parent's shape"): str(results.parent.shape),
+        ("architecture", "the parent's shape"): str(results.parent.shape) if results.parent else None,
         ("parent", "the SHA-256 of its weights"): hashes.get("parent weights"),
         **{("architecture", f"the shape of {name}"): str(arms[0].shape) for name, arms in results.targets.items()},
         **{("data order", f"the SHA-256 of {name}"): value for name, value in hashes.items() if _is_training(name)},

@@ -29,10 +29,18 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
     data = {
         "title": results.title,
         "created": results.created,
-        "runs": [{"folder": run.label, "seed": run.seed, "results": run.results.to_json()} for run in runs.runs],
+        "runs": [
+            {
+                "folder": run.label,
+                "seed": run.seed,
+                "data_seed": run.data_seed,
+                "results": run.results.to_json(),
+            }
+            for run in runs.runs
+        ],
         "not_comparable": list(runs.differences),
         "warnings": runs.warnings,
-        "parent": asdict(results.parent),
+        "parent": asdict(results.parent) if results.parent else None,
         "arms": arm_rows(runs),
         "equal_terms": equal_terms(runs),
         "gap_against_tokens": [

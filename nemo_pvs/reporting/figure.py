@@ -95,12 +95,19 @@ def _finite(points: list[Point]) -> list[Point]:
     return [point for point in points if math.isfinite(point.loss)]
 
 
+def _parent_loss(results: Results) -> float | None:
+    """Return the parent's validation loss, if it was measured and is a finite number."""
+    loss = results.parent.validation_loss if results.parent else None
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
 def _loss_range(results: Results) -> tuple[float, float]:
     points = [point for arm in results.arms for point in _finite(arm.validation)]
     start = _IGNORED_SHARE * max(point.tokens for point in points)
     losses = [point.loss for point in points if point.tokens >= start]
-    if results.parent.validation_loss is not None and math.isfinite(results.parent.validation_loss):
-        losses.append(results.parent.validation_loss)
+    parent_loss = _parent_loss(results)
+    if parent_loss is not None:
+        losses.append(parent_loss)
     margin = 0.12 * (max(losses) - min(losses)) or 0.1
     return min(losses) - margin, max(losses) + margin
 
@@ -146,8 +153,8 @@ def _draw_panel(
             if not kind and (missing is None or (arms[0].target, start) in missing):
                 axes.plot([], [], " ", label=f"{arms[0].target}, {start}: missing")
     last = max(point.tokens for arm in arms for point in _finite(arm.validation)) / divisor or 1.0
-    parent_loss = results.parent.validation_loss
-    if parent_loss is not None and math.isfinite(parent_loss):
+    parent_loss = _parent_loss(results)
+    if parent_loss is not None:
         axes.axhline(parent_loss, color=TEXT, linestyle="dotted", linewidth=1.2)
         axes.annotate(
             f"parent {fixed(parent_loss)}", (0, parent_loss), (2, -3), textcoords="offset points", va="top", fontsize=9

@@ -31,8 +31,13 @@ def gap_curve(results: Results, arm: ArmResult) -> list[tuple[int, float]]:
     return [(tokens, gap) for tokens, gap in gaps if math.isfinite(gap)]
 
 
-def removed_share(results: Results, arm: ArmResult) -> float:
-    """Return the share of the parent's parameters that an arm does not have; masked weights do not count as had."""
+def removed_share(results: Results, arm: ArmResult) -> float | None:
+    """Return the share of the parent's parameters that an arm does not have; masked weights do not count as had.
+
+    None where there is no parent.
+    """
+    if results.parent is None:
+        return None
     return 1 - (arm.shape.parameters - arm.masked_parameters) / results.parent.shape.parameters
 
 
@@ -110,8 +115,12 @@ def gap_against_ratio(results: Results, deviations: Mapping[str, float | None], 
         deviations: standard deviation over seeds by arm; None for a single run.
         reference: draw the paper's points too.
     """
-    found = {arm.name: (100 * removed_share(results, arm), results.gap(arm)) for arm in results.arms}
-    points = {name: (share, gap) for name, (share, gap) in found.items() if gap is not None and math.isfinite(gap)}
+    found = ((arm.name, removed_share(results, arm), results.gap(arm)) for arm in results.arms)
+    points = {
+        name: (100 * share, gap)
+        for name, share, gap in found
+        if share is not None and gap is not None and math.isfinite(gap)
+    }
     if not points:
         return ""
 

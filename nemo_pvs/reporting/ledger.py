@@ -140,22 +140,32 @@ class Ledger:
         Args:
             checkpoint: the parent's folder; it need not exist.
             shape: the parent's.
-            declared_tokens: tokens that it was pretrained on; None if nobody knows.
+            declared_tokens: tokens that it was pretrained on; None if nobody knows. A number within one optimizer
+                step of what its ledger counts is the same number: budgets are rounded up to whole steps.
 
         Raises:
             UserError: there is a ledger, and it counts other tokens than the user.
         """
-        file = checkpoint / LEDGER
-        if not file.exists():
+        parent = Ledger.of_checkpoint(checkpoint)
+        if parent is None:
             self.charge("parent pretraining", declared_tokens, shape, 0, training=True, note="as declared")
             return
-        parent = Ledger.load(file)
-        if declared_tokens is not None and declared_tokens not in (parent.training.tokens, parent.total.tokens):
+        if declared_tokens is not None and not parent._counts(declared_tokens):
+            training, total = ("unknown" if one.tokens is None else f"{one.tokens:,}" for one in parent._both)
             raise UserError(
-                f"{file} counts {parent.training.tokens} training tokens ({parent.total.tokens} in all), but "
-                f"{declared_tokens} pretraining tokens are declared; leave the declaration out."
+                f"{checkpoint / LEDGER} counts {training} training tokens ({total} in all), but "
+                f"{declared_tokens:,} pretraining tokens are declared; leave the declaration out."
             )
         self.inherit(parent)
+
+    def _counts(self, tokens: int) -> bool:
+        """Return whether a number of tokens is that of the training, or of all there was, to one optimizer step."""
+        step = max((charge.tokens_per_step or 1 for charge in self.charges), default=1)
+        return any(one.tokens is not None and abs(tokens - one.tokens) < step for one in self._both)
+
+    @property
+    def _both(self) -> tuple[Total, Total]:
+        return self.training, self.total
 
     @property
     def read(self) -> list[TokensRead]:
@@ -217,6 +227,16 @@ class Ledger:
     def save(self, path: Path) -> None:
         """Write the ledger as JSON, its totals beside the charges for people to read."""
         write_json(path, {**self._totals, "charges": self.to_json()})
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> Ledger | None:
+        """Return the ledger in a checkpoint's folder; None where there is none.
+
+        Raises:
+            UserError: as ``load``.
+        """
+        file = folder / LEDGER
+        return cls.load(file) if file.exists() else None
 
     @classmethod
     def load(cls, path: Path) -> Ledger:

@@ -96,7 +96,8 @@ class Results:
     """ISO 8601 with time zone."""
     environment: dict[str, Any]
     hashes: dict[str, str]
-    parent: ParentResult
+    parent: ParentResult | None
+    """None where the arms are parents themselves: the run trained a model that was not pruned from another."""
     arms: list[ArmResult]
 
     @property

@@ -11,8 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, scaled, scientific, unit_of
-from nemo_pvs.reporting.results import ArmResult, Results
-from nemo_pvs.shape import Shape
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 
 if TYPE_CHECKING:
     from nemo_pvs.reporting.compare import SideBySide
@@ -41,15 +40,18 @@ class ResultsTable:
 
     columns: list[Column]
     rows: list[list[str]]
-    """The parent first, then the arms in order."""
+    """The parent first, if there is one, then the arms in order."""
 
 
+_GAP = (
+    "Gap: loss of the model from scratch minus loss of the pruned one after the same number of training tokens; "
+    "positive where pruning won."
+)
 _ONE_RUN = "Each arm is one run: differences that another seed would make are not measured."
 NOTES = (
     "Body: decoder layers and final norm, without embedding and output head.",
     "TP × PP: tensor-parallel times pipeline-parallel ranks.",
-    "Gap: loss of the model from scratch minus loss of the pruned one after the same number of training tokens; "
-    "positive where pruning won.",
+    _GAP,
     "Before and after: the training on the tokens counted here.",
     _ONE_RUN,
     f"{DASH}: not measured or not known.",
@@ -58,15 +60,22 @@ NOTES = (
 
 def notes_of(runs: SideBySide) -> list[str]:
     """Return the notes below the table of these runs."""
+    notes = [note for note in NOTES if note != _GAP or runs.results.parent]
     if runs.seeds == 1:
-        return list(NOTES)
+        return notes
     counts = ", ".join(f"{arm.name} {len(runs.repetitions[arm.name])}" for arm in runs.results.arms)
     repeated = f"Means over runs with different seeds ± their standard deviation; runs: {counts}."
-    return [repeated if note == _ONE_RUN else note for note in NOTES]
+    return [repeated if note == _ONE_RUN else note for note in notes]
 
 
 def outcome(results: Results) -> str:
-    """Return the headline: at equal training tokens, which arm won on each target, and by how many nats per token."""
+    """Return the headline: at equal training tokens, which arm won on each target, and by how many nats per token.
+
+    Of a run that trained models which are no pruned ones, where they have come to.
+    """
+    if results.parent is None:
+        ends = [f"{arm.name} ended at {fixed(arm.validation_loss)} nats per token" for arm in results.arms]
+        return f"Trained from random weights: {', '.join(ends)}."
     compared = [arm for arm in results.arms if results.scratch_of(arm) is not None]
     if not compared:
         return "No pruned model here has a counterpart trained from scratch."
@@ -89,6 +98,12 @@ def _verdict(gap: float | None, pruned: str) -> str:
 
 def total_cost(results: Results) -> str:
     """Return one sentence on what the comparison costs once the parent is charged, the paper's second budget."""
+    if results.parent is None:
+        spent = [(arm.name, arm.ledger.total) for arm in results.arms]
+        costs = [
+            f"{fixed(total.tokens, 0)} tokens and {scientific(total.flops)} FLOPs ({name})" for name, total in spent
+        ]
+        return f"It took {', '.join(costs)}."
     ratios = []
     for arm in results.arms:
         if scratch := results.scratch_of(arm):
@@ -111,7 +126,8 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
         results: the arms.
         runs: what they are the means of, for standard deviations and for the rows of missing arms.
     """
-    shapes = [results.parent.shape, *(arm.shape for arm in results.arms)]
+    parent = results.parent
+    shapes = [*([parent.shape] if parent else []), *(arm.shape for arm in results.arms)]
     size = unit_of([shape.parameters for shape in shapes])
     tokens = unit_of([arm.ledger.training.tokens for arm in results.arms])
     unit, token_unit = (f" ({prefix})" if prefix else "" for _, prefix in (size, tokens))
@@ -130,8 +146,13 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
         Column("Test perplexity", "before", "test PPL before", "PPL\nbefore"),
         Column("Test perplexity", "after", "test PPL after", "PPL\nafter"),
     ]
-    parent = results.parent
-    parent_row = [
+    rows = [_arm_row(results, arm, size, tokens, runs) for arm in results.arms]
+    missing = [[f"{target}, {start} (missing)", *[DASH] * 12] for target, start in (runs.missing if runs else [])]
+    return ResultsTable(columns, [*([_parent_row(parent, size)] if parent else []), *rows, *missing])
+
+
+def _parent_row(parent: ParentResult, size: tuple[float, str]) -> list[str]:
+    return [
         f"{parent.name} (parent)",
         scaled(parent.shape.parameters, size),
         DASH,
@@ -142,24 +163,21 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
         DASH,
         perplexity(parent.test_perplexity),
     ]
-    rows = [_arm_row(results, arm, size, tokens, runs) for arm in results.arms]
-    missing = [[f"{target}, {start} (missing)", *[DASH] * 12] for target, start in (runs.missing if runs else [])]
-    return ResultsTable(columns, [parent_row, *rows, *missing])
 
 
 def _arm_row(
     results: Results, arm: ArmResult, size: tuple[float, str], tokens: tuple[float, str], runs: SideBySide | None
 ) -> list[str]:
-    parent: Shape = results.parent.shape
+    parent = results.parent
     total = arm.shape.parameters - arm.masked_parameters
     body = arm.shape.body_parameters - arm.masked_parameters
     sizes = [arm.parallel.get(dimension) for dimension in ("tensor", "pipeline")]
     return [
         arm.name,
         scaled(total, size),
-        fixed(100 * (1 - total / parent.parameters), 1),
+        fixed(100 * (1 - total / parent.shape.parameters) if parent else None, 1),
         scaled(body, size),
-        fixed(100 * (1 - body / parent.body_parameters), 1),
+        fixed(100 * (1 - body / parent.shape.body_parameters) if parent else None, 1),
         DASH if None in sizes else "\u00a0×\u00a0".join(map(str, sizes)),
         scaled(arm.ledger.training.tokens if arm.ledger.charges else None, tokens),
         scientific(arm.ledger.training.flops if arm.ledger.charges else None),

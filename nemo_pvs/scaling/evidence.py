@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
-from nemo_pvs.reporting.results import ArmResult, Results
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.scaling.law import BILLION
 
 Setting = Literal["equal training tokens", "equal total tokens"]
@@ -75,15 +75,15 @@ def own_evidence(question: Question, runs: Iterable[Results]) -> list[Evidence]:
     found = []
     for results in runs:
         for arm in results.arms:
-            if arm.initialisation != "pruned":
+            if arm.initialisation != "pruned" or results.parent is None:
                 continue
             gap = results.gap(arm)
             if gap is not None and math.isfinite(gap):
-                found.append(_own(question, results, arm, gap, "equal training tokens"))
+                found.append(_own(question, results, results.parent, arm, gap, "equal training tokens"))
             for scratch in results.targets[arm.target]:
                 advantage = _advantage_at_equal_total(arm, scratch)
                 if advantage is not None:
-                    found.append(_own(question, results, arm, advantage, "equal total tokens"))
+                    found.append(_own(question, results, results.parent, arm, advantage, "equal total tokens"))
     return found
 
 
@@ -98,9 +98,11 @@ def _advantage_at_equal_total(pruned: ArmResult, scratch: ArmResult) -> float | 
     return losses[0] - losses[1]
 
 
-def _own(question: Question, results: Results, arm: ArmResult, advantage: float, setting: Setting) -> Evidence:
+def _own(
+    question: Question, results: Results, pruned_from: ParentResult, arm: ArmResult, advantage: float, setting: Setting
+) -> Evidence:
     tokens = arm.ledger.training.tokens or arm.validation[-1].tokens
-    parent = results.parent.shape.parameters
+    parent = pruned_from.shape.parameters
     parameters = arm.shape.parameters - arm.masked_parameters
     reasons = [
         _unlike("parameters", question.parameters, parameters),

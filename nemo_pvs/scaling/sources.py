@@ -89,8 +89,8 @@ def _arm(results: Results, arm: ArmResult, source: str) -> Series:
         losses=tuple(points[tokens] for tokens in sorted(points)),
         initialisation=arm.initialisation,
         parameters=arm.shape.parameters - arm.masked_parameters,
-        parent_parameters=results.parent.shape.parameters,
-        parent_loss=results.parent.validation_loss,
+        parent_parameters=results.parent.shape.parameters if results.parent else None,
+        parent_loss=results.parent.validation_loss if results.parent else None,
         planned_tokens=planned,
         source=source,
     )

@@ -119,7 +119,7 @@ def data(job: TrainingJob, machine: Machine) -> run.Config:
         seq_length=training.sequence_length,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
-        seed=training.seed,
+        seed=training.order_seed,
         num_workers=4 if machine.gpu and not job.loading else 0,
         pin_memory=machine.gpu,
         index_mapping_dir=str(job.folder / "index"),

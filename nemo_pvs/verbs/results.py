@@ -63,10 +63,9 @@ def _run(checked: Any, folder: Path, force: tuple[str, ...], *, prepare_only: bo
         return
     with ignoring_manifests(ignore_manifest):
         pipeline.run()
-    if checked.parent.source is None:  # a parent has no parent to be compared with
+    if checked.parent.source is None:  # what was trained is the parent of other recipes
         for arm in pipeline.recipe.runs:
             console.print(f"trained: {pipeline.model(arm.name)}", soft_wrap=True)
-        return
     results = assemble(pipeline)
     write_report(results, folder)
     _show(results, folder)

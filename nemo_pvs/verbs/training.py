@@ -71,7 +71,10 @@ def train(
     clip_before_mask: Annotated[
         bool, typer.Option(help="of a sparse model: clip with pruned weights in the norm, as the published runs did")
     ] = False,
-    seed: Annotated[int, typer.Option(help="order of the data and random weights")] = 1234,
+    seed: Annotated[
+        int, typer.Option(help="random weights, and the order of the data unless --data-seed is given")
+    ] = 1234,
+    data_seed: Annotated[Optional[int], typer.Option(help="order of the data, apart from --seed")] = None,
     first_token: Annotated[
         float, typer.Option(help="where in that order to begin, e.g. behind what the parent read; rounded up to steps")
     ] = 0,
@@ -147,6 +150,7 @@ def train(
             "precision": precision,
             "clip_before_mask": clip_before_mask,
             "seed": seed,
+            "data_seed": data_seed,
             "distill": distill if teacher else None,
         }
     )
@@ -165,9 +169,9 @@ def train(
             first_token=int(first_token),
             before=[] if random_init or allow_overlap else ledger.read,
         )
+        read = tokens_read(token_file_hash(Path(data) / "train"), training, job.first_token)
         with Trainer(Path(out) / "launcher.log") as trainer:
             checkpoint = trainer.train(job)
-        read = tokens_read(token_file_hash(Path(data) / "train"), training, job.first_token)
         charge_run(ledger, training, open_source(checkpoint), Path(teacher) if teacher else None, read)
         for folder in (Path(out), checkpoint):  # beside the weights, so that what is made of them inherits their cost
             ledger.save(folder / LEDGER)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,21 @@ def test_another_index_is_another_file(tmp_path: Path) -> None:
 
 
 def test_the_last_token_must_have_one_to_predict() -> None:
-    check_end(99, [60, 40], None, ["a", "b"])
-    with pytest.raises(UserError, match=r"reads 100 tokens .* has 100 tokens"):
-        check_end(100, [60, 40], None, ["a", "b"])
-    check_end(100, [80, 30], [3.0, 1.0], ["a", "b"])
-    with pytest.raises(UserError, match=r"reads 75 tokens of a\.bin \(weight 3\), but it has 70"):
-        check_end(100, [70, 30], [3.0, 1.0], ["a", "b"])
+    check_end(98, 1, [60, 40], None, ["a", "b"])
+    with pytest.raises(UserError, match=r"reads 99 tokens .* has 100 tokens"):
+        check_end(99, 1, [60, 40], None, ["a", "b"])
+    check_end(90, 10, [61, 40], None, ["a", "b"])
+    with pytest.raises(UserError, match=r"reads 90 tokens .* has 100 tokens"):  # a sequence lies in one file
+        check_end(90, 10, [60, 40], None, ["a", "b"])
+
+
+def test_megatron_builds_a_little_more_of_each_file_of_a_blend() -> None:
+    """So that much must be there, or training stops when it has built its datasets."""
+    weights, names = [3.0, 1.0], ["a", "b"]
+    wanted = math.ceil(750 * 1.005) * 10
+    check_end(10_000, 10, [wanted + 1, 3_000], weights, names)
+    with pytest.raises(UserError, match=rf"reads {wanted:,} tokens of a\.bin \(weight 3\), but it has {wanted:,} "):
+        check_end(10_000, 10, [wanted, 3_000], weights, names)
 
 
 def test_a_damaged_index_or_a_cut_file_is_refused_wherever_it_is(tmp_path: Path) -> None:

@@ -178,9 +178,26 @@ def test_a_parents_own_ledger_counts(tmp_path: Path) -> None:
         assert child.charges[0].activity == "parent pretraining"
     with pytest.raises(UserError, match=r"counts 300 training tokens .* but 200 pretraining tokens are declared"):
         Ledger().inherit_checkpoint(tmp_path, DEPTH, 200)
+    with pytest.raises(UserError, match="counts 300 training tokens"):
+        Ledger().inherit_checkpoint(tmp_path, DEPTH, 301)  # nothing says that it was trained in steps
     declared_only = Ledger()
     declared_only.inherit_checkpoint(tmp_path / "none", DEPTH, 200)
     assert declared_only.total == (200, 200 * DEPTH.flops_per_token(training=True))
+
+
+def test_a_declaration_within_a_step_of_the_ledgers_count_is_that_count(tmp_path: Path) -> None:
+    """200e9 tokens of the paper's parent are 47,684 steps of 4,194,304: 200,001,191,936 tokens."""
+    step, exact = 512 * 8192, 200_001_191_936
+    own = Ledger()
+    own.charge("training", exact, DEPTH, 8192, training=True, tokens_per_step=step)
+    own.save(tmp_path / LEDGER)
+    for declared in (200_000_000_000, exact - step + 1, exact, exact + step - 1):
+        child = Ledger()
+        child.inherit_checkpoint(tmp_path, DEPTH, declared)
+        assert child.total.tokens == exact
+    for declared in (exact - step, exact + step):
+        with pytest.raises(UserError, match=r"counts 200,001,191,936 training tokens .* leave the declaration out"):
+            Ledger().inherit_checkpoint(tmp_path, DEPTH, declared)
 
 
 def test_a_finished_run_says_what_its_scratch_arm_learnt_from(results: Results, tmp_path: Path) -> None:

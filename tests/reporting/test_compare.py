@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(results: Results) -> None:
         ),
         (lambda r: r.hashes.update({"train tokens": "2"}), "data order differs, the SHA-256 of train tokens"),
         (lambda r: r.recipe["data"].update(seed=9), "data order differs, data.seed is 0 in runs/demo and 9 in"),
-        (lambda r: r.recipe["train"].update(seed=9, steps=5), "data order differs, train.seed is None in"),
+        (lambda r: r.recipe["train"].update(seed=9, steps=5), "data order differs, its seed is None in"),
         (lambda r: r.hashes.update({"validation tokens": "2"}), "validation set differs, the SHA-256 of its tokens"),
         (lambda r: r.recipe["train"].update(validation_samples=9), "validation set differs, train.validation_samples"),
         (lambda r: r.hashes.update({"test tokens": "2"}), "test set differs"),
@@ -190,7 +190,7 @@ def test_the_seeds_that_recipes_do_not_share_are_named(results: Results) -> None
     once = Run("runs/other", copy.deepcopy(twice[0].results))
     once.results.recipe["more"] = True
     once.results.arms = once.results.arms[:1]
-    with pytest.raises(UserError, match=r"train\.seed is 1 in runs/seed1 and 2 in runs/seed2 and 1 in runs/other"):
+    with pytest.raises(UserError, match=r"its seed is 1 in runs/seed1 and 2 in runs/seed2 and 1 in runs/other"):
         compare([*twice, once])
 
 

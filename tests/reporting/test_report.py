@@ -16,7 +16,11 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.figure import loss_panels
 from nemo_pvs.reporting.figure_gap import gap_against_ratio, gap_against_tokens, gap_curve, published_gaps
+from nemo_pvs.reporting.html import write_report
+from nemo_pvs.reporting.planned import pruned_arms
 from nemo_pvs.reporting.results import Results
+from nemo_pvs.scaling.evidence import Question, own_evidence
+from nemo_pvs.scaling.sources import read_series
 from nemo_pvs.verbs.results import report
 
 from .conftest import PARENT
@@ -219,3 +223,36 @@ def test_the_papers_gaps_are_those_of_its_points(results: Results) -> None:
     assert set(removed) == {1 - 4_540_469_248 / 8_030_261_248}
     assert "arXiv 2606.14150" in gap_against_tokens(results, reference=True)
     assert "arXiv 2606.14150" not in gap_against_tokens(results)
+
+
+def test_a_run_that_trained_a_parent_has_a_report_of_its_own(results: Results, tmp_path: Path) -> None:
+    """Without a pruned model, a gap, or anything removed; and seeds of it are repetitions as of any other."""
+    results.parent = None
+    results.recipe["train"] |= {"sequence_length": 64, "global_batch_size": 8}
+    results.recipe["targets"] = {"p200": {"method": "dense"}}
+    arm = results.arms[1]
+    arm.name, arm.target, arm.method, arm.shape = "p200, random", "p200", "dense", PARENT
+    results.arms = [arm]
+    folder = tmp_path / "run"
+    write_report(results, folder)
+    assert Results.load(folder / "results.json") == results
+    report([str(folder)])
+    tables, data = _read(folder)
+    page = (folder / "report.html").read_text()
+    assert "Trained from random weights: p200, random ended at 2.64 nats per token." in page
+    assert "It took 40,960 tokens and 3.49 × 10¹⁰ FLOPs (p200, random)." in page.replace("\u00a0", " ")
+    assert not re.search("parent|[Gg]ap:|missing", page.split("<main>")[1].split("<h2>Ledger</h2>")[0])
+    (row,) = tables["Results"][2:]
+    assert (row[0], row[2], row[9], row[10]) == ("p200, random", "–", "2.64", "–")
+    assert (data["parent"], data["arms"][0]["removed"], data["warnings"]) == (None, None, [])
+    with pytest.raises(UserError, match="no pruned arm"):
+        pruned_arms(str(folder))
+    (series,) = read_series([str(folder)])
+    assert (series.parent_parameters, series.ratio) == (None, None)
+    assert own_evidence(Question(1e9, 1e9, 2e9), [results]) == []
+
+    other = copy.deepcopy(results)
+    other.recipe["train"]["seed"] = 2
+    write_report(other, tmp_path / "two")
+    report([str(folder), str(tmp_path / "two")], out=str(tmp_path / "both"))
+    assert "2.64 ± 0.00" in (tmp_path / "both" / "report.md").read_text().replace("\u00a0", " ")
