@@ -139,7 +139,7 @@ class Target(Block):
     of: Literal["body", "total"] | None = None
     preset: str | None = None
     sparsity: Annotated[str | None, BeforeValidator(_pattern)] = None
-    search: Literal["contiguous", "greedy", "individual"] | None = None
+    search: Literal["contiguous", "greedy", "sleb", "individual"] | None = None
     task: str | None = None
     """Choose layers by tasks instead of the loss: as ``pvs evaluate --tasks`` takes them, or ``continuation``, made of
     the calibration split."""
