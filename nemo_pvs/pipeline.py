@@ -234,7 +234,7 @@ class Pipeline(RunFolder):
 
     def random(self, name: str, target: Target) -> None:
         """Draw the scratch baseline's initial weights for a target, under the same masks, as a NeMo checkpoint."""
-        folder, seed = self.folder / "random" / name, self.recipe.train.seed
+        folder, seed, scheme = self.folder / "random" / name, self.recipe.train.seed, self.recipe.train.initialisation
         masks: Masks
         keep: WeightSource | None
         if target.method == DENSE:
@@ -246,9 +246,11 @@ class Pipeline(RunFolder):
         inputs: dict[str, Any] = {"shape": Layout.for_config(config).shape(config).to_dict(), "seed": seed}
         if masks.names or keep:
             inputs["pruned"] = [self.results[f"prune/{name}"]["fingerprint"], target.keep_parent_embeddings]
+        if scheme != "megatron":
+            inputs["initialisation"] = scheme
 
         def work() -> dict[str, Any]:
-            drawn = RandomSource(config, seed, assets, torch.bfloat16, masks, keep)
+            drawn = RandomSource(config, seed, assets, torch.bfloat16, masks, keep, scheme)
             write_nemo(drawn, folder / NEMO)
             return {"fingerprint": fingerprint(open_source(folder / NEMO))}
 

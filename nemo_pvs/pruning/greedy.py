@@ -21,8 +21,8 @@ from nemo_pvs.pruning.sweep import LayerSweep, count_forwards, sweep_flops, swee
 from nemo_pvs.shape import Shape
 
 GREEDY = {"greedy": 0, "sleb": 1}
-"""Searches that remove layers one by one, and how many at each end stay unless something else is asked for: SLEB's code
-never tries the first layer that is left, nor the last (``early_barrier``, ``latter_barrier``)."""
+"""Searches that remove layers one by one, and how many stay at each end unless something else is asked for: SLEB's
+code never tries the first layer that is left, nor the last (``early_barrier``, ``latter_barrier``)."""
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,16 @@ def _depth(job: Job, target: Shape) -> Plan:
     with job.progress(f"scan layers ({search})", "layer passes") as show:
         if search in GREEDY:
             first, last = protected_ends(search, job.options.protect_first, job.options.protect_last)
-            ends = {"protect_first": first, "protect_last": last}
-            return plan_greedy(
-                scan_greedy(job.source, job.tokens(), remove, **ends, **job.compute, progress=show), search
+            scan_steps = scan_greedy(
+                job.source,
+                job.tokens(),
+                remove,
+                protect_first=first,
+                protect_last=last,
+                **job.compute,
+                progress=show,
             )
+            return plan_greedy(scan_steps, search)
         width = 1 if search == "individual" else remove
         scan = scan_windows(job.source, job.tokens(), width, **job.compute, progress=show)
     if search == "individual":

@@ -168,8 +168,8 @@ def _counts(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[l
 def _kept_counts(shape: Shape, rules: Rules) -> tuple[int, int]:
     """Return how many groups and neurons of a layer LLM-Pruner's code keeps (``prune_local`` of its MetaPruner).
 
-    Of n channels ``int(n (1 - ratio))`` stay, in Python's floats and without a guard: of 100 at a ratio of 0.34 that is
-    65. Keys are counted by channel, too, and a group goes for every ``head_dim`` of them that are to go.
+    Of n channels ``int(n (1 - ratio))`` stay, in Python's floats and without a guard: of 100 at a ratio of 0.34 these
+    are 65. Keys are counted by channel, too, and a group goes for every ``head_dim`` of them that are to go.
     """
     keys = shape.kv_groups * shape.head_dim
     due = keys - int(keys * (1 - rules.ratio))

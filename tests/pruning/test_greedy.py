@@ -75,7 +75,7 @@ def test_brute_force_bit_for_bit(remove: int, first: int, last: int, seed: int) 
 
 
 def test_sleb_never_removes_the_first_or_the_last_layer() -> None:
-    """SLEB's loop (jiwonsong-dev/SLEB, sleb.py): of the layers that are left all but the first and the last are tried."""
+    """The loop of SLEB's sleb.py tries all layers that are left but the first and the last."""
     model, tokens = six_layers(), token_set()
     for search, ends in (("sleb", (1, 1)), ("greedy", (0, 0))):
         made = _planned(model, tokens, search=search)

@@ -13,6 +13,7 @@ from scipy.stats import t as student
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling import fit as fit_module
+from nemo_pvs.scaling.advise import NOISE
 from nemo_pvs.scaling.estimate import Points, estimate, polish, predict
 from nemo_pvs.scaling.fit import LAWS, Form, fit, load_fits, save_fits
 from nemo_pvs.scaling.law import Bounds
@@ -137,6 +138,8 @@ def test_each_arm_of_figure_1_is_fitted(tmp_path: Path) -> None:
         found = next(one for one in fits if name in one.name).parameters
         assert (found["E"], found["beta"]) == (pytest.approx(floor, abs=0.03), pytest.approx(beta, abs=0.06))
     assert all("5 points for 3 parameters" in one.warnings[0] for one in fits)
+    squares, freedom = sum(len(one.series[0].tokens) * one.rmse**2 for one in fits), 4 * (5 - 3)
+    assert NOISE["nats"] == pytest.approx((2 * squares / freedom) ** 0.5, rel=0.03)
     write_figure(fits, tmp_path / "fit.svg")
     figure = (tmp_path / "fit.svg").read_text()
     assert all(one.name in figure for one in fits)
