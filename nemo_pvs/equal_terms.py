@@ -9,6 +9,7 @@ from nemo_pvs.checkpoint_ledger import DEPTH_SCAN, charge_scores, charge_trainin
 from nemo_pvs.masks_stage import charge_stage, is_trained_first
 from nemo_pvs.pruning.adapt_pruner import Settings
 from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
+from nemo_pvs.pruning.greedy import GREEDY, protected_ends
 from nemo_pvs.pruning.sweep import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.recipe import Arm, Recipe
 from nemo_pvs.recipe_blocks import Target
@@ -112,8 +113,8 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
 
 def _scan(target: Target, layers: int, removed: int) -> tuple[int, int]:
     """Return how many models a depth scan measures, the dense one included, and how often layers are run for it."""
-    if target.search == "greedy":
-        first, last = target.protect_first or 0, target.protect_last or 0
+    if target.search in GREEDY:
+        first, last = protected_ends(target.search, target.protect_first, target.protect_last)
         steps = [range(first, layers - last - step) for step in range(removed)]
         forwards = [count_forwards(layers - step, 1, starts, whole=step == 0) for step, starts in enumerate(steps)]
         return 1 + sum(map(len, steps)), sum(forwards)

@@ -284,7 +284,7 @@ class Pipeline(RunFolder):
 
     def random(self, name: str, target: Target) -> None:
         """Draw the scratch baseline's initial weights for a target, under the same masks, as a NeMo checkpoint."""
-        folder, seed = self.folder / "random" / name, self.recipe.train.seed
+        folder, seed, scheme = self.folder / "random" / name, self.recipe.train.seed, self.recipe.train.initialisation
         masks: Masks
         keep: WeightSource | None
         if target.method == DENSE:
@@ -296,7 +296,7 @@ class Pipeline(RunFolder):
         shape = Layout.for_config(config).shape(config)
 
         def work() -> dict[str, Any]:
-            drawn = RandomSource(config, seed, assets, torch.bfloat16, masks, keep)
+            drawn = RandomSource(config, seed, assets, torch.bfloat16, masks, keep, scheme)
             write_nemo(drawn, folder / NEMO)
             return {"fingerprint": fingerprint(open_source(folder / NEMO))}
 
@@ -306,6 +306,8 @@ class Pipeline(RunFolder):
     def random_inputs(self, name: str, target: Target, shape: Shape, *, masked: bool) -> dict[str, Any]:
         """Return what the random weights of a target depend on: its shape, and what they take of the pruned ones."""
         inputs: dict[str, Any] = {"shape": shape.to_dict(), "seed": self.recipe.train.seed}
+        if self.recipe.train.initialisation != "megatron":
+            inputs["initialisation"] = self.recipe.train.initialisation
         if masked or target.keep_parent_embeddings:
             inputs["pruned"] = [self.results[f"prune/{name}"]["fingerprint"], target.keep_parent_embeddings]
         return inputs

@@ -138,8 +138,8 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _ranges_hold_the_budgets(self) -> Recipe:
         for initialisation in sorted({arm for target in self.targets for arm in self.arms_of(target)}):
-            numbers = [budget for budget in self.budgets_of(initialisation) if not isinstance(budget, str)]
-            self._check_range(initialisation, max(numbers, default=0))
+            budgets = [self.train.for_budget(budget).tokens for budget in self._numbers(initialisation)]
+            self._check_range(initialisation, int(max(budgets, default=0)))
         return self
 
     @model_validator(mode="after")
@@ -180,6 +180,9 @@ class Recipe(Block):
         given: Sequence[float | Setting] = budgets
         return [budget if isinstance(budget, str) else int(budget) for budget in given]
 
+    def _numbers(self, initialisation: Initialisation) -> list[int]:
+        return [budget for budget in self.budgets_of(initialisation) if not isinstance(budget, str)]
+
     def distills(self, target: str, initialisation: Initialisation) -> bool:
         """Return whether arms of a kind learn from a teacher."""
         distill = self.train.distill
@@ -201,8 +204,7 @@ class Recipe(Block):
 
     def pruned_runs(self, target: str) -> list[Arm]:
         """Return the runs from a target's pruned weights, whether or not they are among ``arms``."""
-        numbers = [budget for budget in self.budgets_of("pruned") if not isinstance(budget, str)]
-        return [self._arm(target, "pruned", self._ending(budget), budget) for budget in numbers]
+        return [self._arm(target, "pruned", self._ending(budget), budget) for budget in self._numbers("pruned")]
 
     def matched_runs(self, target: str) -> Iterator[tuple[str, Setting, Arm]]:
         """Yield the random arms of a target whose budget is a setting: name, setting, the pruned arm to equal."""
@@ -212,8 +214,8 @@ class Recipe(Block):
 
     def _matched(self, target: str, setting: Setting) -> Iterator[tuple[str, Setting, Arm]]:
         pruned = self.pruned_runs(target)
-        for arm in pruned:
-            ending = self._ending(int(arm.training.tokens)) if len(pruned) > 1 else ""
+        for arm, budget in zip(pruned, self._numbers("pruned"), strict=True):
+            ending = self._ending(budget) if len(pruned) > 1 else ""
             yield f"{target}-random-{setting}{ending}", setting, arm
 
     def settled(self, tokens: Mapping[str, int]) -> Recipe:
@@ -251,8 +253,9 @@ class Recipe(Block):
     ) -> Arm:
         peak = self.targets[target].peak(initialisation, self.train.learning_rate)
         distill = self.train.distill if self.distills(target, initialisation) else None
-        changes = {"tokens": tokens, "learning_rate": peak, "distill": distill}
-        training = self.train.model_copy(update=changes)
+        # What a setting makes equal is counted in tokens that are seen, whatever budgets are counted in.
+        counted = self.train.model_copy(update={"paper_steps": False}) if setting else self.train
+        training = counted.for_budget(tokens).model_copy(update={"learning_rate": peak, "distill": distill})
         first, _ = self.data.token_ranges.of(initialisation)
         return Arm(
             name=f"{target}-{initialisation}{ending}",

@@ -140,7 +140,7 @@ class Target(Block):
     of: Literal["body", "total"] | None = None
     preset: str | None = None
     sparsity: Annotated[str | None, BeforeValidator(_pattern)] = None
-    search: Literal["contiguous", "greedy", "individual"] | None = None
+    search: Literal["contiguous", "greedy", "sleb", "individual"] | None = None
     task: str | None = None
     """Choose layers by tasks instead of the loss: as ``pvs evaluate --tasks`` takes them, or ``continuation``, made of
     the calibration split."""
@@ -240,6 +240,12 @@ class Training(Block):
     """The draws of a random initialisation, and the order of the training data unless ``data_seed`` is given."""
     data_seed: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
     """Order of the training data, where it is not to change with ``seed``; None where it is ``seed``."""
+    initialisation: Literal["megatron", "maxtext", "normal"] = Field(
+        default="megatron", exclude_if=lambda given: given == "megatron"
+    )
+    """How random weights are distributed (``checkpoints.initialisation``)."""
+    paper_steps: bool = Field(default=False, exclude_if=lambda given: not given)
+    """Count budgets as the paper's labels do, 2^20 tokens for a million (``for_budget``)."""
     dynamic_loading: DynamicLoading | None = Field(default=None, exclude_if=lambda given: given is None)
     """How much of a batch is of which domain, where ``data`` has domains."""
     distill: Distillation | None = Field(default=None, exclude_if=lambda given: given is None)
@@ -254,9 +260,21 @@ class Training(Block):
                 "micro_batch_size": True,
                 "checkpoints": True,
                 "mask_check_steps": True,
+                "initialisation": True,  # which the initial weights themselves are the witness of
                 "distill": {"teacher", "arms", "pretraining_tokens"},
             },
         )
+
+    def for_budget(self, tokens: int) -> Training:
+        """Return this training for a budget of the recipe, in tokens that are really seen.
+
+        With ``paper_steps`` a step of 4,194,304 tokens counts as 4.0e6, as in arXiv 2606.14150, whose 50 B are 12,500
+        steps and 52.4 B tokens; steps of other sizes are counted in the same proportion.
+        """
+        if self.paper_steps:
+            steps = max(1, round(tokens * 2**20 / (10**6 * self.tokens_per_step)))
+            tokens = steps * self.tokens_per_step
+        return self.model_copy(update={"tokens": tokens, "paper_steps": False})
 
     @property
     def tokens_per_step(self) -> int:

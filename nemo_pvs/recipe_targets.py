@@ -150,6 +150,7 @@ def _by_units(target: Target, parent: Shape, options: dict[str, Any]) -> Expecte
     rules = Rules(
         structure=structure if exact else "UL-MM",
         ratio=options["ratio"],
+        round_kept=target.method == "llm-pruner",
         **{name: options[name] for name in names if name in options},
     )
     # Where all layers that are pruned are alike the counts do not depend on the scores.

@@ -108,10 +108,13 @@ def final_shape(target: Target, parent: Shape) -> Shape:
 
 
 def adapt_parameters(target: Target, parent: Shape, stage: int) -> int:
-    """Return how many parameters may stay behind a stage of Adapt-Pruner, counted from 1; embeddings count."""
+    """Return how many parameters may stay after a stage of Adapt-Pruner, counted from 1; embeddings count.
+
+    What goes is rounded down, as in the published scripts.
+    """
     assert target.ratio is not None
     last = parameters_left(parent, target.ratio, target.of or "total")
-    return parent.parameters - round((parent.parameters - last) * stage / stages_of(target))
+    return parent.parameters - (parent.parameters - last) * stage // stages_of(target)
 
 
 def shrunk(parent: Shape, parameters: int) -> Shape:

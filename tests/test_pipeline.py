@@ -426,6 +426,7 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
         "width": {"method": "minitron-width", "hidden": 32, "ffn": 48},
         "depth": scanned,
         "greedy": {**scanned, "search": "greedy", "protect_first": 1},
+        "sleb": {**scanned, "layers": 3, "search": "sleb"},
         "one_by_one": {**scanned, "search": "individual"},
         "wanda": wanda,
         "wanda_at_once": {**wanda, "sequential": False},
@@ -447,6 +448,7 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
     for name, models, forwards in (
         ("depth", 4, 4 + 2 + 1 + 0),
         ("greedy", 6, (4 + 2 + 1 + 0) + (2 + 1 + 0)),
+        ("sleb", 3, 4 + 2 + 1),
         ("one_by_one", 5, 4 + 3 + 2 + 1 + 0),
     ):
         counted = _multiplications(lambda name=name: pipeline.prune(name, pipeline.recipe.targets[name]))

@@ -302,3 +302,48 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
     text = yaml.safe_dump(packaged.model_dump(), sort_keys=False)
     (tmp_path / "recipe.yaml").write_text("\ufeff" + text, encoding="utf-8")
     assert load_recipe(str(tmp_path / "recipe.yaml")) == packaged
+
+
+def test_budgets_are_counted_in_steps_as_the_paper_labels_them(values):
+    """The steps that scripts/run/env.sh of zlab-princeton/pruning-vs-scratch names."""
+    published = {"10B": 2500, "30B": 7500, "50B": 12_500, "250B": 62_500, "500B": 125_000}
+    budgets = [10e9, 30e9, 50e9, 250e9, 500e9]
+    for sequence, batch in ((8192, 512), (4096, 1024)):
+        train = {"sequence_length": sequence, "global_batch_size": batch, "validation_samples": batch}
+        train = {**values["train"], **train, "paper_steps": True}
+        recipe = _recipe(values, train=train, budgets=budgets, arms=["pruned"])
+        runs = {arm.name.removeprefix("width-pruned-"): arm for arm in recipe.runs if arm.target == "width"}
+        assert {label: arm.training.steps for label, arm in runs.items()} == published
+        assert runs["50B"].tokens == 12_500 * 4_194_304, "tokens that are seen"
+    # Steps of another size see as many tokens, to the nearest step; only labels know of it.
+    tiny = _recipe(values, train={**values["train"], "paper_steps": True}, budgets=[10e6], arms=["pruned"])
+    assert (tiny.runs[0].name, tiny.runs[0].tokens) == ("width-pruned-10M", 10_485_760)
+    assert not tiny.runs[0].training.paper_steps
+    assert _recipe(values, budgets=[10e6]).runs[0].tokens == -(-10_000_000 // 2048) * 2048
+
+
+def test_ranges_and_settings_count_the_tokens_that_are_seen(values):
+    train = {**values["train"], "paper_steps": True}
+    ranges = {"token_ranges": {"pruned": [0, 10e6]}}
+    with pytest.raises(UserError, match=r"a budget of 10,485,760 tokens for pruned arms goes past the end"):
+        _recipe(values, train=train, budgets=[10e6], arms=["pruned"], data={**values["data"], **ranges})
+    budgets = {"pruned": [1e6, 10e6], "random": ["equal-training-tokens"]}
+    recipe = _recipe(values, train=train, budgets=budgets)
+    matched = {name: arm.tokens for name, _, arm in recipe.matched_runs("width")}
+    assert matched == {
+        "width-random-equal-training-tokens-1M": 1_048_576,
+        "width-random-equal-training-tokens-10M": 10_485_760,
+    }
+    settled = recipe.settled(matched | dict.fromkeys(_depth(recipe), 1))
+    random = [arm.tokens for arm in settled.runs if (arm.target, arm.initialisation) == ("width", "random")]
+    assert random == [1_048_576, 10_485_760], "a budget that was worked out is not scaled again"
+
+
+def test_initialisation_is_part_of_random_weights_alone(values):
+    plain, drawn = (
+        _recipe(values, train={**values["train"], **given}).train for given in ({}, {"initialisation": "maxtext"})
+    )
+    assert plain.identity == drawn.identity, "a pruned arm does not depend on it"
+    assert "initialisation" not in plain.model_dump()
+    assert "paper_steps" not in plain.model_dump()
+    assert drawn.model_dump()["initialisation"] == "maxtext"

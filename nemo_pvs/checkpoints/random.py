@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 
+from nemo_pvs.checkpoints.initialisation import Initialisation, distribution
 from nemo_pvs.checkpoints.masks import Masks, NoMasks
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.layout import Entry, Layout, Part
 
 
 class RandomSource:
-    """A model drawn as Megatron draws it, the same on every layout and machine.
+    """A model drawn at random, the same on every layout and machine.
 
-    Matrices are normal with standard deviation ``initializer_range``; those that write into the residual stream
-    (attention output, MLP down) are divided by ``sqrt(2 L)`` as in GPT-2 and Megatron; norms are one, biases
-    zero. Each tensor has a generator of its own, seeded by the seed and its name, so that tensors can be read in any
-    order.
+    Matrices are distributed as ``initialisation.distribution`` says; norms are one, biases zero. Each tensor has a
+    generator of its own, seeded by the seed and its name, so that tensors can be read in any order.
     """
 
     def __init__(
@@ -31,6 +30,7 @@ class RandomSource:
         dtype: torch.dtype = torch.float32,
         masks: Masks | None = None,
         keep: WeightSource | None = None,
+        initialisation: Initialisation = "megatron",
     ) -> None:
         """Prepare; a tensor is drawn when it is read.
 
@@ -42,6 +42,7 @@ class RandomSource:
             masks: Of the sparse model that this is the baseline of: drawn weights are zero under them, too.
             keep: Model whose embedding and vectors (norms, biases) stay as they are, as the scratch baseline of the
                 code published with 2606.14150 does; a parent's embedding makes it a weaker baseline.
+            initialisation: How matrices are distributed.
         """
         self.config = config
         self.assets = assets
@@ -49,6 +50,7 @@ class RandomSource:
         self._seed = seed
         self._dtype = dtype
         self._keep = keep
+        self._initialisation: Initialisation = initialisation
         self._masked = frozenset(self.masks.names)
         self._shape = Layout.for_config(config).shape(config)
         self._parts = Layout.for_config(config).parts(self._shape)
@@ -65,9 +67,7 @@ class RandomSource:
         size = part.size(self._shape)
         if len(size) == 1:
             return torch.full(size, 0.0 if name.endswith(".bias") else 1.0, dtype=self._dtype)
-        deviation = float(self.config.get("initializer_range", 0.02))
-        if entry.layer is not None and part.axes[0] == "hidden":
-            deviation /= (2 * self._shape.layers) ** 0.5
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.empty(size).normal_(0, deviation, generator=generator).to(self._dtype)
+        drawn_from = distribution(self._initialisation, part, entry, self._shape, self.config)
+        return drawn_from.draw(size, generator).to(self._dtype)

@@ -42,7 +42,8 @@ class Settings:
     kv_groups_multiple: int = 1
     """KV groups, too."""
     compat: bool = False
-    """Take the last iteration's step whole, as the published script does: below the target by up to a 1 / T."""
+    """Take the last iteration's step whole, as the published script does: below the target by up to a 1 / T. And round
+    counts without a guard, so that half of 2,560 channels may be 1,279 where sparsities were added up."""
 
     def check(self) -> None:
         """Raise UserError unless the numbers make sense."""
@@ -100,9 +101,9 @@ def kept_sizes(start: Shape, current: Shape, sparsity: torch.Tensor, settings: S
     sizes = []
     for layer, share in enumerate(sparsity.tolist()):
         first, now = start.at(layer), current.at(layer)
-        ffn = _left(first.ffn, now.ffn, share, settings.ffn_multiple)
-        group = start.head_dim
-        keys = _left(first.kv_groups * group, now.kv_groups * group, share, settings.kv_groups_multiple * group)
+        group, guard = start.head_dim, 0.0 if settings.compat else _GUARD
+        ffn = _left(first.ffn, now.ffn, share, settings.ffn_multiple, guard)
+        keys = _left(first.kv_groups * group, now.kv_groups * group, share, settings.kv_groups_multiple * group, guard)
         if ffn < 1 or keys < group:
             raise UserError(
                 f"Adapt-Pruner would prune layer {layer} to nothing (sparsity {share:.2f}); choose a lower ratio, "
@@ -168,9 +169,9 @@ def plan_adapt_pruner(
     return _plan(start, list(zip(plan.keep_kv_groups, plan.keep_ffn, strict=True)), provenance)
 
 
-def _left(first: int, now: int, sparsity: float, multiple: int) -> int:
+def _left(first: int, now: int, sparsity: float, multiple: int, guard: float) -> int:
     """Return how many of ``now`` channels stay, of ``first`` at the start; they go in multiples."""
-    due = now - int(first * (1 - min(sparsity, _MOST)) + _GUARD)
+    due = now - int(first * (1 - min(sparsity, _MOST)) + guard)
     return now - max(0, due) // multiple * multiple
 
 

@@ -18,8 +18,8 @@ from nemo_pvs.pruning.sweep import LayerSweep, count_forwards, sweep_flops, swee
 from nemo_pvs.shape import Shape
 
 METHOD = "minitron-depth"
-SEARCHES = ("contiguous", "greedy", "individual")
-"""Ways to find the layers by loss: ``scan_windows``, ``greedy.scan_greedy``, ``scan_windows`` of one layer."""
+SEARCHES = ("contiguous", "greedy", "sleb", "individual")
+"""Ways to find the layers by loss: ``scan_windows``, ``greedy.scan_greedy`` twice, ``scan_windows`` of one layer."""
 
 
 @dataclass(frozen=True)

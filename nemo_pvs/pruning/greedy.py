@@ -1,4 +1,7 @@
-"""Greedy depth pruning: remove the layer that is missed least, measure again, repeat (SLEB, 2402.09025)."""
+"""Greedy depth pruning: remove the layer that is missed least, measure again, repeat.
+
+SLEB (2402.09025) is this with the first and the last layer protected.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,10 @@ from nemo_pvs.pruning.depth import METHOD, layer_plan, unprotected
 from nemo_pvs.pruning.plan import Indices, Plan
 from nemo_pvs.pruning.sweep import LayerSweep, count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.shape import Shape
+
+GREEDY = {"greedy": 0, "sleb": 1}
+"""Searches that remove layers one by one, and how many stay at each end unless something else is asked for: SLEB's
+code never tries the first layer that is left, nor the last (``early_barrier``, ``latter_barrier``)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,12 @@ class GreedyScan:
         losses = self.losses[:remove]
         forwards = sum(_step_forwards(self.shape.layers, min(self.losses[0]), list(map(len, losses))))
         return replace(self, removed=self.removed[:remove], losses=losses, layer_forwards=forwards)
+
+
+def protected_ends(search: str, protect_first: int | None, protect_last: int | None) -> tuple[int, int]:
+    """Return how many layers at the input and at the output a search of ``GREEDY`` leaves alone."""
+    default = GREEDY[search]
+    return default if protect_first is None else protect_first, default if protect_last is None else protect_last
 
 
 def scan_greedy(
@@ -141,12 +154,17 @@ def scan_greedy(
     )
 
 
-def plan_greedy(scan: GreedyScan) -> Plan:
-    """Remove the layers that a greedy scan found; ``scan.first(k)`` for fewer of them."""
+def plan_greedy(scan: GreedyScan, search: str = "greedy") -> Plan:
+    """Remove the layers that a greedy scan found; ``scan.first(k)`` for fewer of them.
+
+    Args:
+        scan: What ``scan_greedy`` measured.
+        search: What it is called, of ``GREEDY``.
+    """
     provenance = {
         "model_fingerprint": scan.model_fingerprint,
         "tokens": scan.tokens,
-        "settings": {"search": "greedy", "removed": len(scan.removed)},
+        "settings": {"search": search, "removed": len(scan.removed)},
         "dense_loss": scan.dense_loss,
         "order": list(scan.removed),
         "losses": [losses[layer] for losses, layer in zip(scan.losses, scan.removed, strict=True)],

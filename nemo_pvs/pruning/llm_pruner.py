@@ -32,7 +32,8 @@ def plan_llm_pruner(
     Args:
         scores: What ``calibrate`` measured, with gradients.
         ratio: Share of the weights in the decoder layers' matrices that goes; with the published structure, UL-UM,
-            the share of KV groups and of FFN channels of every layer that is not protected, each rounded down.
+            of the FFN channels of every layer that is not protected ``int(n (1 - ratio))`` stay, and of its KV groups
+            go as many as the key channels that are to go fill.
         metric: param_first, param_second, param_mix or vectorize (``calibration.taylor.METRICS``).
         structure: UL-UM, UL-MM, AL-MM or AL-AM (``pruning.unit_counts.STRUCTURES``).
         remove_groups: KV groups removed per layer, for UL-MM and AL-MM; by default the ratio of them.
@@ -61,6 +62,7 @@ def plan_llm_pruner(
         uniform,
         ffn_multiple,
         kv_groups_multiple,
+        round_kept=True,
         protect_first=protect_first,
         protect_last=protect_last,
     )

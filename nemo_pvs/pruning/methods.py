@@ -11,10 +11,10 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.adapt_measure import LayerMeasure
 from nemo_pvs.pruning.adapt_pruner import Settings, plan_adapt_pruner
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
+from nemo_pvs.pruning.depth import SEARCHES, layers_to_remove, plan_depth, plan_individual, scan_windows
 from nemo_pvs.pruning.depth_task import plan_task, scan_task
 from nemo_pvs.pruning.flap import plan_flap
-from nemo_pvs.pruning.greedy import plan_greedy, scan_greedy
+from nemo_pvs.pruning.greedy import GREEDY, plan_greedy, protected_ends, scan_greedy
 from nemo_pvs.pruning.job import Job, Options
 from nemo_pvs.pruning.joint import plan_joint
 from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
@@ -105,8 +105,8 @@ def _planned(job: Job, plan: Plan) -> Pruned:
 def _depth(job: Job, target: Shape) -> Plan:
     search = job.options.search or "contiguous"
     remove = layers_to_remove(shape_of(job.source), target)
-    if search not in {"contiguous", "greedy", "individual"}:
-        raise UserError(f"--search is {search!r}; choose contiguous, greedy or individual.")
+    if search not in SEARCHES:
+        raise UserError(f"--search is {search!r}; choose {', '.join(SEARCHES)}.")
     if job.options.task is not None and job.task_score is not None:
         if search != "contiguous":
             raise UserError("--task compares contiguous runs of layers; leave --search out.")
@@ -119,12 +119,18 @@ def _depth(job: Job, target: Shape) -> Plan:
     if job.options.task_limit is not None:
         raise UserError("--task-limit is about --task; give both, or neither.")
     with job.progress(f"scan layers ({search})", "layer passes") as show:
-        if search == "greedy":
-            return plan_greedy(
-                scan_greedy(
-                    job.source, job.tokens(), remove, **job.options.given(*_PROTECT), **job.compute, progress=show
-                )
+        if search in GREEDY:
+            first, last = protected_ends(search, job.options.protect_first, job.options.protect_last)
+            scan_steps = scan_greedy(
+                job.source,
+                job.tokens(),
+                remove,
+                protect_first=first,
+                protect_last=last,
+                **job.compute,
+                progress=show,
             )
+            return plan_greedy(scan_steps, search)
         width = 1 if search == "individual" else remove
         scan = scan_windows(job.source, job.tokens(), width, **job.compute, progress=show)
     if search == "individual":

@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.pruning.costs import sparse_calibration_flops
+from nemo_pvs.pruning.greedy import GREEDY, protected_ends
 from nemo_pvs.pruning.job import Options
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.result import Pruned
@@ -55,7 +56,7 @@ def _search(plan: Plan, options: Options) -> dict[str, Any]:
 
 def _candidates(parent: Shape, options: Options, steps: int) -> int:
     """Return how many models without some layers were measured, of which a greedy search notes the best of a step."""
-    if options.search != "greedy":
+    if options.search not in GREEDY:
         return steps
-    free = parent.layers - (options.protect_first or 0) - (options.protect_last or 0)
+    free = parent.layers - sum(protected_ends(options.search, options.protect_first, options.protect_last))
     return sum(free - step for step in range(steps))

@@ -40,6 +40,8 @@ class Rules:
     """The same for KV groups."""
     compat: bool = False
     """Count a KV group as one head of multi-head attention, as FLAP's published script does."""
+    round_kept: bool = False
+    """UL-UM rounds down what stays, as LLM-Pruner's code does, and not what goes, as FLAP's does: ``_kept_counts``."""
     protect_first: int = 0
     """Layers at the input that keep all units. In UL-UM the ratio is that of each other layer, as LLM-Pruner's is;
     else the others lose more, so that the ratio of all is reached."""
@@ -152,12 +154,26 @@ def _counts(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[l
             _best_overall(groups, groups.numel() - removed, rules.kv_groups_multiple),
             _best_overall(ffn, ffn.numel() - _neurons(budget, removed, 1), rules.ffn_multiple),
         )
+    if rules.structure == "UL-UM" and rules.round_kept:
+        kept_groups, kept_ffn = _kept_counts(shape, rules)
+        return [kept_groups] * layers, [kept_ffn] * layers
     removed = _groups(budget, 1)
     if rules.structure == "UL-UM":
         neurons = int(rules.ratio * shape.ffn + _GUARD)
     else:
         neurons = _neurons(budget, layers * removed, layers)
     return [shape.kv_groups - removed] * layers, [shape.ffn - neurons] * layers
+
+
+def _kept_counts(shape: Shape, rules: Rules) -> tuple[int, int]:
+    """Return how many groups and neurons of a layer LLM-Pruner's code keeps (``prune_local`` of its MetaPruner).
+
+    Of n channels ``int(n (1 - ratio))`` stay, in Python's floats and without a guard: of 100 at a ratio of 0.34 these
+    are 65. Keys are counted by channel, too, and a group goes for every ``head_dim`` of them that are to go.
+    """
+    keys = shape.kv_groups * shape.head_dim
+    due = keys - int(keys * (1 - rules.ratio))
+    return max(shape.kv_groups - due // shape.head_dim, rules.kv_groups_multiple), int(shape.ffn * (1 - rules.ratio))
 
 
 def _groups(budget: _Budget, layers: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,11 +62,35 @@ NOTES = (
 def notes_of(runs: SideBySide) -> list[str]:
     """Return the notes below the table of these runs."""
     notes = [note for note in NOTES if note != _GAP or runs.results.parent]
+    notes += _of_training(runs)
     if runs.seeds == 1:
         return notes
     counts = ", ".join(f"{arm.name} {len(runs.repetitions[arm.name])}" for arm in runs.results.arms)
     repeated = f"Means over runs with different seeds ± their standard deviation; runs: {counts}."
     return [repeated if note == _ONE_RUN else note for note in notes]
+
+
+_INITIALISATIONS = {
+    "megatron": "as Megatron draws them: with a standard deviation of 0.02 (initializer_range), divided by √(2 L) in "
+    "attention outputs and MLP down projections, as in GPT-2",
+    "maxtext": "as the MaxText of the published runs (arXiv 2606.14150) draws them, so that scratch begins where "
+    "theirs did: by 1 / √(inputs), queries by another √(head size), embeddings with 0.02",
+    "normal": "with a standard deviation of 0.02 (initializer_range) everywhere, as the published sparse baselines "
+    "(arXiv 2606.14150) were",
+}
+_PAPER_STEPS = (
+    "Budgets in names are counted as the paper labels its runs, 2^20 tokens for a million; all other numbers are of "
+    "tokens that were seen."
+)
+
+
+def _of_training(runs: SideBySide) -> list[str]:
+    """Return how random weights were drawn, and what budgets count, as far as the recipes say."""
+    trained = [train for run in runs.runs if isinstance(train := run.results.recipe.get("train"), Mapping)]
+    drawn = any(arm.initialisation == "random" for run in runs.runs for arm in run.results.arms)
+    schemes = dict.fromkeys(str(train.get("initialisation", "megatron")) for train in trained) if drawn else {}
+    notes = [f"Random weights are drawn {_INITIALISATIONS[scheme]}." for scheme in schemes]
+    return [*notes, *[_PAPER_STEPS] * any(train.get("paper_steps") for train in trained)]
 
 
 def outcome(results: Results) -> str:

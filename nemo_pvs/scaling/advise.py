@@ -15,9 +15,11 @@ from nemo_pvs.scaling.evidence import Evidence, Question, Setting, own_evidence,
 Choice = Literal["prune", "scratch", "either", "unknown"]
 Sureness = Literal["likely", "tentative", "unknown"]
 
-NOISE = {"nats": 0.03, "points": 1.0}
-"""Differences up to these are taken for none. Nats: curves fitted to the published losses leave up to 0.025 (rmse,
-tests/scaling). Points: our choice; all published comparisons are single runs, and most differ by 0.4 to 1.4."""
+NOISE = {"nats": 0.0355, "points": 1.0}
+"""Differences up to these are taken for none. Nats: the standard deviation of a difference of two published losses, as
+curves fitted to them leave it: 0.025 each over the 8 degrees of freedom that 20 points leave 12 parameters
+(tests/scaling). It is no interval of 95 %, which would be 0.08; a verdict is likely only where two comparisons agree.
+Points: our choice; all published comparisons are single runs, and most differ by 0.4 to 1.4."""
 _FINEST_FIRST = ("sparse", "width", "depth")
 
 

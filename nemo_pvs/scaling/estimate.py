@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares, nnls
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.law import BILLION, Conditions, Law, names
@@ -19,8 +19,16 @@ _HUBER = 0.01
 """Residuals of ln(loss) beyond which a point counts linearly: 1 % of the loss. Hoffmann et al. (2203.15556) take
 0.001, which is a fit of medians and wastes points that are as good as validation losses are."""
 _STARTS = 200
+_RIDGE = 1e-12
 _POLISHED = 5
-_TINY = 1e-9
+_MOST_STEPS = 200
+_FIRST_DAMPING = 1e-3
+_MOST_DAMPING = 1e12
+_ENOUGH = 1e-8
+"""Share of the cost: a step that gains less is the last one."""
+_STEP = 1e-7
+"""Of the derivatives' differences; parameters have the size of losses and exponents."""
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -60,40 +68,87 @@ def estimate(law: Law, points: Points, *, seed: int = 0) -> Array:
     generator = np.random.default_rng(seed)
     low, high = np.array([(bounds.low, bounds.high) for bounds in law.exponents]).T
     drawn = low + (high - low) * generator.random((_STARTS, len(low)))
-    starts = sorted((_start(law, points, exponents) for exponents in drawn), key=lambda start: start[0])
-    polished = [polish(law, points, start) for _, start in starts[:_POLISHED]]
-    return min(polished, key=lambda fitted: fitted[0])[1]
+    errors, starts = _starts(law, points, drawn)
+    costs, polished = polish(law, points, starts[np.argsort(errors)[:_POLISHED]])
+    return np.asarray(polished[np.argmin(costs)], np.float64)
 
 
-def polish(law: Law, points: Points, start: Array) -> tuple[float, Array]:
-    """Return the robust cost and the parameters of the minimum next to ``start``.
+def polish(law: Law, points: Points, starts: Array, losses: Array | None = None) -> tuple[Array, Array]:
+    """Return the robust costs [fits] and the parameters [fits, parameters] of the minima next to ``starts``.
+
+    All fits take their Levenberg-Marquardt steps together, which makes the hundreds of a bootstrap as fast as a few.
+    Huber's loss enters as weights, and a parameter at its bound stays there while the gradient points outwards.
 
     Tokens are counted in their geometric mean meanwhile: in billions, the coefficient and the exponent of a run of a
     million tokens can only move together, and the search stops half-way.
+
+    Args:
+        law: which law.
+        points: where it is fitted.
+        starts: parameters to start from, [fits, parameters].
+        losses: of every fit, [fits, points]; None: all are fitted to those of ``points``.
     """
     low, high = _bounds(law)
-    measured = np.log(points.losses)
     unit = float(np.exp(np.mean(np.log(points.tokens / BILLION))))
     points = replace(points, tokens=points.tokens / unit)
+    measured = np.log(points.losses[None] if losses is None else losses)
+    measured = np.broadcast_to(measured, (len(starts), len(points.tokens)))
+    values = np.clip(_counted_in(law, starts, unit), low, high)
+    off, slopes = _residuals(law, values, points, measured)
+    costs = _huber(off)
+    damping = np.full(len(starts), _FIRST_DAMPING)
+    moving = np.arange(len(starts))
+    for _ in range(_MOST_STEPS):
+        now = values[moving]
+        weights = 1 / np.maximum(1, np.abs(off[moving]) / _HUBER)
+        gradient = np.einsum("mn,mnp->mp", weights * off[moving], slopes[moving])
+        curvature = np.einsum("mn,mnp,mnq->mpq", weights, slopes[moving], slopes[moving])
+        stuck = ((now <= low) & (gradient > 0)) | ((now >= high) & (gradient < 0))
+        curvature[stuck[:, :, None] | stuck[:, None, :]] = 0
+        diagonal = np.einsum("mpp->mp", curvature)
+        diagonal += damping[moving, None] * diagonal + _TINY
+        tried = np.clip(now - np.linalg.solve(curvature, np.where(stuck, 0, gradient)[:, :, None])[:, :, 0], low, high)
+        tried_off, tried_slopes = _residuals(law, tried, points, measured[moving])
+        tried_costs = _huber(tried_off)
+        gain = costs[moving] - tried_costs
+        better = gain > 0
+        taken = moving[better]
+        values[taken], off[taken], slopes[taken] = tried[better], tried_off[better], tried_slopes[better]
+        costs[taken] = tried_costs[better]
+        damping[moving] *= np.where(better, 0.2, 5.0)
+        done = (better & (gain <= _ENOUGH * tried_costs)) | (damping[moving] > _MOST_DAMPING)
+        moving = moving[~done]
+        if not len(moving):
+            break
+    return costs, _counted_in(law, values, 1 / unit)
 
-    def residuals(values: Array) -> Array:
-        # Far from the data a curve may leave what a double holds; such a step is bad, not an error.
-        with np.errstate(all="ignore"):
-            fitted = np.log(np.maximum(predict(law, values, points), _TINY))
-        return np.nan_to_num(fitted - measured, nan=1e3, posinf=1e3, neginf=-1e3)
 
-    inside = np.clip(_counted_in(law, start, unit), low + _TINY, np.where(np.isfinite(high), high - _TINY, high))
-    found = least_squares(
-        residuals, inside, bounds=(low, high), loss="huber", f_scale=_HUBER, x_scale="jac", max_nfev=400
-    )
-    return float(found.cost), _counted_in(law, np.asarray(found.x, np.float64), 1 / unit)
+def _residuals(law: Law, values: Array, points: Points, measured: Array) -> tuple[Array, Array]:
+    """Return ln(fitted) - ln(measured) [fits, points] and its derivatives [fits, points, parameters]."""
+
+    def log_loss(moved: Array) -> Array:
+        return np.asarray(np.log(law.curve(list(moved.T[:, :, None]), points.at).loss(points.tokens)), np.float64)
+
+    # Far from the data a curve may leave what a double holds; such a step is bad, not an error.
+    with np.errstate(all="ignore"):
+        here = log_loss(values)
+        slopes = (
+            np.stack([log_loss(values + step) - here for step in _STEP * np.eye(values.shape[1])], axis=-1) / _STEP
+        )
+        off = here - measured
+    return np.nan_to_num(off, nan=1e3, posinf=1e3, neginf=-1e3), np.nan_to_num(slopes, nan=0, posinf=0, neginf=0)
+
+
+def _huber(off: Array) -> Array:
+    size = np.abs(off)
+    return np.sum(np.where(size <= _HUBER, off**2 / 2, _HUBER * (size - _HUBER / 2)), axis=-1)
 
 
 def _counted_in(law: Law, values: Array, unit: float) -> Array:
-    """Return the parameters of the same curves for tokens that are counted in so many of what they were."""
+    """Return the parameters [fits, parameters] of the same curves for tokens counted in another unit."""
     exponent, coefficient = names(law).index("beta"), names(law).index(law.of_tokens)
-    moved = values.copy()
-    moved[coefficient] *= unit ** -values[exponent]
+    moved = np.array(values, np.float64)
+    moved[:, coefficient] *= unit ** -moved[:, exponent]
     return moved
 
 
@@ -102,17 +157,33 @@ def predict(law: Law, values: Array, points: Points) -> Array:
     return np.asarray(law.curve(values.tolist(), points.at).loss(points.tokens), np.float64)
 
 
-def _start(law: Law, points: Points, exponents: Array) -> tuple[float, Array]:
-    """Return the error and the parameters of the best coefficients for given exponents."""
-    zeros = np.zeros(len(law.coefficients))
-    offset = predict(law, np.concatenate([exponents, zeros]), points)
-    columns = [
-        predict(law, np.concatenate([exponents, unit]), points) - offset for unit in np.eye(len(law.coefficients))
-    ]
-    features = np.column_stack(columns) / points.losses[:, None]
-    size = np.linalg.norm(features, axis=0)
-    coefficients, error = nnls(features / size, (points.losses - offset) / points.losses)
-    return float(error), np.concatenate([exponents, coefficients / size])
+def _starts(law: Law, points: Points, exponents: Array) -> tuple[Array, Array]:
+    """Return the errors [starts] and the parameters of the best coefficients for given exponents [starts, exponents].
+
+    There are two or three coefficients of 0 or more: the best are the least squares of one of their subsets.
+    """
+    given = list(exponents.T[:, :, None])
+
+    def losses(coefficients: Array) -> Array:
+        return np.asarray(law.curve([*given, *coefficients], points.at).loss(points.tokens), np.float64)
+
+    count = len(law.coefficients)
+    offset = losses(np.zeros(count))
+    features = np.stack([losses(unit) - offset for unit in np.eye(count)], axis=-1) / points.losses[:, None]
+    size = np.linalg.norm(features, axis=1)
+    features /= size[:, None, :]
+    wanted = (points.losses - offset) / points.losses
+    best, errors = np.zeros((len(exponents), count)), np.sum(wanted**2, axis=1)
+    for chosen in product((False, True), repeat=count):
+        some = features[:, :, chosen]
+        squares = np.swapaxes(some, 1, 2) @ some + _RIDGE * np.eye(some.shape[2])
+        solved = np.linalg.solve(squares, np.swapaxes(some, 1, 2) @ wanted[:, :, None])[:, :, 0]
+        error = np.sum((wanted - np.einsum("mnp,mp->mn", some, solved)) ** 2, axis=1)
+        better = (error < errors) & (solved >= 0).all(axis=1)
+        errors[better] = error[better]
+        best[better] = 0
+        best[np.ix_(better, chosen)] = solved[better]
+    return errors, np.concatenate([exponents, best / size], axis=1)
 
 
 def _bounds(law: Law) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""A fitted law: parameters with bootstrap intervals, how well it meets points it has not seen, and its file."""
+"""A fitted law: parameters with calibrated intervals, how well it meets points it has not seen, and its file."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ LAWS: dict[str, Law] = {P2.name: P2(), Chinchilla.name: Chinchilla(), PerRun.nam
 _POINTS_A_PARAMETER = 3
 _EDGE = 1e-4
 
-DRAWS = 200
+DRAWS = 399
+"""With this many, an interval ends exactly at a draw (``interval``)."""
 CONFIDENCE = 95.0
-"""Per cent of the draws that lie in an interval."""
+"""Per cent of the intervals that hold the truth."""
+FEWEST_DRAWS = 39
+"""With fewer, even the whole range of the draws is narrower than an interval of 95 % should be."""
+_BLOCK = 100
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Fit:
     values: list[float]
     """Exponents, then coefficients, in the law's order; parameters and tokens in billions."""
     draws: list[list[float]]
-    """The same from resampled residuals (bootstrap)."""
+    """The same, each from losses drawn around the fitted law (``_draw``)."""
+    noise: list[float]
+    """The standard deviation of ln(loss) with which each draw's losses were drawn."""
     rmse: float
     """Nats per token, over the points of the fit."""
     slope_difference: float | None
@@ -66,16 +72,15 @@ class Fit:
 
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """The interval of each parameter: percentiles of its draws."""
-        low, high = percentiles(np.array(self.draws))
+        """The 95 % interval of each parameter."""
+        low, high = interval(np.array(self.draws))
         return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names(self.law))}
 
     @property
-    def residuals(self) -> Array:
-        """ln(measured) - ln(fitted) of every point, as large as they would be without the fit's own freedom."""
+    def scatter(self) -> float:
+        """The standard deviation of ln(loss) around the law, by the degrees of freedom that the fit has left."""
         points = Points.of(self.series)
-        raw = np.log(points.losses) - np.log(predict(self.law, np.array(self.values), points))
-        return raw * math.sqrt(len(raw) / (len(raw) - len(self.values)))
+        return _scatter(points, predict(self.law, np.array(self.values), points), len(self.values))
 
     @property
     def range(self) -> tuple[float, float]:
@@ -97,14 +102,16 @@ def fit(
     Args:
         form: which law.
         series: for ``per-run`` one, for the others several.
-        draws: of the bootstrap. Residuals are resampled as if points were independent; those of one training run are
-            not quite, so its intervals are somewhat too narrow.
+        draws: for the intervals. Losses are drawn as if points were independent; those of one training run are not
+            quite, so its intervals are somewhat too narrow.
         seed: of the starts and draws.
         progress: called with draws done and in all.
 
     Raises:
-        UserError: the series cannot determine the law's parameters.
+        UserError: the series cannot determine the law's parameters, or there are too few draws for an interval.
     """
+    if draws < FEWEST_DRAWS:
+        raise UserError(f"{draws} draws give no interval of {CONFIDENCE:.0f} %; take at least {FEWEST_DRAWS}.")
     law = LAWS[form]
     warnings = [*law.check(series), *(warning for one in series for warning in warnings_of(one))]
     points = Points.of(series)
@@ -117,31 +124,67 @@ def fit(
                 f"{exponent.name} is {value:.3g}, the edge of where the fit looks: these losses hardly follow the law"
             )
     fitted = predict(law, values, points)
-    result = Fit(
+    noise, drawn = _draw(law, points, values, draws, np.random.default_rng(seed), progress)
+    return Fit(
         form,
         list(series),
         values.tolist(),
-        [],
+        drawn.tolist(),
+        noise.tolist(),
         float(np.sqrt(np.mean((points.losses - fitted) ** 2))),
         slope_difference(law, values, series),
         held_out(law, series, seed=seed),
         warnings,
     )
-    generator = np.random.default_rng(seed)
-    for draw in range(draws):
-        noise = generator.choice(result.residuals, len(fitted))
-        drawn = Points(points.tokens, fitted * np.exp(noise), points.at)
-        result.draws.append(polish(law, drawn, values)[1].tolist())
+
+
+def _draw(
+    law: Law,
+    points: Points,
+    values: Array,
+    draws: int,
+    generator: np.random.Generator,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Array, Array]:
+    """Return parameters [draws, parameters] that are as far from ``values`` as these may be from the truth.
+
+    A parametric bootstrap whose noise is itself uncertain: each draw has a standard deviation of its own, the
+    residuals' times sqrt(dof / chi^2_dof), draws losses around the fitted law with it, and fits them. For a linear law
+    the draws' percentiles are then Student's interval exactly. For the laws here they are still calibrated, where
+    those of resampled residuals cover 80 to 90 % on few points (tests/benchmarks/scaling_intervals.py). Percentiles
+    stay where they are when a quantity is transformed, so no scale has to be chosen: intervals of positive quantities
+    and of token counts, infinite ones too, come out as they would on a logarithm.
+
+    Returns:
+        The standard deviation of ln(loss) in each draw, and the parameters.
+    """
+    fitted = predict(law, values, points)
+    freedom = len(fitted) - len(values)
+    noise = _scatter(points, fitted, len(values)) * np.sqrt(freedom / generator.chisquare(freedom, draws))
+    losses = fitted * np.exp(noise[:, None] * generator.standard_normal((draws, len(fitted))))
+    drawn = []
+    for start in range(0, draws, _BLOCK):
+        block = losses[start : start + _BLOCK]
+        drawn.append(polish(law, points, np.tile(values, (len(block), 1)), block)[1])
         if progress:
-            progress(draw + 1, draws)
-    return result
+            progress(start + len(block), draws)
+    return noise, np.concatenate(drawn)
 
 
-def percentiles(draws: Array) -> tuple[Array, Array]:
-    """Return the bounds of the interval that has ``CONFIDENCE`` per cent of the draws; draws may be infinite."""
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(draws, [tail, 100 - tail], axis=0, method="inverted_cdf")
-    return low, high
+def _scatter(points: Points, fitted: Array, parameters: int) -> float:
+    residuals = np.log(points.losses) - np.log(fitted)
+    return math.sqrt(float(np.sum(residuals**2)) / (len(residuals) - parameters))
+
+
+def interval(draws: Array) -> tuple[Array, Array]:
+    """Return the bounds of the 95 % interval from draws [draws, ...], which may be infinite.
+
+    As many draws are left out at each end as leave it the right probability when the truth is as likely to be at any
+    place among the draws: (draws + 1) x 2.5 %, the last of them being the bound.
+    """
+    ordered = np.sort(draws, axis=0)
+    rank = max(1, int((len(ordered) + 1) * (100 - CONFIDENCE) / 200))
+    return ordered[rank - 1], ordered[-rank]
 
 
 def save_fits(fits: Sequence[Fit], path: Path) -> None:

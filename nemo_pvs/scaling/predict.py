@@ -11,7 +11,7 @@ import numpy as np
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.curve import Curve
 from nemo_pvs.scaling.estimate import Array
-from nemo_pvs.scaling.fit import Fit, percentiles
+from nemo_pvs.scaling.fit import Fit, interval
 from nemo_pvs.scaling.law import Conditions
 
 _FARTHEST = 10.0
@@ -20,7 +20,7 @@ _FARTHEST = 10.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the interval that has 95 % of the bootstrap's draws; infinite where a loss is never reached."""
+    """A value and its 95 % interval; infinite where a loss is never reached."""
 
     value: float
     low: float
@@ -58,9 +58,9 @@ def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Estimate:
             f"A loss after {tokens:,.0f} tokens is out of reach of a fit of up to {most:,.0f}; "
             f"ask for at most {_FARTHEST:.0f} times as many, or train further."
         )
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng([0, 1])  # whatever the fit's seed was, its stream was another
     draws = np.array([curve.loss(tokens) for curve in _drawn(fit, at)])
-    noisy = draws * np.exp(generator.choice(fit.residuals, len(draws)))
+    noisy = draws * np.exp(np.array(fit.noise) * generator.standard_normal(len(draws)))
     return _estimate(float(curve_of(fit, at).loss(tokens)), noisy)
 
 
@@ -111,10 +111,10 @@ def overtaking(
     low = max(scratch.range[0], pruned.range[0])
     horizon = _FARTHEST * min(scratch.range[1], pruned.range[1])
     best = curve_of(scratch, scratch_at).overtakes(curve_of(pruned, pruned_at), low, horizon, head_start)
-    drawn = [
-        one.overtakes(other, low, horizon, head_start)
-        for one, other in zip(_drawn(scratch, scratch_at), _drawn(pruned, pruned_at), strict=False)
-    ]
+    # Fits of the same seed were drawn from the same random numbers: only draws of different places are independent.
+    of_scratch, of_pruned = _drawn(scratch, scratch_at), _drawn(pruned, pruned_at)
+    pairs = zip(of_scratch, [*of_pruned[1:], of_pruned[0]], strict=False)
+    drawn = [one.overtakes(other, low, horizon, head_start) for one, other in pairs]
     share = sum(tokens is not None for tokens in drawn) / len(drawn)
     tokens = None
     if best is not None:
@@ -162,5 +162,5 @@ def _of_curve(fit: Fit, at: Conditions | None, ask: Callable[[Curve], float]) ->
 
 
 def _estimate(value: float, draws: Array) -> Estimate:
-    low, high = percentiles(draws)
+    low, high = interval(draws)
     return Estimate(value, float(low), float(high))

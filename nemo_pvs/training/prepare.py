@@ -97,9 +97,12 @@ def prepare_job(
     if random_init:
         keep = source if keep_parent_embeddings else None
         masks = masks_of(source)
-        source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16, masks=masks, keep=keep)
+        scheme = training.initialisation
+        given = {"masks": masks, "keep": keep, "initialisation": scheme}
+        source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16, **given)
         # What decides the draw, because drawing a large model only to compare it takes minutes.
-        decides = sha256_json({"random": training.seed, "model": name})
+        drawn = {"initialisation": scheme} if scheme != "megatron" else {}
+        decides = sha256_json({"random": training.seed, "model": name, **drawn})
         name = Fingerprint(decides[: len(name)], partial(earlier_fingerprint, source))
     settings = {
         "initial": name,

@@ -100,7 +100,7 @@ def prune(
     of: Annotated[Optional[str], typer.Option(help="what --ratio is a share of: body or total")] = None,
     preset: Annotated[Optional[str], typer.Option(help="a published target, e.g. llama31_8b/4b-width")] = None,
     sparsity: Annotated[Optional[str], typer.Option(help="0.5, or 2:4 for two zeros in four")] = None,
-    search: Annotated[Optional[str], typer.Option(help="contiguous, greedy or individual layers")] = None,
+    search: Annotated[Optional[str], typer.Option(help="contiguous, greedy, sleb or individual layers")] = None,
     task: Annotated[
         Optional[str], typer.Option(help="choose layers by lm-eval tasks instead of the loss, e.g. winogrande")
     ] = None,

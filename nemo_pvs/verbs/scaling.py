@@ -63,14 +63,12 @@ def scaling_fit(
         Optional[str], typer.Option(help="pruned, random or both; what the form describes by default")
     ] = None,
     out: Annotated[str, typer.Option(help="file for the fit; the residual plot goes beside it, as .svg")] = "fit.json",
-    draws: Annotated[int, typer.Option(help="of the bootstrap, for the intervals")] = 200,
+    draws: Annotated[int, typer.Option(help="of the bootstrap, for the intervals; at least 39")] = 399,
     seed: Annotated[int, typer.Option(help="of the starts and draws")] = 0,
 ) -> None:
     """Fit a scaling law to the validation losses of runs, and test it on points that it has not seen."""
     start = initialisation or _START[one_of("--form", form, tuple(_START))]
     one_of("--initialisation", start, ("pruned", "random", "both"))
-    if draws < 20:
-        raise UserError(f"{draws} draws give no interval; take at least 20.")
     picture = Path(out).with_suffix(".svg")
     check_file(Path(out))
     check_file(picture)

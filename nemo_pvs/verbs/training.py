@@ -11,7 +11,14 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.folder_lock import locked_folder
 from nemo_pvs.output_paths import check_folder
 from nemo_pvs.progress import console, progress
-from nemo_pvs.verbs.arguments import IgnoreManifest, ParentTokens, SequenceLength, parse_pairs, parse_shares
+from nemo_pvs.verbs.arguments import (
+    IgnoreManifest,
+    ParentTokens,
+    SequenceLength,
+    one_of,
+    parse_pairs,
+    parse_shares,
+)
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -68,6 +75,9 @@ def train(
     keep_parent_embeddings: Annotated[
         bool, typer.Option(help="of --random-init: keep embedding and norms, as the published sparse baseline does")
     ] = False,
+    initialisation: Annotated[
+        Optional[str], typer.Option(help="of --random-init: megatron (default), maxtext or normal (recipes/README.md)")
+    ] = None,
     clip_before_mask: Annotated[
         bool, typer.Option(help="of a sparse model: clip with pruned weights in the norm, as the published runs did")
     ] = False,
@@ -102,6 +112,9 @@ def train(
     check_folder(Path(out))
     if keep_parent_embeddings and not random_init:
         raise UserError("--keep-parent-embeddings says what --random-init does not draw; give both, or neither.")
+    if initialisation and not random_init:
+        raise UserError("--initialisation says how --random-init draws; give both, or neither.")
+    one_of("--initialisation", initialisation or "megatron", ("megatron", "maxtext", "normal"))
     if first_token < 0 or not float(first_token).is_integer():
         raise UserError(f"--first-token is {first_token:g}; give a whole number of 0 or more.")
     from nemo_pvs.checkpoint_ledger import ancestry, charge_run, tokens_read
@@ -151,6 +164,7 @@ def train(
             "clip_before_mask": clip_before_mask,
             "seed": seed,
             "data_seed": data_seed,
+            "initialisation": initialisation or "megatron",
             "distill": distill if teacher else None,
         }
     )

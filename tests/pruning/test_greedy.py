@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.greedy import plan_greedy, scan_greedy
+from nemo_pvs.pruning.job import Job, Options
+from nemo_pvs.pruning.methods import METHODS
+from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.sweep import count_forwards
 from tests.pruning.test_depth import LAYERS, independent_loss, six_layers, token_set
 from tests.state_source import StateSource, tiny_model
+
+
+def _planned(model: LlamaForCausalLM, tokens: TokenSet, **options: Any) -> Plan:
+    """Return the plan of ``minitron-depth`` without four layers, as ``pvs prune`` and ``pvs run`` make it."""
+    job = Job(
+        StateSource(model),
+        Options(target=f"layers={LAYERS - 4}", **options),
+        tokens=lambda: tokens,
+        scores=lambda: pytest.fail("no scores are needed"),
+        check=lambda shape: None,
+        work_folder=Path("unused"),
+        progress=lambda *_: nullcontext(None),
+        say=lambda text: None,
+    )
+    plan = METHODS["minitron-depth"].prune(job).plan
+    assert plan is not None
+    return plan
 
 
 def without(model: LlamaForCausalLM, layer: int) -> LlamaForCausalLM:
@@ -49,6 +72,20 @@ def test_brute_force_bit_for_bit(remove: int, first: int, last: int, seed: int) 
     scan = scan_greedy(StateSource(model), tokens, remove, protect_first=first, protect_last=last, batch_size=2)
     assert [scan.removed, scan.losses] == brute_force(model, tokens.ids, remove, first, last)
     assert scan.dense_loss == independent_loss(model, range(0), tokens.ids, 2)
+
+
+def test_sleb_never_removes_the_first_or_the_last_layer() -> None:
+    """The loop of SLEB's sleb.py tries all layers that are left but the first and the last."""
+    model, tokens = six_layers(), token_set()
+    for search, ends in (("sleb", (1, 1)), ("greedy", (0, 0))):
+        made = _planned(model, tokens, search=search)
+        removed, _ = brute_force(model, tokens.ids, 4, *ends)
+        assert made.provenance["order"] == list(removed)
+        assert made.provenance["settings"]["search"] == search
+    assert {0, LAYERS - 1} <= set(_planned(model, tokens, search="sleb").keep_layers)
+    assert _planned(model, tokens, search="sleb", protect_first=0, protect_last=2).provenance["order"] == list(
+        brute_force(model, tokens.ids, 4, 0, 2)[0]
+    )
 
 
 def test_the_plans_model_has_the_loss_of_the_last_step() -> None:

@@ -15,6 +15,8 @@ from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.unit_counts import STRUCTURES
+from nemo_pvs.recipe_blocks import Target
+from nemo_pvs.recipe_targets import expected_shape
 from nemo_pvs.shape import LayerSizes
 from tests.calibration.test_engine import token_set
 from tests.pruning.test_flap import TINY, best
@@ -52,6 +54,39 @@ def test_the_published_setting_of_a_7b_model() -> None:
     whole, pruned = LayerSizes(11008, 32, 32), LayerSizes(8256, 24, 24)
     assert plan.target.layer_sizes == (whole,) * 4 + (pruned,) * 26 + (whole,) * 2
     assert plan.provenance["removed_of_matrices"] == pytest.approx(0.25 * 26 / 32)
+
+
+def published_choice(importance: list[float], channels: int, ratio: float, consecutive: int) -> list[int]:
+    """Return the units that LLM-Pruner's ``MetaPruner.prune_local`` leaves: its arithmetic, in its order."""
+    n_pruned = channels - int(channels * (1 - ratio))
+    gone = sorted(range(len(importance)), key=lambda unit: importance[unit])[: n_pruned // consecutive]
+    return [unit for unit in range(len(importance)) if unit not in gone]
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.24999, 0.3, 0.33, 0.34, 0.55, 0.6, 0.9])
+@pytest.mark.parametrize(("ffn", "groups", "head_dim"), [(100, 8, 128), (107, 5, 64), (40, 6, 8), (11, 1, 80)])
+def test_as_many_units_stay_as_in_the_published_code(ratio: float, ffn: int, groups: int, head_dim: int) -> None:
+    shape = TINY.replace(ffn=ffn, heads=2 * groups, kv_groups=groups, head_dim=head_dim)
+    generator = torch.Generator().manual_seed(ffn)
+    tensors = {
+        f"{site}.param_first": torch.rand(4, size, generator=generator, dtype=torch.float64)
+        for site, size in (("groups", groups), ("ffn", ffn))
+    }
+    plan = plan_llm_pruner(Scores(tensors, {"model_fingerprint": "f", "shape": shape.to_dict(), "tokens": {}}), ratio)
+    for layer in range(4):
+        rows = (tensors[f"{site}.param_first"][layer].tolist() for site in ("groups", "ffn"))
+        of_groups, of_ffn = rows
+        kept = published_choice(of_groups, groups * head_dim, ratio, head_dim) or [of_groups.index(max(of_groups))]
+        assert list(plan.keep_kv_groups[layer]) == kept
+        assert list(plan.keep_ffn[layer]) == published_choice(of_ffn, ffn, ratio, 1)
+    expected = expected_shape(Target(method="llm-pruner", ratio=ratio), shape)
+    assert expected.shape == plan.target
+
+
+@pytest.mark.parametrize(("ffn", "ratio", "kept"), [(11008, 0.25, 8256), (14336, 0.2, 11468), (100, 0.34, 65)])
+def test_counts_of_the_published_code(ffn: int, ratio: float, kept: int) -> None:
+    target = Target(method="llm-pruner", ratio=ratio)
+    assert expected_shape(target, TINY.replace(ffn=ffn)).shape.ffn == kept
 
 
 @pytest.mark.parametrize("structure", ["UL-MM", "AL-MM", "AL-AM"])

@@ -44,7 +44,7 @@ def _refused(outcome: tuple[int, str, str], sentence: str) -> None:
 
 def test_fit_and_predict_on_the_papers_points(pvs: Pvs, tmp_path: Path) -> None:
     fit = tmp_path / "fit.json"
-    code, out, _ = pvs("scaling-fit", "published", "--out", fit, "--draws", 20)
+    code, out, _ = pvs("scaling-fit", "published", "--out", fit, "--draws", 39)
     assert code == 0
     assert out.count("rmse") == 8  # of the fit and of what was held out, for each arm
     assert fit.exists()
@@ -68,7 +68,7 @@ def test_fit_and_predict_on_the_papers_points(pvs: Pvs, tmp_path: Path) -> None:
 def test_a_run_with_an_arm_that_diverged(pvs: Pvs, results: Results, tmp_path: Path) -> None:
     results.arms[0].validation[2].loss = float("nan")
     results.save(tmp_path / "results.json")
-    options = ("--draws", 20, "--initialisation", "random")
+    options = ("--draws", 39, "--initialisation", "random")
     del results.arms[3].validation[1:]
     code, out, errors = pvs("scaling", "fit", tmp_path, "--out", tmp_path / "fit.json", *options)
     assert code == 2, errors  # three points do not determine three parameters
@@ -87,7 +87,7 @@ def test_the_p2_law_from_a_table(pvs: Pvs, drawn: Draw, tmp_path: Path) -> None:
                     [one.name, tokens, loss, one.parameters, "pruned", one.parent_parameters, one.parent_loss]
                 )
     fit = tmp_path / "fit.json"
-    code, out, _ = pvs("scaling-fit", table, "--form", "p2", "--out", fit, "--draws", 20)
+    code, out, _ = pvs("scaling-fit", table, "--form", "p2", "--out", fit, "--draws", 39)
     assert code == 0
     assert "without the largest ratio (80 points)" in out
     (asked,) = drawn("p2", parents=(5,), ratios=(0.3,), billions=(0.7,))
@@ -103,7 +103,7 @@ def test_what_cannot_be_fitted_or_asked_is_refused(pvs: Pvs, tmp_path: Path) -> 
     fit = tmp_path / "fit.json"
     _refused(pvs("scaling-fit", "published", "--form", "p3"), "--form is 'p3'; choose p2, chinchilla or per-run.")
     _refused(pvs("scaling-fit", "published", "--form", "p2", "--out", fit), "at least 2 parents and 2 ratios")
-    _refused(pvs("scaling-fit", "published", "--draws", 5), "take at least 20")
+    _refused(pvs("scaling-fit", "published", "--draws", 5), "take at least 39")
     _refused(pvs("scaling-fit", tmp_path / "none"), "does not exist")
     (tmp_path / "file").write_text("")
     _refused(pvs("scaling-fit", tmp_path / "file"), "does not exist")
