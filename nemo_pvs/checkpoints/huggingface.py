@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset
+from nemo_pvs.checkpoints.config_types import check_types
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
 from nemo_pvs.checkpoints.safetensors_file import SafetensorsWriter
@@ -180,6 +181,7 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a model's configuration; download it again.")
+    check_types(config, path)
     rope = config.pop("rope_parameters", None)
     if isinstance(rope, dict):
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
