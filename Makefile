@@ -1,8 +1,9 @@
 # make demo   prune SmolLM2-135M, retrain it on Megatron, compare with training from scratch
 # make test   the whole test suite
+# make fuzz   ten thousand damaged inputs, of which the suite has some hundred
 # make lint   format, lint and type checks
 #
-# All three build the same environment in .venv once, from pyproject.toml with the exact versions of constraints.txt.
+# All build the same environment in .venv once, from pyproject.toml with the exact versions of constraints.txt.
 
 # The first that is there and is 3.10 to 3.12 makes it; where none is, uv fetches a Python if it is installed.
 PYTHON ?= python3 python3.12 python3.11 python3.10
@@ -12,13 +13,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint install clean
+.PHONY: demo test fuzz lint install clean
 
 demo: $(STAMP)
 	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz --cases 10000
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_pvs.checkpoints.config_types import check_types
 from nemo_pvs.errors import UserError
 from nemo_pvs.files import read_json
 from nemo_pvs.layout import Layout, layouts
@@ -71,6 +72,7 @@ def normal_config(config: Any, where: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{where} is not a model's configuration; download it again.")
     config = {**config, **_class_names(config, where)}
+    check_types(config, where)
     layout = Layout.for_config(config)
     theta, scaling = _rope(config, float(layout.defaults["rope_theta"]), where)
     config["rope_theta"] = theta
