@@ -71,8 +71,8 @@ def normal_config(config: Any, where: str | Path) -> dict[str, Any]:
     """
     if not isinstance(config, dict):
         raise UserError(f"{where} is not a model's configuration; download it again.")
-    config = {**config, **_class_names(config, where)}
     check_types(config, where)
+    config = {**config, **_class_names(config, where)}
     layout = Layout.for_config(config)
     theta, scaling = _rope(config, float(layout.defaults["rope_theta"]), where)
     config["rope_theta"] = theta
@@ -110,12 +110,6 @@ def quantization(config: Mapping[str, Any]) -> str | None:
 def _class_names(config: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
     """Return ``architectures`` and ``model_type`` in agreement; nothing if no table knows them."""
     stated, model_type = config.get("architectures"), config.get("model_type")
-    if stated is not None and not (isinstance(stated, list) and all(isinstance(name, str) for name in stated)):
-        raise UserError(
-            f'{where} has {stated!r} for architectures; write a list with the class, such as ["LlamaForCausalLM"].'
-        )
-    if model_type is not None and not isinstance(model_type, str):
-        raise UserError(f"{where} has {model_type!r} for model_type; write the family's name, such as llama.")
     known = dict(pair for layout in layouts() for pair in (layout.even_class, layout.uneven_class) if pair)
     names = [name for name in stated or known if name in known]
     fitting = [name for name in names if model_type in (None, known[name])]
@@ -192,7 +186,7 @@ def _base(value: Any, where: str | Path) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-        raise UserError(f"{where} has {value!r} for rope_theta; it must be a positive number.")
+        raise UserError(f"{where} has {value!r} for rope_theta, which must be a positive number; restore the file.")
     return float(value)
 
 

@@ -85,13 +85,13 @@ def test_a_rotary_embedding_without_scaling(settings, expected):
         ({"rope_scaling": LLAMA3, "rope_parameters": DEFAULT}, "a rope_scaling other than that in rope_parameters"),
         ({"rope_scaling": {**LLAMA3, "factor": 4.0}, "rope_parameters": LLAMA3}, "a rope_scaling other than that"),
         ({"rope_parameters": {"full_attention": DEFAULT, "sliding_attention": DEFAULT}}, "one dictionary of settings"),
-        ({"rope_parameters": [1]}, "one dictionary of settings"),
+        ({"rope_parameters": [1]}, r"has \[1\] for rope_parameters, which must be a dictionary"),
         ({"rope_scaling": {**LLAMA3, "type": "linear"}}, "contradicts itself"),
         ({"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}}, "no family here computes"),
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 128}, "contradicts itself"),
         ({"rope_scaling": {"rope_type": 3, "factor": 2.0}}, "contradicts itself"),
-        ({"rope_theta": 10**400}, "it must be a positive number"),
-        ({"rope_theta": "many"}, "'many' for rope_theta; it must be a positive number"),
+        ({"rope_theta": 10**400}, "for rope_theta, which must be a positive number"),
+        ({"rope_theta": "many"}, "'many' for rope_theta, which must be a positive number"),
         ({"rope_theta": True}, "True for rope_theta"),
         ({"rope_parameters": {"rope_theta": -1}}, "-1 for rope_theta"),
     ],
@@ -131,9 +131,12 @@ def test_our_class_for_uneven_layers_is_known_by_its_model_type():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architectures": 1}, r'config\.json has 1 for architectures; write a list .* \["LlamaForCausalLM"\]'),
-        ({"architectures": "LlamaForCausalLM"}, "for architectures; write a list"),
-        ({"architectures": [1]}, "for architectures; write a list"),
+        (
+            {"architectures": 1},
+            r'config\.json has 1 for architectures, which must be a list of names, .* \["LlamaForCausalLM"\]',
+        ),
+        ({"architectures": "LlamaForCausalLM"}, "for architectures, which must be a list of names"),
+        ({"architectures": [1]}, "for architectures, which must be a list of names"),
         ({"model_type": 1}, "has 1 for model_type"),
         ({"model_type": "mistral"}, "architectures is LlamaForCausalLM, but model_type is mistral"),
         ({"model_type": "granite"}, "architectures is LlamaForCausalLM, but model_type is granite"),
@@ -166,7 +169,7 @@ def test_what_is_no_config_is_refused(config):
         ({"sliding_window": 32}, "sets sliding_window to 32"),
         ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding_attention among its layer_types"),
         ({"layer_types": ["full_attention"]}, "one of layer_types for each of its 4 layers"),
-        ({"layer_types": 4}, "one of layer_types for each"),
+        ({"layer_types": 4}, "has 4 for layer_types, which must be a list of names"),
     ],
 )
 def test_a_setting_that_is_not_computed_is_refused(settings, message):
