@@ -11,7 +11,7 @@ from rich.console import Console
 from nemo_pvs.reporting.compare import Run, compare
 from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.table import markdown_table, outcome, results_rows, results_table, total_cost
+from nemo_pvs.reporting.table import markdown_table, notes_of, outcome, results_rows, results_table, total_cost
 
 from .conftest import PARENT, make_arm
 
@@ -150,3 +150,17 @@ def test_names_are_no_markup(results: Results) -> None:
     lines = markdown_table(results).splitlines()
     assert lines[3].startswith("| [red]a\\|b[/red] |")
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {14}
+
+
+def test_the_page_says_how_random_weights_were_drawn_and_what_budgets_count(results: Results) -> None:
+    def notes(train: dict[str, object]) -> str:
+        results.recipe = {"train": train}
+        return "\n".join(notes_of(compare([Run("one", results)])))
+
+    assert "as Megatron draws them" in notes({})
+    assert "2^20" not in notes({})
+    paper = notes({"initialisation": "maxtext", "paper_steps": True})
+    assert "as the MaxText of the published runs (arXiv 2606.14150) draws them, so that scratch begins where" in paper
+    assert "2^20 tokens for a million; all other numbers are of tokens that were seen" in paper
+    results.arms = [arm for arm in results.arms if arm.initialisation == "pruned"]
+    assert "Random weights" not in notes({})

@@ -10,6 +10,7 @@ import torch
 from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, masks_of, write_masks
 from nemo_pvs.checkpoints.megatron import NemoSource
+from nemo_pvs.checkpoints.random import RandomSource
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 from nemo_pvs.errors import UserError
@@ -151,3 +152,17 @@ def test_a_sparse_model_of_another_tool_is_told_what_to_do_and_that_works(sparse
     for name in masks_of(pruned).names:
         assert torch.equal(masks_of(again).read(name), masks_of(pruned).read(name))
         assert torch.equal(again.read(name), pruned.read(name))
+
+
+def test_random_weights_are_drawn_as_it_is_asked(sparse):
+    common = {"tokens": 512, "sequence_length": 32, "global_batch_size": 4, "learning_rate": 1e-3, "seed": 5}
+    training = Training(**common, validation_samples=4, initialisation="maxtext")
+    folder, dense = sparse.parent, sparse.parent / "dense"
+    job = prepare_job(str(dense), folder / "run", folder / "data", Layout(), training, random_init=True)
+    initial, config = NemoSource(job.initial), HuggingFaceSource(dense).config
+    expected = RandomSource(config, 5, dtype=torch.bfloat16, initialisation="maxtext")
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
+        assert torch.equal(initial.read(name), expected.read(name))
+    other = training.model_copy(update={"initialisation": "megatron"})
+    with pytest.raises(UserError, match="holds a run with other settings or weights"):
+        prepare_job(str(dense), folder / "run", folder / "data", Layout(), other, random_init=True)
