@@ -55,7 +55,7 @@ def find(document: Any, *paths: str) -> Config | None:
             for stored in objects.values():
                 if path in stored.get("paths", ()):
                     return _decode(stored, objects)
-    except (AttributeError, KeyError, TypeError, IndexError, StopIteration):
+    except (AttributeError, LookupError, TypeError, ValueError, StopIteration, RecursionError):
         pass  # not a file of this format: as good as one without the config
     return None
 
