@@ -72,6 +72,8 @@ def _ranges(job: TrainingJob, more: list[str]) -> dict[str, object]:
         "later": _served(replace(job, first_token=8 * step), 12, 1),
         "later on two ranks": _served(replace(job, first_token=8 * step), 12, 2),
     }
+    for name, seeds in (("kept", {"seed": 7, "data_seed": job.training.seed}), ("another", {"seed": 7})):
+        found[f"order {name}"] = _served(replace(job, training=job.training.model_copy(update=seeds)), 8, 1)
     for name, train in (("weighed", ["0.75", more[0], "0.25", more[1]]), ("by size", more)):
         blend = replace(job, data={**job.data, "train": train})
         found[name] = _served(blend, 20, 1)
@@ -114,6 +116,7 @@ def test_ranges_are_pieces_of_one_order(job, tmp_path):
     whole = found["whole"]
     assert whole[:8] == found["start"] == found["on two ranks"]
     assert whole[8:] == found["later"] == found["later on two ranks"]
+    assert found["order kept"] == found["start"] != found["order another"], "data_seed fixes the order of the data"
     assert not {sample for step in found["start"] for sample in step} & {
         sample for step in found["later"] for sample in step
     }
