@@ -275,9 +275,9 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
         assert "Dry run for prune" in text
         assert f"'{method}'" in text
     assert "Dry run for run" in said[-2]
-    listed = set(re.findall(r"\bpvs_\w+", said[-1]))
-    assert {factory_name(name) for name in packaged_recipes()} <= listed
-    assert len(listed) < 40, "they hide NeMo's own"
+    listed = re.findall(r"^│ (pvs_\w+)", said[-1], re.MULTILINE)  # NeMo-Run cuts what is too long for the terminal
+    assert all(any(factory_name(recipe).startswith(name) for name in listed) for recipe in packaged_recipes())
+    assert len(packaged_recipes()) <= len(listed) < 40, "they hide NeMo's own"
     assert "llama3_8b" in said[-1]
 
 
