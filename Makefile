@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 10000

@@ -105,7 +105,7 @@ def test_gradients_once_then_many_ratios(pvs, model, text, tmp_path):
         options = ("--method", "llm-pruner", "--ratio", ratio, "--metric", metric)
         target = tmp_path / metric
         assert pvs("prune", model, target, *options, "--scores", tmp_path / "gradients")[0] == 0
-        assert json.loads((target / "config.json").read_text())["intermediate_size"] == 96 - int(96 * ratio)
+        assert json.loads((target / "config.json").read_text())["intermediate_size"] == int(96 * (1 - ratio))
     refused = pvs("prune", model, tmp_path / "small", *options, "--scores", tmp_path / "plain")
     _refused(refused, "measured without gradients; measure them again by pvs calibrate --gradients")
     calibrate = ("calibrate", model, "--out", tmp_path / "x", *settings, "--tensor-parallel", 2)

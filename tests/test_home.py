@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import yaml
 
@@ -68,11 +66,3 @@ def test_in_recipes_and_in_what_they_extend(home, tmp_path):
 def test_in_launch_profiles(home, tmp_path):
     (tmp_path / "mine.yaml").write_text("kind: local\npython: ~/env/bin/python\n")
     assert load_profile(str(tmp_path / "mine.yaml")).python == f"{home}/env/bin/python"
-
-
-@pytest.mark.slow
-def test_under_nemos_own_command(home, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["nemo", "pvs", "inspect", "path=~/model"])
-    import nemo_pvs.nemo_cli  # noqa: F401
-
-    assert sys.argv == ["nemo", "pvs", "inspect", f"path={home}/model"]

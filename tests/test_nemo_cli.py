@@ -61,9 +61,11 @@ def test_the_wheel_holds_recipes_profiles_and_tables(installed):
         assert (installed / "nemo_pvs" / name).is_file()
 
 
-def test_nemo_pvs_runs_a_verb(installed, tmp_path):
-    model = make_tiny_llama(tmp_path / "model")
-    _nemo(installed, "pvs", "convert", f"source={model}", f"target={tmp_path / 'nemo'}", "--yes")
+def test_nemo_pvs_runs_a_verb(installed, tmp_path, monkeypatch):
+    """And finds a model in the home directory, though no shell has seen the ``~``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_tiny_llama(tmp_path / "model")
+    _nemo(installed, "pvs", "convert", "source=~/model", "target=~/nemo", "--yes")
     assert (tmp_path / "nemo" / "weights" / ".metadata").exists()
 
 
