@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+os.environ.pop("COLUMNS", None)  # workers of pytest-xdist have it; output is as wide as in a log
+
 from nemo_pvs.megatron_import import import_megatron
 
 torch.set_num_threads(1)
