@@ -18,7 +18,7 @@ class AsTransformersLoads:
     The class, the settings and their defaults are those of Transformers, and the tensors are the stored ones under
     their own names; ``HuggingFaceSource`` has no part in it. Versions differ in two points, in which this is version 5
     whichever is installed, because 4 leaves out something that is in the files: it does not know ``rope_parameters``,
-    and it replaces a head of its own by the embedding where config.json ties them.
+    and it replaces a separate head by the embedding where config.json ties them.
     """
 
     assets: tuple[Path, ...] = ()

@@ -127,7 +127,7 @@ def _rope(config: Mapping[str, Any], default: float, where: str | Path) -> tuple
     """Return base and scaling of the rotary embedding.
 
     Transformers 5 keeps both in ``rope_parameters``; version 4, when it saves such a model again, writes its own
-    defaults beside them. So ``rope_parameters`` wins over a default base and over no scaling.
+    defaults next to them. So ``rope_parameters`` wins over a default base and over no scaling.
     """
     base = _base(config.get("rope_theta"), where)
     inner, scaling = _rope_settings(config, "rope_scaling", where)

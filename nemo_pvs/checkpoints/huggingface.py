@@ -44,7 +44,7 @@ class HuggingFaceSource:
         """Open a folder and compare what its files promise with the config; no weight is read yet.
 
         But one: if the config ties the output head to the embedding and a head is stored all the same, the two are
-        compared. A head of its own unties the model.
+        compared. A separate head unties the model.
 
         Raises:
             UserError: a file is missing or broken, or the weights are not those of the config: one is missing,

@@ -181,7 +181,7 @@ class NemoSource:
 
     def _refuse_unknown_tensors(self) -> None:
         """Refuse parts of the model that its context does not tell of: without them it would be another model."""
-        # A head beside a tied embedding is a copy by now.
+        # With tied embeddings, a stored head is known to be a copy here.
         unknown = [name for name in self.extra_tensors if name.startswith("module.") and name != _HEAD]
         if unknown:
             raise UserError(

@@ -14,7 +14,7 @@ _LFS_POINTER_BYTES = 1024
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-# Ends of names of tensors that stand beside, or in place of, quantised weights.
+# Ends of names of tensors that accompany or replace quantised weights.
 _QUANTISED = {
     ".SCB": "bitsandbytes",
     ".absmax": "bitsandbytes",
