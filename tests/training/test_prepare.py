@@ -19,7 +19,10 @@ from nemo_pvs.pruning.magnitude import MagnitudeSource
 from nemo_pvs.pruning.sparsity import Sparsity
 from nemo_pvs.recipe import Layout, Training
 from nemo_pvs.recipe_distillation import Distillation
+from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.prepare import prepare_job
+from nemo_pvs.training.run import Trainer
+from tests.checkpoints.test_damage import flip_a_bit_of_a_weight
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource, RandomMasks
 from tests.parallel.ranks import write_tokens
@@ -36,13 +39,16 @@ def sparse_folder(tmp_path) -> Path:
     return tmp_path / "sparse"
 
 
-def _prepare(sparse: Path, **options) -> NemoSource:
+def _job(sparse: Path, **options) -> TrainingJob:
     training = Training(
         tokens=512, sequence_length=32, global_batch_size=4, learning_rate=1e-3, validation_samples=4, seed=5
     )
     folder = sparse.parent
-    job = prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, **options)
-    return NemoSource(job.initial)
+    return prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, **options)
+
+
+def _prepare(sparse: Path, **options) -> NemoSource:
+    return NemoSource(_job(sparse, **options).initial)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -166,3 +172,14 @@ def test_random_weights_are_drawn_as_it_is_asked(sparse):
     other = training.model_copy(update={"initialisation": "megatron"})
     with pytest.raises(UserError, match="holds a run with other settings or weights"):
         prepare_job(str(dense), folder / "run", folder / "data", Layout(), other, random_init=True)
+
+
+def test_damaged_initial_weights_are_refused_before_a_rank_starts(sparse, tmp_path):
+    job = _job(sparse, random_init=False)
+    flip_a_bit_of_a_weight(job.initial, "model.embed_tokens.weight")
+    with (
+        Trainer(tmp_path / "launcher.log") as trainer,
+        pytest.raises(UserError, match=r"^model\.embed_tokens\.weight in "),
+    ):
+        trainer.train(job)
+    assert not (tmp_path / "launcher.log").exists()
