@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from nemo_pvs.recipe_loading import DynamicLoading
+from nemo_pvs.recipe.domains import DynamicLoading
 
 if TYPE_CHECKING:
-    from nemo_pvs.recipe import Recipe, Target
+    from nemo_pvs.recipe.recipe import Recipe, Target
 
 _TRAINED_FIRST = ("sheared-llama", "efficient-llm")
 """Methods that train the parent before the arms, and hand on the shares that this ends with."""

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 os.environ.pop("COLUMNS", None)  # workers of pytest-xdist have it; output is as wide as in a log
 
-from nemo_pvs.megatron_import import import_megatron
+from nemo_pvs.system.megatron_import import import_megatron
 
 torch.set_num_threads(1)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nemo_pvs_cache_")  # for checksums of the tests' models
@@ -98,7 +98,7 @@ _OF_OTHER_PROGRAMS = {"repo-type", "local-dir", "no-deps", "nproc-per-node", "ck
 
 def _check_advice(verb: str, message: str) -> None:
     """Fail where a message names an option that its command does not have; ``pvs OTHER --option`` is another's."""
-    from nemo_pvs.verbs import VERBS
+    from nemo_pvs.cli.verbs import VERBS
 
     options = {
         known.__name__.replace("_", "-"): {name.replace("_", "-") for name in inspect.signature(known).parameters}
@@ -114,13 +114,13 @@ def _check_advice(verb: str, message: str) -> None:
 @pytest.fixture
 def pvs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run ``pvs`` with arguments in this process, which has imported what is slow to import."""
-    from nemo_pvs import cli
+    from nemo_pvs.cli.main import main
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["pvs", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
         captured = capsys.readouterr()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from nemo_pvs.layout import Layout, layouts
+from nemo_pvs.model.layout import Layout, layouts
 from tests.conftest import save_tiny_tokenizer
 
 _SIZES: dict[str, Any] = {

@@ -20,7 +20,7 @@ with getattr(folder_lock, sys.argv[1])(Path(sys.argv[2])):
         raise folder_lock.UserError("a mistake")
     if what == "child":
         import subprocess
-        child = "from nemo_pvs.folder_lock import locked_folder; from pathlib import Path; import sys"
+        child = "from nemo_pvs.system.folder_lock import locked_folder; from pathlib import Path; import sys"
         child += "\\nwith locked_folder(Path(sys.argv[1])): print('child in')"
         print(subprocess.run([sys.executable, "-c", child, sys.argv[2]], capture_output=True, text=True).stdout)
 """

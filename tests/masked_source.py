@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
 
 
 class RandomMasks:

@@ -22,7 +22,7 @@ def import_with_nemo(source: Path, target: Path) -> None:
     """Convert a Hugging Face folder with ``HFLlamaImporter``."""
     from nemo.collections.llm.gpt.model import llama
 
-    from nemo_pvs.training.cpu import megatron_on_cpu
+    from nemo_pvs.megatron.cpu import megatron_on_cpu
 
     class Importer(llama.HFLlamaImporter):
         @property
@@ -43,7 +43,7 @@ def export_with_nemo(source: Path, target: Path) -> None:
     from nemo.collections.llm.gpt.model import llama
     from nemo.lightning.io import api
 
-    from nemo_pvs.training.cpu import megatron_on_cpu
+    from nemo_pvs.megatron.cpu import megatron_on_cpu
 
     load = api.load_context
 
@@ -67,8 +67,8 @@ def export_with_nemo(source: Path, target: Path) -> None:
 
 
 def _without_kernels(config: Any) -> Any:
-    from nemo_pvs.training.attention import sdpa_layer_spec
-    from nemo_pvs.training.recipe import FUSED_KERNELS
+    from nemo_pvs.megatron.attention import sdpa_layer_spec
+    from nemo_pvs.megatron.pretrain import FUSED_KERNELS
 
     for kernel in FUSED_KERNELS:
         setattr(config, kernel, False)

@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.tensor_record import TensorRecord, record_of
-from nemo_pvs.layout import Layout
-from nemo_pvs.modeling import model_class
+from nemo_pvs.model.hf_classes import model_class
+from nemo_pvs.model.layout import Layout
 from tests.conftest import tiny_llama_config
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from nemo_pvs.checkpoint_ledger import ancestry, charge_run, charge_scores
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.checkpoints.stream import convert
+from nemo_pvs.cli.verbs import prune
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.costs import calibration_flops, sparse_calibration_flops
-from nemo_pvs.recipe_blocks import Training
-from nemo_pvs.recipe_distillation import Distillation
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
-from nemo_pvs.verbs import prune
+from nemo_pvs.ledger.flops import calibration_flops, sparse_calibration_flops
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.planning.charges import ancestry, charge_run, charge_scores
+from nemo_pvs.recipe.blocks import Training
+from nemo_pvs.recipe.distillation import Distillation
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.pruning.test_flap import TINY
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_pvs import cli
-from nemo_pvs.dry_run import _ranks, dry_run
+from nemo_pvs.cli.main import main
 from nemo_pvs.errors import UserError
+from nemo_pvs.planning.dry_run import _ranks, dry_run
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from tests.conftest import make_tiny_llama
 
 BATCH = 512 * 8192
@@ -193,7 +193,7 @@ def test_what_learned_and_iterative_methods_cannot_do_is_one_sentence_and_exit_c
         recipe.write_text(yaml.safe_dump(values))
         monkeypatch.setattr("sys.argv", ["pvs", "run", str(recipe), "--dry-run"])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         said = capsys.readouterr()
         assert end.value.code == 2, said.out
         assert sentence in said.err
@@ -218,7 +218,7 @@ def test_the_command_prints_it_and_does_nothing(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr("sys.argv", ["pvs", *arguments])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         assert (end.value.code or 0) == code
     out = capsys.readouterr().out
     for part in ("wanda 2:4", "3 x 1 x 1", "49,152", "134,515,008", "stages: parent, data, prune/wanda_pp2"):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import fingerprint
-from nemo_pvs.pipeline import Pipeline
-from nemo_pvs.recipe_file import parse_recipe
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.recipe.load import parse_recipe
 from tests.test_pipeline import tiny_values
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, read_yaml
+from nemo_pvs.system.files import read_json, read_yaml
 
 READERS = pytest.mark.parametrize("read", [read_json, read_yaml])
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from nemo_pvs import folder_lock
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import whole_folder, write_text
-from nemo_pvs.folder_lock import locked_folder, locked_target
+from nemo_pvs.system import folder_lock
+from nemo_pvs.system.files import whole_folder, write_text
+from nemo_pvs.system.folder_lock import locked_folder, locked_target
 from tests.lock_holder import holder
 
 

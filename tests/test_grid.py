@@ -11,15 +11,15 @@ import pytest
 import yaml
 
 from nemo_pvs.data.shards import tokenize_files
-from nemo_pvs.dry_run import dry_run
-from nemo_pvs.pipeline import Pipeline
-from nemo_pvs.recipe_file import load_recipe, packaged_recipes
-from nemo_pvs.reporting.assemble import assemble
-from nemo_pvs.reporting.compare import compare, read_runs
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.results import assemble
+from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes
+from nemo_pvs.reporting.compare.compare import compare, read_runs
 from nemo_pvs.reporting.html import html_report, write_report
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.training.run import Trainer
+from nemo_pvs.training.trainer import Trainer
 from tests.conftest import save_tiny_tokenizer, tiny_llama_config
 from tests.test_pipeline import tiny_values
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from nemo_pvs.files import expand_home
-from nemo_pvs.launch_profile import load_profile
-from nemo_pvs.recipe_file import load_recipe
+from nemo_pvs.cluster.profile import load_profile
+from nemo_pvs.recipe.load import load_recipe
+from nemo_pvs.system.files import expand_home
 from tests.conftest import make_tiny_llama
 
 

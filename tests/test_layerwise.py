@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_pvs import layerwise
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import LayerwiseModel
+from nemo_pvs.layerwise.model import LayerwiseModel
 from tests.state_source import StateSource, random_ids, tiny_model
 
 LLAMA3_ROPE = {
@@ -85,7 +84,7 @@ def test_loss_in_chunks_of_tokens_is_the_loss_at_once(monkeypatch: pytest.Monkey
     ids = random_ids(3, 50)
     hidden = run(model, ids)
     at_once = model.losses(hidden, ids)
-    monkeypatch.setattr(layerwise, "_LOGITS_AT_ONCE", 7 * model.shape.vocab)
+    monkeypatch.setattr("nemo_pvs.layerwise.token_scores._LOGITS_AT_ONCE", 7 * model.shape.vocab)
     in_chunks = model.losses(hidden, ids)
     assert in_chunks[0] == pytest.approx(at_once[0], rel=1e-6)
     assert in_chunks[1] == at_once[1] == 3 * 50

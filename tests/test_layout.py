@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.layout import Layout
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
 from tests.conftest import tiny_llama_config
 from tests.families import CASES, LAYOUTS, model_class, tiny_config
 

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from nemo_pvs.learning_rate import quadratic_warmup_cosine
-from nemo_pvs.recipe import Training
+from nemo_pvs.recipe.recipe import Training
+from nemo_pvs.training.learning_rate import quadratic_warmup_cosine
 
 PEAK = 3e-4
 

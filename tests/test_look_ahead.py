@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pipeline import Pipeline
-from nemo_pvs.recipe_file import parse_recipe
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.recipe.load import parse_recipe
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.test_pipeline import _token_files, tiny_values
 

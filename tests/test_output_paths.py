@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_pvs.cli.verbs import VERBS
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import check_new_file, check_new_folder, whole_folder, write_text
-from nemo_pvs.output_paths import check_file, check_folder
-from nemo_pvs.verbs import VERBS
+from nemo_pvs.system.files import check_new_file, check_new_folder, whole_folder, write_text
+from nemo_pvs.system.output_paths import check_file, check_folder
 
 # Sources do not exist and text is missing: who looks at them before the target says something else.
 FOLDER_VERBS: dict[str, Callable[[Path], list[object]]] = {

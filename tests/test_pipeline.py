@@ -12,29 +12,29 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.masks import masks_of
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import fingerprint, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.shards import tokenize_files
 from nemo_pvs.data.token_files import token_file_hash
-from nemo_pvs.equal_terms import arm_cost, settle
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.task_score import task_score
-from nemo_pvs.pipeline import Pipeline
-from nemo_pvs.pruning.costs import calibration_flops
-from nemo_pvs.pruning.depth_task import plan_task, scan_task
+from nemo_pvs.ledger.flops import calibration_flops
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.ledger.tokens_read import TokensRead
+from nemo_pvs.pipeline.ledger import run_ledger
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.records import Stages
+from nemo_pvs.pipeline.results import assemble
+from nemo_pvs.pipeline.stages.evaluate import models_to_evaluate
+from nemo_pvs.pipeline.stages.parent import get_parent
+from nemo_pvs.planning.equal_terms import arm_cost, settle
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.recipe_file import load_recipe, parse_recipe
-from nemo_pvs.reporting.assemble import assemble
+from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
+from nemo_pvs.recipe.load import load_recipe, parse_recipe
 from nemo_pvs.reporting.html import write_report
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.tokens_read import TokensRead
-from nemo_pvs.run_evaluation import models_to_evaluate
-from nemo_pvs.run_ledger import run_ledger
-from nemo_pvs.run_parent import get_parent
-from nemo_pvs.stages import Stages
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer

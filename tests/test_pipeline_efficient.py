@@ -6,15 +6,15 @@ import time
 
 import pytest
 
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.equal_terms import arm_cost
-from nemo_pvs.pipeline import Pipeline
-from nemo_pvs.prune_target import PLAN
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.results import assemble
+from nemo_pvs.pipeline.target import PLAN
+from nemo_pvs.planning.equal_terms import arm_cost
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.recipe_file import parse_recipe
-from nemo_pvs.reporting.assemble import assemble
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
+from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
 from tests.test_pipeline import _in_child, values_fixture  # noqa: F401

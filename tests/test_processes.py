@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nemo_pvs import processes
+from nemo_pvs.system import processes
 
 
 def test_a_swallowed_interrupt_comes_again(monkeypatch):

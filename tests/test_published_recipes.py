@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from nemo_pvs.layout import Layout
-from nemo_pvs.recipe import Recipe
-from nemo_pvs.recipe_file import load_recipe
-from nemo_pvs.shape import Shape
-from nemo_pvs.staged import adapt_parameters
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.rounds import adapt_parameters
+from nemo_pvs.recipe.load import load_recipe
+from nemo_pvs.recipe.recipe import Recipe
 
 
 def _load(name: str) -> tuple[Recipe, Shape]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs import cli
-from nemo_pvs.recipe_file import load_recipe, packaged_recipes
-from nemo_pvs.verbs import VERBS
+from nemo_pvs.cli.main import main
+from nemo_pvs.cli.verbs import VERBS
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def test_one_liners_run_as_they_stand(tmp_path, monkeypatch, capsys):
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command.replace("smollm2-135m", "MODEL")))
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         assert end.value.code in (0, None), capsys.readouterr().err
     assert (tmp_path / "SMALLER-nemo" / "weights" / ".metadata").exists()
     assert "logits differ by" in (said := capsys.readouterr().out)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_pvs.checkpoint_ledger import tokens_read
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe import Recipe, Target
-from nemo_pvs.recipe_basics import Block
-from nemo_pvs.recipe_data import TokenFiles
-from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
+from nemo_pvs.planning.charges import tokens_read
+from nemo_pvs.recipe.data import TokenFiles
+from nemo_pvs.recipe.fields import Block
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
+from nemo_pvs.recipe.recipe import Recipe, Target
 
 
 @pytest.fixture
@@ -126,9 +126,9 @@ def _recipe(values: dict, **changes) -> Recipe:
 def test_the_methods_of_a_target_are_those_of_pruning():
     from typing import get_args
 
-    from nemo_pvs.pruning.job import Options
     from nemo_pvs.pruning.methods import METHODS
-    from nemo_pvs.recipe_blocks import DENSE, SIZES
+    from nemo_pvs.pruning.request import Options
+    from nemo_pvs.recipe.blocks import DENSE, SIZES
 
     fields = Target.model_fields
     assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}
@@ -290,7 +290,7 @@ def test_blends(train, blend):
 
 def test_the_readme_describes_every_key():
     text = (Path(__file__).parents[1] / "recipes" / "README.md").read_text()
-    blocks = [block for block in Block.__subclasses__() if block.__module__.startswith("nemo_pvs.recipe")]
+    blocks = [block for block in Block.__subclasses__() if block.__module__.startswith("nemo_pvs.recipe.recipe")]
     keys = {key for block in blocks for key in block.model_fields}
     assert {"title", "micro_batch_size", "allow_overlap"} <= keys
     assert not {key for key in keys if not re.search(rf"\b{key}\b", text)}

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
-from nemo_pvs.layout import Layout as WeightLayout
-from nemo_pvs.recipe import Recipe
-from nemo_pvs.recipe_efficient import PruningAware
-from nemo_pvs.recipe_file import load_recipe, parse_recipe
-from nemo_pvs.run_efficient import describe_pruning_aware
+from nemo_pvs.model.layout import Layout as WeightLayout
+from nemo_pvs.pipeline.stages.efficient import describe_pruning_aware
+from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.recipe.efficient import PruningAware
+from nemo_pvs.recipe.load import load_recipe, parse_recipe
+from nemo_pvs.recipe.recipe import Recipe
 from tests.conftest import tiny_llama_config
 
 CONFIG = {**tiny_llama_config().to_dict(), "model_type": "llama"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
-from nemo_pvs.recipe_blocks import Layout, Target, Training
-from nemo_pvs.recipe_targets import expected_shape, needs_gradients, needs_scores
-from nemo_pvs.training_checks import check_training
+from nemo_pvs.planning.checks import check_training
+from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
+from nemo_pvs.recipe.blocks import Layout, Target, Training
+from nemo_pvs.recipe.options import expected_shape, needs_gradients, needs_scores
 from tests.pruning.test_flap import TINY
 from tests.pruning.test_llm_pruner import make_scores
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
-from nemo_pvs.layout import Layout as WeightLayout
-from nemo_pvs.recipe import Recipe
-from nemo_pvs.recipe_file import load_recipe, parse_recipe
-from nemo_pvs.recipe_teacher import check_tokens
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
-from nemo_pvs.shape import Shape
-from nemo_pvs.training_memory import parameters_on, training_memory
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.model.layout import Layout as WeightLayout
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.planning.memory import parameters_on, training_memory
+from nemo_pvs.planning.teacher import check_tokens
+from nemo_pvs.recipe.load import load_recipe, parse_recipe
+from nemo_pvs.recipe.recipe import Recipe
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer, tiny_llama_config
 
 CONFIG = {**tiny_llama_config().to_dict(), "model_type": "llama"}
@@ -222,11 +222,11 @@ def test_tokenizers_must_agree_on_every_token(tmp_path: Path) -> None:
 
 
 def test_the_dry_run_shows_the_teacher(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_pvs import cli
+    from nemo_pvs.cli.main import main
 
     monkeypatch.setattr("sys.argv", ["pvs", "run", "smollm2_135m/distill", "--dry-run"])
     with pytest.raises(SystemExit):
-        cli.main()
+        main()
     out = capsys.readouterr().out
     assert "distilled: pruned and random arms from parent; 1 x KL(teacher || student), T = 1" in out
     assert "teacher FLOPs" in out

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from nemo_pvs.calibration import ranks
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation import parallel
-from nemo_pvs.rendezvous import rank_environment
+from nemo_pvs.system import ranks
+from nemo_pvs.system.rendezvous import rank_environment
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 _NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")

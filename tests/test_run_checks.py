@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.token_files import token_file_hash
-from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
-from nemo_pvs.pipeline import Pipeline
-from nemo_pvs.recipe_file import parse_recipe
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
-from nemo_pvs.reporting.tokens_read import TokensRead
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.ledger.tokens_read import TokensRead
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.recipe.load import parse_recipe
 from tests.test_pipeline import _token_files, tiny_values
 
 STEP = 4 * 32

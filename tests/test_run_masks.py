@@ -12,24 +12,31 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.dry_run import dry_run
-from nemo_pvs.equal_terms import arm_cost
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.pipeline import Pipeline
-from nemo_pvs.pruning.mask_learning import MaskLearner, MaskSettings
+from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.stages.sheared import (
+    describe_masks,
+    end_of_reading,
+    first_token,
+    mask_job,
+    mask_layout,
+    mask_training,
+)
+from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.planning.equal_terms import arm_cost
+from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
+from nemo_pvs.pruning.learned.sheared import save_masks
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.sheared import save_masks
-from nemo_pvs.recipe_file import load_recipe, parse_recipe
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
-from nemo_pvs.run_masks import describe_masks, end_of_reading, first_token, mask_job, mask_layout, mask_training
+from nemo_pvs.recipe.load import load_recipe, parse_recipe
 from nemo_pvs.training import metrics
+from nemo_pvs.training.checkpoints import checkpoint_name
 from nemo_pvs.training.job import Loading, TrainingJob
-from nemo_pvs.training.run import last_checkpoint
-from nemo_pvs.training.run_checkpoints import checkpoint_name
+from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.ranks import fork_context
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
 from tests.conftest import tiny_llama_config
 
 LLAMA_8B = Shape(

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from nemo_pvs.equal_terms import arm_cost, pruning_cost
 from nemo_pvs.errors import UserError
-from nemo_pvs.learning_rate import linear_warmup
-from nemo_pvs.recipe import Recipe
-from nemo_pvs.recipe_file import parse_recipe
-from nemo_pvs.recipe_targets import check_recipe, expected_shape
-from nemo_pvs.shape import Shape
-from nemo_pvs.staged import adapt_parameters, shares, shrunk, stage_targets
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.equal_terms import arm_cost, pruning_cost
+from nemo_pvs.planning.rounds import adapt_parameters, shares, shrunk, stage_targets
+from nemo_pvs.recipe.load import parse_recipe
+from nemo_pvs.recipe.options import check_recipe, expected_shape
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.training.learning_rate import linear_warmup
 
 PARENT = Shape(layers=8, hidden=64, ffn=192, heads=8, kv_groups=4, head_dim=16, vocab=128, tied=True)
 

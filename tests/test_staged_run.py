@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.files import read_json
-from nemo_pvs.learning_rate import linear_warmup
-from nemo_pvs.pipeline import Pipeline
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.results import assemble
+from nemo_pvs.pipeline.stages.evaluate import evaluate
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.recipe_file import parse_recipe
-from nemo_pvs.reporting.assemble import assemble
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
-from nemo_pvs.run_evaluation import evaluate
+from nemo_pvs.recipe.load import parse_recipe
+from nemo_pvs.system.files import read_json
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE, TrainingJob
+from nemo_pvs.training.learning_rate import linear_warmup
 from tests.parallel.ranks import run_ranks
 from tests.test_pipeline import _records, tiny_values
 
@@ -136,7 +136,7 @@ def test_stages_are_one_training(whole):
 
 
 def _train(job: TrainingJob) -> None:
-    from nemo_pvs.training.train import train_on_cpu
+    from nemo_pvs.megatron.rank import train_on_cpu
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

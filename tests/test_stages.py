@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.stages import Stages
+from nemo_pvs.pipeline.records import Stages
 
 
 def _train(folder: Path, rate: float, *, force: tuple[str, ...] = (), dies: bool = False) -> int:

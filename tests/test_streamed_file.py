@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from nemo_pvs import streamed_file
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import disk_errors
-from nemo_pvs.streamed_file import StreamedReader, StreamedWriter
+from nemo_pvs.system import direct_io
+from nemo_pvs.system.direct_io import StreamedReader, StreamedWriter
+from nemo_pvs.system.files import disk_errors
 
 BLOCK = 16 << 20
 CONTENT = random.Random(0).randbytes(40 << 20)
@@ -22,7 +22,7 @@ def access(request, monkeypatch):
         def refuse(path, flags):
             raise OSError(errno.EINVAL, "Invalid argument")
 
-        monkeypatch.setattr(streamed_file, "_open_directly", refuse)
+        monkeypatch.setattr(direct_io, "_open_directly", refuse)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_files_share_their_blocks_one_after_the_other(tmp_path):
         with StreamedReader(tmp_path / str(index)) as file:
             file.readinto(target)
         assert target == CONTENT[: BLOCK + index]
-    assert len(streamed_file._idle_blocks) == len({id(block.obj) for block in streamed_file._idle_blocks})
+    assert len(direct_io._idle_blocks) == len({id(block.obj) for block in direct_io._idle_blocks})
 
 
 @pytest.mark.parametrize("size", [10, 3 * BLOCK])

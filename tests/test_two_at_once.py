@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_pvs.cli.verbs import VERBS
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.training import launch
+from nemo_pvs.megatron import launch
+from nemo_pvs.recipe.recipe import Layout, Training
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import Trainer
-from nemo_pvs.verbs import VERBS
+from nemo_pvs.training.trainer import Trainer
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.lock_holder import holder
 

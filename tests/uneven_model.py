@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.modeling import PrunedLlamaConfig, PrunedLlamaForCausalLM
-from nemo_pvs.shape import LayerSizes
+from nemo_pvs.model.hf_classes import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from nemo_pvs.model.shape import LayerSizes
 from tests.conftest import tiny_llama_config
 
 SIZES = (LayerSizes(96, 8, 2), LayerSizes(40, 2, 2), LayerSizes(64, 8, 4), LayerSizes(128, 12, 6))

@@ -10,15 +10,15 @@ import transformers
 from torch import nn
 
 import nemo_pvs
-from nemo_pvs.calibration import ranks
 from nemo_pvs.calibration.gradients import taylor_scores
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.statistics import ChannelStatistic, CosineDistance, Energy, MeanAbsL2, Moments
-from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import MEMORY_LIMIT, LayerwiseModel
-from nemo_pvs.shape import Shape
+from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.system import ranks
 
 AGGREGATIONS: dict[str, type[ChannelStatistic]] = {"energy": Energy, "meanabs_l2": MeanAbsL2}
 

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nemo_pvs.calibration import ranks
 from nemo_pvs.calibration.taylor import Matrix, unit_scores
-from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import IGNORED, LayerwiseModel
-from nemo_pvs.layout import Layout, Part
-from nemo_pvs.shape import Shape
+from nemo_pvs.layerwise.model import IGNORED, LayerwiseModel
+from nemo_pvs.model.layout import Layout, Part
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.system import ranks
 
 
 def taylor_scores(

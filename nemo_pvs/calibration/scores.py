@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, sha256_bytes, sha256_file, sha256_json, whole_folder, write_json
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.system.files import read_json, sha256_bytes, sha256_file, sha256_json, whole_folder, write_json
 
 _TENSORS = "scores.safetensors"
 _MANIFEST = "manifest.json"

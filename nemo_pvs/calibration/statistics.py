@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from nemo_pvs.calibration import ranks
+from nemo_pvs.system import ranks
 
 
 class ChannelStatistic(ABC):

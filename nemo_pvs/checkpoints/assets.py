@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_pvs.checkpoints.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
-from nemo_pvs.files import write_json
+from nemo_pvs.checkpoints.huggingface.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
+from nemo_pvs.system.files import write_json
 
 _MORE_TEMPLATES = "additional_chat_templates"
 """Where transformers keeps chat templates but the default one, each in a file of its name."""

@@ -23,8 +23,8 @@ from nemo_pvs.checkpoints.source import (
 )
 from nemo_pvs.checkpoints.tensor_record import HASH, HASHES, TensorRecord, dtype_name, record_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, sha256_file, write_json
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.system.files import read_json, sha256_file, write_json
 
 MANIFEST = "pvs_manifest.json"
 

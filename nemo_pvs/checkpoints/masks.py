@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from nemo_pvs.checkpoints.safetensors_file import PACKED_BITS, SafetensorsReader, SafetensorsWriter
+from nemo_pvs.checkpoints.files.safetensors_file import PACKED_BITS, SafetensorsReader, SafetensorsWriter
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json
+from nemo_pvs.system.files import read_json
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LFS_POINTER_BYTES = 1024

@@ -12,9 +12,9 @@ import torch
 
 from nemo_pvs.checkpoints.read_ahead import ReadAhead
 from nemo_pvs.checkpoints.tensor_record import TensorRecord, record_of
-from nemo_pvs.files import sha256_json
-from nemo_pvs.layout import Layout
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.system.files import sha256_json
 
 # Keys of a family's table that do not change what a model computes.
 _NO_FUNCTION = ("initializer_range", "max_position_embeddings")

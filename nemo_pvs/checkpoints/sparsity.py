@@ -9,7 +9,7 @@ import torch
 
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
 
 _PATTERNS = ((2, 4), (4, 8))
 """N of every M consecutive weights of a row are zero: what hardware and the literature know."""

@@ -23,7 +23,7 @@ from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest
 from nemo_pvs.checkpoints.source import WeightSource, compute_checksums
 from nemo_pvs.checkpoints.tensor_record import HASH, TensorRecord
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, sha256_bytes, sha256_file
+from nemo_pvs.system.files import read_json, sha256_bytes, sha256_file
 
 IGNORE = "PVS_IGNORE_MANIFEST"
 """The environment variable behind ``--ignore-manifest``, so that processes which a command starts heed it, too."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
-from nemo_pvs.checkpoints.safetensors_file import tensor_bytes
+from nemo_pvs.checkpoints.files.safetensors_file import tensor_bytes
 
 HASH = "xxh3_128"
 """What new manifests name tensors by: 128 bits, as fast as memory, against damage and mix-ups but not against forgers

@@ -16,7 +16,7 @@ import pyarrow.parquet
 from nemo_pvs.data import wikipedia
 from nemo_pvs.data.compressed import DAMAGE, open_text
 from nemo_pvs.errors import UserError
-from nemo_pvs.progress import console
+from nemo_pvs.system.progress import console
 
 WIKIPEDIA_SAMPLE = "wikipedia-sample"
 """Built-in corpus: 88 long articles, 2.7 million characters, CC BY-SA (``wikipedia.sample_articles``)."""

@@ -19,9 +19,9 @@ import torch
 from nemo_pvs.data.corpus import BlankFilter, input_files, read_file, report_blank, report_left_out
 from nemo_pvs.data.tokenize import batches, count_tokens, encode, end_of_text, load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import disk_errors, read_json, sha256_file, sha256_json, whole_folder, write_json
-from nemo_pvs.megatron_import import import_megatron
-from nemo_pvs.output_paths import check_folder
+from nemo_pvs.system.files import disk_errors, read_json, sha256_file, sha256_json, whole_folder, write_json
+from nemo_pvs.system.megatron_import import import_megatron
+from nemo_pvs.system.output_paths import check_folder
 
 _SHARDS = ".shards"
 _MANIFEST = "shard.json"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import sha256_bytes
+from nemo_pvs.system.files import sha256_bytes
 
 
 def split_documents(

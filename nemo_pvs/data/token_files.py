@@ -11,7 +11,7 @@ import numpy as np
 
 from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, sha256_file, sha256_json
+from nemo_pvs.system.files import read_json, sha256_file, sha256_json
 
 # Ids that are looked at in the beginning, the middle and the end of a file to tell its vocabulary.
 _SAMPLE = 1 << 20

@@ -14,13 +14,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset
+from nemo_pvs.checkpoints.huggingface.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
 from nemo_pvs.checkpoints.not_a_model import refuse_other_folders
-from nemo_pvs.checkpoints.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.token_index import count_indexed_tokens
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import disk_errors, json_text, sha256_bytes, sha256_file, sha256_json, write_json
-from nemo_pvs.megatron_import import import_megatron
+from nemo_pvs.system.files import disk_errors, json_text, sha256_bytes, sha256_file, sha256_json, write_json
+from nemo_pvs.system.megatron_import import import_megatron
 
 # Everything that decides which ids a text becomes; chat templates and the like do not.
 _TOKENIZER_FILES = (

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nemo_pvs.calibration import ranks
-from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.assets import tokenizer_folder
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.megatron import NemoSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import Fingerprint, WeightSource, fingerprint, shape_of
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.parallel import from_main
-from nemo_pvs.evaluation.perplexity import perplexity
 from nemo_pvs.evaluation.scoring import Scorer, TransformersScorer
 from nemo_pvs.evaluation.store import Store
-from nemo_pvs.megatron_import import import_megatron
+from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.system import ranks
+from nemo_pvs.system.megatron_import import import_megatron
 
 if TYPE_CHECKING:
     from nemo_pvs.evaluation.language_model import CheckpointLM
@@ -199,7 +199,7 @@ class Checkpoint:
             yield TransformersScorer(self.source, **how, rank=ranks.rank(), ranks=ranks.world_size())
             return
         import_megatron()
-        from nemo_pvs.training.inference import MegatronScorer, megatron_ranks
+        from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
 
         with megatron_ranks(compute.tensor_parallel, compute.pipeline_parallel):
             yield MegatronScorer(self.source, **how)

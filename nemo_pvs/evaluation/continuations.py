@@ -15,9 +15,9 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import whole_folder, write_text
+from nemo_pvs.system.files import whole_folder, write_text
 
 NAME = "continuation"
 CHOICES = 4

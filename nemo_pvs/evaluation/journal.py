@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nemo_pvs.calibration import ranks
 from nemo_pvs.evaluation.parallel import from_main
-from nemo_pvs.files import disk_errors, sha256_json
+from nemo_pvs.system import ranks
+from nemo_pvs.system.files import disk_errors, sha256_json
 
 Answer = tuple[float, bool]
 """Log-likelihood of a continuation, and whether greedy decoding would have produced it."""

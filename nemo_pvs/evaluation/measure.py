@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.calibration import ranks
 from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
+from nemo_pvs.evaluation.requests import Wish, Wishes
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.summary import measured_before, summary, with_earlier
-from nemo_pvs.evaluation.wishes import Wish, Wishes
-from nemo_pvs.files import write_json
-from nemo_pvs.progress import progress
+from nemo_pvs.system import ranks
+from nemo_pvs.system.files import write_json
+from nemo_pvs.system.progress import progress
 
 RESULTS = "results.json"
 

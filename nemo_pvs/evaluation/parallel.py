@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-from nemo_pvs.calibration import ranks
-from nemo_pvs.rendezvous import local_rank, ranks_joined
+from nemo_pvs.system import ranks
+from nemo_pvs.system.rendezvous import local_rank, ranks_joined
 
 Found = TypeVar("Found")
 

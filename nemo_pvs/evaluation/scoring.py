@@ -9,8 +9,8 @@ import torch
 from torch import distributed
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
-from nemo_pvs.layout import Layout
-from nemo_pvs.modeling import model_class
+from nemo_pvs.model.hf_classes import model_class
+from nemo_pvs.model.layout import Layout
 
 # Logits turned into fp32 at once, in elements (256 MB).
 _LOGITS_AT_ONCE = 1 << 26

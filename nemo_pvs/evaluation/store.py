@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.evaluation.journal import Journal
-from nemo_pvs.files import read_json, sha256_json, write_json
+from nemo_pvs.system.files import read_json, sha256_json, write_json
 
 
 @dataclass(frozen=True)

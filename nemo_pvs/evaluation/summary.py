@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json
+from nemo_pvs.system.files import read_json
 
 Measured = dict[str, dict[str, Any]]
 """``arc_challenge/25-shot/acc_norm``: value, stderr and what they rest on."""

@@ -10,10 +10,10 @@ from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.requests import parse_wishes
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
-from nemo_pvs.evaluation.wishes import parse_wishes
-from nemo_pvs.pruning.depth_task import Scored, Scorer
+from nemo_pvs.pruning.structured.depth_task import Scored, Scorer
 
 
 def task_score(

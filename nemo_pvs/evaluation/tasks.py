@@ -19,8 +19,8 @@ from lm_eval.tasks import TaskManager
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
-from nemo_pvs.evaluation.wishes import PlainLoader, Wish
-from nemo_pvs.files import read_yaml, sha256_json
+from nemo_pvs.evaluation.requests import PlainLoader, Wish
+from nemo_pvs.system.files import read_yaml, sha256_json
 
 # lm-eval's own seed for the choice of few-shot examples.
 _FEWSHOT_SEED = 1234

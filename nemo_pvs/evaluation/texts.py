@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.calibration.loaders import read_rows
-from nemo_pvs.calibration.tokens import TokenSet, check_size, read_token_file
 from nemo_pvs.data.corpus import read_documents
+from nemo_pvs.data.reference_sets import read_rows
+from nemo_pvs.data.token_set import TokenSet, check_size, read_token_file
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import sha256_bytes, sha256_file
+from nemo_pvs.system.files import sha256_bytes, sha256_file
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,5 @@
-"""Classes for `transformers` that it does not have itself; importing this package registers them with AutoModel."""
+"""``import nemo_pvs.modeling`` registers our model classes with Transformers' AutoModel."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from nemo_pvs.layout import Layout
-from nemo_pvs.modeling.pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from nemo_pvs.model.hf_classes import PrunedLlamaConfig, PrunedLlamaForCausalLM, model_class
 
 __all__ = ["PrunedLlamaConfig", "PrunedLlamaForCausalLM", "model_class"]
-
-AutoConfig.register(PrunedLlamaConfig.model_type, PrunedLlamaConfig)
-AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM)
-
-_OURS = {PrunedLlamaForCausalLM.__name__: PrunedLlamaForCausalLM}
-
-
-def model_class(config: Mapping[str, Any]) -> Any:
-    """Return the class, ours or one of ``transformers``, of the model that a ``config.json`` describes.
-
-    Raises:
-        UserError: no table in ``conversions/`` names the config's architecture.
-    """
-    known = Layout.for_config(config).architectures
-    name = next(name for name in config["architectures"] if name in known)
-    return _OURS.get(name) or getattr(transformers, name)

@@ -7,12 +7,12 @@ from typing import Any
 
 from nemo_pvs.calibration.gradients import layer_taylor_scores
 from nemo_pvs.calibration.taylor import METRICS
-from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import LayerwiseModel
-from nemo_pvs.pruning.adapt_pruner import Measured
-from nemo_pvs.pruning.costs import calibration_flops
+from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.ledger.flops import calibration_flops
+from nemo_pvs.pruning.structured.adapt_pruner import Measured
 
 
 class LayerMeasure:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import disk_errors, sha256_bytes, sha256_json
+from nemo_pvs.system.files import disk_errors, sha256_bytes, sha256_json
 
 FEATURES = frozenset({"attention_bias", "mlp_bias"})
 """The features of a Shape that hold the biases."""

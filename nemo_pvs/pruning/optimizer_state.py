@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_pvs.checkpoints.megatron import NemoSource
-from nemo_pvs.checkpoints.optimizer_state import OptimizerStateSource, states_in
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
+from nemo_pvs.checkpoints.nemo.optimizer_state import OptimizerStateSource, states_in
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.apply import PrunedSource

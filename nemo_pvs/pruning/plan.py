@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, sha256_json, write_json
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import LayerSizes, Shape
 from nemo_pvs.pruning.input_means import AXES, FEATURES, InputMeans
-from nemo_pvs.shape import LayerSizes, Shape
+from nemo_pvs.system.files import read_json, sha256_json, write_json
 
 Indices = tuple[int, ...]
 

@@ -11,7 +11,7 @@ from importlib import resources
 import yaml
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
 
 
 @dataclass(frozen=True)

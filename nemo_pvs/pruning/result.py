@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.checkpoints.huggingface import write_huggingface
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.checkpoints.pad import pad_layers
+from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.files import write_json
+from nemo_pvs.checkpoints.transforms.pad import pad_layers
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.sparse_source import SparseSource
+from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
+from nemo_pvs.system.files import write_json
 
 PLAN = "pvs_plan.json"
 """The file in a pruned checkpoint that says what was kept of the parent."""

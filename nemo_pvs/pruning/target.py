@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, write_json
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.presets import find_preset
-from nemo_pvs.shape import Shape
+from nemo_pvs.system.files import read_json, write_json
 
 SIZES = ("layers", "hidden", "ffn", "kv_groups")
 DENOMINATORS = ("body", "total")

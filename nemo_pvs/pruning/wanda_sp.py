@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.pruning.flap import channel_scores
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.unit_counts import Rules
-from nemo_pvs.pruning.units import plan_units
+from nemo_pvs.pruning.structured.flap import channel_scores
+from nemo_pvs.pruning.structured.unit_counts import Rules
+from nemo_pvs.pruning.structured.units import plan_units
 
 
 def plan_wanda_sp(

@@ -12,24 +12,25 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from nemo_pvs.files import write_json, write_text
-from nemo_pvs.reporting.compare import RESULTS, SideBySide, compare, read_runs
-from nemo_pvs.reporting.compare_data import csv_text, report_data
-from nemo_pvs.reporting.compare_tasks import averages, task_rows
-from nemo_pvs.reporting.figure import loss_figure, loss_panels, standalone
-from nemo_pvs.reporting.figure_accuracy import accuracy_figure
-from nemo_pvs.reporting.figure_gap import gap_against_ratio, gap_against_tokens
-from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.reporting.compare.compare import RESULTS, SideBySide, compare, read_runs
+from nemo_pvs.reporting.compare.tasks import averages, task_rows
+from nemo_pvs.reporting.data import csv_text, report_data
+from nemo_pvs.reporting.figures.accuracy import accuracy_figure
+from nemo_pvs.reporting.figures.gap import gap_against_ratio, gap_against_tokens
+from nemo_pvs.reporting.figures.loss import loss_figure, loss_panels, standalone
 from nemo_pvs.reporting.numbers import DASH, duration, fixed, scientific
 from nemo_pvs.reporting.results import ArmResult, Results
-from nemo_pvs.reporting.table import markdown_rows, markdown_table, notes_of, outcome, results_rows, total_cost
-from nemo_pvs.reporting.table_tasks import (
-    TASK_HEADINGS,
-    TASK_NOTES,
-    TERMS_HEADINGS,
-    task_cells,
-    terms_cells,
+from nemo_pvs.reporting.tables.results import (
+    markdown_rows,
+    markdown_table,
+    notes_of,
+    outcome,
+    results_rows,
+    total_cost,
 )
+from nemo_pvs.reporting.tables.tasks import TASK_HEADINGS, TASK_NOTES, TERMS_HEADINGS, task_cells, terms_cells
+from nemo_pvs.system.files import write_json, write_text
 
 _REPEAT = "pvs run recipe.yaml --out again"  # every run folder holds its recipe
 

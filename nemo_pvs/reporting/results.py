@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, write_json
-from nemo_pvs.reporting.budget import Setting
-from nemo_pvs.reporting.ledger import Ledger
-from nemo_pvs.shape import Shape
+from nemo_pvs.ledger.budget import Setting
+from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.system.files import read_json, write_json
 
 
 @dataclass

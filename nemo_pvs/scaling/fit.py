@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, write_json
 from nemo_pvs.scaling.chinchilla import Chinchilla
 from nemo_pvs.scaling.estimate import Array, Points, estimate, polish, predict
 from nemo_pvs.scaling.held_out import HeldOut, held_out, slope_difference
@@ -20,6 +19,7 @@ from nemo_pvs.scaling.law import Law, names
 from nemo_pvs.scaling.p2 import P2
 from nemo_pvs.scaling.per_run import PerRun
 from nemo_pvs.scaling.series import Series, warnings_of
+from nemo_pvs.system.files import read_json, write_json
 
 Form = Literal["p2", "chinchilla", "per-run"]
 LAWS: dict[str, Law] = {P2.name: P2(), Chinchilla.name: Chinchilla(), PerRun.name: PerRun()}

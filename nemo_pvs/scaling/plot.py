@@ -12,10 +12,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from nemo_pvs.files import write_text
 from nemo_pvs.scaling.estimate import Points, predict
 from nemo_pvs.scaling.fit import Fit
 from nemo_pvs.scaling.law import BILLION
+from nemo_pvs.system.files import write_text
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), which colour-blind readers tell apart; markers differ too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

@@ -9,7 +9,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.compare_check import at
+from nemo_pvs.reporting.compare.comparable import at
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ArmResult, Results
 from nemo_pvs.reporting.training_log import log_files, validation_losses

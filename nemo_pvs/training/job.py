@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.files import read_json, write_json
-from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_efficient import PruningAware
-from nemo_pvs.recipe_sheared import MaskLearning
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.recipe.efficient import PruningAware
+from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.sheared import MaskLearning
+from nemo_pvs.system.files import read_json, write_json
 
 JOB_FILE = "job.json"
 METRICS_FILE = "metrics.jsonl"

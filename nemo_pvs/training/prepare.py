@@ -8,26 +8,26 @@ from pathlib import Path
 
 import torch
 
-from nemo_pvs.checkpoint_ledger import tokens_read
 from nemo_pvs.checkpoints.assets import tokenizer_folder
-from nemo_pvs.checkpoints.detect import open_source
 from nemo_pvs.checkpoints.masks import check_masks, masks_of
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.checkpoints.random import RandomSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import Fingerprint, WeightSource, earlier_fingerprint, fingerprint, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
+from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.data.token_files import describe_token_file
 from nemo_pvs.data.tokenize import tokenizer_hash
+from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.windows import validation_windows, write_validation_document
-from nemo_pvs.files import read_json, sha256_json, write_json
-from nemo_pvs.progress import console, progress
-from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
-from nemo_pvs.reporting.tokens_read import TokensRead
-from nemo_pvs.stages import same_inputs
+from nemo_pvs.ledger.tokens_read import TokensRead
+from nemo_pvs.pipeline.records import same_inputs
+from nemo_pvs.planning.charges import tokens_read
+from nemo_pvs.planning.checks import check_context, check_training
+from nemo_pvs.planning.teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
+from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.system.files import read_json, sha256_json, write_json
+from nemo_pvs.system.progress import console, progress
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training_checks import check_context, check_training
 
 _SPARSE = 0.1
 """Share of zeros in a matrix from which on they are hardly chance."""

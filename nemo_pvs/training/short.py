@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_pvs.checkpoints.huggingface import write_huggingface
+from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe.recipe import Layout, Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.prepare import prepare_job
-from nemo_pvs.training.run import Trainer
+from nemo_pvs.training.trainer import Trainer
 
 
 @contextmanager

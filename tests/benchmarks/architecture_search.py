@@ -19,12 +19,12 @@ from rich.table import Table
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.parent import prepare_parent
-from nemo_pvs.progress import console, progress
-from nemo_pvs.pruning.grid import Budget, Grid, flops_at, legal_shapes
-from nemo_pvs.pruning.search import search
-from nemo_pvs.shape import Shape
+from nemo_pvs.checkpoints.fetch import prepare_parent
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.search.grid import Budget, Grid, flops_at, legal_shapes
+from nemo_pvs.pruning.search.search import search
+from nemo_pvs.system.progress import console, progress
 from tests.benchmarks.depth_methods import texts
 
 

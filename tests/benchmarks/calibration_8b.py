@@ -20,14 +20,14 @@ from rich.table import Table
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.layout import Layout
-from nemo_pvs.progress import console, progress
-from nemo_pvs.pruning.job import Job, Options
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.methods import AT_ONCE, METHODS, prune_by
-from nemo_pvs.shape import Shape
+from nemo_pvs.pruning.request import Job, Options
+from nemo_pvs.system.progress import console, progress
 from tests.benchmarks.conversion import SHAPES, make_input
 from tests.benchmarks.llm_compressor import random_tokens
 from tests.benchmarks.measure import Measured, forget_cached, measure

@@ -19,15 +19,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
-from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.convert import convert, verify_checkpoint
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.checkpoints.stream import convert, verify_checkpoint
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan, whole_layers
-from nemo_pvs.shape import Shape
 from tests.benchmarks.measure import Measured, forget_cached, measure
 
 SHAPES = {

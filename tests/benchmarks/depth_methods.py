@@ -18,19 +18,19 @@ import torch
 from rich.table import Table
 
 from nemo_pvs.calibration.engine import calibrate
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.parent import prepare_parent
+from nemo_pvs.checkpoints.fetch import prepare_parent
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, read_documents
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer
-from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.progress import console, progress
+from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.depth import plan_depth, plan_individual, scan_windows
-from nemo_pvs.pruning.greedy import plan_greedy, scan_greedy
 from nemo_pvs.pruning.plan import Plan, format_ranges
-from nemo_pvs.pruning.shortgpt import plan_shortgpt
+from nemo_pvs.pruning.structured.depth import plan_depth, plan_individual, scan_windows
+from nemo_pvs.pruning.structured.greedy import plan_greedy, scan_greedy
+from nemo_pvs.pruning.structured.shortgpt import plan_shortgpt
+from nemo_pvs.system.progress import console, progress
 
 
 def main() -> None:

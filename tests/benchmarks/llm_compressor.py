@@ -24,12 +24,12 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.fetch import prepare_parent
 from nemo_pvs.checkpoints.masks import masks_of
-from nemo_pvs.checkpoints.parent import prepare_parent
-from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.progress import console
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.system.progress import console
 from tests.benchmarks.conversion import SHAPES, make_input
 from tests.benchmarks.measure import measure
 from tests.benchmarks.structured_methods import texts

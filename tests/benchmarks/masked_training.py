@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.progress import console
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource
@@ -115,8 +115,8 @@ def measure(job: TrainingJob) -> Cost:
 
     import lightning.pytorch as pl
 
-    from nemo_pvs.training import train
-    from nemo_pvs.training.masks import PackedMask
+    from nemo_pvs.megatron import rank
+    from nemo_pvs.megatron.masks.rank_masks import PackedMask
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -156,15 +156,15 @@ def measure(job: TrainingJob) -> Cost:
             sizes.append(sum(shard.mask.bits.numel() for shard in shards))
             sizes.append(4 * 4 * sum(weight.numel() for weight in trainer.strategy.megatron_parallel.parameters()))
 
-    original = train.pretrain_recipe
+    original = rank.pretrain_recipe
 
     def with_turns(job):
         recipe = original(job)
         recipe.trainer.callbacks.insert(0, TakeTurns())
         return recipe
 
-    train.pretrain_recipe = with_turns
-    train.train_on_cpu(job)
+    rank.pretrain_recipe = with_turns
+    rank.train_on_cpu(job)
     return Cost(*(statistics.median(times) for times in (seconds[False], seconds[True], masks)), *sizes)
 
 

@@ -24,16 +24,16 @@ from rich.table import Table
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.parent import prepare_parent
+from nemo_pvs.checkpoints.fetch import prepare_parent
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
-from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.progress import progress
-from nemo_pvs.pruning.job import Job, Options
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pruning.methods import AT_ONCE, METHODS, prune_by
+from nemo_pvs.pruning.request import Job, Options
 from nemo_pvs.pruning.result import write
+from nemo_pvs.system.progress import progress
 from tests.benchmarks.structured_methods import texts
 
 

@@ -27,7 +27,7 @@ def with_nemo(source: Path, target: Path) -> float:
     import torch
     from nemo.collections.llm.gpt.model import llama  # noqa: F401
 
-    import nemo_pvs.training.recipe  # noqa: F401
+    import nemo_pvs.megatron.pretrain  # noqa: F401
     from tests.nemo_connectors import import_with_nemo
 
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def with_ours(source: Path, target: Path) -> float:
     begun = time.perf_counter()
     import torch
 
-    from nemo_pvs.checkpoints.stream import convert
+    from nemo_pvs.checkpoints.convert import convert
 
     torch.set_num_threads(1)
     imported = time.perf_counter() - begun
@@ -109,9 +109,9 @@ def compare(shape: str, folder: Path) -> None:
     """Make the input, run both on it, check that they agree in every weight, and show the table."""
     import torch
 
-    from nemo_pvs.checkpoints.megatron import NemoSource
+    from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
     from nemo_pvs.checkpoints.source import shape_of
-    from nemo_pvs.layout import Layout
+    from nemo_pvs.model.layout import Layout
     from tests.benchmarks.conversion import SHAPES, make_input
     from tests.benchmarks.measure import forget_cached, measure
     from tests.conftest import save_tiny_tokenizer

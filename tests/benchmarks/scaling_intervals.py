@@ -12,7 +12,7 @@ import argparse
 
 from rich.table import Table
 
-from nemo_pvs.progress import console
+from nemo_pvs.system.progress import console
 from tests.scaling.coverage import CASES, PREDICTIONS, coverage
 
 

@@ -21,13 +21,13 @@ def ours(job: dict[str, Any]) -> Callable[[], None]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from nemo_pvs.calibration.tokens import TokenSet
-    from nemo_pvs.checkpoints.detect import open_source
-    from nemo_pvs.checkpoints.huggingface import write_huggingface
-    from nemo_pvs.pruning.sequential import prune_layers
-    from nemo_pvs.pruning.sparsegpt import SparseGPT
-    from nemo_pvs.pruning.sparsity import Sparsity
-    from nemo_pvs.pruning.wanda import Wanda
+    from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
+    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.data.token_set import TokenSet
+    from nemo_pvs.pruning.sparse.sequential import prune_layers
+    from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
+    from nemo_pvs.pruning.sparse.sparsity import Sparsity
+    from nemo_pvs.pruning.sparse.wanda import Wanda
 
     methods = {"sparsegpt": SparseGPT, "wanda": Wanda}
 

@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.fetch import prepare_parent
 from nemo_pvs.checkpoints.masks import masks_of
-from nemo_pvs.checkpoints.parent import prepare_parent
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.progress import console, progress
-from nemo_pvs.pruning.magnitude import MagnitudeSource
-from nemo_pvs.pruning.sequential import prune_layers
-from nemo_pvs.pruning.sparsegpt import SparseGPT
-from nemo_pvs.pruning.sparsity import Sparsity
-from nemo_pvs.pruning.wanda import Wanda
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.pruning.sparse.magnitude import MagnitudeSource
+from nemo_pvs.pruning.sparse.sequential import prune_layers
+from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
+from nemo_pvs.pruning.sparse.sparsity import Sparsity
+from nemo_pvs.pruning.sparse.wanda import Wanda
+from nemo_pvs.system.progress import console, progress
 from tests.benchmarks.structured_methods import texts
 
 METHODS = {

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.progress import console
-from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_distillation import Distillation
-from nemo_pvs.recipe_efficient import PruningAware
-from nemo_pvs.recipe_sheared import MaskLearning
+from nemo_pvs.recipe.distillation import Distillation
+from nemo_pvs.recipe.efficient import PruningAware
+from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.sheared import MaskLearning
+from nemo_pvs.system.progress import console
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import LearnedMasks, TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -191,7 +191,7 @@ KINDS: dict[str, Callable[[TrainingJob], TrainingJob]] = {
 def _train_rank(job: TrainingJob) -> None:
     import os
 
-    from nemo_pvs.training.train import train_on_cpu
+    from nemo_pvs.megatron.rank import train_on_cpu
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -201,10 +201,10 @@ def _train_rank(job: TrainingJob) -> None:
 
 def _taylor_rank(job: TrainingJob) -> float:
     """Be a rank; return the seconds of as many sequences as a step has."""
-    from nemo_pvs.calibration.tokens import TokenSet
+    from nemo_pvs.data.token_set import TokenSet
     from nemo_pvs.evaluation.parallel import joined
-    from nemo_pvs.training.gradients import megatron_taylor_scores
-    from nemo_pvs.training.inference import megatron_ranks
+    from nemo_pvs.megatron.gradients import megatron_taylor_scores
+    from nemo_pvs.megatron.inference import megatron_ranks
 
     source, times = NemoSource(job.initial), []
     ids = torch.randint(3, shape_of(source).vocab, (WARM_UP + SAMPLES, SEQUENCE))

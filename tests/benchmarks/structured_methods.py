@@ -20,23 +20,23 @@ from rich.table import Table
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.taylor import METRICS
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.parent import prepare_parent
+from nemo_pvs.checkpoints.fetch import prepare_parent
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, read_documents
 from nemo_pvs.data.split import split_documents
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer
-from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.progress import console, progress
+from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.flap import plan_flap
-from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
 from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.structured.flap import plan_flap
+from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
+from nemo_pvs.pruning.structured.width import plan_width
 from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
-from nemo_pvs.pruning.width import plan_width
-from nemo_pvs.shape import Shape
+from nemo_pvs.system.progress import console, progress
 
 
 def main() -> None:

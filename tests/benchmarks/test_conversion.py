@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.source import shape_of
 from tests.benchmarks.conversion import SHAPES, benchmark, half_width
 from tests.benchmarks.measure import Measured, measure

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.pruning.sequential import prune_layers
-from nemo_pvs.pruning.sparsegpt import SparseGPT
-from nemo_pvs.pruning.sparsity import Sparsity
-from nemo_pvs.pruning.wanda import Wanda
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.pruning.sparse.sequential import prune_layers
+from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
+from nemo_pvs.pruning.sparse.sparsity import Sparsity
+from nemo_pvs.pruning.sparse.wanda import Wanda
 from tests.benchmarks import llm_compressor, published_scripts
 from tests.benchmarks.sparse_contenders import parsed
 from tests.state_source import StateSource, random_ids, tiny_model

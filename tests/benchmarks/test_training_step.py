@@ -1,6 +1,6 @@
 import pytest
 
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
 from tests.benchmarks.training_step import plain_job, train
 from tests.parallel.ranks import run_ranks
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nemo_pvs.checkpoints.parent import SMOLLM2
-from nemo_pvs.checkpoints.random import RandomSource
-from nemo_pvs.layout import Layout as WeightLayout
-from nemo_pvs.progress import console
+from nemo_pvs.checkpoints.fetch import SMOLLM2
+from nemo_pvs.checkpoints.transforms.random import RandomSource
+from nemo_pvs.model.layout import Layout as WeightLayout
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.shape import Shape
+from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import tiny_job
@@ -95,9 +95,9 @@ def train(job: TrainingJob, name: str) -> Steps:
     import fiddle
     import lightning.pytorch as pl
 
-    from nemo_pvs.training.cluster import Machine
-    from nemo_pvs.training.recipe import pretrain_recipe
-    from nemo_pvs.training.train import pretrain_on_cpu
+    from nemo_pvs.megatron.pretrain import pretrain_recipe
+    from nemo_pvs.megatron.rank import pretrain_on_cpu
+    from nemo_pvs.training.machine import Machine
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -142,7 +142,7 @@ def _of_nemo(job: TrainingJob, ours: Any, machine: Any) -> Any:
     """Return NeMo's recipe of Llama 3.1, for the model and the data of ours, on one rank."""
     from nemo.collections.llm.recipes import llama31_8b
 
-    from nemo_pvs.training.recipe import mixed_precision
+    from nemo_pvs.megatron.pretrain import mixed_precision
 
     recipe = llama31_8b.pretrain_recipe(dir=str(job.folder / "stock"), num_gpus_per_node=1)
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")

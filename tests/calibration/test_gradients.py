@@ -15,12 +15,12 @@ from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.gradients import taylor_scores
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.taylor import METRICS
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import LayerwiseModel
-from nemo_pvs.pruning.costs import calibration_flops
+from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.ledger.flops import calibration_flops
 from tests import families
 from tests.calibration.test_engine import token_set
 from tests.state_source import StateSource, tiny_model

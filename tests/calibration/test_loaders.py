@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nemo_pvs.calibration.loaders import LOADERS, cut, load_tokens, read_rows
+from nemo_pvs.data.reference_sets import LOADERS, cut, load_tokens, read_rows
 from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.errors import UserError
 from tests.conftest import save_tiny_tokenizer

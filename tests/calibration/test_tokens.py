@@ -13,7 +13,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from nemo_pvs.calibration.tokens import TokenSet, read_token_file
+from nemo_pvs.data.token_set import TokenSet, read_token_file
 from nemo_pvs.errors import UserError
 
 

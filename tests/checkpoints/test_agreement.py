@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from nemo_pvs.checkpoints.agreement import compare
+from nemo_pvs.layerwise.agreement import compare
 from tests.conftest import tiny_llama_config
 from tests.state_source import StateSource
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nemo_pvs.checkpoints.agreement import compare
-from nemo_pvs.checkpoints.as_transformers_loads import AsTransformersLoads
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.huggingface.as_transformers_loads import AsTransformersLoads
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.agreement import compare
 from tests.conftest import make_tiny_llama
 from tests.families import CASES, save_tiny
 from tests.state_source import StateSource

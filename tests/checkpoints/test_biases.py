@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.biases import with_both_biases
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.checkpoints.transforms.biases import with_both_biases
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
 from tests.uneven_model import make_uneven_llama, uneven_model
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from nemo_pvs.checkpoints import fiddle_json
-from nemo_pvs.checkpoints.context import context_assets, read_context, write_context
-from nemo_pvs.checkpoints.fiddle_json import Config, Symbol
+from nemo_pvs.checkpoints.nemo import fiddle_json
+from nemo_pvs.checkpoints.nemo.context import context_assets, read_context, write_context
+from nemo_pvs.checkpoints.nemo.fiddle_json import Config, Symbol
 from nemo_pvs.errors import UserError
 
 LLAMA = "nemo.collections.llm.gpt.model.llama"

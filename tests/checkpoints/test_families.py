@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_pvs.checkpoints import fiddle_json
-from nemo_pvs.checkpoints.context import read_context, write_context
-from nemo_pvs.checkpoints.fiddle_json import Config, Symbol
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
-from nemo_pvs.checkpoints.nemo_classes import NemoFamily
-from nemo_pvs.checkpoints.random import RandomSource
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.nemo import fiddle_json
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.checkpoints.nemo.context import read_context, write_context
+from nemo_pvs.checkpoints.nemo.fiddle_json import Config, Symbol
+from nemo_pvs.checkpoints.nemo.nemo_classes import NemoFamily
+from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import LayerwiseModel
-from nemo_pvs.layout import Layout
+from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.model.layout import Layout
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
 from tests.families import CASES, LAYOUTS, model_class, save_tiny, tiny_config

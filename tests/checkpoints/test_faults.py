@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
-from nemo_pvs import cli
+from nemo_pvs.checkpoints.convert import convert, verify_checkpoint
 from nemo_pvs.checkpoints.manifest import Manifest
-from nemo_pvs.checkpoints.stream import convert, verify_checkpoint
+from nemo_pvs.cli.main import main
 from nemo_pvs.errors import UserError
 from tests.conftest import make_tiny_llama
 
@@ -147,7 +147,7 @@ def test_the_command_line_says_it_in_one_line(folder, tmp_path, monkeypatch, cap
     folder.truncated_shard()
     monkeypatch.setattr(sys, "argv", ["pvs", "convert", str(folder.path), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main()
     assert end.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith("pvs: ")
@@ -292,7 +292,7 @@ def test_a_read_only_target_is_named(folder, small_disk, to):
 CHILD = """
 import os, sys
 import torch
-from nemo_pvs.checkpoints.stream import convert
+from nemo_pvs.checkpoints.convert import convert
 torch.set_num_threads(1)
 for line in iter(sys.stdin.readline, ""):
     source, target, to, overwrite = line.split()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nemo_pvs.checkpoints.fiddle_json import Config, Symbol, dump, find
+from nemo_pvs.checkpoints.nemo.fiddle_json import Config, Symbol, dump, find
 
 _ROOT = Config(Symbol("a.module", "Class"), {"size": 3})
 

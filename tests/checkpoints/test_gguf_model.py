@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_pvs.checkpoints.gguf_rope import llama3_scaling
-from nemo_pvs.checkpoints.parent import dequantize_gguf
+from nemo_pvs.checkpoints.fetch import dequantize_gguf
+from nemo_pvs.checkpoints.gguf.rope import llama3_scaling
 from nemo_pvs.errors import UserError
 from tests.checkpoints.gguf_writer import BYTE_TOKENIZER, head_dim, randomise, write_gguf
 from tests.conftest import tiny_llama_config

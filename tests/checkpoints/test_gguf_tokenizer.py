@@ -10,9 +10,9 @@ import sentencepiece
 from gguf import GGUFWriter
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nemo_pvs.checkpoints.gguf_file import GgufFile
-from nemo_pvs.checkpoints.gguf_tokenizer import build_tokenizer
-from nemo_pvs.checkpoints.parent import packaged_smollm2
+from nemo_pvs.checkpoints.fetch import packaged_smollm2
+from nemo_pvs.checkpoints.gguf.file import GgufFile
+from nemo_pvs.checkpoints.gguf.tokenizer import build_tokenizer
 from nemo_pvs.errors import UserError
 from tests.checkpoints.gguf_writer import BYTE_TOKENIZER, BYTES, add_key
 

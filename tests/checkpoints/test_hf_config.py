@@ -6,9 +6,9 @@ import copy
 
 import pytest
 
-from nemo_pvs.checkpoints.hf_config import normal_config
+from nemo_pvs.checkpoints.huggingface.config import normal_config
 from nemo_pvs.errors import UserError
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
 from tests.conftest import tiny_llama_config
 from tests.families import LAYOUTS, tiny_config
 

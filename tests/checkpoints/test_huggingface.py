@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import sha256_file
+from nemo_pvs.system.files import sha256_file
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

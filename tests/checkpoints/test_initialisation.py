@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.initialisation import Initialisation
-from nemo_pvs.checkpoints.random import RandomSource
+from nemo_pvs.checkpoints.transforms.initialisation import Initialisation
+from nemo_pvs.checkpoints.transforms.random import RandomSource
 from tests.conftest import tiny_llama_config
 
 HIDDEN, FFN, VOCAB, HEADS, GROUPS, LAYERS = 128, 512, 1000, 8, 2, 4

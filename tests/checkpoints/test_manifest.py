@@ -9,12 +9,12 @@ import pytest
 import torch
 import xxhash
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.convert import convert, describe, verify_checkpoint
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest, is_finite
-from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import fingerprint
-from nemo_pvs.checkpoints.stream import convert, describe, verify_checkpoint
 from nemo_pvs.errors import UserError
 from tests.state_source import StateSource, tiny_model
 

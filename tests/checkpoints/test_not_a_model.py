@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.gguf_file import GgufFile
-from nemo_pvs.checkpoints.parent import prepare_parent
+from nemo_pvs.checkpoints.fetch import prepare_parent
+from nemo_pvs.checkpoints.gguf.file import GgufFile
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.errors import UserError
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer

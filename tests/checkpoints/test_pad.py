@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.masks import masks_of
-from nemo_pvs.checkpoints.pad import pad_layers
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.checkpoints.transforms.pad import pad_layers
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import LayerSizes
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.shape import LayerSizes
 from tests import families
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
 from tests.uneven_model import BIASES, BOUNDS, LLAMA3_ROPE, make_uneven_llama, uneven_model

@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.stream import convert
-from nemo_pvs.layout import Layout
+from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.model.layout import Layout
 
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from nemo_pvs.checkpoints.masks import check_masks
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
-from nemo_pvs.checkpoints.random import RandomSource
-from nemo_pvs.layout import Layout
-from nemo_pvs.shape import Shape
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.checkpoints.transforms.random import RandomSource
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
 from tests.conftest import tiny_llama_config
 from tests.masked_source import MaskedSource
 from tests.state_source import StateSource, tiny_model

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nemo_pvs.checkpoints.safetensors_file import SafetensorsReader, SafetensorsWriter
+from nemo_pvs.checkpoints.files.safetensors_file import SafetensorsReader, SafetensorsWriter
 from nemo_pvs.errors import UserError
 
 TENSORS = {

@@ -20,16 +20,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from nemo_pvs.checkpoints import pytorch_bin
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
-from nemo_pvs.checkpoints.megatron_lm import MegatronSource
-from nemo_pvs.checkpoints.parent import SMOLLM2, local_checkpoint
-from nemo_pvs.checkpoints.pytorch_bin import PytorchBinReader
+from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.fetch import SMOLLM2, local_checkpoint
+from nemo_pvs.checkpoints.files import pytorch_bin
+from nemo_pvs.checkpoints.files.pytorch_bin import PytorchBinReader
+from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, write_torch_dist
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.checkpoints.nemo.megatron_lm import MegatronSource
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import fingerprint
-from nemo_pvs.checkpoints.stream import convert
-from nemo_pvs.checkpoints.torch_dist import Block, TorchDistReader, write_torch_dist
 from nemo_pvs.errors import UserError
 from tests.conftest import save_tiny_tokenizer
 from tests.parallel.ranks import run_ranks
@@ -246,7 +246,7 @@ def test_arguments_are_read_where_megatron_is_not_there(iteration):
     args = megatron_args(save=Path("a/b"))
     torch.save({"args": args, "rerun_state_machine": rerun, "rng": np.arange(3)}, iteration / "common.pt")
     script = (
-        "import sys; from nemo_pvs.checkpoints.detect import open_source;"
+        "import sys; from nemo_pvs.checkpoints.open import open_source;"
         f"print(open_source({str(iteration)!r}).config['head_dim'], 'megatron' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -422,7 +422,7 @@ def _save_with_megatron(folder):
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
-    from nemo_pvs.training.cpu import megatron_on_cpu
+    from nemo_pvs.megatron.cpu import megatron_on_cpu
 
     with megatron_on_cpu():
         torch.distributed.init_process_group("gloo")
@@ -580,8 +580,8 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub, hf, tmp_path, sa
     for extra in ("original/consolidated.00.pth", "original/tokenizer.model", "consolidated.safetensors", "run.py"):
         (hf / extra).write_bytes(b"not needed")
     script = (
-        "from pathlib import Path; from nemo_pvs.checkpoints.parent import local_checkpoint, prepare_parent;"
-        "from nemo_pvs.checkpoints.detect import open_source; from nemo_pvs.checkpoints.source import fingerprint\n"
+        "from pathlib import Path; from nemo_pvs.checkpoints.fetch import local_checkpoint, prepare_parent;"
+        "from nemo_pvs.checkpoints.open import open_source; from nemo_pvs.checkpoints.source import fingerprint\n"
         "with local_checkpoint('hf://some/model') as folder: print(fingerprint(open_source(folder)))\n"
         f"made = prepare_parent('hf://some/model@main', Path({str(tmp_path / 'made')!r}))\n"
         "print(fingerprint(open_source(made)))"
@@ -598,8 +598,8 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub, hf, tmp_path, sa
 def ask_the_hub(tmp_path, script: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a script with a cache of its own; what it prints of UserErrors is one line each."""
     start = (
-        "from pathlib import Path; from nemo_pvs.checkpoints.parent import local_checkpoint, prepare_parent\n"
-        "from nemo_pvs.checkpoints.detect import open_source; from nemo_pvs.checkpoints.source import fingerprint\n"
+        "from pathlib import Path; from nemo_pvs.checkpoints.fetch import local_checkpoint, prepare_parent\n"
+        "from nemo_pvs.checkpoints.open import open_source; from nemo_pvs.checkpoints.source import fingerprint\n"
         "from nemo_pvs.errors import UserError\n"
         "def attempt(model):\n"
         "    try: local_checkpoint(model).__enter__()\n"

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import write_huggingface
+from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
 from nemo_pvs.checkpoints.masks import masks_of
-from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from tests.conftest import tiny_llama_config
 from tests.state_source import StateSource, tiny_model

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from nemo_pvs.checkpoints.context import read_context
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.checkpoints.nemo.context import read_context
 from nemo_pvs.checkpoints.source import fingerprint
 
 pytestmark = pytest.mark.slow

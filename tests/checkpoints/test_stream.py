@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.convert import convert, describe, verify_checkpoint
 from nemo_pvs.checkpoints.manifest import MANIFEST
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import fingerprint
-from nemo_pvs.checkpoints.stream import convert, describe, verify_checkpoint
 from nemo_pvs.errors import UserError
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
 
 PARAMETERS = 172_608  # of the tiny Llama: 2 * 128 * 64 + 4 * (2 * 64 * 16 * 10 + 3 * 64 * 96 + 2 * 64) + 64
 

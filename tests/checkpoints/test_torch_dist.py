@@ -8,9 +8,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from nemo_pvs.checkpoints.torch_dist import Block, TorchDistReader, write_torch_dist
+from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, write_torch_dist
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import disk_errors
+from nemo_pvs.system.files import disk_errors
 
 MATRIX = torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(0))
 VECTOR = torch.arange(3, dtype=torch.bfloat16)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
-from nemo_pvs.checkpoints.pad import pad_layers
+from nemo_pvs.checkpoints.convert import verify_checkpoint
+from nemo_pvs.checkpoints.files.torch_dist import Block, write_torch_dist
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import fingerprint, shape_of
-from nemo_pvs.checkpoints.stream import verify_checkpoint
-from nemo_pvs.checkpoints.torch_dist import Block, write_torch_dist
+from nemo_pvs.checkpoints.transforms.pad import pad_layers
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import LayerSizes
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.shape import LayerSizes
 from tests.checkpoints.test_megatron import load_all
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
 from tests.uneven_model import BIASES, LLAMA3_ROPE, SIZES, make_uneven_llama

@@ -6,8 +6,8 @@ import pytest
 
 from nemo_pvs.data.corpus import input_files
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe_file import load_recipe, parse_recipe
-from nemo_pvs.run_data import RunData
+from nemo_pvs.pipeline.tokens import RunData
+from nemo_pvs.recipe.load import load_recipe, parse_recipe
 
 
 def _data(folder: Path, source: Path) -> RunData:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.tokenize import load_tokenizer, tokenize, tokenizer_hash
-from nemo_pvs.files import sha256_folder
+from nemo_pvs.system.files import sha256_folder
 from tests.conftest import make_tiny_llama
 
 FOLDERS = sorted(path for path in (Path(__file__).parent / "transformers_5").iterdir())

@@ -12,7 +12,7 @@ import yaml
 from nemo_pvs.data.tokenize import load_tokenizer, write_token_file
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.continuations import CONTEXT_TOKENS, ENDING_TOKENS, write_continuations
-from nemo_pvs.evaluation.wishes import parse_wishes
+from nemo_pvs.evaluation.requests import parse_wishes
 from tests.conftest import save_tiny_tokenizer
 
 WINDOW = CONTEXT_TOKENS + ENDING_TOKENS

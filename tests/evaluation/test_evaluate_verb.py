@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs import cli
-from nemo_pvs.evaluation import perplexity as perplexity_module
+from nemo_pvs.cli.main import main
 from nemo_pvs.evaluation.scoring import TransformersScorer
-from nemo_pvs.reporting.compare_tasks import read_scores
+from nemo_pvs.layerwise import perplexity as perplexity_module
+from nemo_pvs.reporting.compare.tasks import read_scores
 from tests.conftest import make_tiny_llama
 from tests.evaluation.models import TASKS, save_byte_model
 from tests.evaluation.paper_data import write_paper_data
@@ -26,7 +26,7 @@ def evaluate(monkeypatch, capsys, tmp_path):
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pvs", "evaluate", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         return end.value.code or 0, captured.out, captured.err
 

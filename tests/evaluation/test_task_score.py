@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.requests import parse_wishes
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.task_score import task_score
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
-from nemo_pvs.evaluation.wishes import parse_wishes
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 TASKS = Path(__file__).parent / "tasks"

@@ -13,13 +13,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.requests import Wish, Wishes, parse_wishes, presets
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.summary import average
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
-from nemo_pvs.evaluation.wishes import Wish, Wishes, parse_wishes, presets
 from tests.evaluation.models import TASKS, save_byte_model
 from tests.evaluation.paper_data import write_paper_data
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from nemo_pvs.calibration.tokens import read_token_file
+from nemo_pvs.data.token_set import read_token_file
 from nemo_pvs.data.tokenize import write_token_file
+from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.windows import validation_windows, write_validation_document
 
 
 def test_every_token_after_the_first_is_predicted_once(tmp_path):

@@ -16,7 +16,7 @@ from random import Random
 from types import FrameType
 from unittest import mock
 
-from nemo_pvs import cli
+from nemo_pvs.cli.main import main
 from nemo_pvs.errors import UserError
 
 _MEMORY = 2 << 30
@@ -88,7 +88,7 @@ def _run(arguments: list[str]) -> str | None:
     no_waiting = mock.patch.object(os, "fsync")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), _limits(), no_waiting:
         try:
-            cli.app(arguments, standalone_mode=False)
+            main.app(arguments, standalone_mode=False)
         except UserError as error:
             return str(error)
     return None

@@ -14,11 +14,11 @@ import pyarrow.parquet
 import yaml
 import zstandard
 
+from nemo_pvs.checkpoints.convert import convert
 from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest
-from nemo_pvs.checkpoints.stream import convert
 from nemo_pvs.data.tokenize import write_token_file
-from nemo_pvs.files import sha256_file
-from nemo_pvs.recipe_file import load_recipe
+from nemo_pvs.recipe.load import load_recipe
+from nemo_pvs.system.files import sha256_file
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.fuzz.damage import damage_file, damage_json, damaged_bytes, damaged_value
 from tests.fuzz.harness import Subject

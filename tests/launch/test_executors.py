@@ -16,10 +16,10 @@ import yaml
 from nemo_run.cli.api import RunContext
 from nemo_run.run.torchx_backend.packaging import package
 
+from nemo_pvs.cli.factory_names import executor_name
+from nemo_pvs.cluster.profile import packaged_profiles
 from nemo_pvs.errors import UserError
-from nemo_pvs.launch_profile import packaged_profiles
-from nemo_pvs.training import executors
-from nemo_pvs.training.factory_names import executor_name
+from nemo_pvs.nemo_cli import executors
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_pvs.cluster.experiment import scripts, stages
+from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile, load_profile, packaged_profiles
 from nemo_pvs.errors import UserError
-from nemo_pvs.launch_profile import LocalProfile, SlurmProfile, load_profile, packaged_profiles
-from nemo_pvs.launching import scripts, stages
-from nemo_pvs.recipe_file import load_recipe
+from nemo_pvs.recipe.load import load_recipe
 
 SITE = {"SLURM_ACCOUNT": "physics", "SLURM_PARTITION": "h100", "PVS_IMAGE": "/images/pvs.sqsh", "PVS_SHARED": "/"}
 
@@ -66,7 +66,7 @@ def test_batch_scripts_are_bash_and_ask_for_what_the_layout_needs(grid, tmp_path
 def test_ranks_get_their_address_and_start_where_the_user_is(grid):
     script = grid["train-4b-width-pruned-50B"]
     (command,) = re.findall(r"^srun .*launch.*$", script, re.MULTILINE)
-    job = re.search(r"-m nemo_pvs\.training\.launch --slurm (\S+)$", command)[1]
+    job = re.search(r"-m nemo_pvs\.megatron\.launch --slurm (\S+)$", command)[1]
     assert job.endswith("/grid/train/4b-width-pruned-50B/job.json")
     assert "--container-image /images/pvs.sqsh" in command
     assert command.rindex("--kill-on-bad-exit=0") > command.rindex("--kill-on-bad-exit=1"), "the last one counts"
@@ -115,7 +115,7 @@ def test_without_a_container_an_environment_is_used(tmp_path):
     site = {"SLURM_ACCOUNT": "a", "PVS_PYTHON": "/shared/venv/bin/python"}
     script = _scripts("smollm2_135m/demo", "slurm_h100", tmp_path, site)["train-width-pruned"]
     assert "--container" not in script
-    assert f"--chdir={Path.cwd()} /shared/venv/bin/python -m nemo_pvs.training.launch --slurm" in script
+    assert f"--chdir={Path.cwd()} /shared/venv/bin/python -m nemo_pvs.megatron.launch --slurm" in script
     assert _options(script)["ntasks-per-node"] == "2"
 
 
@@ -213,7 +213,7 @@ def test_a_container_must_see_the_run_folder(tmp_path):
 
 
 def test_slurm_ranks_know_their_place(monkeypatch):
-    from nemo_pvs.training.launch import _take_rank_from_slurm
+    from nemo_pvs.megatron.launch import _take_rank_from_slurm
 
     of_slurm = {"PROCID": 11, "LOCALID": 3, "NODEID": 1, "NTASKS": 16, "JOB_ID": 7, "NTASKS_PER_NODE": 8}
     ours = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
@@ -229,7 +229,7 @@ def test_slurm_ranks_know_their_place(monkeypatch):
 
 
 def test_every_launch_command_of_the_documents_works_as_a_dry_run(tmp_path, monkeypatch, capsys):
-    from nemo_pvs import cli
+    from nemo_pvs.cli.main import main
 
     root = Path(__file__).parents[2]
     text = (root / "launch" / "README.md").read_text()
@@ -241,7 +241,7 @@ def test_every_launch_command_of_the_documents_works_as_a_dry_run(tmp_path, monk
         for name, value in SITE.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         assert end.value.code in (0, None), capsys.readouterr().err
     assert "#SBATCH --nodes=16" in capsys.readouterr().out
     assert not list(tmp_path.iterdir()), "a dry run left something behind"

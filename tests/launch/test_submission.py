@@ -16,11 +16,11 @@ import nemo_run
 import pytest
 from nemo_run.cli.api import RunContext
 
-from nemo_pvs.launch_profile import load_profile
-from nemo_pvs.launching import launch, stages
-from nemo_pvs.recipe_file import load_recipe
-from nemo_pvs.slurm_tunnel import without_job
-from nemo_pvs.training import executors
+from nemo_pvs.cluster.experiment import launch, stages
+from nemo_pvs.cluster.profile import load_profile
+from nemo_pvs.cluster.slurm_tunnel import without_job
+from nemo_pvs.nemo_cli import executors
+from nemo_pvs.recipe.load import load_recipe
 
 _OF_THE_ALLOCATION = {
     "SLURM_JOB_ID": "77",

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, StaticCache
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import LayerwiseModel
-from nemo_pvs.modeling import PrunedLlamaConfig, PrunedLlamaForCausalLM, model_class
-from nemo_pvs.shape import LayerSizes
+from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.model.hf_classes import PrunedLlamaConfig, PrunedLlamaForCausalLM, model_class
+from nemo_pvs.model.shape import LayerSizes
 from tests.state_source import StateSource, random_ids, tiny_model
 from tests.uneven_model import BIASES, LLAMA3_ROPE, SIZES, make_uneven_llama, uneven_config, uneven_model
 

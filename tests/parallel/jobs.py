@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe.recipe import Layout, Training
 from nemo_pvs.training.job import TrainingJob
 from tests.parallel.ranks import write_tokens
 

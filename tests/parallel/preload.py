@@ -1,8 +1,7 @@
 """What the server that ranks are forked from imports, once."""
 
-from nemo_pvs.megatron_import import import_megatron
+from nemo_pvs.system.megatron_import import import_megatron
 
 import_megatron()
 
-import nemo_pvs.pipeline  # noqa: E402
-import nemo_pvs.training.recipe  # noqa: E402, F401
+import nemo_pvs.megatron.pretrain  # noqa: E402, F401

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.processes import die_with_parent
+from nemo_pvs.system.processes import die_with_parent
 
 _PRELOAD = ["tests.parallel.preload"]
 _SECONDS = 300

@@ -14,8 +14,8 @@ def _compare(tensor_parallel: int) -> tuple[float, float]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_pvs.training.attention import SdpaCausalAttention
-    from nemo_pvs.training.cpu import megatron_on_cpu
+    from nemo_pvs.megatron.attention import SdpaCausalAttention
+    from nemo_pvs.megatron.cpu import megatron_on_cpu
 
     with megatron_on_cpu():
         torch.distributed.init_process_group("gloo")

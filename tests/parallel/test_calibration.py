@@ -13,12 +13,12 @@ import torch
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.flap import plan_flap
-from nemo_pvs.pruning.grid import flops_at
-from nemo_pvs.pruning.llm_pruner import plan_llm_pruner
-from nemo_pvs.pruning.search import search
+from nemo_pvs.pruning.search.grid import flops_at
+from nemo_pvs.pruning.search.search import search
+from nemo_pvs.pruning.structured.flap import plan_flap
+from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
+from nemo_pvs.pruning.structured.width import plan_width
 from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
-from nemo_pvs.pruning.width import plan_width
 from tests.calibration.test_engine import token_set
 from tests.parallel.ranks import run_ranks
 from tests.state_source import StateSource, tiny_model

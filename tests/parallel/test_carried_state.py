@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
-from nemo_pvs.checkpoints.optimizer_state import MASTERS, MOMENTS, OptimizerStateSource, states_in
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.checkpoints.nemo.optimizer_state import MASTERS, MOMENTS, OptimizerStateSource, states_in
 from nemo_pvs.checkpoints.source import fingerprint, shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.layout import Layout as WeightTable
+from nemo_pvs.model.layout import Layout as WeightTable
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.optimizer_state import slice_optimizer_state
-from nemo_pvs.recipe import Layout
+from nemo_pvs.recipe.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import CarriedState, TrainingJob
-from nemo_pvs.training.run import Trainer, last_checkpoint
+from nemo_pvs.training.trainer import Trainer, last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import SEQUENCE, tiny_job
 from tests.parallel.ranks import run_ranks
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 
 def _train(job: TrainingJob) -> None:
-    from nemo_pvs.training.train import train_on_cpu
+    from nemo_pvs.megatron.rank import train_on_cpu
 
     job.folder.mkdir(exist_ok=True)
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -17,7 +17,7 @@ def _snapshot():
 
 
 def _redirected_names():
-    from nemo_pvs.training.cpu import megatron_on_cpu
+    from nemo_pvs.megatron.cpu import megatron_on_cpu
 
     before = _snapshot()
     with megatron_on_cpu():
@@ -30,7 +30,7 @@ def test_importing_the_project_changes_nothing_in_torch():
     # In a fresh interpreter: first what we import, then we.
     script = """
 import importlib, pkgutil
-from nemo_pvs.megatron_import import import_megatron
+from nemo_pvs.system.megatron_import import import_megatron
 import_megatron()
 import lightning.pytorch, megatron.core.optimizer, nemo.collections.llm, nemo.lightning, nemo_run, transformers
 from tests.parallel.test_cpu import _snapshot
@@ -55,7 +55,7 @@ def test_leaving_puts_every_name_back():
 def test_the_launchers_main_module_is_light():
     # Megatron's checkpoint writer spawns a helper that imports the main module again.
     script = (
-        "import sys, nemo_pvs.training.launch; print([m for m in ('nemo', 'megatron', 'torch') if m in sys.modules])"
+        "import sys, nemo_pvs.megatron.launch; print([m for m in ('nemo', 'megatron', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.learning_rate import quadratic_warmup_cosine
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.learning_rate import quadratic_warmup_cosine
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import tiny_job
 from tests.parallel.ranks import run_ranks, write_tokens
@@ -27,8 +27,8 @@ def _served(job: TrainingJob, steps: int, ranks: int) -> list[list[str]]:
     import fiddle
     from nemo.lightning.data import MegatronPretrainingSampler
 
-    from nemo_pvs.training.cluster import Machine
-    from nemo_pvs.training.recipe import data
+    from nemo_pvs.megatron.pretrain import data
+    from nemo_pvs.training.machine import Machine
 
     module = fiddle.build(data(job, Machine.here()))
     module.build(steps, 1, 1.0, 0)
@@ -127,13 +127,13 @@ def test_ranges_are_pieces_of_one_order(job, tmp_path):
 
 
 def _train(job: TrainingJob) -> list[float]:
-    from nemo_pvs.training import train
+    from nemo_pvs.megatron import rank
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     decays: list[float] = []
-    original = train.pretrain_recipe
+    original = rank.pretrain_recipe
 
     def watched(job):
         import lightning.pytorch as pl
@@ -146,8 +146,8 @@ def _train(job: TrainingJob) -> list[float]:
         recipe.trainer.callbacks.append(Watch())
         return recipe
 
-    train.pretrain_recipe = watched
-    train.train_on_cpu(job)
+    rank.pretrain_recipe = watched
+    rank.train_on_cpu(job)
     return decays
 
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
-from nemo_pvs.checkpoints.torch_dist import TorchDistReader
-from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_distillation import Distillation
+from nemo_pvs.megatron.distillation.losses import vocabulary_parallel_kl
+from nemo_pvs.recipe.distillation import Distillation
+from nemo_pvs.recipe.recipe import Layout, Training
 from nemo_pvs.training import metrics
-from nemo_pvs.training.distillation_loss import vocabulary_parallel_kl
 from nemo_pvs.training.hidden_loss import initial_projection
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import last_checkpoint
+from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource
 from tests.parallel.ranks import run_ranks, write_tokens
@@ -144,12 +144,12 @@ def test_bf16_follows_fp32(job, reference, tmp_path):
 
 def _train_and_record(job: TrainingJob) -> tuple[list[Any], bool]:
     """Train; return the batches of tokens and labels, and whether the teacher's weights are those of the start."""
-    from nemo_pvs.training import recipe
-    from nemo_pvs.training.distillation_callback import Distill
+    from nemo_pvs.megatron import pretrain
+    from nemo_pvs.megatron.distillation.callback import Distill
 
     batches: list[Any] = []
     weights: list[list[torch.Tensor]] = []
-    data_step, start = recipe.causal_data_step, Distill.on_train_start
+    data_step, start = pretrain.causal_data_step, Distill.on_train_start
 
     def recording_data_step(*arguments):
         batch = data_step(*arguments)
@@ -166,7 +166,7 @@ def _train_and_record(job: TrainingJob) -> tuple[list[Any], bool]:
         start(callback, *arguments)
         note(callback)
 
-    recipe.causal_data_step = recording_data_step
+    pretrain.causal_data_step = recording_data_step
     Distill.on_train_start = noting_start
     Distill.on_train_end = lambda callback, *_: note(callback)
     train(job)
@@ -326,7 +326,7 @@ def _kl_of_nemo(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
 
     from nemo_pvs.evaluation.parallel import joined
-    from nemo_pvs.training.inference import megatron_ranks
+    from nemo_pvs.megatron.inference import megatron_ranks
 
     with joined(), megatron_ranks(2):
         student, teacher = (torch.from_numpy(one).chunk(2, -1)[distributed.get_rank()] for one in arrays)

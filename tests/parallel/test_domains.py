@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.data.dynamic_loading import update_proportions
-from nemo_pvs.recipe_loading import DynamicLoading
+from nemo_pvs.recipe.domains import DynamicLoading
+from nemo_pvs.training.checkpoints import saved_checkpoints
 from nemo_pvs.training.job import Loading, TrainingJob
-from nemo_pvs.training.run_checkpoints import saved_checkpoints
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
 from tests.parallel.ranks import write_tokens

@@ -14,16 +14,16 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.checkpoints.parent import SMOLLM2, prepare_parent
-from nemo_pvs.checkpoints.stream import convert
+from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.fetch import SMOLLM2, prepare_parent
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.journal import Journal
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import last_checkpoint
+from nemo_pvs.training.trainer import last_checkpoint
 from tests.evaluation.models import TASKS, VOCAB, save_byte_model, save_byte_tokenizer
 from tests.families import save_tiny
 from tests.parallel.ranks import run_ranks
@@ -62,7 +62,7 @@ def _ask_megatron(
 ) -> tuple[list[Any], list[int]]:
     """Return the answers for each checkpoint, and how many sequences this rank has scored."""
     from nemo_pvs.evaluation.parallel import joined
-    from nemo_pvs.training.inference import MegatronScorer, megatron_ranks
+    from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
 
     answers, scored = [], []
     with joined(), megatron_ranks(tensor_parallel, pipeline_parallel):
@@ -164,7 +164,7 @@ def test_a_checkpoint_saved_in_the_middle_of_training(job: TrainingJob, tmp_path
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
     """A run that died at step 5 of 8, after its checkpoint of step 4."""
-    from nemo_pvs.recipe import Layout, Training
+    from nemo_pvs.recipe.recipe import Layout, Training
     from tests.parallel.ranks import write_tokens
     from tests.parallel.test_training import _train
 
@@ -206,7 +206,17 @@ def test_the_verb_under_torchrun(tmp_path):
     options = ["--tasks", TASKS, "--perplexity", TASKS / "letters.jsonl", "--sequence-length", 32]
 
     def evaluate(out: str, *more: object, start: tuple[str, ...] = ()) -> dict[str, Any]:
-        command = [sys.executable, *start, "-m", "nemo_pvs.cli", "evaluate", *options, *more, "--out", tmp_path / out]
+        command = [
+            sys.executable,
+            *start,
+            "-m",
+            "nemo_pvs.cli",
+            "evaluate",
+            *options,
+            *more,
+            "--out",
+            tmp_path / out,
+        ]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("Results:") == 1

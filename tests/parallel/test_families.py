@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.evaluation.windows import validation_windows
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.data.windows import validation_windows
+from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.recipe.recipe import Layout, Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import last_checkpoint
+from nemo_pvs.training.trainer import last_checkpoint
 from tests.families import save_tiny
 from tests.parallel.ranks import run_ranks, write_tokens
 
@@ -27,12 +27,12 @@ STEPS, SEQUENCE, SAMPLES = 6, 32, 4
 def _train(job: TrainingJob) -> None:
     import os
 
-    from nemo_pvs.training import train
+    from nemo_pvs.megatron import rank
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    train.train_on_cpu(job)
+    rank.train_on_cpu(job)
 
 
 def _run(job: TrainingJob, folder: Path, **layout) -> TrainingJob:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
@@ -72,9 +72,9 @@ def factors() -> tuple[torch.Tensor, ...]:
 def _measure(folders: list[Path], tensor_parallel: int, pipeline_parallel: int, sequence_parallel: bool) -> list[Any]:
     """Be a rank; return for each checkpoint log-probabilities by gates, and gradients of gates."""
     from nemo_pvs.evaluation.parallel import joined
-    from nemo_pvs.training.gates import Gates, gate_gradients, gated_layer_spec, install_gates
-    from nemo_pvs.training.gradients import _MegatronGradients
-    from nemo_pvs.training.inference import megatron_ranks
+    from nemo_pvs.megatron.gradients import _MegatronGradients
+    from nemo_pvs.megatron.inference import megatron_ranks
+    from nemo_pvs.megatron.pruning.gates import Gates, gate_gradients, gated_layer_spec, install_gates
 
     class Model(_MegatronGradients):
         layer_spec = staticmethod(gated_layer_spec)

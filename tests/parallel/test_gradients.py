@@ -13,10 +13,10 @@ import torch
 
 from nemo_pvs.calibration.gradients import taylor_scores
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.layerwise import LayerwiseModel
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.layerwise.model import LayerwiseModel
 from tests.calibration.test_engine import token_set
 from tests.conftest import save_tiny_tokenizer
 from tests.families import save_tiny
@@ -40,8 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def _measure(folders: list[Path], tensor_parallel: int, pipeline_parallel: int) -> list[dict[str, Any]]:
     """Be a rank; return the scores of each checkpoint."""
     from nemo_pvs.evaluation.parallel import joined
-    from nemo_pvs.training.gradients import megatron_taylor_scores
-    from nemo_pvs.training.inference import megatron_ranks
+    from nemo_pvs.megatron.gradients import megatron_taylor_scores
+    from nemo_pvs.megatron.inference import megatron_ranks
 
     with joined(), megatron_ranks(tensor_parallel, pipeline_parallel):
         found = [megatron_taylor_scores(open_source(folder), token_set(samples=SAMPLES)) for folder in folders]
@@ -90,7 +90,7 @@ def test_every_layout_has_the_same_scores(
 
 def _calibrate(source: Path, out: Path, text: Path) -> None:
     """Be a rank of ``torchrun pvs calibrate``."""
-    from nemo_pvs.verbs.pruning import calibrate
+    from nemo_pvs.cli.pruning import calibrate
 
     calibrate(
         str(source),

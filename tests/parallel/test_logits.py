@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
-from nemo_pvs.checkpoints.parent import SMOLLM2, prepare_parent
+from nemo_pvs.checkpoints.fetch import SMOLLM2, prepare_parent
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from tests.conftest import make_tiny_llama
 from tests.families import CASES, save_tiny
 from tests.parallel.ranks import run_ranks
@@ -38,9 +38,9 @@ def _megatron_logits(checkpoint: Path, ids: torch.Tensor, tensor_parallel: int, 
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from nemo.lightning import io
 
-    from nemo_pvs.training.attention import sdpa_layer_spec
-    from nemo_pvs.training.cpu import megatron_on_cpu
-    from nemo_pvs.training.recipe import FUSED_KERNELS
+    from nemo_pvs.megatron.attention import sdpa_layer_spec
+    from nemo_pvs.megatron.cpu import megatron_on_cpu
+    from nemo_pvs.megatron.pretrain import FUSED_KERNELS
 
     with megatron_on_cpu():
         torch.distributed.init_process_group("gloo")

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.pruning.gates import UNITS, Gates
-from nemo_pvs.pruning.mask_learning import MaskLearner, MaskSettings
-from nemo_pvs.pruning.sheared import sheared_plan
-from nemo_pvs.recipe_sheared import MaskLearning
+from nemo_pvs.pruning.learned.gates import UNITS, Gates
+from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
+from nemo_pvs.pruning.learned.sheared import sheared_plan
+from nemo_pvs.recipe.sheared import MaskLearning
 from nemo_pvs.training.job import LearnedMasks, TrainingJob
 from tests.conftest import save_tiny_tokenizer
 from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job

@@ -12,21 +12,21 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
+from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.masks import masks_of, write_masks
-from nemo_pvs.checkpoints.megatron import NemoSource, stored_name, write_nemo
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, stored_name, write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
-from nemo_pvs.checkpoints.stream import convert
-from nemo_pvs.checkpoints.torch_dist import TorchDistReader
 from nemo_pvs.errors import UserError
-from nemo_pvs.layout import Layout as WeightLayout
-from nemo_pvs.recipe import Layout
+from nemo_pvs.model.layout import Layout as WeightLayout
+from nemo_pvs.recipe.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import last_checkpoint
+from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource, RandomMasks
 from tests.parallel.jobs import tiny_job
@@ -81,13 +81,13 @@ def _train(job: TrainingJob, change: Callable[[], Any]) -> Any:
     """Be a rank; ``change`` alters the process before it trains, and what it returns is returned."""
     import os
 
-    from nemo_pvs.training import train
+    from nemo_pvs.megatron import rank
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     changed = change()
-    train.train_on_cpu(job)
+    rank.train_on_cpu(job)
     return changed
 
 
@@ -97,10 +97,10 @@ def _nothing() -> None:
 
 def _record_batches() -> list[tuple[list, list]]:
     """Return a list that the training batches will be in: tokens and labels [micro batch, sequence]."""
-    from nemo_pvs.training import recipe
+    from nemo_pvs.megatron import pretrain
 
     batches: list[tuple[list, list]] = []
-    original = recipe.causal_data_step
+    original = pretrain.causal_data_step
 
     def recording(*arguments):
         batch = original(*arguments)
@@ -108,20 +108,20 @@ def _record_batches() -> list[tuple[list, list]]:
             batches.append((batch["tokens"].tolist(), batch["labels"].tolist()))
         return batch
 
-    recipe.causal_data_step = recording
+    pretrain.causal_data_step = recording
     return batches
 
 
 def _leave_out_the_callback() -> None:
-    from nemo_pvs.training import recipe
+    from nemo_pvs.megatron import pretrain
 
-    recipe.hold_masks = lambda job: []
+    pretrain.hold_masks = lambda job: []
 
 
 def _leave_out_the_hooks() -> None:
-    from nemo_pvs.training import masked_optimizer
+    from nemo_pvs.megatron.masks import optimizer
 
-    masked_optimizer._install = lambda *arguments, **options: None
+    optimizer._install = lambda *arguments, **options: None
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Die:
 
         import lightning.pytorch as pl
 
-        from nemo_pvs.training import train
+        from nemo_pvs.megatron import rank
 
         step = self.step
 
@@ -145,14 +145,14 @@ class Die:
                 if trainer.global_step == step and trainer.global_rank == trainer.world_size - 1:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        original = train.pretrain_recipe
+        original = rank.pretrain_recipe
 
         def doomed(job):
             recipe = original(job)
             recipe.trainer.callbacks.append(Killer())
             return recipe
 
-        train.pretrain_recipe = doomed
+        rank.pretrain_recipe = doomed
 
 
 def _run(
@@ -398,10 +398,10 @@ def _check_refusals(job: TrainingJob) -> None:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
 
-    from nemo_pvs.training import masked_optimizer
-    from nemo_pvs.training.cpu import megatron_on_cpu
-    from nemo_pvs.training.masked_optimizer import MaskedOptimizer
-    from nemo_pvs.training.masks import RankMasks
+    from nemo_pvs.megatron.cpu import megatron_on_cpu
+    from nemo_pvs.megatron.masks import optimizer as masks_optimizer
+    from nemo_pvs.megatron.masks.optimizer import MaskedOptimizer
+    from nemo_pvs.megatron.masks.rank_masks import RankMasks
 
     model, masks = torch.nn.Linear(2, 2), RankMasks(NemoSource(job.initial))
     with megatron_on_cpu():
@@ -423,10 +423,10 @@ def _check_refusals(job: TrainingJob) -> None:
         masked = {model.weight: next(iter(masks.entries.values()))}
         # What Transformer Engine says of its own parameters; it cannot be installed without CUDA.
         monkeypatch = pytest.MonkeyPatch()
-        monkeypatch.setattr(masked_optimizer, "is_float8tensor", lambda parameter: parameter is model.weight)
+        monkeypatch.setattr(masks_optimizer, "is_float8tensor", lambda parameter: parameter is model.weight)
         with pytest.raises(UserError, match="FP8 parameters are quantised out of our sight"):
-            masked_optimizer.refuse_unfit(optimizer, masked)
+            masks_optimizer.refuse_unfit(optimizer, masked)
         monkeypatch.undo()
         optimizer.__class__ = type("LayerwiseOptimizer", (MegatronOptimizer,), {"__abstractmethods__": frozenset()})
         with pytest.raises(UserError, match="LayerwiseOptimizer is none that we know"):
-            masked_optimizer.refuse_unfit(optimizer, {})
+            masks_optimizer.refuse_unfit(optimizer, {})

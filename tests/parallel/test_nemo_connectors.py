@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.nemo_connectors import export_with_nemo, import_with_nemo
 from tests.parallel.ranks import run_ranks

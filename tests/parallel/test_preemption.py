@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe import Layout
+from nemo_pvs.recipe.recipe import Layout
 from nemo_pvs.reporting.training_log import log_files, validation_losses
 from nemo_pvs.training import metrics
+from nemo_pvs.training.checkpoints import damage, newest_sound, saved_checkpoints
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.preemption import PREEMPTED
-from nemo_pvs.training.run import is_finished
-from nemo_pvs.training.run_checkpoints import damage, newest_sound, saved_checkpoints
+from nemo_pvs.training.trainer import is_finished
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import tiny_job
 
@@ -30,10 +30,10 @@ STEPS = 16
 
 
 class Launcher:
-    """``python -m nemo_pvs.training.launch -``, which imports NeMo once for all jobs of this file."""
+    """``python -m nemo_pvs.megatron.launch -``, which imports NeMo once for all jobs of this file."""
 
     def __init__(self, log: Path) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "nemo_pvs.training.launch", "-"]
+        command = [sys.executable, "-W", "ignore", "-m", "nemo_pvs.megatron.launch", "-"]
         with open(log, "w") as errors:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource, stored_name, write_nemo
+from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, stored_name, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.checkpoints.torch_dist import TorchDistReader
-from nemo_pvs.layout import Layout as WeightLayout
+from nemo_pvs.model.layout import Layout as WeightLayout
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.compensation import predictors
-from nemo_pvs.pruning.kept_units import KeptUnits, state_file
-from nemo_pvs.pruning.unit_space import UnitSpace
-from nemo_pvs.recipe import Layout
-from nemo_pvs.recipe_efficient import PruningAware
+from nemo_pvs.pruning.learned.compensation import predictors
+from nemo_pvs.pruning.learned.kept_units import KeptUnits, state_file
+from nemo_pvs.pruning.learned.unit_space import UnitSpace
+from nemo_pvs.recipe.efficient import PruningAware
+from nemo_pvs.recipe.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import last_checkpoint
+from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
 from tests.parallel.ranks import run_ranks

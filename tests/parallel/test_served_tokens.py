@@ -13,11 +13,11 @@ from itertools import islice
 import pytest
 import torch
 
-from nemo_pvs.checkpoint_ledger import charge_training
-from nemo_pvs.checkpoints.megatron import NemoSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.recipe import Layout
-from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.planning.charges import charge_training
+from nemo_pvs.recipe.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -35,7 +35,7 @@ def _train(job: TrainingJob, dying_rank: int | None, dies_at: int) -> None:
     """Be a rank that writes down a hash of every sequence it is given to train on, and may die at a step."""
     import lightning.pytorch as pl
 
-    from nemo_pvs.training import train
+    from nemo_pvs.megatron import rank as rank_process
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -54,15 +54,15 @@ def _train(job: TrainingJob, dying_rank: int | None, dies_at: int) -> None:
             if rank == dying_rank and step.trainer.global_step == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    original = train.pretrain_recipe
+    original = rank_process.pretrain_recipe
 
     def recorded(job):
         recipe = original(job)
         recipe.trainer.callbacks.append(Recorder())
         return recipe
 
-    train.pretrain_recipe = recorded
-    train.train_on_cpu(job)
+    rank_process.pretrain_recipe = recorded
+    rank_process.train_on_cpu(job)
 
 
 def _tokens(batch) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_pvs.cli import main
+from nemo_pvs.cli.main import main
 from nemo_pvs.pruning.plan import Plan
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.lock_holder import holder

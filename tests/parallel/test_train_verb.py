@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import JOB_FILE, TrainingJob

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe import Layout
+from nemo_pvs.recipe.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import Trainer, is_finished, last_checkpoint
+from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
 from tests.parallel.ranks import run_ranks
@@ -37,7 +37,7 @@ def _train(job: TrainingJob, die_at_step: int = 0) -> None:
 
     import lightning.pytorch as pl
 
-    from nemo_pvs.training import train
+    from nemo_pvs.megatron import rank
 
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -49,15 +49,15 @@ def _train(job: TrainingJob, die_at_step: int = 0) -> None:
                 if trainer.global_step == die_at_step and trainer.global_rank == trainer.world_size - 1:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        original = train.pretrain_recipe
+        original = rank.pretrain_recipe
 
         def doomed(job):
             recipe = original(job)
             recipe.trainer.callbacks.append(Die())
             return recipe
 
-        train.pretrain_recipe = doomed
-    train.train_on_cpu(job)
+        rank.pretrain_recipe = doomed
+    rank.train_on_cpu(job)
 
 
 def _run(job: TrainingJob, folder: Path, training: dict | None = None, **layout) -> metrics.Curve:
@@ -178,9 +178,9 @@ def test_tied_embeddings_on_two_stages_keep_their_optimizer_state(tmp_path):
 
 def test_trained_checkpoint_reads_back_through_our_stream(job, reference, tmp_path):
     """The last checkpoint's weights, read without NeMo, have the validation loss that NeMo measured."""
-    from nemo_pvs.checkpoints.detect import open_source
-    from nemo_pvs.evaluation.perplexity import perplexity
-    from nemo_pvs.evaluation.windows import validation_windows
+    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.data.windows import validation_windows
+    from nemo_pvs.layerwise.perplexity import perplexity
 
     curve = _run(job, tmp_path / "run", tensor_parallel=2)
     trained = open_source(last_checkpoint(replace(job, folder=tmp_path / "run")))
@@ -201,7 +201,7 @@ def test_ranks_that_torchrun_starts_train_a_prepared_job(job, reference, tmp_pat
     assert not is_finished(job)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", "nemo_pvs.training.launch", str(job.save())], capture_output=True, text=True, check=False
+        [*command, "-m", "nemo_pvs.megatron.launch", str(job.save())], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert _largest_difference(_losses(metrics.read(job.metrics)), _losses(reference)) < 1e-3

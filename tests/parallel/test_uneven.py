@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.checkpoints.torch_dist import TorchDistReader
-from nemo_pvs.evaluation.perplexity import perplexity
-from nemo_pvs.evaluation.windows import validation_windows
-from nemo_pvs.recipe import Layout
+from nemo_pvs.data.windows import validation_windows
+from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.recipe.recipe import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.run import last_checkpoint
+from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import save_tiny_tokenizer
 from tests.parallel.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
 from tests.parallel.ranks import run_ranks

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from nemo_pvs.pruning.gates import Gates
+from nemo_pvs.pruning.learned.gates import Gates
 
 
 class GatedNorm(nn.Module):

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from nemo_pvs.calibration.gradients import layer_taylor_scores
-from nemo_pvs.calibration.tokens import TokenSet
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise import LayerwiseModel
+from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.ledger.flops import calibration_flops
+from nemo_pvs.model.shape import LayerSizes, Shape
 from nemo_pvs.pruning.adapt_measure import LayerMeasure
-from nemo_pvs.pruning.adapt_pruner import (
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.methods import prune_by
+from nemo_pvs.pruning.request import Job, Options
+from nemo_pvs.pruning.structured.adapt_pruner import (
     Measured,
     Settings,
     kept_sizes,
@@ -21,11 +26,6 @@ from nemo_pvs.pruning.adapt_pruner import (
     next_sparsity,
     plan_adapt_pruner,
 )
-from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.costs import calibration_flops
-from nemo_pvs.pruning.job import Job, Options
-from nemo_pvs.pruning.methods import prune_by
-from nemo_pvs.shape import LayerSizes, Shape
 from tests.calibration.test_engine import token_set
 from tests.calibration.test_gradients import element_scores, whole_model_loss
 from tests.state_source import StateSource, random_ids, tiny_model

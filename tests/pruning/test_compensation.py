@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.compensation import predictors
+from nemo_pvs.pruning.learned.compensation import predictors
 
 
 def compensated(weight: torch.Tensor, hessian: torch.Tensor, gone: list[int], damping: float = 0.0) -> torch.Tensor:

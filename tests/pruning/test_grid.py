@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.grid import Budget, Grid, flops_at, inference_bytes, legal_shapes
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.search.grid import Budget, Grid, flops_at, inference_bytes, legal_shapes
 from tests.test_shape import LLAMA_8B, WIDTH_4B
 
 

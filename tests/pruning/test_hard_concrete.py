@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_pvs.pruning.hard_concrete import LOG_ALPHA_RANGE, deterministic, lagrangian, sample, zero_probability
+from nemo_pvs.pruning.learned.hard_concrete import LOG_ALPHA_RANGE, deterministic, lagrangian, sample, zero_probability
 
 
 def _sample(uniform: float, log_alpha: float) -> float:

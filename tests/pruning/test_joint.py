@@ -8,10 +8,10 @@ import torch
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.joint import plan_joint
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.shortgpt import plan_shortgpt
-from nemo_pvs.pruning.width import plan_width
+from nemo_pvs.pruning.structured.joint import plan_joint
+from nemo_pvs.pruning.structured.shortgpt import plan_shortgpt
+from nemo_pvs.pruning.structured.width import plan_width
 from tests.pruning.test_depth import LAYERS, six_layers, token_set
 from tests.state_source import StateSource, as_transformers, random_ids
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.magnitude import MagnitudeSource, magnitude_mask
-from nemo_pvs.pruning.sparsity import Sparsity
+from nemo_pvs.pruning.sparse.magnitude import MagnitudeSource, magnitude_mask
+from nemo_pvs.pruning.sparse.sparsity import Sparsity
 from tests.state_source import StateSource, tiny_model
 
 # spec: 16 weights of which three are 0.1 and two 0.05 in size.

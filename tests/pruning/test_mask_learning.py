@@ -8,10 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.gates import UNITS, FoldedSource, Gates, gate_sizes, plan_of_gates
-from nemo_pvs.pruning.mask_learning import MaskLearner, MaskSettings
-from nemo_pvs.pruning.sheared import load_gates, save_masks, sheared_plan
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.learned.gates import UNITS, FoldedSource, Gates, gate_sizes, plan_of_gates
+from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
+from nemo_pvs.pruning.learned.sheared import load_gates, save_masks, sheared_plan
 from tests.pruning.gated_llama import gated
 from tests.pruning.test_apply import IDS
 from tests.state_source import StateSource, as_transformers, tiny_model

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.input_means import AXES, FEATURES, InputMeans
 from nemo_pvs.pruning.plan import Plan, format_ranges, parse_ranges, whole_layers
-from nemo_pvs.shape import Shape
 
 PARENT = Shape(layers=4, hidden=64, ffn=96, heads=8, kv_groups=4, head_dim=16, vocab=128, tied=False)
 LAYOUT = Layout.for_config({"architectures": ["LlamaForCausalLM"]})

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.removal_rules import Rules, fewest_removals, smallest, unit_parameters
-from nemo_pvs.pruning.saliency import Removal, add_terms, next_removal, saliency
-from nemo_pvs.pruning.unit_space import UnitSpace
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.learned.removal_rules import Rules, fewest_removals, smallest, unit_parameters
+from nemo_pvs.pruning.learned.saliency import Removal, add_terms, next_removal, saliency
+from nemo_pvs.pruning.learned.unit_space import UnitSpace
 
 SHAPE = Shape(layers=3, hidden=12, ffn=10, heads=8, kv_groups=4, head_dim=4, vocab=32, tied=False)
 SPACE = UnitSpace(SHAPE)

@@ -12,14 +12,14 @@ from torch.nn import functional
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.grid import Budget, Grid, flops_at, legal_shapes
-from nemo_pvs.pruning.joint import plan_joint
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.search import Candidate, search
-from nemo_pvs.shape import Shape
+from nemo_pvs.pruning.search.grid import Budget, Grid, flops_at, legal_shapes
+from nemo_pvs.pruning.search.search import Candidate, search
+from nemo_pvs.pruning.structured.joint import plan_joint
 from tests.pruning.test_depth import six_layers, token_set
 from tests.pruning.test_width import make_scores
 from tests.state_source import StateSource, as_transformers

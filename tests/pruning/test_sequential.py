@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.masks import masks_of
-from nemo_pvs.checkpoints.megatron import NemoSource, write_nemo
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json
-from nemo_pvs.pruning.sequential import Method, prune_layers
-from nemo_pvs.pruning.sparse_source import SparseSource
-from nemo_pvs.pruning.sparsegpt import SparseGPT
-from nemo_pvs.pruning.sparsity import Sparsity
-from nemo_pvs.pruning.wanda import Wanda
-from nemo_pvs.pruning.work_folder import work_folder
+from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
+from nemo_pvs.pruning.sparse.sequential import Method, prune_layers
+from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
+from nemo_pvs.pruning.sparse.sparsity import Sparsity
+from nemo_pvs.pruning.sparse.wanda import Wanda
+from nemo_pvs.pruning.sparse.work_folder import work_folder
+from nemo_pvs.system.files import read_json
 from tests.conftest import make_tiny_llama
 from tests.parallel.ranks import run_ranks
 from tests.pruning.test_sparsegpt import oracle
@@ -222,11 +222,11 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from nemo_pvs.calibration.tokens import TokenSet
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.pruning.sequential import prune_layers
-from nemo_pvs.pruning.sparsegpt import SparseGPT
-from nemo_pvs.pruning.sparsity import Sparsity
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.pruning.sparse.sequential import prune_layers
+from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
+from nemo_pvs.pruning.sparse.sparsity import Sparsity
 
 model, ids, folder = map(Path, sys.argv[1:])
 

@@ -7,7 +7,7 @@ import torch
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.shortgpt import plan_shortgpt, removal_order
+from nemo_pvs.pruning.structured.shortgpt import plan_shortgpt, removal_order
 from tests.pruning.test_depth import LAYERS, six_layers, token_set
 from tests.pruning.test_width import make_scores
 from tests.state_source import StateSource

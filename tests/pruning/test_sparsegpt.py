@@ -10,9 +10,16 @@ import pytest
 import torch
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.sparsegpt import Hessian, InverseFactor, SparseGPT, inverse_factor, sparsegpt, sparsegpt_all
-from nemo_pvs.pruning.sparsity import Sparsity
-from nemo_pvs.pruning.wanda import wanda_mask
+from nemo_pvs.pruning.sparse.sparsegpt import (
+    Hessian,
+    InverseFactor,
+    SparseGPT,
+    inverse_factor,
+    sparsegpt,
+    sparsegpt_all,
+)
+from nemo_pvs.pruning.sparse.sparsity import Sparsity
+from nemo_pvs.pruning.sparse.wanda import wanda_mask
 
 Array = npt.NDArray[np.float64]
 

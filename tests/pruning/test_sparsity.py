@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.sparsity import Sparsity, lowest, lowest_in_groups, prunable, up_to_threshold
+from nemo_pvs.pruning.sparse.sparsity import Sparsity, lowest, lowest_in_groups, prunable, up_to_threshold
 from tests.state_source import StateSource, tiny_model
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.unit_counts import STRUCTURES, Rules, unit_counts
-from nemo_pvs.shape import LayerSizes, Shape
+from nemo_pvs.model.shape import LayerSizes, Shape
+from nemo_pvs.pruning.structured.unit_counts import STRUCTURES, Rules, unit_counts
 
 LLAMA_8B = Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False)
 TINY = Shape(layers=5, hidden=64, ffn=90, heads=12, kv_groups=6, head_dim=8, vocab=128, tied=False)

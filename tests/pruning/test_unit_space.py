@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_pvs.layout import Layout
+from nemo_pvs.model.layout import Layout
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.unit_space import UnitSpace
+from nemo_pvs.pruning.learned.unit_space import UnitSpace
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
 
 

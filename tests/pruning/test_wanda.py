@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_pvs.pruning.sparsity import Sparsity
-from nemo_pvs.pruning.wanda import Wanda, wanda_mask
+from nemo_pvs.pruning.sparse.sparsity import Sparsity
+from nemo_pvs.pruning.sparse.wanda import Wanda, wanda_mask
 
 WEIGHT = torch.tensor([[0.1, -0.4, 0.3, 0.2, 0.5, -0.05, 0.25, -0.6], [-0.2, 0.1, 0.6, -0.3, 0.05, 0.4, -0.1, 0.2]])
 SQUARES = torch.tensor([4, 1, 1, 9, 0.25, 16, 4, 1])

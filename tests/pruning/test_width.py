@@ -10,10 +10,10 @@ from transformers import LlamaForCausalLM
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.calibration.tokens import TokenSet
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.width import most_important, plan_width
-from nemo_pvs.shape import Shape
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.structured.width import most_important, plan_width
 from tests.state_source import StateSource, random_ids, tiny_model
 
 PARENT = Shape(layers=2, hidden=4, ffn=3, heads=4, kv_groups=2, head_dim=2, vocab=8, tied=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
-from nemo_pvs.shape import Shape
 
 PARENT = Shape(layers=4, hidden=64, ffn=128, heads=8, kv_groups=2, head_dim=8, vocab=1000, tied=False)
 TOKENS = 40_960

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from nemo_pvs.files import write_json
+from nemo_pvs.system.files import write_json
 
 TASKS = {"arc_easy": ("acc", "acc_norm"), "boolq": ("acc",)}
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from nemo_pvs.dry_run import dry_run
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe_file import parse_recipe
-from nemo_pvs.reporting.budget import PrunedArm, parse_setting, scratch_budget
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
-from nemo_pvs.reporting.planned import of_recipe, pruned_arms
+from nemo_pvs.ledger.budget import PrunedArm, parse_setting, scratch_budget
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.planning.pruned_arms import of_recipe, pruned_arms
+from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.shape import Shape
 from tests.test_recipe_teacher import distilled_recipe
 
 PARENT = Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, write_json
-from nemo_pvs.reporting.compare import Run, compare
-from nemo_pvs.reporting.compare_tasks import Score, TaskRow, averages, read_scores, task_rows
+from nemo_pvs.reporting.compare.compare import Run, compare
+from nemo_pvs.reporting.compare.tasks import Score, TaskRow, averages, read_scores, task_rows
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.table_tasks import task_cells
+from nemo_pvs.reporting.tables.tasks import task_cells
+from nemo_pvs.system.files import read_json, write_json
 
 from .evaluated import write_evaluation
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nemo_pvs.reporting.figure import loss_figure, standalone
+from nemo_pvs.reporting.figures.loss import loss_figure, standalone
 from nemo_pvs.reporting.results import Results
 
 from .conftest import make_arm

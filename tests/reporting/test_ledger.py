@@ -7,10 +7,10 @@ from typing import get_args
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, write_json
-from nemo_pvs.reporting.ledger import Activity, Charge, Ledger
-from nemo_pvs.reporting.tokens_read import TokensRead
-from nemo_pvs.shape import Shape
+from nemo_pvs.ledger.ledger import Activity, Charge, Ledger
+from nemo_pvs.ledger.tokens_read import TokensRead
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.system.files import read_json, write_json
 
 # The paper's parent (Llama-3.1-8B) and its two targets of half the size.
 PARENT = Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False)

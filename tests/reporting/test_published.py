@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.reporting.ledger import Ledger
 from nemo_pvs.reporting.published import published
 
 PER_STEP = 512 * 8192

@@ -13,15 +13,15 @@ from xml.etree import ElementTree
 
 import pytest
 
+from nemo_pvs.cli.results import report
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.figure import loss_panels
-from nemo_pvs.reporting.figure_gap import gap_against_ratio, gap_against_tokens, gap_curve, published_gaps
+from nemo_pvs.planning.pruned_arms import pruned_arms
+from nemo_pvs.reporting.figures.gap import gap_against_ratio, gap_against_tokens, gap_curve, published_gaps
+from nemo_pvs.reporting.figures.loss import loss_panels
 from nemo_pvs.reporting.html import write_report
-from nemo_pvs.reporting.planned import pruned_arms
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.scaling.evidence import Question, own_evidence
 from nemo_pvs.scaling.sources import read_series
-from nemo_pvs.verbs.results import report
 
 from .conftest import PARENT
 from .evaluated import write_evaluation

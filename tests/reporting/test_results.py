@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import write_json
-from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.reporting.results import ArmResult, Point, Results
+from nemo_pvs.system.files import write_json
 
 from .conftest import TOKENS
 

@@ -8,10 +8,17 @@ import re
 import pytest
 from rich.console import Console
 
-from nemo_pvs.reporting.compare import Run, compare
-from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.reporting.compare.compare import Run, compare
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.table import markdown_table, notes_of, outcome, results_rows, results_table, total_cost
+from nemo_pvs.reporting.tables.results import (
+    markdown_table,
+    notes_of,
+    outcome,
+    results_rows,
+    results_table,
+    total_cost,
+)
 
 from .conftest import PARENT, make_arm
 

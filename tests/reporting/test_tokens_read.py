@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.tokens_read import TokensRead
+from nemo_pvs.ledger.tokens_read import TokensRead
 
 BEFORE = TokensRead("a" * 64, seed=1234, sequence_length=32, first=1024, end=2048)
 

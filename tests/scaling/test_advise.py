@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.ledger import Ledger
+from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ParentResult, Results
 from nemo_pvs.scaling.advise import advise

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_pvs import cli
+from nemo_pvs.cli.main import main
 from nemo_pvs.reporting.results import Results
 
 from ..reporting.conftest import results as results
@@ -26,7 +26,7 @@ def pvs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setenv("COLUMNS", "200")
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
         return (code, *capsys.readouterr())

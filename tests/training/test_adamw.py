@@ -1,6 +1,6 @@
 import torch
 
-from nemo_pvs.training.adamw import GroupStepAdamW
+from nemo_pvs.megatron.adamw import GroupStepAdamW
 
 
 def _train(optimizer_class, steps: int, resume_at: int = 0) -> torch.Tensor:

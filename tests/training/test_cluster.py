@@ -1,11 +1,11 @@
 import pytest
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.recipe import Layout
-from nemo_pvs.recipe_file import parse_training
-from nemo_pvs.training.cluster import H100, H100_BYTES, Machine, h100_layout
-from nemo_pvs.training_memory import training_memory
+from nemo_pvs.recipe.load import parse_training
+from nemo_pvs.recipe.recipe import Layout
+from nemo_pvs.training.machine import H100, H100_BYTES, Machine, h100_layout
 
 TRAINING = parse_training(
     {

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_pvs.cli.factory_names import arm_factory_name, factory_call, factory_name, prune_factory_name
 from nemo_pvs.pruning.methods import AT_ONCE
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.recipe_file import load_recipe, packaged_recipes, parse_recipe
-from nemo_pvs.training.factory_names import arm_factory_name, factory_call, factory_name, prune_factory_name
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.parallel.ranks import fork_context, run_ranks
 
@@ -93,8 +93,8 @@ def _recipes() -> dict[str, dict[str, Any]]:
     from nemo_run.cli.cli_parser import parse_factory
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    from nemo_pvs.training import factories
-    from nemo_pvs.training.recipe import FUSED_KERNELS
+    from nemo_pvs.megatron.pretrain import FUSED_KERNELS
+    from nemo_pvs.nemo_cli import factories
 
     factories.register()
     serializer = ZlibJSONSerializer()
@@ -201,9 +201,9 @@ def test_parent_retraining_and_scratch_differ_in_what_is_documented_only(recipes
 
 
 def _fp8_and_pipeline() -> dict[str, Any]:
-    from nemo_pvs.recipe import Layout
-    from nemo_pvs.training import factories
-    from nemo_pvs.training.cluster import H100
+    from nemo_pvs.nemo_cli import factories
+    from nemo_pvs.recipe.recipe import Layout
+    from nemo_pvs.training.machine import H100
 
     recipe = load_recipe("llama31_8b/minitron_depth")
     arm = recipe.runs[0]
@@ -295,8 +295,9 @@ def test_every_nemo_command_of_the_documents_is_a_dry_run_that_works(tmp_path):
 def _prepare_and_train(recipe: Any, folder: Path) -> list[int]:
     import fiddle
 
-    from nemo_pvs.pipeline import Pipeline
-    from nemo_pvs.training import factories, metrics
+    from nemo_pvs.nemo_cli import factories
+    from nemo_pvs.pipeline.pipeline import Pipeline
+    from nemo_pvs.training import metrics
 
     Pipeline(recipe, folder).prepare_only()
     made = factories.pretrain_arm(recipe, recipe.runs[0], folder=str(folder), machine="here")

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from nemo_pvs.dry_run import settled
+from nemo_pvs.cli.factory_names import arm_factory_name, choose_arm, factory_call, factory_name
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe_file import load_recipe, packaged_recipes
-from nemo_pvs.training.factory_names import arm_factory_name, choose_arm, factory_call, factory_name
+from nemo_pvs.planning.dry_run import settled
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes
 
 
 def test_names_are_few_different_and_what_nemo_run_takes():

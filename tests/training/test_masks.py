@@ -7,8 +7,8 @@ import torch
 
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.training import masks as rank_masks
-from nemo_pvs.training.masks import PackedMask, RankMasks
+from nemo_pvs.megatron.masks import rank_masks as rank_masks
+from nemo_pvs.megatron.masks.rank_masks import PackedMask, RankMasks
 from tests.masked_source import MaskedSource, RandomMasks
 from tests.state_source import StateSource, tiny_model
 from tests.uneven_model import uneven_model

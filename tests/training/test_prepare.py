@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, masks_of, write_masks
-from nemo_pvs.checkpoints.megatron import NemoSource
-from nemo_pvs.checkpoints.random import RandomSource
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.files import read_json, write_json
-from nemo_pvs.pruning.magnitude import MagnitudeSource
-from nemo_pvs.pruning.sparsity import Sparsity
-from nemo_pvs.recipe import Layout, Training
-from nemo_pvs.recipe_distillation import Distillation
+from nemo_pvs.pruning.sparse.magnitude import MagnitudeSource
+from nemo_pvs.pruning.sparse.sparsity import Sparsity
+from nemo_pvs.recipe.distillation import Distillation
+from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.system.files import read_json, write_json
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.prepare import prepare_job
-from nemo_pvs.training.run import Trainer
+from nemo_pvs.training.trainer import Trainer
 from tests.checkpoints.test_damage import flip_a_bit_of_a_weight
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource, RandomMasks

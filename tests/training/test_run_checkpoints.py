@@ -1,10 +1,9 @@
 import pytest
 
-from nemo_pvs.checkpoints.huggingface import HuggingFaceSource
-from nemo_pvs.checkpoints.megatron import write_nemo
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.training import metrics
-from nemo_pvs.training.run import latest
-from nemo_pvs.training.run_checkpoints import (
+from nemo_pvs.training.checkpoints import (
     checkpoint_name,
     damage,
     newest_sound,
@@ -12,6 +11,7 @@ from nemo_pvs.training.run_checkpoints import (
     say_broken,
     set_aside,
 )
+from nemo_pvs.training.trainer import latest
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.checkpoints.detect import open_source
+from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.checkpoints.stream import convert
+from nemo_pvs.cli.verbs import prune, tokenize, train
 from nemo_pvs.data.token_files import token_file_hash
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.ledger import LEDGER, Ledger
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.training.job import JOB_FILE, TrainingJob
 from nemo_pvs.training.prepare import prepare_job
-from nemo_pvs.verbs import prune, tokenize, train
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemo_pvs.training.unit_tensors import rectangles
+from nemo_pvs.megatron.pruning.unit_tensors import rectangles
 
 
 def test_rectangles_cover_every_range_once_and_in_its_order() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe import Layout, Training
+from nemo_pvs.recipe.recipe import Layout, Training
 from nemo_pvs.training.job import TrainingJob
 from tests.parallel.ranks import run_ranks
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.parallel
 
 def _loggers(folders: list[Path]) -> list[dict]:
     """Return what the loggers are made with, once without the variable and then with it."""
-    from nemo_pvs.training.recipe import weights_and_biases
+    from nemo_pvs.megatron.pretrain import weights_and_biases
 
     training = Training(tokens=64, sequence_length=8, global_batch_size=8, learning_rate=1e-3, validation_samples=8)
     jobs = [TrainingJob("width-pruned", folder, folder, {}, Layout(), training) for folder in folders]

@@ -1,0 +1,218 @@
+"""Conversion: one source, one sink, one stream of tensors; and what can be said of a checkpoint without loading it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nemo_pvs.checkpoints.huggingface.folder import MAX_SHARD_BYTES, write_huggingface
+from nemo_pvs.checkpoints.manifest import Manifest
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.read_ahead import ReadAhead
+from nemo_pvs.checkpoints.source import Progress, WeightSource, shape_of
+from nemo_pvs.checkpoints.stored_tensors import changed_since
+from nemo_pvs.checkpoints.tensor_record import dtype_name
+from nemo_pvs.checkpoints.transforms.pad import pad_layers
+from nemo_pvs.errors import UserError
+from nemo_pvs.ledger.ledger import LEDGER
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.system.files import check_new_folder, sha256_file
+
+
+def convert(
+    source_path: str | Path,
+    target: str | Path,
+    *,
+    to: Literal["hf", "nemo"],
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    pad_vocab_to_multiple: int = 1,
+    allow_nonfinite: bool = False,
+    uneven: Literal["keep", "pad"] = "keep",
+    config: str | Path | None = None,
+    verify: Literal["checksum", "none"] = "checksum",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Convert a checkpoint, its ledger included; memory is a few tensors, whatever the model's size.
+
+    Args:
+        source_path: A Hugging Face folder or a NeMo checkpoint.
+        target: The folder to make.
+        to: The format of ``target``.
+        dtype: Cast every tensor to it; None keeps each as it is stored.
+        max_shard_bytes: For Hugging Face: a file of weights is closed before it would grow beyond this.
+        pad_vocab_to_multiple: For NeMo: pad the vocabulary up to a multiple of this (``write_nemo``).
+        allow_nonfinite: Write NaN and infinite values, too, instead of refusing the tensor that has them.
+        uneven: Whether layers of different sizes are kept, or padded with zeros to a stock model (``pad_layers``).
+        config: As for ``open_source``.
+        verify: ``checksum`` reads the finished target back and compares every tensor with what was written.
+        overwrite: Replace an existing ``target``.
+        progress: Called with (done, total) parameters; verification starts it anew.
+
+    Returns:
+        The target's manifest.
+
+    Raises:
+        UserError: the source is not a checkpoint that we read, ``target`` may not be written, or it reads back
+            differently, in which case it is removed.
+    """
+    source_path, target = Path(source_path), Path(target)
+    source: WeightSource = open_source(source_path, config)
+    if uneven == "pad":
+        source = pad_layers(source)
+    if source_path.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{target} is or holds the checkpoint to convert; choose another target.")
+    check_new_folder(target, overwrite=overwrite)
+    if to == "hf":
+        manifest = write_huggingface(
+            source,
+            target,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            allow_nonfinite=allow_nonfinite,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    else:
+        manifest = write_nemo(
+            source,
+            target,
+            dtype=dtype,
+            pad_vocab_to_multiple=pad_vocab_to_multiple,
+            allow_nonfinite=allow_nonfinite,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if verify == "checksum":
+        try:
+            verify_checkpoint(target, progress=progress)
+        except UserError:
+            shutil.rmtree(target)
+            raise
+    if (source_path / LEDGER).is_file():
+        shutil.copyfile(source_path / LEDGER, target / LEDGER)
+    return manifest
+
+
+def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> Manifest:
+    """Read a checkpoint that we wrote, and compare every tensor and every other file with its manifest.
+
+    Raises:
+        UserError: there is no manifest, or a tensor or file is missing or different, or a tensor is surplus.
+    """
+    folder = Path(path)
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no manifest to compare with; only checkpoints written by nemo_pvs have one.")
+    changed = manifest.changed_files(folder)
+    source = open_source(folder)
+    expected = Layout.for_config(source.config).parts(shape_of(source))
+    odd = sorted({*expected} ^ {*manifest.tensors}) + sorted(source.extra_tensors)
+    if odd:
+        raise UserError(f"{folder} does not hold exactly the tensors of its config (see {odd[0]}); convert it again.")
+    for name, file in manifest.files.items():
+        if name in changed or (file.sha256 is not None and sha256_file(folder / name) != file.sha256):
+            raise changed_since(folder, name)
+    read_through(source, progress=progress)
+    return manifest
+
+
+def verify_or_read(path: str | Path, *, progress: Progress | None = None) -> str:
+    """Verify a checkpoint as far as that is possible, and say how far that was.
+
+    Raises:
+        UserError: it cannot be read whole, or differs from its manifest or from the checksums in its files.
+    """
+    folder = Path(path)
+    source = open_source(folder)
+    if source.manifest is not None:
+        manifest = verify_checkpoint(folder, progress=progress)
+        return f"all {len(manifest.tensors):,} tensors and {len(manifest.files):,} files are what was written"
+    read_through(source, progress=progress)
+    if isinstance(source, NemoSource):
+        return "every tensor could be read and has the checksum of PyTorch's archive; there is no manifest"
+    return "every tensor could be read; there is no manifest to compare with"
+
+
+def read_through(source: WeightSource, *, progress: Progress | None = None) -> None:
+    """Read every tensor of a checkpoint, which compares each with the manifest if there is one.
+
+    Raises:
+        UserError: a tensor cannot be read, or is not what was written.
+    """
+    shape = shape_of(source)
+    names = Layout.for_config(source.config).parts(shape)
+    reads = ReadAhead(source, names)
+    done = 0
+    for name in names:
+        done += reads.read(name).numel()
+        if progress:
+            progress(done, shape.parameters)
+
+
+def describe(path: str | Path, *, tensors: bool = False, config: str | Path | None = None) -> dict[str, Any]:
+    """Return what can be known of a checkpoint without reading a weight.
+
+    Args:
+        path: A Hugging Face folder or a NeMo checkpoint.
+        config: As for ``open_source``.
+        tensors: Add ``tensors``: name, dtype, size and place in Megatron of each.
+
+    Returns:
+        ``format`` (huggingface or nemo), ``family``, ``shape``, ``parameters``, ``body_parameters``,
+        ``flops_per_token`` (training, without attention), ``dtypes`` (parameters by dtype), ``bytes`` of weights,
+        ``masks`` (matrices that have one),
+        ``extra_tensors`` (stored but no weights of the model), ``assets`` (file names) and ``manifest``: absent,
+        complete (all its files are there with their lengths) or broken.
+
+    Raises:
+        UserError: it is not a checkpoint that we read.
+    """
+    folder = Path(path)
+    source = open_source(folder, config)
+    shape = Layout.for_config(source.config).shape(source.config)
+    layout = Layout.for_config(source.config)
+    parts = layout.parts(shape)
+    dtypes: Counter[torch.dtype] = Counter()
+    for name, (part, _) in parts.items():
+        dtypes[source.dtype(name)] += math.prod(part.size(shape))
+    description: dict[str, Any] = {
+        "format": "nemo" if isinstance(source, NemoSource) else "huggingface",
+        "family": layout.family,
+        "shape": shape.to_dict(),
+        "parameters": shape.parameters,
+        "body_parameters": shape.body_parameters,
+        "flops_per_token": shape.flops_per_token(training=True),
+        "dtypes": {dtype_name(dtype): count for dtype, count in dtypes.items()},
+        "bytes": sum(count * dtype.itemsize for dtype, count in dtypes.items()),
+        "masks": len(source.masks.names),
+        "extra_tensors": len(source.extra_tensors),
+        "assets": [asset.name for asset in source.assets],
+        "manifest": _manifest_status(folder),
+    }
+    if tensors:
+        description["tensors"] = [
+            {
+                "name": name,
+                "dtype": dtype_name(source.dtype(name)),
+                "size": list(part.size(shape)),
+                "megatron": entry.megatron,
+                "layer": entry.layer,
+            }
+            for name, (part, entry) in parts.items()
+        ]
+    return description
+
+
+def _manifest_status(folder: Path) -> str:
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        return "absent"
+    return "broken" if manifest.changed_files(folder) else "complete"

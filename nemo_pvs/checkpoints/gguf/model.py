@@ -1,0 +1,263 @@
+"""A GGUF file as a source of tensors: its keys as config.json, its tensors under their Hugging Face names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_pvs.checkpoints.gguf.file import GgufFile
+from nemo_pvs.checkpoints.gguf.rope import llama3_scaling
+from nemo_pvs.checkpoints.huggingface.shards import few
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.layout import Layout
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_MODEL_TENSORS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER_TENSORS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+# Keys below the architecture's name that are read here, and those that say nothing that the tensors do not.
+_READ = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+}
+_SAYS_NOTHING = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
+_MUST_BE_ZERO = {"expert_count", "expert_used_count", "attention.sliding_window"}
+
+
+class GgufSource:
+    """The model in a GGUF file."""
+
+    def __init__(self, file: GgufFile, assets: tuple[Path, ...] = ()) -> None:
+        """Read the config, and compare the tensors that are there with those that it implies.
+
+        Args:
+            file: The file.
+            assets: Files that go with the model, such as the tokenizer's.
+
+        Raises:
+            UserError: the model is of another family, has a setting that no config.json can express, or lacks
+                tensors, or has more or others than it should.
+        """
+        self.assets = assets
+        self._file = file
+        self.config: Mapping[str, Any] = _config(file)
+        self._shape = Layout.for_config(self.config).shape(self.config)
+        self._names = {name: _stored_name(name) for name in Layout.for_config(self.config).parts(self._shape)}
+        self._check_tensors()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most matrices; vectors are float32 in most files, whatever the matrices are."""
+        names = [name for name in self._names.values() if len(self._file.size(name)) > 1]
+        return Counter(self._file.dtype(name) for name in names).most_common(1)[0][0]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor: in the stored dtype, or in bfloat16 if it is quantised."""
+        tensor = self._file.read(self._names[name])
+        if self.config["model_type"] == "llama" and ("q_proj" in name or "k_proj" in name):
+            return _pairs_to_halves(tensor, self._shape.head_dim)
+        return tensor
+
+    def _check_tensors(self) -> None:
+        stored = {*self._file.tensors}
+        unknown = sorted(stored - {*self._names.values(), *self._read_as_config()})
+        if unknown:
+            raise UserError(
+                f"{self._file.path} has {len(unknown)} tensors that a {self._architecture} model does not have: "
+                f"{few(unknown)}; use the model's Hugging Face folder."
+            )
+        missing = [name for name in self._names.values() if name not in stored]
+        if missing:
+            raise UserError(
+                f"{self._file.path} lacks {len(missing)} tensors that its keys imply: {few(missing)}; "
+                "download it again, or use the model's Hugging Face folder."
+            )
+        parts = Layout.for_config(self.config).parts(self._shape)
+        for name, (part, _) in parts.items():
+            expected, found = part.size(self._shape), self._file.size(self._names[name])
+            if found != expected:
+                raise UserError(
+                    f"{self._names[name]} in {self._file.path} is {list(found)}, but the keys imply "
+                    f"{list(expected)}; convert the model to GGUF again."
+                )
+
+    @property
+    def _architecture(self) -> str:
+        return str(self._file.get("general.architecture"))
+
+    def _read_as_config(self) -> set[str]:
+        return {_ROPE_FACTORS} if self._architecture == "llama" else set()
+
+
+def _stored_name(name: str) -> str:
+    """Return the name in GGUF of a tensor's Hugging Face name."""
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if layer is None:
+        return _MODEL_TENSORS[name]
+    return f"blk.{layer[1]}.{_LAYER_TENSORS[layer[2]]}.{layer[3]}"
+
+
+def _pairs_to_halves(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Return the rows of ``q`` or ``k`` (weights or biases) in Hugging Face's order.
+
+    Rotary embeddings turn channels in pairs. In ``llama`` files the two of a pair are neighbours, as in Meta's
+    checkpoints; Hugging Face has the first of every pair in the first half of a head.
+    """
+    return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _config(file: GgufFile) -> dict[str, Any]:
+    """Return config.json as the keys (and the tensors, where a key is missing) imply it."""
+    architecture = file.get("general.architecture", "")
+    if architecture not in _ARCHITECTURES:
+        raise UserError(
+            f"{file.path} is a model of the architecture {architecture or '(none)'}; GGUF files are read for "
+            f"{', '.join(_ARCHITECTURES)} (Mistral is llama there). Use the model's Hugging Face folder."
+        )
+    _check_keys(file, architecture)
+    layers, heads = _size(file, "block_count"), _size(file, "attention.head_count")
+    if f"blk.{layers - 1}.attn_norm.weight" not in file.tensors:  # before anything as large as the number is made
+        raise UserError(f"{file.path} does not hold the {layers} layers that its keys state; download it again.")
+    hidden = _size(file, "embedding_length")
+    head_dim = _size(file, "attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if _size(file, key, head_dim) != head_dim:
+            raise UserError(
+                f"{architecture}.{key} in {file.path} is {_size(file, key)} where heads have {head_dim} channels; no "
+                f"{_ARCHITECTURES[architecture]} has that."
+            )
+    config: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "hidden_act": "silu",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": _size(file, "feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _size(file, "attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": _rows(file, "token_embd.weight"),
+        "max_position_embeddings": _size(file, "context_length"),
+        "rms_norm_eps": _float(file, "attention.layer_norm_rms_epsilon"),
+        "rope_theta": _float(file, "rope.freq_base", 10000.0),
+        "rope_scaling": None,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": "bfloat16",
+    }
+    if architecture != "qwen2":  # which has biases for q, k and v, always
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if architecture == "llama":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    tokens = len(file.get("tokenizer.ggml.tokens", []))
+    if tokens > config["vocab_size"]:
+        raise UserError(
+            f"{file.path} has {tokens:,} tokens, but only {config['vocab_size']:,} rows in its embedding; convert the "
+            "model to GGUF again."
+        )
+    for name in ("bos", "eos"):
+        config[f"{name}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id", None)
+    config["rope_scaling"] = _rope_scaling(file, config)
+    return config
+
+
+def _check_keys(file: GgufFile, architecture: str) -> None:
+    """Refuse settings that are not read: whatever they are for, the model would compute something else."""
+    for key in file.keys:
+        name = key.removeprefix(f"{architecture}.")
+        zero = name in _MUST_BE_ZERO and not file.get(key)
+        if name != key and name not in _READ | _SAYS_NOTHING and not zero:
+            raise UserError(
+                f"{file.path} has {key} = {str(file.get(key))[:40]}, which is not supported; use the model's Hugging "
+                "Face folder."
+            )
+
+
+def _rope_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return ``rope_scaling`` of config.json, from the keys or from the factors that Llama 3.1 has as a tensor."""
+    prefix = f"{config['model_type']}.rope.scaling."
+    kind = file.get(prefix + "type", "none")
+    if config["model_type"] == "llama" and _ROPE_FACTORS in file.tensors:
+        if kind != "none":
+            raise UserError(f"{file.path} has both {prefix}type and {_ROPE_FACTORS}; convert the model to GGUF again.")
+        factors = file.read(_ROPE_FACTORS).double().numpy()
+        scaling = llama3_scaling(factors, config["rope_theta"], config["head_dim"])
+        if scaling is None:
+            raise UserError(
+                f"The factors in {_ROPE_FACTORS} of {file.path} are not those of Llama 3's rope scaling; use the "
+                "model's Hugging Face folder."
+            )
+        return scaling
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise UserError(f"{prefix}type in {file.path} is {kind}, which is not read; use the Hugging Face folder.")
+    scaling = {"rope_type": kind, "factor": _float(file, "rope.scaling.factor")}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = _size(file, "rope.scaling.original_context_length")
+    return scaling
+
+
+def _size(file: GgufFile, name: str, default: int | None = None) -> int:
+    """Return a size: a positive number, the same for all layers."""
+    key = f"{file.get('general.architecture')}.{name}"
+    value = file.get(key) if default is None else file.get(key, None)
+    value = default if value is None else value
+    if isinstance(value, list) and len({*value}) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        raise UserError(f"{key} in {file.path} differs from layer to layer, which is not read from GGUF files.")
+    if not isinstance(value, int) or value <= 0:
+        raise UserError(f"{key} in {file.path} is {value!r}, which is no size; convert the model to GGUF again.")
+    return value
+
+
+def _float(file: GgufFile, name: str, default: float | None = None) -> float:
+    """Return a number that is stored in 32 bits as it was meant: 1e-05 and not 9.999999747378752e-06."""
+    key = f"{file.get('general.architecture')}.{name}"
+    value = file.get(key) if default is None else file.get(key, default)
+    if not isinstance(value, float):
+        raise UserError(f"{key} in {file.path} is {value!r}, which is no number; convert the model to GGUF again.")
+    return float(str(np.float32(value)))
+
+
+def _rows(file: GgufFile, name: str) -> int:
+    if name not in file.tensors:
+        raise UserError(f"{file.path} has no tensor {name}; download it again.")
+    return file.size(name)[0]

@@ -1,0 +1,1 @@
+"""NeMo checkpoints: weights, the context that NeMo builds a model from, the optimizer state."""

@@ -1,0 +1,129 @@
+"""The command line of a Megatron-LM run, which it keeps in ``common.pt``, as a Hugging Face config."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pvs.checkpoints.files.pytorch_bin import load_harmless
+from nemo_pvs.errors import UserError
+
+# Hugging Face key, argument of Megatron-LM.
+_ARGUMENTS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "head_dim": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "norm_epsilon",
+    "rope_theta": "rotary_base",
+    "initializer_range": "init_method_std",
+}
+
+# What makes a GPT of Megatron-LM a Llama, and what a Llama cannot have (arguments that older versions lack).
+_LLAMA = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope"}
+_PLAIN = {
+    "activation_func_clamp_value": None,
+    "add_qkv_bias": False,
+    "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
+    "glu_linear_offset": 0.0,
+    "heterogeneous_layers_config_path": None,
+    "multi_latent_attention": False,
+    "no_rope_freq": None,
+    "num_experts": None,
+    "qk_l2_norm": False,
+    "qk_layernorm": False,
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "rotary_seq_len_interpolation_factor": None,
+    "softmax_type": "vanilla",
+    "window_attn_skip_freq": None,
+    "window_size": None,
+}
+
+# The scaling of Llama 3 has one argument, the factor; Megatron-Core's RotaryEmbedding fixes the rest.
+_LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+_ELSE = "put the model's Hugging Face config.json beside it"
+
+
+# Megatron's enumerations, and what else Megatron-Core itself expects there (its safe_globals.py).
+_EXPECTED = ("megatron.", "numpy.", "pathlib.", "types.SimpleNamespace")
+
+
+class _Inert:
+    """Stands in for what is expected beside the arguments: nothing of it is imported, built or called."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def config_from_arguments(common: Path, *, vocab_rows: int, dtype: str) -> dict[str, Any]:
+    """Return the Hugging Face config of a Llama that Megatron-LM trained.
+
+    Args:
+        common: The checkpoint's ``common.pt``.
+        vocab_rows: Rows of the stored embedding; the vocabulary where the arguments do not state it.
+        dtype: Name of the stored dtype.
+
+    Raises:
+        UserError: there are no arguments, they are no Llama's, or the file asks for code to be run.
+    """
+    arguments = _arguments(common)
+    missing = [name for name in (*_ARGUMENTS.values(), *_LLAMA) if name not in arguments]
+    if missing:
+        raise UserError(f"{common} does not state {', '.join(missing)}; {_ELSE}.")
+    for name, wanted in {**_LLAMA, **_PLAIN}.items():
+        value = arguments.get(name, wanted)
+        if value != wanted:
+            raise UserError(f"{common} has {name}={value}, which a Llama in the Hugging Face format cannot have.")
+    grouped = arguments.get("group_query_attention", False)
+    biases = bool(arguments.get("add_bias_linear", True))  # Megatron-LM's default
+    factor = arguments.get("rope_scaling_factor", 8.0)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: arguments[name] for key, name in _ARGUMENTS.items()},
+        "num_key_value_heads": arguments["num_query_groups" if grouped else "num_attention_heads"],
+        "vocab_size": arguments.get("vocab_size") or vocab_rows,
+        "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
+        "rope_scaling": {**_LLAMA3_SCALING, "factor": factor} if arguments.get("use_rope_scaling") else None,
+        "hidden_act": "silu",
+        "attention_bias": biases,
+        "mlp_bias": biases,
+        "torch_dtype": dtype,
+    }
+
+
+def _arguments(common: Path) -> Mapping[str, Any]:
+    if not common.is_file():
+        raise UserError(f"{common.parent} has no config.json and no common.pt; {_ELSE}.")
+    inert = [(_Inert, name) for name in _named(common) if name.startswith(_EXPECTED)]
+    with torch.serialization.safe_globals([argparse.Namespace, *inert]):
+        content = load_harmless(common)
+    arguments = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(arguments, argparse.Namespace):
+        raise UserError(f"{common} does not hold the arguments of a Megatron-LM run; {_ELSE}.")
+    return vars(arguments)
+
+
+def _named(common: Path) -> list[str]:
+    """Return the classes and functions that a file asks for, without building or calling any."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(str(common))
+    except Exception:  # a broken file can raise anything, and loading it says what is wrong
+        return []

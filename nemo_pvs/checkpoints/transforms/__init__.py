@@ -1,0 +1,1 @@
+"""Checkpoints made from others, or from nothing, as they are read: padded, with biases, random."""

@@ -1,0 +1,127 @@
+"""The verbs that lead to an answer: run, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from nemo_pvs.cli.arguments import IgnoreManifest, compute_of
+from nemo_pvs.system.folder_lock import locked_folder
+from nemo_pvs.system.output_paths import check_folder
+from nemo_pvs.system.progress import console
+
+# nemo_run reads these signatures too, and knows Optional[X] but not X | None.
+# ruff: noqa: UP045
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="path of a recipe, or the name of one of ours: smollm2_135m/demo")],
+    out: Annotated[Optional[str], typer.Option(help="run folder; runs/<recipe name> by default")] = None,
+    force: Annotated[
+        Optional[list[str]], typer.Option(help="do this stage again: calibrate, prune/width, train, ...")
+    ] = None,
+    prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print all that would be done, and do nothing")] = False,
+    launch: Annotated[
+        Optional[str], typer.Option(help="profile that says where: local_cpu, local_gpu, slurm_h100, or a path")
+    ] = None,
+    ignore_manifest: IgnoreManifest = False,
+) -> None:
+    """Run a recipe: calibrate, prune, train every arm, evaluate, report."""
+    from nemo_pvs.recipe.load import load_recipe
+
+    checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
+    folder = Path(out or f"runs/{checked.name}")
+    if not dry_run:
+        check_folder(folder)
+    if launch is not None:
+        _launch(checked, recipe, folder, launch, dry_run=dry_run)
+        return
+    if dry_run:
+        from nemo_pvs.planning import dry_run as planning
+
+        planning.show(planning.dry_run(checked), planning.executor_here())
+        return
+    with locked_folder(folder):
+        _run(checked, folder, tuple(force or ()), prepare_only=prepare_only, ignore_manifest=ignore_manifest)
+
+
+def _run(checked: Any, folder: Path, force: tuple[str, ...], *, prepare_only: bool, ignore_manifest: bool) -> None:
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+    from nemo_pvs.pipeline.pipeline import Pipeline
+    from nemo_pvs.pipeline.results import assemble
+    from nemo_pvs.reporting.html import write_report
+
+    pipeline = Pipeline(checked, folder, force, compute_of(None, "8GB"))
+    if prepare_only:
+        with ignoring_manifests(ignore_manifest):
+            jobs = pipeline.prepare_only()
+        for job in jobs:
+            console.print(f"ready to train: {job}", soft_wrap=True)
+        return
+    with ignoring_manifests(ignore_manifest):
+        pipeline.run()
+    if checked.parent.source is None:  # what was trained is the parent of other recipes
+        for arm in pipeline.recipe.runs:
+            console.print(f"trained: {pipeline.model(arm.name)}", soft_wrap=True)
+    results = assemble(pipeline)
+    write_report(results, folder)
+    _show(results, folder)
+
+
+def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:
+    from nemo_pvs.cluster.experiment import launch, scripts, stages
+    from nemo_pvs.cluster.profile import load_profile
+    from nemo_pvs.planning import dry_run as planning
+
+    profile = load_profile(profile_name)
+    todo = stages(checked, recipe, folder, profile)
+    if dry_run:
+        planning.show(planning.dry_run(checked), profile_name)
+        for name, script in scripts(todo, checked.name, folder, profile).items():
+            console.rule(name)
+            console.print(script, soft_wrap=True, markup=False)
+        return
+    launch(todo, checked.name, folder, profile)
+
+
+def report(
+    folders: Annotated[list[str], typer.Argument(help="run folders with results.json; several are compared")],
+    out: Annotated[
+        Optional[str], typer.Option(help="folder to write to; the run's own, or runs/report for several")
+    ] = None,
+    evaluation: Annotated[
+        Optional[list[str]],
+        typer.Option(help="--out folder of pvs evaluate, for the tasks of these runs' models; repeatable"),
+    ] = None,
+    curve: Annotated[
+        Optional[list[str]],
+        typer.Option(help="ARM=LOG: its validation losses are in TensorBoard's folder, or in a CSV export of W&B"),
+    ] = None,
+    published: Annotated[bool, typer.Option(help="show the paper's points beside the gaps")] = False,
+    force: Annotated[bool, typer.Option(help="compare what is not comparable, and mark the page")] = False,
+) -> None:
+    """Write the report of finished runs, as page, Markdown, JSON and CSV, and show its table."""
+    place = Path(out or (folders[0] if len(folders) == 1 else "runs/report"))
+    check_folder(place)
+    from nemo_pvs.reporting.compare.compare import compare, read_runs
+    from nemo_pvs.reporting.compare.curves import take_curves
+    from nemo_pvs.reporting.html import write_files
+
+    read = read_runs(folders, evaluation or ())
+    take_curves(read, curve or ())
+    runs = compare(read, force=force)
+    write_files(runs, place, reference=published)
+    for warning in runs.warnings:
+        console.print(warning, soft_wrap=True, markup=False)
+    _show(runs.results, place)
+
+
+def _show(results: Any, folder: Path) -> None:
+    from nemo_pvs.reporting.tables.results import results_table
+
+    console.print()
+    console.print(results_table(results))
+    console.print(f"\nReport: {(folder / 'report.html').resolve()}", soft_wrap=True)

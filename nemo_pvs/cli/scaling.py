@@ -1,0 +1,259 @@
+"""The verbs about equal terms and about what comes after a run: budget, scaling-fit, scaling-predict, advise."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from nemo_pvs.cli.arguments import one_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.system.output_paths import check_file
+from nemo_pvs.system.progress import console, progress
+
+if TYPE_CHECKING:
+    from nemo_pvs.scaling.advise import Verdict
+    from nemo_pvs.scaling.fit import Fit
+    from nemo_pvs.scaling.predict import Estimate
+
+# nemo_run reads these signatures too, and knows Optional[X] but not X | None.
+# ruff: noqa: UP045
+
+_START = {"p2": "pruned", "chinchilla": "random", "per-run": "both"}
+_SHOWN = 4
+
+
+def budget(
+    source: Annotated[str, typer.Argument(help="run folder, or path or name of a recipe")],
+    setting: Annotated[
+        str, typer.Option(help="equal-training-tokens, equal-total-tokens, equal-training-flops or equal-total-flops")
+    ] = "equal-total-tokens",
+    zeros_skipped: Annotated[bool, typer.Option(help="count no FLOPs for weights that a mask holds at zero")] = False,
+) -> None:
+    """Print what training from scratch must be given to be compared with pruning on equal terms."""
+    from rich.table import Table
+
+    from nemo_pvs.ledger.budget import parse_setting, scratch_budget
+    from nemo_pvs.reporting.numbers import scientific
+
+    wanted = parse_setting(setting)
+    from nemo_pvs.planning.pruned_arms import pruned_arms  # takes seconds; a misspelt setting is answered before
+
+    arms = pruned_arms(source)
+    unit = "tokens" if wanted.endswith("tokens") else "FLOPs"
+    headings = ("pruned arm", f"its {unit}", "scratch tokens", "scratch steps")
+    table = Table(*headings, box=None, padding=(0, 2, 0, 0))
+    for arm in arms:
+        given = scratch_budget(arm, wanted, zeros_skipped=zeros_skipped)
+        spent = f"{given.spent.tokens:,}" if unit == "tokens" else scientific(given.spent.flops)
+        table.add_row(arm.name, spent, f"{given.trained_tokens:,}", f"{given.steps:,}")
+    steps = " or ".join(f"{size:,}" for size in sorted({arm.tokens_per_step for arm in arms}))
+    console.print(f"{wanted}, in whole steps of {steps} tokens:", soft_wrap=True)
+    console.print(table)
+
+
+def scaling_fit(
+    runs: Annotated[
+        list[str], typer.Argument(help="run folders, .csv tables, or published: the points of the paper's Figure 1")
+    ],
+    form: Annotated[str, typer.Option(help="p2, chinchilla or per-run (a curve for each run)")] = "per-run",
+    initialisation: Annotated[
+        Optional[str], typer.Option(help="pruned, random or both; what the form describes by default")
+    ] = None,
+    out: Annotated[str, typer.Option(help="file for the fit; the residual plot goes beside it, as .svg")] = "fit.json",
+    draws: Annotated[int, typer.Option(help="of the bootstrap, for the intervals; at least 39")] = 399,
+    seed: Annotated[int, typer.Option(help="of the starts and draws")] = 0,
+) -> None:
+    """Fit a scaling law to the validation losses of runs, and test it on points that it has not seen."""
+    start = initialisation or _START[one_of("--form", form, tuple(_START))]
+    one_of("--initialisation", start, ("pruned", "random", "both"))
+    picture = Path(out).with_suffix(".svg")
+    check_file(Path(out))
+    check_file(picture)
+    from rich.markup import escape
+
+    from nemo_pvs.scaling.fit import fit, save_fits
+    from nemo_pvs.scaling.plot import write_figure
+    from nemo_pvs.scaling.sources import read_series
+
+    read = read_series(runs, lambda why: console.print(f"[yellow]![/] {escape(why)}", soft_wrap=True))
+    series = [one for one in read if start in ("both", one.initialisation)]
+    if not series:
+        raise UserError(f"There is no {start} arm with a validation loss in {', '.join(runs)}; give other runs.")
+    groups = [[one] for one in series] if form == "per-run" else [series]
+    fits = []
+    for group in groups:
+        with progress(f"fit {group[0].name if len(group) == 1 else form}", "draws") as show:
+            fits.append(fit(form, group, draws=draws, seed=seed, progress=show))  # type: ignore[arg-type]
+    save_fits(fits, Path(out))
+    write_figure(fits, picture)
+    for one in fits:
+        _show_fit(one)
+    console.print(f"\nFit: {out}, residuals: {picture}", soft_wrap=True)
+
+
+def scaling_predict(
+    fits: Annotated[str, typer.Argument(help="file of pvs scaling-fit")],
+    tokens: Annotated[
+        float, typer.Option(help="loss after so many training tokens, e.g. 50e9; 0 to leave it out")
+    ] = 0.0,
+    target_loss: Annotated[float, typer.Option(help="tokens to this loss; 0 to leave it out")] = 0.0,
+    gain: Annotated[
+        float, typer.Option(help="tokens from which another billion gains fewer nats than this; 0 to leave it out")
+    ] = 0.0,
+    against: Annotated[
+        Optional[str],
+        typer.Option(help="name of a scratch run in the file, or the file of its fit: when it catches up"),
+    ] = None,
+    parent_tokens: Annotated[
+        float, typer.Option(help="with --against: what scratch gets in addition, for equal total tokens")
+    ] = 0.0,
+    run: Annotated[Optional[str], typer.Option(help="only this run of the file")] = None,
+    params: Annotated[float, typer.Option(help="of the model; for p2 and chinchilla")] = 0.0,
+    parent_params: Annotated[float, typer.Option(help="before pruning; for p2")] = 0.0,
+    parent_loss: Annotated[float, typer.Option(help="before pruning, nats per token; for p2")] = 0.0,
+) -> None:
+    """Predict losses and tokens from a fit, each with its interval of 95 %."""
+    if not (tokens or target_loss or gain or against):
+        raise UserError("Nothing is asked; give --tokens, --target-loss, --gain or --against.")
+    from nemo_pvs.scaling.fit import load_fits
+    from nemo_pvs.scaling.law import Conditions
+    from nemo_pvs.scaling.predict import extrapolation, loss_at, overtaking, tokens_at_gain, tokens_to
+
+    known = load_fits(Path(fits))
+    size, before, loss_before = (value or math.nan for value in (params, parent_params, parent_loss))
+    at = Conditions(size, before, 1 - size / before, loss_before)
+    scratch = None if against is None else _scratch_fit(known, against)
+    chosen = [one for one in known if one is not scratch and run in (None, one.name)]
+    if scratch is not None:
+        chosen = [one for one in chosen if one.series[0].initialisation == "pruned"]
+    if not chosen:
+        raise UserError(f"{fits} has no such run; it has {', '.join(one.name for one in known)}.")
+    for one in chosen:
+        console.print(f"\n[bold]{one.name}[/] ({one.form})", soft_wrap=True)
+        found, doubts = [tokens] if tokens else [], list(one.warnings)
+        if tokens:
+            after = loss_at(one, tokens, at)
+            console.print(f"  loss after {_tokens(tokens)}: {after.value:.3f} ({after.low:.3f} to {after.high:.3f})")
+        if target_loss:
+            needed = tokens_to(one, target_loss, at)
+            console.print(f"  tokens to a loss of {target_loss:g}: {_interval(needed)}", soft_wrap=True)
+            found.append(needed.value)
+        if gain:
+            flat = tokens_at_gain(one, gain, at)
+            console.print(f"  {gain:g} nats a billion tokens from: {_interval(flat)}", soft_wrap=True)
+            found.append(flat.value)
+        if scratch is not None:
+            met = overtaking(scratch, one, head_start=parent_tokens, scratch_at=at, pruned_at=at)
+            best = f"not up to {_tokens(met.horizon)}"
+            if met.tokens:
+                best = f"at {'or before ' if met.tokens.value <= met.low else ''}{_interval(met.tokens)}"
+                found.append(met.tokens.value)
+            console.print(
+                f"  {scratch.name} catches up: {best}; in {met.share:.0%} of the draws it does", soft_wrap=True
+            )
+            sizes = [fit.series[0].parameters for fit in (one, scratch)]
+            if one.form == "per-run" and sizes[0] != sizes[1]:
+                sized = f"{one.name} has {sizes[0]:,} parameters, {scratch.name} {sizes[1]:,}"
+                doubts.append(f"{sized}: two architectures")
+        within = [one.range[1]]  # the model may be out of range where no number of tokens is asked for
+        for count in [count for count in found if math.isfinite(count)] or within:
+            doubts += extrapolation(one, count, at)
+        for warning in dict.fromkeys(doubts):
+            console.print(f"  [yellow]![/] {warning}", soft_wrap=True)
+
+
+def advise(
+    params: Annotated[float, typer.Option(help="parameters of the small model, e.g. 4e9")],
+    train_tokens: Annotated[float, typer.Option(help="training tokens that you can afford for it, e.g. 50e9")],
+    parent_tokens: Annotated[
+        float, typer.Option(help="what the parent was pretrained on, e.g. 15e12; answers for its cost too")
+    ] = 0.0,
+    parent_params: Annotated[float, typer.Option(help="parameters of the parent; twice --params by default")] = 0.0,
+    runs: Annotated[Optional[list[str]], typer.Option(help="run folders of your own, the best evidence")] = None,
+) -> None:
+    """Say whether to prune or to train from scratch, with the evidence and how sure it is."""
+    from nemo_pvs.reporting.results import Results
+    from nemo_pvs.scaling.advise import advise as answer
+    from nemo_pvs.scaling.evidence import Question, written
+
+    own: list[Results] = [Results.load(Path(folder) / "results.json") for folder in runs or []]
+    question = Question(params, train_tokens, parent_params or 2 * params, parent_tokens or None)
+    verdicts = answer(question, own)
+    if not parent_params:
+        console.print(f"Taking a parent of {written(2 * params)} parameters; --parent-params says otherwise.")
+    for verdict in verdicts:
+        _show_verdict(verdict)
+
+
+def _show_fit(fit: Fit) -> None:
+    console.print(f"\n[bold]{fit.name}[/] ({fit.form}; parameters and tokens in billions)", soft_wrap=True)
+    intervals = fit.intervals
+    for name, value in fit.parameters.items():
+        low, high = intervals[name]
+        console.print(f"  {name:6} {value:9.4g}  ({low:.4g} to {high:.4g})")
+    points = sum(len(one.tokens) for one in fit.series)
+    console.print(f"  {points} points, rmse {fit.rmse:.4f} nats, {_slope(fit.slope_difference)}", soft_wrap=True)
+    for held in fit.held_out:
+        if held.rmse is None:
+            console.print(f"  without the {held.name}: {held.reason}", soft_wrap=True)
+        else:
+            console.print(
+                f"  without the {held.name} ({held.points} points): rmse {held.rmse:.4f} nats, "
+                f"{_slope(held.slope_difference)}",
+                soft_wrap=True,
+            )
+    for warning in fit.warnings:
+        console.print(f"  [yellow]![/] {warning}", soft_wrap=True)
+
+
+def _slope(difference: float | None) -> str:
+    return "no slopes" if difference is None else f"ASD {difference:.3g} nats/B"
+
+
+def _scratch_fit(fits: list[Fit], against: str) -> Fit:
+    from nemo_pvs.scaling.fit import load_fits
+
+    candidates = load_fits(Path(against)) if against.endswith(".json") else fits
+    named = [one for one in candidates if against in (one.name, one.form) or against.endswith(".json")]
+    if len(named) != 1:
+        raise UserError(
+            f"--against {against!r} should name one fit, not {len(named)}; there are "
+            f"{', '.join(one.name for one in candidates)}."
+        )
+    return named[0]
+
+
+def _tokens(count: float) -> str:
+    return "never" if math.isinf(count) else f"{count / 1e9:.3g} B tokens"
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{_tokens(estimate.value)} ({_tokens(estimate.low)} to {_tokens(estimate.high)})"
+
+
+_ANSWERS = {
+    "prune": "prune",
+    "scratch": "train from scratch",
+    "either": "no clear difference",
+    "unknown": "the evidence does not reach",
+}
+
+
+def _show_verdict(verdict: Verdict) -> None:
+    answer = _ANSWERS[verdict.choice] + (f", by {verdict.granularity}" if verdict.granularity else "")
+    sure = "" if verdict.choice == "unknown" else f" ({verdict.sureness})"
+    parent = "parent in hand" if verdict.setting == "equal training tokens" else "parent charged"
+    console.print(f"\n[bold]At {verdict.setting} ({parent}): {answer}{sure}[/]")
+    console.print(f"  {verdict.summary}", soft_wrap=True)
+    nearest = sorted(verdict.evidence, key=lambda one: one.out_of_reach.count(";") if one.out_of_reach else -1)
+    shown = nearest if verdict.choice != "unknown" else nearest[:_SHOWN]
+    for one in shown:
+        better = f"{one.advantage:+.2f} {one.unit}"
+        console.print(f"  {better:>12}  {one.statement} \\[{one.source}]", soft_wrap=True)
+        if one.out_of_reach:
+            console.print(f"  {'':12}  does not reach: {one.out_of_reach}", soft_wrap=True)
+    if len(shown) < len(nearest):
+        console.print(f"  and {len(nearest) - len(shown)} more that do not reach")

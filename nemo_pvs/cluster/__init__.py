@@ -1,0 +1,1 @@
+"""Launch profiles, and runs as NeMo-Run experiments on Slurm."""

@@ -1,0 +1,150 @@
+"""From a recipe and a launch profile to a NeMo-Run experiment: prepare, train every arm, evaluate and report.
+
+Each stage is a command that a person could type; NeMo-Run's executors make batch scripts of them, submit those with
+their dependencies, and start them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile
+from nemo_pvs.errors import TrainingError
+from nemo_pvs.recipe.recipe import Layout, Recipe
+from nemo_pvs.system.folder_lock import locked_folder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a run, and what must have ended well before it starts."""
+
+    name: str
+    module: str
+    arguments: list[str]
+    after: list[str]
+    layout: Layout | None = None
+    """Of a training; all other stages are one process."""
+
+
+def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile | SlurmProfile) -> list[Stage]:
+    """Return the stages of ``pvs run`` as commands: prepare, each arm, report.
+
+    Before that, masks that are learned, and the trainings between the stages of targets: those behind the first
+    stages, then those behind the second, each prepared when the ones before are done.
+
+    Args:
+        recipe: The recipe.
+        recipe_name: What ``pvs run`` calls it: a packaged name or a path.
+        folder: Run folder; every stage must see it under this absolute path.
+        profile: Where to run; trainings follow one another on one machine, and run at once on a cluster.
+    """
+    from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
+    from nemo_pvs.planning.learned import first_of_each_stage, stage_layout
+    from nemo_pvs.planning.rounds import stages_of
+
+    folder = folder.resolve()
+    name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
+    command = ["run", name, "--out", str(folder)]
+    recipe = settled(recipe)
+
+    todo: list[Stage] = []
+    ends: list[str] = []
+
+    def train(prepare: str, jobs: Mapping[str, tuple[Path, Layout]]) -> None:
+        """Add a stage that prepares, and one for each job."""
+        todo.append(Stage(prepare, "nemo_pvs.cli", [*command, "--prepare-only"], list(ends)))
+        ends.clear()
+        for stage, (job, layout) in jobs.items():
+            after = prepare if profile.kind == "slurm" else todo[-1].name
+            todo.append(Stage(stage, "nemo_pvs.megatron.launch", profile.training(job), [after], layout))
+            ends.append(stage)
+        if profile.kind != "slurm":
+            del ends[:-1]
+
+    masks = {
+        f"masks-{name}": (folder / "masks" / name / "run" / "job.json", stage_layout(recipe.targets[name]))
+        for name in first_of_each_stage(recipe)
+    }
+    if masks:
+        train("prepare-masks", masks)
+    for number in range(1, max(map(stages_of, recipe.targets.values()))):
+        shares = {
+            f"train-{name}-stage-{number}": (
+                folder / "train" / f"{name}-stages" / str(number) / "job.json",
+                target.layout,
+            )
+            for name, target in recipe.targets.items()
+            if stages_of(target) > number
+        }
+        train(f"prepare-stage-{number}", shares)
+    arms = {f"train-{arm.name}": (folder / "train" / arm.name / "job.json", arm.layout) for arm in recipe.runs}
+    train("prepare", arms)
+    return [*todo, Stage("report", "nemo_pvs.cli", command, ends)]
+
+
+def scripts(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> dict[str, str]:
+    """Return what would be submitted for each stage, by its name; nothing is started or left behind.
+
+    Raises:
+        UserError: a run does not fill the nodes of the profile, or a container would not see the folder.
+    """
+    if profile.kind == "local":
+        return {stage.name: shlex.join(_command(stage, profile)) for stage in todo}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.redirect_stdout(io.StringIO()),
+        _experiment(todo, title, folder, profile, scratch) as made,
+    ):
+        made.dryrun(log=False, delete_exp_dir=False)
+        files = {stage.name: next(Path(scratch).rglob(f"{stage.name}_sbatch.sh")) for stage in todo}
+        return {name: file.read_text() for name, file in files.items()}
+
+
+def launch(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> None:
+    """Run the stages here and wait, or submit them all to the cluster and return.
+
+    Raises:
+        UserError: as ``scripts``, or another command is at work in the folder.
+        TrainingError: a stage that ran here failed.
+    """
+    base = str(folder.resolve() / "nemo_run")
+    if profile.kind == "slurm":
+        # Without a lock, for the first job may start, and take it, while the others are still being submitted.
+        with _experiment(todo, title, folder, profile, base) as made:
+            made.run(detach=True)
+        return
+    with locked_folder(folder), _experiment(todo, title, folder, profile, base) as made:
+        made.run(detach=False)
+    status = made.status(return_dict=True)
+    failed = [stage.name for stage in todo if str(status[stage.name]["status"]) != "SUCCEEDED"]
+    if failed:
+        raise TrainingError(f"Stage {failed[0]} failed; its output is under {folder / 'nemo_run'}.")
+
+
+def _experiment(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | SlurmProfile, base: str) -> Any:
+    import nemo_run as run
+
+    made = run.Experiment(title, base_dir=base, log_level="WARNING")
+    with made:
+        for stage in todo:
+            python, *_ = command = _command(stage, profile)
+            made.add(
+                run.Script(
+                    path=stage.module, m=True, entrypoint=python, args=[shlex.quote(one) for one in command[3:]]
+                ),
+                executor=profile.executor(stage.layout, folder.resolve()),
+                name=stage.name,
+                dependencies=stage.after,
+            )
+    return made
+
+
+def _command(stage: Stage, profile: LocalProfile | SlurmProfile) -> list[str]:
+    return [profile.python, "-m", stage.module, *stage.arguments]

@@ -1,0 +1,194 @@
+"""Token sets: the exact windows of text that calibration, depth scans and evaluation run on, with their origin."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nemo_pvs.data.token_files import token_file_manifest
+from nemo_pvs.data.tokenize import count_tokens
+from nemo_pvs.errors import UserError
+from nemo_pvs.system.files import sha256_bytes, sha256_file
+from nemo_pvs.system.megatron_import import import_megatron
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Token windows of one length, without padding."""
+
+    ids: torch.Tensor
+    """int32 [N, S]: N sequences (samples) of S tokens."""
+    manifest: dict[str, Any]
+    """Where the windows come from: data_set, source_sha256, tokenizer_sha256, samples, sequence_length, seed and
+    ids_sha256. ``seed`` is None for consecutive windows."""
+
+    @classmethod
+    def from_stream(
+        cls,
+        stream: Sequence[int] | npt.NDArray[Any],
+        *,
+        sequence_length: int,
+        samples: int | None = None,
+        seed: int | None = None,
+        data_set: str = "unnamed",
+        source_sha256: str | None = None,
+        tokenizer_sha256: str | None = None,
+    ) -> TokenSet:
+        """Cut windows out of one long stream of token ids.
+
+        Without a seed they are consecutive and do not overlap, from the stream's start, the tail dropped
+        (the loader of Minitron in llm-pruning-collection). With a seed each starts at ``randint(0, len - S - 1)`` of
+        Python's ``random.Random(seed)``, so they may overlap (the WikiText-2 loader of FLAP and SparseGPT).
+
+        Args:
+            stream: Token ids, one document after the other.
+            sequence_length: Tokens a window (S), at least 2.
+            samples: Number of windows (N); None takes every consecutive window.
+            seed: None for consecutive windows, else the seed of random ones.
+            data_set: Name of the text for the manifest.
+            source_sha256: Hash of the text.
+            tokenizer_sha256: Hash of the tokenizer's files.
+
+        Raises:
+            UserError: the stream is too short for so many windows, or a number makes no sense.
+        """
+        ids = np.asarray(stream)
+        check_length(len(ids), sequence_length=sequence_length, samples=samples, seed=seed, data_set=data_set)
+        if seed is None:
+            starts = [window * sequence_length for window in range(samples or len(ids) // sequence_length)]
+        else:
+            generator = random.Random(seed)
+            starts = [generator.randint(0, len(ids) - sequence_length - 1) for _ in range(samples or 0)]
+        return cls.from_windows(
+            [ids[start : start + sequence_length] for start in starts],
+            data_set=data_set,
+            source_sha256=source_sha256,
+            tokenizer_sha256=tokenizer_sha256,
+            seed=seed,
+        )
+
+    @classmethod
+    def from_windows(
+        cls,
+        windows: Sequence[Sequence[int] | npt.NDArray[Any]],
+        *,
+        data_set: str,
+        source_sha256: str | None,
+        tokenizer_sha256: str | None,
+        seed: int | None,
+        **more: Any,
+    ) -> TokenSet:
+        """Put windows of one length together and write down where they come from.
+
+        Args:
+            windows: N windows of S token ids.
+            data_set: Name of the text.
+            source_sha256: Hash of the text.
+            tokenizer_sha256: Hash of the tokenizer's files.
+            seed: What they were drawn with, if they were.
+            **more: Further entries of the manifest.
+        """
+        ids = np.stack([np.asarray(window) for window in windows]).astype(np.int32)
+        return cls(
+            torch.from_numpy(ids),
+            {
+                "data_set": data_set,
+                "source_sha256": source_sha256,
+                "tokenizer_sha256": tokenizer_sha256,
+                "samples": ids.shape[0],
+                "sequence_length": ids.shape[1],
+                "seed": seed,
+                "ids_sha256": sha256_bytes(ids.tobytes()),
+                **more,
+            },
+        )
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Iterable[str],
+        tokenize: Callable[[str], Sequence[int]],
+        *,
+        separator: str = "\n\n",
+        **settings: Any,
+    ) -> TokenSet:
+        """Join texts, tokenise them once as a whole, and cut windows as ``from_stream`` does with ``settings``.
+
+        Args:
+            documents: Texts; ``separator`` goes between them.
+            tokenize: Turns the joined text into ids, special tokens as it sees fit.
+            separator: Two line breaks for the sets named after WikiText, a space for C4, as in
+                llm-pruning-collection.
+            **settings: ``sequence_length``, ``samples``, ``seed``, ``data_set``, ``tokenizer_sha256``.
+
+        Raises:
+            UserError: as ``from_stream``.
+        """
+        text = separator.join(documents)
+        return cls.from_stream(tokenize(text), source_sha256=sha256_bytes(text.encode()), **settings)
+
+    @classmethod
+    def from_token_file(cls, prefix: Path, **settings: Any) -> TokenSet:
+        """Cut windows out of Megatron's ``prefix.bin`` as ``from_stream`` does with ``settings``.
+
+        The tokenizer's hash is taken from the manifest ``prefix.json`` where ``nemo_pvs.data.tokenize`` left one.
+
+        Raises:
+            UserError: as ``from_stream`` and ``read_token_file``.
+        """
+        stream = read_token_file(prefix)
+        made_with = token_file_manifest(prefix).get("tokenizer_sha256")
+        settings = {"data_set": prefix.name, "tokenizer_sha256": made_with, **settings}
+        source_sha256 = sha256_file(prefix.with_name(prefix.name + ".bin"))
+        return cls.from_stream(stream, source_sha256=source_sha256, **settings)
+
+
+def check_length(
+    tokens: int, *, sequence_length: int, samples: int | None = None, seed: int | None = None, data_set: str
+) -> None:
+    """Refuse a stream of ``tokens`` that is too short for the windows ``TokenSet.from_stream`` is asked for.
+
+    Raises:
+        UserError: saying how long it is, or a number makes no sense.
+    """
+    check_size(samples, sequence_length)
+    if seed is not None and samples is None:
+        raise UserError("Random windows need a number of samples; give it, or leave out the seed.")
+    available = tokens // sequence_length if seed is None else max(0, tokens - sequence_length)
+    if available < (samples if seed is None and samples else 1):
+        raise UserError(
+            f"The data set {data_set} has {tokens} tokens, too few for {samples or 1} "
+            f"{'consecutive' if seed is None else 'random'} windows of {sequence_length}; "
+            "take more text, fewer samples or a shorter sequence_length."
+        )
+
+
+def check_size(samples: int | None, sequence_length: int) -> None:
+    """Raise UserError unless windows of this length, and so many of them, predict something."""
+    if sequence_length < 2 or (samples is not None and samples < 1):
+        raise UserError(
+            f"{samples} samples of {sequence_length} tokens predict nothing; "
+            "choose at least 1 sample and a sequence_length of at least 2."
+        )
+
+
+def read_token_file(prefix: Path) -> npt.NDArray[Any]:
+    """Return all ids of Megatron's ``prefix.bin`` / ``prefix.idx``, document after document, memory-mapped.
+
+    Raises:
+        UserError: a file is missing or they do not belong together.
+    """
+    if not count_tokens(prefix):
+        raise UserError(f"{prefix}.bin holds no tokens; tokenise some text into it.")
+    import_megatron()
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds, and only this needs it
+
+    dtype = IndexedDataset(str(prefix)).index.dtype
+    return np.memmap(prefix.with_name(prefix.name + ".bin"), dtype=dtype, mode="r")

@@ -1,0 +1,205 @@
+"""Run a model one decoder layer at a time, straight from its checkpoint.
+
+Memory is one layer, the hidden states and, at the end, the output head: never the model. The layers are those of
+``transformers``, so every variant of rotary scaling comes with them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.hf_classes import model_class
+from nemo_pvs.model.layout import Layout
+
+MEMORY_LIMIT = 8 << 30
+"""Bytes of hidden states held at once, unless told otherwise."""
+
+IGNORED = -100
+"""In the place of a target: a position whose loss counts nothing."""
+
+# Logits held at once, in elements (256 MB in fp32): 128k vocabularies need the loss in chunks of tokens.
+_LOGITS_AT_ONCE = 1 << 26
+
+
+class LayerwiseModel:
+    """A causal language model whose weights stay in the checkpoint until they are needed.
+
+    Hidden states live on the CPU; each batch visits ``device``.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> None:
+        """Prepare the model; no weight is read yet.
+
+        Args:
+            source: The checkpoint.
+            dtype: Computing type of layers and hidden states; weights are cast to it as they are read.
+            device: Where layers run.
+            memory_limit: Bytes that hidden states may take; ``chunks`` cuts a token set accordingly.
+        """
+        self.source = source
+        self.shape = shape_of(source)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.memory_limit = memory_limit
+        self._skeleton = _skeleton(source.config)
+        self._rotary = type(self._skeleton.model.rotary_emb)(config=self._skeleton.config).to(self.device)
+        self._layer_names: dict[int, list[str]] = {layer: [] for layer in range(self.shape.layers)}
+        for name, (_, entry) in Layout.for_config(source.config).parts(self.shape).items():
+            if entry.layer is not None:
+                self._layer_names[entry.layer].append(name)
+
+    def chunks(self, ids: torch.Tensor, states: int = 1) -> Iterator[torch.Tensor]:
+        """Cut token ids [N, S] along N so that ``states`` copies of a chunk's hidden states fit ``memory_limit``."""
+        bytes_per_sequence = states * ids.shape[1] * self.shape.hidden * self.dtype.itemsize
+        yield from ids.split(max(1, self.memory_limit // bytes_per_sequence))
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states [N, S, d] in front of the first layer, for token ids [N, S].
+
+        Raises:
+            UserError: the sequences are longer than the model's context, or an id is not in its vocabulary.
+        """
+        for limit in ("max_position_embeddings", "sliding_window"):  # layers run without a mask, so without a window
+            context = getattr(self._skeleton.config, limit, None)
+            if context is not None and ids.shape[1] > context:
+                raise UserError(
+                    f"Sequences of {ids.shape[1]} tokens do not fit the model's context of {context} "
+                    f"({limit}); choose a shorter sequence_length."
+                )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.shape.vocab:
+            raise UserError(
+                f"Token ids reach from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has "
+                f"{self.shape.vocab} entries; tokenise the text with this model's tokenizer."
+            )
+        table = self.source.read("model.embed_tokens.weight")
+        return functional.embedding(ids.long(), table).to(self.dtype)
+
+    def layer(self, index: int) -> nn.Module:
+        """Load decoder layer ``index`` (from 0), ready for ``run_layer``; drop it to free its weights."""
+        layer = copy.deepcopy(self._skeleton.model.layers[index])
+        prefix = f"model.layers.{index}."
+        weights = {name.removeprefix(prefix): self._read(name) for name in self._layer_names[index]}
+        layer.load_state_dict(weights, assign=True)
+        return layer
+
+    @torch.no_grad()
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+        """Replace hidden states [N, S, d] by the layer's outputs, in place, and return them.
+
+        Attention is causal; sequences carry no padding, so there is no mask tensor.
+        """
+        rotary = self._positions(hidden)
+        for batch in hidden.split(batch_size):
+            batch.copy_(layer(batch.to(self.device), position_embeddings=rotary))
+        return hidden
+
+    def back_through_layer(
+        self, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor, batch_size: int = 8
+    ) -> torch.Tensor:
+        """Replace gradients by a layer's outputs [N, S, d] by those by its inputs, in place, and return them.
+
+        Nothing is accumulated in the layer's parameters.
+
+        Args:
+            layer: From ``layer``.
+            hidden: The layer's inputs [N, S, d]; it runs once more on them.
+            gradient: Of any loss by the layer's outputs.
+            batch_size: Sequences at a time.
+        """
+        rotary = self._positions(hidden)
+        for batch, gradients in zip(hidden.split(batch_size), gradient.split(batch_size), strict=True):
+            with torch.enable_grad():
+                inputs = batch.to(self.device, copy=True).requires_grad_()
+                outputs = layer(inputs, position_embeddings=rotary)
+                gradients.copy_(torch.autograd.grad(outputs, inputs, gradients.to(self.device))[0])
+        return gradient
+
+    @torch.no_grad()
+    def _positions(self, hidden: torch.Tensor) -> Any:
+        """Return the cosines and sines of rotary positions, which all layers share."""
+        positions = torch.arange(hidden.shape[1], device=self.device)[None]
+        return self._rotary(hidden.new_empty(0, device=self.device), positions)
+
+    @torch.no_grad()
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
+        """Return the summed cross entropy (nats, added up in float64) and the number of predicted tokens.
+
+        Args:
+            hidden: Outputs of the last decoder layer [N, S, d].
+            targets: Token ids [N, S]: the token that follows each position.
+        """
+        total = 0.0
+        ids = targets.flatten()
+        for logits in self.logits(hidden):
+            chunk, ids = ids[: len(logits)], ids[len(logits) :]
+            loss = functional.cross_entropy(logits, chunk.to(self.device).long(), reduction="none")
+            total += float(loss.double().sum())
+        return total, targets.numel()
+
+    def replace_by_loss_gradient(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
+        """Replace hidden states by the gradient of the summed cross entropy by them, in place.
+
+        Args:
+            hidden: Outputs of the last decoder layer [N, S, d].
+            targets: Token ids [N, S]: the token that follows each position, or ``IGNORED``.
+        """
+        norm, head = self._head
+        size = max(1, _LOGITS_AT_ONCE // self.shape.vocab)
+        for states, ids in zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True):
+            with torch.enable_grad():
+                inputs = states.to(self.device, copy=True).requires_grad_()
+                logits = functional.linear(norm(inputs), head)
+                wide = logits.to(torch.promote_types(self.dtype, torch.float32))
+                loss = functional.cross_entropy(
+                    wide, ids.to(self.device).long(), ignore_index=IGNORED, reduction="sum"
+                )
+                states.copy_(torch.autograd.grad(loss, inputs)[0])
+
+    def drop_head(self) -> None:
+        """Free the output matrix; it is read again when it is needed."""
+        self.__dict__.pop("_head", None)
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the fp32 logits [n, V] of the tokens in order, a bounded number of tokens at a time.
+
+        Args:
+            hidden: Outputs of the last decoder layer [N, S, d].
+        """
+        norm, head = self._head
+        for states in hidden.flatten(0, 1).split(max(1, _LOGITS_AT_ONCE // self.shape.vocab)):
+            yield functional.linear(norm(states.to(self.device)), head).float()
+
+    @cached_property
+    def _head(self) -> tuple[nn.Module, torch.Tensor]:
+        """The final norm and the output matrix [V, d], read once and kept."""
+        norm = copy.deepcopy(self._skeleton.model.norm)
+        norm.load_state_dict({"weight": self._read("model.norm.weight")}, assign=True)
+        return norm, self._read("model.embed_tokens.weight" if self.shape.tied else "lm_head.weight")
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.source.read(name).to(self.device, self.dtype)
+
+
+def _skeleton(config: Mapping[str, Any]) -> Any:
+    """Build the model's class without memory for its weights."""
+    with torch.device("meta"):
+        class_ = model_class(config)
+        model_config = class_.config_class.from_dict(dict(config))
+        return class_._from_config(model_config, attn_implementation="sdpa").eval()

@@ -1,0 +1,72 @@
+"""Perplexity of a checkpoint, whatever its format, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.evaluation.texts import loss_statistics
+from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.system import ranks
+
+
+def perplexity(
+    source: WeightSource,
+    tokens: TokenSet,
+    batch_size: int = 8,
+    *,
+    stride: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    memory_limit: int = MEMORY_LIMIT,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Return ``loss`` (mean next-token cross entropy, nats), its exponential ``perplexity``, and ``tokens`` predicted.
+
+    Beside both stand their standard errors, ``loss_stderr`` and ``perplexity_stderr`` (None for a single window): the
+    windows are the sample, and the perplexity's is the loss's times the perplexity (delta method).
+
+    Windows are independent and the first token of each is not predicted. Perplexity depends on the window length:
+    compare only equal ones. Under ``torch.distributed`` the ranks share the windows.
+
+    Args:
+        source: The model.
+        tokens: Windows to predict.
+        batch_size: Sequences a batch; changes speed and memory, not the result.
+        stride: For sliding windows, each of which begins ``stride`` tokens after the one before: of all but the first
+            only the last ``stride`` tokens are predicted, so every token is predicted once and with a long context.
+        dtype: Computing type.
+        device: Where layers run.
+        memory_limit: Bytes for hidden states; more text than that is read in several sweeps over the layers.
+        progress: Called with (layers done, layers in all).
+
+    Raises:
+        UserError: the tokens do not fit the model, or there are fewer windows than ranks.
+    """
+    model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
+    own = ranks.split(torch.arange(len(tokens.ids)))
+    chunks, windows = list(model.chunks(tokens.ids[own])), iter(own.tolist())
+    losses, done = torch.zeros(len(tokens.ids), 2, dtype=torch.float64), 0
+    for ids in chunks:
+        hidden = model.embed(ids[:, :-1])
+        for index in range(model.shape.layers):
+            model.run_layer(model.layer(index), hidden, batch_size)
+            done += 1
+            if progress:
+                progress(done, len(chunks) * model.shape.layers)
+        for states, targets in zip(hidden, ids[:, 1:], strict=True):
+            window = next(windows)
+            scored = slice(-stride if stride and window else None, None)
+            losses[window] = torch.tensor(
+                model.losses(states[None, scored], targets[None, scored]), dtype=torch.float64
+            )
+    measured = loss_statistics(ranks.all_reduce(losses))
+    # An untrained or broken model can have a loss whose exponential is no longer a float.
+    value = math.exp(measured["loss"]) if measured["loss"] < 700 else math.inf
+    error = None if measured["loss_stderr"] is None else value * measured["loss_stderr"]
+    return {**measured, "perplexity": value, "perplexity_stderr": error}

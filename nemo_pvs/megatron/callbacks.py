@@ -1,0 +1,135 @@
+"""Callbacks of a run: metrics that people and reports read, and a context beside every checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from pathlib import Path
+
+import lightning.pytorch as pl
+from nemo import lightning as nl
+from nemo.lightning.ckpt_utils import ckpt_to_dir
+from nemo.lightning.io import IOMixin
+
+from nemo_pvs.megatron.distillation.callback import EMBEDDINGS, HIDDEN, KL
+from nemo_pvs.megatron.optimizer_offsets import correct_saved_offsets
+from nemo_pvs.training import metrics
+from nemo_pvs.training.checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
+
+
+class MetricsLog(pl.Callback, IOMixin):
+    """Write each step's metrics as a line of JSON and a readable line of text, on rank 0 only.
+
+    Takes the place of NeMo's ProgressPrinter, whose timers run a collective on rank 0 alone and so deadlock. Only
+    values that are on rank 0 already are read: no collective runs here.
+    """
+
+    def __init__(self, path: str, tokens_per_step: int, total_steps: int) -> None:
+        self.path = Path(path)
+        self.tokens_per_step = tokens_per_step
+        self.total_steps = total_steps
+        self._step_began = self._run_began = time.monotonic()
+        self._learning_rate = 0.0
+        self._speeds: deque[float] = deque(maxlen=metrics.PACE_STEPS)
+
+    def on_train_start(self, trainer, pl_module):
+        """Start the clock after set-up and loading."""
+        self._step_began = self._run_began = time.monotonic()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        """Remember the learning rate: at the end of a step the schedule has moved to the next one's."""
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Record loss, learning rate, gradient norm and speed of a step."""
+        if not trainer.is_global_zero:
+            return
+        now = time.monotonic()
+        values = trainer.callback_metrics
+        record = {
+            "kind": "training",
+            "step": trainer.global_step,
+            "tokens": trainer.global_step * self.tokens_per_step,
+            "loss": float(values["reduced_train_loss"]),
+            "learning_rate": self._learning_rate,
+            "grad_norm": float(values["grad_norm"]),
+            "tokens_per_second": self.tokens_per_step / (now - self._step_began),
+            "seconds": now - self._run_began,
+        }
+        lessons = {"kl": KL, "hidden_loss": HIDDEN, "embedding_loss": EMBEDDINGS}
+        record.update({key: float(values[name]) for key, name in lessons.items() if name in values})
+        metrics.append(self.path, record)
+        self._speeds.append(record["tokens_per_second"])
+        left = metrics.time_left((self.total_steps - record["step"]) * self.tokens_per_step, self._speeds)
+        print(
+            f"step {record['step']}/{self.total_steps}  tokens {record['tokens']:,}  loss {record['loss']:.4f}  "
+            f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+            + (f"  KL {record['kl']:.4f}" if "kl" in record else "")
+            + (f"  hidden {record['hidden_loss']:.4f}" if "hidden_loss" in record else ""),
+            flush=True,
+        )
+        self._step_began = now
+
+    def on_validation_batch_start(self, trainer, *args, **kwargs):
+        """Give every validation step the same weight; to Lightning, which sees no batch yet, the first is one of 1."""
+        trainer._results.batch_size = 1
+
+    def on_validation_end(self, trainer, pl_module):
+        """Record the validation loss; the time it took is not charged to the next step."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            loss = float(trainer.callback_metrics["val_loss"])
+            metrics.append(
+                self.path,
+                {
+                    "kind": "validation",
+                    "step": trainer.global_step,
+                    "tokens": trainer.global_step * self.tokens_per_step,
+                    "loss": loss,
+                },
+            )
+            print(f"step {trainer.global_step}/{self.total_steps}  validation loss {loss:.4f}", flush=True)
+        self._step_began = time.monotonic()
+
+
+class Checkpoint(nl.ModelCheckpoint):
+    """NeMo's checkpoint callback that puts the initial checkpoint's ``context/`` beside the weights.
+
+    The architecture never changes during a run, and that context names stock NeMo classes only, so every checkpoint
+    of the run can be read without this package; NeMo's own would name our layer and data classes. It is copied before
+    the save is declared finished, because resuming needs it. Two are kept, the newest (``run_checkpoints``). What
+    Megatron saves of the optimizer is corrected (``optimizer_offsets``).
+    """
+
+    def __init__(self, initial: str, **kwargs):
+        super().__init__(always_save_context=False, save_context_on_train_end=False, **kwargs)
+        self.initial = initial
+
+    def setup(self, trainer, *args, **kwargs):
+        """Free the names of broken checkpoints; every rank has chosen what to resume from before it comes here."""
+        if trainer.is_global_zero:
+            set_aside(newest_sound(Path(self.dirpath))[1])
+        correct_saved_offsets()
+        super().setup(trainer, *args, **kwargs)
+
+    def _save_last_checkpoint(self, trainer, monitor_candidates):
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        current = ckpt_to_dir(self.last_model_path)
+        older = [path for path in saved_checkpoints(Path(self.dirpath)) if path != current][KEPT - 1 :]
+        for path in trainer.strategy.broadcast(older):
+            self._remove_checkpoint(trainer, str(path))
+
+    def _should_remove_checkpoint(self, trainer, previous, current):
+        return False  # what is old enough goes after each save
+
+    def _get_finalize_save_checkpoint_callback(self, trainer, filepath, global_step):
+        finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+
+        def finish_with_context():
+            if trainer.is_global_zero:
+                context = ckpt_to_dir(filepath) / "context"
+                shutil.copytree(Path(self.initial) / "context", context, dirs_exist_ok=True)
+            finish()
+
+        return finish_with_context

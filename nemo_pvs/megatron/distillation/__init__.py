@@ -1,0 +1,1 @@
+"""Distillation on Megatron: the teacher, the losses, hidden states."""

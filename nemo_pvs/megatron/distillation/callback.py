@@ -1,0 +1,239 @@
+"""The callback that trains a student on what its teacher says, inside NeMo's training loop.
+
+NeMo has a distillation of its own (2.7.3, ``llm.modelopt.distill``). Its divergence is ours at a temperature of 1. But
+its teacher is a NeMo checkpoint and never a Hugging Face folder, the hidden states of a pair must both be on the last
+pipeline stage, virtual pipelines are refused, and what configures it knows no temperature, no top-k and no embedding
+of a first stage. It is a model class of its own besides, which what we do to models in training would have to know.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import lightning.pytorch as pl
+import nemo_run as run
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
+from nemo.lightning.io import IOMixin
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.megatron.distillation.hidden_states import HiddenStates
+from nemo_pvs.megatron.distillation.losses import vocabulary_parallel_kl
+from nemo_pvs.megatron.distillation.teacher import EMBEDDING, Teacher
+from nemo_pvs.training.job import TrainingJob
+
+KL = "train_kl"
+HIDDEN, EMBEDDINGS = "train_hidden", "train_embedding"
+"""What the divergence and the losses of hidden states are called among Lightning's metrics."""
+
+
+def distill(job: TrainingJob) -> list[run.Config]:
+    """Return the callback of a distilled run; none for one that is trained on labels alone."""
+    how = job.training.distill
+    if how is None:
+        return []
+    return [
+        run.Config(
+            Distill,
+            teacher=str(job.teacher),
+            temperature=how.temperature,
+            top_k=how.top_k,
+            lm_weight=how.lm_weight,
+            kl_weight=how.kl_weight,
+            hidden_weight=how.hidden_weight,
+            embedding_weight=how.embedding_weight,
+            layer_pairs=[list(pair) for pair in how.layer_pairs],
+            hidden_loss=how.hidden_loss,
+            dynamic_weight=how.dynamic_weight,
+            betas=list(job.training.adam_betas),
+            seed=job.training.seed,
+        )
+    ]
+
+
+class Distill(pl.Callback, IOMixin):
+    """Train on ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student)``, each a mean over the tokens.
+
+    The student's model computes both per token where it would have computed the first, in training only: what is
+    validated, and what is logged as loss, is the LM loss of any other run. The KL is logged beside it. On top
+    come losses of hidden states, if they have a weight (``HiddenStates``).
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        lm_weight: float = 0.0,
+        kl_weight: float = 1.0,
+        hidden_weight: float = 0.0,
+        embedding_weight: float = 0.0,
+        layer_pairs: list[list[int]] | None = None,
+        hidden_loss: str = "cosine",
+        dynamic_weight: bool = False,
+        betas: list[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            teacher: Checkpoint of any format.
+            temperature: See ``vocabulary_parallel_kl``.
+            top_k: See there.
+            lm_weight: Of the LM loss; 0 for distillation alone.
+            kl_weight: Of the divergence.
+            hidden_weight: Of the loss of hidden states, see ``HiddenStates``.
+            embedding_weight: See there.
+            layer_pairs: ``[student, teacher]``, see there.
+            hidden_loss: See there.
+            dynamic_weight: See there.
+            betas: See there.
+            seed: See there.
+        """
+        self.teacher = teacher
+        self.temperature = temperature
+        self.top_k = top_k
+        self.lm_weight = lm_weight
+        self.kl_weight = kl_weight
+        self.hidden_weight = hidden_weight
+        self.embedding_weight = embedding_weight
+        self.layer_pairs = layer_pairs or []
+        self.hidden_loss = hidden_loss
+        self.dynamic_weight = dynamic_weight
+        self.betas = betas or [0.9, 0.95]
+        self.seed = seed
+        self._training = False
+        self._restored: dict = {}
+        self._states: HiddenStates | None = None
+
+    def on_train_start(self, trainer, pl_module):
+        """Load the teacher, and put its loss in the place of the student's."""
+        self._model = Teacher(
+            open_source(self.teacher),
+            dtype=pl_module.config.params_dtype,
+            device=torch.device(torch.cuda.current_device()),
+            sequence_parallel=pl_module.config.sequence_parallel,
+            places=[EMBEDDING] * (self.embedding_weight > 0)
+            + [theirs for _, theirs in self.layer_pairs if self.hidden_weight],
+        )
+        self._reduction = _WeightedLosses(self.lm_weight, self.kl_weight)
+        students = []
+        for chunk in trainer.strategy.megatron_parallel:
+            chunk._training_loss_reduction = self._reduction
+            student = next(module for module in chunk.modules() if isinstance(module, GPTModel))
+            students.append(student)
+            if student.post_process:
+                student.compute_language_model_loss = self._losses(student.compute_language_model_loss)
+        if self.hidden_weight or self.embedding_weight:
+            self._states = HiddenStates(
+                self._model,
+                students,
+                pairs=[(ours, theirs) for ours, theirs in self.layer_pairs],
+                hidden_weight=self.hidden_weight,
+                embedding_weight=self.embedding_weight,
+                kind=self.hidden_loss,
+                dynamic=self.dynamic_weight,
+                betas=tuple(self.betas),
+                seed=self.seed,
+            )
+            if self._restored:
+                self._states.load_state_dict(self._restored)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        """Note the learning rate of the step."""
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Teach the projection, before the checkpoint of the step is written; Lightning calls that last."""
+        if self._states:
+            self._states.learn(self._rate)
+
+    def state_dict(self):
+        """Return what hidden states have beside the model; the same on every rank."""
+        return self._states.state_dict() if self._states else {}
+
+    def load_state_dict(self, state_dict):
+        """Keep what a checkpoint held until training starts."""
+        self._restored = state_dict
+
+    def on_megatron_microbatches_start(self, step):
+        """Show the micro-batches of a training step to the teacher; the student reads the same ones."""
+        self._training = not step.forward_only
+        if self._training:
+            batches = list(islice(step.data, step.num_microbatches))
+            self._model.read(
+                batches,
+                step.trainer.lightning_module.data_step,
+                sequence_length=step.seq_length,
+                micro_batch_size=step.micro_batch_size,
+            )
+            if self._states:
+                self._states.begin([_loss_mask(batch) for batch in batches])
+            step.data = iter(batches)
+
+    def on_megatron_step_end(self, step):
+        """Log the divergence, which the last pipeline stage knows."""
+        if self._training:
+            kl = self._reduction.kl.clone()
+            _sync_from_last_pipeline_stage(kl, broadcast=self.dynamic_weight)  # to all ranks, else to rank 0 alone
+            step.trainer.lightning_module.log(KL, kl, batch_size=1)
+            if self._states:
+                found = self._states.end(self.kl_weight * float(kl))
+                for name, loss in zip((HIDDEN, EMBEDDINGS), found, strict=True):
+                    step.trainer.lightning_module.log(name, loss, batch_size=1)
+        self._training = False
+
+    def _losses(self, lm_loss):
+        """Return what takes the place of a model's ``lm_loss``: of labels [b, s] and logits [s, b, V / TP]."""
+        group = parallel_state.get_tensor_model_parallel_group()
+
+        def losses(labels, logits):
+            if not self._training:
+                return lm_loss(labels, logits)
+            kl = vocabulary_parallel_kl(
+                logits,
+                self._model.logits(),
+                temperature=self.temperature,
+                top_k=self.top_k,
+                group=group if group.size() > 1 else None,
+            )
+            with torch.set_grad_enabled(self.lm_weight > 0):
+                lm = lm_loss(labels, logits)  # the last to see the logits: it computes in their place
+            return torch.stack([lm, kl.transpose(0, 1)])
+
+        return losses
+
+
+def _loss_mask(batch):
+    """Return the mask [b, s] of a micro-batch; a data step gives it to the last stage alone."""
+    return (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"]
+
+
+class _WeightedLosses(MaskedTokenLossReduction):
+    """Makes one loss of the two of each token [2, b, s]; reports the LM loss, and keeps the divergence."""
+
+    def __init__(self, lm_weight: float, kl_weight: float) -> None:
+        super().__init__()
+        self.weights = lm_weight, kl_weight
+        self.kl = torch.zeros((), device=torch.cuda.current_device())
+        """Of the last step, on the last pipeline stage."""
+
+    def forward(self, batch, forward_out):
+        mask = batch["loss_mask"].float()
+        lm, kl = (forward_out.float() * mask).sum((1, 2))
+        report = torch.stack([lm.detach(), kl.detach(), mask.sum()])
+        # Without a weight the LM loss has no gradient, and may not be finite: 0 * inf would spoil what has.
+        loss = self.weights[1] * kl + (self.weights[0] * lm if self.weights[0] else 0)
+        return loss, mask.sum().int(), {"sums": report}
+
+    def reduce(self, losses_reduced_per_micro_batch):
+        if not losses_reduced_per_micro_batch:
+            return torch.zeros((), device=torch.cuda.current_device())
+        sums = torch.stack([part["sums"] for part in losses_reduced_per_micro_batch]).sum(0)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(sums, group=group)
+        lm, self.kl = sums[:2] / sums[2]
+        return lm

@@ -1,0 +1,159 @@
+"""What a student learns from its teacher's hidden states, on the ranks that have them, inside a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import distributed
+
+from nemo_pvs.megatron.distillation.teacher import EMBEDDING, Teacher, places_of
+from nemo_pvs.training.hidden_loss import hidden_loss, initial_projection
+
+
+class HiddenStates:
+    """Adds the loss of paired places of student and teacher to the gradient of the student's states there.
+
+    The loss of a place is computed where the student has it: its gradient joins the one that comes from above, so
+    Megatron's schedules, its optimizer and its loss know nothing of it. What the teacher says there is sent to that
+    stage if it was said on another. Each is a mean over the tokens of a micro-batch, as the LM loss is.
+
+    With a dynamic weight they are scaled by Minitron's ``alpha = L_logits / L_is`` (2407.14679, section 3.2), which is
+    a number and has no gradient. It is that of the losses of the step before, over all ranks: a stage is done with its
+    part of a step before the last one knows the divergence. So the first step of a run has none.
+
+    The projection is no part of the model. Every rank holds it whole in fp32 with an Adam of its own, at the learning
+    rate of the weights and without decay, and takes the same step by a gradient that is summed over all ranks; so an
+    interrupted run goes on at another TP x PP x DP. The norm of the weights' gradient does not count it.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        students: list[torch.nn.Module],
+        *,
+        pairs: list[tuple[int, int]],
+        hidden_weight: float,
+        embedding_weight: float,
+        kind: str,
+        dynamic: bool,
+        betas: tuple[float, float],
+        seed: int,
+    ) -> None:
+        """Watch the student's places on this rank.
+
+        Args:
+            teacher: Which has been told the places that are asked for.
+            students: GPTModel of this rank, or its pieces in a virtual pipeline.
+            pairs: Layers of student and teacher behind which states are compared, counted from 1.
+            hidden_weight: Of the sum over ``pairs``.
+            embedding_weight: Of the same loss behind the embedding.
+            kind: See ``hidden_loss``.
+            dynamic: Scale all of it to the size of the divergence.
+            betas: Of the projection's Adam.
+            seed: Of its initial values.
+        """
+        self._teacher, self._kind = teacher, kind
+        self._alpha = 0.0 if dynamic else 1.0
+        self._dynamic = dynamic
+        self._hidden_weight, self._embedding_weight = hidden_weight, embedding_weight
+        self._weights = dict.fromkeys([ours for ours, _ in pairs], hidden_weight) | {EMBEDDING: embedding_weight}
+        self._pairs = {ours: theirs for ours, theirs in [(EMBEDDING, EMBEDDING), *pairs] if self._weights[ours]}
+        config = students[0].config
+        if config.calculate_per_token_loss or config.recompute_granularity == "full":
+            raise RuntimeError("Losses of hidden states are means, of layers that run once a step; switch it off.")
+        self._sequence_parallel = config.sequence_parallel
+        device = torch.device(torch.cuda.current_device())
+        width, theirs = config.hidden_size, teacher.model.config.hidden_size
+        self.projection: torch.Tensor | None = None
+        if width != theirs:
+            self.projection = initial_projection(width, theirs, seed).to(device).requires_grad_()
+            self._optimizer = torch.optim.Adam([self.projection], betas=betas)
+        self._masks: dict[int, Iterator[torch.Tensor]] = {}
+        self._sums = torch.zeros(2, device=device)
+        here = {place: module for student in students for place, module in places_of(student).items()}
+        for place in self._pairs.keys() & here.keys():
+            here[place].register_forward_hook(self._hook(place))
+        teacher.deliver({self._pairs[place] for place in self._pairs.keys() & here.keys()})
+
+    def begin(self, masks: list[torch.Tensor]) -> None:
+        """Take the loss masks [b, s] of the micro-batches of a step, after the teacher has read them."""
+        ready = [mask.to(self._sums.device).float().transpose(0, 1) / mask.sum().clamp(min=1) for mask in masks]
+        if self._sequence_parallel:
+            ranks, rank = _tensor_ranks(), parallel_state.get_tensor_model_parallel_rank()
+            ready = [mask.chunk(ranks)[rank] for mask in ready]
+        self._micro_batches = len(ready)
+        self._masks = {place: iter(ready) for place in self._pairs}
+        self._sums.zero_()
+
+    def end(self, divergence: float) -> tuple[float, float]:
+        """Return the step's losses of layers (their sum) and of the embedding; later passes are not compared.
+
+        Args:
+            divergence: Of the step, as it is weighted; the same on every rank.
+        """
+        self._masks = {}
+        layers, embedding = self._over_ranks(self._sums.clone()).tolist()
+        weighted = self._hidden_weight * layers + self._embedding_weight * embedding
+        if self._dynamic and weighted > 0:
+            self._alpha = divergence / weighted
+        return layers, embedding
+
+    def learn(self, rate: float) -> None:
+        """Take the projection's own step, all ranks together."""
+        if self.projection is None:
+            return
+        gradient = self.projection.grad
+        self.projection.grad = self._over_ranks(torch.zeros_like(self.projection) if gradient is None else gradient)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of alpha, the projection and its moments, the same on every rank; nothing without them."""
+        state: dict[str, Any] = {"alpha": self._alpha} if self._dynamic else {}
+        if self.projection is not None:
+            state |= {"projection": self.projection.detach(), "optimizer": self._optimizer.state_dict()}
+        return deepcopy(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what an interrupted run has saved."""
+        if self._dynamic:
+            self._alpha = state["alpha"]
+        if self.projection is not None:
+            with torch.no_grad():
+                self.projection.copy_(state["projection"])
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _hook(self, place: int) -> Any:
+        weight = self._weights[place]
+
+        def compare(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if place not in self._masks:  # validation, or the pass of a model that is not trained
+                return
+            states = output[0] if isinstance(output, tuple) else output
+            mask, wanted = next(self._masks[place]), self._teacher.states(self._pairs[place])
+            ours = states.detach().requires_grad_()
+            with torch.enable_grad():
+                losses = hidden_loss(ours, wanted, self.projection, kind=self._kind)
+                loss = (losses * mask).sum() / self._micro_batches
+            self._sums[int(place == EMBEDDING)] += loss.detach()
+            (self._alpha * weight * loss).backward()  # type: ignore[no-untyped-call]
+            gradient = ours.grad
+            states.register_hook(lambda from_above: from_above + gradient)
+
+        return compare
+
+    def _over_ranks(self, parts: torch.Tensor) -> torch.Tensor:
+        """Sum over stages and parts of sequences, average over replicas; copies on tensor ranks count once."""
+        if not self._sequence_parallel:
+            parts /= _tensor_ranks()
+        distributed.all_reduce(parts)
+        return parts.div_(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+
+def _tensor_ranks() -> int:
+    return int(parallel_state.get_tensor_model_parallel_world_size())

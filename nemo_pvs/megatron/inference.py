@@ -1,0 +1,191 @@
+"""A checkpoint on real Megatron, to be asked and not trained: NeMo's model at any TP x PP, filled from a WeightSource.
+
+The weights come through the safe readers of ``nemo_pvs.checkpoints`` and the model's description is written anew, so
+nothing that a stranger pickled or configured is executed, no optimizer state is read, and the source need not be a
+NeMo checkpoint.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import fiddle
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from nemo.lightning import io
+from torch import distributed
+from torch.nn import functional
+
+from nemo_pvs.checkpoints.nemo.context import write_context
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.checkpoints.tensor_record import dtype_name
+from nemo_pvs.checkpoints.transforms.biases import with_both_biases
+from nemo_pvs.evaluation.scoring import TokenScores, next_token_scores
+from nemo_pvs.megatron.attention import FUSED_KERNELS, layer_spec
+from nemo_pvs.megatron.cpu import megatron_on_cpu
+from nemo_pvs.model.layout import Entry, Layout
+from nemo_pvs.training.machine import has_transformer_engine
+
+# Transformer Engine keeps a norm in the linear layer behind it; Megatron's local layers have it on its own.
+_LOCAL_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+@contextmanager
+def megatron_ranks(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Iterator[None]:
+    """Let Megatron work inside the block: on the ranks that have joined already, or on this process alone.
+
+    Args:
+        tensor_parallel: Ranks that share each matrix.
+        pipeline_parallel: Ranks that share the layers; what the world has beyond both are copies of the model.
+    """
+    alone = not distributed.is_initialized()
+    with nullcontext() if torch.cuda.is_available() else megatron_on_cpu():
+        if alone:
+            distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+        try:
+            parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+            model_parallel_cuda_manual_seed(1)  # building a layer forks this generator, whatever initialises it
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            if alone:
+                distributed.destroy_process_group()
+
+
+class LoadedModel:
+    """A model on Megatron's ranks, its weights loaded; use it where ``parallel_state`` is initialised."""
+
+    layer_spec: Callable[..., Any] | None = None
+    """What layers are made of; by default NeMo's choice, or ours where there is no Transformer Engine."""
+
+    def __init__(
+        self, source: WeightSource, *, dtype: torch.dtype, device: str | torch.device, sequence_parallel: bool = False
+    ) -> None:
+        """Build this rank's part of the model and load its weights.
+
+        Args:
+            source: The checkpoint, of any format.
+            dtype: Type of weights and arithmetic.
+            device: ``cpu`` or ``cuda:<n>``.
+            sequence_parallel: Shard what is between the tensor parallel parts by sequence.
+
+        Raises:
+            UserError: the model cannot be sharded so, or NeMo does not have its family.
+        """
+        source = with_both_biases(source)
+        self.device = torch.device(device)
+        self._dtype = dtype
+        self._tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+        self._sequence_parallel = sequence_parallel
+        self._tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self._first = parallel_state.is_pipeline_first_stage()
+        self._last = parallel_state.is_pipeline_last_stage()
+        self.replica = parallel_state.get_data_parallel_rank()
+        self.replicas = parallel_state.get_data_parallel_world_size()
+        shape = shape_of(source)
+        self.vocab = -(-shape.vocab // self._tensor_ranks)
+        self._vocab = shape.vocab
+        shape.replace(vocab=self.vocab * self._tensor_ranks).check_parallel(
+            tensor_parallel=self._tensor_ranks,
+            pipeline_parallel=parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        self.model = self._build(source)
+        self._load(source)
+
+    def _build(self, source: WeightSource) -> torch.nn.Module:
+        """Build NeMo's model of this rank's layers, weights not yet set."""
+        about = Layout.for_config(source.config).config(shape_of(source), source.config)  # every size explicit
+        about["torch_dtype"] = dtype_name(self._dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            context = Path(folder, "context")
+            write_context(context, about, (), vocab_rows=self.vocab * self._tensor_ranks)
+            config = io.load_context(context, subpath="model", build=False).config
+        settings = {
+            "params_dtype": self._dtype,
+            "pipeline_dtype": self._dtype,
+            "bf16": self._dtype == torch.bfloat16,
+            "fp16": False,
+            "tensor_model_parallel_size": self._tensor_ranks,
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "sequence_parallel": self._sequence_parallel,
+            "perform_initialization": False,
+            "parallel_output": True,  # each rank keeps its columns of the logits
+        }
+        if not has_transformer_engine():
+            settings.update(dict.fromkeys(FUSED_KERNELS, False))
+            settings["transformer_layer_spec"] = layer_spec
+            settings["use_cpu_initialization"] = self.device.type == "cpu"
+        if self.layer_spec:
+            settings["transformer_layer_spec"] = self.layer_spec
+        for name, value in settings.items():
+            setattr(config, name, value)
+        model = fiddle.build(config).configure_model(None, pre_process=self._first, post_process=self._last)
+        return model.to(self.device, self._dtype).eval()
+
+    @torch.no_grad()
+    def _load(self, source: WeightSource) -> None:
+        """Fill every parameter of this rank from the tensors that the family's table says it consists of."""
+        empty = dict(self.model.named_parameters())
+        layers = {layer.layer_number - 1: index for index, layer in enumerate(self.model.decoder.layers)}
+        for entry in Layout.for_config(source.config).entries(shape_of(source)):
+            if entry.layer is not None and entry.layer not in layers:
+                continue
+            prefix = "" if entry.layer is None else f"decoder.layers.{layers[entry.layer]}."
+            names = [prefix + entry.megatron, prefix + _LOCAL_NORMS.get(entry.megatron, entry.megatron)]
+            if entry.parts[0].name == "model.embed_tokens.weight" and shape_of(source).tied:
+                names.append("output_layer.weight")  # the last stage's own copy
+            wanted = [empty.pop(name) for name in dict.fromkeys(names) if name in empty]
+            if wanted:
+                shard = self._shard(entry, source)
+                for parameter in wanted:
+                    parameter.copy_(shard)
+        assert not empty, f"no weights for {sorted(empty)}"
+
+    def _shard(self, entry: Entry, source: WeightSource) -> torch.Tensor:
+        """Return this rank's part of one Megatron tensor."""
+        parts = [source.read(part.name) for part in entry.parts]
+        shape, axis = shape_of(source), entry.tensor_parallel_axis
+        if axis is None:
+            return entry.join(parts, shape)
+        if entry.fuse == "gate_up":
+            return entry.join([part.chunk(self._tensor_ranks, axis)[self._tensor_rank] for part in parts], shape)
+        whole = entry.join(parts, shape)
+        if entry.parts[0].axes[0] == "vocab":
+            whole = functional.pad(whole, (0, 0, 0, self.vocab * self._tensor_ranks - self._vocab))
+        return whole.chunk(self._tensor_ranks, axis)[self._tensor_rank]
+
+
+class MegatronScorer(LoadedModel):
+    """A model on Megatron's ranks that is asked for the probabilities of texts; use it inside ``megatron_ranks``."""
+
+    @torch.no_grad()
+    def score(self, ids: torch.Tensor) -> TokenScores | None:
+        """Score token ids [N, S]; the answer is on the first tensor rank of the last pipeline stage."""
+        ids = ids.to(self.device, torch.int64)
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
+        if not self._first:
+            states = inputs.shape[1], inputs.shape[0], self.model.config.hidden_size
+            hidden = torch.empty(states, dtype=self._dtype, device=self.device)
+            distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            self.model.set_input_tensor(hidden)
+        output = self.model(inputs, positions, None)
+        if not self._last:
+            distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+            return None
+        first_column = self._tensor_rank * self.vocab
+        scores = next_token_scores(
+            output[..., : max(0, self._vocab - first_column)],
+            targets,
+            first_column=first_column,
+            group=parallel_state.get_tensor_model_parallel_group() if self._tensor_ranks > 1 else None,
+        )
+        return scores if self._tensor_rank == 0 else None

@@ -1,0 +1,167 @@
+"""Start the ranks of training jobs: forked here on a CPU, by torchrun on GPUs, or as whatever launched us.
+
+Run as ``python -m nemo_pvs.megatron.launch JOB...``; with ``--slurm`` before the jobs, as each task that srun starts;
+or with ``-`` to read job files from standard input, one a line, and answer each with a line that holds its exit code.
+SIGTERM and SIGUSR1 go on to the ranks, which save and end with ``PREEMPTED``. Importing this module is cheap on
+purpose: Megatron's checkpoint writer spawns a helper that imports the main module again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.system.folder_lock import locked_folder
+from nemo_pvs.system.megatron_import import import_megatron
+from nemo_pvs.system.processes import die_with_parent
+from nemo_pvs.system.rendezvous import rank_environment
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_to_each
+
+
+def main(arguments: list[str]) -> int:
+    """Train every job that is named, one after the other; return the first exit code that is not 0."""
+    if arguments == ["-"]:
+        return _serve()
+    if arguments[:1] == ["--slurm"]:
+        arguments = arguments[1:]
+        _take_rank_from_slurm()
+    try:
+        jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
+        return next((code for job in jobs if (code := _run(job))), 0)
+    except UserError as error:
+        print(f"pvs: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _run(job: TrainingJob) -> int:
+    """Be one of the ranks of a job, or start them; one process has the lock of the job's folder."""
+    found = rank_environment()
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        with locked_folder(job.folder):
+            return _start(job)
+    size, needed = found.size if found else 1, job.layout.processes
+    if size != needed:
+        raise UserError(f"{job.name} needs {needed} ranks, but the variable WORLD_SIZE is {size}; start {needed}.")
+    with locked_folder(job.folder) if os.environ["RANK"] == "0" else nullcontext():
+        import_megatron()
+        from nemo_pvs.megatron.rank import train
+
+        train(job)
+    return 0
+
+
+def _take_rank_from_slurm() -> None:
+    """Set the environment of torchrun from that of srun; MASTER_ADDR comes from the batch script."""
+    of_slurm = {
+        "RANK": "SLURM_PROCID",
+        "LOCAL_RANK": "SLURM_LOCALID",
+        "GROUP_RANK": "SLURM_NODEID",
+        "WORLD_SIZE": "SLURM_NTASKS",
+        "TORCHELASTIC_RUN_ID": "SLURM_JOB_ID",  # tells Lightning that the processes exist already
+    }
+    os.environ.update({name: os.environ[variable] for name, variable in of_slurm.items()})
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def _serve() -> int:
+    """Train the jobs that standard input names; the libraries' own output must not mix with the answers."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(_start(TrainingJob.load(Path(line.strip()))), file=answers)
+    return 0
+
+
+def _start(job: TrainingJob) -> int:
+    import torch
+
+    return _torchrun(job) if torch.cuda.is_available() else _fork_ranks(job)
+
+
+def _torchrun(job: TrainingJob) -> int:
+    """Run the job's ranks under torchrun; their output goes to the job's log."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(job.layout.processes), "-m", "nemo_pvs.megatron.launch", str(job.save())]
+    with (
+        open(job.log, "a") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as agent,
+        # Not to the agent itself: it would give the ranks 30 seconds and then kill them.
+        handing_on(lambda number: send_to_each(children(agent.pid), number)) as came,
+    ):
+        code = agent.wait()
+    return PREEMPTED if code and came else code
+
+
+def _fork_ranks(job: TrainingJob) -> int:
+    """Fork the job's ranks from this process, which imports NeMo once for all jobs and ranks."""
+    import_megatron()
+    from nemo_pvs.megatron.rank import train_on_cpu
+
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    ranks = [
+        context.Process(target=_rank, args=(train_on_cpu, job, rank, port)) for rank in range(job.layout.processes)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        pids = [process.pid for process in ranks if process.pid]
+        with handing_on(lambda number: send_to_each(pids, number)) as came:
+            code = _wait(ranks)
+        return PREEMPTED if code and came else code
+    finally:
+        # A rank that waits for a dead partner ignores SIGTERM inside a collective.
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _wait(ranks: list[multiprocessing.Process]) -> int:
+    """Wait until every rank has ended, or one has failed; return its exit code."""
+    waiting = {process.sentinel: process for process in ranks}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting)):
+            process = waiting.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                return process.exitcode
+    return 0
+
+
+def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
+    """Be one rank: environment as torchrun sets it, output into the job's log, dead as soon as the launcher is."""
+    die_with_parent()
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(job.layout.processes),
+        LOCAL_WORLD_SIZE=str(job.layout.processes),
+        TORCHELASTIC_RUN_ID="nemo_pvs",  # tells Lightning that the processes exist already
+    )
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    target(job)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

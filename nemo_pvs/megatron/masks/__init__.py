@@ -1,0 +1,1 @@
+"""Masks of sparse models, held while they are trained on any TP x PP x DP."""

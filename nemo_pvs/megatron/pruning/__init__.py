@@ -1,0 +1,1 @@
+"""Pruning during training on Megatron: learned masks, units that are removed, optimizer states."""

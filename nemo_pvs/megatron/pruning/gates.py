@@ -1,0 +1,161 @@
+"""Gates on a Megatron model: factors of its KV groups, FFN channels, layers and hidden channels.
+
+A gate of zero takes its unit out of the computation as if the weights were gone, the norms included; a gate of one
+changes nothing, not even the rounding. So a method that learns what to keep, or removes units while it trains, works
+on a model whose tensors never change their shapes. The gates lie outside of the model: plain tensors of all units of
+the whole model on every rank, of which each rank uses its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from nemo.collections.llm.gpt.model.base import GPTConfig, transformer_engine_layer_spec
+from torch import distributed
+from torch.nn.functional import rms_norm
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.megatron.attention import RMSNorm, sdpa_layer_spec
+from nemo_pvs.pruning.learned.gates import Gates
+
+if HAVE_TE:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+
+class GatedRMSNorm(RMSNorm):
+    """An RMSNorm over the hidden channels that are kept, as in Sheared LLaMA (arXiv 2310.06694).
+
+    The variance is the mean over channels whose gate is not zero, ``eps`` beside it as ever, and the output is
+    multiplied by the gates; which channels are kept has no gradient.
+    """
+
+    def __init__(self, config, hidden_size, eps=1e-5, **_):
+        super().__init__(config, hidden_size, eps=eps)
+        self.current: Callable[[], Gates | None] = lambda: None
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalise ``states`` [..., d].
+
+        With k of d channels, sum/k + eps = (sum/d + eps k/d) d/k: PyTorch's own norm of the channels that are left,
+        with a smaller eps and a factor sqrt(k/d) in its weight.
+        """
+        gates = self.current()
+        if gates is None:
+            return super().forward(states)
+        kept, share = gates.kept_hidden
+        weight = (self.weight * (gates.hidden * share**0.5)).to(states.dtype)
+        return rms_norm(states * kept.to(states.dtype), weight.shape, weight, self.eps * share)
+
+
+def gated_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Return the layers of this stage with norms that can be gated, not fused into the linear layers behind them.
+
+    For ``transformer_layer_spec`` of a config; checkpoints have the names that they always have.
+    """
+    if HAVE_TE:
+        layer = transformer_engine_layer_spec(config)
+        layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        layer.submodules.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+        layer.submodules.sharded_state_dict_keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
+        block = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=vp_stage))
+    else:
+        block = sdpa_layer_spec(config, vp_stage)
+    for layer in block.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = GatedRMSNorm
+    block.layer_norm = GatedRMSNorm
+    return block
+
+
+def install_gates(model: torch.nn.Module, current: Callable[[], Gates | None]) -> None:
+    """Let the gates act on every forward pass of a model from now on.
+
+    Args:
+        model: The GPTModel of a pipeline stage, or of a piece of one, whose config had ``gated_layer_spec``; before it
+            is wrapped for data parallelism or after that.
+        current: Returns the gates to be used by a pass; None for the dense model.
+
+    Raises:
+        UserError: the model was built with other norms.
+    """
+    layers = list(model.decoder.layers)
+    norms = [module for module in model.modules() if isinstance(module, GatedRMSNorm)]
+    if len(norms) < 2 * len(layers):
+        raise UserError("Gates need norms of their own; build the model with transformer_layer_spec=gated_layer_spec.")
+    for norm in norms:
+        norm.current = current
+    for layer in layers:
+        sites = _Sites(
+            current,
+            layer.layer_number - 1,
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        attention, mlp = layer.self_attention.linear_proj, layer.mlp.linear_fc2
+        attention.register_forward_pre_hook(sites.context)
+        mlp.register_forward_pre_hook(sites.intermediate)
+        for block in (attention, mlp):
+            block.register_forward_hook(sites.output)
+
+
+@dataclass
+class _Sites:
+    """Hooks of the places in one layer where gates act."""
+
+    current: Callable[[], Gates | None]
+    layer: int
+    rank: int
+    ranks: int
+
+    def context(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Multiply the attention context [s, b, H h / TP] by the gates of its KV groups."""
+        gates = self.current()
+        if gates is None:
+            return None
+        own = self._own(gates.groups)
+        factors = own.repeat_interleave(inputs[0].shape[-1] // len(own))
+        return (inputs[0] * factors.to(inputs[0].dtype), *inputs[1:])
+
+    def intermediate(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Multiply silu(gate) * up, [s, b, f / TP]."""
+        gates = self.current()
+        if gates is None:
+            return None
+        return (inputs[0] * self._own(gates.ffn).to(inputs[0].dtype), *inputs[1:])
+
+    def output(self, module: torch.nn.Module, inputs: Any, outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Multiply what a block adds to the residual stream, [s, b, d] or a part of s, and its bias."""
+        gates = self.current()
+        if gates is None:
+            return None
+        factors = gates.layers[self.layer] * gates.hidden
+        return tuple(part if part is None else part * factors.to(part.dtype) for part in outputs)
+
+    def _own(self, gates: torch.Tensor) -> torch.Tensor:
+        return gates[self.layer].chunk(self.ranks)[self.rank]
+
+
+def gate_gradients(gates: Gates, *, sequence_parallel: bool) -> Gates:
+    """Return the gradients that gates have collected on all ranks, summed over layers and shards, averaged over DP.
+
+    A tensor rank has only its own KV groups and FFN channels, and a stage its own layers. Gradients of hidden channels
+    and layers are whole on every tensor rank, unless sequence parallelism gave each a part of the tokens.
+    """
+    tensors = gates.tensors
+    parts = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
+    if not sequence_parallel:
+        repeats = parallel_state.get_tensor_model_parallel_world_size()
+        parts[0], parts[3] = parts[0] / repeats, parts[3] / repeats
+    flat = torch.cat([part.flatten().float() for part in parts])
+    distributed.all_reduce(flat)
+    flat /= parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return Gates(*(piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)))

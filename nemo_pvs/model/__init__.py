@@ -1,0 +1,1 @@
+"""What a model is: its sizes (Shape), its table of weights (Layout), its Transformers class."""

@@ -1,0 +1,1 @@
+"""What the package adds to NeMo's own command: verbs, factories, executors."""

@@ -1,0 +1,42 @@
+"""What this package adds to NeMo's own command, which loads this module (entry point group ``nemo_run.cli``).
+
+``nemo pvs VERB`` for all verbs, ``nemo llm pretrain --factory pvs_...`` for the runs of our recipes,
+``nemo llm prune --factory pvs_...`` for our pruning methods, and ``run.executor=pvs_...`` for our launch profiles.
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import nemo_run
+
+from nemo_pvs.cli.verbs import VERBS
+from nemo_pvs.system.files import expand_home
+from nemo_pvs.system.megatron_import import import_megatron
+
+import_megatron()
+
+from nemo_pvs.nemo_cli import executors, factories  # noqa: E402
+
+
+def _register(verb: Callable[..., None]) -> None:
+    """Register a verb; NeMo-Run wants plain types, and each argument's help in the docstring."""
+    annotated = typing.get_type_hints(verb, include_extras=True)
+    helps = {name: hint.__metadata__[0].help for name, hint in annotated.items() if hasattr(hint, "__metadata__")}
+    summary = verb.__doc__ or ""
+    verb.__doc__ = "\n".join([summary, "", "Args:", *(f"    {name}: {text}" for name, text in helps.items())])
+    plain: dict[str, Any] = typing.get_type_hints(verb)
+    verb.__annotations__ = plain
+    nemo_run.cli.entrypoint(verb, namespace="pvs", name=verb.__name__, help=summary)
+
+
+for verb in VERBS:
+    _register(verb)
+if sys.argv[1:2] == ["pvs"]:
+    sys.argv[2:] = [expand_home(word) for word in sys.argv[2:]]  # a shell does it for out=~/x, but not all do
+
+factories.register()
+executors.register()

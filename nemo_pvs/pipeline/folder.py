@@ -1,0 +1,201 @@
+"""A run folder: the recipe that fills it, what lies where in it, and what its stages have found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.huggingface.config import normal_config
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.errors import UserError
+from nemo_pvs.ledger.tokens_read import TokensRead
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pipeline.records import Stages
+from nemo_pvs.pipeline.target import NEMO, PLAN
+from nemo_pvs.pipeline.tokens import RunData
+from nemo_pvs.planning.charges import tokens_read
+from nemo_pvs.planning.rounds import Share, shares
+from nemo_pvs.recipe.distillation import PARENT
+from nemo_pvs.recipe.fields import Initialisation
+from nemo_pvs.recipe.recipe import Arm, Recipe
+from nemo_pvs.training import metrics
+from nemo_pvs.training.job import CHECKPOINTS, METRICS_FILE, CarriedState, Loading, TrainingJob
+
+STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
+
+
+class RunFolder:
+    """A run folder, the recipe that fills it, and the results of the stages that were done or found done."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        force: tuple[str, ...] = (),
+        compute: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepare to run ``recipe`` in ``folder``; ``compute`` says where layers run (``pruning.job.Job``).
+
+        Raises:
+            UserError: a forced stage is unknown.
+        """
+        for stage in force:
+            if stage.split("/")[0] not in STAGES:
+                raise UserError(f"There is no stage {stage} to force; stages are {', '.join(STAGES)}.")
+        self.recipe = recipe
+        self.folder = folder
+        self.compute = compute or {}
+        self.tokens = RunData(recipe, folder / "data")
+        self.stages = Stages(folder, force)
+        self.results: dict[str, dict[str, Any]] = {}
+
+    @property
+    def parent_path(self) -> Path:
+        """The parent's checkpoint folder."""
+        return self.folder / self.results["parent"]["path"]
+
+    @property
+    def teacher_path(self) -> Path | None:
+        """The checkpoint folder of the teacher, if arms are distilled; the parent's before there is one, too."""
+        distill, source = self.recipe.train.distill, self.recipe.parent.source
+        if distill is None:
+            return None
+        if distill.teacher != PARENT:
+            return Path(distill.teacher)
+        return Path(source) if source and Path(source).is_dir() else self.folder / "parent"
+
+    @property
+    def parent_source(self) -> WeightSource:
+        """The parent."""
+        return open_source(self.parent_path)
+
+    @property
+    def parent_config(self) -> Mapping[str, Any]:
+        """The config.json of the parent, which may be yet to be trained."""
+        parent = self.recipe.parent
+        if parent.source is None:
+            return normal_config(parent.config, "parent.config of the recipe")
+        return self.parent_source.config
+
+    @property
+    def parent_shape(self) -> Shape:
+        """The sizes of the parent."""
+        return Layout.for_config(self.parent_config).shape(self.parent_config)
+
+    @property
+    def tokenizer(self) -> Path:
+        """A folder with the parent's tokenizer."""
+        own = self.recipe.parent.tokenizer if self.recipe.parent.source is None else None
+        return tokenizer_folder(Path(own) if own and not self.parent_path.exists() else self.parent_path)
+
+    def pruned(self, target: str) -> Path:
+        """The folder of a pruned target: plan.json, huggingface/, nemo/."""
+        return self.folder / "pruned" / target
+
+    def initial(self, target: str, initialisation: Initialisation) -> Path:
+        """The NeMo checkpoint that an arm starts from."""
+        return (self.pruned(target) if initialisation == "pruned" else self.folder / "random" / target) / NEMO
+
+    def model(self, arm: str) -> Path:
+        """The Hugging Face folder of a trained arm."""
+        return self.folder / "models" / arm
+
+    def job(self, arm: Arm) -> TrainingJob:
+        """Return the training job of an arm; of one made in stages, its last share."""
+        parts = shares(self.recipe, arm)
+        initial = self.initial(arm.target, arm.initialisation)
+        return self.share_job(arm, parts[-1], arm.name, Path(arm.name), initial, len(parts))
+
+    def share_job(
+        self, arm: Arm, share: Share, name: str, folder: Path, initial: Path, number: int = 1
+    ) -> TrainingJob:
+        """Return the job of a share of an arm's training, counted from 1, in a folder below ``train/``."""
+        plan = (initial.parent / PLAN).resolve()
+        before = self.share_folder(arm.target, number - 1) / CHECKPOINTS
+        return TrainingJob(
+            name=name,
+            folder=self.folder.resolve() / "train" / folder,
+            initial=initial.resolve(),
+            data=self.training_data,
+            layout=arm.layout,
+            training=share.training,
+            first_token=share.first_token,
+            first_step=share.first_step,
+            all_steps=share.all_steps,
+            teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
+            carried=CarriedState(before, plan if plan.exists() else None) if self.carries(arm, number) else None,
+            loading=self._loading(arm),
+        )
+
+    def carries(self, arm: Arm, number: int) -> bool:
+        """Return whether a share of an arm's training, counted from 1, goes on with the optimizer state before it."""
+        sliced = arm.initialisation == "pruned" and self.recipe.targets[arm.target].slice_optimizer_state
+        return sliced and number > 1
+
+    def share_folder(self, target: str, number: int) -> Path:
+        """Return the folder of the training behind a stage of a target that is not the last, counted from 1."""
+        return self.folder.resolve() / "train" / f"{target}-stages" / str(number)
+
+    def _loading(self, arm: Arm) -> Loading | None:
+        """Return with which shares, and where, an arm begins to read domains.
+
+        Pruned weights go on behind what the stage before has read; with its last shares, if the recipe has none. Where
+        that stage is yet to be done there are no shares then, and the job cannot be trained.
+        """
+        start = Loading.at_the_start(arm.training)
+        before = self.folder / "masks" / arm.target / "run" / METRICS_FILE
+        if start is None or arm.initialisation != "pruned":
+            return start
+        done = metrics.read(before).domains
+        return Loading(start.shares or done[-1]["shares"], done[-1]["samples"]) if done else start
+
+    @property
+    def training_data(self) -> dict[str, Any]:
+        """Prefixes of the token files that training reads, as ``TrainingJob`` takes them."""
+        return {"train": self.tokens.training_paths, "validation": self.tokens.validation_paths}
+
+    def training_inputs(self, arm: Arm, share: Share, initial: str) -> dict[str, Any]:
+        """Return what the result of a share of an arm's training depends on.
+
+        A run may go on in another layout, so that is no part of it; ``initial`` is its weights' fingerprint.
+        """
+        return {
+            "initial": initial,
+            "text": self.text("train"),
+            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
+            "first_token": share.first_token,
+            **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
+            **({"optimizer": "sliced"} if share.first_step and self.carries(arm, 2) else {}),
+            "training": share.training.identity,
+            **({"loading": asdict(loading)} if (loading := self._loading(arm)) else {}),
+            **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
+        }
+
+    def stage(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Do a stage, or take its result from its record (``Stages.run``)."""
+        self.results[name] = self.stages.run(name, *args, **kwargs)
+
+    def text(self, split: str) -> str:
+        """Return the hash of a split's tokens."""
+        return str(self.results["data"]["splits"][split]["bin_sha256"])
+
+    def reads(self, arm: Arm) -> TokensRead | None:
+        """Return which tokens an arm is trained on, of all its shares; None where several files are blended."""
+        file = self.tokens.training_file(self.results["data"]["splits"])
+        return tokens_read(file, arm.training, arm.first_token) if file else None
+
+    def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:
+        """Return sequences of the calibration split; another ``draw`` gives others."""
+        settings = self.recipe.calibrate
+        return TokenSet.from_token_file(
+            self.tokens.prefix("calibration"),
+            samples=samples,
+            sequence_length=settings.sequence_length,
+            seed=settings.seed + draw,
+        )

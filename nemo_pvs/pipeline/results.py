@@ -1,0 +1,137 @@
+"""Collect what the stages of a run measured into the Results that the report shows."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.stages.evaluate import initial_label
+from nemo_pvs.planning.charges import count_masked
+from nemo_pvs.planning.rounds import shares
+from nemo_pvs.recipe.recipe import Arm
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
+from nemo_pvs.training import metrics
+from nemo_pvs.training.job import METRICS_FILE
+
+_PACKAGES = ("nemo-pvs", "nemo-toolkit", "megatron-core", "torch", "transformers", "numpy")
+
+
+def assemble(run: RunFolder) -> Results:
+    """Return the results of a run whose stages are done."""
+    recipe, done = run.recipe, run.results
+    return Results(
+        title=recipe.title,
+        recipe_name=recipe.name,
+        recipe=recipe.model_dump(),
+        created=datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
+        environment=_environment(),
+        hashes=_hashes(done),
+        parent=_parent(run) if recipe.parent.source else None,
+        arms=[_arm(run, arm) for arm in recipe.runs],
+    )
+
+
+def _parent(run: RunFolder) -> ParentResult:
+    measured = run.results["evaluate/parent"]
+    return ParentResult(
+        name=run.recipe.parent.name,
+        shape=shape_of(run.parent_source),
+        validation_loss=measured["validation"]["loss"],
+        test_perplexity=measured["test"]["perplexity"],
+    )
+
+
+def _arm(run: RunFolder, arm: Arm) -> ArmResult:
+    curve = _curve(run, arm)
+    first_step = shares(run.recipe, arm)[-1].first_step
+    start = first_step * arm.training.tokens_per_step
+    before, after = run.results[f"evaluate/{initial_label(arm)}"], run.results[f"evaluate/{arm.name}"]
+    model = open_source(run.model(arm.name))
+    layout = run.results[f"train/{arm.name}"].get("layout") or arm.layout.model_dump()
+    validation = [Point(point["step"], point["tokens"], point["loss"]) for point in curve.validation]
+    if "validation" in after:  # training was killed before it could measure that
+        steps = arm.training.steps
+        validation.append(Point(steps, steps * arm.training.tokens_per_step, after["validation"]["loss"]))
+    speeds = [point["tokens_per_second"] for point in curve.training]
+    return ArmResult(
+        name=_for_people(arm),
+        target=arm.target,
+        method=run.recipe.targets[arm.target].method,
+        initialisation=arm.initialisation,
+        shape=shape_of(model),
+        parallel={name: layout[f"{name}_parallel"] for name in ("tensor", "pipeline", "data")},
+        masked_parameters=count_masked(model),
+        setting=arm.setting,
+        validation=[
+            *(one for one in validation if one.step <= first_step),
+            Point(first_step, start, before["validation"]["loss"]),
+            *(one for one in validation if one.step > first_step),
+        ],
+        training=[
+            Point(point["step"], point["tokens"], point["loss"], point["learning_rate"]) for point in curve.training
+        ],
+        # What a staged arm began with was pruned further before anybody measured it.
+        test_perplexity_before=None if first_step else before["test"]["perplexity"],
+        test_perplexity_after=after["test"]["perplexity"],
+        ledger=Ledger.load(run.model(arm.name) / LEDGER),
+        seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds) if speeds else None,
+        tokens_per_second=statistics.median(speeds) if speeds else None,
+    )
+
+
+def _curve(run: RunFolder, arm: Arm) -> metrics.Curve:
+    """Return what the whole training of an arm measured; that of a staged one has an output for each share."""
+    parts = shares(run.recipe, arm)
+    between = run.folder / "train" / f"{arm.target}-stages"
+    files = [*(between / str(number) / METRICS_FILE for number in range(1, len(parts))), run.job(arm).metrics]
+    starts = [share.first_step for share in parts]
+    return metrics.joined(zip(files, starts, strict=True), arm.training.tokens_per_step)
+
+
+def _for_people(arm: Arm) -> str:
+    """Return ``width, random, equal total tokens, 50B``."""
+    ending = arm.name.removeprefix(f"{arm.target}-{arm.initialisation}")
+    if arm.setting:
+        ending = ending.replace(arm.setting, arm.setting.replace("-", " "))
+    return f"{arm.target}, {arm.initialisation}{ending.replace('-', ', ')}"
+
+
+def _hashes(done: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the content hash of every artefact of the run."""
+    hashes = {"parent weights": done["parent"]["fingerprint"]} if "evaluate/parent" in done else {}
+    if "calibrate" in done:
+        hashes["scores"] = done["calibrate"]["scores"]
+    if tokenizer := next((made.get("tokenizer_sha256") for made in done["data"]["splits"].values()), None):
+        hashes["tokenizer"] = tokenizer
+    hashes |= {f"{split} tokens": made["bin_sha256"] for split, made in done["data"]["splits"].items()}
+    hashes |= {f"plan {stage.split('/')[1]}": made["plan"] for stage, made in done.items() if "plan" in made}
+    hashes |= {
+        f"model {stage.split('/')[1]}": made["fingerprint"]
+        for stage, made in done.items()
+        if stage.startswith("train/")
+    }
+    return hashes
+
+
+def _version(package: str) -> str:
+    """Return the version of a package; a copy that was not installed by pip, as in some containers, has none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }

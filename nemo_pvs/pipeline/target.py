@@ -1,0 +1,113 @@
+"""The pruning of one target of a recipe: by whatever method, into a Hugging Face folder and a NeMo checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
+from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.pruning.methods import prune_by
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.request import Job
+from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
+from nemo_pvs.pruning.sparse.work_folder import work_folder
+from nemo_pvs.pruning.spent import spent
+from nemo_pvs.pruning.structured.depth_task import Scorer
+from nemo_pvs.recipe.blocks import DENSE, Target
+from nemo_pvs.recipe.options import options_of
+from nemo_pvs.system.files import sha256_json, write_json
+from nemo_pvs.system.progress import console, progress
+
+HUGGING_FACE, NEMO = "huggingface", "nemo"
+PLAN, SETTINGS = "plan.json", "pruning.json"
+
+
+def prune_target(
+    target: Target,
+    source: WeightSource,
+    folder: Path,
+    *,
+    tokens: Callable[[], TokenSet],
+    scores: Callable[[], Scores],
+    task_score: Callable[[], Scorer],
+    compute: Mapping[str, Any],
+    draw: Callable[[int], TokenSet] | None = None,
+) -> dict[str, Any]:
+    """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and what says how it was done.
+
+    Args:
+        target: Method and amount.
+        source: The parent.
+        folder: Is made; layers of a sparse method that was interrupted are kept beside it, to go on from.
+        tokens: Reads the calibration text.
+        scores: Loads the scores.
+        task_score: Returns what measures models by the target's task.
+        compute: Where and how layers run, as ``pruning.job.Job`` takes it.
+        draw: Draws a calibration text for each iteration of a method that has such.
+
+    Returns:
+        ``fingerprint`` of the result; ``plan`` (a hash); where they were spent ``search`` and ``calibration`` with
+        tokens and FLOPs.
+
+    Raises:
+        UserError: the parent cannot be pruned like that.
+    """
+    if target.method == DENSE:
+        _write(source, folder)
+        return {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE))}
+    read: list[TokenSet] = []
+
+    def read_tokens() -> TokenSet:
+        read.append(tokens())
+        return read[-1]
+
+    pruned = prune_by(
+        target.method,
+        Job(
+            source=source,
+            options=options_of(target),
+            tokens=read_tokens,
+            scores=scores,
+            check=lambda shape: shape.check_parallel(**target.layout.split),
+            work_folder=work_folder(folder),
+            progress=progress,
+            say=lambda text: console.print(f"  {text}", soft_wrap=True),
+            overwrite=True,
+            task_score=task_score,
+            draw=draw,
+            compute=compute,
+        ),
+    )
+    _write(pruned.source, folder)
+    result: dict[str, Any] = {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE))}
+    if pruned.plan is not None:
+        pruned.plan.save(folder / PLAN)
+        result["plan"] = pruned.plan.plan_hash
+    else:
+        write_json(folder / SETTINGS, dict(pruned.settings))
+        result["plan"] = sha256_json(dict(pruned.settings))
+    result |= spent(pruned, options_of(target), shape_of(source), read[0] if read else None)
+    if isinstance(pruned.source, SparseSource):
+        shutil.rmtree(pruned.source.folder)
+    return result
+
+
+def write_planned(source: WeightSource, plan: Plan, folder: Path) -> dict[str, Any]:
+    """Write a model that is pruned by a plan made elsewhere; returns what ``prune_target`` does."""
+    _write(source, folder)
+    plan.save(folder / PLAN)
+    return {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE)), "plan": plan.plan_hash}
+
+
+def _write(source: WeightSource, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for write, place in ((write_huggingface, HUGGING_FACE), (write_nemo, NEMO)):
+        with progress(f"write {place}", "parameters") as show:
+            write(source, folder / place, progress=show)

@@ -1,0 +1,203 @@
+"""The tokens of a run: made of the recipe's text in the run's folder, or token files that the recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pvs.data.corpus import Document, input_files, read_documents
+from nemo_pvs.data.split import split_documents
+from nemo_pvs.data.token_files import check_end, describe_token_file
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
+from nemo_pvs.data.windows import validation_windows, write_validation_document
+from nemo_pvs.errors import UserError
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.system.files import sha256_bytes, sha256_json
+from nemo_pvs.system.progress import progress
+
+Splits = dict[str, Any]
+"""For train, validation, calibration and test: ``tokens`` and ``bin_sha256``; for train also ``files`` if several."""
+
+
+class RunData:
+    """Where the tokens of each split are, and what is known about them."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.folder = folder
+        self._recipe = recipe
+        self._data = recipe.data
+
+    def prefix(self, split: str, domain: str | None = None) -> Path:
+        """Return the token file of a split, of text in domains that of one; the training split may be several."""
+        token_files = self._data.token_files
+        if token_files is None:
+            return self.folder / (f"{split}-{domain}" if domain else split)
+        files = getattr(token_files, split)
+        return Path(files[domain] if domain else files)
+
+    @property
+    def training_paths(self) -> str | list[str] | dict[str, str]:
+        """The training files as ``TrainingJob.data`` takes them."""
+        if self._data.domains:
+            return {name: str(self.prefix("train", name).resolve()) for name in self._data.domains}
+        if self._data.token_files is None:
+            return str(self.folder.resolve() / "train")
+        weights, paths = self._data.token_files.blend
+        files = [str(Path(path).resolve()) for path in paths]
+        if weights is None:
+            return files
+        return [entry for pair in zip(map(str, weights), files, strict=True) for entry in pair]
+
+    @property
+    def validation_paths(self) -> str | dict[str, str]:
+        """The files of the validation windows as ``TrainingJob.data`` takes them."""
+        place = self.folder.resolve() / "validation_windows"
+        return {name: f"{place}-{name}" for name in self._data.domains} or str(place)
+
+    @property
+    def validation_windows(self) -> TokenSet:
+        """The windows that every validation loss is measured on; of domains as many of each, one after the other."""
+        if not self._data.domains:
+            return self._windows()
+        parts = [self._windows(name) for name in self._data.domains]
+        ids = torch.cat([part.ids for part in parts])
+        manifest = {
+            **parts[0].manifest,
+            "data_set": "validation",
+            "domains": self._data.domains,
+            "samples": len(ids),
+            "ids_sha256": sha256_bytes(ids.numpy().tobytes()),
+        }
+        return TokenSet(ids, manifest)
+
+    def write_validation_windows(self, vocab: int) -> dict[str, Any]:
+        """Write the validation windows for Megatron, and return their manifest."""
+        paths = self.validation_paths
+        if isinstance(paths, str):
+            write_validation_document(self._windows(), Path(paths), vocab)
+        else:
+            for name, path in paths.items():
+                write_validation_document(self._windows(name), Path(path), vocab)
+        return self.validation_windows.manifest
+
+    def _windows(self, domain: str | None = None) -> TokenSet:
+        train = self._recipe.train
+        return validation_windows(
+            self.prefix("validation", domain), samples=train.validation_samples, sequence_length=train.sequence_length
+        )
+
+    def identity(self, tokenizer: Path, vocab: int) -> dict[str, Any]:
+        """Return what changes when the text does: of token files what is in them, after a look whether they suit.
+
+        Raises:
+            UserError: a token file is missing, or was made for another model.
+        """
+        if self._data.token_files is None:
+            assert self._data.source is not None
+            return _stat(self._data.source)
+        return self._describe(tokenizer_hash(tokenizer), vocab)
+
+    def prepare(self, tokenizer: Path, vocab: int) -> Splits:
+        """Tokenise the text, split by document, unless that is done; return what is in each split."""
+        if self._data.token_files is not None:
+            return self._describe(tokenizer_hash(tokenizer), vocab)
+        assert self._data.source is not None
+        made = {}
+        with progress("tokenise", "documents") as show:
+            for name, documents in self._texts().items():
+                made[name] = tokenize(documents, tokenizer, self.folder / name, progress=show)
+        for split in ("train", "validation") if self._data.domains else ():
+            made[split] = _together([made.pop(f"{split}-{domain}") for domain in self._data.domains])
+        return made
+
+    def _texts(self) -> dict[str, list[Document]]:
+        """Return the documents of every token file that is to be made, by its name."""
+        source, shares, seed = self._data.source, self._data.split.model_dump(), self._data.seed
+        if not isinstance(source, dict):
+            assert source is not None
+            return split_documents(list(read_documents(source)), shares, seed=seed)
+        texts: dict[str, list[Document]] = {"calibration": [], "test": []}
+        for domain, files in source.items():
+            try:
+                parts = split_documents(list(read_documents(files)), shares, seed=seed)
+            except UserError as error:
+                raise UserError(f"Domain {domain}: {error}") from None
+            for split, part in parts.items():
+                texts.setdefault(split if split in texts else f"{split}-{domain}", []).extend(part)
+        return texts
+
+    def training_file(self, splits: Splits) -> str | None:
+        """Return the hash of the training file; None where several are blended, or there are domains."""
+        files = splits["train"].get("files", [splits["train"]])
+        return str(files[0]["bin_sha256"]) if len(files) == 1 and not self._data.domains else None
+
+    def check_end(self, splits: Splits, end: int) -> None:
+        """Refuse to read ``end`` tokens from the start of the training data if there are fewer.
+
+        Raises:
+            UserError: saying how many tokens are missing.
+        """
+        if self._data.domains:
+            files = zip(self._data.domains, splits["train"]["files"], strict=True)
+            check_domains_end(self._recipe, {name: file["tokens"] for name, file in files}, end)
+            return
+        length = self._recipe.train.sequence_length
+        if self._data.token_files is None:
+            check_end(end, length, [splits["train"]["tokens"]], None, ["train"])
+            return
+        weights, names = self._data.token_files.blend
+        check_end(end, length, [file["tokens"] for file in splits["train"]["files"]], weights, names)
+
+    def _describe(self, tokenizer_sha256: str, vocab: int) -> Splits:
+        token_files = self._data.token_files
+        assert token_files is not None
+        _, train = token_files.blend
+        files = [describe_token_file(Path(path), tokenizer_sha256, vocab) for path in train]
+        given = token_files.validation
+        windows = [Path(path) for path in (given.values() if isinstance(given, dict) else [given])]
+        validation = [describe_token_file(path, tokenizer_sha256, vocab) for path in windows]
+        return {
+            "train": _together(files),
+            "validation": _together(validation) if self._data.domains else validation[0],
+            **{
+                name: describe_token_file(self.prefix(name), tokenizer_sha256, vocab)
+                for name in ("calibration", "test")
+            },
+        }
+
+
+def check_domains_end(recipe: Recipe, available: Mapping[str, int], end: int) -> None:
+    """Refuse to train on so many tokens of text in domains if there are certainly fewer.
+
+    Raises:
+        UserError: naming the domain.
+    """
+    train = recipe.train
+    assert train.dynamic_loading is not None
+    first = max(1, train.steps // train.validations) * train.tokens_per_step
+    train.dynamic_loading.check_enough(available, end, first)
+
+
+def _together(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the description of several token files as if they were one."""
+    return {
+        "tokens": sum(file["tokens"] for file in files),
+        "bin_sha256": sha256_json([file["bin_sha256"] for file in files]),
+        "files": files,
+    }
+
+
+def _stat(source: str | list[str] | Mapping[str, str | list[str]]) -> dict[str, list[int]]:
+    """Return size and time of change of every file that is read, so that a changed corpus is tokenised again.
+
+    Raises:
+        UserError: an input is missing or of an unknown kind.
+    """
+    parts = source.values() if isinstance(source, Mapping) else [source]
+    names = [name for part in parts for name in ([part] if isinstance(part, str) else part)]
+    files = [file for file in input_files(names) if file is not None]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

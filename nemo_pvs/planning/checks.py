@@ -1,0 +1,67 @@
+"""Whether a training can be done: its sequences, its batches and its layout against each other and the model."""
+
+from __future__ import annotations
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.recipe.blocks import Training
+from nemo_pvs.recipe.fields import Layout
+
+
+def check_training(training: Training, layout: Layout, shape: Shape, *, exact: bool = True) -> None:
+    """Refuse what Megatron would refuse, or do wrongly, after minutes on many GPUs.
+
+    Args:
+        training: What to do.
+        layout: On which ranks.
+        shape: The model.
+        exact: Whether its layers' sizes are known already; where scores decide them, tensor parallelism is not
+            looked at.
+
+    Raises:
+        UserError: the layout does not divide the model, the batch or the sequence.
+    """
+    split = layout.split if exact else {**layout.split, "tensor_parallel": 1}
+    shape.check_parallel(**split, fp8=exact and training.precision == "fp8")
+    batch = training.micro_batch_size * layout.data_parallel
+    if training.global_batch_size % batch:
+        raise UserError(
+            f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size x data_parallel = "
+            f"{batch}; change one of the three."
+        )
+    batches = training.global_batch_size // batch
+    if layout.virtual_pipeline and batches % layout.pipeline_parallel:
+        raise UserError(
+            f"a virtual pipeline of {layout.pipeline_parallel} stages needs a multiple of as many micro-batches a "
+            f"step, not {batches}; change micro_batch_size or data_parallel, or leave it out."
+        )
+    _check_sequence(training.sequence_length, layout)
+
+
+def _check_sequence(length: int, layout: Layout) -> None:
+    """Refuse shares of a sequence that are not equal; of two pieces a rank where ranks share a causal sequence."""
+    pieces = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
+    if length % pieces:
+        raise UserError(
+            f"context_parallel {layout.context_parallel} cuts a sequence into {pieces} pieces, which do not divide "
+            f"sequence_length {length}; change one of the two."
+        )
+    if not layout.sequence_parallel:
+        return
+    if layout.tensor_parallel == 1:
+        raise UserError("sequence_parallel needs tensor_parallel of at least 2; leave it out.")
+    if length // layout.context_parallel % layout.tensor_parallel:
+        raise UserError(
+            f"sequence_parallel shares {length // layout.context_parallel} tokens of a sequence over tensor_parallel "
+            f"{layout.tensor_parallel}, which does not divide them; change one, or leave it out."
+        )
+
+
+def check_context(length: int, limit: int, what: str, model: str = "the parent") -> None:
+    """Refuse sequences longer than a model's context; ``what`` is the key or option that says how long.
+
+    Raises:
+        UserError: naming both.
+    """
+    if length > limit:
+        raise UserError(f"{what} is {length}, but {model}'s context ends at {limit} tokens; choose a shorter one.")

@@ -1,0 +1,123 @@
+"""What the arms of a recipe cost as far as its numbers tell, and the random arms that are to cost the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from nemo_pvs.ledger.budget import PrunedArm, scratch_budget
+from nemo_pvs.ledger.flops import calibration_flops, sparse_calibration_flops
+from nemo_pvs.ledger.ledger import Charge, Ledger
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.charges import DEPTH_SCAN, charge_scores, charge_training, lesson_flops
+from nemo_pvs.planning.learned import charge_stage, is_trained_first
+from nemo_pvs.planning.rounds import ADAPT, shares, stage_targets, stages_of
+from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors, teacher_shape
+from nemo_pvs.pruning.structured.adapt_pruner import Settings
+from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
+from nemo_pvs.pruning.structured.sweep import count_forwards, sweep_flops, sweep_tokens
+from nemo_pvs.recipe.blocks import Target
+from nemo_pvs.recipe.options import expected_shape, is_sparse, masked_parameters, needs_gradients, needs_scores, scans
+from nemo_pvs.recipe.recipe import Arm, Recipe
+
+
+def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = None) -> Recipe:
+    """Return a recipe whose budgets such as ``equal-total-tokens`` have become numbers; others as they are.
+
+    Args:
+        recipe: The recipe; its targets are possible (``recipe_targets.check_recipe``).
+        parent: Its parent's shape.
+        shapes: Of the pruned targets, by name. Without it, as far as they are known before pruning: where scores
+            decide how large layers are, budgets in FLOPs are about right then.
+
+    Raises:
+        UserError: the pruned arm's cost is not known, or its counterpart would read past the end of its range.
+    """
+    tokens = {}
+    for name, target in recipe.targets.items():
+        for run, setting, arm in recipe.matched_runs(name):
+            shape = (shapes or {}).get(name) or expected_shape(target, parent).shape
+            tokens[run] = scratch_budget(pruned_arm(recipe, arm, shape, parent), setting).tokens
+    return recipe.settled(tokens) if tokens else recipe
+
+
+def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedArm:
+    """Return a pruned arm of a recipe with its cost, its ancestors included."""
+    training, target = arm.training, recipe.targets[arm.target]
+    distill = recipe.train.distill if recipe.distills(arm.target, "random") else None
+    scratch_before, teacher = Ledger(), teacher_shape(recipe, parent)
+    inherit_ancestors(scratch_before, recipe, arm.target, "random", parent)
+    return PrunedArm(
+        arm.name,
+        arm_cost(recipe, arm, shape, parent),
+        shape,
+        training.tokens_per_step,
+        training.sequence_length,
+        masked_parameters(target, shape),
+        scratch_teacher_flops=lesson_flops(distill, training.sequence_length, teacher, shape)
+        if distill and teacher
+        else 0,
+        scratch_before=scratch_before,
+    )
+
+
+def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
+    """Return the ledger that an arm will have: with its parent, its pruning and its teacher."""
+    ledger = Ledger()
+    inherit_ancestors(ledger, recipe, arm.target, arm.initialisation, parent)
+    target = recipe.targets[arm.target]
+    if arm.initialisation == "pruned":
+        ledger.charges += pruning_cost(recipe, target, shape, parent).charges
+        shapes = [between for _, between in stage_targets(target, parent)] if stages_of(target) > 1 else [shape]
+    else:
+        shapes = [shape]
+    for share, between in zip(shares(recipe, arm), [*shapes[:-1], shape], strict=True):
+        charge_training(ledger, share.training, between, masked_parameters(target, between))
+    charge_teacher(ledger, recipe, arm, parent, shape)
+    return ledger
+
+
+def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> Ledger:
+    """Return what pruning to a target reads; a calibration that several targets share is in each."""
+    settings = recipe.calibrate
+    length = settings.sequence_length
+    tokens = settings.samples * length
+    ledger = Ledger()
+    if stages_of(target) > 1:
+        for asked, after in stage_targets(target, parent):
+            ledger.charges += pruning_cost(recipe, asked.model_copy(update={"stages": None}), after, parent).charges
+            parent = after
+        return ledger
+    if target.method == ADAPT:
+        steps = math.ceil(
+            (target.iterations or Settings().iterations) * (1 - shape.matrix_parameters / parent.matrix_parameters)
+        )
+        flops = steps * calibration_flops(parent, tokens, length, gradients=True)
+        ledger.charges.append(Charge("calibration", steps * tokens, flops, "at each iteration, forward and back"))
+    if needs_scores(target):
+        ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
+    if is_sparse(target) and target.method != "magnitude":
+        flops = sparse_calibration_flops(parent, tokens, length, sequential=target.sequential is not False)
+        ledger.charges.append(Charge("calibration", tokens, flops, "while pruning, layer by layer"))
+    if scans(target):
+        text = {"samples": settings.scan_samples, "sequence_length": length}
+        models, forwards = _scan(target, parent.layers, parent.layers - shape.layers)
+        flops = sweep_flops(parent, text, forwards, models)
+        ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, DEPTH_SCAN))
+    if is_trained_first(target):
+        charge_stage(ledger, recipe, target, parent)
+    if target.task is not None:
+        ledger.charges.append(Charge("search", None, None, f"depth by {target.task}, known when it has been asked"))
+    return ledger
+
+
+def _scan(target: Target, layers: int, removed: int) -> tuple[int, int]:
+    """Return how many models a depth scan measures, the dense one included, and how often layers are run for it."""
+    if target.search in GREEDY:
+        first, last = protected_ends(target.search, target.protect_first, target.protect_last)
+        steps = [range(first, layers - last - step) for step in range(removed)]
+        forwards = [count_forwards(layers - step, 1, starts, whole=step == 0) for step, starts in enumerate(steps)]
+        return 1 + sum(map(len, steps)), sum(forwards)
+    width = 1 if target.search == "individual" else removed
+    starts = range(layers - width + 1)
+    return 1 + len(starts), count_forwards(layers, width, starts)

@@ -1,0 +1,136 @@
+"""How much memory training takes on a GPU, estimated from the sizes, the layout and the batch; no GPU is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_pvs.model.shape import LayerSizes, Shape
+from nemo_pvs.recipe.blocks import Training
+from nemo_pvs.recipe.fields import Layout
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, that of the pipeline stage that needs most."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Kept for the backward pass, logits included."""
+    activations_recomputed: float
+    """The same if only the input of every layer is kept and the rest computed again (full recomputation)."""
+    teacher: float = 0.0
+    """Weights of the teacher, and what it leaves for the student's loss."""
+
+    @property
+    def total(self) -> float:
+        """Everything, nothing recomputed."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
+
+    @property
+    def total_recomputed(self) -> float:
+        """Everything, with full recomputation."""
+        return self.total - self.activations + self.activations_recomputed
+
+
+def training_memory(shape: Shape, layout: Layout, training: Training, teacher: Shape | None = None) -> Memory:
+    """Estimate the memory of the fullest GPU; buffers of NCCL and kernels and fragmentation come on top.
+
+    A parameter takes 2 bytes as a bf16 weight, 4 as an fp32 gradient and 12 in AdamW (fp32 copy and two moments; in
+    fp32 training 4, 4 and 8), the latter shared out over the data- and context-parallel ranks by the distributed
+    optimizer (ZeRO-1, Rajbhandari et al., 1910.02054, section 3). Activations are counted as in Korthikanti et al.
+    (2205.05198, sections 4.1 to 4.3 and 5) for a layer with RMSNorm, grouped queries, fused attention and a gated MLP
+    without dropout: per token ``4 d`` values that tensor parallelism leaves whole and sequence parallelism shards (the
+    inputs of both norms, of qkv and of gate|up), and ``(2 H + 2 G) h + 3 f`` sharded ones (q, k, v, the attention's
+    output, gate, up and their product). Pipeline stage i of p keeps p - i micro-batches (1F1B); where a stage takes
+    turns on v pieces, it keeps 2 (p - i - 1) + (v - 1) p + 1 of such pieces, in the first stage 1 + (p - 1) / (p v)
+    times as much. The last stage has the logits and their fp32 copy. Precision ``auto`` counts as bf16: that is what a
+    GPU takes.
+
+    A ``teacher`` adds its weights on every stage. On the last one it adds its logits and the gradient of the
+    divergence and, of several stages, its final hidden states of a whole step (``teacher.Teacher``).
+    Where hidden states are compared, those of each place come on top: of a step with several stages, else of a
+    micro-batch.
+    """
+    stages = range(layout.pipeline_parallel)
+    return max((_stage(shape, layout, training, stage, teacher) for stage in stages), key=lambda memory: memory.total)
+
+
+def parameters_on(shape: Shape, layout: Layout, stage: int) -> float:
+    """Return the parameters of one rank of a pipeline stage: matrices are shards, vectors are whole."""
+    layers = shape.with_layers(_layers_of(shape, layout, stage))
+    matrices, vectors = float(layers.matrix_parameters), layers.vector_parameters
+    last = stage == layout.pipeline_parallel - 1
+    tables = (stage == 0) + (last and not (shape.tied and stage == 0))
+    vectors += shape.hidden if last else 0
+    return (matrices + tables * shape.vocab * shape.hidden) / layout.tensor_parallel + vectors
+
+
+def _layers_of(shape: Shape, layout: Layout, stage: int) -> tuple[LayerSizes, ...]:
+    pieces = layout.virtual_pipeline or 1
+    stages = shape.stage_layers(layout.pipeline_parallel, layout.first_stage_layers, layout.last_stage_layers)
+    count = stages[stage] // pieces
+    starts = (piece * (shape.layers // pieces) + sum(stages[:stage]) // pieces for piece in range(pieces))
+    return tuple(size for start in starts for size in shape.layer_sizes[start : start + count])
+
+
+def _stage(shape: Shape, layout: Layout, training: Training, stage: int, teacher: Shape | None) -> Memory:
+    value = 4 if training.precision == "fp32" else 2
+    parameters = parameters_on(shape, layout, stage)
+    replicas = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
+    tensor = layout.tensor_parallel
+    tokens = training.micro_batch_size * training.sequence_length / layout.context_parallel
+    batches = training.global_batch_size // (training.micro_batch_size * layout.data_parallel)
+    behind, pieces = layout.pipeline_parallel - stage - 1, layout.virtual_pipeline
+    waiting = float(min(behind + 1, batches))
+    if pieces:
+        waiting = min(2 * behind + (pieces - 1) * layout.pipeline_parallel + 1, batches * pieces) / pieces
+    whole = value * shape.hidden / (tensor if layout.sequence_parallel else 1)
+    kept = [4 * whole + value * _sharded_values(shape, sizes) / tensor for sizes in _layers_of(shape, layout, stage)]
+    head = 0.0
+    if stage == layout.pipeline_parallel - 1:
+        head = 2 * whole + (value + 4) * shape.vocab / tensor
+    of_teacher = 0.0
+    if teacher:
+        of_teacher = _of_teacher(teacher, layout, stage, value, tokens, batches)
+        held = tokens * (batches if layout.pipeline_parallel > 1 else 1)
+        of_teacher += _of_hidden_states(shape, teacher, layout, training, value * held)
+    return Memory(
+        weights=value * parameters,
+        gradients=4 * parameters,
+        optimizer=(8 if value == 4 else 12) * parameters / replicas,
+        activations=tokens * (waiting * sum(kept) + head),
+        activations_recomputed=tokens * (waiting * whole * len(kept) + max(kept) + head),
+        teacher=of_teacher,
+    )
+
+
+def _of_teacher(teacher: Shape, layout: Layout, stage: int, value: int, tokens: float, batches: int) -> float:
+    """Return the bytes of a teacher on one rank: of ``value`` each, for micro-batches of so many ``tokens``."""
+    equal = layout.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
+    needed = value * parameters_on(teacher, equal, stage)
+    if stage == layout.pipeline_parallel - 1:
+        needed += tokens * 2 * value * teacher.vocab / layout.tensor_parallel
+        if layout.pipeline_parallel > 1:
+            shards = layout.tensor_parallel if layout.sequence_parallel else 1
+            needed += batches * tokens * value * teacher.hidden / shards
+    return needed
+
+
+def _of_hidden_states(shape: Shape, teacher: Shape, layout: Layout, training: Training, held: float) -> float:
+    """Return the bytes of what a student's hidden states are compared with, if all of it is on one rank.
+
+    That is ``held`` bytes for each of the teacher's channels at each place, and the projection in fp32 with its
+    gradient and two moments.
+    """
+    places = training.distill.places if training.distill else 0
+    if not places:
+        return 0.0
+    shards = layout.tensor_parallel if layout.sequence_parallel else 1
+    projection = 16 * shape.hidden * teacher.hidden if shape.hidden != teacher.hidden else 0
+    return places * held * teacher.hidden / shards + projection
+
+
+def _sharded_values(shape: Shape, sizes: LayerSizes) -> int:
+    return 2 * (sizes.heads + sizes.kv_groups) * shape.head_dim + 3 * sizes.ffn

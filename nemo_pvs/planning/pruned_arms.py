@@ -1,0 +1,71 @@
+"""The pruned arms of a run, or of a recipe as far as their cost is known before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.ledger.budget import PrunedArm
+from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.planning.equal_terms import pruned_arm
+from nemo_pvs.recipe.load import load_recipe
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.reporting.results import Results
+
+
+def pruned_arms(run_or_recipe: str) -> list[PrunedArm]:
+    """Return the pruned arms of a finished run (a folder with ``results.json``) or of a recipe.
+
+    Raises:
+        UserError: it is neither, its parent's sizes are not known, or it has no pruned arm.
+    """
+    results = Path(run_or_recipe) / "results.json"
+    arms = _of_run(Results.load(results)) if results.exists() else of_recipe(load_recipe(run_or_recipe))
+    if not arms:
+        raise UserError(f"{run_or_recipe} has no pruned arm that scratch could be compared with; add one.")
+    return arms
+
+
+def _of_run(results: Results) -> list[PrunedArm]:
+    try:
+        training = results.recipe["train"]
+        length = int(training["sequence_length"])
+        per_step = length * int(training["global_batch_size"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"The results of {results.recipe_name} do not say how long a training step was; give the recipe instead."
+        ) from None
+    return [
+        PrunedArm(
+            arm.name, arm.ledger, arm.shape, per_step, length, arm.masked_parameters, *_scratch(results, arm.target)
+        )
+        for arm in results.arms
+        if arm.initialisation == "pruned"
+    ]
+
+
+def _scratch(results: Results, target: str) -> tuple[int, Ledger]:
+    """Return the FLOPs of a token through the teacher of a target's scratch arm, and what it cost before training."""
+    scratch = next((arm for arm in results.arms if (arm.target, arm.initialisation) == (target, "random")), None)
+    charges = scratch.ledger.charges if scratch else []
+    teacher = next((charge for charge in charges if charge.activity == "teacher" and charge.steps), None)
+    if teacher is None:
+        return 0, Ledger()
+    rate = (teacher.flops or 0) // (teacher.tokens or 1)
+    return rate, Ledger([charge for charge in charges if charge is not teacher and charge.activity != "training"])
+
+
+def of_recipe(recipe: Recipe) -> list[PrunedArm]:
+    """Return the pruned arms of a recipe with what a dry run knows of their cost.
+
+    Raises:
+        UserError: something in the recipe is impossible, or the parent's sizes are not known here.
+    """
+    plan = dry_run(recipe)
+    shapes = {planned.name: planned.expected.shape for planned in plan.targets}
+    return [
+        pruned_arm(recipe, planned.arm, shapes[planned.arm.target], plan.parent)
+        for planned in plan.arms
+        if planned.arm.initialisation == "pruned"
+    ]

@@ -1,0 +1,146 @@
+"""The teacher of a recipe's distilled arms: which model it is, what it costs, and whether it can teach them. No NeMo.
+
+Every arm that learns from a teacher is charged for it, whatever its initial weights: the teacher's forward pass over
+each token that it is trained on, and the teacher's own pretraining.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.data.tokenize import load_tokenizer
+from nemo_pvs.errors import UserError
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.charges import charge_lessons
+from nemo_pvs.planning.checks import check_context
+from nemo_pvs.recipe.distillation import PARENT, Distillation
+from nemo_pvs.recipe.fields import Initialisation, Layout
+from nemo_pvs.recipe.options import expected_shape
+from nemo_pvs.recipe.recipe import Arm, Recipe
+
+
+def teacher_shape(recipe: Recipe, parent: Shape) -> Shape | None:
+    """Return the sizes of a recipe's teacher; None where nobody is distilled.
+
+    Raises:
+        UserError: it is not the parent, and not here.
+    """
+    distill = recipe.train.distill
+    if distill is None:
+        return None
+    return parent if distill.teacher == PARENT else shape_of(open_source(distill.teacher))
+
+
+def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape, student: Shape) -> None:
+    """Charge a distilled arm with its lessons, others with nothing; ``student`` is the shape that an arm ends with."""
+    teacher = teacher_shape(recipe, parent) if arm.training.distill else None
+    if teacher:
+        charge_lessons(ledger, arm.training, teacher, student)
+
+
+def inherit_ancestors(
+    ledger: Ledger, recipe: Recipe, target: str, initialisation: Initialisation, parent: Shape
+) -> None:
+    """Charge the models that an arm is made from: the parent of pruned weights, and the teacher; each once.
+
+    Raises:
+        UserError: a model's ledger contradicts the recipe.
+    """
+    distill = recipe.train.distill if recipe.distills(target, initialisation) else None
+    if initialisation == "pruned" or (distill and distill.teacher == PARENT):
+        source = Path(recipe.parent.source or "")
+        stated = int(recipe.parent.pretraining_tokens) or None
+        ledger.inherit_checkpoint(source, parent, stated if (source / LEDGER).exists() else recipe.parent_tokens)
+    if distill and distill.teacher != PARENT:
+        teacher = teacher_shape(recipe, parent)
+        assert teacher is not None
+        ledger.inherit_checkpoint(Path(distill.teacher), teacher, int(distill.pretraining_tokens) or None)
+
+
+def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
+    """Refuse a recipe whose teacher cannot teach its targets.
+
+    Raises:
+        UserError: naming the target, or the teacher is not here.
+    """
+    teacher = teacher_shape(recipe, parent)
+    if teacher and recipe.train.distill and recipe.train.distill.teacher != PARENT:
+        check_teacher_context(recipe.train.distill.teacher, recipe.train.sequence_length, "train.sequence_length")
+    for name, target in recipe.targets.items():
+        if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
+            try:
+                check_teacher(teacher, parent, target.layout)
+                if recipe.train.distill:
+                    check_pairs(recipe.train.distill, teacher, expected_shape(target, parent).shape)
+            except UserError as error:
+                raise UserError(f"Target {name}: {error}") from None
+
+
+def check_teacher(teacher: Shape, student: Shape, layout: Layout) -> None:
+    """Refuse a teacher that cannot sit on its student's ranks and be compared with it token by token.
+
+    Raises:
+        UserError: another vocabulary, a layout that does not divide it, or context parallelism.
+    """
+    if teacher.vocab != student.vocab:
+        raise UserError(
+            f"The teacher's vocabulary has {teacher.vocab:,} tokens and the student's {student.vocab:,}; give a "
+            "teacher with the student's vocabulary."
+        )
+    if layout.context_parallel > 1:
+        raise UserError(
+            f"Distillation at context_parallel {layout.context_parallel} is not offered; set 1, or train without."
+        )
+    try:
+        teacher.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
+    except UserError as error:
+        raise UserError(f"The teacher sits on its student's ranks, but: {error}") from None
+
+
+def check_pairs(distill: Distillation, teacher: Shape, student: Shape) -> None:
+    """Refuse hidden states behind layers that are not there.
+
+    Raises:
+        UserError: naming the pair.
+    """
+    for pair in distill.layer_pairs:
+        for whose, layer, shape in zip(("student", "teacher"), pair, (student, teacher), strict=True):
+            if layer > shape.layers:
+                raise UserError(
+                    f"layer_pairs compares layers {pair[0]} and {pair[1]} of student and teacher, but the {whose} has "
+                    f"{shape.layers} layers; choose pairs within both."
+                )
+
+
+def check_teacher_context(teacher: str, length: int, what: str) -> None:
+    """Refuse a teacher that has never seen sequences so long; ``what`` says how long.
+
+    Raises:
+        UserError: naming both.
+    """
+    context = int(open_source(teacher).config.get("max_position_embeddings", 0))
+    check_context(length, context, what, f"teacher {teacher}")
+
+
+def check_tokens(teacher: Path, student: Path) -> None:
+    """Refuse a teacher whose tokenizer names tokens in another way.
+
+    Args:
+        teacher: Its checkpoint.
+        student: The student's, or a folder with its tokenizer.
+
+    Raises:
+        UserError: naming a token that differs.
+    """
+    ours, theirs = (load_tokenizer(tokenizer_folder(folder)).get_vocab() for folder in (student, teacher))
+    different = ours.items() ^ theirs.items()
+    if different:
+        token, number = min(different, key=lambda pair: (pair[1], pair[0]))
+        raise UserError(
+            f"The tokenizers of teacher {teacher} and student differ, first at token {number} ({token!r}); give a "
+            "teacher with the student's tokenizer."
+        )

@@ -1,0 +1,1 @@
+"""Methods that decide while the model trains: Sheared LLaMA, EfficientLLM."""

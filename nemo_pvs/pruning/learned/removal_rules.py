@@ -1,0 +1,99 @@
+"""Which units EfficientLLM (2502.06663) may remove, how many at a time, and how far that can lead.
+
+Numbers only: recipes are checked with them before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What may go, and how much of it at a time."""
+
+    parameters: int
+    """The target: pruning ends when the model has no more than so many."""
+    uniform: bool = True
+    """Take as many groups or FFN channels from every layer at a time; else from the layer with the least saliency."""
+    groups_at_once: int = 1
+    """KV groups of a layer."""
+    ffn_at_once: int = 1
+    """FFN channels of a layer."""
+    hidden_at_once: int = 1
+    """Hidden channels."""
+    least_groups: int = 1
+    """KV groups that every layer keeps."""
+    least_ffn: int = 1
+    """FFN channels that every layer keeps."""
+    least_hidden: int = 1
+    """Hidden channels that are kept."""
+    per_parameter: bool = True
+    """Compare what may go by its saliency per parameter; else by the whole of it."""
+
+
+def unit_parameters(shape: Shape, parent: Shape) -> dict[str, int]:
+    """Return the parameters that one unit of each kind has in a model of this shape, pruned from ``parent``."""
+    layer = parent.replace(layers=1, hidden=shape.hidden)
+    costs = {"hidden": 0, "groups": 0, "ffn": 0}
+    if shape.hidden > 1:
+        costs["hidden"] = shape.parameters - shape.replace(hidden=shape.hidden - 1).parameters
+    if parent.kv_groups > 1:
+        costs["groups"] = layer.parameters - layer.replace(kv_groups=parent.kv_groups - 1).parameters
+    if parent.ffn > 1:
+        costs["ffn"] = layer.parameters - layer.replace(ffn=parent.ffn - 1).parameters
+    return costs
+
+
+def smallest(shape: Shape, rules: Rules) -> Shape:
+    """Return the shape at which nothing more may go."""
+    sizes = {"hidden": shape.hidden, "groups": shape.kv_groups, "ffn": shape.ffn}
+    ends = {
+        kind: sizes[kind] - at_once * max(0, (sizes[kind] - least) // at_once) for kind, at_once, least in kinds(rules)
+    }
+    return shape.replace(hidden=ends["hidden"], kv_groups=ends["groups"], ffn=ends["ffn"])
+
+
+def fewest_removals(shape: Shape, rules: Rules) -> int:
+    """Return how many removals reach the target if the largest ones are chosen.
+
+    A removal takes the most parameters from the dense model, where nothing that it crosses has gone yet; so with those
+    numbers the true number of removals is no less.
+
+    Raises:
+        UserError: the target is no smaller than the model, or no removals reach it.
+    """
+    end = smallest(shape, rules)
+    if not end.parameters <= rules.parameters < shape.parameters:
+        raise UserError(
+            f"A model of {shape.parameters:,} parameters cannot be pruned to {rules.parameters:,} by these rules; "
+            f"ask for fewer than it has and no fewer than {end.parameters:,}, at which a layer would be pruned to "
+            "nothing next."
+        )
+    layers = shape.layers if rules.uniform else 1
+    costs = unit_parameters(shape, shape)
+    sizes = {"hidden": (shape.hidden, end.hidden), "groups": (shape.kv_groups, end.kv_groups)}
+    sizes["ffn"] = (shape.ffn, end.ffn)
+    pools = []
+    for kind, at_once, _ in kinds(rules):
+        repeats = 1 if kind == "hidden" else layers
+        count = (sizes[kind][0] - sizes[kind][1]) // at_once * (1 if kind == "hidden" else shape.layers // layers)
+        pools.append((repeats * at_once * costs[kind], count))
+    missing, removals = shape.parameters - rules.parameters, 0
+    for parameters, count in sorted(pools, reverse=True):
+        taken = min(count, -(-max(0, missing) // parameters)) if parameters else 0
+        missing -= taken * parameters
+        removals += taken
+    return removals
+
+
+def kinds(rules: Rules) -> tuple[tuple[str, int, int], ...]:
+    """Return the name, the number at a time and the least number of each kind of unit."""
+    return (
+        ("hidden", rules.hidden_at_once, rules.least_hidden),
+        ("groups", rules.groups_at_once, rules.least_groups),
+        ("ffn", rules.ffn_at_once, rules.least_ffn),
+    )

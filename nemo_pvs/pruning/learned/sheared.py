@@ -1,0 +1,79 @@
+"""Sheared LLaMA: from learned masks to a pruned model (Xia et al., arXiv 2310.06694)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.learned.gates import UNITS, FoldedSource, Gates, plan_of_gates
+from nemo_pvs.pruning.learned.mask_learning import NAMES, MaskLearner
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.system.files import disk_errors
+
+METHOD = "sheared-llama"
+TOLERANCE = 0.02
+"""How far the expected sparsity of a kind of unit may be from its target in the end, as a share of all units."""
+_ABOUT = "sheared"
+
+
+def save_masks(path: Path, masks: MaskLearner) -> None:
+    """Write the deterministic gates, and how far the masks got, as a safetensors file, whole or not at all."""
+    about = {"target": masks.target.to_dict(), "sparsities": masks.sparsities(), "targets": masks.targets}
+    gates = zip(UNITS, masks.deterministic().tensors, strict=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        save_file({unit: tensor.cpu().contiguous() for unit, tensor in gates}, partial, {_ABOUT: json.dumps(about)})
+        os.replace(partial, path)
+
+
+def load_gates(path: Path, target: Shape) -> Gates:
+    """Read the gates that ``save_masks`` wrote.
+
+    Raises:
+        UserError: the file is not there or another, the masks are of another target, or they did not come near it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()[_ABOUT])
+            gates = Gates(**{unit: file.get_tensor(unit) for unit in UNITS})
+        learned_for = Shape.from_dict(about["target"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold learned masks ({type(error).__name__}: {error}).") from None
+    if learned_for != target:
+        raise UserError(f"The masks in {path} were learned for [{learned_for}], not for [{target}].")
+    check_reached(about["sparsities"], about["targets"])
+    return gates
+
+
+def check_reached(sparsities: Mapping[str, float], targets: Mapping[str, float]) -> None:
+    """Raise UserError, saying how far the masks got, if a kind of unit is not near its target."""
+    missed = [unit for unit, target in targets.items() if abs(sparsities[unit] - target) > TOLERANCE]
+    if missed:
+        found = ", ".join(f"{sparsities[one]:.1%} of the {NAMES[one]} instead of {targets[one]:.1%}" for one in missed)
+        raise UserError(
+            f"The masks did not reach the target shape: they would remove {found}; learn them for more tokens, or "
+            "with a higher multiplier_learning_rate."
+        )
+
+
+def sheared_plan(source: WeightSource, gates: Gates, provenance: Mapping[str, Any]) -> tuple[PrunedSource, Plan]:
+    """Return the pruned model and its plan: gates folded into the weights, and what they closed left out.
+
+    Args:
+        source: The weights that were trained together with the masks.
+        gates: The deterministic gates.
+        provenance: What goes into the plan beside the model's fingerprint.
+    """
+    folded = FoldedSource(source, gates)
+    plan = plan_of_gates(METHOD, shape_of(source), gates, {"model_fingerprint": fingerprint(folded), **provenance})
+    return PrunedSource(folded, plan), plan

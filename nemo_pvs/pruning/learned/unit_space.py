@@ -1,0 +1,115 @@
+"""All units of a model that pruning may remove, side by side in one vector; and which of them each weight belongs to.
+
+A unit is a hidden channel of the whole model, a KV group of a layer with its query heads, or an FFN channel of a
+layer. Every weight of a matrix lies in one unit by its row and in another by its column: both must be kept for it to
+be. So one vector of bits describes the masks of all tensors, and one vector of sums the saliency of all units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_pvs.model.layout import Entry
+from nemo_pvs.model.shape import LayerSizes, Shape
+from nemo_pvs.pruning.plan import Indices, Plan
+
+
+@dataclass(frozen=True)
+class UnitSpace:
+    """Places of the units of an even model of L layers in a vector [d + L G + L f + 1].
+
+    The last place is of no unit: rows of the vocabulary and channels within a head belong to it.
+    """
+
+    shape: Shape
+
+    @property
+    def size(self) -> int:
+        """Length of a vector of units, the last place included."""
+        return self.fixed + 1
+
+    @property
+    def fixed(self) -> int:
+        """The place of what is never removed."""
+        return self.shape.hidden + self.shape.layers * (self.shape.kv_groups + self.shape.ffn)
+
+    def everything(self) -> torch.Tensor:
+        """Return the units that are kept before anything is removed: all, bool [size]."""
+        return torch.ones(self.size, dtype=torch.bool)
+
+    def hidden(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return the part of a vector that is about hidden channels, a view [d]."""
+        return vector[: self.shape.hidden]
+
+    def groups(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return the part of a vector that is about KV groups, a view [L, G]."""
+        first = self.shape.hidden
+        count = self.shape.layers * self.shape.kv_groups
+        return vector[first : first + count].view(self.shape.layers, self.shape.kv_groups)
+
+    def ffn(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return the part of a vector that is about FFN channels, a view [L, f]."""
+        return vector[self.fixed - self.shape.layers * self.shape.ffn : self.fixed].view(self.shape.layers, -1)
+
+    def along(self, axis: str, layer: int | None) -> torch.Tensor:
+        """Return the unit of every position along a Layout axis, int64."""
+        places = torch.arange(self.size)
+        if axis == "hidden":
+            return self.hidden(places)
+        if axis == "ffn":
+            return self.ffn(places)[layer or 0]
+        if axis in {"query", "key"}:
+            # Heads of a group lie side by side.
+            return self.groups(places)[layer or 0].repeat_interleave(self.shape.axis(axis) // self.shape.kv_groups)
+        return places[-1].expand(self.shape.axis(axis))
+
+    def of_tensor(self, entry: Entry, *, rank: int = 0, ranks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the units of the rows and of the columns of a Megatron tensor, as one tensor parallel rank has it.
+
+        A vector has one column, which belongs to no unit.
+        """
+        local = self.shape.replace(kv_groups=self.shape.kv_groups // ranks)
+        rows, columns = [], torch.empty(0)
+        for part in entry.parts:
+            own, columns = (
+                self.along(axis, part.layer) if axis else torch.tensor([self.fixed])
+                for axis in (part.axes[0], part.axes[1] if len(part.axes) > 1 else "")
+            )
+            if entry.tensor_parallel_axis == 0:
+                own = own.chunk(ranks)[rank]
+            rows.append(own)
+        if entry.tensor_parallel_axis == 1:
+            columns = columns.chunk(ranks)[rank]
+        return entry.join(rows, local), columns
+
+    def kept_shape(self, kept: torch.Tensor) -> Shape:
+        """Return the shape of the model that is left.
+
+        Args:
+            kept: bool [size]; something of every kind and layer.
+        """
+        sizes = zip(self.ffn(kept).sum(1).tolist(), self.groups(kept).sum(1).tolist(), strict=True)
+        return self.shape.replace(hidden=int(self.hidden(kept).sum())).with_layers(
+            LayerSizes(ffn, groups * self.shape.heads_per_group, groups) for ffn, groups in sizes
+        )
+
+    def plan(self, kept: torch.Tensor, method: str, provenance: Mapping[str, Any]) -> Plan:
+        """Return the Plan that keeps these units, bool [size]."""
+
+        def indices(row: torch.Tensor) -> Indices:
+            return tuple(row.nonzero().flatten().tolist())
+
+        return Plan(
+            method=method,
+            parent=self.shape,
+            target=self.kept_shape(kept),
+            keep_layers=tuple(range(self.shape.layers)),
+            keep_hidden=indices(self.hidden(kept)),
+            keep_ffn=tuple(map(indices, self.ffn(kept))),
+            keep_kv_groups=tuple(map(indices, self.groups(kept))),
+            provenance=provenance,
+        )

@@ -1,0 +1,1 @@
+"""The search for an architecture within a budget."""

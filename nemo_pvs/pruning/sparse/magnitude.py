@@ -1,0 +1,75 @@
+"""Magnitude pruning: the smallest weights of every matrix go. It needs no data and no memory beyond one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.pruning.sparse.sparsity import Sparsity, lowest, lowest_in_groups, prunable, up_to_threshold
+
+
+def magnitude_mask(weight: torch.Tensor, sparsity: Sparsity, *, compat: bool = False) -> torch.Tensor:
+    """Return which weights stay, bool [outputs, inputs]: all but the smallest of the matrix, or of each N:M group.
+
+    Args:
+        weight: [outputs, inputs].
+        sparsity: How many go; exactly ``int(outputs * inputs * ratio)``, or N of M.
+        compat: Prune up to a threshold as the script of Wanda (2306.11695, locuslab/wanda) does; that removes one
+            weight more, and all that tie with it.
+    """
+    scores = weight.abs()
+    if sparsity.pattern:
+        return ~lowest_in_groups(scores, sparsity.pattern)
+    if compat:
+        return ~up_to_threshold(scores, int(weight.numel() * sparsity.ratio))
+    return ~lowest(scores.flatten(), sparsity.count(weight.numel())).view_as(weight)
+
+
+class MagnitudeSource:
+    """A model without its smallest weights; each matrix is pruned when it is read."""
+
+    def __init__(self, source: WeightSource, sparsity: Sparsity, *, compat: bool = False) -> None:
+        """Prepare; nothing is read yet.
+
+        Raises:
+            UserError: a matrix cannot have the pattern.
+        """
+        self._source = source
+        self._sparsity = sparsity
+        self._compat = compat
+        self.masks = _MagnitudeMasks(self, tuple(p.name for e in prunable(source, sparsity) for p in e.parts))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The parent's: sparsity changes no size."""
+        return self._source.config
+
+    @property
+    def assets(self) -> tuple[Path, ...]:
+        """The parent's tokenizer and other files."""
+        return self._source.assets
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor in the parent's dtype, pruned if it is a matrix of a decoder layer."""
+        weight = self._source.read(name)
+        return weight.masked_fill(~self._mask(weight), 0) if name in self.masks.names else weight
+
+    def mask(self, name: str) -> torch.Tensor:
+        """Return the mask of one matrix; True is a weight that stays."""
+        return self._mask(self._source.read(name))
+
+    def _mask(self, weight: torch.Tensor) -> torch.Tensor:
+        return magnitude_mask(weight, self._sparsity, compat=self._compat)
+
+
+class _MagnitudeMasks:
+    def __init__(self, source: MagnitudeSource, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._source = source
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._source.mask(name)

@@ -1,0 +1,248 @@
+"""Prune layer by layer, each layer from what it reads in the model that is pruned so far.
+
+The engine of SparseGPT (2301.00774) and Wanda (2306.11695): all sequences go through the dense layer, its matrices
+are pruned from what they read there, and the sequences go once more through the pruned layer, whose outputs are the
+inputs of the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.model.layout import Entry
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.sparse.pruned_layers import PrunedMatrices, SparseSource
+from nemo_pvs.pruning.sparse.sparsity import Sparsity, prunable
+from nemo_pvs.pruning.sparse.work_folder import WorkFolder
+from nemo_pvs.system import ranks
+from nemo_pvs.system.files import sha256_bytes
+
+MatrixPruner = Callable[[Sequence[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]
+"""From matrices [outputs, inputs] to the pruned ones, each in its dtype with its mask (bool, True stays)."""
+
+
+_LAST_MATRIX = "mlp.down_proj"
+"""The one that a layer multiplies by last, in every family that there is."""
+
+
+class InputStatistic(Protocol):
+    """A sum over tokens of what some matrices read."""
+
+    def update(self, activations: torch.Tensor) -> None:
+        """Add a batch of activations [n, S, channels]."""
+
+    def result(self) -> torch.Tensor:
+        """Return the sum [channels], or [channels, channels] with the squares on its diagonal."""
+
+
+class Method(Protocol):
+    """What the engine needs of a pruning method."""
+
+    @property
+    def sparsity(self) -> Sparsity:
+        """How many weights go."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What distinguishes one run of the method from another, as JSON."""
+
+    def statistic(self, channels: int) -> InputStatistic:
+        """Return an empty statistic of an input with so many channels."""
+
+    def pruner(self, total: torch.Tensor, sequences: int, warn: Callable[[str], None]) -> MatrixPruner:
+        """Return what prunes all matrices that read an input, from the input's statistic over so many sequences."""
+
+
+def prune_layers(
+    source: WeightSource,
+    tokens: TokenSet,
+    method: Method,
+    folder: Path,
+    *,
+    calibration: Literal["sequential", "dense"] = "sequential",
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    memory_limit: int = MEMORY_LIMIT,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> SparseSource:
+    """Prune every matrix of the decoder layers; memory is one layer and its statistics, the rest is mapped from files.
+
+    If it is killed, the same call goes on behind the last finished layer, and the result is the same to the bit. On
+    several ranks (``torch.distributed``) each reads its share of the sequences, all prune alike, and one writes.
+
+    Args:
+        source: The dense model.
+        tokens: What it reads.
+        method: ``Wanda`` or ``SparseGPT``.
+        folder: Where the pruned layers go (``work_folder``); the result reads them from there.
+        calibration: ``sequential``, or ``dense``: every layer sees what it sees in the dense model, which is one pass
+            a layer less and not what the papers do.
+        batch_size: Sequences a batch; changes speed and memory, and the result by rounding only.
+        dtype: Computing type of the layers; statistics are at least fp32.
+        device: Where layers run.
+        memory_limit: Bytes of embedded text at once.
+        overwrite: Start anew where ``folder`` belongs to a pruning with other settings.
+        progress: Called with (sequences passed through a layer, in all), of this rank.
+        warn: Called with one sentence that begins with the layer.
+
+    Raises:
+        UserError: the tokens do not fit the model, a matrix cannot have the pattern, activations are not finite
+            (says where), or ``folder`` belongs to another pruning.
+    """
+    model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
+    inputs: dict[int, list[Entry]] = {layer: [] for layer in range(model.shape.layers)}
+    for entry in prunable(source, method.sparsity):
+        inputs[entry.layer or 0].append(entry)
+    ids = ranks.split(tokens.ids)
+    settings = {
+        **method.settings,
+        "calibration": calibration,
+        "model": fingerprint(source),
+        "tokens": sha256_bytes(tokens.ids.contiguous().numpy().tobytes()),
+        "samples": len(tokens.ids),
+        "batch_size": batch_size,
+        "dtype": str(dtype),
+        "device": torch.device(device).type,
+        "ranks": ranks.world_size(),
+    }
+    size = (*ids.shape, model.shape.hidden)
+    with WorkFolder(folder, model.shape.layers, settings, overwrite=overwrite) as work:
+        passes = _Passes(model, batch_size, len(ids), work.layers_done, calibration, progress)
+        if work.layers_done == 0:
+            _embed(model, ids, work.states(0, size, dtype, new=True))
+        for index in range(work.layers_done, model.shape.layers):
+            layer = model.layer(index)
+            before = work.states(index, size, dtype)
+            after = work.states(index + 1, size, dtype, new=True) if index + 1 < model.shape.layers else None
+            with _watching(layer, inputs[index], method, model.shape, stop=calibration != "dense") as statistics:
+                passes.run(layer, before, after if calibration == "dense" else None)
+            matrices: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+            for entry, statistic in zip(inputs[index], statistics, strict=True):
+                matrices.update(_prune(entry, statistic, method, source, len(tokens.ids), model.device, warn))
+            statistics.clear()
+            if calibration == "sequential" and after is not None:
+                _replace(layer, index, matrices)
+                passes.run(layer, before, after)
+            work.finish_layer(index, matrices)
+        return SparseSource(source, folder, work.record)
+
+
+def _embed(model: LayerwiseModel, ids: torch.Tensor, states: torch.Tensor) -> None:
+    start = 0
+    for text in model.chunks(ids):
+        states[start : start + len(text)] = model.embed(text)
+        start += len(text)
+
+
+class _Passes:
+    """Runs sequences through layers, and counts them."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        batch_size: int,
+        sequences: int,
+        layers_done: int,
+        calibration: str,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        passes = 2 if calibration == "sequential" else 1
+        self._model = model
+        self._batch_size = batch_size
+        self._done = sequences * passes * layers_done
+        # Nobody reads what the last layer, once pruned, puts out.
+        self._total = sequences * (passes * model.shape.layers - (passes - 1))
+        self._progress = progress
+
+    def run(self, layer: nn.Module, before: torch.Tensor, after: torch.Tensor | None) -> None:
+        """Put the layer's outputs for the states ``before`` it into ``after``, or drop them."""
+        for start in range(0, len(before), self._batch_size):
+            batch = slice(start, start + self._batch_size)
+            states = before[batch].clone()
+            with suppress(_AllSeenError):
+                self._model.run_layer(layer, states, self._batch_size)
+            if after is not None:
+                after[batch] = states
+            self._done += len(states)
+            if self._progress:
+                self._progress(self._done, self._total)
+
+
+@contextmanager
+def _watching(
+    layer: nn.Module, inputs: list[Entry], method: Method, shape: Shape, *, stop: bool
+) -> Iterator[list[InputStatistic]]:
+    """Yield a statistic for each input of the layer's matrices, fed for as long as the block lasts.
+
+    With ``stop`` a forward pass ends in front of the last matrix: nobody needs what the dense layer puts out.
+    """
+    statistics, hooks = [], []
+    for entry in inputs:
+        first = entry.parts[0]
+        statistic = method.statistic(first.size(shape)[1])
+        hook = partial(_update, statistic)
+        hooks.append(layer.get_submodule(_module_name(first.name, first.layer)).register_forward_pre_hook(hook))
+        statistics.append(statistic)
+    if stop:  # hooks run in the order of their registration
+        hooks.append(layer.get_submodule(_LAST_MATRIX).register_forward_pre_hook(_all_seen))
+    try:
+        yield statistics
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+class _AllSeenError(Exception):
+    """Every matrix of a layer has seen its input."""
+
+
+def _all_seen(*_: object) -> None:
+    raise _AllSeenError
+
+
+def _update(statistic: InputStatistic, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    statistic.update(inputs[0])
+
+
+def _prune(
+    entry: Entry,
+    statistic: InputStatistic,
+    method: Method,
+    source: WeightSource,
+    sequences: int,
+    device: torch.device,
+    warn: Callable[[str], None],
+) -> PrunedMatrices:
+    """Prune all matrices that read one input."""
+    total = ranks.all_reduce(statistic.result())
+    names = [part.name for part in entry.parts]
+    where = f"layer {entry.layer}, input of {', '.join(_module_name(name, entry.layer) for name in names)}"
+    if not bool((total.diagonal() if total.ndim == 2 else total).isfinite().all()):
+        raise UserError(f"The model's activations are not finite ({where}); is the checkpoint damaged?")
+    prune = method.pruner(total, sequences, lambda text: warn(f"{where}: {text}") if ranks.is_main() else None)
+    return dict(zip(names, prune([source.read(name).to(device) for name in names]), strict=True))
+
+
+def _replace(layer: nn.Module, index: int, matrices: PrunedMatrices) -> None:
+    """Give a loaded layer its pruned matrices, rounded as they will be stored."""
+    for name, (weight, _) in matrices.items():
+        module = layer.get_submodule(_module_name(name, index))
+        module.weight = nn.Parameter(weight.to(next(module.parameters()).dtype), requires_grad=False)
+
+
+def _module_name(weight: str, layer: int | None) -> str:
+    return weight.removeprefix(f"model.layers.{layer}.").removesuffix(".weight")

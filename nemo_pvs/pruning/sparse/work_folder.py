@@ -1,0 +1,140 @@
+"""The memory of a pruning that goes layer by layer: a killed one goes on behind the last finished layer.
+
+The folder holds the pruned matrices of each finished layer (``sparse_source.py``), the hidden states in front of the
+next one, a file a rank, and last of all a record that says how many layers are finished.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.sparse.pruned_layers import PrunedMatrices, write_layer
+from nemo_pvs.system import ranks
+from nemo_pvs.system.files import disk_errors, read_json, write_json
+
+_RECORD = "record.json"
+
+
+def work_folder(target: Path) -> Path:
+    """Return the folder beside ``target`` in which its layers are pruned."""
+    return target.with_name(f".{target.name}.pruning")
+
+
+class WorkFolder:
+    """One pruning's folder; every rank has the same, or one of its own where they share no disk."""
+
+    def __init__(self, path: Path, layers: int, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Open the folder, or make it.
+
+        Args:
+            path: The folder.
+            layers: Layers of the model.
+            settings: Everything that the result depends on; JSON.
+            overwrite: Start anew where the folder belongs to other settings.
+
+        Raises:
+            UserError: the folder belongs to a pruning with other settings or is none of ours, or cannot be written.
+        """
+        self.path = path
+        self._settings = settings
+        record = self._read_record(overwrite)
+        ranks.barrier()  # nobody writes before everybody has read
+        with disk_errors(path):
+            if record is None and ranks.is_main():
+                shutil.rmtree(path, ignore_errors=True)
+            ranks.barrier()
+            path.mkdir(parents=True, exist_ok=True)
+        self.layers_done = self._common_progress(record["layers_done"] if record else 0, layers)
+        self._write_record()
+
+    def _read_record(self, overwrite: bool) -> dict[str, Any] | None:
+        """Return the record of a pruning that can go on, or None where one starts anew."""
+        if not self.path.exists():
+            return None
+        if not (self.path / _RECORD).is_file():
+            if any(self.path.iterdir()):
+                raise UserError(f"{self.path} holds something else than a pruning; choose another work folder.")
+            return None
+        record: dict[str, Any] = read_json(self.path / _RECORD)
+        if record["settings"] == self._settings:
+            return record
+        if record["layers_done"] and not overwrite:
+            differing = sorted(
+                key
+                for key in self._settings.keys() | record["settings"].keys()
+                if record["settings"].get(key) != self._settings.get(key)
+            )
+            raise UserError(
+                f"{self.path} holds a pruning that was interrupted, with another {', '.join(differing)}; "
+                "finish it with its own command, remove the folder, or pass --overwrite."
+            )
+        return None
+
+    def _common_progress(self, layers_done: int, layers: int) -> int:
+        """Return the main rank's number of finished layers, or 0 if another rank lacks its states behind them."""
+        count = int(ranks.all_reduce(torch.tensor(layers_done if ranks.is_main() else 0)))
+        lacking = 0 < count < layers and not self._states_file(count).is_file()
+        return 0 if int(ranks.all_reduce(torch.tensor(int(lacking)))) else count
+
+    def __enter__(self) -> WorkFolder:
+        """Return the folder."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave nothing behind where the user's mistake kept the first layer from being finished."""
+        if kind is UserError and self.layers_done == 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def states(self, layer: int, size: tuple[int, ...], dtype: torch.dtype, *, new: bool = False) -> torch.Tensor:
+        """Return this rank's hidden states [n, S, d] in front of a layer.
+
+        They are mapped from their file: the system keeps in memory what fits, and writes back the rest.
+
+        Args:
+            layer: Index of the layer.
+            size: Size of the states.
+            dtype: Their type.
+            new: Make room for them; they count once the layer before is finished.
+
+        Raises:
+            UserError: the disk has no room.
+        """
+        file = self._states_file(layer)
+        count = torch.Size(size).numel()
+        if new:
+            with disk_errors(file), open(file, "wb") as handle:
+                # A write to a mapped page that the full disk refuses would kill the process.
+                os.posix_fallocate(handle.fileno(), 0, count * dtype.itemsize)
+        return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(size)
+
+    def finish_layer(self, layer: int, matrices: PrunedMatrices) -> None:
+        """Note that a layer is finished: its matrices, the states behind it (unless it is the last), the record."""
+        file = self._states_file(layer + 1)
+        if file.is_file():
+            with disk_errors(file), open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        if ranks.is_main():
+            write_layer(self.path, layer, matrices)
+        ranks.barrier()  # everybody's states are there
+        self.layers_done = layer + 1
+        self._write_record()
+        ranks.barrier()  # nobody needs the old states any more
+        self._states_file(layer).unlink(missing_ok=True)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The settings, and how many layers are finished."""
+        return {"settings": self._settings, "layers_done": self.layers_done}
+
+    def _write_record(self) -> None:
+        if ranks.is_main():
+            write_json(self.path / _RECORD, self.record)
+
+    def _states_file(self, layer: int) -> Path:
+        return self.path / f"states-before-{layer:05d}-rank-{ranks.rank()}-of-{ranks.world_size()}"

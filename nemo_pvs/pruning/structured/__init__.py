@@ -1,0 +1,1 @@
+"""Methods that remove layers, channels, heads and neurons."""

@@ -1,0 +1,228 @@
+"""Adapt-Pruner: layers that change their input least lose most, a little at a time, by Taylor importance (2502.03460).
+
+One call is one stage: from a model to one of at most so many parameters. Training between stages is
+``nemo_pvs.planning.rounds``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import LayerSizes, Shape
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.plan import Indices, Plan
+from nemo_pvs.pruning.structured.width import most_important
+
+_MOST = 0.99
+"""Sparsity that no layer goes beyond."""
+_GUARD = 1e-9
+"""Against rounding: 100 * (1 - 0.06) must not become 93."""
+_HALVINGS = 40
+"""Of the last iteration's step, until it just reaches the target."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a stage removes units, whatever their scores. The numbers are those of the published scripts."""
+
+    iterations: int = 50
+    """T: each iteration removes 1 / T of the stage's own start on average, and T of them all of it."""
+    amplitude: float = 0.02
+    """A: how far the most important layer's sparsity stays behind the average at each iteration."""
+    metric: str = "param_first"
+    """Of ``calibration.taylor.METRICS``."""
+    ffn_multiple: int = 1
+    """FFN channels go from each layer in multiples of this."""
+    kv_groups_multiple: int = 1
+    """KV groups, too."""
+    compat: bool = False
+    """Take the last iteration's step whole, as the published script does: below the target by up to a 1 / T. And round
+    counts without a guard, so that half of 2,560 channels may be 1,279 where sparsities were added up."""
+
+    def check(self) -> None:
+        """Raise UserError unless the numbers make sense."""
+        if self.iterations < 1 or min(self.ffn_multiple, self.kv_groups_multiple) < 1:
+            raise UserError("Adapt-Pruner's iterations and multiples count from 1; mend the one that is less.")
+        if self.amplitude < 0:
+            raise UserError(f"An amplitude of {self.amplitude:g} would prune important layers most; choose 0 or more.")
+
+
+class Measured(NamedTuple):
+    """What one iteration reads off a model."""
+
+    similarity: torch.Tensor
+    """Mean over tokens of the cosine between what each layer reads and what it puts out [L]."""
+    groups: list[torch.Tensor]
+    """Importance of each KV group, layer by layer [G of the layer]."""
+    ffn: list[torch.Tensor]
+    """Importance of each FFN channel, layer by layer [f of the layer]."""
+
+
+def layer_importance(similarity: torch.Tensor) -> torch.Tensor:
+    """Return how much each layer matters, from -1 to 1 with mean 0 [L]: it is dissimilarity, centred and scaled.
+
+    Layers that are all alike matter 0.
+    """
+    importance = similarity.double().neg()
+    importance -= importance.mean()
+    largest = importance.abs().max()
+    return importance / largest if largest > 0 else importance
+
+
+def next_sparsity(sparsity: torch.Tensor, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Return each layer's sparsity behind one more iteration [L]: ``clip(s + 1 / T - A I, 0, 0.99)``.
+
+    A layer may lose sparsity, but what is removed stays so; it waits until its sparsity has come back to that.
+    """
+    return (sparsity + 1 / settings.iterations - settings.amplitude * importance).clamp(0, _MOST)
+
+
+def kept_sizes(start: Shape, current: Shape, sparsity: torch.Tensor, settings: Settings) -> list[LayerSizes]:
+    """Return the sizes of each layer at a sparsity of the stage's start.
+
+    Of the ``n`` FFN channels or key channels of the start ``int(n (1 - s))`` stay; a KV group goes when as many
+    channels as it has are due.
+
+    Args:
+        start: What the stage began with.
+        current: What is left of it.
+        sparsity: Of each layer [L].
+        settings: For the multiples.
+
+    Raises:
+        UserError: a layer would be left without KV groups or FFN channels.
+    """
+    sizes = []
+    for layer, share in enumerate(sparsity.tolist()):
+        first, now = start.at(layer), current.at(layer)
+        group, guard = start.head_dim, 0.0 if settings.compat else _GUARD
+        ffn = _left(first.ffn, now.ffn, share, settings.ffn_multiple, guard)
+        keys = _left(first.kv_groups * group, now.kv_groups * group, share, settings.kv_groups_multiple * group, guard)
+        if ffn < 1 or keys < group:
+            raise UserError(
+                f"Adapt-Pruner would prune layer {layer} to nothing (sparsity {share:.2f}); choose a lower ratio, "
+                "a lower amplitude, or more stages."
+            )
+        sizes.append(LayerSizes(ffn, keys // group * first.heads_per_group, keys // group))
+    return sizes
+
+
+def plan_adapt_pruner(
+    source: WeightSource,
+    parameters: int,
+    measure: Callable[[WeightSource, int], Measured],
+    settings: Settings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Prune a model, bit by bit, until it has at most so many parameters.
+
+    Each iteration measures what is left, raises the layers' sparsities, and removes the least important units of
+    each. The step of the last one is cut to what the target needs, or all models would be of other sizes.
+
+    Args:
+        source: The model, its layers even or not.
+        parameters: All parameters that may stay, embeddings too, a tied one once.
+        measure: Called with what is left of the model and the number of the iteration, from 0.
+        settings: How units go.
+        progress: Called with (parameters gone, parameters that are to go).
+
+    Raises:
+        UserError: the settings make no sense, the model is as small already, a layer would be pruned to nothing, or
+            the iterations end before the target is reached.
+    """
+    settings = settings or Settings()
+    settings.check()
+    start = shape_of(source)
+    if start.parameters <= parameters:
+        raise UserError(f"The model has {start.parameters:,} parameters, no more than {parameters:,}; ask for fewer.")
+    sparsity = torch.zeros(start.layers, dtype=torch.float64)
+    plan = _plan(start, [_everything(start, layer) for layer in range(start.layers)])
+    history: list[list[float]] = []
+    while plan.target.parameters > parameters and len(history) < settings.iterations:
+        left = PrunedSource(source, plan)
+        measured = measure(left, len(history))
+        step = next_sparsity(sparsity, layer_importance(measured.similarity), settings) - sparsity
+        share = 1.0 if settings.compat else _share_needed(start, plan.target, sparsity, step, parameters, settings)
+        sparsity = sparsity + share * step
+        sizes = kept_sizes(start, plan.target, sparsity, settings)
+        plan = _plan(start, [_best(plan, layer, size, measured) for layer, size in enumerate(sizes)])
+        history.append(sparsity.tolist())
+        if progress:
+            gone = min(start.parameters - plan.target.parameters, start.parameters - parameters)
+            progress(gone, start.parameters - parameters)
+    if plan.target.parameters > parameters:
+        raise UserError(
+            f"Adapt-Pruner's {settings.iterations} iterations ended at {plan.target.parameters:,} parameters, above "
+            f"{parameters:,}; choose a lower ratio or more stages."
+        )
+    provenance = {
+        "model_fingerprint": fingerprint(source),
+        "settings": {**asdict(settings), "parameters": parameters},
+        "sparsities": history,
+    }
+    return _plan(start, list(zip(plan.keep_kv_groups, plan.keep_ffn, strict=True)), provenance)
+
+
+def _left(first: int, now: int, sparsity: float, multiple: int, guard: float) -> int:
+    """Return how many of ``now`` channels stay, of ``first`` at the start; they go in multiples."""
+    due = now - int(first * (1 - min(sparsity, _MOST)) + guard)
+    return now - max(0, due) // multiple * multiple
+
+
+def _share_needed(
+    start: Shape, current: Shape, sparsity: torch.Tensor, step: torch.Tensor, parameters: int, settings: Settings
+) -> float:
+    """Return the share of a step that is enough to reach the target, or 1 if all of it is not.
+
+    Layers only lose units as the share grows, so halving finds the least one.
+    """
+
+    def reaches(share: float) -> bool:
+        sizes = kept_sizes(start, current, sparsity + share * step, settings)
+        return start.with_layers(sizes).parameters <= parameters
+
+    if not reaches(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high
+
+
+def _everything(shape: Shape, layer: int) -> tuple[Indices, Indices]:
+    sizes = shape.at(layer)
+    return tuple(range(sizes.kv_groups)), tuple(range(sizes.ffn))
+
+
+def _best(plan: Plan, layer: int, sizes: LayerSizes, measured: Measured) -> tuple[Indices, Indices]:
+    """Return which of the groups and channels that a plan keeps are still kept: positions in the stage's start."""
+    groups, ffn = plan.keep_kv_groups[layer], plan.keep_ffn[layer]
+    return (
+        tuple(groups[position] for position in most_important(measured.groups[layer], sizes.kv_groups)),
+        tuple(ffn[position] for position in most_important(measured.ffn[layer], sizes.ffn)),
+    )
+
+
+def _plan(start: Shape, kept: list[tuple[Indices, Indices]], provenance: Mapping[str, object] | None = None) -> Plan:
+    groups, ffn = zip(*kept, strict=True)
+    sizes = [
+        LayerSizes(len(channels), len(heads) * start.at(layer).heads_per_group, len(heads))
+        for layer, (heads, channels) in enumerate(kept)
+    ]
+    return Plan(
+        method="adapt-pruner",
+        parent=start,
+        target=start.with_layers(sizes),
+        keep_layers=tuple(range(start.layers)),
+        keep_hidden=tuple(range(start.hidden)),
+        keep_ffn=ffn,
+        keep_kv_groups=groups,
+        provenance=provenance or {},
+    )

@@ -1,0 +1,220 @@
+"""Depth pruning: remove the layers whose loss the model feels least (Minitron, 2407.14679)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import MEMORY_LIMIT
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.plan import Plan, whole_layers
+from nemo_pvs.pruning.structured.sweep import LayerSweep, count_forwards, sweep_flops, sweep_tokens
+
+METHOD = "minitron-depth"
+SEARCHES = ("contiguous", "greedy", "sleb", "individual")
+"""Ways to find the layers by loss: ``scan_windows``, ``greedy.scan_greedy`` twice, ``scan_windows`` of one layer."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The loss of a model without each run of ``removed`` neighbouring layers."""
+
+    shape: Shape
+    """The dense model."""
+    model_fingerprint: str
+    tokens: dict[str, Any]
+    """Manifest of the token set."""
+    removed: int
+    losses: tuple[float, ...]
+    """Loss (nats per token) without layers i to i + removed - 1, for i = 0 .. L - removed."""
+    dense_loss: float
+    layer_forwards: int
+    """How often the whole token set went through a decoder layer."""
+
+    @property
+    def start(self) -> int:
+        """First layer of the best run: the lowest loss, the first of equals."""
+        return self.losses.index(min(self.losses))
+
+    @property
+    def nearest_start(self) -> int:
+        """First layer of the run whose perplexity is nearest to the dense model's: llm-pruning-collection's choice.
+
+        It passes over a model that is better than the dense one.
+        """
+        dense = _perplexity(self.dense_loss)
+        distances = [abs(_perplexity(loss) - dense) for loss in self.losses]
+        return distances.index(min(distances))
+
+    @property
+    def models(self) -> int:
+        """Models whose loss was measured: the dense one and every candidate."""
+        return len(self.losses) + 1
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens that went through the dense model and through every candidate."""
+        return sweep_tokens(self.tokens, self.models)
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs of the scan: the layers that were really run, and the output head for every model."""
+        return sweep_flops(self.shape, self.tokens, self.layer_forwards, self.models)
+
+    @property
+    def reference_layer_forwards(self) -> int:
+        """Layer forwards of a scan that runs every model from its first layer, as llm-pruning-collection does.
+
+        The dense model (L layers), L' + 1 candidates of L' layers, and the winner once more.
+        """
+        kept = self.shape.layers - self.removed
+        return self.shape.layers + (kept + 2) * kept
+
+
+def scan_windows(
+    source: WeightSource,
+    tokens: TokenSet,
+    remove: int,
+    *,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    memory_limit: int = MEMORY_LIMIT,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
+    """Measure the loss without each run of ``remove`` layers, in one sweep over the layers (``LayerSweep``).
+
+    Args:
+        source: The dense model.
+        tokens: Text to predict.
+        remove: Layers to remove (k), 1 to L - 1.
+        batch_size: Sequences a batch.
+        dtype: Computing type.
+        device: Where layers run.
+        memory_limit: Bytes for hidden states, of which there is a copy per candidate; more text than fits is read in
+            several sweeps.
+        progress: Called with (layer forwards done, in all).
+
+    Raises:
+        UserError: there is nothing to remove or nothing would be left, or a loss is not finite.
+    """
+    layers = shape_of(source).layers
+    check_removal(layers, remove)
+    starts = range(layers - remove + 1)
+    forwards = count_forwards(layers, remove, starts)
+    sweep = LayerSweep(
+        source,
+        tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        memory_limit=memory_limit,
+        on_forward=progress and (lambda done: progress(round(done), forwards)),
+    )
+    losses, dense_loss = sweep.losses(range(layers), remove, starts)
+    assert dense_loss is not None
+    return Scan(
+        shape=sweep.model.shape,
+        model_fingerprint=fingerprint(source),
+        tokens=tokens.manifest,
+        removed=remove,
+        losses=tuple(losses.values()),
+        dense_loss=dense_loss,
+        layer_forwards=round(sweep.layer_forwards),
+    )
+
+
+def plan_depth(scan: Scan, *, compat: bool = False) -> Plan:
+    """Remove the run of layers with the lowest loss.
+
+    Args:
+        scan: What ``scan_windows`` measured.
+        compat: Take the run whose perplexity is nearest to the dense model's instead, as llm-pruning-collection does.
+    """
+    start = scan.nearest_start if compat else scan.start
+    run = range(start, start + scan.removed)
+    return layer_plan(scan.shape, run, METHOD, _provenance(scan, search="contiguous", removed=len(run), compat=compat))
+
+
+def plan_individual(scan: Scan, remove: int, *, protect_first: int = 0, protect_last: int = 0) -> Plan:
+    """Remove the layers that the model misses least when each is missing alone (Shortened LLaMA, 2402.02834).
+
+    Args:
+        scan: A scan of single layers (``removed`` is 1).
+        remove: Layers to remove (k).
+        protect_first: Layers at the input that stay in any case; Shortened LLaMA keeps 4 where it scores by weights.
+        protect_last: Layers at the output that stay in any case; Shortened LLaMA keeps 2 there.
+
+    Raises:
+        UserError: fewer than ``remove`` layers are unprotected, or the scan is not of single layers.
+    """
+    if scan.removed != 1:
+        raise UserError(f"A choice of single layers needs a scan of single layers, not of runs of {scan.removed}.")
+    free = unprotected(scan.shape.layers, remove, protect_first, protect_last)
+    chosen = sorted(free, key=lambda layer: scan.losses[layer])[:remove]
+    settings = {"removed": remove, "protect_first": protect_first, "protect_last": protect_last}
+    return layer_plan(scan.shape, chosen, METHOD, _provenance(scan, search="individual", **settings))
+
+
+def layers_to_remove(parent: Shape, target: Shape) -> int:
+    """Return how many layers separate the two Shapes.
+
+    Raises:
+        UserError: they differ in width.
+    """
+    if parent.replace(layers=target.layers) != target:
+        raise UserError(
+            f"Depth pruning removes whole layers, but the target [{target}] differs from [{parent}] in width; "
+            "prune the width as a step of its own."
+        )
+    return parent.layers - target.layers
+
+
+def check_removal(layers: int, remove: int) -> None:
+    """Raise UserError unless something is removed and something stays."""
+    if not 1 <= remove < layers:
+        raise UserError(f"Cannot remove {remove} of {layers} layers; choose from 1 to {layers - 1}.")
+
+
+def unprotected(layers: int, remove: int, protect_first: int, protect_last: int) -> range:
+    """Return the layers that may go.
+
+    Raises:
+        UserError: there are not ``remove`` of them, or ``remove`` makes no sense.
+    """
+    check_removal(layers, remove)
+    if min(protect_first, protect_last) < 0 or layers - protect_first - protect_last < remove:
+        raise UserError(
+            f"Cannot remove {remove} of {layers} layers and keep the first {protect_first} and the last "
+            f"{protect_last}; protect fewer layers."
+        )
+    return range(protect_first, layers - protect_last)
+
+
+def layer_plan(shape: Shape, remove: Sequence[int], method: str, provenance: dict[str, Any]) -> Plan:
+    """Return the plan that removes some layers and keeps everything in the others."""
+    kept = [layer for layer in range(shape.layers) if layer not in set(remove)]
+    target = shape.with_layers(shape.layer_sizes[layer] for layer in kept)
+    return Plan(method=method, parent=shape, target=target, **whole_layers(shape, kept), provenance=provenance)
+
+
+def _provenance(scan: Scan, **settings: Any) -> dict[str, Any]:
+    return {
+        "model_fingerprint": scan.model_fingerprint,
+        "tokens": scan.tokens,
+        "settings": settings,
+        "dense_loss": scan.dense_loss,
+        "losses": list(scan.losses),
+        "layer_forwards": scan.layer_forwards,
+    }
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # past that it is no float any more

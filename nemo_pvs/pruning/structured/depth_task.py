@@ -1,0 +1,101 @@
+"""Depth pruning by a task: remove the run of layers without which a model still does best at something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.structured.depth import METHOD, check_removal, layer_plan
+
+
+class Scored(NamedTuple):
+    """What one model achieved, and what it read for that."""
+
+    score: float
+    """For example its accuracy at a task; higher is better."""
+    read: Mapping[int, int]
+    """How many sequences went through the model, by their length in tokens; for the ledger."""
+
+
+Scorer = Callable[[WeightSource], Scored]
+"""Measures a model."""
+
+
+@dataclass(frozen=True)
+class TaskScan:
+    """The score of a model without each run of ``removed`` neighbouring layers."""
+
+    shape: Shape
+    """The dense model."""
+    model_fingerprint: str
+    removed: int
+    scores: tuple[float, ...]
+    """Score without layers i to i + removed - 1, for i = 0 .. L - removed."""
+    dense_score: float
+    tokens: int = 0
+    """That went through all these models."""
+    flops: int = 0
+    """Of their forward passes."""
+
+
+def scan_task(
+    source: WeightSource, remove: int, score: Scorer, *, progress: Callable[[int, int], None] | None = None
+) -> TaskScan:
+    """Score the dense model and the model without each run of ``remove`` layers (Minitron, 2408.11796).
+
+    A scorer is a closed box, so there is no shared work here: it sees ``L - remove + 2`` models one after the other.
+
+    Args:
+        source: The dense model.
+        remove: Layers to remove (k), 1 to L - 1.
+        score: Measures a model.
+        progress: Called with (models done, in all).
+
+    Raises:
+        UserError: there is nothing to remove or nothing would be left, or a score is not a number.
+    """
+    shape = shape_of(source)
+    check_removal(shape.layers, remove)
+    runs = [range(start, start + remove) for start in range(shape.layers - remove + 1)]
+    models = [source, *(PrunedSource(source, layer_plan(shape, run, METHOD, {})) for run in runs)]
+    scores: list[float] = []
+    tokens = flops = 0
+    for model in models:
+        found = score(model)
+        for length, sequences in found.read.items():
+            tokens += sequences * length
+            flops += sequences * length * shape_of(model).flops_per_token(sequence_length=length, training=False)
+        scores.append(float(found.score))
+        if math.isnan(scores[-1]):
+            raise UserError("The task's score is not a number; check the task on the dense model.")
+        if progress:
+            progress(len(scores), len(models))
+    return TaskScan(shape, fingerprint(source), remove, tuple(scores[1:]), scores[0], tokens, flops)
+
+
+def plan_task(scan: TaskScan, *, compat: bool = False) -> Plan:
+    """Remove the run of layers with the highest score, the first of equals.
+
+    Args:
+        scan: What ``scan_task`` measured.
+        compat: Take the score nearest to the dense model's instead, as llm-pruning-collection does; it passes over a
+            model that is better than the dense one.
+    """
+    merits = [-abs(score - scan.dense_score) for score in scan.scores] if compat else list(scan.scores)
+    start = merits.index(max(merits))
+    provenance = {
+        "model_fingerprint": scan.model_fingerprint,
+        "settings": {"search": "contiguous", "by": "task", "removed": scan.removed, "compat": compat},
+        "dense_score": scan.dense_score,
+        "scores": list(scan.scores),
+        "tokens_read": scan.tokens,
+        "flops": scan.flops,
+    }
+    return layer_plan(scan.shape, range(start, start + scan.removed), METHOD, provenance)

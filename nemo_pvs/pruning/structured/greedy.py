@@ -1,0 +1,184 @@
+"""Greedy depth pruning: remove the layer that is missed least, measure again, repeat.
+
+SLEB (2402.09025) is this with the first and the last layer protected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import MEMORY_LIMIT
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.plan import Indices, Plan
+from nemo_pvs.pruning.structured.depth import METHOD, layer_plan, unprotected
+from nemo_pvs.pruning.structured.sweep import LayerSweep, count_forwards, sweep_flops, sweep_tokens
+
+GREEDY = {"greedy": 0, "sleb": 1}
+"""Searches that remove layers one by one, and how many stay at each end unless something else is asked for: SLEB's
+code never tries the first layer that is left, nor the last (``early_barrier``, ``latter_barrier``)."""
+
+
+@dataclass(frozen=True)
+class GreedyScan:
+    """Layers in the order in which they went, and what the model would have lost without each of the others."""
+
+    shape: Shape
+    """The dense model."""
+    model_fingerprint: str
+    tokens: dict[str, Any]
+    """Manifest of the token set."""
+    removed: Indices
+    """Layers in order of removal: the first of them are what a scan for fewer would have found."""
+    losses: tuple[dict[int, float], ...]
+    """For each step the loss (nats per token) without each layer that might have gone."""
+    dense_loss: float
+    layer_forwards: int
+    """How often the whole token set went through a decoder layer."""
+
+    @property
+    def models(self) -> int:
+        """Models whose loss was measured: the dense one and every candidate of every step."""
+        return 1 + sum(map(len, self.losses))
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens that went through the dense model and through every candidate."""
+        return sweep_tokens(self.tokens, self.models)
+
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs: the layers that were really run, and the output head for every model."""
+        return sweep_flops(self.shape, self.tokens, self.layer_forwards, self.models)
+
+    @property
+    def reference_layer_forwards(self) -> int:
+        """Layer forwards if the dense model and every candidate ran from its first layer, as SLEB's code does."""
+        layers = self.shape.layers
+        return layers + sum(len(step) * (layers - gone - 1) for gone, step in enumerate(self.losses))
+
+    def first(self, remove: int) -> GreedyScan:
+        """Return the scan that would have stopped after ``remove`` layers.
+
+        Raises:
+            UserError: this one stopped before.
+        """
+        if not 1 <= remove <= len(self.removed):
+            raise UserError(f"This scan removed {len(self.removed)} layers, not {remove}; scan for more.")
+        losses = self.losses[:remove]
+        forwards = sum(_step_forwards(self.shape.layers, min(self.losses[0]), list(map(len, losses))))
+        return replace(self, removed=self.removed[:remove], losses=losses, layer_forwards=forwards)
+
+
+def protected_ends(search: str, protect_first: int | None, protect_last: int | None) -> tuple[int, int]:
+    """Return how many layers at the input and at the output a search of ``GREEDY`` leaves alone."""
+    default = GREEDY[search]
+    return default if protect_first is None else protect_first, default if protect_last is None else protect_last
+
+
+def scan_greedy(
+    source: WeightSource,
+    tokens: TokenSet,
+    remove: int,
+    *,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    memory_limit: int = MEMORY_LIMIT,
+    progress: Callable[[int, int], None] | None = None,
+) -> GreedyScan:
+    """Remove ``remove`` layers one by one, each time the one without which the loss is lowest, the first of equals.
+
+    Every step is one sweep over the layers that are left, in which all candidates share the layers in front of the
+    missing one. What one step computed is of no use to the next but for the states in front of the removed layer,
+    about one part in L of the work, which would have to be kept for the whole text.
+
+    Args:
+        source: The dense model.
+        tokens: Text to predict.
+        remove: Layers to remove (k), 1 to L - 1.
+        protect_first: Layers at the input that stay in any case; SLEB keeps 1.
+        protect_last: Layers at the output that stay in any case; SLEB keeps 1.
+        batch_size: Sequences a batch.
+        dtype: Computing type.
+        device: Where layers run.
+        memory_limit: Bytes for hidden states, of which there is a copy per candidate; more text than fits is read in
+            several sweeps a step.
+        progress: Called with (layer forwards done, in all).
+
+    Raises:
+        UserError: there is nothing to remove, too little would be left, or a loss is not finite.
+    """
+    count = shape_of(source).layers
+    free = unprotected(count, remove, protect_first, protect_last)
+    # Positions of the unprotected layers: each step leaves one fewer, and the protected ones keep their places.
+    candidates = [range(free.start, free.stop - step) for step in range(remove)]
+    forwards = sum(count_forwards(count - step, 1, starts, whole=step == 0) for step, starts in enumerate(candidates))
+    sweep = LayerSweep(
+        source,
+        tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        memory_limit=memory_limit,
+        on_forward=progress and (lambda done: progress(round(done), forwards)),
+    )
+    layers = list(range(count))
+    removed: list[int] = []
+    steps: list[dict[int, float]] = []
+    dense_loss = 0.0
+    for step in range(remove):
+        # Positions of the unprotected layers: there is one fewer each time, and the protected ones keep their places.
+        starts = range(free.start, free.stop - step)
+        losses, whole_loss = sweep.losses(layers, 1, starts, whole=not removed)
+        dense_loss = dense_loss if whole_loss is None else whole_loss
+        steps.append({layers[start]: loss for start, loss in losses.items()})
+        removed.append(min(steps[-1], key=steps[-1].__getitem__))
+        layers.remove(removed[-1])
+    return GreedyScan(
+        shape=sweep.model.shape,
+        model_fingerprint=fingerprint(source),
+        tokens=tokens.manifest,
+        removed=tuple(removed),
+        losses=tuple(steps),
+        dense_loss=dense_loss,
+        layer_forwards=round(sweep.layer_forwards),
+    )
+
+
+def plan_greedy(scan: GreedyScan, search: str = "greedy") -> Plan:
+    """Remove the layers that a greedy scan found; ``scan.first(k)`` for fewer of them.
+
+    Args:
+        scan: What ``scan_greedy`` measured.
+        search: What it is called, of ``GREEDY``.
+    """
+    provenance = {
+        "model_fingerprint": scan.model_fingerprint,
+        "tokens": scan.tokens,
+        "settings": {"search": search, "removed": len(scan.removed)},
+        "dense_loss": scan.dense_loss,
+        "order": list(scan.removed),
+        "losses": [losses[layer] for losses, layer in zip(scan.losses, scan.removed, strict=True)],
+        "layer_forwards": scan.layer_forwards,
+    }
+    return layer_plan(scan.shape, scan.removed, METHOD, provenance)
+
+
+def _step_forwards(layers: int, first: int, candidates: list[int]) -> list[int]:
+    """Return the layer forwards of each step, of which ``candidates`` has the number of layers that may go.
+
+    ``first`` is the position of the first of them; only the first step measures the dense model.
+    """
+    return [
+        count_forwards(layers - step, 1, range(first, first + count), whole=step == 0)
+        for step, count in enumerate(candidates)
+    ]

@@ -1,0 +1,53 @@
+"""Width and depth at once, from one set of scores: what a search over architectures prunes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.structured.shortgpt import removal_order
+from nemo_pvs.pruning.structured.width import plan_width
+
+
+def plan_joint(
+    scores: Scores, target: Shape, aggregation: str = "energy", layer_order: Sequence[int] | None = None
+) -> Plan:
+    """Choose layers, channels and KV groups of the same dense model, in one step as ModelOpt's search does.
+
+    Channels are chosen as by ``plan_width``; that other layers go at the same time changes nothing for them.
+
+    Args:
+        scores: What ``calibrate`` measured.
+        target: The Shape to reach.
+        aggregation: As for ``plan_width``.
+        layer_order: Layers in order of removal, such as ``GreedyScan.removed``; by ascending block influence if None.
+
+    Raises:
+        UserError: as ``plan_width``, or the target needs more layers removed than ``layer_order`` has.
+    """
+    parent = scores.shape
+    width = plan_width(scores, target.replace(layers=parent.layers), aggregation)
+    if target.layers == parent.layers:
+        return width
+    order = removal_order(scores) if layer_order is None else layer_order
+    removed = order[: parent.layers - target.layers]
+    if len(removed) < parent.layers - target.layers:
+        raise UserError(
+            f"The order of removal has {len(order)} layers, but {parent.layers - target.layers} must go to leave "
+            f"{target.layers}; scan for more."
+        )
+    kept = tuple(layer for layer in range(parent.layers) if layer not in removed)
+    settings = {**width.provenance["settings"], "removed": list(removed)}
+    return replace(
+        width,
+        method="minitron-joint",
+        target=target,
+        keep_layers=kept,
+        keep_ffn=tuple(width.keep_ffn[layer] for layer in kept),
+        keep_kv_groups=tuple(width.keep_kv_groups[layer] for layer in kept),
+        provenance={**width.provenance, "settings": settings},
+    )

@@ -1,0 +1,144 @@
+"""Losses of a model without some of its layers, many candidates in one pass that share the layers in front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.system import ranks
+
+
+class LayerSweep:
+    """One model and one text, swept from the first layer to the last as often as ``losses`` is asked for.
+
+    On several ranks (``torch.distributed``) each reads its share of the text, and all get the losses of the whole.
+
+    A candidate leaves out a run of neighbouring layers. It shares the whole model's states up to its run, waits there
+    while the run passes, and then moves on with all others: every layer is read once for all candidates, and their
+    losses cost about half of running them one by one.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        tokens: TokenSet,
+        *,
+        batch_size: int = 8,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        memory_limit: int = MEMORY_LIMIT,
+        on_forward: Callable[[float], None] | None = None,
+    ) -> None:
+        """Prepare; nothing is computed yet.
+
+        Args:
+            source: The dense model.
+            tokens: Text to predict.
+            batch_size: Sequences a batch.
+            dtype: Computing type.
+            device: Where layers run.
+            memory_limit: Bytes for hidden states, of which there is a copy per candidate; more text than fits is read
+                in several passes over the layers.
+            on_forward: Called with ``layer_forwards`` after each.
+        """
+        self.model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
+        self.layer_forwards = 0.0
+        """How often the text (of this rank) went through a decoder layer so far; a part of it counts as its share."""
+        self._ids = ranks.split(tokens.ids)
+        self._batch_size = batch_size
+        self._on_forward = on_forward
+
+    def losses(
+        self, layers: Sequence[int], width: int, starts: Iterable[int], *, whole: bool = True
+    ) -> tuple[dict[int, float], float | None]:
+        """Measure the loss without each of several runs of layers.
+
+        Args:
+            layers: The layers that there are, in order: what earlier steps have left.
+            width: Neighbours in ``layers`` that a candidate leaves out.
+            starts: Position in ``layers`` of the first that each candidate leaves out.
+            whole: Also measure the model of all ``layers``.
+
+        Returns:
+            The loss (nats per token) of each candidate by its start, and that of ``layers`` as they are, or None.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        wanted = sorted(starts)
+        totals = dict.fromkeys((*wanted, None) if whole else wanted, 0.0)
+        predicted = 0
+        for ids in self.model.chunks(self._ids, states=len(wanted) + 1):
+            share = len(ids) / len(self._ids)
+            for start, states in self._run(ids, layers, width, wanted, whole, share).items():
+                loss, count = self.model.losses(states, ids[:, 1:])
+                totals[start] += loss
+            predicted += count
+        sums = ranks.all_reduce(torch.tensor([*totals.values(), predicted], dtype=torch.float64)).tolist()
+        means = {start: total / sums[-1] for start, total in zip(totals, sums, strict=False)}
+        if not all(map(math.isfinite, means.values())):
+            raise UserError("The model's loss is not finite during the depth scan; is the checkpoint damaged?")
+        dense = means.pop(None, None)
+        return {start: loss for start, loss in means.items() if start is not None}, dense
+
+    def _run(
+        self, ids: torch.Tensor, layers: Sequence[int], width: int, starts: list[int], whole: bool, share: float
+    ) -> Mapping[int | None, torch.Tensor]:
+        """Return the last hidden states of every candidate, and under None those of the whole model if wanted."""
+        dense = self.model.embed(ids[:, :-1])
+        pruned: dict[int | None, torch.Tensor] = {}
+        for position, index in enumerate(layers):
+            if position in starts:
+                pruned[position] = dense.clone()
+            moving = [states for start, states in pruned.items() if start is not None and position >= start + width]
+            if whole or position < starts[-1]:
+                moving.append(dense)
+            if moving:
+                self._advance(self.model.layer(index), moving, share)
+        return {**pruned, None: dense} if whole else pruned
+
+    def _advance(self, layer: nn.Module, moving: list[torch.Tensor], share: float) -> None:
+        for states in moving:
+            self.model.run_layer(layer, states, self._batch_size)
+            self.layer_forwards += share
+            if self._on_forward:
+                self._on_forward(self.layer_forwards)
+
+
+def count_forwards(layers: int, width: int, starts: Sequence[int], *, whole: bool = True) -> int:
+    """Return the layer forwards of one ``LayerSweep.losses``."""
+    return sum(layers - width - start for start in starts) + (layers if whole else max(starts))
+
+
+def sweep_flops(shape: Shape, tokens: Mapping[str, Any], layer_forwards: float, models: int) -> int:
+    """Return the forward FLOPs of sweeps: the layers that were really run, and the output head for every model.
+
+    Args:
+        shape: The dense model; of uneven layers each counts as their mean.
+        tokens: Manifest of the token set.
+        layer_forwards: How often the text went through a decoder layer.
+        models: How often the loss was measured.
+    """
+    length = tokens["sequence_length"]
+    sizes = shape.layer_sizes
+    whole, one, two = (
+        shape.with_layers(layers).flops_per_token(sequence_length=length, training=False)
+        for layers in (sizes, sizes[:1], sizes[:1] * 2)
+    )
+    head = 2 * one - two
+    per_token = layer_forwards * (whole - head) / shape.layers + models * head
+    return round(tokens["samples"] * length * per_token)
+
+
+def sweep_tokens(tokens: Mapping[str, Any], models: int) -> int:
+    """Return the tokens that went through ``models`` models."""
+    return int(tokens["samples"] * tokens["sequence_length"]) * models

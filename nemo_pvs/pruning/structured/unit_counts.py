@@ -1,0 +1,267 @@
+"""How many KV groups and FFN channels each layer keeps under a ratio, by FLAP's rules (2312.11983).
+
+A unit is a KV group with its query heads, or an FFN channel (neuron). Ratios are shares of the weights in the matrices
+of the decoder layers (``Shape.matrix_parameters``): norms, biases, embedding and output head do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
+
+STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
+"""FLAP's names: every layer alike (UL) or all layers compared (AL); the same share of groups and of neurons (UM),
+groups by their own number and neurons by what is left of the budget (MM), or both compared with each other (AM)."""
+
+# Rounding guard: 0.29 * 100 must not become 28.
+_GUARD = 1e-9
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How many units stay, whatever their scores."""
+
+    ratio: float
+    """Share of the weights that goes."""
+    structure: str = "UL-UM"
+    remove_groups: int | None = None
+    """KV groups removed per layer, in AL-MM on average; by default the ratio of them, rounded down. UL-UM and AL-AM
+    have no such choice."""
+    uniform: bool = False
+    """The same counts in every layer, whatever the structure."""
+    ffn_multiple: int = 1
+    """FFN channels of each layer stay in multiples of this, rounded to the nearest, and at least one multiple."""
+    kv_groups_multiple: int = 1
+    """The same for KV groups."""
+    compat: bool = False
+    """Count a KV group as one head of multi-head attention, as FLAP's published script does."""
+    round_kept: bool = False
+    """UL-UM rounds down what stays, as LLM-Pruner's code does, and not what goes, as FLAP's does: ``_kept_counts``."""
+    protect_first: int = 0
+    """Layers at the input that keep all units. In UL-UM the ratio is that of each other layer, as LLM-Pruner's is;
+    else the others lose more, so that the ratio of all is reached."""
+    protect_last: int = 0
+    """The same at the output."""
+
+    def within_layers(self, method: str) -> Rules:
+        """Return the rules, and raise UserError if they compare layers, which the method's scores do not allow."""
+        if self.structure not in {"UL-UM", "UL-MM"}:
+            raise UserError(f"The scores of {method} are not comparable between layers; choose UL-UM or UL-MM.")
+        return self
+
+    def check(self, shape: Shape) -> None:
+        """Raise UserError unless the rules make sense for a model."""
+        if self.structure not in STRUCTURES:
+            raise UserError(f"Unknown structure {self.structure!r}; choose {', '.join(STRUCTURES)}.")
+        if not 0 < self.ratio < 1:
+            raise UserError(f"The ratio {self.ratio} removes nothing or everything; choose one between 0 and 1.")
+        if self.remove_groups is not None and not 0 <= self.remove_groups < shape.kv_groups:
+            raise UserError(
+                f"Cannot remove {self.remove_groups} of {shape.kv_groups} KV groups; "
+                f"choose from 0 to {shape.kv_groups - 1}."
+            )
+        if self.remove_groups is not None and self.structure in {"UL-UM", "AL-AM"}:
+            raise UserError(f"{self.structure} chooses the number of KV groups itself; leave remove_groups out.")
+        for name, multiple, size in (
+            ("ffn_multiple", self.ffn_multiple, shape.ffn),
+            ("kv_groups_multiple", self.kv_groups_multiple, shape.kv_groups),
+        ):
+            if not 1 <= multiple <= size:
+                raise UserError(f"{name} is {multiple}, but the model has {size}; choose from 1 to {size}.")
+        self._check_protected(shape)
+
+    def _check_protected(self, shape: Shape) -> None:
+        protected = self.protect_first + self.protect_last
+        if min(self.protect_first, self.protect_last) < 0 or protected >= shape.layers:
+            raise UserError(f"Cannot protect {protected} of {shape.layers} layers; some must be left to prune.")
+        if protected and self.uniform:
+            raise UserError("Protected layers keep their sizes, so all cannot be alike; leave out one of the two.")
+        if self.structure != "UL-UM" and self.ratio * shape.layers >= shape.layers - protected:
+            raise UserError(
+                f"A ratio of {self.ratio} cannot come out of {shape.layers - protected} of {shape.layers} layers; "
+                "choose a lower one, or protect fewer."
+            )
+
+    def of_the_rest(self, shape: Shape) -> tuple[Shape, Rules]:
+        """Return the model of the layers that are not protected, and what to reach in it."""
+        rest = shape.layers - self.protect_first - self.protect_last
+        share = 1.0 if self.structure == "UL-UM" else shape.layers / rest
+        return shape.replace(layers=rest), replace(self, ratio=self.ratio * share, protect_first=0, protect_last=0)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """The weights that may go, in neurons: a neuron is a row of gate and of up and a column of down, 3 d weights."""
+
+    shape: Shape
+    rules: Rules
+
+    @property
+    def group(self) -> float:
+        """The weight of a KV group: (2 g + 2) h / 3 neurons; in compat 512 / 3 for h = 128, cut to a whole number."""
+        shape = self.shape
+        if self.rules.compat:
+            return 4 * shape.head_dim // 3
+        return (2 * shape.heads_per_group + 2) * shape.head_dim / 3
+
+    def neurons(self, groups: int) -> float:
+        """Return how many neurons must go in all layers besides so many groups."""
+        shape, ratio = self.shape, self.rules.ratio
+        if self.rules.compat:  # attention of 4 d^2 weights a layer, of which a query head has 4 d h
+            weights = shape.layers * shape.hidden * (3 * shape.ffn + 4 * shape.hidden)
+            groups_weights = 4 * shape.hidden * shape.head_dim * shape.heads_per_group * groups
+            return (ratio * weights - groups_weights) / (3 * shape.hidden)
+        return ratio * shape.matrix_parameters / (3 * shape.hidden) - groups * self.group
+
+
+def unit_counts(groups: torch.Tensor, ffn: torch.Tensor, shape: Shape, rules: Rules) -> tuple[list[int], list[int]]:
+    """Return how many KV groups and how many neurons each layer keeps.
+
+    Args:
+        groups: Score of each KV group [L, G]; where layers are compared, comparable ones.
+        ffn: Score of each neuron [L, f].
+        shape: The parent, even.
+        rules: What to reach.
+
+    Raises:
+        UserError: the rules make no sense for this model, or leave a layer without groups or neurons.
+    """
+    rules.check(shape)
+    budget = _Budget(*rules.of_the_rest(shape))
+    rest = slice(rules.protect_first, shape.layers - rules.protect_last)
+    kept = _settle(*_counts(groups[rest], ffn[rest], budget), budget)
+    kept_groups, kept_ffn = (
+        [size] * rules.protect_first + counts + [size] * rules.protect_last
+        for counts, size in zip(kept, (shape.kv_groups, shape.ffn), strict=True)
+    )
+    return kept_groups, kept_ffn
+
+
+def _counts(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[list[int], list[int]]:
+    """Return how many groups and neurons each layer keeps before any rounding to multiples."""
+    rules, shape = budget.rules, budget.shape
+    layers = shape.layers
+    if rules.structure == "AL-AM":
+        return _compare_all(groups, ffn, budget)
+    if rules.structure == "AL-MM":
+        removed = _groups(budget, layers)
+        return (
+            _best_overall(groups, groups.numel() - removed, rules.kv_groups_multiple),
+            _best_overall(ffn, ffn.numel() - _neurons(budget, removed, 1), rules.ffn_multiple),
+        )
+    if rules.structure == "UL-UM" and rules.round_kept:
+        kept_groups, kept_ffn = _kept_counts(shape, rules)
+        return [kept_groups] * layers, [kept_ffn] * layers
+    removed = _groups(budget, 1)
+    if rules.structure == "UL-UM":
+        neurons = int(rules.ratio * shape.ffn + _GUARD)
+    else:
+        neurons = _neurons(budget, layers * removed, layers)
+    return [shape.kv_groups - removed] * layers, [shape.ffn - neurons] * layers
+
+
+def _kept_counts(shape: Shape, rules: Rules) -> tuple[int, int]:
+    """Return how many groups and neurons of a layer LLM-Pruner's code keeps (``prune_local`` of its MetaPruner).
+
+    Of n channels ``int(n (1 - ratio))`` stay, in Python's floats and without a guard: of 100 at a ratio of 0.34 these
+    are 65. Keys are counted by channel, too, and a group goes for every ``head_dim`` of them that are to go.
+    """
+    keys = shape.kv_groups * shape.head_dim
+    due = keys - int(keys * (1 - rules.ratio))
+    return max(shape.kv_groups - due // shape.head_dim, rules.kv_groups_multiple), int(shape.ffn * (1 - rules.ratio))
+
+
+def _groups(budget: _Budget, layers: int) -> int:
+    """Return how many KV groups go from so many layers together."""
+    rules, groups = budget.rules, budget.shape.kv_groups
+    if rules.remove_groups is not None:
+        return rules.remove_groups * layers
+    return min(int(rules.ratio * groups * layers + _GUARD), (groups - rules.kv_groups_multiple) * layers)
+
+
+def _neurons(budget: _Budget, groups: int, parts: int) -> int:
+    """Return how many neurons go besides so many groups, in each of equal parts."""
+    neurons = int(budget.neurons(groups) / parts + _GUARD)
+    available = budget.shape.ffn * budget.shape.layers // parts
+    if not 0 <= neurons < available:
+        raise UserError(
+            f"At a ratio of {budget.rules.ratio} and {groups / budget.shape.layers:g} KV groups removed per layer, "
+            f"{'no' if neurons > 0 else 'more than all'} FFN channels would stay; choose other numbers."
+        )
+    return neurons
+
+
+def _best_overall(scores: torch.Tensor, count: int, at_least: int) -> list[int]:
+    """Return how many of the ``count`` best of all units [L, n] each layer has; its own best ones always stay."""
+    _check_room(count, at_least * len(scores))
+    protected = _protect(scores, at_least)
+    order = protected.flatten().sort(descending=True, stable=True).indices[:count]
+    return torch.bincount(order // scores.shape[1], minlength=len(scores)).tolist()
+
+
+def _compare_all(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[list[int], list[int]]:
+    """Rank groups and neurons in one list, and keep from its head what comes nearest to the weight that stays.
+
+    The published script then drops the last of these, whose score is its threshold; so does compat.
+    """
+    rules, layers = budget.rules, budget.shape.layers
+    floors = (rules.kv_groups_multiple, rules.ffn_multiple)
+    protected = [_protect(scores, floor).flatten() for scores, floor in zip((groups, ffn), floors, strict=True)]
+    order = torch.cat(protected).sort(descending=True, stable=True).indices
+    weights = torch.ones(len(order), dtype=torch.float64)
+    weights[: groups.numel()] = budget.group
+    kept_weight = weights[order].cumsum(dim=0)
+    wanted = (1 - rules.ratio) * weights.sum()
+    count = int((kept_weight - wanted).abs().argmin()) + (0 if rules.compat else 1)
+    _check_room(count, layers * sum(floors))
+    kept = order[:count]
+    is_group = kept < groups.numel()
+    return (
+        torch.bincount(kept[is_group] // groups.shape[1], minlength=layers).tolist(),
+        torch.bincount((kept[~is_group] - groups.numel()) // ffn.shape[1], minlength=layers).tolist(),
+    )
+
+
+def _protect(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return scores [L, n] with the ``count`` best of each layer at infinity."""
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return scores.scatter(1, best, torch.inf)
+
+
+def _check_room(count: int, needed: int) -> None:
+    if count < needed:
+        raise UserError("The ratio leaves less than the smallest layer possible in every layer; choose a lower one.")
+
+
+def _settle(groups: list[int], ffn: list[int], budget: _Budget) -> tuple[list[int], list[int]]:
+    """Round the counts to multiples, or to equal ones; neurons make up for what groups gain or lose by it."""
+    rules, shape = budget.rules, budget.shape
+    even = rules.uniform or rules.structure.startswith("UL")
+    settled = _round(groups, sum(groups), rules.kv_groups_multiple, shape.kv_groups, even)
+    neurons = float(sum(ffn))
+    if rules.structure != "UL-UM":
+        all_groups = shape.layers * shape.kv_groups
+        neurons += budget.neurons(all_groups - sum(groups)) - budget.neurons(all_groups - sum(settled))
+    return settled, _round(ffn, neurons, rules.ffn_multiple, shape.ffn, even)
+
+
+def _round(counts: Sequence[int], total: float, multiple: int, most: int, even: bool) -> list[int]:
+    """Return multiples near ``counts``, at least one multiple and at most ``most`` each, with a sum near ``total``.
+
+    Shares are rounded down, and the largest remainders up (the method of Hamilton) until the total is reached.
+    """
+    layers, largest = len(counts), most // multiple
+    if even:
+        return [multiple * min(max(1, round(total / layers / multiple)), largest)] * layers
+    shares = [count * total / sum(counts) / multiple for count in counts]
+    whole = [min(max(1, int(share + _GUARD)), largest) for share in shares]
+    missing = round(total / multiple) - sum(whole)
+    by_remainder = sorted(range(layers), key=lambda layer: whole[layer] - shares[layer])
+    for layer in [layer for layer in by_remainder if whole[layer] < largest][: max(0, missing)]:
+        whole[layer] += 1
+    return [multiple * count for count in whole]

@@ -1,0 +1,1 @@
+"""A recipe: the YAML file as typed blocks, one file a block."""

@@ -1,0 +1,135 @@
+"""The block ``data`` of a recipe: the text, how it is split, and which tokens each kind of run reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from nemo_pvs.recipe.blocks import number
+from nemo_pvs.recipe.fields import Block, Fraction, Initialisation, Tokens
+
+Domain = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+"""The name of a domain, which is part of file names."""
+Range = tuple[Tokens, Tokens]
+"""Tokens of the training data from the first to the one behind the last, counted in the order of training."""
+
+
+def _text(value: Any) -> Any:
+    """Take a weight of a blend that YAML has made a number."""
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+class Split(Block):
+    """Shares of the corpus; documents never cross from one to another."""
+
+    train: Fraction = 0.85
+    validation: Fraction = 0.05
+    calibration: Fraction = 0.05
+    test: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Split:
+        if abs(sum(self.model_dump().values()) - 1) > 1e-9:
+            raise ValueError("the shares of train, validation, calibration and test must add up to 1")
+        return self
+
+
+class TokenFiles(Block):
+    """Megatron token files (``.bin`` and ``.idx``) by their path without suffix; nothing is tokenised then."""
+
+    train: str | list[Annotated[str, BeforeValidator(_text)]] | dict[Domain, str]
+    """One, several that are mixed by their sizes, a blend: weight, path, weight, path; or domains, one each."""
+    validation: str | dict[Domain, str]
+    """Of domains, one each too."""
+    calibration: str
+    test: str
+
+    @property
+    def blend(self) -> tuple[list[float] | None, list[str]]:
+        """The weights of the training files, None where their sizes weigh them, and their paths.
+
+        Raises:
+            ValueError: weights and paths do not alternate.
+        """
+        if isinstance(self.train, dict):
+            return None, list(self.train.values())
+        given = [self.train] if isinstance(self.train, str) else self.train
+        numbers = [number(entry) for entry in given]
+        if all(found is None for found in numbers) and given:
+            return None, given
+        weights, paths = [weight for weight in numbers[::2] if weight is not None], given[1::2]
+        by_turns = len(weights) == len(paths) == len(numbers[::2]) and all(found is None for found in numbers[1::2])
+        if not given or not by_turns:
+            raise ValueError("the training files must be paths, or weights and paths by turns")
+        return weights, paths
+
+    @model_validator(mode="after")
+    def _can_be_blended(self) -> TokenFiles:
+        _ = self.blend
+        train, validation = (
+            set(files) if isinstance(files, dict) else set() for files in (self.train, self.validation)
+        )
+        for name in sorted(train ^ validation):
+            missing = "validation" if name in train else "train"
+            raise ValueError(f"domain {name} has no {missing} file; give one, or leave the domain out")
+        return self
+
+
+class TokenRanges(Block):
+    """Which tokens of the training data each kind of run reads, as [first, end), in the order of training."""
+
+    parent: Range | None = None
+    """What the parent was trained on, if it was trained on the same data with the same seed."""
+    pruned: Range | None = None
+    """For pruned arms; each reads from the first on as many as its budget. From 0 without end where it is left out."""
+    random: Range | None = None
+    """For arms from random weights, likewise."""
+    allow_overlap: bool = False
+    """Let pruned arms read again what the parent was trained on."""
+
+    def of(self, initialisation: Initialisation) -> tuple[int, float]:
+        """Return the range of an arm; the end may be infinite."""
+        first, end = getattr(self, initialisation) or (0, float("inf"))
+        return int(first), end
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> TokenRanges:
+        for name in ("parent", "pruned", "random"):
+            given = getattr(self, name)
+            if given and given[0] >= given[1]:
+                raise ValueError(f"the range of {name} ends before it begins")
+        first, end = self.of("pruned")
+        if self.parent and not self.allow_overlap and first < self.parent[1] and self.parent[0] < end:
+            raise ValueError(
+                f"pruned arms would read tokens that the parent was trained on ({self.parent[0]:,} to "
+                f"{self.parent[1]:,}); move their range, or set allow_overlap: true"
+            )
+        return self
+
+
+class Data(Block):
+    """The text that everything is trained, calibrated and measured on: ``source`` or ``token_files``."""
+
+    source: str | list[str] | dict[Domain, str | list[str]] | None = None
+    """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``; or these for
+    each domain, whose calibration and test texts are put together."""
+    token_files: TokenFiles | None = None
+    split: Split = Split()
+    seed: int = 0
+    """Of the split."""
+    token_ranges: TokenRanges = TokenRanges()
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains whose shares ``dynamic_loading`` sets; none of one text."""
+        given = self.token_files.train if self.token_files else self.source
+        return list(given) if isinstance(given, dict) else []
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Data:
+        if (self.source is None) == (self.token_files is None):
+            raise ValueError("give either source or token_files")
+        if self.domains and self.token_ranges != TokenRanges():
+            raise ValueError("token_ranges are of one text, and this one has domains; leave token_ranges out")
+        return self

@@ -1,0 +1,115 @@
+"""The block ``dynamic_loading``: shares of the domains of the text, which follow their losses (Sheared LLaMA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.recipe.fields import Block, Fraction
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Loss = Annotated[float, Field(gt=0)]
+
+
+class ReferenceModel(Block):
+    """A model of the parent's family, and what it loses on each domain."""
+
+    parameters: float = Field(gt=0)
+    losses: dict[str, Loss]
+    """Nats per token, by domain."""
+
+
+class DynamicLoading(Block):
+    """Dynamic batch loading (Xia et al., 2310.06694, section 2.2): after every validation, more of what lags behind.
+
+    Defaults are those of the published runs.
+    """
+
+    kind: Literal["doremi", "constant"] = "doremi"
+    """``doremi``: shares follow the losses, as ``update_proportions`` says; ``constant``: they stay as they are."""
+    proportions: dict[str, Share] | None = None
+    """Shares at the start, by domain; without them pruned arms go on with those that their masks ended with."""
+    target_losses: dict[str, Loss] | None = None
+    """What the loss of each domain should come to, nats per token."""
+    fitted: list[ReferenceModel] | None = None
+    """Or models whose losses are extrapolated to the target's parameters, three or more (``reference_losses``)."""
+    rate: float = Field(default=1.0, gt=0)
+    smoothing: Fraction = 1e-4
+    clip: bool = False
+    """Let no domain's share fall for being ahead of its target, as in the paper's algorithm 1."""
+
+    @model_validator(mode="after")
+    def _says_where_to(self) -> DynamicLoading:
+        given = (self.target_losses is not None) + (self.fitted is not None)
+        if given != (self.kind == "doremi"):
+            raise ValueError(
+                "shares follow losses towards targets: give either target_losses or fitted"
+                if self.kind == "doremi"
+                else "constant shares need no target_losses and nothing fitted; leave them out"
+            )
+        if self.fitted is not None and len({model.parameters for model in self.fitted}) < 3:
+            raise ValueError("fitted needs three models or more of different sizes")
+        if self.proportions is not None and abs(sum(self.proportions.values()) - 1) > 1e-3:
+            raise ValueError(f"the proportions add up to {sum(self.proportions.values()):g}, not to 1")
+        return self
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The proportions, which the published ones are to three digits, made to add up to 1 exactly."""
+        given = self.proportions or {}
+        return {name: share / sum(given.values()) for name, share in given.items()}
+
+    def targets(self, domains: Sequence[str], parameters: float) -> list[float] | None:
+        """Return what the domains' losses should come to at a size; None for constant shares."""
+        if self.target_losses is not None:
+            return [self.target_losses[name] for name in domains]
+        if self.fitted is None:
+            return None
+        from nemo_pvs.data.dynamic_loading import reference_losses
+
+        losses = [[model.losses[name] for name in domains] for model in self.fitted]
+        return reference_losses([model.parameters for model in self.fitted], losses, parameters)
+
+    def check_domains(self, domains: Iterable[str], where: str) -> None:
+        """Refuse shares and losses that are not those of the text's domains.
+
+        Raises:
+            ValueError: naming the first domain that is missing, or that is not there.
+        """
+        blocks = {"proportions": self.proportions, "target_losses": self.target_losses}
+        blocks |= {f"fitted.{number}.losses": model.losses for number, model in enumerate(self.fitted or [])}
+        for key, given in blocks.items():
+            if given is None:
+                continue
+            for name in sorted(set(domains) ^ set(given)):
+                what = "is no domain of data" if name in given else "is missing"
+                raise ValueError(f"{where}.{key}: {name} {what}, whose domains are {', '.join(domains)}")
+
+    def check_enough(self, available: Mapping[str, int], tokens: int, known: int) -> None:
+        """Refuse a training for which a domain is certainly too short.
+
+        Shares that follow losses are known up to the first validation only; what comes then may still end early.
+
+        Args:
+            available: Tokens of each domain.
+            tokens: That the training reads.
+            known: Of these, until the first validation.
+
+        Raises:
+            UserError: naming the domain.
+        """
+        if tokens >= sum(available.values()):
+            raise UserError(
+                f"Training reads {tokens:,} tokens, but all domains together have {sum(available.values()):,}; take "
+                "more text, or lower train.tokens or budgets."
+            )
+        for name, share in self.shares.items():
+            wanted = int(share * (tokens if self.kind == "constant" else min(known, tokens)))
+            if wanted >= available[name]:
+                raise UserError(
+                    f"Training reads about {wanted:,} tokens of domain {name} (share {share:g}), but it has "
+                    f"{available[name]:,}; take more text, or lower its share, train.tokens or budgets."
+                )

@@ -1,0 +1,116 @@
+"""Read a recipe from its file, on top of the file that it extends, and say what is wrong with it in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.recipe.blocks import Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.problems import first_problem
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.system.files import expand_home, read_yaml
+
+_BASE = "base.yaml"
+"""The name of a file that other recipes of its folder extend and that is no recipe itself."""
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a recipe by path (``my/recipe.yaml``) or by the name of a packaged one (``smollm2_135m/demo``).
+
+    Raises:
+        UserError: there is no such recipe, or it says something that a recipe cannot say.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = Path(str(resources.files("nemo_pvs.recipes").joinpath(f"{name_or_path}.yaml")))
+    if not path.is_file():
+        raise UserError(f"There is no recipe {name_or_path}; known names: {', '.join(packaged_recipes())}.")
+    return parse_recipe(_read(path, ()), str(path))
+
+
+def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """Return what a file says, on top of what the file that it ``extends`` says."""
+    if path.resolve() in extended_by:
+        raise UserError(f"{path} extends itself by way of {extended_by[-1].name}; remove one of the two lines.")
+    if not path.exists() and extended_by:
+        raise UserError(f"{extended_by[-1]} extends {path}, which does not exist; correct the path.")
+    values = read_yaml(path)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is not a recipe: it should hold keys such as parent, data, targets and train.")
+    own = dict(expand_home(values))
+    base = own.pop("extends", None)
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends must be the path of one file, from this file's folder, not {base!r}.")
+    return _merge(_read(path.parent / base, (*extended_by, path.resolve())), own)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the values of ``over``: blocks are merged, all else is replaced, null takes away."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_training(values: Mapping[str, Any]) -> Training:
+    """Check training settings that were given as options.
+
+    Raises:
+        UserError: naming the first wrong one.
+    """
+    try:
+        return Training.model_validate(values)
+    except ValidationError as error:
+        raise UserError(first_problem(error, Training)) from None
+
+
+def parse_layout(values: Mapping[str, Any]) -> Layout:
+    """Check a parallel layout that was given as options.
+
+    Raises:
+        UserError: naming the first wrong one.
+    """
+    try:
+        return Layout.model_validate(values)
+    except ValidationError as error:
+        raise UserError(first_problem(error, Layout)) from None
+
+
+def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Check the values of a recipe; ``where`` names their file in messages.
+
+    Raises:
+        UserError: naming the first wrong key, and the nearest right one when it is unknown.
+    """
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_problem(error, Recipe)}") from None
+    from nemo_pvs.recipe.options import check_options  # takes seconds; a misspelt key is answered before
+
+    for name, target in recipe.targets.items():
+        try:
+            check_options(target)
+        except UserError as error:
+            raise UserError(f"{where}: targets.{name}: {error}") from None
+    return recipe
+
+
+def packaged_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = Path(str(resources.files("nemo_pvs.recipes")))
+    files = (file for file in folder.rglob("*.yaml") if file.name != _BASE)
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files)

@@ -1,0 +1,61 @@
+"""What is wrong with a recipe or a launch profile, in one sentence that names the key."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from nemo_pvs.recipe.fields import Block
+
+_UNION_TAGS = {"Rates", "Budgets", "float", "str", "local", "slurm"}
+
+
+def first_problem(error: ValidationError, block: type[Block]) -> str:
+    """Return the first thing that is wrong with the values of a block, an unknown key before all else."""
+    problems = error.errors()
+    first = _keys(problems[0])
+    # Of the alternatives of a key, what was meant is the one that fits furthest; our own sentences say most.
+    here = [one for one in problems if _keys(one)[: len(first)] == first]
+    nearest_fit = max(here, key=lambda one: (len(_keys(one)), one["type"] == "value_error"))
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), nearest_fit)
+    keys = _keys(problem)
+    key = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        known = list(_block_at(keys[:-1], block).model_fields)
+        nearest = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.4)
+        return f"unknown key {key}; " + (
+            f"did you mean {nearest[0]}?" if nearest else f"known keys are {', '.join(known)}."
+        )
+    if problem["type"] == "missing":
+        return f"{key} is missing; add it."
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    shown = "" if isinstance(given, (Mapping, Block)) else f", not {given!r}"
+    return f"{key or 'recipe'}: {message[0].lower()}{message[1:]}{shown}."
+
+
+def _keys(problem: ErrorDetails) -> list[str]:
+    """Return the keys of the file that lead to a problem, without what pydantic calls the alternatives of a key."""
+    keys = [str(key) for key in problem["loc"]]
+    return [key for key in keys if key not in _UNION_TAGS and "[" not in key]
+
+
+def _block_at(keys: list[str], block: type[Block]) -> type[Block]:
+    """Return the class of the block under ``keys``; names that a user chose (of targets) have none of their own."""
+    for key in keys:
+        if key in block.model_fields:
+            block = next(_blocks_in(block.model_fields[key].annotation), block)
+    return block
+
+
+def _blocks_in(annotation: Any) -> typing.Iterator[type[Block]]:
+    if inspect.isclass(annotation) and issubclass(annotation, Block):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _blocks_in(argument)

@@ -1,0 +1,1 @@
+"""Runs side by side: whether they may be compared, their gaps and curves."""

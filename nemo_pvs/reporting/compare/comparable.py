@@ -1,0 +1,79 @@
+"""Whether finished runs may be compared: what they must share, and the field in which they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_pvs.reporting.results import Results
+
+if TYPE_CHECKING:
+    from nemo_pvs.reporting.compare.compare import Run
+
+
+def differences_of(runs: Sequence[Run]) -> list[str]:
+    """Return a clause for every field in which a run must not differ from the first that says something of it."""
+    found = []
+    said: dict[tuple[str, str], tuple[Run, Any]] = {}
+    for run in runs:
+        for field, value in _fields(run.results).items():
+            first, one = said.setdefault(field, (run, value)) if value is not None else (run, value)
+            if one != value:
+                what, name = field
+                found.append(
+                    f"{what} differs, {name} is {_short(one)} in {first.label} and {_short(value)} in {run.label}"
+                )
+    recipes: dict[str, list[Run]] = {}
+    for run in runs:
+        recipes.setdefault(run.identity, []).append(run)
+    ours, *others = recipes.values()
+    if theirs := next((group for group in others if _seeds(group) != _seeds(ours)), None):
+        found.append(
+            f"data order differs, its seed is {_listed(ours)} and {_listed(theirs)}, and they are not one recipe "
+            "repeated with the same seeds"
+        )
+    return found
+
+
+def _seeds(runs: Sequence[Run]) -> set[Any]:
+    return {run.data_seed for run in runs}
+
+
+def _listed(runs: Sequence[Run]) -> str:
+    return " and ".join(f"{run.data_seed} in {run.label}" for run in runs)
+
+
+def _fields(results: Results) -> dict[tuple[str, str], Any]:
+    """Return what two runs must share, by kind and name; None where a run does not say."""
+    recipe, hashes = results.recipe, results.hashes
+    order = ("train.sequence_length", "train.global_batch_size", "data.seed", "data.token_ranges")
+    windows = ("train.validation_samples", "train.sequence_length")
+    perplexity = ("evaluate.samples", "evaluate.sequence_length")
+    return {
+        ("tokenizer", "its SHA-256"): hashes.get("tokenizer"),
+        ("architecture", "the parent's shape"): str(results.parent.shape) if results.parent else None,
+        ("parent", "the SHA-256 of its weights"): hashes.get("parent weights"),
+        **{("architecture", f"the shape of {name}"): str(arms[0].shape) for name, arms in results.targets.items()},
+        **{("data order", f"the SHA-256 of {name}"): value for name, value in hashes.items() if _is_training(name)},
+        **{("data order", name): at(recipe, *name.split(".")) for name in order},
+        ("validation set", "the SHA-256 of its tokens"): hashes.get("validation tokens"),
+        **{("validation set", name): at(recipe, *name.split(".")) for name in windows},
+        ("test set", "the SHA-256 of its tokens"): hashes.get("test tokens"),
+        **{("test set", name): at(recipe, *name.split(".")) for name in perplexity},
+    }
+
+
+def _is_training(name: str) -> bool:
+    return name.startswith("train") and name.endswith(" tokens")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 and " " not in text else text
+
+
+def at(values: Any, *keys: str) -> Any:
+    """Return what stands under nested keys; None where there is no such key."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values

@@ -1,0 +1,53 @@
+"""Arms of a report that were trained elsewhere: their curves come from training logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.compare.comparable import at
+from nemo_pvs.reporting.results import Point
+from nemo_pvs.reporting.training_log import log_files, validation_losses
+from nemo_pvs.system.files import sha256_file, sha256_json
+
+if TYPE_CHECKING:
+    from nemo_pvs.reporting.compare.compare import Run
+
+
+def take_curves(runs: Sequence[Run], curves: Sequence[str]) -> None:
+    """Replace validation curves by what training logs say, for arms that were trained elsewhere.
+
+    The loss before training stays; the log's hash joins those of the run.
+
+    Args:
+        runs: Some runs.
+        curves: ``ARM=LOG`` each, the arm as the report calls it (``width, pruned``), or ``RUN: ARM`` where several
+            runs have one of that name; for LOG see ``training_log.validation_losses``.
+
+    Raises:
+        UserError: there is no such arm, or the log cannot be that of its run.
+    """
+    for text in curves:
+        wanted, _, log = text.rpartition("=")
+        named = [
+            (run, arm) for run in runs for arm in run.results.arms if wanted in (arm.name, f"{run.label}: {arm.name}")
+        ]
+        if len(named) != 1:
+            known = ", ".join(f"'{run.label}: {arm.name}'" for run in runs for arm in run.results.arms)
+            raise UserError(f"--curve {text!r} names {len(named)} arms; write ARM=LOG, with one of {known}.")
+        [(run, arm)] = named
+        losses = validation_losses(Path(log))
+        size = at(run.results.recipe, "train", "global_batch_size"), at(run.results.recipe, "train", "sequence_length")
+        if not all(size):
+            raise UserError(f"{run.label} does not say how many tokens a step has, so {log} cannot be its log.")
+        points = [Point(steps, steps * size[0] * size[1], loss) for steps, loss in losses.items()]
+        trained = arm.ledger.training.tokens
+        if trained is not None and points[-1].tokens > trained:
+            raise UserError(
+                f"{log} goes on to {points[-1].tokens:,} tokens, but {wanted} was trained on {trained:,}; is it the "
+                "log of another run?"
+            )
+        arm.validation = [*(point for point in arm.validation if not point.tokens), *points]
+        run.results.hashes[f"log of {arm.name}"] = sha256_json([sha256_file(file) for file in log_files(Path(log))])

@@ -1,0 +1,148 @@
+"""The numbers behind a report as plain data: ``report.json``, and the same as CSV tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from nemo_pvs.reporting.compare.compare import SideBySide
+from nemo_pvs.reporting.compare.tasks import Score, TaskRow, averages, task_rows
+from nemo_pvs.reporting.figures.gap import gap_curve, published_gaps, removed_share
+from nemo_pvs.reporting.results import ArmResult
+
+Rows = list[dict[str, Any]]
+
+
+def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
+    """Return all that the page shows; what is not known is None, a number that is not finite is its name.
+
+    Args:
+        runs: what to report.
+        reference: with the paper's points.
+    """
+    results = runs.results
+    tasks = task_rows(runs)
+    data = {
+        "title": results.title,
+        "created": results.created,
+        "runs": [
+            {
+                "folder": run.label,
+                "seed": run.seed,
+                "data_seed": run.data_seed,
+                "results": run.results.to_json(),
+            }
+            for run in runs.runs
+        ],
+        "not_comparable": list(runs.differences),
+        "warnings": runs.warnings,
+        "parent": asdict(results.parent) if results.parent else None,
+        "arms": arm_rows(runs),
+        "equal_terms": equal_terms(runs),
+        "gap_against_tokens": [
+            {"arm": arm.name, "tokens": tokens, "gap": gap}
+            for arm in results.arms
+            for tokens, gap in gap_curve(results, arm)
+        ],
+        "tasks": [_task(row) for row in tasks],
+        "averages": [_task(row) for row in averages(tasks)],
+    }
+    if reference:
+        data["published"] = [
+            {"method": method, "tokens": tokens, "gap": gap, "removed": removed}
+            for method, points in published_gaps().items()
+            for tokens, gap, removed in points
+        ]
+    plain: dict[str, Any] = _plain(data)
+    return plain
+
+
+def arm_rows(runs: SideBySide) -> Rows:
+    """Return a row an arm, losses and gaps in nats per token; missing arms have a row of nothing but their name."""
+    rows = [_arm(runs, arm) for arm in runs.results.arms]
+    empty: dict[str, Any] = dict.fromkeys(rows[0] if rows else ())
+    return rows + [
+        {**empty, "arm": f"{target}, {start}", "target": target, "initialisation": start, "runs": 0}
+        for target, start in runs.missing
+    ]
+
+
+def equal_terms(runs: SideBySide) -> Rows:
+    """Return a row for every pair of a pruned arm and one from scratch that cost the same under a setting."""
+    return [
+        {"pruned": arm.name, "scratch": one.scratch.name, "setting": one.setting, "gap": one.gap}
+        for arm in runs.results.arms
+        for one in runs.results.comparisons(arm)
+    ]
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as CSV with a line of names; what is not known is an empty cell."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _arm(runs: SideBySide, arm: ArmResult) -> dict[str, Any]:
+    results, ledger = runs.results, arm.ledger
+    known = bool(ledger.charges)
+    return {
+        "arm": arm.name,
+        "target": arm.target,
+        "method": arm.method,
+        "initialisation": arm.initialisation,
+        "runs": len(runs.repetitions[arm.name]),
+        "parameters": arm.shape.parameters - arm.masked_parameters,
+        "removed": removed_share(results, arm),
+        "training_tokens": ledger.training.tokens if known else None,
+        "training_flops": ledger.training.flops if known else None,
+        "training_flops_zeros_skipped": ledger.training_zeros_skipped.flops if known else None,
+        "total_tokens": ledger.total.tokens if known else None,
+        "total_flops": ledger.total.flops if known else None,
+        "total_flops_zeros_skipped": ledger.total_zeros_skipped.flops if known else None,
+        "validation_loss": arm.validation_loss,
+        "validation_loss_deviation": runs.final_loss_deviation(arm),
+        "gap": results.gap(arm),
+        "gap_deviation": runs.gap_deviation(arm),
+        "test_perplexity_before": arm.test_perplexity_before,
+        "test_perplexity_after": arm.test_perplexity_after,
+        "test_perplexity_after_deviation": runs.perplexity_deviation(arm),
+    }
+
+
+def _task(row: TaskRow) -> dict[str, Any]:
+    return {
+        "task": row.task,
+        "windows": row.cut,
+        "pruned_arm": row.pruned_name,
+        "scratch_arm": row.scratch_name,
+        **_score("parent", row.parent),
+        **_score("pruned", row.pruned),
+        **_score("scratch", row.scratch),
+        "difference": row.difference,
+        "difference_stderr": row.stderr,
+        "paired": row.paired,
+        "winner": row.winner,
+    }
+
+
+def _score(name: str, score: Score | None) -> dict[str, Any]:
+    return {
+        name: None if score is None else score.value,
+        f"{name}_stderr": None if score is None else score.stderr,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Replace NaN and infinity, for which JSON has no spelling."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

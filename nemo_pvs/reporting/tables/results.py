@@ -1,0 +1,266 @@
+"""The outcome in words and the results table: one set of rows for the page, the Markdown file and the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, scaled, scientific, unit_of
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
+
+if TYPE_CHECKING:
+    from nemo_pvs.reporting.compare.compare import SideBySide
+
+_NOT_FINITE = "NaN/∞"
+"""In the terminal, where a wider cell takes the last column away."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the results table, units in its headings."""
+
+    group: str
+    """Heading that neighbouring columns share; empty for none."""
+    heading: str
+    """Heading below the group's."""
+    plain: str
+    """The heading of the same column where there are no groups."""
+    terminal: str | None = None
+    """Heading in the terminal; None leaves the column out there."""
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """Formatted cells; the first of a row is its name, all others are numbers or a dash."""
+
+    columns: list[Column]
+    rows: list[list[str]]
+    """The parent first, if there is one, then the arms in order."""
+
+
+_GAP = (
+    "Gap: loss of the model from scratch minus loss of the pruned one after the same number of training tokens; "
+    "positive where pruning won."
+)
+_ONE_RUN = "Each arm is one run: differences that another seed would make are not measured."
+NOTES = (
+    "Body: decoder layers and final norm, without embedding and output head.",
+    "TP × PP: tensor-parallel times pipeline-parallel ranks.",
+    _GAP,
+    "Before and after: the training on the tokens counted here.",
+    _ONE_RUN,
+    f"{DASH}: not measured or not known.",
+)
+
+
+def notes_of(runs: SideBySide) -> list[str]:
+    """Return the notes below the table of these runs."""
+    notes = [note for note in NOTES if note != _GAP or runs.results.parent]
+    notes += _of_training(runs)
+    if runs.seeds == 1:
+        return notes
+    counts = ", ".join(f"{arm.name} {len(runs.repetitions[arm.name])}" for arm in runs.results.arms)
+    repeated = f"Means over runs with different seeds ± their standard deviation; runs: {counts}."
+    return [repeated if note == _ONE_RUN else note for note in notes]
+
+
+_INITIALISATIONS = {
+    "megatron": "as Megatron draws them: with a standard deviation of 0.02 (initializer_range), divided by √(2 L) in "
+    "attention outputs and MLP down projections, as in GPT-2",
+    "maxtext": "as the MaxText of the published runs (arXiv 2606.14150) draws them, so that scratch begins where "
+    "theirs did: by 1 / √(inputs), queries by another √(head size), embeddings with 0.02",
+    "normal": "with a standard deviation of 0.02 (initializer_range) everywhere, as the published sparse baselines "
+    "(arXiv 2606.14150) were",
+}
+_PAPER_STEPS = (
+    "Budgets in names are counted as the paper labels its runs, 2^20 tokens for a million; all other numbers are of "
+    "tokens that were seen."
+)
+
+
+def _of_training(runs: SideBySide) -> list[str]:
+    """Return how random weights were drawn, and what budgets count, as far as the recipes say."""
+    trained = [train for run in runs.runs if isinstance(train := run.results.recipe.get("train"), Mapping)]
+    drawn = any(arm.initialisation == "random" for run in runs.runs for arm in run.results.arms)
+    schemes = dict.fromkeys(str(train.get("initialisation", "megatron")) for train in trained) if drawn else {}
+    notes = [f"Random weights are drawn {_INITIALISATIONS[scheme]}." for scheme in schemes]
+    return [*notes, *[_PAPER_STEPS] * any(train.get("paper_steps") for train in trained)]
+
+
+def outcome(results: Results) -> str:
+    """Return the headline: at equal training tokens, which arm won on each target, and by how many nats per token.
+
+    Of a run that trained models which are no pruned ones, where they have come to.
+    """
+    if results.parent is None:
+        ends = [f"{arm.name} ended at {fixed(arm.validation_loss)} nats per token" for arm in results.arms]
+        return f"Trained from random weights: {', '.join(ends)}."
+    compared = [arm for arm in results.arms if results.scratch_of(arm) is not None]
+    if not compared:
+        return "No pruned model here has a counterpart trained from scratch."
+    verdicts = []
+    for arm in compared:
+        alone = sum(other in compared for other in results.targets[arm.target]) == 1
+        verdicts.append(f"on {arm.target} {_verdict(results.gap(arm), 'pruning' if alone else f'“{arm.name}”')}")
+    return f"At equal training tokens, {', '.join(verdicts)}."
+
+
+def _verdict(gap: float | None, pruned: str) -> str:
+    if gap is None:
+        return f"{pruned} was not compared with training from scratch"
+    if not math.isfinite(gap):
+        return f"{pruned} or training from scratch diverged"
+    if fixed(abs(gap)) == "0.00":
+        return f"{pruned} and training from scratch were equal to two decimals"
+    return f"{pruned if gap > 0 else 'training from scratch'} won by {fixed(abs(gap))} nats per token"
+
+
+def total_cost(results: Results) -> str:
+    """Return one sentence on what the comparison costs once the parent is charged, the paper's second budget."""
+    if results.parent is None:
+        spent = [(arm.name, arm.ledger.total) for arm in results.arms]
+        costs = [
+            f"{fixed(total.tokens, 0)} tokens and {scientific(total.flops)} FLOPs ({name})" for name, total in spent
+        ]
+        return f"It took {', '.join(costs)}."
+    ratios = []
+    for arm in results.arms:
+        if scratch := results.scratch_of(arm):
+            ours, theirs = arm.ledger.total.flops, scratch.ledger.total.flops
+            ratio = ours / theirs if ours and theirs else None
+            known = fixed(ratio) if ratio is None or ratio < 1000 else scientific(ratio)
+            ratios.append(f"{'unknown' if ratio is None else known} ({arm.name})")
+    if not ratios:
+        return "No pruned model here has a counterpart to compare its cost with."
+    return (
+        "With all that made it charged, the parent's pretraining included, a pruned model took this many times the "
+        f"FLOPs of its counterpart from scratch: {', '.join(ratios)}."
+    )
+
+
+def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTable:
+    """Return the main table of the report, cells formatted, units in the headings.
+
+    Args:
+        results: the arms.
+        runs: what they are the means of, for standard deviations and for the rows of missing arms.
+    """
+    parent = results.parent
+    shapes = [*([parent.shape] if parent else []), *(arm.shape for arm in results.arms)]
+    size = unit_of([shape.parameters for shape in shapes])
+    tokens = unit_of([arm.ledger.training.tokens for arm in results.arms])
+    unit, token_unit = (f" ({prefix})" if prefix else "" for _, prefix in (size, tokens))
+    columns = [
+        Column("", "Model", "Model", "Model"),
+        Column(f"Parameters{unit}", "total", f"Parameters{unit}", f"params\n{unit.strip()}"),
+        Column(f"Parameters{unit}", "removed (%)", "removed (%)", "removed\n(%)"),
+        Column(f"Body parameters{unit}", "total", f"Body{unit}"),
+        Column(f"Body parameters{unit}", "removed (%)", "body removed (%)"),
+        Column("", "TP\u00a0×\u00a0PP", "TP × PP", "TP × PP\n(ranks)"),
+        Column("Training", f"tokens{token_unit}", f"training tokens{token_unit}", f"tokens\n{token_unit.strip()}"),
+        Column("Training", "FLOPs", "training FLOPs"),
+        Column("", "FLOPs with ancestors", "FLOPs with ancestors"),
+        Column("Validation (nats per token)", "loss", "validation loss (nats)", "loss\n(nats)"),
+        Column("Validation (nats per token)", "gap", "gap (nats)", "gap\n(nats)"),
+        Column("Test perplexity", "before", "test PPL before", "PPL\nbefore"),
+        Column("Test perplexity", "after", "test PPL after", "PPL\nafter"),
+    ]
+    rows = [_arm_row(results, arm, size, tokens, runs) for arm in results.arms]
+    missing = [[f"{target}, {start} (missing)", *[DASH] * 12] for target, start in (runs.missing if runs else [])]
+    return ResultsTable(columns, [*([_parent_row(parent, size)] if parent else []), *rows, *missing])
+
+
+def _parent_row(parent: ParentResult, size: tuple[float, str]) -> list[str]:
+    return [
+        f"{parent.name} (parent)",
+        scaled(parent.shape.parameters, size),
+        DASH,
+        scaled(parent.shape.body_parameters, size),
+        *[DASH] * 5,
+        fixed(parent.validation_loss),
+        DASH,
+        DASH,
+        perplexity(parent.test_perplexity),
+    ]
+
+
+def _arm_row(
+    results: Results, arm: ArmResult, size: tuple[float, str], tokens: tuple[float, str], runs: SideBySide | None
+) -> list[str]:
+    parent = results.parent
+    total = arm.shape.parameters - arm.masked_parameters
+    body = arm.shape.body_parameters - arm.masked_parameters
+    sizes = [arm.parallel.get(dimension) for dimension in ("tensor", "pipeline")]
+    return [
+        arm.name,
+        scaled(total, size),
+        fixed(100 * (1 - total / parent.shape.parameters) if parent else None, 1),
+        scaled(body, size),
+        fixed(100 * (1 - body / parent.shape.body_parameters) if parent else None, 1),
+        DASH if None in sizes else "\u00a0×\u00a0".join(map(str, sizes)),
+        scaled(arm.ledger.training.tokens if arm.ledger.charges else None, tokens),
+        scientific(arm.ledger.training.flops if arm.ledger.charges else None),
+        scientific(arm.ledger.total.flops if arm.ledger.charges else None),
+        with_deviation(fixed(arm.validation_loss), runs.final_loss_deviation(arm) if runs else None),
+        with_deviation(fixed(results.gap(arm), signed=True), runs.gap_deviation(arm) if runs else None),
+        perplexity(arm.test_perplexity_before),
+        _perplexity_cell(arm, runs),
+    ]
+
+
+def _perplexity_cell(arm: ArmResult, runs: SideBySide | None) -> str:
+    value, spread = arm.test_perplexity_after, runs.perplexity_deviation(arm) if runs else None
+    return with_deviation(perplexity(value), spread, 2 if value is None or value < 1000 else 0)
+
+
+def with_deviation(text: str, spread: float | None, decimals: int = 2) -> str:
+    """Return a number with its standard deviation or standard error, if there is one: ``2.54 ± 0.03``."""
+    return text if spread is None else f"{text}\u00a0±\u00a0{fixed(spread, decimals)}"
+
+
+def results_table(results: Results) -> Table:
+    """Return the results as a table for the terminal, without the columns on cost (the report has them)."""
+    rows = results_rows(results)
+    shown = [(index, column.terminal) for index, column in enumerate(rows.columns) if column.terminal is not None]
+    table = Table(
+        title=escape(results.title),
+        caption=escape(outcome(results)),
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for index, heading in shown:
+        # A name may be folded; a number that is cut short would be another number.
+        if index:
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold", min_width=12)
+    for row in rows.rows:
+        table.add_row(*(escape(row[index].replace(NOT_FINITE, _NOT_FINITE)) for index, _ in shown))
+    return table
+
+
+def markdown_table(results: Results, runs: SideBySide | None = None) -> str:
+    """Return the results table in GitHub's Markdown."""
+    rows = results_rows(results, runs)
+    return markdown_rows([column.plain for column in rows.columns], rows.rows)
+
+
+def markdown_rows(headings: list[str], rows: list[list[str]]) -> str:
+    """Return a table in GitHub's Markdown, all but the first column to the right."""
+    ruler = ["-", *["-:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(map(_escape_bars, cells))} |" for cells in [headings, ruler, *rows]) + "\n"
+
+
+def _escape_bars(cell: str) -> str:
+    return cell.replace("|", "\\|")

@@ -1,0 +1,1 @@
+"""Files, locks, processes, ranks and progress bars: what has nothing to do with models."""

@@ -1,0 +1,92 @@
+"""Calibration on several ranks: each reads its share of the sequences, and sums are added up.
+
+Without ``torch.distributed`` there is one rank, and every function here does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import torch
+from torch import distributed
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.system.rendezvous import ranks_joined
+
+
+def world_size() -> int:
+    """Return the number of ranks."""
+    return distributed.get_world_size() if _distributed() else 1
+
+
+def rank() -> int:
+    """Return this rank's number, from 0."""
+    return distributed.get_rank() if _distributed() else 0
+
+
+def is_main() -> bool:
+    """Return whether this is the rank that writes files and talks."""
+    return rank() == 0
+
+
+def split(ids: torch.Tensor) -> torch.Tensor:
+    """Return this rank's share of the sequences [N, S]: neighbours, and at most one more than another rank has.
+
+    Raises:
+        UserError: there are fewer sequences than ranks.
+    """
+    if len(ids) < world_size():
+        raise UserError(f"{len(ids)} sequences cannot be split over {world_size()} ranks; take more or fewer ranks.")
+    return ids.tensor_split(world_size())[rank()]
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace a tensor by its sum over all ranks, in place, and return it; every rank gets the same bits."""
+    if _distributed():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if _distributed():
+        distributed.barrier()
+
+
+def _distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the ranks that torchrun (or Slurm through it) started, for the length of the block; alone, do nothing.
+
+    Statistics are summed over gloo, which every machine has; they are a few megabytes a layer.
+
+    Raises:
+        UserError: the variables that describe the ranks make no sense, or the other ranks do not come.
+    """
+    with ranks_joined("gloo"):
+        yield
+
+
+@contextmanager
+def held_by_main(lock: AbstractContextManager[None]) -> Iterator[None]:
+    """Hold a lock for all ranks: the first one takes it, and none goes on before that.
+
+    Raises:
+        UserError: the first rank cannot have it; raised on every rank.
+    """
+    with ExitStack() as stack:
+        refusal: list[str | None] = [None]
+        if is_main():
+            try:
+                stack.enter_context(lock)
+            except UserError as error:
+                refusal = [str(error)]
+        if world_size() > 1:
+            distributed.broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
+        yield

@@ -1,0 +1,126 @@
+"""Find the other ranks that torchrun, Slurm or Kubernetes have started: by the environment, and not for ever.
+
+PyTorch is imported where it is needed: the launcher reads the environment before it takes seconds for that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.system.progress import console
+
+_SECONDS = "PVS_RENDEZVOUS_SECONDS"
+_SECONDS_TO_MEET = 300
+_REMEDY = "unset WORLD_SIZE to work alone, or start the ranks with torchrun"
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """What the variables of torchrun say."""
+
+    rank: int
+    size: int
+    """Number of ranks."""
+    address: str
+    """Host and port where the ranks meet."""
+
+
+def rank_environment() -> RankEnvironment | None:
+    """Return what the environment says about this rank; None where it is the only one.
+
+    Raises:
+        UserError: a variable is missing, or has a value that it cannot have.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    size = _number(text)
+    if size is None or size < 1:
+        raise UserError(f"The variable WORLD_SIZE is {text!r}, not a number of processes; {_REMEDY}.")
+    if size == 1:
+        return None
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"The variable WORLD_SIZE is {size}, but these are not set: {', '.join(missing)}. The other processes "
+            f"cannot be found without them; {_REMEDY}."
+        )
+    for name, end in (("RANK", size), ("MASTER_PORT", 65536), ("LOCAL_RANK", size), ("LOCAL_WORLD_SIZE", size + 1)):
+        value = os.environ.get(name)
+        if value is not None and (_number(value) is None or int(value) >= end):
+            raise UserError(
+                f"The variable {name} is {value!r}, not a number below {end}, where WORLD_SIZE is {size}; {_REMEDY}."
+            )
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return RankEnvironment(int(os.environ["RANK"]), size, address)
+
+
+def local_rank() -> int:
+    """Return the number of this rank on its machine."""
+    return _number(os.environ.get("LOCAL_RANK", "0")) or 0
+
+
+@contextmanager
+def ranks_joined(backend: str) -> Iterator[None]:
+    """Join the ranks that the environment describes for the length of the block; alone, or joined already, do nothing.
+
+    Args:
+        backend: As for ``init_process_group``.
+
+    Raises:
+        UserError: the environment makes no sense, or the other ranks do not come.
+    """
+    from torch import distributed
+
+    found = rank_environment()
+    if found is None or distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group(backend, store=_meet(found), rank=found.rank, world_size=found.size)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _meet(found: RankEnvironment) -> Any:
+    """Return the store that all ranks share, when all are there."""
+    from torch.distributed.constants import default_pg_timeout
+    from torch.distributed.rendezvous import rendezvous
+
+    seconds = _seconds_to_meet()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all ranks, and notices when one of them ends
+        console.print(
+            f"rank {found.rank} of {found.size}, as the variables RANK and WORLD_SIZE say: waiting up to {seconds} s "
+            f"for the others at {found.address}",
+            soft_wrap=True,
+        )
+    try:
+        meeting = rendezvous("env://", found.rank, found.size, timeout=timedelta(seconds=seconds))
+        store, _, _ = next(iter(meeting))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Rank {found.rank} of {found.size} (RANK and WORLD_SIZE) did not find the others at {found.address} "
+            f"(MASTER_ADDR and MASTER_PORT) within {seconds} s ({reason}); {_REMEDY}. {_SECONDS} sets how long to "
+            "wait."
+        ) from None
+    store.set_timeout(default_pg_timeout)
+    return store
+
+
+def _seconds_to_meet() -> int:
+    text = os.environ.get(_SECONDS, str(_SECONDS_TO_MEET))
+    seconds = _number(text)
+    if not seconds:
+        raise UserError(f"The variable {_SECONDS} is {text!r}; give a whole number of seconds, 1 or more.")
+    return seconds
+
+
+def _number(text: str) -> int | None:
+    """Return a whole number of 0 or more, or None."""
+    return int(text) if text.isascii() and text.isdecimal() else None
