@@ -15,8 +15,8 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.flops import calibration_flops, sparse_calibration_flops
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.planning.charges import ancestry, charge_run, charge_scores
-from nemo_pvs.recipe.blocks import Training
 from nemo_pvs.recipe.distillation import Distillation
+from nemo_pvs.recipe.training import Training
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.pruning.test_flap import TINY
 

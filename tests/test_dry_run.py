@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_pvs.cli.dry_run_table import _ranks
 from nemo_pvs.cli.main import main
 from nemo_pvs.errors import UserError
-from nemo_pvs.planning.dry_run import _ranks, dry_run
+from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.pruning.presets import presets
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from tests.conftest import make_tiny_llama

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.recipe.load import parse_recipe
 from tests.test_pipeline import tiny_values

@@ -9,9 +9,9 @@ import pytest
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.pipeline.folder import PLAN
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.pipeline.results import assemble
-from nemo_pvs.pipeline.target import PLAN
 from nemo_pvs.planning.equal_terms import arm_cost
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import parse_recipe

@@ -128,7 +128,7 @@ def test_the_methods_of_a_target_are_those_of_pruning():
 
     from nemo_pvs.pruning.methods import METHODS
     from nemo_pvs.pruning.request import Options
-    from nemo_pvs.recipe.blocks import DENSE, SIZES
+    from nemo_pvs.recipe.target import DENSE, SIZES
 
     fields = Target.model_fields
     assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}

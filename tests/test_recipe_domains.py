@@ -11,9 +11,8 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.pipeline import Pipeline
-from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.planning.dry_run import describe_domains, dry_run
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
-from nemo_pvs.recipe_domains import describe_domains
 from nemo_pvs.training.job import Loading, TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 

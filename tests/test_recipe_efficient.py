@@ -8,8 +8,8 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout as WeightLayout
-from nemo_pvs.pipeline.stages.efficient import describe_pruning_aware
 from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.planning.efficient import describe_pruning_aware
 from nemo_pvs.recipe.efficient import PruningAware
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
 from nemo_pvs.recipe.recipe import Recipe

@@ -6,9 +6,12 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.planning.checks import check_training
+from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
-from nemo_pvs.recipe.blocks import Layout, Target, Training
-from nemo_pvs.recipe.options import expected_shape, needs_gradients, needs_scores
+from nemo_pvs.recipe.blocks import Layout
+from nemo_pvs.recipe.options import needs_gradients, needs_scores
+from nemo_pvs.recipe.target import Target
+from nemo_pvs.recipe.training import Training
 from tests.pruning.test_flap import TINY
 from tests.pruning.test_llm_pruner import make_scores
 

@@ -10,7 +10,6 @@ import time
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation import parallel
 from nemo_pvs.system import ranks
 from nemo_pvs.system.rendezvous import rank_environment
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -50,8 +49,8 @@ def port() -> str:
 def test_variables_that_make_no_sense_are_named(monkeypatch, values, said):
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    for joined in (ranks.joined, parallel.joined):
-        with pytest.raises(UserError, match=said), joined():
+    for on_gpus in (False, True):
+        with pytest.raises(UserError, match=said), ranks.joined(on_gpus=on_gpus):
             pytest.fail("joined what is not there")
 
 
@@ -60,7 +59,7 @@ def test_one_rank_is_alone(monkeypatch, values):
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     assert rank_environment() is None
-    with ranks.joined(), parallel.joined():
+    with ranks.joined(), ranks.joined(on_gpus=True):
         assert ranks.world_size() == 1
 
 
@@ -77,7 +76,7 @@ def test_ranks_that_never_come_are_not_waited_for_for_ever(monkeypatch, capsys, 
 
 
 def test_ranks_that_a_cluster_has_started_one_by_one_meet(port):
-    code = "from nemo_pvs.calibration import ranks; import torch\n"
+    code = "from nemo_pvs.system import ranks; import torch\n"
     code += "with ranks.joined(): print(int(ranks.all_reduce(torch.tensor(ranks.rank() + 1))))"
     pod = {**_POD, "WORLD_SIZE": "2", "MASTER_PORT": port}
     started = [

@@ -19,16 +19,10 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.pipeline.pipeline import Pipeline
-from nemo_pvs.pipeline.stages.sheared import (
-    describe_masks,
-    end_of_reading,
-    first_token,
-    mask_job,
-    mask_layout,
-    mask_training,
-)
+from nemo_pvs.pipeline.stages.sheared import mask_job
 from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.planning.equal_terms import arm_cost
+from nemo_pvs.planning.sheared import describe_masks, end_of_reading, first_token, mask_layout, mask_training
 from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
 from nemo_pvs.pruning.learned.sheared import save_masks
 from nemo_pvs.pruning.plan import Plan

@@ -13,7 +13,8 @@ import nemo_pvs
 from nemo_pvs.calibration.gradients import taylor_scores
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.statistics import ChannelStatistic, CosineDistance, Energy, MeanAbsL2, Moments
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from nemo_pvs.checkpoints.assets import ASSET_PATTERNS, asset_files
 from nemo_pvs.checkpoints.masks import FILE as MASKS
-from nemo_pvs.checkpoints.not_a_model import ADAPTER_CONFIG, adapter_sentence
+from nemo_pvs.data.assets import ASSET_PATTERNS, asset_files
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.not_a_model import ADAPTER_CONFIG, adapter_sentence
 from nemo_pvs.system.files import whole_folder
 
 SMOLLM2 = "smollm2-135m"

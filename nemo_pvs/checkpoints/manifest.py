@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from nemo_pvs.checkpoints.fingerprint import compute_checksums, earlier_fingerprint, identity
 from nemo_pvs.checkpoints.read_ahead import ReadAhead
-from nemo_pvs.checkpoints.source import (
-    Progress,
-    WeightSource,
-    compute_checksums,
-    earlier_fingerprint,
-    identity,
-    shape_of,
-)
+from nemo_pvs.checkpoints.source import Progress, WeightSource, shape_of
 from nemo_pvs.checkpoints.tensor_record import HASH, HASHES, TensorRecord, dtype_name, record_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout

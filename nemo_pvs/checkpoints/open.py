@@ -7,8 +7,8 @@ from pathlib import Path
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.nemo.megatron_lm import MegatronSource
-from nemo_pvs.checkpoints.not_a_model import refuse_other_folders
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.not_a_model import refuse_other_folders
 from nemo_pvs.system.files import read_json
 
 _TRACKER = "latest_checkpointed_iteration.txt"  # of a Megatron-LM run: a number, or "release"

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from nemo_pvs.checkpoints.fingerprint import compute_checksums
 from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest
-from nemo_pvs.checkpoints.source import WeightSource, compute_checksums
+from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.checkpoints.tensor_record import HASH, TensorRecord
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json, sha256_bytes, sha256_file

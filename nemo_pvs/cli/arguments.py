@@ -43,7 +43,7 @@ def tokens_of(
     checkpoint: str | Path, data: str, samples: int, sequence_length: int, seed: int, loader: str | None = None
 ) -> Any:
     """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file."""
-    from nemo_pvs.checkpoints.assets import tokenizer_folder
+    from nemo_pvs.data.assets import tokenizer_folder
     from nemo_pvs.data.corpus import read_documents
     from nemo_pvs.data.token_set import TokenSet
     from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash

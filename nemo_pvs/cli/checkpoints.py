@@ -97,10 +97,10 @@ def _reference(folder: Path, config: str | None, text: str) -> tuple[Any, Any]:
     """
     import torch
 
-    from nemo_pvs.checkpoints.assets import tokenizer_among
     from nemo_pvs.checkpoints.huggingface.as_transformers_loads import AsTransformersLoads
     from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
     from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.data.assets import tokenizer_among
 
     source = open_source(folder, config)
     # The layers run without a mask, so a text is no longer than the attention window either.

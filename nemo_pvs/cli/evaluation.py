@@ -63,11 +63,11 @@ def evaluate(
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
     from nemo_pvs.evaluation.measure import measure
-    from nemo_pvs.evaluation.parallel import joined
-    from nemo_pvs.evaluation.requests import Wishes
+    from nemo_pvs.evaluation.requests import EvaluationRequest
     from nemo_pvs.evaluation.store import Store
     from nemo_pvs.evaluation.summary import summary_table
     from nemo_pvs.system import ranks
+    from nemo_pvs.system.ranks import joined
 
     chosen = compute_of(device, activation_memory)
     compute = Compute(
@@ -76,13 +76,13 @@ def evaluate(
         pipeline_parallel=pipeline_parallel,
         batch_size=batch_size,
     )
-    wishes = Wishes.parse(
+    request = EvaluationRequest.parse(
         tasks, perplexity, samples=samples, sequence_length=sequence_length, stride=stride, train_split=compat
     )
     store = Store(Path(out))
-    with ignoring_manifests(ignore_manifest), joined(), ranks.held_by_main(locked_folder(store.folder)):
+    with ignoring_manifests(ignore_manifest), joined(on_gpus=True), ranks.held_by_main(locked_folder(store.folder)):
         compute.check_ranks()
         models = [Checkpoint(path, None if backend == "auto" else backend) for path in paths]  # type: ignore[arg-type]
-        results = measure(models, wishes, store, compute, task_data=Path(task_data), limit=limit, force=force)
+        results = measure(models, request, store, compute, task_data=Path(task_data), limit=limit, force=force)
     console.print(summary_table(results))
     console.print(f"Results: {(store.folder / 'results.json').resolve()}", soft_wrap=True)

@@ -30,7 +30,7 @@ def factory_call(name: str, recipe: Recipe, arm: Arm) -> str:
         recipe: The recipe; what all of its arms have in common is left out.
         arm: One of its runs.
     """
-    choices = {
+    choices: dict[str, list[str]] = {
         "target": [one.target for one in recipe.runs],
         "init": [one.initialisation for one in recipe.runs],
         "tokens": [_written(one) for one in recipe.runs],

@@ -58,7 +58,6 @@ def calibrate(
     from nemo_pvs.checkpoints.fetch import local_checkpoint
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.system import ranks
 
     compute = compute_of(device, activation_memory)
@@ -67,7 +66,7 @@ def calibrate(
         raise UserError("Only gradients are measured on Megatron; add --gradients, or leave the parallelism out.")
     with (
         ignoring_manifests(ignore_manifest),
-        joined() if megatron else ranks.joined(),
+        ranks.joined(on_gpus=megatron),
         ranks.held_by_main(locked_target(Path(out))),
         local_checkpoint(source) as folder,
     ):

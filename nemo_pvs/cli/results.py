@@ -40,9 +40,10 @@ def run(
         _launch(checked, recipe, folder, launch, dry_run=dry_run)
         return
     if dry_run:
-        from nemo_pvs.planning import dry_run as planning
+        from nemo_pvs.cli.dry_run_table import executor_here, show
+        from nemo_pvs.planning.dry_run import dry_run as plan_of
 
-        planning.show(planning.dry_run(checked), planning.executor_here())
+        show(plan_of(checked), executor_here())
         return
     with locked_folder(folder):
         _run(checked, folder, tuple(force or ()), prepare_only=prepare_only, ignore_manifest=ignore_manifest)
@@ -72,14 +73,15 @@ def _run(checked: Any, folder: Path, force: tuple[str, ...], *, prepare_only: bo
 
 
 def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:
+    from nemo_pvs.cli.dry_run_table import show
     from nemo_pvs.cluster.experiment import launch, scripts, stages
     from nemo_pvs.cluster.profile import load_profile
-    from nemo_pvs.planning import dry_run as planning
+    from nemo_pvs.planning.dry_run import dry_run as plan_of
 
     profile = load_profile(profile_name)
     todo = stages(checked, recipe, folder, profile)
     if dry_run:
-        planning.show(planning.dry_run(checked), profile_name)
+        show(plan_of(checked), profile_name)
         for name, script in scripts(todo, checked.name, folder, profile).items():
             console.rule(name)
             console.print(script, soft_wrap=True, markup=False)

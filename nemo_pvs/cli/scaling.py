@@ -119,8 +119,8 @@ def scaling_predict(
     if not (tokens or target_loss or gain or against):
         raise UserError("Nothing is asked; give --tokens, --target-loss, --gain or --against.")
     from nemo_pvs.scaling.fit import load_fits
-    from nemo_pvs.scaling.law import Conditions
     from nemo_pvs.scaling.predict import extrapolation, loss_at, overtaking, tokens_at_gain, tokens_to
+    from nemo_pvs.scaling.series import Conditions
 
     known = load_fits(Path(fits))
     size, before, loss_before = (value or math.nan for value in (params, parent_params, parent_loss))

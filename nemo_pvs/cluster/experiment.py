@@ -47,7 +47,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     """
     from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
     from nemo_pvs.planning.learned import first_of_each_stage, stage_layout
-    from nemo_pvs.planning.rounds import stages_of
+    from nemo_pvs.recipe.options import stages_of
 
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name

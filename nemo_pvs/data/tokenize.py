@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nemo_pvs.checkpoints.assets import asset_files, copy_asset
-from nemo_pvs.checkpoints.huggingface.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
-from nemo_pvs.checkpoints.not_a_model import refuse_other_folders
+from nemo_pvs.data.assets import asset_files, copy_asset
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.token_index import count_indexed_tokens
+from nemo_pvs.data.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.not_a_model import refuse_other_folders
 from nemo_pvs.system.files import disk_errors, json_text, sha256_bytes, sha256_file, sha256_json, write_json
 from nemo_pvs.system.megatron_import import import_megatron
 

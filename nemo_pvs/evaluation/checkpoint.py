@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.fingerprint import Fingerprint, fingerprint
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import Fingerprint, WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.parallel import from_main
 from nemo_pvs.evaluation.scoring import Scorer, TransformersScorer
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.system import ranks
 from nemo_pvs.system.megatron_import import import_megatron
+from nemo_pvs.system.ranks import from_main
 
 if TYPE_CHECKING:
     from nemo_pvs.evaluation.language_model import CheckpointLM
@@ -153,7 +154,7 @@ class Checkpoint:
             "model": self.fingerprint,
             "tokenizer": self.tokenizer_sha256,
             "task": task.content_hash,
-            "metric": task.wish.metric,
+            "metric": task.request.metric,
             "limit": limit,
             "backend": self.backend,
             "dtype": str(compute.dtype),

@@ -16,8 +16,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.journal import Answer, Journal
-from nemo_pvs.evaluation.scoring import Scorer, TokenScores, find_batch_tokens
+from nemo_pvs.evaluation.scoring import Scorer, find_batch_tokens
+from nemo_pvs.evaluation.store import Answer, Journal
+from nemo_pvs.layerwise.token_scores import TokenScores
 from nemo_pvs.system import ranks
 
 

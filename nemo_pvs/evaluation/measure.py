@@ -7,10 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_pvs.data.assets import tokenizer_folder
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
-from nemo_pvs.evaluation.requests import Wish, Wishes
+from nemo_pvs.evaluation.requests import EvaluationRequest, TaskRequest
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.summary import measured_before, summary, with_earlier
+from nemo_pvs.evaluation.texts import windows_of
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import write_json
 from nemo_pvs.system.progress import progress
@@ -20,7 +23,7 @@ RESULTS = "results.json"
 
 def measure(
     models: Sequence[Checkpoint],
-    wishes: Wishes,
+    request: EvaluationRequest,
     store: Store,
     compute: Compute,
     *,
@@ -34,7 +37,7 @@ def measure(
 
     Args:
         models: What to measure.
-        wishes: On what.
+        request: The tasks and texts to measure them on.
         store: Where every measurement is kept.
         compute: What runs the models.
         task_data: Folder of downloaded data sets, ``<owner>/<name>`` each.
@@ -47,8 +50,8 @@ def measure(
     """
     file = store.folder / RESULTS
     measured_before(file)
-    loaded = _load_tasks(wishes.tasks, task_data)
-    texts = {model.path: wishes.windows(model, task_data) for model in models}
+    loaded = _load_tasks(request.tasks, task_data)
+    texts = {model.path: _windows(request, model, task_data) for model in models}
     results = []
     for model in models:
         measured: dict[str, Any] = {}
@@ -61,7 +64,7 @@ def measure(
                 with progress(f"{task.name} of {model.path}", "requests") as show:
                     found = model.measure_task(task, store, compute, load, show, limit=limit, force=force)
                 measured.update({f"{task.name}/{metric}": about for metric, about in found.items()})
-        measured.update(wishes.averages(measured))
+        measured.update(request.averages(measured))
         results.append({**model.about(), "backend": model.backend, "limit": limit, "measured": measured})
     if ranks.is_main():
         known = with_earlier(results, measured_before(file))
@@ -69,10 +72,26 @@ def measure(
     return results
 
 
-def _load_tasks(wishes: Sequence[Wish], data: Path) -> list[Any]:
+def _windows(request: EvaluationRequest, model: Checkpoint, data: Path) -> dict[str, TokenSet]:
+    """Return the windows of each text, tokenised for a model, by the name of the measurement."""
+    return {
+        f"perplexity/{text}": windows_of(
+            text,
+            tokenizer_folder(Path(model.path)),
+            samples=request.samples,
+            sequence_length=request.sequence_length,
+            stride=request.stride,
+            train_split=request.train_split,
+            data=data,
+        )
+        for text in request.texts
+    }
+
+
+def _load_tasks(requests: Sequence[TaskRequest], data: Path) -> list[Any]:
     """Load tasks, if any are wanted: lm-eval takes seconds to import."""
-    if not wishes:
+    if not requests:
         return []
     from nemo_pvs.evaluation.tasks import load_tasks
 
-    return load_tasks(wishes, data)
+    return load_tasks(requests, data)

@@ -10,12 +10,8 @@ from typing import Any
 
 import yaml
 
-from nemo_pvs.checkpoints.assets import tokenizer_folder
-from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.checkpoint import Checkpoint
 from nemo_pvs.evaluation.summary import Measured, average
-from nemo_pvs.evaluation.texts import windows_of
 from nemo_pvs.system.files import read_yaml
 
 _SAMPLES = 64
@@ -24,7 +20,7 @@ _TEXT = "wikipedia-sample"
 
 
 @dataclass(frozen=True)
-class Wish:
+class TaskRequest:
     """One task as a user asked for it."""
 
     task: str
@@ -54,36 +50,36 @@ def presets() -> dict[str, Preset]:
     return {name: Preset(**values) for name, values in yaml.safe_load(text).items()}
 
 
-def parse_wishes(text: str) -> list[Wish]:
+def parse_tasks(text: str) -> list[TaskRequest]:
     """Return what ``--tasks`` asks for: presets, folders, names with or without ``:shots``, a comma between them.
 
     Raises:
         UserError: a number of shots is none, or a folder defines no task.
     """
-    wishes: list[Wish] = []
+    requests: list[TaskRequest] = []
     items = [item.strip() for item in text.split(",") if item.strip()]
-    of_folders = [wish for item in items if Path(item).is_dir() for wish in _wishes_of_folder(Path(item))]
-    defined = {wish.task: wish.folder for wish in of_folders}
+    of_folders = [request for item in items if Path(item).is_dir() for request in _tasks_of_folder(Path(item))]
+    defined = {request.task: request.folder for request in of_folders}
     for item in items:
         if item in presets():
-            wishes += [Wish(task, 0, metric) for task, metric in presets()[item].tasks.items()]
+            requests += [TaskRequest(task, 0, metric) for task, metric in presets()[item].tasks.items()]
         elif Path(item).is_dir():
-            wishes += _wishes_of_folder(Path(item))
+            requests += _tasks_of_folder(Path(item))
         else:
             name, _, shots = item.partition(":")
             if shots and not shots.isdecimal():
                 raise UserError(f"--tasks has {item!r}; write the number of shots as {name}:5.")
-            wishes.append(Wish(name, int(shots) if shots else None, folder=defined.get(name)))
-    if not wishes:
+            requests.append(TaskRequest(name, int(shots) if shots else None, folder=defined.get(name)))
+    if not requests:
         raise UserError("--tasks names no task; give paper, names such as arc_easy,winogrande:5, or a folder.")
-    return list(dict.fromkeys(wishes))
+    return list(dict.fromkeys(requests))
 
 
-def _wishes_of_folder(folder: Path) -> list[Wish]:
+def _tasks_of_folder(folder: Path) -> list[TaskRequest]:
     names = [about["task"] for about in _definitions(folder).values()]
     if not names:
         raise UserError(f"{folder} has no .yaml file with a task: line; write one as lm-eval's task guide explains.")
-    return [Wish(name, folder=folder) for name in names]
+    return [TaskRequest(name, folder=folder) for name in names]
 
 
 def _definitions(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -104,10 +100,10 @@ PlainLoader.add_constructor("!function", lambda loader, node: None)
 
 
 @dataclass(frozen=True)
-class Wishes:
+class EvaluationRequest:
     """All that one command measures of each checkpoint."""
 
-    tasks: Sequence[Wish]
+    tasks: Sequence[TaskRequest]
     texts: Sequence[str]
     presets: Sequence[str]
     """Names of the presets among the tasks, whose averages are reported."""
@@ -126,16 +122,16 @@ class Wishes:
         sequence_length: int | None = None,
         stride: int | None = None,
         train_split: bool = False,
-    ) -> Wishes:
-        """Return the wishes behind the options of ``pvs evaluate``.
+    ) -> EvaluationRequest:
+        """Return what the options of ``pvs evaluate`` ask for.
 
         Without tasks and texts it is the perplexity of the Wikipedia sample; a preset brings its own texts and sizes
         of windows unless others are given; the text ``none`` asks for none.
 
         Raises:
-            UserError: as ``parse_wishes``.
+            UserError: as ``parse_tasks``.
         """
-        wanted = parse_wishes(tasks) if tasks is not None else []
+        wanted = parse_tasks(tasks) if tasks is not None else []
         named = [name for name in presets() if tasks is not None and name in map(str.strip, tasks.split(","))]
         preset = presets()[named[0]] if named else None
         if texts is None:
@@ -149,21 +145,6 @@ class Wishes:
             stride,
             train_split,
         )
-
-    def windows(self, model: Checkpoint, data: Path) -> dict[str, TokenSet]:
-        """Return the windows of each text, tokenised for a model, by the name of the measurement."""
-        return {
-            f"perplexity/{text}": windows_of(
-                text,
-                tokenizer_folder(Path(model.path)),
-                samples=self.samples,
-                sequence_length=self.sequence_length,
-                stride=self.stride,
-                train_split=self.train_split,
-                data=data,
-            )
-            for text in self.texts
-        }
 
     def averages(self, measured: Measured) -> Measured:
         """Return the mean over the tasks of each preset, as ``paper/average``."""

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import distributed
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.layerwise.token_scores import TokenScores, next_token_scores
 from nemo_pvs.model.hf_classes import model_class
 from nemo_pvs.model.layout import Layout
-
-# Logits turned into fp32 at once, in elements (256 MB).
-_LOGITS_AT_ONCE = 1 << 26
-
-
-class TokenScores(NamedTuple):
-    """What a model says about each token but the first of its sequence, on the CPU."""
-
-    logprobs: torch.Tensor
-    """fp32 [N, S - 1]: natural logarithm of the token's probability, given all before it."""
-    greedy: torch.Tensor
-    """bool [N, S - 1]: no other token is more probable."""
 
 
 class Scorer(Protocol):
@@ -76,49 +65,6 @@ class TransformersScorer:
         """Score token ids [N, S]; padding goes behind, where a causal model cannot see it."""
         ids = ids.to(self.device)
         return next_token_scores(self.model(ids[:, :-1], use_cache=False).logits, ids[:, 1:])
-
-
-def next_token_scores(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    first_column: int = 0,
-    group: distributed.ProcessGroup | None = None,
-) -> TokenScores:
-    """Return the scores of target tokens from logits whose vocabulary may be sharded.
-
-    Args:
-        logits: [N, S, V] on one rank, or this rank's columns of them; no padding columns.
-        targets: Token ids [N, S].
-        first_column: The token that this rank's first column stands for.
-        group: Ranks that hold the other columns; None if there are none.
-    """
-
-    def over_ranks(values: torch.Tensor, operation: distributed.ReduceOp.RedOpType) -> torch.Tensor:
-        if group is not None:
-            distributed.all_reduce(values, operation, group=group)
-        return values
-
-    logprobs, greedy = [], []
-    columns = logits.shape[-1]
-    step = max(1, _LOGITS_AT_ONCE // max(1, columns))
-    for some, wanted in zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True):
-        some = some.float()
-        # A rank may hold nothing but padding.
-        highest = some.amax(-1) if columns else some.new_full((len(some),), -torch.inf)
-        highest = over_ranks(highest, distributed.ReduceOp.MAX)
-        total = over_ranks((some - highest[:, None]).exp().sum(-1), distributed.ReduceOp.SUM)
-        column = wanted - first_column
-        here = (column >= 0) & (column < columns)
-        own = torch.zeros_like(highest)
-        own[here] = some[here, column[here]]
-        own = over_ranks(own, distributed.ReduceOp.SUM)
-        logprobs.append(own - highest - total.log())
-        greedy.append(own == highest)
-    return TokenScores(
-        torch.cat(logprobs).view(targets.shape).cpu(),
-        torch.cat(greedy).view(targets.shape).cpu(),
-    )
 
 
 _CPU_LOGITS_BYTES = 1 << 30

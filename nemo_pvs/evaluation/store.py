@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.evaluation.journal import Journal
-from nemo_pvs.system.files import read_json, sha256_json, write_json
+from nemo_pvs.system import ranks
+from nemo_pvs.system.files import disk_errors, read_json, sha256_json, write_json
+from nemo_pvs.system.ranks import from_main
 
 
 @dataclass(frozen=True)
@@ -41,3 +46,58 @@ class Store:
         readable = re.sub(r"[^\w.-]+", "_", name).strip("_")
         folder = self.folder / "measured" / str(settings["model"])[:16]
         return folder / f"{readable[-80:]}-{sha256_json(settings)[:16]}.json"
+
+
+Answer = tuple[float, bool]
+"""Log-likelihood of a continuation, and whether greedy decoding would have produced it."""
+
+
+class Journal:
+    """A folder with one growing file of answers a rank; what a killed rank left torn is not read."""
+
+    def __init__(self, folder: Path) -> None:
+        """Prepare; nothing is read or written yet.
+
+        Args:
+            folder: Where the files are; its name must stand for the model, the task and every setting.
+        """
+        self._folder = folder
+
+    @staticmethod
+    def key(ids: Sequence[int], scored: int) -> str:
+        """Return the name of a request: the tokens, of which the last ``scored`` are predicted."""
+        return sha256_json([list(ids), scored])[:32]
+
+    def read(self) -> Mapping[str, Answer]:
+        """Return what earlier runs answered, the same on every rank (the first one reads)."""
+        files = sorted(self._folder.glob("*.jsonl"))
+        return from_main(lambda: {key: answer for file in files for key, answer in _lines(file).items()})
+
+    def add(self, answers: Mapping[str, Answer]) -> None:
+        """Append the answers of a batch to this rank's file."""
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / f"{ranks.rank()}.jsonl", "a+b") as file:
+                if file.tell() and _torn(file.fileno()):
+                    file.write(b"\n")
+                file.write(b"".join(json.dumps([key, *answer]).encode() + b"\n" for key, answer in answers.items()))
+
+    def remove(self) -> None:
+        """Forget all answers, after the task's result has been written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _torn(descriptor: int) -> bool:
+    """Whether a file's last line was never finished."""
+    return os.pread(descriptor, 1, os.fstat(descriptor).st_size - 1) != b"\n"
+
+
+def _lines(file: Path) -> dict[str, Answer]:
+    answers = {}
+    for line in file.read_text(errors="replace").splitlines():
+        try:
+            key, logprob, greedy = json.loads(line)
+        except ValueError:  # the line that was being written when the run was killed
+            continue
+        answers[key] = (float(logprob), bool(greedy))
+    return answers

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.language_model import CheckpointLM
-from nemo_pvs.evaluation.requests import parse_wishes
+from nemo_pvs.evaluation.requests import parse_tasks
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
-from nemo_pvs.pruning.structured.depth_task import Scored, Scorer
+from nemo_pvs.pruning.request import Scored, Scorer
 
 
 def task_score(
@@ -40,7 +40,7 @@ def task_score(
     Raises:
         UserError: a task is not known or has no data here.
     """
-    loaded = load_tasks(parse_wishes(tasks), data)
+    loaded = load_tasks(parse_tasks(tasks), data)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint))
 
     def score(source: WeightSource) -> Scored:

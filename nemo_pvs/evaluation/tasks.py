@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
-from nemo_pvs.evaluation.requests import PlainLoader, Wish
+from nemo_pvs.evaluation.requests import PlainLoader, TaskRequest
 from nemo_pvs.system.files import read_yaml, sha256_json
 
 # lm-eval's own seed for the choice of few-shot examples.
@@ -33,7 +33,7 @@ _PLACES = ("dataset_path", "dataset_kwargs", "metadata")
 class LoadedTask:
     """A task with its data."""
 
-    wish: Wish
+    request: TaskRequest
     task: Task
     name: str = field(init=False)
     """``arc_challenge/25-shot``: what results are filed under, so that none overwrites another."""
@@ -61,14 +61,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def load_tasks(wishes: Sequence[Wish], data: Path) -> list[LoadedTask]:
+def load_tasks(requests: Sequence[TaskRequest], data: Path) -> list[LoadedTask]:
     """Load tasks and their documents, without the network.
 
     Documents come from ``data/<owner>/<name>`` (a data set as ``hf download`` leaves it), from the cache of
     ``datasets``, or, for tasks of a folder, from the files that the task's YAML names relative to itself.
 
     Args:
-        wishes: What to load.
+        requests: What to load.
         data: Folder of downloaded data sets.
 
     Raises:
@@ -77,16 +77,18 @@ def load_tasks(wishes: Sequence[Wish], data: Path) -> list[LoadedTask]:
     loaded: list[LoadedTask] = []
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a definition leaves to it
     with _offline():
-        for wish in wishes:
-            for task in _load(wish, _known_tasks(wish.folder), data):
+        for request in requests:
+            for task in _load(request, _known_tasks(request.folder), data):
                 if task.OUTPUT_TYPE == "generate_until":
                     raise UserError(
                         f"The task {task.config.task} generates text, which pvs evaluate does not do; leave it out, "
                         "or convert the model to hf and use lm-eval."
                     )
-                task.set_config(key="num_fewshot", value=wish.shots if wish.shots is not None else _own_shots(task))
+                task.set_config(
+                    key="num_fewshot", value=request.shots if request.shots is not None else _own_shots(task)
+                )
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-                loaded.append(LoadedTask(wish, task))
+                loaded.append(LoadedTask(request, task))
     for task in loaded:
         _refuse_missing_metric(task)
     _refuse_one_name_for_two(loaded)
@@ -109,8 +111,8 @@ def _own_shots(task: Task) -> int:
 
 def _refuse_missing_metric(task: LoadedTask) -> None:
     known = task.task.higher_is_better()
-    if task.wish.metric is not None and task.wish.metric not in known:
-        raise UserError(f"The task {task.name} has no metric {task.wish.metric} (it has {', '.join(known)}).")
+    if task.request.metric is not None and task.request.metric not in known:
+        raise UserError(f"The task {task.name} has no metric {task.request.metric} (it has {', '.join(known)}).")
 
 
 def _refuse_one_name_for_two(tasks: Sequence[LoadedTask]) -> None:
@@ -118,16 +120,17 @@ def _refuse_one_name_for_two(tasks: Sequence[LoadedTask]) -> None:
     for task in tasks:
         first = named.setdefault(task.name, task)
         if first is not task and first.content_hash != task.content_hash:
-            places = " and ".join(str(one.wish.folder or "lm-eval") for one in (first, task))
+            places = " and ".join(str(one.request.folder or "lm-eval") for one in (first, task))
             raise UserError(f"{places} have different tasks named {task.name}; rename one, or ask for one at a time.")
 
 
-def _load(wish: Wish, manager: TaskManager, data: Path) -> list[Task]:
-    if wish.task not in manager.task_index:
+def _load(request: TaskRequest, manager: TaskManager, data: Path) -> list[Task]:
+    if request.task not in manager.task_index:
         raise UserError(
-            f"lm-eval has no task {wish.task}; lm-eval ls tasks lists them, and a folder of YAML files defines others."
+            f"lm-eval has no task {request.task}; lm-eval ls tasks lists them, and a folder of YAML files defines "
+            "others."
         )
-    about, place = _definition(wish, manager)
+    about, place = _definition(request, manager)
     repository = about.get("dataset_path")
     local = place.parent if repository in _LOCAL_FORMATS else data / str(repository)
     overrides: dict[str, Any] = {}
@@ -137,22 +140,22 @@ def _load(wish: Wish, manager: TaskManager, data: Path) -> list[Task]:
         overrides = {"dataset_path": str(local.resolve())}
     try:
         # lm-eval merges overrides into a known task only inside a group.
-        group = {"group": "wish", "task": [{"task": wish.task, **overrides}]}
-        tasks = manager.load([group if overrides else wish.task])["tasks"]
+        group = {"group": "request", "task": [{"task": request.task, **overrides}]}
+        tasks = manager.load([group if overrides else request.task])["tasks"]
     except Exception as error:  # each kind of data set fails in its own way where its files are missing
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if repository in _LOCAL_FORMATS or local.is_dir():
-            raise UserError(f"The task {wish.task} cannot be loaded from {local} ({reason}); mend it.") from error
+            raise UserError(f"The task {request.task} cannot be loaded from {local} ({reason}); mend it.") from error
         raise UserError(
-            f"The data of the task {wish.task} are not here ({reason}); run hf download {repository} --repo-type "
+            f"The data of the task {request.task} are not here ({reason}); run hf download {repository} --repo-type "
             f"dataset --local-dir {local} where there is a network, or name the folder that has it as task data."
         ) from error
     return list(tasks.values())
 
 
-def _definition(wish: Wish, manager: TaskManager) -> tuple[dict[str, Any], Path]:
+def _definition(request: TaskRequest, manager: TaskManager) -> tuple[dict[str, Any], Path]:
     """Return a task's definition, what it includes among it, and the file that it stands in."""
-    entry = manager.task_index[wish.task]
+    entry = manager.task_index[request.task]
     if entry.yaml_path is None:
         return {}, Path()
     return _with_included(Path(entry.yaml_path)), Path(entry.yaml_path)
@@ -218,7 +221,7 @@ def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = No
     measured = {}
     for key, value in scores.items():
         metric, _, which = key.partition(",")
-        if not which or metric.endswith("_stderr") or (loaded.wish.metric or metric) != metric:
+        if not which or metric.endswith("_stderr") or (loaded.request.metric or metric) != metric:
             continue
         error = scores.get(f"{metric}_stderr,{which}")
         label = metric if which == "none" else f"{metric},{which}"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from nemo_pvs.data.corpus import read_documents
 from nemo_pvs.data.reference_sets import read_rows
@@ -140,16 +136,3 @@ def _named_text(about: NamedText, data: Path, train_split: bool) -> str:
             f"{data / about.repository} where there is a network, or name the folder that has it with --task-data."
         )
     return about.separator.join(islice(read_rows(path, about.text_key), rows))
-
-
-def loss_statistics(losses: Sequence[tuple[float, int]] | torch.Tensor) -> dict[str, Any]:
-    """Return the mean loss per token of windows, with its standard error (a ratio of sums; windows are the sample).
-
-    Args:
-        losses: Summed loss and predicted tokens of each window.
-    """
-    sums, counts = torch.as_tensor(losses, dtype=torch.float64).T
-    mean, windows = float(sums.sum() / counts.sum()), len(sums)
-    residuals = float(((sums - mean * counts) ** 2).sum())
-    error = (residuals * windows / (windows - 1)) ** 0.5 / float(counts.sum()) if windows > 1 else None
-    return {"loss": mean, "loss_stderr": error, "tokens": int(counts.sum())}

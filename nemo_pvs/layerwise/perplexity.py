@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
-from nemo_pvs.evaluation.texts import loss_statistics
 from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
 from nemo_pvs.system import ranks
 
@@ -70,3 +69,16 @@ def perplexity(
     value = math.exp(measured["loss"]) if measured["loss"] < 700 else math.inf
     error = None if measured["loss_stderr"] is None else value * measured["loss_stderr"]
     return {**measured, "perplexity": value, "perplexity_stderr": error}
+
+
+def loss_statistics(losses: Sequence[tuple[float, int]] | torch.Tensor) -> dict[str, Any]:
+    """Return the mean loss per token of windows, with its standard error (a ratio of sums; windows are the sample).
+
+    Args:
+        losses: Summed loss and predicted tokens of each window.
+    """
+    sums, counts = torch.as_tensor(losses, dtype=torch.float64).T
+    mean, windows = float(sums.sum() / counts.sum()), len(sums)
+    residuals = float(((sums - mean * counts) ** 2).sum())
+    error = (residuals * windows / (windows - 1)) ** 0.5 / float(counts.sum()) if windows > 1 else None
+    return {"loss": mean, "loss_stderr": error, "tokens": int(counts.sum())}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from nemo_pvs.model.shape import Shape
 
 
@@ -40,3 +43,33 @@ def _layer_flops(shape: Shape, sequence_length: int) -> list[int]:
         shape.with_layers([sizes]).flops_per_token(sequence_length=sequence_length, training=False) - head
         for sizes in shape.layer_sizes
     ]
+
+
+def count_forwards(layers: int, width: int, starts: Sequence[int], *, whole: bool = True) -> int:
+    """Return the layer forwards of one ``LayerSweep.losses``."""
+    return sum(layers - width - start for start in starts) + (layers if whole else max(starts))
+
+
+def sweep_flops(shape: Shape, tokens: Mapping[str, Any], layer_forwards: float, models: int) -> int:
+    """Return the forward FLOPs of sweeps: the layers that were really run, and the output head for every model.
+
+    Args:
+        shape: The dense model; of uneven layers each counts as their mean.
+        tokens: Manifest of the token set.
+        layer_forwards: How often the text went through a decoder layer.
+        models: How often the loss was measured.
+    """
+    length = tokens["sequence_length"]
+    sizes = shape.layer_sizes
+    whole, one, two = (
+        shape.with_layers(layers).flops_per_token(sequence_length=length, training=False)
+        for layers in (sizes, sizes[:1], sizes[:1] * 2)
+    )
+    head = 2 * one - two
+    per_token = layer_forwards * (whole - head) / shape.layers + models * head
+    return round(tokens["samples"] * length * per_token)
+
+
+def sweep_tokens(tokens: Mapping[str, Any], models: int) -> int:
+    """Return the tokens that went through ``models`` models."""
+    return int(tokens["samples"] * tokens["sequence_length"]) * models

@@ -25,7 +25,7 @@ from nemo_pvs.checkpoints.nemo.context import write_context
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.tensor_record import dtype_name
 from nemo_pvs.checkpoints.transforms.biases import with_both_biases
-from nemo_pvs.evaluation.scoring import TokenScores, next_token_scores
+from nemo_pvs.layerwise.token_scores import TokenScores, next_token_scores
 from nemo_pvs.megatron.attention import FUSED_KERNELS, layer_spec
 from nemo_pvs.megatron.cpu import megatron_on_cpu
 from nemo_pvs.model.layout import Entry, Layout

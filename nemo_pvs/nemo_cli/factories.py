@@ -29,10 +29,11 @@ from nemo_pvs.model.layout import Layout as WeightLayout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.planning.dry_run import settled
+from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.planning.teacher import teacher_shape
 from nemo_pvs.pruning.methods import AT_ONCE
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
-from nemo_pvs.recipe.options import expected_shape, is_sparse
+from nemo_pvs.recipe.options import is_sparse
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob

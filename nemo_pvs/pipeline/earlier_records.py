@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json, sha256_json, write_json
 

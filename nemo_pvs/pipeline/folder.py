@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.config import normal_config
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pipeline.records import Stages
-from nemo_pvs.pipeline.target import NEMO, PLAN
 from nemo_pvs.pipeline.tokens import RunData
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.rounds import Share, shares
@@ -27,6 +28,10 @@ from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import CHECKPOINTS, METRICS_FILE, CarriedState, Loading, TrainingJob
 
+HUGGING_FACE, NEMO = "huggingface", "nemo"
+"""The folders of a pruned target that hold its checkpoints."""
+PLAN, SETTINGS = "plan.json", "pruning.json"
+"""The files of a pruned target that say how it was made."""
 STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
 
 
@@ -199,3 +204,8 @@ class RunFolder:
             sequence_length=settings.sequence_length,
             seed=settings.seed + draw,
         )
+
+
+def forget_optimizer(run: RunFolder, name: str, number: int) -> None:
+    """Remove what only going on with a share of training would need, its checkpoints; its weights are kept."""
+    shutil.rmtree(run.share_folder(name, number) / "nemo", ignore_errors=True)

@@ -11,9 +11,9 @@ from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import charge_scores, charge_training, count_masked, pruning_charges
 from nemo_pvs.planning.learned import charge_stage, is_trained_first, stage_reads
-from nemo_pvs.planning.rounds import charges_of, shares, stages_of
+from nemo_pvs.planning.rounds import charges_of, shares
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors
-from nemo_pvs.recipe.options import needs_gradients, needs_scores
+from nemo_pvs.recipe.options import needs_gradients, needs_scores, stages_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 
 

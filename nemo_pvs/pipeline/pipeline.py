@@ -11,43 +11,40 @@ import yaml
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.assets import asset_files
 from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.transforms.random import RandomSource
+from nemo_pvs.data.assets import asset_files
 from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.ledger.ledger import LEDGER
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pipeline.checks import check_costs, check_machine, check_text
+from nemo_pvs.pipeline.checks import check_machine, check_text
 from nemo_pvs.pipeline.earlier_records import adopt_earlier_records
-from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, RunFolder, forget_optimizer
 from nemo_pvs.pipeline.ledger import run_ledger
 from nemo_pvs.pipeline.run_look_ahead import look_ahead
 from nemo_pvs.pipeline.stages.evaluate import ask_tasks, evaluate
+from nemo_pvs.pipeline.stages.learned import prune_by_stage, stage_job, train_stage
 from nemo_pvs.pipeline.stages.parent import check_parent, get_parent, known_parent
-from nemo_pvs.pipeline.stages.rounds import forget_optimizer, prune_in_stages
+from nemo_pvs.pipeline.stages.rounds import prune_in_stages
 from nemo_pvs.pipeline.stages.sheared import prepare_masks
 from nemo_pvs.pipeline.stages.tasks import check_questions, check_tasks, reads_text, search_score
-from nemo_pvs.pipeline.target import HUGGING_FACE, NEMO, prune_target, write_planned
+from nemo_pvs.pipeline.target import prune_target, write_planned
 from nemo_pvs.pipeline.tokens import Splits
 from nemo_pvs.planning.checks import check_training
 from nemo_pvs.planning.equal_terms import settle
-from nemo_pvs.planning.learned import (
-    first_of_each_stage,
-    is_trained_first,
-    prune_by_stage,
-    stage_job,
-    train_stage,
-    untrained_first,
-)
-from nemo_pvs.planning.rounds import ADAPT, shares, stages_of
-from nemo_pvs.recipe.blocks import DENSE
-from nemo_pvs.recipe.options import expected_shape, is_sparse, needs_gradients, needs_scores, scans
+from nemo_pvs.planning.learned import first_of_each_stage, is_trained_first, untrained_first
+from nemo_pvs.planning.parent_checks import check_costs
+from nemo_pvs.planning.rounds import shares
+from nemo_pvs.planning.targets import expected_shape
+from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_gradients, needs_scores, scans, stages_of
 from nemo_pvs.recipe.recipe import Arm, Target
+from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.system.files import write_text
 from nemo_pvs.system.progress import progress
 from nemo_pvs.training.job import TrainingJob

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.checkpoints.source import Fingerprint
+from nemo_pvs.checkpoints.fingerprint import same_inputs
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import link_tree, read_json, sha256_json, write_json
 from nemo_pvs.system.progress import console
@@ -161,26 +161,6 @@ class Stages:
 
     def _attempt(self, name: str) -> Path:
         return self._record(name).with_suffix(".begun.json")
-
-
-def same_inputs(recorded: Any, inputs: Any) -> bool:
-    """Return whether a stage's inputs are those that were recorded, models known by an earlier name included.
-
-    Args:
-        recorded: As a JSON file has them.
-        inputs: Plain data, in which models are named by ``fingerprint``.
-    """
-    if isinstance(inputs, Fingerprint):
-        return inputs.names(recorded)
-    if isinstance(inputs, Mapping):
-        if not isinstance(recorded, Mapping) or recorded.keys() != inputs.keys():
-            return False
-        return all(same_inputs(recorded[key], value) for key, value in inputs.items())
-    if isinstance(inputs, (list, tuple)):
-        if not isinstance(recorded, list) or len(recorded) != len(inputs):
-            return False
-        return all(same_inputs(then, now) for then, now in zip(recorded, inputs, strict=True))
-    return bool(recorded == inputs)
 
 
 def difference(begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:

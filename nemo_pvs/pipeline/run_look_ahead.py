@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.pipeline.folder import HUGGING_FACE
 from nemo_pvs.pipeline.look_ahead import LookAhead
 from nemo_pvs.pipeline.stages.parent import known_parent, parent_inputs
 from nemo_pvs.pipeline.stages.rounds import look_ahead_in_stages
-from nemo_pvs.pipeline.target import HUGGING_FACE
 from nemo_pvs.planning.equal_terms import settle
 from nemo_pvs.planning.learned import is_trained_first
-from nemo_pvs.planning.rounds import stages_of
-from nemo_pvs.recipe.blocks import DENSE
-from nemo_pvs.recipe.options import expected_shape, is_sparse, needs_scores
+from nemo_pvs.planning.targets import expected_shape
+from nemo_pvs.recipe.options import is_sparse, needs_scores, stages_of
 from nemo_pvs.recipe.recipe import Arm, Target
+from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.training.job import CHECKPOINTS
 
 if TYPE_CHECKING:

@@ -8,25 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, PLAN, SETTINGS
 from nemo_pvs.pruning.methods import prune_by
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.request import Job
+from nemo_pvs.pruning.request import Job, Scorer
 from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
 from nemo_pvs.pruning.sparse.work_folder import work_folder
 from nemo_pvs.pruning.spent import spent
-from nemo_pvs.pruning.structured.depth_task import Scorer
-from nemo_pvs.recipe.blocks import DENSE, Target
 from nemo_pvs.recipe.options import options_of
+from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.system.files import sha256_json, write_json
 from nemo_pvs.system.progress import console, progress
-
-HUGGING_FACE, NEMO = "huggingface", "nemo"
-PLAN, SETTINGS = "plan.json", "pruning.json"
 
 
 def prune_target(

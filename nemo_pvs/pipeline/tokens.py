@@ -15,6 +15,7 @@ from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
 from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
+from nemo_pvs.planning.checks import check_domains_end
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.files import sha256_bytes, sha256_json
 from nemo_pvs.system.progress import progress
@@ -168,18 +169,6 @@ class RunData:
                 for name in ("calibration", "test")
             },
         }
-
-
-def check_domains_end(recipe: Recipe, available: Mapping[str, int], end: int) -> None:
-    """Refuse to train on so many tokens of text in domains if there are certainly fewer.
-
-    Raises:
-        UserError: naming the domain.
-    """
-    train = recipe.train
-    assert train.dynamic_loading is not None
-    first = max(1, train.steps // train.validations) * train.tokens_per_step
-    train.dynamic_loading.check_enough(available, end, first)
 
 
 def _together(files: list[dict[str, Any]]) -> dict[str, Any]:

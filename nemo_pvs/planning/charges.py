@@ -14,8 +14,8 @@ from nemo_pvs.ledger.flops import calibration_flops
 from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.recipe.blocks import Training
 from nemo_pvs.recipe.distillation import Distillation
+from nemo_pvs.recipe.training import Training
 
 DEPTH_SCAN = "depth scan, prefixes shared"
 """What a ledger notes of a search for layers by the loss."""

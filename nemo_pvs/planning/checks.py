@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.recipe.blocks import Training
 from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.recipe.training import Training
 
 
 def check_training(training: Training, layout: Layout, shape: Shape, *, exact: bool = True) -> None:
@@ -65,3 +68,15 @@ def check_context(length: int, limit: int, what: str, model: str = "the parent")
     """
     if length > limit:
         raise UserError(f"{what} is {length}, but {model}'s context ends at {limit} tokens; choose a shorter one.")
+
+
+def check_domains_end(recipe: Recipe, available: Mapping[str, int], end: int) -> None:
+    """Refuse to train on so many tokens of text in domains if there are certainly fewer.
+
+    Raises:
+        UserError: naming the domain.
+    """
+    train = recipe.train
+    assert train.dynamic_loading is not None
+    first = max(1, train.steps // train.validations) * train.tokens_per_step
+    train.dynamic_loading.check_enough(available, end, first)

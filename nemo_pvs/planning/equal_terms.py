@@ -6,19 +6,25 @@ import math
 from collections.abc import Mapping
 
 from nemo_pvs.ledger.budget import PrunedArm, scratch_budget
-from nemo_pvs.ledger.flops import calibration_flops, sparse_calibration_flops
+from nemo_pvs.ledger.flops import (
+    calibration_flops,
+    count_forwards,
+    sparse_calibration_flops,
+    sweep_flops,
+    sweep_tokens,
+)
 from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import DEPTH_SCAN, charge_scores, charge_training, lesson_flops
 from nemo_pvs.planning.learned import charge_stage, is_trained_first
-from nemo_pvs.planning.rounds import ADAPT, shares, stage_targets, stages_of
+from nemo_pvs.planning.rounds import shares, stage_targets
+from nemo_pvs.planning.targets import expected_shape, masked_parameters
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors, teacher_shape
 from nemo_pvs.pruning.structured.adapt_pruner import Settings
 from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
-from nemo_pvs.pruning.structured.sweep import count_forwards, sweep_flops, sweep_tokens
-from nemo_pvs.recipe.blocks import Target
-from nemo_pvs.recipe.options import expected_shape, is_sparse, masked_parameters, needs_gradients, needs_scores, scans
+from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_gradients, needs_scores, scans, stages_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
+from nemo_pvs.recipe.target import Target
 
 
 def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = None) -> Recipe:

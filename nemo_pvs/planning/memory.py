@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_pvs.model.shape import LayerSizes, Shape
-from nemo_pvs.recipe.blocks import Training
 from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Charge
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.target import choose_target, parameters_left
-from nemo_pvs.recipe.blocks import Target, Training
+from nemo_pvs.recipe.options import ADAPT, STAGED, stages_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
+from nemo_pvs.recipe.target import Target
+from nemo_pvs.recipe.training import Training
 
-STAGED = ("adapt-pruner", "minitron-width", "minitron-depth")
-"""Methods that can be asked for stages."""
-ADAPT = "adapt-pruner"
 _WIDTH_MULTIPLE = 8
 """Widths between the first and the last are multiples of this, where those two are."""
 
@@ -68,11 +67,6 @@ def shares(recipe: Recipe, arm: Arm) -> list[Share]:
         )
         for first, end in pairwise(bounds)
     ]
-
-
-def stages_of(target: Target) -> int:
-    """Return how many stages a target is reached in."""
-    return target.stages or 1
 
 
 def stage_targets(target: Target, parent: Shape) -> list[tuple[Target, Shape]]:

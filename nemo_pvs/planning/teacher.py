@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_pvs.checkpoints.assets import tokenizer_folder
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import charge_lessons
 from nemo_pvs.planning.checks import check_context
+from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.distillation import PARENT, Distillation
 from nemo_pvs.recipe.fields import Initialisation, Layout
-from nemo_pvs.recipe.options import expected_shape
 from nemo_pvs.recipe.recipe import Arm, Recipe
 
 

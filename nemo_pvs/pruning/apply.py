@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout, Part
 from nemo_pvs.pruning.input_means import AXES

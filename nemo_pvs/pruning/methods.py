@@ -9,9 +9,7 @@ from typing import Any
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.adapt_measure import LayerMeasure
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.request import Job, Options
 from nemo_pvs.pruning.result import Pruned
@@ -20,17 +18,18 @@ from nemo_pvs.pruning.sparse.sequential import prune_layers
 from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
 from nemo_pvs.pruning.sparse.wanda import Wanda
-from nemo_pvs.pruning.structured.adapt_pruner import Settings, plan_adapt_pruner
+from nemo_pvs.pruning.structured.adapt_pruner import LayerMeasure, Settings, plan_adapt_pruner
 from nemo_pvs.pruning.structured.depth import SEARCHES, layers_to_remove, plan_depth, plan_individual, scan_windows
 from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
 from nemo_pvs.pruning.structured.flap import plan_flap
 from nemo_pvs.pruning.structured.greedy import GREEDY, plan_greedy, protected_ends, scan_greedy
 from nemo_pvs.pruning.structured.joint import plan_joint
 from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
+from nemo_pvs.pruning.structured.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.structured.shortgpt import plan_shortgpt
+from nemo_pvs.pruning.structured.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.structured.width import plan_width
 from nemo_pvs.pruning.target import choose_target, describe_removal, parameters_left
-from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
 
 
 @dataclass(frozen=True)

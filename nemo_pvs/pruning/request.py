@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.structured.depth_task import Scorer
 
 
 @dataclass(frozen=True)
@@ -70,3 +69,16 @@ class Job:
     """Draws a text of its own for each iteration of a method that has such; by default all read the same."""
     compute: Mapping[str, Any] = field(default_factory=dict)
     """Where and how layers run, as ``layerwise.LayerwiseModel`` takes it: ``device``, ``dtype``, ``memory_limit``."""
+
+
+class Scored(NamedTuple):
+    """What one model achieved, and what it read for that."""
+
+    score: float
+    """For example its accuracy at a task; higher is better."""
+    read: Mapping[int, int]
+    """How many sequences went through the model, by their length in tokens; for the ledger."""
+
+
+Scorer = Callable[[WeightSource], Scored]
+"""Measures a model."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_pvs.data.token_set import TokenSet
-from nemo_pvs.ledger.flops import sparse_calibration_flops
+from nemo_pvs.ledger.flops import sparse_calibration_flops, sweep_flops, sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.request import Options
 from nemo_pvs.pruning.result import Pruned
 from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
-from nemo_pvs.pruning.structured.sweep import sweep_flops, sweep_tokens
 
 
 def spent(pruned: Pruned, options: Options, parent: Shape, read: TokenSet | None) -> dict[str, Any]:

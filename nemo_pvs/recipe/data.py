@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from nemo_pvs.recipe.blocks import number
-from nemo_pvs.recipe.fields import Block, Fraction, Initialisation, Tokens
+from nemo_pvs.recipe.fields import Block, Fraction, Initialisation, Tokens, number
 
 Domain = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 """The name of a domain, which is part of file names."""

@@ -12,7 +12,7 @@ from nemo_pvs.pruning.learned.removal_rules import Rules, fewest_removals
 from nemo_pvs.recipe.fields import Block, Fraction, Layout, Positive, Rate, Tokens
 
 if TYPE_CHECKING:
-    from nemo_pvs.recipe.blocks import Training
+    from nemo_pvs.recipe.training import Training
 
 
 class PruningAware(Block):

@@ -56,3 +56,11 @@ class Layout(Block):
         """How it cuts a model, for ``Shape.check_parallel``."""
         names = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "first_stage_layers", "last_stage_layers")
         return {name: getattr(self, name) for name in names}
+
+
+def number(text: str) -> float | None:
+    """Return the number that a text is, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

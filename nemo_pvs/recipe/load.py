@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe.blocks import Training
 from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.recipe.problems import first_problem
 from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import expand_home, read_yaml
 
 _BASE = "base.yaml"

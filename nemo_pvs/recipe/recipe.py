@@ -11,11 +11,13 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.budget import Setting
-from nemo_pvs.recipe.blocks import DENSE, Budgets, Calibration, Evaluation, Parent, Target, Training
+from nemo_pvs.recipe.blocks import Budgets, Calibration, Evaluation, Parent
 from nemo_pvs.recipe.data import Data
 from nemo_pvs.recipe.distillation import PARENT
+from nemo_pvs.recipe.domains import DynamicLoading
 from nemo_pvs.recipe.fields import Block, Initialisation, Layout, Tokens
-from nemo_pvs.recipe_domains import check_recipe_domains
+from nemo_pvs.recipe.target import DENSE, Target
+from nemo_pvs.recipe.training import Training
 
 __all__ = ["Arm", "Initialisation", "Layout", "Recipe", "Target", "Training"]
 
@@ -270,3 +272,58 @@ def _short(tokens: int) -> str:
         if tokens and tokens % unit == 0:
             return f"{tokens // unit}{letter}"
     return str(tokens)
+
+
+_TRAINED_FIRST = ("sheared-llama", "efficient-llm")
+"""Methods that train the parent before the arms, and hand on the shares that this ends with."""
+
+
+_TRAIN = "train.dynamic_loading"
+
+
+def check_recipe_domains(recipe: Recipe) -> None:
+    """Refuse a recipe that does not say how its domains are loaded, or says it of one text.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    domains = recipe.data.domains
+    for where, how in _blocks(recipe):
+        if not domains:
+            raise ValueError(
+                f"{where} is about domains, and data has none; give data.token_files.train and validation, or "
+                "data.source, by domain"
+            )
+        how.check_domains(domains, where)
+    if not domains:
+        return
+    train = recipe.train.dynamic_loading
+    if train is None:
+        raise ValueError(f"data has domains ({', '.join(domains)}), and nothing says their shares; add {_TRAIN}")
+    for name, target in recipe.targets.items():
+        if target.stages:
+            raise ValueError(f"targets.{name}.stages: targets with stages are trained on one text, not on domains")
+        own = target.learn or target.pruning_aware
+        if own and own.first_token is not None:
+            raise ValueError(f"targets.{name}: first_token is a place in one text, not in domains; leave it out")
+        first = target.method in _TRAINED_FIRST
+        if first and _of_stage(target, train).proportions is None:
+            raise ValueError(f"{_TRAIN}.proportions is missing, with which {name} begins; add it, or under learn")
+        if train.proportions is None and not (first and recipe.arms_of(name) == ["pruned"]):
+            raise ValueError(f"{_TRAIN}.proportions is missing, with which arms of {name} begin; add it")
+
+
+def _key(target: str) -> str:
+    return f"targets.{target}.learn.dynamic_loading"
+
+
+def _blocks(recipe: Recipe) -> Iterator[tuple[str, DynamicLoading]]:
+    if recipe.train.dynamic_loading:
+        yield _TRAIN, recipe.train.dynamic_loading
+    for name, target in recipe.targets.items():
+        if target.learn and target.learn.dynamic_loading:
+            yield _key(name), target.learn.dynamic_loading
+
+
+def _of_stage(target: Target, default: DynamicLoading) -> DynamicLoading:
+    return (target.learn and target.learn.dynamic_loading) or default

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nemo_pvs.reporting.compare.compare import SideBySide
-from nemo_pvs.reporting.compare.tasks import Score, TaskRow, averages, task_rows
+from nemo_pvs.reporting.compare.runs import SideBySide
+from nemo_pvs.reporting.compare.scores import Score
+from nemo_pvs.reporting.compare.tasks import TaskRow, averages, task_rows
 from nemo_pvs.reporting.figures.gap import gap_curve, published_gaps, removed_share
 from nemo_pvs.reporting.results import ArmResult
 

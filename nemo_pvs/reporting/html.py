@@ -13,7 +13,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from nemo_pvs.ledger.ledger import Ledger
-from nemo_pvs.reporting.compare.compare import RESULTS, SideBySide, compare, read_runs
+from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
+from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.tasks import averages, task_rows
 from nemo_pvs.reporting.data import csv_text, report_data
 from nemo_pvs.reporting.figures.accuracy import accuracy_figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -227,3 +228,10 @@ def _names_for_non_finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value
+
+
+def at(values: Any, *keys: str) -> Any:
+    """Return what stands under nested keys; None where there is no such key."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.scaling.curve import Curve
-from nemo_pvs.scaling.law import BILLION, Bounds, Conditions
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.curve import BILLION, Curve
+from nemo_pvs.scaling.law import Bounds
+from nemo_pvs.scaling.series import Conditions, Series
 
 
 class Chinchilla:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
-
-from nemo_pvs.scaling.law import BILLION, Values
 
 _GRID_POINTS = 400
 
@@ -81,3 +80,11 @@ def _power(base: float, exponent: float) -> float:
         return base**exponent
     except OverflowError:
         return math.inf
+
+
+Values = Any
+"""A float, or an array of float64 with an entry a point."""
+
+
+BILLION = 1e9
+"""The unit of parameters and tokens in every formula, so that coefficients have the size of losses."""

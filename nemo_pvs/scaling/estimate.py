@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.scaling.law import BILLION, Conditions, Law, names
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.curve import BILLION
+from nemo_pvs.scaling.law import Law, names
+from nemo_pvs.scaling.series import Conditions, Series
 
 Array = NDArray[np.float64]
 

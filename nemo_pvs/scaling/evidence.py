@@ -11,7 +11,7 @@ import numpy as np
 
 from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
-from nemo_pvs.scaling.law import BILLION
+from nemo_pvs.scaling.curve import BILLION
 
 Setting = Literal["equal training tokens", "equal total tokens"]
 """Whether the parent is in hand, or its pretraining is charged to the pruned arm."""

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.scaling.curve import BILLION
 from nemo_pvs.scaling.estimate import Array, Points, estimate, predict
-from nemo_pvs.scaling.law import BILLION, Law
+from nemo_pvs.scaling.law import Law
 from nemo_pvs.scaling.series import Series
 
 _LAST_SHARE = 0.2

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
+from nemo_pvs.scaling.series import Conditions
 
 if TYPE_CHECKING:
     from nemo_pvs.scaling.curve import Curve
     from nemo_pvs.scaling.series import Series
-
-Values = Any
-"""A float, or an array of float64 with an entry a point."""
-
-BILLION = 1e9
-"""The unit of parameters and tokens in every formula, so that coefficients have the size of losses."""
-
-
-class Conditions(NamedTuple):
-    """What a law may know about a model; floats, or arrays with an entry a point. NaN where it is not known."""
-
-    parameters: Values = np.nan
-    """Of the trained model, weights that a mask holds at zero not counted."""
-    parent_parameters: Values = np.nan
-    """N0: before pruning."""
-    ratio: Values = np.nan
-    """rho: the share of all parameters that was removed."""
-    parent_loss: Values = np.nan
-    """L0: nats per token, before pruning."""
 
 
 class Bounds(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_pvs.scaling.curve import Curve
-from nemo_pvs.scaling.law import Bounds, Conditions
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.law import Bounds
+from nemo_pvs.scaling.series import Conditions, Series
 
 
 class PerRun:

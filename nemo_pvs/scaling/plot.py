@@ -12,9 +12,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from nemo_pvs.scaling.curve import BILLION
 from nemo_pvs.scaling.estimate import Points, predict
 from nemo_pvs.scaling.fit import Fit
-from nemo_pvs.scaling.law import BILLION
 from nemo_pvs.system.files import write_text
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), which colour-blind readers tell apart; markers differ too.

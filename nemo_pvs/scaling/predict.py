@@ -12,7 +12,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.curve import Curve
 from nemo_pvs.scaling.estimate import Array
 from nemo_pvs.scaling.fit import Fit, interval
-from nemo_pvs.scaling.law import Conditions
+from nemo_pvs.scaling.series import Conditions
 
 _FARTHEST = 10.0
 """Times the most tokens of a fit: nothing is predicted beyond."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.scaling.law import Conditions
+from nemo_pvs.scaling.curve import Values
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,16 @@ def warnings_of(series: Series) -> list[str]:
     if not series.separate_runs and series.planned_tokens is not None:
         return [f"{series.name} is one cosine run: its losses before the end are higher than those of shorter runs"]
     return []
+
+
+class Conditions(NamedTuple):
+    """What a law may know about a model; floats, or arrays with an entry a point. NaN where it is not known."""
+
+    parameters: Values = np.nan
+    """Of the trained model, weights that a mask holds at zero not counted."""
+    parent_parameters: Values = np.nan
+    """N0: before pruning."""
+    ratio: Values = np.nan
+    """rho: the share of all parameters that was removed."""
+    parent_loss: Values = np.nan
+    """L0: nats per token, before pruning."""

@@ -9,9 +9,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.compare.comparable import at
 from nemo_pvs.reporting.published import published
-from nemo_pvs.reporting.results import ArmResult, Results
+from nemo_pvs.reporting.results import ArmResult, Results, at
 from nemo_pvs.reporting.training_log import log_files, validation_losses
 from nemo_pvs.scaling.series import Series
 

@@ -1,18 +1,19 @@
-"""Calibration on several ranks: each reads its share of the sequences, and sums are added up.
+"""Work shared by several ranks: each takes its part of the sequences, and sums are added up.
 
 Without ``torch.distributed`` there is one rank, and every function here does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import distributed
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.system.rendezvous import ranks_joined
+from nemo_pvs.system.rendezvous import local_rank, ranks_joined
 
 
 def world_size() -> int:
@@ -28,6 +29,9 @@ def rank() -> int:
 def is_main() -> bool:
     """Return whether this is the rank that writes files and talks."""
     return rank() == 0
+
+
+Found = TypeVar("Found")
 
 
 def split(ids: torch.Tensor) -> torch.Tensor:
@@ -59,15 +63,20 @@ def _distributed() -> bool:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Join the ranks that torchrun (or Slurm through it) started, for the length of the block; alone, do nothing.
+def joined(*, on_gpus: bool = False) -> Iterator[None]:
+    """Join the ranks that torchrun or Slurm started, for the length of the block; do nothing if there is only one.
 
-    Statistics are summed over gloo, which every machine has; they are a few megabytes a layer.
+    Args:
+        on_gpus: Tensors on GPUs are exchanged too, by NCCL, and each rank takes its own GPU. What is on the CPU, as
+            statistics are (a few megabytes a layer), is always exchanged by gloo, which every machine has.
 
     Raises:
         UserError: the variables that describe the ranks make no sense, or the other ranks do not come.
     """
-    with ranks_joined("gloo"):
+    gpus = on_gpus and torch.cuda.is_available()
+    if gpus:
+        torch.cuda.set_device(local_rank())
+    with ranks_joined("cpu:gloo,cuda:nccl" if gpus else "gloo"):
         yield
 
 
@@ -90,3 +99,11 @@ def held_by_main(lock: AbstractContextManager[None]) -> Iterator[None]:
         if refusal[0] is not None:
             raise UserError(refusal[0])
         yield
+
+
+def from_main(find: Callable[[], Found]) -> Found:
+    """Return what the first rank finds, on every rank: they might see different disks, and must not disagree."""
+    found: list[Found | None] = [find() if is_main() else None]
+    if world_size() > 1:
+        distributed.broadcast_object_list(found)
+    return found[0]  # type: ignore[return-value]

@@ -70,7 +70,9 @@ class Loading:
     def at_the_start(cls, training: Training) -> Loading | None:
         """Return where a training begins by the recipe alone; None for one text."""
         how = training.dynamic_loading
-        return how and cls(how.shares, dict.fromkeys(how.shares, 0))
+        if how is None:
+            return None
+        return cls(how.shares, dict.fromkeys(how.shares, 0))
 
 
 @dataclass(frozen=True)

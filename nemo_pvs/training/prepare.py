@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from nemo_pvs.checkpoints.assets import tokenizer_folder
+from nemo_pvs.checkpoints.fingerprint import Fingerprint, earlier_fingerprint, fingerprint, same_inputs
 from nemo_pvs.checkpoints.masks import check_masks, masks_of
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import Fingerprint, WeightSource, earlier_fingerprint, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.checkpoints.transforms.random import RandomSource
+from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.token_files import describe_token_file
 from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.tokens_read import TokensRead
-from nemo_pvs.pipeline.records import same_inputs
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.checks import check_context, check_training
 from nemo_pvs.planning.teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
@@ -98,8 +98,7 @@ def prepare_job(
         keep = source if keep_parent_embeddings else None
         masks = masks_of(source)
         scheme = training.initialisation
-        given = {"masks": masks, "keep": keep, "initialisation": scheme}
-        source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16, **given)
+        source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16, masks, keep, scheme)
         # What decides the draw, because drawing a large model only to compare it takes minutes.
         drawn = {"initialisation": scheme} if scheme != "megatron" else {}
         decides = sha256_json({"random": training.seed, "model": name, **drawn})

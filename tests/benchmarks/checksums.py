@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_pvs.checkpoints.convert import convert, read_through
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 from tests.benchmarks.conversion import SHAPES, make_input
 from tests.benchmarks.measure import forget_cached, measure

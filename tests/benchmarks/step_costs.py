@@ -202,13 +202,13 @@ def _train_rank(job: TrainingJob) -> None:
 def _taylor_rank(job: TrainingJob) -> float:
     """Be a rank; return the seconds of as many sequences as a step has."""
     from nemo_pvs.data.token_set import TokenSet
-    from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.megatron.gradients import megatron_taylor_scores
     from nemo_pvs.megatron.inference import megatron_ranks
+    from nemo_pvs.system.ranks import joined
 
     source, times = NemoSource(job.initial), []
     ids = torch.randint(3, shape_of(source).vocab, (WARM_UP + SAMPLES, SEQUENCE))
-    with joined(), megatron_ranks(job.layout.tensor_parallel, job.layout.pipeline_parallel):
+    with joined(on_gpus=True), megatron_ranks(job.layout.tensor_parallel, job.layout.pipeline_parallel):
         megatron_taylor_scores(source, TokenSet(ids, {}), progress=lambda *_: times.append(time.perf_counter()))
     return times[-1] - times[WARM_UP - 1]
 

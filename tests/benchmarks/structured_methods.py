@@ -30,12 +30,12 @@ from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.flap import plan_flap
 from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
+from nemo_pvs.pruning.structured.magnitude_sp import plan_magnitude_sp
+from nemo_pvs.pruning.structured.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.structured.width import plan_width
-from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
 from nemo_pvs.system.progress import console, progress
 
 

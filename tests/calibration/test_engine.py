@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
-from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from tests.state_source import StateSource, random_ids, tiny_model

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from tests.state_source import StateSource, random_ids, tiny_model
 

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint import metadata
 
 from nemo_pvs.checkpoints.convert import convert, read_through, verify_checkpoint, verify_or_read
 from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.cli import verbs
 from nemo_pvs.errors import UserError
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer

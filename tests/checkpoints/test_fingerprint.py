@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.fingerprint import earlier_fingerprint, fingerprint
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import earlier_fingerprint, fingerprint
 from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 from nemo_pvs.pipeline.records import Stages
 

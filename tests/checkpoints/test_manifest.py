@@ -10,11 +10,11 @@ import torch
 import xxhash
 
 from nemo_pvs.checkpoints.convert import convert, describe, verify_checkpoint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest, is_finite
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.errors import UserError
 from tests.state_source import StateSource, tiny_model
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.nemo.context import read_context
-from nemo_pvs.checkpoints.source import fingerprint
 
 pytestmark = pytest.mark.slow
 

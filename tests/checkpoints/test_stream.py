@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_pvs.checkpoints.convert import convert, describe, verify_checkpoint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nemo_pvs.checkpoints.convert import verify_checkpoint
 from nemo_pvs.checkpoints.files.torch_dist import Block, write_torch_dist
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
-from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.transforms.pad import pad_layers
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import LayerSizes

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nemo_pvs.checkpoints.assets import asset_files, copy_asset
+from nemo_pvs.data.assets import asset_files, copy_asset
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.tokenize import load_tokenizer, tokenize, tokenizer_hash
 from nemo_pvs.system.files import sha256_folder

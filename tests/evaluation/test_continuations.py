@@ -12,7 +12,7 @@ import yaml
 from nemo_pvs.data.tokenize import load_tokenizer, write_token_file
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.continuations import CONTEXT_TOKENS, ENDING_TOKENS, write_continuations
-from nemo_pvs.evaluation.requests import parse_wishes
+from nemo_pvs.evaluation.requests import parse_tasks
 from tests.conftest import save_tiny_tokenizer
 
 WINDOW = CONTEXT_TOKENS + ENDING_TOKENS
@@ -60,8 +60,8 @@ def test_a_seed_draws_the_same_again(questions) -> None:
 
 def test_lm_eval_finds_the_task(questions, tmp_path: Path) -> None:
     questions(4)
-    [wish] = parse_wishes(str(tmp_path / "task"))
-    assert wish.task == "continuation"
+    [request] = parse_tasks(str(tmp_path / "task"))
+    assert request.task == "continuation"
     assert yaml.safe_load((tmp_path / "task" / "continuation.yaml").read_text())["target_delimiter"] == ""
 
 

@@ -11,7 +11,7 @@ import pytest
 from nemo_pvs.cli.main import main
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.layerwise import perplexity as perplexity_module
-from nemo_pvs.reporting.compare.tasks import read_scores
+from nemo_pvs.reporting.compare.scores import read_scores
 from tests.conftest import make_tiny_llama
 from tests.evaluation.models import TASKS, save_byte_model
 from tests.evaluation.paper_data import write_paper_data

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.journal import Journal
 from nemo_pvs.evaluation.language_model import CheckpointLM
-from nemo_pvs.evaluation.scoring import TransformersScorer, find_batch_tokens, next_token_scores
+from nemo_pvs.evaluation.scoring import TransformersScorer, find_batch_tokens
+from nemo_pvs.evaluation.store import Journal
+from nemo_pvs.layerwise.token_scores import next_token_scores
 from tests.evaluation.models import TASKS, VOCAB, save_byte_model, save_byte_tokenizer
 from tests.families import save_tiny
 from tests.uneven_model import BIASES, make_uneven_llama

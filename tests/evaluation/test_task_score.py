@@ -13,7 +13,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.language_model import CheckpointLM
-from nemo_pvs.evaluation.requests import parse_wishes
+from nemo_pvs.evaluation.requests import parse_tasks
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.task_score import task_score
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
@@ -28,7 +28,7 @@ def test_first_metrics_with_their_sign(tmp_path: Path) -> None:
     scorer = TransformersScorer(source, dtype=torch.float32, device="cpu")
     model = CheckpointLM(scorer, load_tokenizer(folder), source.config["max_position_embeddings"])
     firsts = {}
-    for task in load_tasks(parse_wishes(str(TASKS)), tmp_path):
+    for task in load_tasks(parse_tasks(str(TASKS)), tmp_path):
         name, metric = next(iter(measure_task(task, model, 3).items()))
         firsts[task.task.config.task] = (name, metric["value"])
     less_is_better = {"perplexity", "word_perplexity"}

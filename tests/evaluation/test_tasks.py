@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
-from nemo_pvs.evaluation.requests import Wish, Wishes, parse_wishes, presets
+from nemo_pvs.evaluation.requests import EvaluationRequest, TaskRequest, parse_tasks, presets
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.summary import average
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
@@ -44,7 +44,7 @@ def data(tmp_path_factory) -> Path:
 
 def test_metrics_and_standard_errors_are_those_of_lm_eval(folder, model, monkeypatch):
     """The same tasks through simple_evaluate and HFLM; relative data files need its working directory."""
-    loaded = {task.task.config.task: task for task in load_tasks(parse_wishes(str(TASKS)), Path("none"))}
+    loaded = {task.task.config.task: task for task in load_tasks(parse_tasks(str(TASKS)), Path("none"))}
     assert loaded.keys() == {"capitals", "endings", "letters"}
     monkeypatch.chdir(TASKS)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -67,7 +67,7 @@ def test_metrics_and_standard_errors_are_those_of_lm_eval(folder, model, monkeyp
 
 
 def test_accuracy_is_the_mean_of_single_documents(model):
-    [task] = load_tasks([Wish("capitals", folder=TASKS)], Path("none"))
+    [task] = load_tasks([TaskRequest("capitals", folder=TASKS)], Path("none"))
     about = measure_task(task, model)["acc"]
     right = about["by_document"]
     assert about["value"] == pytest.approx(sum(right) / 8)
@@ -78,16 +78,16 @@ def test_accuracy_is_the_mean_of_single_documents(model):
 def test_two_tasks_of_one_name_are_refused(tmp_path):
     """The later one would overwrite the earlier."""
     other = shutil.copytree(TASKS, tmp_path / "other")
-    assert len(load_tasks(parse_wishes(f"{TASKS},{other}"), Path("none"))) == 6, "the same questions twice"
+    assert len(load_tasks(parse_tasks(f"{TASKS},{other}"), Path("none"))) == 6, "the same questions twice"
     letters = other / "letters.jsonl"
     letters.write_text(letters.read_text().replace(" ", "  "))
     with pytest.raises(UserError, match=f"{TASKS} and {other} have different tasks named letters/0-shot"):
-        load_tasks(parse_wishes(f"{TASKS},{other}"), Path("none"))
+        load_tasks(parse_tasks(f"{TASKS},{other}"), Path("none"))
 
 
 def test_few_shot_and_zero_shot_results_have_names_of_their_own(model):
     """The published code files both under the task, so the later one overwrites the earlier."""
-    tasks = load_tasks(parse_wishes(f"{TASKS},capitals:2"), Path("none"))
+    tasks = load_tasks(parse_tasks(f"{TASKS},capitals:2"), Path("none"))
     assert [task.name for task in tasks] == [
         *("capitals/0-shot", "endings/0-shot", "letters/0-shot", "capitals/2-shot")
     ]
@@ -99,7 +99,7 @@ def test_few_shot_and_zero_shot_results_have_names_of_their_own(model):
 
 def test_the_preset_of_the_paper(model, data):
     """Eight tasks without examples, each with the metric that the paper's code reads."""
-    tasks = load_tasks(parse_wishes("paper"), data)
+    tasks = load_tasks(parse_tasks("paper"), data)
     measured: dict[str, Any] = {}
     for task in tasks:
         measured.update({f"{task.name}/{metric}": about for metric, about in measure_task(task, model).items()})
@@ -114,12 +114,16 @@ def test_the_preset_of_the_paper(model, data):
         "openbookqa/0-shot/acc_norm",
     ]
     assert list(measured) == names
-    wishes = Wishes.parse("paper", None)
-    assert (wishes.texts, wishes.samples, wishes.sequence_length) == (["c4", "wikitext", "cnn_dailymail"], 256, 8192)
-    mean = wishes.averages(measured)["paper/average"]
+    request = EvaluationRequest.parse("paper", None)
+    assert (request.texts, request.samples, request.sequence_length) == (
+        ["c4", "wikitext", "cnn_dailymail"],
+        256,
+        8192,
+    )
+    mean = request.averages(measured)["paper/average"]
     assert mean["value"] == pytest.approx(sum(measured[name]["value"] for name in names) / 8)
     del measured[names[0]]
-    assert wishes.averages(measured) == {}, "an average of seven is none of eight"
+    assert request.averages(measured) == {}, "an average of seven is none of eight"
 
 
 def test_the_error_of_an_average():
@@ -133,7 +137,7 @@ def test_the_error_of_an_average():
 
 def test_the_content_decides_the_hash_and_not_its_place(tmp_path):
     def hash_of(folder: Path) -> str:
-        [task] = load_tasks([Wish("capitals", folder=folder)], Path("none"))
+        [task] = load_tasks([TaskRequest("capitals", folder=folder)], Path("none"))
         return task.content_hash
 
     shutil.copytree(TASKS, tmp_path / "moved")
@@ -149,13 +153,13 @@ def test_the_content_decides_the_hash_and_not_its_place(tmp_path):
     assert hash_of(tmp_path / "asked") != original
 
 
-def test_wishes():
-    assert parse_wishes("arc_easy, winogrande:5") == [Wish("arc_easy"), Wish("winogrande", 5)]
-    assert parse_wishes("arc_easy,arc_easy") == [Wish("arc_easy")]
-    assert Wishes.parse(None, None).texts == ["wikipedia-sample"]
-    assert Wishes.parse("arc_easy", None).texts == []
-    assert Wishes.parse("paper", ["none"]).texts == []
-    assert Wishes.parse("paper", ["c4"], samples=3).samples == 3
+def test_requests():
+    assert parse_tasks("arc_easy, winogrande:5") == [TaskRequest("arc_easy"), TaskRequest("winogrande", 5)]
+    assert parse_tasks("arc_easy,arc_easy") == [TaskRequest("arc_easy")]
+    assert EvaluationRequest.parse(None, None).texts == ["wikipedia-sample"]
+    assert EvaluationRequest.parse("arc_easy", None).texts == []
+    assert EvaluationRequest.parse("paper", ["none"]).texts == []
+    assert EvaluationRequest.parse("paper", ["c4"], samples=3).samples == 3
     assert list(presets()) == ["paper"]
 
 
@@ -167,28 +171,28 @@ def test_mistakes_get_one_sentence(data, tmp_path):
         str(tmp_path / "empty"): "has no .yaml file with a task: line",
     }.items():
         with pytest.raises(UserError, match=sentence):
-            parse_wishes(text)
+            parse_tasks(text)
     with pytest.raises(UserError, match="lm-eval has no task arc_hard"):
-        load_tasks([Wish("arc_hard")], data)
+        load_tasks([TaskRequest("arc_hard")], data)
     with pytest.raises(UserError, match=r"task capitals/0-shot has no metric f1 \(it has acc, acc_norm\)"):
-        load_tasks([Wish("capitals", metric="f1", folder=TASKS)], data)
+        load_tasks([TaskRequest("capitals", metric="f1", folder=TASKS)], data)
     shutil.copytree(TASKS, tmp_path / "tasks")
     (tmp_path / "tasks" / "capitals.jsonl").unlink()
     with pytest.raises(UserError, match=r"The task capitals cannot be loaded from .*tasks"):
-        load_tasks([Wish("capitals", folder=tmp_path / "tasks")], data)
+        load_tasks([TaskRequest("capitals", folder=tmp_path / "tasks")], data)
     definition = tmp_path / "tasks" / "letters.yaml"
     definition.write_text(definition.read_text().replace("loglikelihood_rolling", "generate_until"))
     with pytest.raises(UserError, match="The task letters generates text"):
-        load_tasks([Wish("letters", folder=tmp_path / "tasks")], data)
+        load_tasks([TaskRequest("letters", folder=tmp_path / "tasks")], data)
     definition.write_text("task: [")
     with pytest.raises(UserError, match="is not valid YAML"):
-        parse_wishes(str(tmp_path / "tasks"))
+        parse_tasks(str(tmp_path / "tasks"))
 
 
 def test_data_that_are_not_here_are_named_with_the_command_that_gets_them(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(UserError) as refused:
-        load_tasks([Wish("winogrande")], tmp_path)
+        load_tasks([TaskRequest("winogrande")], tmp_path)
     sentence = str(refused.value)
     assert "The data of the task winogrande are not here" in sentence
     assert f"hf download allenai/winogrande --repo-type dataset --local-dir {tmp_path}/allenai/winogrande" in sentence

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.texts import TEXTS, loss_statistics, windows_of
-from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.evaluation.texts import TEXTS, windows_of
+from nemo_pvs.layerwise.perplexity import loss_statistics, perplexity
 from tests.evaluation.models import TASKS, save_byte_model
 from tests.evaluation.paper_data import write_texts
 

@@ -17,8 +17,8 @@ from nemo_pvs.pruning.search.grid import flops_at
 from nemo_pvs.pruning.search.search import search
 from nemo_pvs.pruning.structured.flap import plan_flap
 from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
+from nemo_pvs.pruning.structured.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.structured.width import plan_width
-from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
 from tests.calibration.test_engine import token_set
 from tests.parallel.ranks import run_ranks
 from tests.state_source import StateSource, tiny_model

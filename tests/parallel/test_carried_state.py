@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.nemo.optimizer_state import MASTERS, MOMENTS, OptimizerStateSource, states_in
-from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout as WeightTable
 from nemo_pvs.pruning.apply import PrunedSource

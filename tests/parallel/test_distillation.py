@@ -16,11 +16,10 @@ from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
-from nemo_pvs.megatron.distillation.losses import vocabulary_parallel_kl
+from nemo_pvs.megatron.distillation.losses import initial_projection, vocabulary_parallel_kl
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.recipe import Layout, Training
 from nemo_pvs.training import metrics
-from nemo_pvs.training.hidden_loss import initial_projection
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -325,10 +324,10 @@ def _kl_of_nemo(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     import torch.distributed as distributed
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
 
-    from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.megatron.inference import megatron_ranks
+    from nemo_pvs.system.ranks import joined
 
-    with joined(), megatron_ranks(2):
+    with joined(on_gpus=True), megatron_ranks(2):
         student, teacher = (torch.from_numpy(one).chunk(2, -1)[distributed.get_rank()] for one in arrays)
         mine = student.clone().requires_grad_()
         kl, *_ = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=2))(mine, teacher)

@@ -20,8 +20,8 @@ from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.journal import Journal
 from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.store import Journal
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 from tests.evaluation.models import TASKS, VOCAB, save_byte_model, save_byte_tokenizer
@@ -61,11 +61,11 @@ def _ask_megatron(
     folders: list[Path], tensor_parallel: int, pipeline_parallel: int, journal: Path | None = None
 ) -> tuple[list[Any], list[int]]:
     """Return the answers for each checkpoint, and how many sequences this rank has scored."""
-    from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
+    from nemo_pvs.system.ranks import joined
 
     answers, scored = [], []
-    with joined(), megatron_ranks(tensor_parallel, pipeline_parallel):
+    with joined(on_gpus=True), megatron_ranks(tensor_parallel, pipeline_parallel):
         for folder in folders:
             scorer = MegatronScorer(open_source(folder), dtype=torch.float32, device="cpu")
             score, count = scorer.score, [0]

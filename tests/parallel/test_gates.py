@@ -71,10 +71,10 @@ def factors() -> tuple[torch.Tensor, ...]:
 
 def _measure(folders: list[Path], tensor_parallel: int, pipeline_parallel: int, sequence_parallel: bool) -> list[Any]:
     """Be a rank; return for each checkpoint log-probabilities by gates, and gradients of gates."""
-    from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.megatron.gradients import _MegatronGradients
     from nemo_pvs.megatron.inference import megatron_ranks
     from nemo_pvs.megatron.pruning.gates import Gates, gate_gradients, gated_layer_spec, install_gates
+    from nemo_pvs.system.ranks import joined
 
     class Model(_MegatronGradients):
         layer_spec = staticmethod(gated_layer_spec)
@@ -88,7 +88,7 @@ def _measure(folders: list[Path], tensor_parallel: int, pipeline_parallel: int, 
             return super()._build(source)
 
     measured = []
-    with joined(), megatron_ranks(tensor_parallel, pipeline_parallel):
+    with joined(on_gpus=True), megatron_ranks(tensor_parallel, pipeline_parallel):
         for folder in folders:
             source = open_source(folder)
             model = Model(source, dtype=torch.float32, device="cpu")

@@ -39,11 +39,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _measure(folders: list[Path], tensor_parallel: int, pipeline_parallel: int) -> list[dict[str, Any]]:
     """Be a rank; return the scores of each checkpoint."""
-    from nemo_pvs.evaluation.parallel import joined
     from nemo_pvs.megatron.gradients import megatron_taylor_scores
     from nemo_pvs.megatron.inference import megatron_ranks
+    from nemo_pvs.system.ranks import joined
 
-    with joined(), megatron_ranks(tensor_parallel, pipeline_parallel):
+    with joined(on_gpus=True), megatron_ranks(tensor_parallel, pipeline_parallel):
         found = [megatron_taylor_scores(open_source(folder), token_set(samples=SAMPLES)) for folder in folders]
     return [{name: tensor.numpy() for name, tensor in scores.items()} for scores in found]
 

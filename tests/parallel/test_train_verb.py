@@ -5,8 +5,8 @@ import random
 
 import pytest
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import fingerprint
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import JOB_FILE, TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer

@@ -14,11 +14,11 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import LayerwiseModel
 from nemo_pvs.ledger.flops import calibration_flops
 from nemo_pvs.model.shape import LayerSizes, Shape
-from nemo_pvs.pruning.adapt_measure import LayerMeasure
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.methods import prune_by
 from nemo_pvs.pruning.request import Job, Options
 from nemo_pvs.pruning.structured.adapt_pruner import (
+    LayerMeasure,
     Measured,
     Settings,
     kept_sizes,

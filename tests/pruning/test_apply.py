@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
-from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.pruning import apply

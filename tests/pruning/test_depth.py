@@ -12,14 +12,16 @@ from torch.nn.modules import module as torch_module
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.ledger.flops import sweep_flops
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.structured.depth import Scan, layers_to_remove, plan_depth, plan_individual, scan_windows
-from nemo_pvs.pruning.structured.sweep import LayerSweep, sweep_flops
+from nemo_pvs.pruning.structured.sweep import LayerSweep
 from tests.state_source import StateSource, random_ids, tiny_model
 
 LAYERS = 6

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.pruning.request import Scored
 from nemo_pvs.pruning.structured.depth import plan_depth, scan_windows
-from nemo_pvs.pruning.structured.depth_task import Scored, TaskScan, plan_task, scan_task
+from nemo_pvs.pruning.structured.depth_task import TaskScan, plan_task, scan_task
 from tests.pruning.test_depth import LAYERS, six_layers, token_set
 from tests.state_source import StateSource
 

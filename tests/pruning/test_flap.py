@@ -18,11 +18,11 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.flap import METRICS, plan_flap
+from nemo_pvs.pruning.structured.magnitude_sp import plan_magnitude_sp
 from nemo_pvs.pruning.structured.units import standardised
-from nemo_pvs.pruning.wanda_sp import plan_wanda_sp
+from nemo_pvs.pruning.structured.wanda_sp import plan_wanda_sp
 from tests.calibration.test_engine import token_set
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from nemo_pvs.checkpoints.source import fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.ledger.flops import count_forwards
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.methods import METHODS
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.request import Job, Options
 from nemo_pvs.pruning.structured.greedy import plan_greedy, scan_greedy
-from nemo_pvs.pruning.structured.sweep import count_forwards
 from tests.pruning.test_depth import LAYERS, independent_loss, six_layers, token_set
 from tests.state_source import StateSource, tiny_model
 

@@ -12,12 +12,12 @@ from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.taylor import METRICS
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import LayerSizes
+from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
 from nemo_pvs.pruning.structured.unit_counts import STRUCTURES
-from nemo_pvs.recipe.blocks import Target
-from nemo_pvs.recipe.options import expected_shape
+from nemo_pvs.recipe.target import Target
 from tests.calibration.test_engine import token_set
 from tests.pruning.test_flap import TINY, best
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model

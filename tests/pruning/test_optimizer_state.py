@@ -12,9 +12,10 @@ import torch.distributed.checkpoint as dcp
 from transformers import LlamaForCausalLM
 
 from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.nemo.optimizer_state import OptimizerStateSource
-from nemo_pvs.checkpoints.source import fingerprint, shape_of
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.optimizer_state import slice_optimizer_state
 from nemo_pvs.pruning.plan import Plan

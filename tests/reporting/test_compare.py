@@ -11,7 +11,8 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Ledger
-from nemo_pvs.reporting.compare.compare import Run, compare, read_runs
+from nemo_pvs.reporting.compare.compare import compare, read_runs
+from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.data import arm_rows
 from nemo_pvs.reporting.figures.loss import loss_panels
 from nemo_pvs.reporting.results import Results

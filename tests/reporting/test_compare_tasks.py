@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.compare.compare import Run, compare
-from nemo_pvs.reporting.compare.tasks import Score, TaskRow, averages, read_scores, task_rows
+from nemo_pvs.reporting.compare.compare import compare
+from nemo_pvs.reporting.compare.runs import Run
+from nemo_pvs.reporting.compare.scores import Score, read_scores
+from nemo_pvs.reporting.compare.tasks import TaskRow, averages, task_rows
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.reporting.tables.tasks import task_cells
 from nemo_pvs.system.files import read_json, write_json

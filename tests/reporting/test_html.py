@@ -9,7 +9,8 @@ import yaml
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Ledger
-from nemo_pvs.reporting.compare.compare import Run, compare
+from nemo_pvs.reporting.compare.compare import compare
+from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.html import html_report, write_report
 from nemo_pvs.reporting.results import Results
 

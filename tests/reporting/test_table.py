@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from nemo_pvs.ledger.ledger import Ledger
-from nemo_pvs.reporting.compare.compare import Run, compare
+from nemo_pvs.reporting.compare.compare import compare
+from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.reporting.tables.results import (
     markdown_table,

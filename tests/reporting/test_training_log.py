@@ -9,8 +9,8 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.compare.compare import Run
 from nemo_pvs.reporting.compare.curves import take_curves
+from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.results import Point, Results
 from nemo_pvs.reporting.training_log import validation_losses
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from nemo_pvs.scaling.fit import LAWS, Form
-from nemo_pvs.scaling.law import Conditions
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.series import Conditions, Series
 
 Draw = Callable[..., list[Series]]
 

@@ -7,9 +7,9 @@ import pytest
 
 from nemo_pvs.scaling.chinchilla import Chinchilla
 from nemo_pvs.scaling.curve import Curve
-from nemo_pvs.scaling.law import Conditions
 from nemo_pvs.scaling.p2 import P2
 from nemo_pvs.scaling.per_run import PerRun
+from nemo_pvs.scaling.series import Conditions
 
 CURVE = Curve(2.3, 0.8, 0.5)
 

@@ -8,9 +8,8 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.curve import Curve
 from nemo_pvs.scaling.fit import Fit, fit
-from nemo_pvs.scaling.law import Conditions
 from nemo_pvs.scaling.predict import curve_of, extrapolation, loss_at, overtaking, tokens_at_gain, tokens_to
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.series import Conditions, Series
 
 from .conftest import PER_RUN, Draw
 

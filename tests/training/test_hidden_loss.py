@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nemo_pvs.training.hidden_loss import hidden_loss, initial_projection
+from nemo_pvs.megatron.distillation.losses import hidden_loss, initial_projection
 
 
 def _states(width: int, seed: int) -> torch.Tensor:

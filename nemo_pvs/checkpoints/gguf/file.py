@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_pvs.checkpoints.not_a_model import refuse_lfs_pointer
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.not_a_model import refuse_lfs_pointer
 
 _MISSING = object()
 

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.checkpoints.files.safetensors_file import SafetensorsWriter
+from nemo_pvs.checkpoints.fingerprint import same_values
 from nemo_pvs.checkpoints.huggingface.config import quantization, read_config, without_quantization
 from nemo_pvs.checkpoints.huggingface.shards import Shards, few
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import CONFIG_KEY, FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
-from nemo_pvs.checkpoints.not_a_model import refuse_quantised
-from nemo_pvs.checkpoints.source import Progress, WeightSource, same_values
+from nemo_pvs.checkpoints.source import Progress, WeightSource
 from nemo_pvs.checkpoints.stored_tensors import StoredTensors
 from nemo_pvs.checkpoints.tensor_record import TensorRecord
+from nemo_pvs.data.assets import asset_files, copy_asset
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.not_a_model import refuse_quantised
 from nemo_pvs.system.files import whole_folder, write_json
 from nemo_pvs.system.progress import say_once
 

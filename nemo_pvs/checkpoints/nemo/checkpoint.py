@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, write_torch_dist
+from nemo_pvs.checkpoints.fingerprint import same_values
 from nemo_pvs.checkpoints.huggingface.shards import few
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
 from nemo_pvs.checkpoints.nemo.context import context_assets, read_context, write_context
-from nemo_pvs.checkpoints.source import Progress, WeightSource, same_values
+from nemo_pvs.checkpoints.source import Progress, WeightSource
 from nemo_pvs.checkpoints.stored_tensors import StoredTensors
 from nemo_pvs.checkpoints.tensor_record import TensorRecord, dtype_name
 from nemo_pvs.checkpoints.transforms.biases import with_both_biases

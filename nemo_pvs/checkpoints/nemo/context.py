@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.checkpoints.huggingface.config import normal_config, read_config, without_quantization
 from nemo_pvs.checkpoints.nemo import fiddle_json
 from nemo_pvs.checkpoints.nemo.fiddle_json import Config, Symbol
 from nemo_pvs.checkpoints.nemo.nemo_classes import PLAIN, NemoFamily
+from nemo_pvs.data.assets import asset_files, copy_asset
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import LayerSizes

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.assets import asset_files
 from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
 from nemo_pvs.checkpoints.huggingface.config import normal_config, read_config, without_quantization
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.nemo.megatron_args import config_from_arguments
+from nemo_pvs.data.assets import asset_files
 from nemo_pvs.errors import UserError
 
 _PREFIX = "module."

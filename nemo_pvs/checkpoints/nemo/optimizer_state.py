@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from nemo_pvs.checkpoints.fingerprint import compute_checksums
 from nemo_pvs.checkpoints.masks import Masks, NoMasks
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
-from nemo_pvs.checkpoints.source import compute_checksums
 from nemo_pvs.checkpoints.tensor_record import TensorRecord
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Entry, Layout

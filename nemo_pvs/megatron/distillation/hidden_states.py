@@ -10,8 +10,8 @@ import torch
 from megatron.core import parallel_state
 from torch import distributed
 
+from nemo_pvs.megatron.distillation.losses import hidden_loss, initial_projection
 from nemo_pvs.megatron.distillation.teacher import EMBEDDING, Teacher, places_of
-from nemo_pvs.training.hidden_loss import hidden_loss, initial_projection
 
 
 class HiddenStates:

@@ -25,8 +25,8 @@ from nemo_pvs.pruning.learned.compensation import predictors
 from nemo_pvs.pruning.learned.kept_units import KeptUnits
 from nemo_pvs.pruning.learned.saliency import Removal, add_terms, next_removal, saliency
 from nemo_pvs.pruning.learned.unit_space import UnitSpace
-from nemo_pvs.recipe.blocks import Training
 from nemo_pvs.recipe.efficient import PruningAware
+from nemo_pvs.recipe.training import Training
 
 
 class Pruner:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pipeline.folder import RunFolder

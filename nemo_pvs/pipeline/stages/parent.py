@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.checkpoints.assets import asset_files, copy_asset
 from nemo_pvs.checkpoints.fetch import prepare_parent
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import fingerprint
+from nemo_pvs.data.assets import asset_files, copy_asset
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
-from nemo_pvs.pipeline.checks import check_dense_parent
 from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.planning.parent_checks import check_dense_parent
+from nemo_pvs.planning.targets import check_recipe
 from nemo_pvs.planning.teacher import check_recipe_teacher, check_tokens
 from nemo_pvs.recipe.distillation import PARENT
-from nemo_pvs.recipe.options import check_recipe
 from nemo_pvs.system.files import sha256_json, whole_folder, write_json
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,21 @@ from typing import Any
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, RunFolder, forget_optimizer
 from nemo_pvs.pipeline.look_ahead import LookAhead
-from nemo_pvs.pipeline.target import HUGGING_FACE, NEMO, prune_target
+from nemo_pvs.pipeline.target import prune_target
 from nemo_pvs.planning.charges import charge_scores, charge_training, pruning_charges
-from nemo_pvs.planning.rounds import ADAPT, Share, adapt_parameters, shares, stage_targets
-from nemo_pvs.recipe.blocks import DENSE
+from nemo_pvs.planning.rounds import Share, adapt_parameters, shares, stage_targets
+from nemo_pvs.recipe.options import ADAPT
 from nemo_pvs.recipe.recipe import Arm, Target
+from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.system.progress import progress
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint
@@ -109,11 +110,6 @@ def _pruning(run: RunFolder, name: str, number: int, last: bool) -> tuple[str, P
     if last:
         return f"prune/{name}", run.pruned(name)
     return f"prune/{name}/stage-{number}", run.pruned(f"{name}-stages") / str(number)
-
-
-def forget_optimizer(run: RunFolder, name: str, number: int) -> None:
-    """Remove what only going on with a share of training would need, its checkpoints; its weights are kept."""
-    shutil.rmtree(run.share_folder(name, number) / "nemo", ignore_errors=True)
 
 
 def _prune(

@@ -10,12 +10,13 @@ from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
 from nemo_pvs.evaluation.continuations import NAME, check_continuations, write_continuations
 from nemo_pvs.evaluation.measure import measure
-from nemo_pvs.evaluation.requests import Wishes, parse_wishes
+from nemo_pvs.evaluation.requests import EvaluationRequest, parse_tasks
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.task_score import task_score
-from nemo_pvs.pruning.structured.depth_task import Scorer
-from nemo_pvs.recipe.blocks import TASK_DATA, Evaluation, Target
+from nemo_pvs.pruning.request import Scorer
+from nemo_pvs.recipe.blocks import TASK_DATA, Evaluation
 from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.recipe.target import Target
 
 TASKS = "tasks"
 """The folder in a run folder that they are measured in."""
@@ -47,7 +48,7 @@ def measure_tasks(
     asked = _with_questions(settings.tasks, test, tokenizer, folder, settings.task_limit)
     measure(
         [Checkpoint(str(path), "transformers") for path in models],
-        Wishes.parse(",".join(asked), ["none"]),
+        EvaluationRequest.parse(",".join(asked), ["none"]),
         Store(folder),
         Compute(**compute),
         task_data=Path(settings.task_data),
@@ -67,7 +68,7 @@ def check_tasks(recipe: Recipe) -> None:
         if public := [task for task in tasks if task != NAME]:
             from nemo_pvs.evaluation.tasks import load_tasks  # takes seconds
 
-            load_tasks(parse_wishes(",".join(public)), Path(data))
+            load_tasks(parse_tasks(",".join(public)), Path(data))
 
 
 def check_questions(recipe: Recipe, test: Path, calibration: Path, tokenizer: Path) -> None:

@@ -15,17 +15,17 @@ from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.parallel import from_main
 from nemo_pvs.layerwise.model import MEMORY_LIMIT
 from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.ledger.flops import sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.joint import plan_joint
-from nemo_pvs.pruning.structured.sweep import sweep_tokens
 from nemo_pvs.pruning.target import SIZES
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import read_json, sha256_json, write_json
+from nemo_pvs.system.ranks import from_main
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel

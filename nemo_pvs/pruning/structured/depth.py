@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import MEMORY_LIMIT
+from nemo_pvs.ledger.flops import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.plan import Plan, whole_layers
-from nemo_pvs.pruning.structured.sweep import LayerSweep, count_forwards, sweep_flops, sweep_tokens
+from nemo_pvs.pruning.structured.sweep import LayerSweep
 
 METHOD = "minitron-depth"
 SEARCHES = ("contiguous", "greedy", "sleb", "individual")

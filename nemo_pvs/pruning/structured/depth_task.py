@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.request import Scorer
 from nemo_pvs.pruning.structured.depth import METHOD, check_removal, layer_plan
-
-
-class Scored(NamedTuple):
-    """What one model achieved, and what it read for that."""
-
-    score: float
-    """For example its accuracy at a task; higher is better."""
-    read: Mapping[int, int]
-    """How many sequences went through the model, by their length in tokens; for the ledger."""
-
-
-Scorer = Callable[[WeightSource], Scored]
-"""Measures a model."""
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.source import WeightSource, fingerprint, shape_of
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import MEMORY_LIMIT
+from nemo_pvs.ledger.flops import count_forwards, sweep_flops, sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.plan import Indices, Plan
 from nemo_pvs.pruning.structured.depth import METHOD, layer_plan, unprotected
-from nemo_pvs.pruning.structured.sweep import LayerSweep, count_forwards, sweep_flops, sweep_tokens
+from nemo_pvs.pruning.structured.sweep import LayerSweep
 
 GREEDY = {"greedy": 0, "sleb": 1}
 """Searches that remove layers one by one, and how many stay at each end unless something else is asked for: SLEB's

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
-from nemo_pvs.model.shape import Shape
 from nemo_pvs.system import ranks
 
 
@@ -112,33 +110,3 @@ class LayerSweep:
             self.layer_forwards += share
             if self._on_forward:
                 self._on_forward(self.layer_forwards)
-
-
-def count_forwards(layers: int, width: int, starts: Sequence[int], *, whole: bool = True) -> int:
-    """Return the layer forwards of one ``LayerSweep.losses``."""
-    return sum(layers - width - start for start in starts) + (layers if whole else max(starts))
-
-
-def sweep_flops(shape: Shape, tokens: Mapping[str, Any], layer_forwards: float, models: int) -> int:
-    """Return the forward FLOPs of sweeps: the layers that were really run, and the output head for every model.
-
-    Args:
-        shape: The dense model; of uneven layers each counts as their mean.
-        tokens: Manifest of the token set.
-        layer_forwards: How often the text went through a decoder layer.
-        models: How often the loss was measured.
-    """
-    length = tokens["sequence_length"]
-    sizes = shape.layer_sizes
-    whole, one, two = (
-        shape.with_layers(layers).flops_per_token(sequence_length=length, training=False)
-        for layers in (sizes, sizes[:1], sizes[:1] * 2)
-    )
-    head = 2 * one - two
-    per_token = layer_forwards * (whole - head) / shape.layers + models * head
-    return round(tokens["samples"] * length * per_token)
-
-
-def sweep_tokens(tokens: Mapping[str, Any], models: int) -> int:
-    """Return the tokens that went through ``models`` models."""
-    return int(tokens["samples"] * tokens["sequence_length"]) * models

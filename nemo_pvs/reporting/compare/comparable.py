@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.results import Results, at
 
 if TYPE_CHECKING:
-    from nemo_pvs.reporting.compare.compare import Run
+    from nemo_pvs.reporting.compare.runs import Run
 
 
 def differences_of(runs: Sequence[Run]) -> list[str]:
@@ -70,10 +70,3 @@ def _is_training(name: str) -> bool:
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 and " " not in text else text
-
-
-def at(values: Any, *keys: str) -> Any:
-    """Return what stands under nested keys; None where there is no such key."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return values

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.compare.comparable import at
-from nemo_pvs.reporting.results import Point
+from nemo_pvs.reporting.results import Point, at
 from nemo_pvs.reporting.training_log import log_files, validation_losses
 from nemo_pvs.system.files import sha256_file, sha256_json
 
 if TYPE_CHECKING:
-    from nemo_pvs.reporting.compare.compare import Run
+    from nemo_pvs.reporting.compare.runs import Run
 
 
 def take_curves(runs: Sequence[Run], curves: Sequence[str]) -> None:

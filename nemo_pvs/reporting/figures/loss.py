@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nemo_pvs.recipe.blocks import DENSE
+from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.figures.theme import GRID, MARKERS, PRUNED, SCRATCH, STYLE, TEXT, to_svg
 from nemo_pvs.reporting.numbers import fixed, unit_of
 from nemo_pvs.reporting.results import ArmResult, Point, Results

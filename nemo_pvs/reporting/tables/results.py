@@ -15,7 +15,7 @@ from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, scal
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 
 if TYPE_CHECKING:
-    from nemo_pvs.reporting.compare.compare import SideBySide
+    from nemo_pvs.reporting.compare.runs import SideBySide
 
 _NOT_FINITE = "NaN/∞"
 """In the terminal, where a wider cell takes the last column away."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_pvs.reporting.compare.tasks import SURE, Score, TaskRow
+from nemo_pvs.reporting.compare.scores import Score
+from nemo_pvs.reporting.compare.tasks import SURE, TaskRow
 from nemo_pvs.reporting.numbers import DASH, fixed
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.reporting.tables.results import with_deviation

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemo_pvs.checkpoints.huggingface.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
+from nemo_pvs.data.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
 from nemo_pvs.system.files import write_json
 
 _MORE_TEMPLATES = "additional_chat_templates"

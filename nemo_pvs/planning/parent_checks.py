@@ -1,0 +1,64 @@
+"""What a recipe may not ask of its parent: contradicting its ledger, reading text again, training under its masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_pvs.checkpoints.masks import masks_of
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.errors import UserError
+from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.ledger.tokens_read import KEYS
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.charges import tokens_read
+from nemo_pvs.planning.efficient import prunes_while_training
+from nemo_pvs.planning.equal_terms import arm_cost
+from nemo_pvs.planning.learned import is_trained_first, stage_reads
+from nemo_pvs.planning.targets import expected_shape
+from nemo_pvs.recipe.recipe import Recipe
+
+
+def check_costs(recipe: Recipe, parent: Shape) -> None:
+    """Refuse a recipe that contradicts the ledger of its parent or its teacher.
+
+    Args:
+        recipe: With a number for each budget (``equal_terms.settle``).
+        parent: Its parent's shape.
+
+    Raises:
+        UserError: naming the ledger.
+    """
+    for arm in recipe.runs:
+        arm_cost(recipe, arm, expected_shape(recipe.targets[arm.target], parent).shape, parent)
+
+
+def check_dense_parent(recipe: Recipe, parent: WeightSource) -> None:
+    """Refuse a parent with masks of single weights where a method cannot train such a model.
+
+    Raises:
+        UserError: naming the target.
+    """
+    for name, target in recipe.targets.items():
+        if prunes_while_training(target) and masks_of(parent).names:
+            raise UserError(
+                f"Target {name}: the parent is sparse, with masks of single weights; efficient-llm needs a dense one."
+            )
+
+
+def check_unread(recipe: Recipe, file: str | None) -> None:
+    """Refuse to train the parent's weights again on what its ledger says that they have read.
+
+    Args:
+        recipe: With a number for each budget.
+        file: Hash of the file with the training tokens; None where they are a blend, or in domains.
+
+    Raises:
+        UserError: unless the recipe allows it.
+    """
+    ledger = Ledger.of_checkpoint(Path(recipe.parent.source)) if recipe.parent.source else None
+    if ledger is None or file is None or recipe.data.token_ranges.allow_overlap:
+        return
+    reading = [tokens_read(file, arm.training, arm.first_token) for arm in recipe.runs if arm.takes_parent]
+    reading += [stage_reads(recipe, target, file) for target in recipe.targets.values() if is_trained_first(target)]
+    for read in reading:
+        read.check_new(ledger.read, KEYS)
