@@ -25,7 +25,7 @@ from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource
-from tests.parallel.ranks import run_ranks, write_tokens
+from tests.megatron.ranks import run_ranks, write_tokens
 
 _SEQUENCE = 128
 _WARM_UP = 4

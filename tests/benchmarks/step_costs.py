@@ -30,7 +30,7 @@ from nemo_pvs.system.progress import console
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import LearnedMasks, TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
-from tests.parallel.ranks import run_ranks, write_tokens
+from tests.megatron.ranks import run_ranks, write_tokens
 
 SEQUENCE = 128
 SAMPLES = 8

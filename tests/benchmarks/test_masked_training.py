@@ -1,7 +1,7 @@
 import pytest
 
 from tests.benchmarks.masked_training import measure, sparse_job
-from tests.parallel.ranks import run_ranks
+from tests.megatron.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

@@ -2,7 +2,7 @@ import pytest
 
 from nemo_pvs.model.shape import Shape
 from tests.benchmarks.training_step import plain_job, train
-from tests.parallel.ranks import run_ranks
+from tests.megatron.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

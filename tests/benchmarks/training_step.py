@@ -29,8 +29,8 @@ from nemo_pvs.pruning.presets import presets
 from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
-from tests.parallel.jobs import tiny_job
-from tests.parallel.ranks import run_ranks
+from tests.megatron.jobs import tiny_job
+from tests.megatron.ranks import run_ranks
 
 _WARM_UP = 3
 _SMOLLM2 = Shape(layers=30, hidden=576, ffn=1536, heads=9, kv_groups=3, head_dim=64, vocab=49152, tied=True)

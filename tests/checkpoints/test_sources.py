@@ -32,7 +32,7 @@ from nemo_pvs.checkpoints.nemo.megatron_lm import MegatronSource
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import UserError
 from tests.conftest import save_tiny_tokenizer
-from tests.parallel.ranks import run_ranks
+from tests.megatron.ranks import run_ranks
 
 ROPE = {
     "rope_type": "llama3",

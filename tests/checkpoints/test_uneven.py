@@ -57,7 +57,7 @@ def test_there_and_back_is_bit_exact(tmp_path, dtype, settings, keep_ours):
 
 
 def test_names_and_sizes_are_those_of_megatron(tmp_path):
-    """tests/parallel/test_uneven.py has Megatron ask for exactly these; here their sizes by hand."""
+    """tests/megatron/test_uneven.py has Megatron ask for exactly these; here their sizes by hand."""
     write_nemo(HuggingFaceSource(make_uneven_llama(tmp_path / "hf")), tmp_path / "nemo")
     expected = {
         "module.embedding.word_embeddings.weight": (128, 64),

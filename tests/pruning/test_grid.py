@@ -7,7 +7,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.search.grid import Budget, Grid, flops_at, inference_bytes, legal_shapes
-from tests.test_shape import LLAMA_8B, WIDTH_4B
+from tests.model.test_shape import LLAMA_8B, WIDTH_4B
 
 
 def test_modelopts_grid_for_an_8b() -> None:

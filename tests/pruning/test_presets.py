@@ -6,7 +6,7 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.presets import find_preset, presets
-from tests.test_shape import LLAMA_8B
+from tests.model.test_shape import LLAMA_8B
 
 # Sizes and counts of the paper's configurations, written down a second time: layers, hidden, ffn, heads, parameters.
 PUBLISHED = {

@@ -27,7 +27,7 @@ from nemo_pvs.pruning.sparse.wanda import Wanda
 from nemo_pvs.pruning.sparse.work_folder import work_folder
 from nemo_pvs.system.files import read_json
 from tests.conftest import make_tiny_llama
-from tests.parallel.ranks import run_ranks
+from tests.megatron.ranks import run_ranks
 from tests.pruning.test_sparsegpt import oracle
 from tests.state_source import StateSource, random_ids, tiny_model
 

@@ -10,7 +10,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.target import choose_target, describe_removal, parse_target, target_for_ratio, write_target
-from tests.test_shape import DEPTH_4B, LLAMA_8B, WIDTH_4B
+from tests.model.test_shape import DEPTH_4B, LLAMA_8B, WIDTH_4B
 
 PARENT = Shape(layers=30, hidden=576, ffn=1536, heads=9, kv_groups=3, head_dim=64, vocab=49152, tied=True)
 

@@ -25,7 +25,7 @@ from nemo_pvs.training.trainer import Trainer
 from tests.checkpoints.test_damage import flip_a_bit_of_a_weight
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource, RandomMasks
-from tests.parallel.ranks import write_tokens
+from tests.megatron.ranks import write_tokens
 
 
 @pytest.fixture(name="sparse")

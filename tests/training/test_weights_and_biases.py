@@ -9,7 +9,7 @@ import pytest
 
 from nemo_pvs.recipe.recipe import Layout, Training
 from nemo_pvs.training.job import TrainingJob
-from tests.parallel.ranks import run_ranks
+from tests.megatron.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

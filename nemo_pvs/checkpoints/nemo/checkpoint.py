@@ -204,7 +204,7 @@ def write_nemo(
     """Write a model as a NeMo checkpoint that NeMo loads at any tensor and pipeline parallelism.
 
     Stock NeMo does where layers are even; the context of an uneven model names a class of ours
-    (``training/uneven.py``). Biases on one side of the layers only get zeros beside them (``with_both_biases``).
+    (``megatron/uneven.py``). Biases on one side of the layers only get zeros beside them (``with_both_biases``).
 
     Args:
         source: The model.

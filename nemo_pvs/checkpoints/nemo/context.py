@@ -24,7 +24,7 @@ _HUGGINGFACE_CONFIG = "huggingface_config.json"
 _TOKENIZER = "tokenizer"
 _GENERATION = Path("artifacts", "generation_config.json")  # where NeMo's importer leaves it
 
-# Fields of our config classes for uneven layers (training/uneven.py), in the order of LayerSizes.
+# Fields of our config classes for uneven layers (megatron/uneven.py), in the order of LayerSizes.
 _BY_LAYER = ("ffn_hidden_size_by_layer", "num_attention_heads_by_layer", "num_query_groups_by_layer")
 
 # The features that Megatron's add_bias_linear stands for, both at once.

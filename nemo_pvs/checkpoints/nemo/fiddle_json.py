@@ -25,6 +25,9 @@ class Symbol:
     name: str
 
 
+_MOVED = {"nemo_pvs.training.uneven": "nemo_pvs.megatron.uneven"}
+"""Modules that checkpoints of earlier versions name, and where they are today."""
+
 _LIST = Symbol("builtins", "list")
 _TUPLE = Symbol("builtins", "tuple")
 
@@ -123,7 +126,11 @@ def _decode(stored: Mapping[str, Any], objects: Mapping[str, Any]) -> Config:
         argument = _decode_argument(value, objects)
         if argument is not _NOTHING:
             arguments[name] = argument
-    return Config(Symbol(symbol["module"], symbol["name"]), arguments)
+    return Config(_symbol(symbol), arguments)
+
+
+def _symbol(stored: Mapping[str, Any]) -> Symbol:
+    return Symbol(_MOVED.get(stored["module"], stored["module"]), stored["name"])
 
 
 def _decode_argument(value: Mapping[str, Any], objects: Mapping[str, Any]) -> Any:
@@ -132,7 +139,7 @@ def _decode_argument(value: Mapping[str, Any], objects: Mapping[str, Any]) -> An
     if value["type"] == "leaf":
         return value["value"]
     if value["type"] == "pyref":
-        return Symbol(value["module"], value["name"])
+        return _symbol(value)
     if value["type"] in (_pyref(_LIST), _pyref(_TUPLE)):
         return [_decode_argument(item, objects) for _, item in value["items"]]
     return _NOTHING

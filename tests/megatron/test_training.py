@@ -1,0 +1,211 @@
+"""Real NeMo training over gloo: the loss curve does not depend on how a run is spread over processes."""
+
+import contextlib
+import itertools
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemo_pvs.recipe.recipe import Layout
+from nemo_pvs.training import metrics
+from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint
+from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.megatron.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
+from tests.megatron.ranks import run_ranks
+
+pytestmark = pytest.mark.parallel
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> TrainingJob:
+    """A run of 20 steps in fp32 on text that can be learned; tests choose the layout and the folder."""
+    folder = tmp_path_factory.mktemp("job")
+    model = save_tiny_tokenizer(make_tiny_llama(folder / "model", tie_word_embeddings=False))
+    return tiny_job(folder, model, steps=STEPS, validations=4)
+
+
+def _train(job: TrainingJob, die_at_step: int = 0) -> None:
+    import os
+    import signal
+
+    import lightning.pytorch as pl
+
+    from nemo_pvs.megatron import rank
+
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if die_at_step:
+
+        class Die(pl.Callback):
+            def on_train_batch_start(self, trainer, *_):
+                if trainer.global_step == die_at_step and trainer.global_rank == trainer.world_size - 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        original = rank.pretrain_recipe
+
+        def doomed(job):
+            recipe = original(job)
+            recipe.trainer.callbacks.append(Die())
+            return recipe
+
+        rank.pretrain_recipe = doomed
+    rank.train_on_cpu(job)
+
+
+def _run(job: TrainingJob, folder: Path, training: dict | None = None, **layout) -> metrics.Curve:
+    job = replace(
+        job,
+        folder=folder,
+        layout=Layout(**layout),
+        training=job.training.model_copy(update=training or {}),
+    )
+    folder.mkdir(exist_ok=True)
+    run_ranks(job.layout.processes, _train, job)
+    return metrics.read(job.metrics)
+
+
+def _checkpoint_writers(folder: Path) -> list[int]:
+    """Return the helpers of Megatron's checkpoint writer whose output goes to this run's log."""
+    deadline = time.monotonic() + 10
+    while True:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours
+                spawned = b"spawn_main" in (process / "cmdline").read_bytes()
+                if spawned and (process / "fd" / "1").readlink().is_relative_to(folder):
+                    found.append(int(process.name))
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def _losses(curve: metrics.Curve) -> list[float]:
+    return [point["loss"] for point in curve.training]
+
+
+def _largest_difference(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(job, tmp_path_factory) -> metrics.Curve:
+    """The curve of one process."""
+    curve = _run(job, tmp_path_factory.mktemp("reference"), distributed_optimizer=False)
+    assert len(curve.training) == STEPS
+    assert [point["step"] for point in curve.validation] == [5, 10, 15, 20]
+    assert curve.training[-1]["loss"] < curve.training[0]["loss"] - 0.5, "it does not learn"
+    return curve
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel": 2, "distributed_optimizer": False},
+        {"tensor_parallel": 2, "sequence_parallel": True},
+        {"pipeline_parallel": 2, "distributed_optimizer": False},
+        {"pipeline_parallel": 2, "virtual_pipeline": 2},
+        {"pipeline_parallel": 2, "last_stage_layers": 1},
+        {"data_parallel": 2, "distributed_optimizer": False},
+        {"data_parallel": 2},
+        {"tensor_parallel": 2, "pipeline_parallel": 2},
+    ],
+    ids=lambda layout: " ".join(f"{name}={value}" for name, value in layout.items()),
+)
+def test_every_layout_has_the_same_curve(job, reference, layout, tmp_path):
+    curve = _run(job, tmp_path / "run", **layout)
+    assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
+    ours, theirs = ([point["loss"] for point in one.validation] for one in (curve, reference))
+    assert _largest_difference(ours, theirs) < 1e-3
+
+
+def test_bf16_follows_fp32(job, reference, tmp_path):
+    curve = _run(job, tmp_path / "run", training={"precision": "bf16"}, tensor_parallel=2)
+    assert _largest_difference(_losses(curve), _losses(reference)) < 0.05
+    assert curve.training[-1]["loss"] < curve.training[0]["loss"] - 0.5
+
+
+def _killed_at_13(job: TrainingJob, folder: Path, **layout) -> TrainingJob:
+    """Return the job of a run whose last rank died at step 13 of 20."""
+    folder.mkdir()
+    doomed = replace(job, folder=folder, layout=Layout(**layout))
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(doomed.layout.processes, _train, doomed, 13)
+    return doomed
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"tensor_parallel": 2}, {"pipeline_parallel": 2}),
+        (
+            {"pipeline_parallel": 2, "distributed_optimizer": False},
+            {"tensor_parallel": 2, "distributed_optimizer": False},
+        ),
+        ({"data_parallel": 2}, {"data_parallel": 2}),
+    ],
+    ids=["TP=2 to PP=2", "PP=2 to TP=2, plain optimizer", "DP=2"],
+)
+def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp_path):
+    doomed = _killed_at_13(job, tmp_path / "run", **before)
+    assert _checkpoint_writers(doomed.folder) == [], "the checkpoint writer's helper outlives its killed rank"
+    assert metrics.read(doomed.metrics).training[-1]["step"] >= 12
+    curve = _run(job, doomed.folder, **after)
+    resumed = doomed.log.read_text().count("step 11/20")
+    assert resumed == 2, "it began anew instead of at the checkpoint of step 10"
+    assert _largest_difference(_losses(curve), _losses(reference)) < 1e-3
+    assert [point["step"] for point in curve.validation] == [5, 10, 15, 20]
+
+
+def test_tied_embeddings_on_two_stages_keep_their_optimizer_state(tmp_path):
+    """They lie behind a bucket that is no multiple of 128, and Megatron alone saves others' state as theirs."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 40, "intermediate_size": 50}
+    model = make_tiny_llama(tmp_path / "model", tie_word_embeddings=True, **sizes)
+    save_tiny_tokenizer(model)
+    job = tiny_job(tmp_path, model, steps=STEPS)
+    whole = _run(job, tmp_path / "whole", pipeline_parallel=2)
+    doomed = _killed_at_13(job, tmp_path / "run", pipeline_parallel=2)
+    curve = _run(job, doomed.folder, tensor_parallel=2)
+    assert _largest_difference(_losses(curve), _losses(whole)) < 1e-3
+
+
+def test_trained_checkpoint_reads_back_through_our_stream(job, reference, tmp_path):
+    """The last checkpoint's weights, read without NeMo, have the validation loss that NeMo measured."""
+    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.data.windows import validation_windows
+    from nemo_pvs.layerwise.perplexity import perplexity
+
+    curve = _run(job, tmp_path / "run", tensor_parallel=2)
+    trained = open_source(last_checkpoint(replace(job, folder=tmp_path / "run")))
+    windows = validation_windows(Path(job.data["validation"]), samples=VALIDATION_SAMPLES, sequence_length=SEQUENCE)
+    assert perplexity(trained, windows)["loss"] == pytest.approx(curve.validation[-1]["loss"], abs=1e-4)
+
+
+def test_steps_come_in_order_and_count_tokens(reference):
+    for earlier, later in itertools.pairwise(reference.training):
+        assert later["step"] == earlier["step"] + 1
+        assert later["tokens"] - earlier["tokens"] == 8 * SEQUENCE
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_train_a_prepared_job(job, reference, tmp_path):
+    """What Slurm and torchrun do on a cluster; afterwards the run counts as trained and no launcher is started."""
+    job = replace(job, folder=tmp_path / "run", layout=Layout(tensor_parallel=2))
+    assert not is_finished(job)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "nemo_pvs.megatron.launch", str(job.save())], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _largest_difference(_losses(metrics.read(job.metrics)), _losses(reference)) < 1e-3
+    assert is_finished(job)
+    with Trainer(tmp_path / "launcher.log") as trainer:
+        assert trainer.train(job) == last_checkpoint(job)
+    assert not (tmp_path / "launcher.log").exists()
