@@ -14,7 +14,7 @@ from nemo_pvs.cli.main import main
 from nemo_pvs.reporting.results import Results
 
 from ..reporting.conftest import results as results
-from .conftest import Draw
+from ..scaling.conftest import Draw
 
 Pvs = Callable[..., tuple[int, str, str]]
 
