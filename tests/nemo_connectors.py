@@ -67,8 +67,7 @@ def export_with_nemo(source: Path, target: Path) -> None:
 
 
 def _without_kernels(config: Any) -> Any:
-    from nemo_pvs.megatron.attention import sdpa_layer_spec
-    from nemo_pvs.megatron.pretrain import FUSED_KERNELS
+    from nemo_pvs.megatron.attention import FUSED_KERNELS, sdpa_layer_spec
 
     for kernel in FUSED_KERNELS:
         setattr(config, kernel, False)

@@ -17,7 +17,8 @@ from typing import Any
 
 from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile
 from nemo_pvs.errors import TrainingError
-from nemo_pvs.recipe.recipe import Layout, Recipe
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.folder_lock import locked_folder
 
 

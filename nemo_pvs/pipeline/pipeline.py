@@ -43,8 +43,8 @@ from nemo_pvs.planning.parent_checks import check_costs
 from nemo_pvs.planning.rounds import shares
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_gradients, needs_scores, scans, stages_of
-from nemo_pvs.recipe.recipe import Arm, Target
-from nemo_pvs.recipe.target import DENSE
+from nemo_pvs.recipe.recipe import Arm
+from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.system.files import write_text
 from nemo_pvs.system.progress import progress
 from nemo_pvs.training.job import TrainingJob

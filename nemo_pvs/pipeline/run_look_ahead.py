@@ -17,8 +17,8 @@ from nemo_pvs.planning.equal_terms import settle
 from nemo_pvs.planning.learned import is_trained_first
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.options import is_sparse, needs_scores, stages_of
-from nemo_pvs.recipe.recipe import Arm, Target
-from nemo_pvs.recipe.target import DENSE
+from nemo_pvs.recipe.recipe import Arm
+from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.training.job import CHECKPOINTS
 
 if TYPE_CHECKING:

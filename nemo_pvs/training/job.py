@@ -8,8 +8,9 @@ from typing import Any
 
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.recipe.sheared import MaskLearning
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, write_json
 
 JOB_FILE = "job.json"

@@ -11,7 +11,8 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.planning.teacher import check_teacher
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 
 
 @cache

@@ -24,7 +24,8 @@ from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.checks import check_context, check_training
 from nemo_pvs.planning.teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, sha256_json, write_json
 from nemo_pvs.system.progress import console, progress
 from nemo_pvs.training.job import TrainingJob

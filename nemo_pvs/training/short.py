@@ -12,7 +12,8 @@ from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.prepare import prepare_job
 from nemo_pvs.training.trainer import Trainer

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer

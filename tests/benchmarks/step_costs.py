@@ -24,8 +24,9 @@ from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.recipe.sheared import MaskLearning
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.progress import console
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import LearnedMasks, TrainingJob

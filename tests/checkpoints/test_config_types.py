@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from nemo_pvs.checkpoints.huggingface.config import read_config
 from nemo_pvs.checkpoints.huggingface.config_types import check_types
-from nemo_pvs.checkpoints.huggingface.folder import read_config
 from nemo_pvs.errors import UserError
 
 

@@ -11,7 +11,8 @@ import yaml
 from nemo_pvs.cli.verbs import VERBS
 from nemo_pvs.errors import UserError
 from nemo_pvs.megatron import launch
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer

@@ -10,7 +10,8 @@ import torch
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training.job import TrainingJob
 from tests.megatron.ranks import write_tokens
 

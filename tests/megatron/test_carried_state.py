@@ -17,7 +17,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout as WeightTable
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.optimizer_state import slice_optimizer_state
-from nemo_pvs.recipe.recipe import Layout
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import CarriedState, TrainingJob
 from nemo_pvs.training.trainer import Trainer, last_checkpoint

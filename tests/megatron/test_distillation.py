@@ -18,7 +18,8 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.megatron.distillation.losses import initial_projection, vocabulary_parallel_kl
 from nemo_pvs.recipe.distillation import Distillation
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint

@@ -164,7 +164,8 @@ def test_a_checkpoint_saved_in_the_middle_of_training(job: TrainingJob, tmp_path
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
     """A run that died at step 5 of 8, after its checkpoint of step 4."""
-    from nemo_pvs.recipe.recipe import Layout, Training
+    from nemo_pvs.recipe.fields import Layout
+    from nemo_pvs.recipe.training import Training
     from tests.megatron.ranks import write_tokens
     from tests.megatron.test_training import _train
 

@@ -12,7 +12,8 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.windows import validation_windows
 from nemo_pvs.layerwise.perplexity import perplexity
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint

@@ -73,7 +73,8 @@ def _measure(folders: list[Path], tensor_parallel: int, pipeline_parallel: int, 
     """Be a rank; return for each checkpoint log-probabilities by gates, and gradients of gates."""
     from nemo_pvs.megatron.gradients import _MegatronGradients
     from nemo_pvs.megatron.inference import megatron_ranks
-    from nemo_pvs.megatron.pruning.gates import Gates, gate_gradients, gated_layer_spec, install_gates
+    from nemo_pvs.megatron.pruning.gates import gate_gradients, gated_layer_spec, install_gates
+    from nemo_pvs.pruning.learned.gates import Gates
     from nemo_pvs.system.ranks import joined
 
     class Model(_MegatronGradients):

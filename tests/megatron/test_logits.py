@@ -38,9 +38,8 @@ def _megatron_logits(checkpoint: Path, ids: torch.Tensor, tensor_parallel: int, 
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from nemo.lightning import io
 
-    from nemo_pvs.megatron.attention import sdpa_layer_spec
+    from nemo_pvs.megatron.attention import FUSED_KERNELS, sdpa_layer_spec
     from nemo_pvs.megatron.cpu import megatron_on_cpu
-    from nemo_pvs.megatron.pretrain import FUSED_KERNELS
 
     with megatron_on_cpu():
         torch.distributed.init_process_group("gloo")

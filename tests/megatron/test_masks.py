@@ -23,7 +23,7 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout as WeightLayout
-from nemo_pvs.recipe.recipe import Layout
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe.recipe import Layout
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.reporting.training_log import log_files, validation_losses
 from nemo_pvs.training import metrics
 from nemo_pvs.training.checkpoints import damage, newest_sound, saved_checkpoints

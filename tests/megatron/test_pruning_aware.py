@@ -21,7 +21,7 @@ from nemo_pvs.pruning.learned.compensation import predictors
 from nemo_pvs.pruning.learned.kept_units import KeptUnits, state_file
 from nemo_pvs.pruning.learned.unit_space import UnitSpace
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.recipe import Layout
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint

@@ -17,7 +17,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.planning.charges import charge_training
-from nemo_pvs.recipe.recipe import Layout
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer

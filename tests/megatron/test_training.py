@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe.recipe import Layout
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint

@@ -93,7 +93,7 @@ def _recipes() -> dict[str, dict[str, Any]]:
     from nemo_run.cli.cli_parser import parse_factory
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    from nemo_pvs.megatron.pretrain import FUSED_KERNELS
+    from nemo_pvs.megatron.attention import FUSED_KERNELS
     from nemo_pvs.nemo_cli import factories
 
     factories.register()
@@ -202,7 +202,7 @@ def test_parent_retraining_and_scratch_differ_in_what_is_documented_only(recipes
 
 def _fp8_and_pipeline() -> dict[str, Any]:
     from nemo_pvs.nemo_cli import factories
-    from nemo_pvs.recipe.recipe import Layout
+    from nemo_pvs.recipe.fields import Layout
     from nemo_pvs.training.machine import H100
 
     recipe = load_recipe("llama31_8b/minitron_depth")

@@ -2,7 +2,8 @@ import pytest
 
 from nemo_pvs.model.shape import LayerSizes, Shape
 from nemo_pvs.planning.memory import parameters_on, training_memory
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 
 SHAPE = Shape(layers=4, hidden=64, ffn=96, heads=8, kv_groups=2, head_dim=16, vocab=128, tied=False)
 TRAINING = Training(

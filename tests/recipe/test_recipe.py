@@ -10,7 +10,8 @@ from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.recipe.data import TokenFiles
 from nemo_pvs.recipe.fields import Block
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
-from nemo_pvs.recipe.recipe import Recipe, Target
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.recipe.target import Target
 
 
 @pytest.fixture

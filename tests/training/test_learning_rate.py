@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from nemo_pvs.recipe.recipe import Training
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training.learning_rate import quadratic_warmup_cosine
 
 PEAK = 3e-4

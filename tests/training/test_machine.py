@@ -3,8 +3,8 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.pruning.presets import presets
+from nemo_pvs.recipe.fields import Layout
 from nemo_pvs.recipe.load import parse_training
-from nemo_pvs.recipe.recipe import Layout
 from nemo_pvs.training.machine import H100, H100_BYTES, Machine, h100_layout
 
 TRAINING = parse_training(

@@ -17,7 +17,8 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.sparse.magnitude import MagnitudeSource
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
 from nemo_pvs.recipe.distillation import Distillation
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, write_json
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.prepare import prepare_job

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe.recipe import Layout, Training
+from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training.job import TrainingJob
 from tests.megatron.ranks import run_ranks
 

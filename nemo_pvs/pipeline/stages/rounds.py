@@ -22,8 +22,8 @@ from nemo_pvs.pipeline.target import prune_target
 from nemo_pvs.planning.charges import charge_scores, charge_training, pruning_charges
 from nemo_pvs.planning.rounds import Share, adapt_parameters, shares, stage_targets
 from nemo_pvs.recipe.options import ADAPT
-from nemo_pvs.recipe.recipe import Arm, Target
-from nemo_pvs.recipe.target import DENSE
+from nemo_pvs.recipe.recipe import Arm
+from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.system.progress import progress
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint
