@@ -11,7 +11,7 @@ from nemo_pvs.planning.dry_run import DryRun, describe_domains
 from nemo_pvs.planning.learned import describe_stage, is_trained_first
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe.distillation import Distillation
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.system.progress import console
 
 
@@ -94,7 +94,7 @@ def _targets_table(plan: DryRun) -> Table:
     return table
 
 
-def _ranks(layout: Layout) -> str:
+def _ranks(layout: Parallelism) -> str:
     """Return TP x PP x DP, and behind it what else is not as usual."""
     more = {
         "VPP": layout.virtual_pipeline,

@@ -150,7 +150,7 @@ def prune(
     from nemo_pvs.ledger.ledger import LEDGER, Charge
     from nemo_pvs.planning.charges import ancestry, charge_scores, pruning_charges
     from nemo_pvs.pruning.methods import METHODS, prune_by
-    from nemo_pvs.pruning.request import Job, Options
+    from nemo_pvs.pruning.request import Options, PruneRequest
     from nemo_pvs.pruning.result import write
     from nemo_pvs.pruning.sparse.work_folder import work_folder
     from nemo_pvs.pruning.spent import spent
@@ -191,7 +191,7 @@ def prune(
 
         pruned = prune_by(
             method,
-            Job(
+            PruneRequest(
                 source=model,
                 options=Options(**options),
                 tokens=read_tokens,

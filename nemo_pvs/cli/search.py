@@ -57,7 +57,7 @@ def search(
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.pruning.search.grid import Budget, Grid, flops_at, legal_shapes
+    from nemo_pvs.pruning.search.grid import Grid, SizeLimit, flops_at, legal_shapes
     from nemo_pvs.pruning.search.search import search as rank
     from nemo_pvs.pruning.target import write_target
     from nemo_pvs.recipe.load import parse_layout, parse_training
@@ -69,7 +69,7 @@ def search(
     compute = compute_of(device, activation_memory)
     with ignoring_manifests(ignore_manifest):
         model = open_source(source)
-    budget = Budget(
+    budget = SizeLimit(
         parameters=parameters,
         memory_bytes=None if memory is None else parse_bytes("--memory", memory),
         tolerance=tolerance,

@@ -17,24 +17,24 @@ from typing import Any
 
 from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile
 from nemo_pvs.errors import TrainingError
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.folder_lock import locked_folder
 
 
 @dataclass(frozen=True)
-class Stage:
+class Command:
     """One command of a run, and what must have ended well before it starts."""
 
     name: str
     module: str
     arguments: list[str]
     after: list[str]
-    layout: Layout | None = None
+    layout: Parallelism | None = None
     """Of a training; all other stages are one process."""
 
 
-def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile | SlurmProfile) -> list[Stage]:
+def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile | SlurmProfile) -> list[Command]:
     """Return the stages of ``pvs run`` as commands: prepare, each arm, report.
 
     Before that, masks that are learned, and the trainings between the stages of targets: those behind the first
@@ -55,16 +55,16 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     command = ["run", name, "--out", str(folder)]
     recipe = settled(recipe)
 
-    todo: list[Stage] = []
+    todo: list[Command] = []
     ends: list[str] = []
 
-    def train(prepare: str, jobs: Mapping[str, tuple[Path, Layout]]) -> None:
+    def train(prepare: str, jobs: Mapping[str, tuple[Path, Parallelism]]) -> None:
         """Add a stage that prepares, and one for each job."""
-        todo.append(Stage(prepare, "nemo_pvs.cli", [*command, "--prepare-only"], list(ends)))
+        todo.append(Command(prepare, "nemo_pvs.cli", [*command, "--prepare-only"], list(ends)))
         ends.clear()
         for stage, (job, layout) in jobs.items():
             after = prepare if profile.kind == "slurm" else todo[-1].name
-            todo.append(Stage(stage, "nemo_pvs.megatron.launch", profile.training(job), [after], layout))
+            todo.append(Command(stage, "nemo_pvs.megatron.launch", profile.training(job), [after], layout))
             ends.append(stage)
         if profile.kind != "slurm":
             del ends[:-1]
@@ -87,10 +87,10 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         train(f"prepare-stage-{number}", shares)
     arms = {f"train-{arm.name}": (folder / "train" / arm.name / "job.json", arm.layout) for arm in recipe.runs}
     train("prepare", arms)
-    return [*todo, Stage("report", "nemo_pvs.cli", command, ends)]
+    return [*todo, Command("report", "nemo_pvs.cli", command, ends)]
 
 
-def scripts(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> dict[str, str]:
+def scripts(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> dict[str, str]:
     """Return what would be submitted for each stage, by its name; nothing is started or left behind.
 
     Raises:
@@ -108,7 +108,7 @@ def scripts(todo: list[Stage], title: str, folder: Path, profile: LocalProfile |
         return {name: file.read_text() for name, file in files.items()}
 
 
-def launch(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> None:
+def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> None:
     """Run the stages here and wait, or submit them all to the cluster and return.
 
     Raises:
@@ -129,7 +129,7 @@ def launch(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | 
         raise TrainingError(f"Stage {failed[0]} failed; its output is under {folder / 'nemo_run'}.")
 
 
-def _experiment(todo: list[Stage], title: str, folder: Path, profile: LocalProfile | SlurmProfile, base: str) -> Any:
+def _experiment(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile, base: str) -> Any:
     import nemo_run as run
 
     made = run.Experiment(title, base_dir=base, log_level="WARNING")
@@ -147,5 +147,5 @@ def _experiment(todo: list[Stage], title: str, folder: Path, profile: LocalProfi
     return made
 
 
-def _command(stage: Stage, profile: LocalProfile | SlurmProfile) -> list[str]:
+def _command(stage: Command, profile: LocalProfile | SlurmProfile) -> list[str]:
     return [profile.python, "-m", stage.module, *stage.arguments]

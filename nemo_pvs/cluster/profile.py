@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe.fields import Block, Layout, Positive
+from nemo_pvs.recipe.fields import Block, Parallelism, Positive
 from nemo_pvs.recipe.problems import first_problem
 from nemo_pvs.system.files import expand_home, read_yaml
 from nemo_pvs.training.preemption import PREEMPTED
@@ -35,7 +35,7 @@ class LocalProfile(_Profile):
     kind: Literal["local"]
     python: str = sys.executable
 
-    def executor(self, layout: Layout | None, folder: Path) -> Any:
+    def executor(self, layout: Parallelism | None, folder: Path) -> Any:
         """Return NeMo-Run's executor of a stage; the ranks of a training are started by its command."""
         import nemo_run as run
 
@@ -83,7 +83,7 @@ class SlurmProfile(_Profile):
     """Login node to submit from, by ssh; None where sbatch is here."""
     user: str | None = None
 
-    def executor(self, layout: Layout | None, folder: Path) -> Any:
+    def executor(self, layout: Parallelism | None, folder: Path) -> Any:
         """Return NeMo-Run's executor: one task a GPU for a training, one task on one node for all other stages."""
         import nemo_run as run
 
@@ -127,7 +127,7 @@ class SlurmProfile(_Profile):
 
     def function_executor(self, folder: Path) -> Any:
         """Return NeMo-Run's executor of a function that every rank calls: srun starts one a GPU, on one node."""
-        executor = self.executor(Layout(data_parallel=self.gpus_per_node), folder)
+        executor = self.executor(Parallelism(data_parallel=self.gpus_per_node), folder)
         if os.sep in self.python:
             # NeMo-Run starts functions with whatever python comes first.
             if self.container_image:

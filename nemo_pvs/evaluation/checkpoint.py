@@ -20,7 +20,7 @@ from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.scoring import Scorer, TransformersScorer
+from nemo_pvs.evaluation.scoring import TokenScorer, TransformersScorer
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.system import ranks
@@ -177,7 +177,7 @@ class Checkpoint:
         from nemo_pvs.evaluation.language_model import CheckpointLM
 
         loaded: list[CheckpointLM] = []
-        running: list[AbstractContextManager[Scorer]] = []
+        running: list[AbstractContextManager[TokenScorer]] = []
 
         def load() -> CheckpointLM:
             if not loaded:
@@ -194,7 +194,7 @@ class Checkpoint:
                 context.__exit__(None, None, None)
 
     @contextmanager
-    def _scorer(self, compute: Compute) -> Iterator[Scorer]:
+    def _scorer(self, compute: Compute) -> Iterator[TokenScorer]:
         how: dict[str, Any] = {"dtype": compute.dtype, "device": compute.device}
         if self.backend == "transformers":
             yield TransformersScorer(self.source, **how, rank=ranks.rank(), ranks=ranks.world_size())

@@ -1,7 +1,7 @@
 """A checkpoint as lm-eval's language model: requests tokenised, put into batches, scored, and added up.
 
-One class for every checkpoint: what runs the model is behind ``Scorer``. Tokenisation, prefix token, truncation and
-rolling windows are those of lm-eval's own ``HFLM``, with whose numbers the tests compare.
+One class for every checkpoint: a ``TokenScorer`` runs the model. Tokenisation, prefix token, truncation and rolling
+windows are those of lm-eval's own ``HFLM``, and the tests compare the numbers with its.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.scoring import Scorer, find_batch_tokens
+from nemo_pvs.evaluation.scoring import TokenScorer, find_batch_tokens
 from nemo_pvs.evaluation.store import Answer, Journal
 from nemo_pvs.layerwise.token_scores import TokenScores
 from nemo_pvs.system import ranks
@@ -34,7 +34,7 @@ class CheckpointLM(TemplateLM):
 
     def __init__(
         self,
-        scorer: Scorer,
+        scorer: TokenScorer,
         tokenizer: PreTrainedTokenizerBase,
         context: int,
         *,

@@ -14,7 +14,7 @@ from nemo_pvs.model.hf_classes import model_class
 from nemo_pvs.model.layout import Layout
 
 
-class Scorer(Protocol):
+class TokenScorer(Protocol):
     """A loaded model, perhaps spread over several ranks."""
 
     device: torch.device
@@ -71,7 +71,7 @@ _CPU_LOGITS_BYTES = 1 << 30
 _SHARE_OF_FREE_MEMORY = 0.8
 
 
-def find_batch_tokens(scorer: Scorer, longest: int, probe: Callable[[int], torch.Tensor]) -> int:
+def find_batch_tokens(scorer: TokenScorer, longest: int, probe: Callable[[int], torch.Tensor]) -> int:
     """Return how many tokens fit a batch, the same number on every rank.
 
     On a GPU one sequence of the longest length is scored and the memory that it took is measured; nothing is tried

@@ -13,7 +13,7 @@ from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.requests import parse_tasks
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
-from nemo_pvs.pruning.request import Scored, Scorer
+from nemo_pvs.pruning.request import Scored, TaskScorer
 
 
 def task_score(
@@ -24,7 +24,7 @@ def task_score(
     limit: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-) -> Scorer:
+) -> TaskScorer:
     """Return a function that measures a model, higher is better: the mean over tasks of the first metric of each.
 
     A metric of which less is better, such as a perplexity, counts with a minus sign.

@@ -1,4 +1,4 @@
-"""Budget: what training from scratch must be given so that it is compared with pruning on equal terms."""
+"""ScratchBudget: what training from scratch must be given so that it is compared with pruning on equal terms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PrunedArm:
 
 
 @dataclass(frozen=True)
-class Budget:
+class ScratchBudget:
     """The training of a scratch arm under one setting."""
 
     setting: Setting
@@ -68,7 +68,7 @@ def parse_setting(name: str) -> Setting:
     raise UserError(f"There is no setting {name!r}; choose one of {', '.join(get_args(Setting))}.")
 
 
-def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = False) -> Budget:
+def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = False) -> ScratchBudget:
     """Return what a scratch arm gets so that it has spent what the pruned arm has.
 
     Args:
@@ -105,7 +105,7 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
         )
     tokens = -(-(amount - before) // (per_token if of_tokens else rate))
     steps = -(-tokens // arm.tokens_per_step)
-    return Budget(setting, spent, tokens, steps, arm.tokens_per_step, steps * arm.tokens_per_step * rate)
+    return ScratchBudget(setting, spent, tokens, steps, arm.tokens_per_step, steps * arm.tokens_per_step * rate)
 
 
 def _training_flops(arm: PrunedArm, zeros_skipped: bool) -> int:

@@ -21,7 +21,7 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.pipeline.records import Stages
 from nemo_pvs.pipeline.tokens import RunData
 from nemo_pvs.planning.charges import tokens_read
-from nemo_pvs.planning.rounds import Share, shares
+from nemo_pvs.planning.rounds import Round, shares
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.fields import Initialisation
 from nemo_pvs.recipe.recipe import Arm, Recipe
@@ -118,7 +118,7 @@ class RunFolder:
         return self.share_job(arm, parts[-1], arm.name, Path(arm.name), initial, len(parts))
 
     def share_job(
-        self, arm: Arm, share: Share, name: str, folder: Path, initial: Path, number: int = 1
+        self, arm: Arm, share: Round, name: str, folder: Path, initial: Path, number: int = 1
     ) -> TrainingJob:
         """Return the job of a share of an arm's training, counted from 1, in a folder below ``train/``."""
         plan = (initial.parent / PLAN).resolve()
@@ -165,7 +165,7 @@ class RunFolder:
         """Prefixes of the token files that training reads, as ``TrainingJob`` takes them."""
         return {"train": self.tokens.training_paths, "validation": self.tokens.validation_paths}
 
-    def training_inputs(self, arm: Arm, share: Share, initial: str) -> dict[str, Any]:
+    def training_inputs(self, arm: Arm, share: Round, initial: str) -> dict[str, Any]:
         """Return what the result of a share of an arm's training depends on.
 
         A run may go on in another layout, so that is no part of it; ``initial`` is its weights' fingerprint.

@@ -87,7 +87,7 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
     )
 
 
-def _curve(run: RunFolder, arm: Arm) -> metrics.Curve:
+def _curve(run: RunFolder, arm: Arm) -> metrics.Metrics:
     """Return what the whole training of an arm measured; that of a staged one has an output for each share."""
     parts = shares(run.recipe, arm)
     between = run.folder / "train" / f"{arm.target}-stages"

@@ -17,7 +17,7 @@ from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, PLAN, SETTINGS
 from nemo_pvs.pruning.methods import prune_by
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.request import Job, Scorer
+from nemo_pvs.pruning.request import PruneRequest, TaskScorer
 from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
 from nemo_pvs.pruning.sparse.work_folder import work_folder
 from nemo_pvs.pruning.spent import spent
@@ -34,7 +34,7 @@ def prune_target(
     *,
     tokens: Callable[[], TokenSet],
     scores: Callable[[], Scores],
-    task_score: Callable[[], Scorer],
+    task_score: Callable[[], TaskScorer],
     compute: Mapping[str, Any],
     draw: Callable[[int], TokenSet] | None = None,
 ) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def prune_target(
 
     pruned = prune_by(
         target.method,
-        Job(
+        PruneRequest(
             source=source,
             options=options_of(target),
             tokens=read_tokens,

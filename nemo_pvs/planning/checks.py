@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.training import Training
 
 
-def check_training(training: Training, layout: Layout, shape: Shape, *, exact: bool = True) -> None:
+def check_training(training: Training, layout: Parallelism, shape: Shape, *, exact: bool = True) -> None:
     """Refuse what Megatron would refuse, or do wrongly, after minutes on many GPUs.
 
     Args:
@@ -41,7 +41,7 @@ def check_training(training: Training, layout: Layout, shape: Shape, *, exact: b
     _check_sequence(training.sequence_length, layout)
 
 
-def _check_sequence(length: int, layout: Layout) -> None:
+def _check_sequence(length: int, layout: Parallelism) -> None:
     """Refuse shares of a sequence that are not equal; of two pieces a rank where ranks share a causal sequence."""
     pieces = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
     if length % pieces:

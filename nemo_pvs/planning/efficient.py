@@ -9,7 +9,7 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.checks import check_training
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.options import EFFICIENT
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import Target
@@ -42,7 +42,7 @@ def aware_training(recipe: Recipe, target: Target) -> Training:
     return how(target).training(recipe.train)
 
 
-def aware_layout(target: Target) -> Layout:
+def aware_layout(target: Target) -> Parallelism:
     """Return how that training is spread over processes."""
     return how(target).layout or target.layout
 

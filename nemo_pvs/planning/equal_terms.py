@@ -20,7 +20,7 @@ from nemo_pvs.planning.learned import charge_stage, is_trained_first
 from nemo_pvs.planning.rounds import shares, stage_targets
 from nemo_pvs.planning.targets import expected_shape, masked_parameters
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors, teacher_shape
-from nemo_pvs.pruning.structured.adapt_pruner import Settings
+from nemo_pvs.pruning.structured.adapt_pruner import AdaptPrunerSettings
 from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
 from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_gradients, needs_scores, scans, stages_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
@@ -96,7 +96,8 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         return ledger
     if target.method == ADAPT:
         steps = math.ceil(
-            (target.iterations or Settings().iterations) * (1 - shape.matrix_parameters / parent.matrix_parameters)
+            (target.iterations or AdaptPrunerSettings().iterations)
+            * (1 - shape.matrix_parameters / parent.matrix_parameters)
         )
         flops = steps * calibration_flops(parent, tokens, length, gradients=True)
         ledger.charges.append(Charge("calibration", steps * tokens, flops, "at each iteration, forward and back"))

@@ -13,7 +13,7 @@ from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning import efficient, sheared
 from nemo_pvs.planning.charges import tokens_read
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.options import stages_of
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import SIZES, Target
@@ -45,7 +45,7 @@ def first_of_each_stage(recipe: Recipe) -> list[str]:
     return list(first.values())
 
 
-def stage_layout(target: Target) -> Layout:
+def stage_layout(target: Target) -> Parallelism:
     """Return how the stage is spread over processes."""
     if efficient.prunes_while_training(target):
         return efficient.aware_layout(target)

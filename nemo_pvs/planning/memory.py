@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_pvs.model.shape import LayerSizes, Shape
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 
 
@@ -34,7 +34,7 @@ class Memory:
         return self.total - self.activations + self.activations_recomputed
 
 
-def training_memory(shape: Shape, layout: Layout, training: Training, teacher: Shape | None = None) -> Memory:
+def training_memory(shape: Shape, layout: Parallelism, training: Training, teacher: Shape | None = None) -> Memory:
     """Estimate the memory of the fullest GPU; buffers of NCCL and kernels and fragmentation come on top.
 
     A parameter takes 2 bytes as a bf16 weight, 4 as an fp32 gradient and 12 in AdamW (fp32 copy and two moments; in
@@ -57,7 +57,7 @@ def training_memory(shape: Shape, layout: Layout, training: Training, teacher: S
     return max((_stage(shape, layout, training, stage, teacher) for stage in stages), key=lambda memory: memory.total)
 
 
-def parameters_on(shape: Shape, layout: Layout, stage: int) -> float:
+def parameters_on(shape: Shape, layout: Parallelism, stage: int) -> float:
     """Return the parameters of one rank of a pipeline stage: matrices are shards, vectors are whole."""
     layers = shape.with_layers(_layers_of(shape, layout, stage))
     matrices, vectors = float(layers.matrix_parameters), layers.vector_parameters
@@ -67,7 +67,7 @@ def parameters_on(shape: Shape, layout: Layout, stage: int) -> float:
     return (matrices + tables * shape.vocab * shape.hidden) / layout.tensor_parallel + vectors
 
 
-def _layers_of(shape: Shape, layout: Layout, stage: int) -> tuple[LayerSizes, ...]:
+def _layers_of(shape: Shape, layout: Parallelism, stage: int) -> tuple[LayerSizes, ...]:
     pieces = layout.virtual_pipeline or 1
     stages = shape.stage_layers(layout.pipeline_parallel, layout.first_stage_layers, layout.last_stage_layers)
     count = stages[stage] // pieces
@@ -75,7 +75,7 @@ def _layers_of(shape: Shape, layout: Layout, stage: int) -> tuple[LayerSizes, ..
     return tuple(size for start in starts for size in shape.layer_sizes[start : start + count])
 
 
-def _stage(shape: Shape, layout: Layout, training: Training, stage: int, teacher: Shape | None) -> Memory:
+def _stage(shape: Shape, layout: Parallelism, training: Training, stage: int, teacher: Shape | None) -> Memory:
     value = 4 if training.precision == "fp32" else 2
     parameters = parameters_on(shape, layout, stage)
     replicas = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
@@ -106,7 +106,7 @@ def _stage(shape: Shape, layout: Layout, training: Training, stage: int, teacher
     )
 
 
-def _of_teacher(teacher: Shape, layout: Layout, stage: int, value: int, tokens: float, batches: int) -> float:
+def _of_teacher(teacher: Shape, layout: Parallelism, stage: int, value: int, tokens: float, batches: int) -> float:
     """Return the bytes of a teacher on one rank: of ``value`` each, for micro-batches of so many ``tokens``."""
     equal = layout.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
     needed = value * parameters_on(teacher, equal, stage)
@@ -118,7 +118,7 @@ def _of_teacher(teacher: Shape, layout: Layout, stage: int, value: int, tokens: 
     return needed
 
 
-def _of_hidden_states(shape: Shape, teacher: Shape, layout: Layout, training: Training, held: float) -> float:
+def _of_hidden_states(shape: Shape, teacher: Shape, layout: Parallelism, training: Training, held: float) -> float:
     """Return the bytes of what a student's hidden states are compared with, if all of it is on one rank.
 
     That is ``held`` bytes for each of the teacher's channels at each place, and the projection in fp32 with its

@@ -28,7 +28,7 @@ _WIDTH_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
-class Share:
+class Round:
     """A stage's part of the training of an arm."""
 
     training: Training
@@ -41,7 +41,7 @@ class Share:
     """Steps of all parts, over which the learning rate runs; None where there is one part."""
 
 
-def shares(recipe: Recipe, arm: Arm) -> list[Share]:
+def shares(recipe: Recipe, arm: Arm) -> list[Round]:
     """Return the parts of an arm's training, which differ by one step at most; one for arms without stages.
 
     Raises:
@@ -50,7 +50,7 @@ def shares(recipe: Recipe, arm: Arm) -> list[Share]:
     stages = stages_of(recipe.targets[arm.target]) if arm.initialisation == "pruned" else 1
     training = arm.training
     if stages == 1:
-        return [Share(training, arm.first_token)]
+        return [Round(training, arm.first_token)]
     if stages > training.steps:
         raise UserError(
             f"{arm.name} has {stages} stages but trains for {training.steps} steps; choose fewer stages, or more "
@@ -59,7 +59,7 @@ def shares(recipe: Recipe, arm: Arm) -> list[Share]:
     bounds = [training.steps * stage // stages for stage in range(stages + 1)]
     often = {name: max(1, getattr(training, name) // stages) for name in ("validations", "checkpoints")}
     return [
-        Share(
+        Round(
             training.model_copy(update={"tokens": float((end - first) * training.tokens_per_step), **often}),
             arm.first_token + first * training.tokens_per_step,
             first,

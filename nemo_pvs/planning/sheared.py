@@ -9,7 +9,7 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.checks import check_training
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.pruning.learned.sheared import METHOD
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.sheared import MaskLearning
 from nemo_pvs.recipe.target import Target
@@ -43,7 +43,7 @@ def mask_training(recipe: Recipe, target: Target) -> Training:
     return recipe.train.model_copy(update=changes)
 
 
-def mask_layout(target: Target) -> Layout:
+def mask_layout(target: Target) -> Parallelism:
     """Return how mask learning is spread over processes."""
     return _how(target).layout or target.layout
 

@@ -14,7 +14,7 @@ from nemo_pvs.planning.learned import check_stage, is_trained_first
 from nemo_pvs.planning.rounds import check_stages, stage_targets
 from nemo_pvs.pruning.input_means import FEATURES
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
-from nemo_pvs.pruning.structured.unit_counts import Rules, unit_counts
+from nemo_pvs.pruning.structured.unit_counts import UnitRules, unit_counts
 from nemo_pvs.pruning.target import choose_target
 from nemo_pvs.recipe.options import ADAPT, EFFICIENT, is_sparse
 from nemo_pvs.recipe.recipe import Recipe
@@ -73,7 +73,7 @@ def _by_units(target: Target, parent: Shape, options: dict[str, Any]) -> Expecte
         "protect_first",
         "protect_last",
     )
-    rules = Rules(
+    rules = UnitRules(
         structure=structure if exact else "UL-MM",
         ratio=options["ratio"],
         round_kept=target.method == "llm-pruner",

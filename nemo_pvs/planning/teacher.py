@@ -19,7 +19,7 @@ from nemo_pvs.planning.charges import charge_lessons
 from nemo_pvs.planning.checks import check_context
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.distillation import PARENT, Distillation
-from nemo_pvs.recipe.fields import Initialisation, Layout
+from nemo_pvs.recipe.fields import Initialisation, Parallelism
 from nemo_pvs.recipe.recipe import Arm, Recipe
 
 
@@ -80,7 +80,7 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
                 raise UserError(f"Target {name}: {error}") from None
 
 
-def check_teacher(teacher: Shape, student: Shape, layout: Layout) -> None:
+def check_teacher(teacher: Shape, student: Shape, layout: Parallelism) -> None:
     """Refuse a teacher that cannot sit on its student's ranks and be compared with it token by token.
 
     Raises:

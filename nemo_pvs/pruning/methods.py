@@ -11,14 +11,14 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.request import Job, Options
+from nemo_pvs.pruning.request import Options, PruneRequest
 from nemo_pvs.pruning.result import Pruned
 from nemo_pvs.pruning.sparse.magnitude import MagnitudeSource
 from nemo_pvs.pruning.sparse.sequential import prune_layers
 from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
 from nemo_pvs.pruning.sparse.wanda import Wanda
-from nemo_pvs.pruning.structured.adapt_pruner import LayerMeasure, Settings, plan_adapt_pruner
+from nemo_pvs.pruning.structured.adapt_pruner import AdaptPrunerSettings, LayerMeasure, plan_adapt_pruner
 from nemo_pvs.pruning.structured.depth import SEARCHES, layers_to_remove, plan_depth, plan_individual, scan_windows
 from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
 from nemo_pvs.pruning.structured.flap import plan_flap
@@ -39,14 +39,14 @@ class Method:
     summary: str
     takes: tuple[str, ...]
     """The options that mean something to it."""
-    prune: Callable[[Job], Pruned]
+    prune: Callable[[PruneRequest], Pruned]
     gradients: bool = False
     """Whether its scores are measured with gradients."""
     trains: bool = False
     """Whether it trains the model while it finds out what to keep, which a stage of ``pvs run`` does."""
 
 
-def prune_by(method: str, job: Job) -> Pruned:
+def prune_by(method: str, job: PruneRequest) -> Pruned:
     """Prune a model; what is returned streams the result when it is read.
 
     Raises:
@@ -63,10 +63,10 @@ def prune_by(method: str, job: Job) -> Pruned:
     return chosen.prune(job)
 
 
-def _sized(method: str, plan: Callable[[Job, Shape], Plan]) -> Callable[[Job], Pruned]:
+def _sized(method: str, plan: Callable[[PruneRequest, Shape], Plan]) -> Callable[[PruneRequest], Pruned]:
     """A method that is given the shape to reach."""
 
-    def prune(job: Job) -> Pruned:
+    def prune(job: PruneRequest) -> Pruned:
         options = job.options
         target = choose_target(
             shape_of(job.source),
@@ -83,10 +83,10 @@ def _sized(method: str, plan: Callable[[Job, Shape], Plan]) -> Callable[[Job], P
     return prune
 
 
-def _scored(plan: Callable[..., Plan], *takes: str) -> Callable[[Job], Pruned]:
+def _scored(plan: Callable[..., Plan], *takes: str) -> Callable[[PruneRequest], Pruned]:
     """A method that is given a ratio and finds the shape itself."""
 
-    def prune(job: Job) -> Pruned:
+    def prune(job: PruneRequest) -> Pruned:
         if job.options.ratio is None:
             raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of the decoder layers.")
         made = plan(job.scores(), job.options.ratio, **job.options.given(*takes))
@@ -97,11 +97,11 @@ def _scored(plan: Callable[..., Plan], *takes: str) -> Callable[[Job], Pruned]:
     return prune
 
 
-def _planned(job: Job, plan: Plan) -> Pruned:
+def _planned(job: PruneRequest, plan: Plan) -> Pruned:
     return Pruned(PrunedSource(job.source, plan), plan, {"method": plan.method})
 
 
-def _depth(job: Job, target: Shape) -> Plan:
+def _depth(job: PruneRequest, target: Shape) -> Plan:
     search = job.options.search or "contiguous"
     remove = layers_to_remove(shape_of(job.source), target)
     if search not in SEARCHES:
@@ -142,23 +142,23 @@ def _depth(job: Job, target: Shape) -> Plan:
     return plan
 
 
-def _shortgpt(job: Job, target: Shape) -> Plan:
+def _shortgpt(job: PruneRequest, target: Shape) -> Plan:
     remove = layers_to_remove(shape_of(job.source), target)
     return plan_shortgpt(job.scores(), remove, **job.options.given(*_PROTECT))
 
 
-def _width(job: Job, target: Shape) -> Plan:
+def _width(job: PruneRequest, target: Shape) -> Plan:
     return plan_width(job.scores(), target, **job.options.given("aggregation"))
 
 
-def _joint(job: Job, target: Shape) -> Plan:
+def _joint(job: PruneRequest, target: Shape) -> Plan:
     return plan_joint(job.scores(), target, **job.options.given("aggregation"))
 
 
-def _by_training(method: str) -> Callable[[Job], Pruned]:
+def _by_training(method: str) -> Callable[[PruneRequest], Pruned]:
     """A method that finds out what to keep while it trains the model, which a stage of ``pvs run`` does."""
 
-    def prune(job: Job) -> Pruned:
+    def prune(job: PruneRequest) -> Pruned:
         raise UserError(
             f"{method} trains the model while it finds out what to keep; write a recipe with a target of this method, "
             "and use pvs run."
@@ -167,12 +167,12 @@ def _by_training(method: str) -> Callable[[Job], Pruned]:
     return prune
 
 
-def _adapt(job: Job) -> Pruned:
+def _adapt(job: PruneRequest) -> Pruned:
     shape, options = shape_of(job.source), job.options
     if options.ratio is None:
         raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of all parameters.")
     count = parameters_left(shape, options.ratio, options.of or "total")
-    settings = Settings(**options.given(*_ADAPT))
+    settings = AdaptPrunerSettings(**options.given(*_ADAPT))
     measure = LayerMeasure(job.draw or (lambda _: job.tokens()), settings.metric, job.compute)
     with job.progress("prune by adapt-pruner", "parameters") as show:
         plan = plan_adapt_pruner(job.source, count, measure, settings, show)
@@ -182,16 +182,16 @@ def _adapt(job: Job) -> Pruned:
     return _planned(job, replace(plan, provenance={**plan.provenance, "calibration": cost}))
 
 
-def _magnitude(job: Job) -> Pruned:
+def _magnitude(job: PruneRequest) -> Pruned:
     sparsity = _sparsity(job)
     source = MagnitudeSource(job.source, sparsity, **job.options.given("compat"))
     return Pruned(source, None, {"method": "magnitude", "sparsity": str(sparsity)})
 
 
-def _layer_by_layer(method: Callable[..., Any], *takes: str) -> Callable[[Job], Pruned]:
+def _layer_by_layer(method: Callable[..., Any], *takes: str) -> Callable[[PruneRequest], Pruned]:
     """A method that prunes every matrix by its inputs, behind the layers pruned before."""
 
-    def prune(job: Job) -> Pruned:
+    def prune(job: PruneRequest) -> Pruned:
         made = method(_sparsity(job), **job.options.given(*takes))
         with job.progress(f"prune by {made.settings['method']}", "sequences through a layer") as show:
             source = prune_layers(
@@ -210,7 +210,7 @@ def _layer_by_layer(method: Callable[..., Any], *takes: str) -> Callable[[Job], 
     return prune
 
 
-def _sparsity(job: Job) -> Sparsity:
+def _sparsity(job: PruneRequest) -> Sparsity:
     if job.options.sparsity is None:
         raise UserError("Nothing says how sparse; give --sparsity 0.5 or --sparsity 2:4.")
     return Sparsity.parse(job.options.sparsity)

@@ -46,7 +46,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
+class PruneRequest:
     """One model to prune."""
 
     source: WeightSource
@@ -63,7 +63,7 @@ class Job:
     """``progress.progress``, or something like it."""
     say: Callable[[str], None]
     overwrite: bool = False
-    task_score: Callable[[], Scorer] | None = None
+    task_score: Callable[[], TaskScorer] | None = None
     """Returns what measures models by ``options.task``, when a method needs it."""
     draw: Callable[[int], TokenSet] | None = None
     """Draws a text of its own for each iteration of a method that has such; by default all read the same."""
@@ -80,5 +80,5 @@ class Scored(NamedTuple):
     """How many sequences went through the model, by their length in tokens; for the ledger."""
 
 
-Scorer = Callable[[WeightSource], Scored]
+TaskScorer = Callable[[WeightSource], Scored]
 """Measures a model."""

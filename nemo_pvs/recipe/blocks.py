@@ -20,7 +20,7 @@ def _budget(value: Any) -> Any:
     return value
 
 
-Budget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
+TokenBudget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
 """A number of tokens, or what is to be equal to the pruned arm."""
 
 
@@ -85,7 +85,7 @@ class Budgets(Block):
     """Token budgets by initial weights; every one is a run of its own."""
 
     pruned: list[Tokens] = Field(default=[])
-    random: list[Budget] = Field(default=[])
+    random: list[TokenBudget] = Field(default=[])
     """A setting is a run for each of ``pruned``, as long as makes it equal to that one."""
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.fields import Block, Fraction
 
-Share = Annotated[float, Field(gt=0, le=1)]
+DomainShare = Annotated[float, Field(gt=0, le=1)]
 Loss = Annotated[float, Field(gt=0)]
 
 
@@ -30,7 +30,7 @@ class DynamicLoading(Block):
 
     kind: Literal["doremi", "constant"] = "doremi"
     """``doremi``: shares follow the losses, as ``update_proportions`` says; ``constant``: they stay as they are."""
-    proportions: dict[str, Share] | None = None
+    proportions: dict[str, DomainShare] | None = None
     """Shares at the start, by domain; without them pruned arms go on with those that their masks ended with."""
     target_losses: dict[str, Loss] | None = None
     """What the loss of each domain should come to, nats per token."""

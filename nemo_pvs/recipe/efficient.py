@@ -8,8 +8,8 @@ from pydantic import Field
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.learned.removal_rules import Rules, fewest_removals
-from nemo_pvs.recipe.fields import Block, Fraction, Layout, Positive, Rate, Tokens
+from nemo_pvs.pruning.learned.removal_rules import RemovalRules, fewest_removals
+from nemo_pvs.recipe.fields import Block, Fraction, Parallelism, Positive, Rate, Tokens
 
 if TYPE_CHECKING:
     from nemo_pvs.recipe.training import Training
@@ -64,15 +64,15 @@ class PruningAware(Block):
     first_token: Tokens | None = None
     """Where in the training data, in the order of training; by default where pruned arms begin, which then read the
     same tokens again."""
-    layout: Layout | None = None
+    layout: Parallelism | None = None
     """Of this training, in which the parent's tensors are whole; the target's own by default."""
 
     @property
-    def rules(self) -> Rules:
+    def rules(self) -> RemovalRules:
         """What may go."""
         names = ("uniform", "groups_at_once", "ffn_at_once", "hidden_at_once", "per_parameter")
         least = ("least_groups", "least_ffn", "least_hidden")
-        return Rules(int(self.parameters), **{name: getattr(self, name) for name in (*names, *least)})
+        return RemovalRules(int(self.parameters), **{name: getattr(self, name) for name in (*names, *least)})
 
     def training(self, train: Training) -> Training:
         """Return the training during which units go."""

@@ -29,7 +29,7 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Layout(Block):
+class Parallelism(Block):
     """How one training run is spread over processes."""
 
     tensor_parallel: Positive = 1

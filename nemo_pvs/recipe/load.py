@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.problems import first_problem
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.training import Training
@@ -77,16 +77,16 @@ def parse_training(values: Mapping[str, Any]) -> Training:
         raise UserError(first_problem(error, Training)) from None
 
 
-def parse_layout(values: Mapping[str, Any]) -> Layout:
+def parse_layout(values: Mapping[str, Any]) -> Parallelism:
     """Check a parallel layout that was given as options.
 
     Raises:
         UserError: naming the first wrong one.
     """
     try:
-        return Layout.model_validate(values)
+        return Parallelism.model_validate(values)
     except ValidationError as error:
-        raise UserError(first_problem(error, Layout)) from None
+        raise UserError(first_problem(error, Parallelism)) from None
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:

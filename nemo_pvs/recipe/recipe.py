@@ -15,11 +15,9 @@ from nemo_pvs.recipe.blocks import Budgets, Calibration, Evaluation, Parent
 from nemo_pvs.recipe.data import Data
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Block, Initialisation, Layout, Tokens
+from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Tokens
 from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.recipe.training import Training
-
-__all__ = ["Arm", "Initialisation", "Layout", "Recipe", "Target", "Training"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Arm:
     target: str
     """The key under ``targets``."""
     initialisation: Initialisation
-    layout: Layout
+    layout: Parallelism
     training: Training
     """With this arm's tokens and learning rate."""
     first_token: int
@@ -65,7 +63,7 @@ class Recipe(Block):
     budgets: list[Tokens] | Budgets | None = None
     """Training tokens, one run for each; a list for all arms, or one for pruned and one for random weights.
     ``budget: equal-total-tokens`` is short for ``train.tokens`` for pruned and this setting for random weights."""
-    layout: Layout = Layout()
+    layout: Parallelism = Parallelism()
     """Of every target that has none of its own."""
     train: Training
     evaluate: Evaluation = Evaluation()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Block, Fraction, Layout, Positive, Rate, Tokens
+from nemo_pvs.recipe.fields import Block, Fraction, Parallelism, Positive, Rate, Tokens
 
 
 class MaskLearning(Block):
@@ -39,5 +39,5 @@ class MaskLearning(Block):
     """Instead of ``train.dynamic_loading``."""
     seed: int = Field(default=0, ge=0)
     """Of the masks' noise."""
-    layout: Layout | None = None
+    layout: Parallelism | None = None
     """Of mask learning, in which the parent is trained whole; the target's own by default."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.fields import Block, Initialisation, Layout, Positive, Rate
+from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive, Rate
 from nemo_pvs.recipe.sheared import MaskLearning
 
 SIZES = ("layers", "hidden", "ffn", "kv_groups")
@@ -113,7 +113,7 @@ class Target(Block):
     """How ``sheared-llama`` learns its masks."""
     pruning_aware: PruningAware | None = None
     """How much ``efficient-llm`` removes, and when, while the parent is trained."""
-    layout: Layout = Layout()
+    layout: Parallelism = Parallelism()
 
     @property
     def options(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.sheared import MaskLearning
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, write_json
@@ -89,7 +89,7 @@ class TrainingJob:
     data: dict[str, Any]
     """Megatron .bin/.idx prefixes of ``train`` (one, a list, or a list of weights and prefixes by turns) and
     ``validation``, which holds exactly the fixed windows; both by domain for a run with ``loading``."""
-    layout: Layout
+    layout: Parallelism
     training: Training
     first_token: int = 0
     """Where in the training data, in the order of training, the run begins to read; whole sequences."""
@@ -157,7 +157,7 @@ class TrainingJob:
             folder=Path(values["folder"]),
             initial=Path(values["initial"]),
             data=values["data"],
-            layout=Layout.model_validate(values["layout"]),
+            layout=Parallelism.model_validate(values["layout"]),
             training=Training.model_validate(values["training"]),
             first_token=values.get("first_token", 0),
             first_step=values.get("first_step", 0),

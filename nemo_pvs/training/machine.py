@@ -11,7 +11,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.planning.teacher import check_teacher
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 
 
@@ -59,7 +59,7 @@ class Machine:
             return wanted
         return "bf16" if self.bf16 else "fp32"
 
-    def check(self, layout: Layout) -> None:
+    def check(self, layout: Parallelism) -> None:
         """Refuse a layout whose kernels this machine has not.
 
         Raises:
@@ -82,7 +82,9 @@ _SIZES = (1, 2, 4, 8)
 _PIECES = (4, 3, 2)  # of a pipeline stage; more make the bubble smaller and the exchanges more
 
 
-def h100_layout(shape: Shape, training: Training, gpus: int, teacher: Shape | None = None) -> tuple[Layout, list[str]]:
+def h100_layout(
+    shape: Shape, training: Training, gpus: int, teacher: Shape | None = None
+) -> tuple[Parallelism, list[str]]:
     """Return a layout for H100s and a line for each of its choices.
 
     The least communication that fits: data parallelism alone, then sequences shared within a node (context), then
@@ -95,7 +97,7 @@ def h100_layout(shape: Shape, training: Training, gpus: int, teacher: Shape | No
         model = pipeline * tensor * context
         if tensor * context > H100.processes_per_node or gpus % model:
             continue
-        layout = Layout(
+        layout = Parallelism(
             tensor_parallel=tensor,
             pipeline_parallel=pipeline,
             virtual_pipeline=_pieces(shape, pipeline),
@@ -127,7 +129,7 @@ def _pieces(shape: Shape, pipeline: int) -> int | None:
     return next((pieces for pieces in _PIECES if pipeline > 1 and layers % pieces == 0), None)
 
 
-def _reasons(layout: Layout, needed: float) -> list[str]:
+def _reasons(layout: Parallelism, needed: float) -> list[str]:
     def line(name: str, size: int | None, alone: str, shared: str) -> str:
         return f"{name} {size or 1}: {alone if (size or 1) == 1 else shared}"
 

@@ -14,7 +14,7 @@ PACE_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Curve:
+class Metrics:
     """What a run measured, in step order, each step once."""
 
     training: list[dict[str, Any]]
@@ -40,29 +40,29 @@ def append(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def read(path: Path) -> Curve:
+def read(path: Path) -> Metrics:
     """Read a metrics file; where an interrupted run repeated steps after resuming, the later record counts.
 
     Half a line at the end, left by a killed run, is ignored.
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {one.name: {} for one in fields(Curve)}
+    found: dict[str, dict[int, dict[str, Any]]] = {one.name: {} for one in fields(Metrics)}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         found[record.pop("kind")][record["step"]] = record
-    return Curve(**{kind: [records[step] for step in sorted(records)] for kind, records in found.items()})
+    return Metrics(**{kind: [records[step] for step in sorted(records)] for kind, records in found.items()})
 
 
-def joined(parts: Iterable[tuple[Path, int]], tokens_per_step: int) -> Curve:
+def joined(parts: Iterable[tuple[Path, int]], tokens_per_step: int) -> Metrics:
     """Read the files of trainings that are parts of one, as one curve.
 
     Args:
         parts: The file of each part, and the steps of all parts before it, by which its own are counted on.
         tokens_per_step: Of every part.
     """
-    whole = Curve([], [])
+    whole = Metrics([], [])
     for path, before in parts:
         for kind, records in vars(read(path)).items():
             for record in records:

@@ -24,7 +24,7 @@ from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.checks import check_context, check_training
 from nemo_pvs.planning.teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, sha256_json, write_json
 from nemo_pvs.system.progress import console, progress
@@ -38,7 +38,7 @@ def prepare_job(
     initial: str,
     out: Path,
     data: Path,
-    layout: Layout,
+    layout: Parallelism,
     training: Training,
     *,
     random_init: bool,

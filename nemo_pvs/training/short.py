@@ -12,7 +12,7 @@ from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.prepare import prepare_job
@@ -21,7 +21,7 @@ from nemo_pvs.training.trainer import Trainer
 
 @contextmanager
 def short_training(
-    source: WeightSource, folder: Path, data: Path, layout: Layout, training: Training
+    source: WeightSource, folder: Path, data: Path, layout: Parallelism, training: Training
 ) -> Iterator[Callable[[Plan], float]]:
     """Yield a function that trains what a plan keeps and returns its validation loss (nats per token).
 

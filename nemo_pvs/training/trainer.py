@@ -165,7 +165,7 @@ def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]
     show(tokens, total, note=latest(curve), left=metrics.time_left(total - tokens, speeds))
 
 
-def latest(curve: metrics.Curve) -> str:
+def latest(curve: metrics.Metrics) -> str:
     """Return what was measured last: loss and speed, and validation loss and zeros where there are any."""
     last = curve.training[-1]
     note = f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s"

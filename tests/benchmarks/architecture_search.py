@@ -22,7 +22,7 @@ from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.fetch import prepare_parent
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.search.grid import Budget, Grid, flops_at, legal_shapes
+from nemo_pvs.pruning.search.grid import Grid, SizeLimit, flops_at, legal_shapes
 from nemo_pvs.pruning.search.search import search
 from nemo_pvs.system.progress import console, progress
 from tests.benchmarks.depth_methods import texts
@@ -41,7 +41,7 @@ def main() -> None:
     scored_on, measured_on = texts(folder, given.samples, given.sequence_length)
     scores = calibrate(source, scored_on)
     grid = Grid.of(scores.shape, max_width_pruning=0.5)
-    shapes = legal_shapes(scores.shape, grid, Budget(parameters=given.parameters))
+    shapes = legal_shapes(scores.shape, grid, SizeLimit(parameters=given.parameters))
     latency = flops_at(given.sequence_length)
     with tempfile.TemporaryDirectory() as state, progress("search", "layers") as show:
         settings = {"state": Path(state) / "search.json", "dtype": torch.bfloat16, "progress": show}

@@ -26,7 +26,7 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.methods import AT_ONCE, METHODS, prune_by
-from nemo_pvs.pruning.request import Job, Options
+from nemo_pvs.pruning.request import Options, PruneRequest
 from nemo_pvs.system.progress import console, progress
 from tests.benchmarks.conversion import SHAPES, make_input
 from tests.benchmarks.llm_compressor import random_tokens
@@ -95,7 +95,7 @@ def pruned(method: str, model: Path, folder: Path, size: tuple[int, int]) -> Non
         with_gradients = METHODS[method].gradients  # measured here, so that their cost shows
         return calibrate(source, tokens, gradients=True) if with_gradients else Scores.load(folder / "scores", source)
 
-    job = Job(
+    job = PruneRequest(
         source=source,
         options=Options(**options_of(method, shape)),
         tokens=lambda: tokens,

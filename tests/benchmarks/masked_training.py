@@ -20,7 +20,7 @@ from rich.table import Table
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
@@ -95,7 +95,7 @@ def sparse_job(folder: Path, hidden: int, layers: int, tokens_per_step: int, ste
             "train": write_tokens(folder / "train", text),
             "validation": write_tokens(folder / "validation", text[: tokens_per_step + 1]),
         },
-        layout=Layout(),
+        layout=Parallelism(),
         training=Training(
             tokens=steps * tokens_per_step,
             sequence_length=_SEQUENCE,

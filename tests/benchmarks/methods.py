@@ -31,7 +31,7 @@ from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pruning.methods import AT_ONCE, METHODS, prune_by
-from nemo_pvs.pruning.request import Job, Options
+from nemo_pvs.pruning.request import Options, PruneRequest
 from nemo_pvs.pruning.result import write
 from nemo_pvs.system.progress import progress
 from tests.benchmarks.structured_methods import texts
@@ -114,7 +114,7 @@ def row(source: WeightSource, case: Case, calibration: TokenSet, scores: Scores,
         gradients = METHODS[case.method].gradients  # then the row's time has its own calibration
         pruned = prune_by(
             case.method,
-            Job(
+            PruneRequest(
                 source=source,
                 options=Options(**case.options),
                 tokens=lambda: calibration,

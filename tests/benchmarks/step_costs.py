@@ -24,7 +24,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.sheared import MaskLearning
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.progress import console
@@ -53,7 +53,7 @@ def main() -> None:
         table = Table("a step of ...", *(f"{layout} (ms)" for layout in LAYOUTS), *("ratio" for _ in LAYOUTS))
         plain: list[float] = []
         for kind in [*KINDS, TAYLOR]:
-            seconds = [measure(kind, replace(job, layout=Layout(**sizes))) for sizes in LAYOUTS.values()]
+            seconds = [measure(kind, replace(job, layout=Parallelism(**sizes))) for sizes in LAYOUTS.values()]
             plain = plain or seconds
             ratios = (f"{one / other:.2f}" for one, other in zip(seconds, plain, strict=True))
             table.add_row(kind, *(f"{one * 1e3:,.0f}" for one in seconds), *ratios)
@@ -84,7 +84,7 @@ def make_job(folder: Path, hidden: int, layers: int, vocab: int, steps: int) -> 
             "train": write_tokens(folder / "train", text),
             "validation": write_tokens(folder / "validation", text[: SAMPLES * SEQUENCE + 1]),
         },
-        layout=Layout(),
+        layout=Parallelism(),
         training=Training(
             tokens=tokens,
             sequence_length=SEQUENCE,

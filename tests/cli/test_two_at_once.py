@@ -11,7 +11,7 @@ import yaml
 from nemo_pvs.cli.verbs import VERBS
 from nemo_pvs.errors import UserError
 from nemo_pvs.megatron import launch
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer
@@ -87,7 +87,7 @@ def test_a_dry_run_needs_no_lock(pvs, place, monkeypatch, tmp_path):
 
 def _job(folder: Path) -> TrainingJob:
     training = Training(tokens=512, sequence_length=32, global_batch_size=4, learning_rate=1e-3, validation_samples=4)
-    layout = Layout(tensor_parallel=2)
+    layout = Parallelism(tensor_parallel=2)
     return TrainingJob("arm", folder / "run", folder / "initial", {}, layout=layout, training=training)
 
 

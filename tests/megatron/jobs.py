@@ -10,7 +10,7 @@ import torch
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.training.job import TrainingJob
 from tests.megatron.ranks import write_tokens
@@ -54,6 +54,6 @@ def tiny_job(
             "train": write_tokens(folder / "train", text),
             "validation": write_tokens(folder / "validation", text[: settings["validation_samples"] * sequence + 1]),
         },
-        layout=Layout(),
+        layout=Parallelism(),
         training=Training(tokens=steps * settings["global_batch_size"] * sequence, **settings),
     )

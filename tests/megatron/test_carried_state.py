@@ -14,10 +14,10 @@ from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.nemo.optimizer_state import MASTERS, MOMENTS, OptimizerStateSource, states_in
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.model.layout import Layout as WeightTable
+from nemo_pvs.model.layout import Parallelism as WeightTable
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.optimizer_state import slice_optimizer_state
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import CarriedState, TrainingJob
 from nemo_pvs.training.trainer import Trainer, last_checkpoint
@@ -48,7 +48,7 @@ def _train(job: TrainingJob) -> None:
 
 
 def run(job: TrainingJob, folder: Path, **layout) -> TrainingJob:
-    job = replace(job, folder=folder, layout=Layout(**layout))
+    job = replace(job, folder=folder, layout=Parallelism(**layout))
     run_ranks(job.layout.processes, _train, job)
     return job
 

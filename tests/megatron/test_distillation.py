@@ -18,7 +18,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.megatron.distillation.losses import initial_projection, vocabulary_parallel_kl
 from nemo_pvs.recipe.distillation import Distillation
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
@@ -56,7 +56,7 @@ def job(tmp_path_factory) -> TrainingJob:
             "train": write_tokens(folder / "train", text),
             "validation": write_tokens(folder / "validation", text[: SAMPLES * SEQUENCE + 1]),
         },
-        layout=Layout(),
+        layout=Parallelism(),
         training=Training(
             tokens=STEPS * 8 * SEQUENCE,
             sequence_length=SEQUENCE,
@@ -82,8 +82,8 @@ def job(tmp_path_factory) -> TrainingJob:
     )
 
 
-def _run(job: TrainingJob, folder: Path, **layout: Any) -> metrics.Curve:
-    job = replace(job, folder=folder, layout=Layout(**layout))
+def _run(job: TrainingJob, folder: Path, **layout: Any) -> metrics.Metrics:
+    job = replace(job, folder=folder, layout=Parallelism(**layout))
     folder.mkdir(exist_ok=True)
     run_ranks(job.layout.processes, train, job)
     return metrics.read(job.metrics)
@@ -94,11 +94,11 @@ def _with(job: TrainingJob, **distill: Any) -> TrainingJob:
     return replace(job, training=training)
 
 
-def _divergences(curve: metrics.Curve) -> list[float]:
+def _divergences(curve: metrics.Metrics) -> list[float]:
     return [point["kl"] for point in curve.training]
 
 
-def _farthest(one: metrics.Curve, other: metrics.Curve) -> float:
+def _farthest(one: metrics.Metrics, other: metrics.Metrics) -> float:
     """Return the largest difference of any loss of any step."""
     names = ("loss", "kl", "hidden_loss", "embedding_loss")
     return max(
@@ -107,7 +107,7 @@ def _farthest(one: metrics.Curve, other: metrics.Curve) -> float:
 
 
 @pytest.fixture(scope="module")
-def reference(job, tmp_path_factory) -> metrics.Curve:
+def reference(job, tmp_path_factory) -> metrics.Metrics:
     """The curve of one process."""
     curve = _run(job, tmp_path_factory.mktemp("reference"), distributed_optimizer=False)
     assert len(curve.training) == STEPS
@@ -261,7 +261,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(job, layout, tmp_pat
 def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    doomed = replace(job, folder=folder, layout=Layout(tensor_parallel=2))
+    doomed = replace(job, folder=folder, layout=Parallelism(tensor_parallel=2))
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(2, train, doomed, 6)
     curve = _run(job, folder, pipeline_parallel=2)

@@ -164,7 +164,7 @@ def test_a_checkpoint_saved_in_the_middle_of_training(job: TrainingJob, tmp_path
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
     """A run that died at step 5 of 8, after its checkpoint of step 4."""
-    from nemo_pvs.recipe.fields import Layout
+    from nemo_pvs.recipe.fields import Parallelism
     from nemo_pvs.recipe.training import Training
     from tests.megatron.ranks import write_tokens
     from tests.megatron.test_training import _train
@@ -178,7 +178,7 @@ def job(tmp_path_factory) -> TrainingJob:
         folder=folder / "run",
         initial=folder / "initial",
         data={name: write_tokens(folder / name, list(text)) for name in ("train", "validation")},
-        layout=Layout(),
+        layout=Parallelism(),
         training=Training(
             tokens=8 * 4 * 32, sequence_length=32, global_batch_size=4, micro_batch_size=2, learning_rate=3e-3,
             precision="fp32", validations=1, validation_samples=8, checkpoints=2,

@@ -12,7 +12,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.windows import validation_windows
 from nemo_pvs.layerwise.perplexity import perplexity
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
@@ -37,7 +37,7 @@ def _train(job: TrainingJob) -> None:
 
 
 def _run(job: TrainingJob, folder: Path, **layout) -> TrainingJob:
-    job = replace(job, folder=folder, layout=Layout(**layout))
+    job = replace(job, folder=folder, layout=Parallelism(**layout))
     folder.mkdir()
     run_ranks(job.layout.processes, _train, job)
     return job
@@ -65,7 +65,7 @@ def test_two_ranks_train_as_one_and_the_result_is_read_back(family, settings, tm
             "train": write_tokens(tmp_path / "train", pattern),
             "validation": write_tokens(tmp_path / "validation", pattern[: SAMPLES * SEQUENCE + 1]),
         },
-        layout=Layout(),
+        layout=Parallelism(),
         training=Training(
             tokens=STEPS * 4 * SEQUENCE,
             sequence_length=SEQUENCE,

@@ -22,8 +22,8 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.errors import UserError
-from nemo_pvs.model.layout import Layout as WeightLayout
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.model.layout import Parallelism as WeightLayout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
@@ -64,7 +64,7 @@ def job(tmp_path_factory) -> TrainingJob:
 class Run:
     """A finished run."""
 
-    curve: metrics.Curve
+    curve: metrics.Metrics
     checkpoint: Path
     ranks: list[Any]
 
@@ -162,7 +162,7 @@ def _run(
     change: Callable[[], Any] = _nothing,
     **training: Any,
 ) -> Run:
-    given = Layout(**layout or {"distributed_optimizer": False})
+    given = Parallelism(**layout or {"distributed_optimizer": False})
     job = replace(job, folder=folder, layout=given, training=job.training.model_copy(update=training))
     folder.mkdir(exist_ok=True)
     ranks = run_ranks(given.processes, _train, job, change)

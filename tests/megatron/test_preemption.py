@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.reporting.training_log import log_files, validation_losses
 from nemo_pvs.training import metrics
 from nemo_pvs.training.checkpoints import damage, newest_sound, saved_checkpoints
@@ -66,7 +66,7 @@ def job(tmp_path_factory) -> TrainingJob:
     """A run of 16 steps on two ranks, saved at 5, 10, 15 and 16."""
     folder = tmp_path_factory.mktemp("job")
     model = save_tiny_tokenizer(make_tiny_llama(folder / "model"))
-    return replace(tiny_job(folder, model, steps=STEPS, checkpoints=3), layout=Layout(data_parallel=2))
+    return replace(tiny_job(folder, model, steps=STEPS, checkpoints=3), layout=Parallelism(data_parallel=2))
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, stored_name, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.model.layout import Layout as WeightLayout
+from nemo_pvs.model.layout import Parallelism as WeightLayout
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.learned.compensation import predictors
 from nemo_pvs.pruning.learned.kept_units import KeptUnits, state_file
 from nemo_pvs.pruning.learned.unit_space import UnitSpace
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
@@ -69,7 +69,7 @@ class Run:
     """A finished run."""
 
     job: TrainingJob
-    curve: metrics.Curve
+    curve: metrics.Metrics
     checkpoint: Path
     state: KeptUnits
     space: UnitSpace
@@ -82,7 +82,7 @@ class Run:
 
 
 def _run(job: TrainingJob, folder: Path, layout: Mapping[str, Any] | None = None, change: Any = _nothing) -> Run:
-    given = Layout(**layout or {"distributed_optimizer": False})
+    given = Parallelism(**layout or {"distributed_optimizer": False})
     job = replace(job, folder=folder, layout=given)
     folder.mkdir(exist_ok=True)
     job.save()

@@ -17,7 +17,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.planning.charges import charge_training
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -71,7 +71,7 @@ def _tokens(batch) -> list[str]:
     return [sha256(row.numpy().tobytes()).hexdigest() for row in data["tokens"].cpu()]
 
 
-def _run(job: TrainingJob, dying_rank: int | None = None, dies_at: int = -1) -> metrics.Curve:
+def _run(job: TrainingJob, dying_rank: int | None = None, dies_at: int = -1) -> metrics.Metrics:
     job.folder.mkdir(exist_ok=True)
     run_ranks(job.layout.processes, _train, job, dying_rank, dies_at)
     return metrics.read(job.metrics)
@@ -97,7 +97,9 @@ def arms(tmp_path_factory) -> tuple[TrainingJob, TrainingJob]:
         (folder / name).mkdir()
         model = save_tiny_tokenizer(make_tiny_llama(folder / name / "model", seed=layers, num_hidden_layers=layers))
         jobs.append(tiny_job(folder / name, model, steps=STEPS, text=text))
-    return replace(jobs[0], layout=Layout()), replace(jobs[1], layout=Layout(data_parallel=2), data=jobs[0].data)
+    return replace(jobs[0], layout=Parallelism()), replace(
+        jobs[1], layout=Parallelism(data_parallel=2), data=jobs[0].data
+    )
 
 
 @pytest.mark.parametrize("dying_rank", [0, 1])

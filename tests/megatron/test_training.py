@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint
@@ -60,11 +60,11 @@ def _train(job: TrainingJob, die_at_step: int = 0) -> None:
     rank.train_on_cpu(job)
 
 
-def _run(job: TrainingJob, folder: Path, training: dict | None = None, **layout) -> metrics.Curve:
+def _run(job: TrainingJob, folder: Path, training: dict | None = None, **layout) -> metrics.Metrics:
     job = replace(
         job,
         folder=folder,
-        layout=Layout(**layout),
+        layout=Parallelism(**layout),
         training=job.training.model_copy(update=training or {}),
     )
     folder.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def _checkpoint_writers(folder: Path) -> list[int]:
         time.sleep(0.1)
 
 
-def _losses(curve: metrics.Curve) -> list[float]:
+def _losses(curve: metrics.Metrics) -> list[float]:
     return [point["loss"] for point in curve.training]
 
 
@@ -96,7 +96,7 @@ def _largest_difference(one: list[float], other: list[float]) -> float:
 
 
 @pytest.fixture(scope="module")
-def reference(job, tmp_path_factory) -> metrics.Curve:
+def reference(job, tmp_path_factory) -> metrics.Metrics:
     """The curve of one process."""
     curve = _run(job, tmp_path_factory.mktemp("reference"), distributed_optimizer=False)
     assert len(curve.training) == STEPS
@@ -135,7 +135,7 @@ def test_bf16_follows_fp32(job, reference, tmp_path):
 def _killed_at_13(job: TrainingJob, folder: Path, **layout) -> TrainingJob:
     """Return the job of a run whose last rank died at step 13 of 20."""
     folder.mkdir()
-    doomed = replace(job, folder=folder, layout=Layout(**layout))
+    doomed = replace(job, folder=folder, layout=Parallelism(**layout))
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(doomed.layout.processes, _train, doomed, 13)
     return doomed
@@ -197,7 +197,7 @@ def test_steps_come_in_order_and_count_tokens(reference):
 @pytest.mark.slow
 def test_ranks_that_torchrun_starts_train_a_prepared_job(job, reference, tmp_path):
     """What Slurm and torchrun do on a cluster; afterwards the run counts as trained and no launcher is started."""
-    job = replace(job, folder=tmp_path / "run", layout=Layout(tensor_parallel=2))
+    job = replace(job, folder=tmp_path / "run", layout=Parallelism(tensor_parallel=2))
     assert not is_finished(job)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -16,7 +16,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.windows import validation_windows
 from nemo_pvs.layerwise.perplexity import perplexity
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
@@ -59,7 +59,7 @@ def job(tmp_path_factory) -> TrainingJob:
 
 
 @pytest.fixture(scope="module")
-def reference(job, tmp_path_factory) -> tuple[TrainingJob, metrics.Curve]:
+def reference(job, tmp_path_factory) -> tuple[TrainingJob, metrics.Metrics]:
     """The run of one process, and its curve."""
     folder = tmp_path_factory.mktemp("reference")
     curve = _run(job, folder, distributed_optimizer=False)
@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
     """TP=2 with sequence parallelism until the middle, then PP=2 by turns: the curve of one process."""
     folder = tmp_path / "run"
     folder.mkdir()
-    doomed = replace(job, folder=folder, layout=Layout(tensor_parallel=2, sequence_parallel=True))
+    doomed = replace(job, folder=folder, layout=Parallelism(tensor_parallel=2, sequence_parallel=True))
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(2, _train, doomed, 6)
     first_half = metrics.read(doomed.metrics)

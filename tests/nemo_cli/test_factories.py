@@ -202,14 +202,14 @@ def test_parent_retraining_and_scratch_differ_in_what_is_documented_only(recipes
 
 def _fp8_and_pipeline() -> dict[str, Any]:
     from nemo_pvs.nemo_cli import factories
-    from nemo_pvs.recipe.fields import Layout
+    from nemo_pvs.recipe.fields import Parallelism
     from nemo_pvs.training.machine import H100
 
     recipe = load_recipe("llama31_8b/minitron_depth")
     arm = recipe.runs[0]
     job = factories.Pipeline(recipe, Path("runs/x")).job(arm)
     training = arm.training.model_copy(update={"precision": "fp8"})
-    layout = Layout(
+    layout = Parallelism(
         tensor_parallel=2, pipeline_parallel=2, virtual_pipeline=2, context_parallel=2, sequence_parallel=True
     )
     from dataclasses import replace

@@ -8,7 +8,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.planning.checks import check_training
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
-from nemo_pvs.recipe.blocks import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.options import needs_gradients, needs_scores
 from nemo_pvs.recipe.target import Target
 from nemo_pvs.recipe.training import Training
@@ -46,7 +46,7 @@ def test_fp8_asks_for_shards_that_suit_it() -> None:
         tokens=1e6, sequence_length=64, global_batch_size=8, learning_rate=1e-3, validation_samples=8, precision="fp8"
     )
     even = TINY.replace(hidden=64, ffn=96)
-    check_training(training, Layout(), even)
+    check_training(training, Parallelism(), even)
     with pytest.raises(UserError, match="FP8 needs shards that are multiples of 16, but ffn=100 is not"):
-        check_training(training, Layout(), even.replace(ffn=100))
-    check_training(training, Layout(), even.replace(ffn=100), exact=False)
+        check_training(training, Parallelism(), even.replace(ffn=100))
+    check_training(training, Parallelism(), even.replace(ffn=100), exact=False)

@@ -16,11 +16,11 @@ from nemo_pvs.ledger.flops import calibration_flops
 from nemo_pvs.model.shape import LayerSizes, Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.methods import prune_by
-from nemo_pvs.pruning.request import Job, Options
+from nemo_pvs.pruning.request import Options, PruneRequest
 from nemo_pvs.pruning.structured.adapt_pruner import (
+    AdaptPrunerSettings,
     LayerMeasure,
     Measured,
-    Settings,
     kept_sizes,
     layer_importance,
     next_sparsity,
@@ -39,14 +39,14 @@ def test_golden_numbers() -> None:
     importance = layer_importance(torch.tensor([0.5, 0.9, 0.95]))
     torch.testing.assert_close(importance, torch.tensor([1, -0.411765, -0.588235]).double(), atol=1e-6, rtol=0)
     sparsity = torch.zeros(3).double()
-    steps = [sparsity := next_sparsity(sparsity, importance, Settings()) for _ in range(3)]
+    steps = [sparsity := next_sparsity(sparsity, importance, AdaptPrunerSettings()) for _ in range(3)]
     torch.testing.assert_close(steps[0], torch.tensor([0, 0.028235, 0.031765]).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(steps[2], torch.tensor([0, 0.084706, 0.095294]).double(), atol=1e-6, rtol=0)
 
 
 def test_sparsities_rise_by_the_same_in_all_while_none_is_clipped() -> None:
     generator = torch.Generator().manual_seed(0)
-    settings = Settings(iterations=20, amplitude=0.03)
+    settings = AdaptPrunerSettings(iterations=20, amplitude=0.03)
     sparsity = torch.full((7,), 0.4).double()
     for step in range(1, 5):
         sparsity = next_sparsity(sparsity, layer_importance(torch.rand(7, generator=generator)), settings)
@@ -56,7 +56,7 @@ def test_sparsities_rise_by_the_same_in_all_while_none_is_clipped() -> None:
 
 def test_four_steps_by_hand() -> None:
     """T-A1 of methods.md with a layer that cannot lose more than it has: u = 1/10, A = 0.2, I = 1, -1/4, -3/4."""
-    importance, settings = torch.tensor([1, -0.25, -0.75]).double(), Settings(iterations=10, amplitude=0.2)
+    importance, settings = torch.tensor([1, -0.25, -0.75]).double(), AdaptPrunerSettings(iterations=10, amplitude=0.2)
     sparsity, steps = torch.tensor([0.15, 0, 0]).double(), []
     for _ in range(4):
         sparsity = next_sparsity(sparsity, importance, settings)
@@ -70,7 +70,7 @@ def test_a_layer_that_changes_nothing_matters_least_and_is_pruned_fastest() -> N
     importance = layer_importance(torch.tensor([0.8, 1.0, 0.75, 0.85]))
     assert float(importance[1]) == -1 == float(importance.min())
     assert float(importance.sum()) == pytest.approx(0)
-    assert int(next_sparsity(torch.zeros(4).double(), importance, Settings()).argmax()) == 1
+    assert int(next_sparsity(torch.zeros(4).double(), importance, AdaptPrunerSettings()).argmax()) == 1
 
 
 def test_layers_that_are_all_alike_are_pruned_alike() -> None:
@@ -80,17 +80,17 @@ def test_layers_that_are_all_alike_are_pruned_alike() -> None:
 def test_a_group_goes_when_all_its_channels_are_due() -> None:
     """4 groups of 16: int(64 (1 - s)) is 48 from above s = 15 / 64 on; FFN channels go one by one, none comes back."""
     for share, ffn, groups in ((0.234, 76, 4), (0.235, 76, 3), (0.25, 75, 3), (0.5, 50, 2)):
-        [one, *_] = kept_sizes(SHAPE, SHAPE, torch.full((3,), share).double(), Settings())
+        [one, *_] = kept_sizes(SHAPE, SHAPE, torch.full((3,), share).double(), AdaptPrunerSettings())
         assert one == LayerSizes(ffn, groups * 2, groups)
     smaller = SHAPE.replace(ffn=60, kv_groups=2)
-    assert kept_sizes(SHAPE, smaller, torch.zeros(3), Settings())[0] == LayerSizes(60, 4, 2)
-    coarse = Settings(ffn_multiple=8, kv_groups_multiple=2)
+    assert kept_sizes(SHAPE, smaller, torch.zeros(3), AdaptPrunerSettings())[0] == LayerSizes(60, 4, 2)
+    coarse = AdaptPrunerSettings(ffn_multiple=8, kv_groups_multiple=2)
     assert kept_sizes(SHAPE, SHAPE, torch.full((3,), 0.45), coarse)[0] == LayerSizes(100 - 40, 8, 4)
 
 
 def test_a_layer_pruned_to_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="layer 1 to nothing"):
-        kept_sizes(SHAPE.replace(ffn=20), SHAPE.replace(ffn=20), torch.tensor([0.1, 0.99, 0.1]), Settings())
+        kept_sizes(SHAPE.replace(ffn=20), SHAPE.replace(ffn=20), torch.tensor([0.1, 0.99, 0.1]), AdaptPrunerSettings())
 
 
 def made_up(similarity: list[float]) -> Any:
@@ -113,7 +113,7 @@ def test_the_target_is_reached_with_less_than_an_iteration_over(compat: bool) ->
     source = StateSource(tiny_model())
     start = shape_of(source)
     wanted = start.parameters - start.body_parameters // 3
-    plan = plan_adapt_pruner(source, wanted, made_up([0.5, 0.7, 0.9, 0.9]), Settings(compat=compat))
+    plan = plan_adapt_pruner(source, wanted, made_up([0.5, 0.7, 0.9, 0.9]), AdaptPrunerSettings(compat=compat))
     over = wanted - plan.target.parameters
     assert 0 <= over < 4 * (start.matrix_parameters / 50 + (2 * 4 + 2) * start.head_dim * start.hidden)
     if not compat:  # the smallest unit that went last
@@ -146,7 +146,7 @@ def test_what_cannot_be_reached_is_said() -> None:
     with pytest.raises(UserError, match=r"nothing|iterations ended"):
         plan_adapt_pruner(source, shape_of(source).vocab, made_up([0.5] * 4))
     with pytest.raises(UserError, match="amplitude"):
-        plan_adapt_pruner(source, 1, made_up([0.5] * 4), Settings(amplitude=-1))
+        plan_adapt_pruner(source, 1, made_up([0.5] * 4), AdaptPrunerSettings(amplitude=-1))
 
 
 def test_measurements_of_uneven_layers_are_those_of_the_whole_model() -> None:
@@ -202,7 +202,7 @@ def test_the_planted_layer_and_units_go_first() -> None:
         return TokenSet(random_ids(6, 24, seed=iteration), {})
 
     measure = LayerMeasure(draw, "param_first", {})
-    settings = Settings(iterations=25, amplitude=0.02)
+    settings = AdaptPrunerSettings(iterations=25, amplitude=0.02)
     plan = plan_adapt_pruner(source, start.parameters - start.body_parameters // 8, measure, settings)
     sizes = plan.target.layer_sizes
     assert min(sizes, key=lambda one: one.ffn) == sizes[2]
@@ -226,7 +226,7 @@ def test_the_method_by_its_name() -> None:
         def __exit__(self, *_: object) -> None:
             pass
 
-    job = Job(
+    job = PruneRequest(
         source=source,
         options=Options(ratio=0.2, iterations=20),
         tokens=token_set,

@@ -19,7 +19,7 @@ from nemo_pvs.ledger.flops import count_forwards
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.methods import METHODS
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.request import Job, Options
+from nemo_pvs.pruning.request import Options, PruneRequest
 from nemo_pvs.pruning.structured.greedy import plan_greedy, scan_greedy
 from tests.pruning.test_depth import LAYERS, independent_loss, six_layers, token_set
 from tests.state_source import StateSource, tiny_model
@@ -27,7 +27,7 @@ from tests.state_source import StateSource, tiny_model
 
 def _planned(model: LlamaForCausalLM, tokens: TokenSet, **options: Any) -> Plan:
     """Return the plan of ``minitron-depth`` without four layers, as ``pvs prune`` and ``pvs run`` make it."""
-    job = Job(
+    job = PruneRequest(
         StateSource(model),
         Options(target=f"layers={LAYERS - 4}", **options),
         tokens=lambda: tokens,

@@ -6,7 +6,7 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.search.grid import Budget, Grid, flops_at, inference_bytes, legal_shapes
+from nemo_pvs.pruning.search.grid import Grid, SizeLimit, flops_at, inference_bytes, legal_shapes
 from tests.model.test_shape import LLAMA_8B, WIDTH_4B
 
 
@@ -42,14 +42,14 @@ def test_by_brute_force_over_every_size() -> None:
                     count += layers * (hidden * 8 * 6 * groups + 3 * hidden * ffn + 2 * hidden)
                     if 13300 <= count <= 14700 and groups == 2 and layers % 2 == 0:
                         wanted.add((layers, hidden, ffn, groups))
-    found = legal_shapes(parent, grid, Budget(parameters=14000), tensor_parallel=2, pipeline_parallel=2)
+    found = legal_shapes(parent, grid, SizeLimit(parameters=14000), tensor_parallel=2, pipeline_parallel=2)
     assert {(one.layers, one.hidden, one.ffn, one.kv_groups) for one in found} == wanted
     assert len(wanted) > 1
     assert len(found) == len(set(found))
 
 
 def test_the_published_width_is_among_the_legal_shapes_of_its_budget() -> None:
-    shapes = legal_shapes(LLAMA_8B, Grid.of(LLAMA_8B), Budget(parameters=4.5e9), tensor_parallel=8, fp8=True)
+    shapes = legal_shapes(LLAMA_8B, Grid.of(LLAMA_8B), SizeLimit(parameters=4.5e9), tensor_parallel=8, fp8=True)
     assert WIDTH_4B in shapes
     assert LLAMA_8B not in shapes
     for shape in shapes:
@@ -61,28 +61,28 @@ def test_memory_is_weights_and_kv_cache() -> None:
     """Llama-3.1-8B: 16.06 GB in bf16, and 128 KiB of keys and values a token (32 layers x 8 groups x 128 x 2 x 2)."""
     assert inference_bytes(LLAMA_8B, context=1) - 2 * 8_030_261_248 == 131072
     assert inference_bytes(LLAMA_8B, 4096, 3) - 2 * 8_030_261_248 == 3 * 4096 * 131072
-    budget = Budget(memory_bytes=12e9, context=32768, batch_size=1)
+    budget = SizeLimit(memory_bytes=12e9, context=32768, batch_size=1)
     shapes = legal_shapes(LLAMA_8B, Grid.of(LLAMA_8B), budget)
     for shape in shapes:
         cache = 2 * 2 * 32768 * shape.layers * 8 * 128
         assert abs(2 * shape.parameters + cache - 12e9) <= 0.05 * 12e9
-    longer = legal_shapes(LLAMA_8B, Grid.of(LLAMA_8B), Budget(memory_bytes=12e9, context=1))
+    longer = legal_shapes(LLAMA_8B, Grid.of(LLAMA_8B), SizeLimit(memory_bytes=12e9, context=1))
     assert min(shape.parameters for shape in longer) > min(shape.parameters for shape in shapes)
 
 
 def test_latency_bounds_what_is_left() -> None:
-    grid, budget = Grid.of(LLAMA_8B), Budget(parameters=6e9)
+    grid, budget = Grid.of(LLAMA_8B), SizeLimit(parameters=6e9)
     every = legal_shapes(LLAMA_8B, grid, budget)
     flops = flops_at(4096)
     assert flops(LLAMA_8B) == LLAMA_8B.flops_per_token(sequence_length=4096, training=False)
     bound = sorted(map(flops, every))[len(every) // 2]
-    fast = legal_shapes(LLAMA_8B, grid, Budget(parameters=6e9, latency=bound))
+    fast = legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=6e9, latency=bound))
     assert fast == [shape for shape in every if flops(shape) <= bound]
     # A latency of one's own: layers.
-    shallow = legal_shapes(LLAMA_8B, grid, Budget(parameters=6e9, latency=28), latency=lambda shape: shape.layers)
+    shallow = legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=6e9, latency=28), latency=lambda shape: shape.layers)
     assert {shape.layers for shape in shallow} == {26, 28}
     with pytest.raises(UserError, match="is below the latency 25; the fastest has 26"):
-        legal_shapes(LLAMA_8B, grid, Budget(parameters=6e9, latency=25), latency=lambda shape: shape.layers)
+        legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=6e9, latency=25), latency=lambda shape: shape.layers)
 
 
 def test_nothing_to_choose_from_gets_one_sentence() -> None:
@@ -90,18 +90,18 @@ def test_nothing_to_choose_from_gets_one_sentence() -> None:
     with pytest.raises(
         UserError, match=r"No shape .* reaches from 3\.\d+e\+09 to 7\.8\d+e\+09 parameters; allow more"
     ):
-        legal_shapes(LLAMA_8B, grid, Budget(parameters=1e9))
+        legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=1e9))
     with pytest.raises(UserError, match=r"reaches from .* bytes"):
-        legal_shapes(LLAMA_8B, grid, Budget(memory_bytes=1e9))
+        legal_shapes(LLAMA_8B, grid, SizeLimit(memory_bytes=1e9))
     with pytest.raises(UserError, match="holds the parent alone"):
-        legal_shapes(LLAMA_8B, Grid((32,), (4096,), (14336,), (8,)), Budget(parameters=8e9))
+        legal_shapes(LLAMA_8B, Grid((32,), (4096,), (14336,), (8,)), SizeLimit(parameters=8e9))
     with pytest.raises(UserError, match="can be split by tensor parallelism 16 and pipeline parallelism 1 in FP8"):
-        legal_shapes(LLAMA_8B, grid, Budget(parameters=4.5e9), tensor_parallel=16, fp8=True)
+        legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=4.5e9), tensor_parallel=16, fp8=True)
     with pytest.raises(UserError, match="give a number of parameters or of bytes"):
-        Budget()
+        SizeLimit()
     with pytest.raises(UserError, match="needs numbers above 0"):
-        Budget(parameters=-1)
+        SizeLimit(parameters=-1)
     sizes = LLAMA_8B.layer_sizes
     uneven = LLAMA_8B.with_layers([*sizes[1:], sizes[0]._replace(ffn=8192)])
     with pytest.raises(UserError, match="layers are alike"):
-        legal_shapes(uneven, grid, Budget(parameters=4e9))
+        legal_shapes(uneven, grid, SizeLimit(parameters=4e9))

@@ -7,7 +7,7 @@ import torch
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.learned.removal_rules import Rules, fewest_removals, smallest, unit_parameters
+from nemo_pvs.pruning.learned.removal_rules import RemovalRules, fewest_removals, smallest, unit_parameters
 from nemo_pvs.pruning.learned.saliency import Removal, add_terms, next_removal, saliency
 from nemo_pvs.pruning.learned.unit_space import UnitSpace
 
@@ -62,7 +62,7 @@ def test_the_squared_mean_gradient_times_the_tokens_estimates_the_curvature() ->
 
 
 def chosen(scores: torch.Tensor, kept: torch.Tensor | None = None, **rules: object) -> Removal:
-    return next_removal(scores, SPACE.everything() if kept is None else kept, SPACE, Rules(1, **rules))
+    return next_removal(scores, SPACE.everything() if kept is None else kept, SPACE, RemovalRules(1, **rules))
 
 
 def test_of_all_kinds_the_least_saliency_per_parameter_goes() -> None:
@@ -102,7 +102,7 @@ def test_a_layer_keeps_what_it_must_and_then_nothing_goes() -> None:
     scores, kept = torch.ones(SPACE.size).double(), SPACE.everything()
     SPACE.hidden(scores).fill_(1e9)
     SPACE.groups(scores).fill_(-1.0)
-    rules = Rules(1, uniform=False, least_groups=2, ffn_at_once=4, hidden_at_once=5)
+    rules = RemovalRules(1, uniform=False, least_groups=2, ffn_at_once=4, hidden_at_once=5)
     while (left := SPACE.kept_shape(kept)) != smallest(SHAPE, rules):
         removal = next_removal(scores, kept, SPACE, rules)
         kept[removal.units] = False
@@ -133,8 +133,8 @@ def test_planted_useless_units_are_the_ones_removed() -> None:
 @pytest.mark.parametrize("uniform", [True, False])
 def test_the_fewest_removals_are_a_bound_that_can_be_reached(uniform: bool) -> None:
     target = SHAPE.parameters - 2 * unit_parameters(SHAPE, SHAPE)["hidden"]
-    rules = Rules(target, uniform=uniform)
+    rules = RemovalRules(target, uniform=uniform)
     assert fewest_removals(SHAPE, rules) == 2
     for wrong in (SHAPE.parameters, 10):
         with pytest.raises(UserError, match="cannot be pruned to"):
-            fewest_removals(SHAPE, Rules(wrong, uniform=uniform))
+            fewest_removals(SHAPE, RemovalRules(wrong, uniform=uniform))

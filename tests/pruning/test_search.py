@@ -17,7 +17,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.search.grid import Budget, Grid, flops_at, legal_shapes
+from nemo_pvs.pruning.search.grid import Grid, SizeLimit, flops_at, legal_shapes
 from nemo_pvs.pruning.search.search import Candidate, search
 from nemo_pvs.pruning.structured.joint import plan_joint
 from tests.pruning.test_depth import six_layers, token_set
@@ -33,7 +33,7 @@ def measured_model() -> tuple[StateSource, Scores, TokenSet, list[Shape]]:
     scores = calibrate(source, tokens)
     steps = {"layers_step": 1, "hidden_step": 8, "ffn_step": 16, "kv_groups_step": 1}
     grid = Grid.of(scores.shape, **steps, max_width_pruning=0.6, max_depth_pruning=0.5)
-    shapes = legal_shapes(scores.shape, grid, Budget(parameters=0.6 * scores.shape.parameters, tolerance=0.1))
+    shapes = legal_shapes(scores.shape, grid, SizeLimit(parameters=0.6 * scores.shape.parameters, tolerance=0.1))
     assert 12 <= len(shapes) <= 40
     return source, scores, tokens, shapes
 

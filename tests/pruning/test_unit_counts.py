@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import LayerSizes, Shape
-from nemo_pvs.pruning.structured.unit_counts import STRUCTURES, Rules, unit_counts
+from nemo_pvs.pruning.structured.unit_counts import STRUCTURES, UnitRules, unit_counts
 
 LLAMA_8B = Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False)
 TINY = Shape(layers=5, hidden=64, ffn=90, heads=12, kv_groups=6, head_dim=8, vocab=128, tied=False)
@@ -37,7 +37,7 @@ def removed_weights(shape: Shape, groups: list[int], ffn: list[int]) -> int:
 )
 def test_llama_31_flap_of_the_paper(compat: bool, multiple: int, kept: int) -> None:
     """UL-MM at 0.5 with 3 of 8 groups removed: 20 heads in 5 groups and, by the published script, ffn 6528."""
-    rules = Rules(0.5, "UL-MM", remove_groups=3, ffn_multiple=multiple, compat=compat)
+    rules = UnitRules(0.5, "UL-MM", remove_groups=3, ffn_multiple=multiple, compat=compat)
     counts = unit_counts(torch.zeros(32, 8), torch.zeros(32, 14336), LLAMA_8B, rules)
     assert counts == ([5] * 32, [kept] * 32)
 
@@ -57,7 +57,7 @@ def test_a_group_weighs_427_neurons_or_170_by_the_published_script(compat: bool,
     worst_first, worst_last = torch.tensor([[0.0, 2e5]]), torch.tensor([[1e5, 2e5]])
     lost = []
     for groups in (worst_first, worst_last):
-        kept_groups, kept_ffn = unit_counts(groups, neurons, shape, Rules(ratio, "AL-AM", compat=compat))
+        kept_groups, kept_ffn = unit_counts(groups, neurons, shape, UnitRules(ratio, "AL-AM", compat=compat))
         lost.append((2 - kept_groups[0], 14336 - kept_ffn[0]))
     # compat keeps strictly more than its threshold: one unit less.
     assert lost == [(1, removed[0] + compat), (0, removed[1])]
@@ -65,7 +65,7 @@ def test_a_group_weighs_427_neurons_or_170_by_the_published_script(compat: bool,
 
 @pytest.mark.parametrize("ratio", [0.05, 0.29, 0.5, 0.83])
 def test_ul_um_keeps_exact_counts(ratio: float) -> None:
-    groups, ffn = unit_counts(*random_scores(TINY), TINY, Rules(ratio, "UL-UM"))
+    groups, ffn = unit_counts(*random_scores(TINY), TINY, UnitRules(ratio, "UL-UM"))
     assert groups == [6 - int(6 * ratio)] * 5
     assert ffn == [90 - int(90 * ratio)] * 5
 
@@ -73,14 +73,14 @@ def test_ul_um_keeps_exact_counts(ratio: float) -> None:
 def test_the_rounding_guard() -> None:
     """0.29 * 100 is 28.999... in floating point."""
     shape = TINY.replace(ffn=100)
-    assert unit_counts(*random_scores(shape), shape, Rules(0.29, "UL-UM"))[1] == [71] * 5
+    assert unit_counts(*random_scores(shape), shape, UnitRules(0.29, "UL-UM"))[1] == [71] * 5
 
 
 @pytest.mark.parametrize("structure", ["UL-MM", "AL-MM", "AL-AM"])
 @pytest.mark.parametrize("ratio", [0.11, 0.2, 0.5, 0.7])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_ratio_is_met_within_a_unit(structure: str, ratio: float, seed: int) -> None:
-    counts = unit_counts(*random_scores(TINY, seed), TINY, Rules(ratio, structure))
+    counts = unit_counts(*random_scores(TINY, seed), TINY, UnitRules(ratio, structure))
     error = removed_weights(TINY, *counts) - ratio * TINY.matrix_parameters
     # UL removes whole neurons of all layers at once, the others single units.
     unit = {"UL-MM": 5 * NEURON, "AL-MM": NEURON, "AL-AM": GROUP}[structure]
@@ -90,7 +90,7 @@ def test_the_ratio_is_met_within_a_unit(structure: str, ratio: float, seed: int)
 def test_al_am_is_the_best_cut_of_the_ranking() -> None:
     """Brute force: of all cuts of the one list of units the one whose weight is nearest, groups and neurons apart."""
     groups, ffn = random_scores(TINY, seed=3)
-    kept = unit_counts(groups, ffn, TINY, Rules(0.35, "AL-AM"))
+    kept = unit_counts(groups, ffn, TINY, UnitRules(0.35, "AL-AM"))
     units = [(score, GROUP, "g", layer) for layer, row in enumerate(groups.tolist()) for score in row]
     units += [(score, NEURON, "f", layer) for layer, row in enumerate(ffn.tolist()) for score in row]
     units.sort(key=lambda unit: -unit[0])
@@ -102,7 +102,7 @@ def test_al_am_is_the_best_cut_of_the_ranking() -> None:
 
 def test_al_mm_compares_layers_but_not_kinds() -> None:
     groups, ffn = random_scores(TINY, seed=4)
-    rules = Rules(0.4, "AL-MM", remove_groups=2)
+    rules = UnitRules(0.4, "AL-MM", remove_groups=2)
     kept = unit_counts(groups, ffn, TINY, rules)
     neurons = int((0.4 * TINY.matrix_parameters - 5 * 2 * GROUP) / NEURON)
     for scores, counts, removed in zip((groups, ffn), kept, (10, neurons), strict=True):
@@ -116,7 +116,7 @@ def test_no_layer_loses_all_of_a_kind(structure: str) -> None:
     groups, ffn = random_scores(TINY)
     groups[2] -= 10
     ffn[3] -= 10
-    kept_groups, kept_ffn = unit_counts(groups, ffn, TINY, Rules(0.5, structure))
+    kept_groups, kept_ffn = unit_counts(groups, ffn, TINY, UnitRules(0.5, structure))
     assert kept_groups[2] == 1
     assert kept_ffn[3] == 1
     error = removed_weights(TINY, kept_groups, kept_ffn) - 0.5 * TINY.matrix_parameters
@@ -135,7 +135,7 @@ def test_no_layer_loses_all_of_a_kind(structure: str) -> None:
 def test_counts_are_multiples_within_bounds(
     structure: str, ratio: float, ffn_multiple: int, kv_groups_multiple: int, uniform: bool, compat: bool, seed: int
 ) -> None:
-    rules = Rules(
+    rules = UnitRules(
         ratio,
         structure,
         uniform=uniform,
@@ -164,7 +164,7 @@ def test_counts_are_multiples_within_bounds(
 @pytest.mark.parametrize("structure", ["UL-MM", "AL-MM", "AL-AM"])
 @pytest.mark.parametrize("uniform", [False, True])
 def test_neurons_make_up_for_rounded_groups(structure: str, uniform: bool) -> None:
-    rules = Rules(0.3, structure, uniform=uniform, kv_groups_multiple=2, ffn_multiple=2)
+    rules = UnitRules(0.3, structure, uniform=uniform, kv_groups_multiple=2, ffn_multiple=2)
     counts = unit_counts(*random_scores(TINY), TINY, rules)
     error = removed_weights(TINY, *counts) - 0.3 * TINY.matrix_parameters
     # Half a multiple of each layer where all must be alike, else half a multiple in all, and the unit before it.
@@ -174,19 +174,19 @@ def test_neurons_make_up_for_rounded_groups(structure: str, uniform: bool) -> No
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (Rules(0.0), "ratio 0.0 removes nothing or everything"),
-        (Rules(1.0), "ratio 1.0"),
-        (Rules(0.5, "AL"), "Unknown structure 'AL'; choose UL-UM, UL-MM, AL-MM, AL-AM"),
-        (Rules(0.5, "UL-MM", remove_groups=6), "Cannot remove 6 of 6 KV groups; choose from 0 to 5"),
-        (Rules(0.5, "AL-AM", remove_groups=1), "AL-AM chooses the number of KV groups itself"),
-        (Rules(0.5, ffn_multiple=128), "ffn_multiple is 128, but the model has 90"),
-        (Rules(0.5, kv_groups_multiple=0), "kv_groups_multiple is 0"),
-        (Rules(0.05, "UL-MM", remove_groups=3), "more than all FFN channels would stay"),
-        (Rules(0.95, "UL-MM", remove_groups=0), "no FFN channels would stay"),
-        (Rules(0.99, "AL-AM"), "leaves less than the smallest layer"),
+        (UnitRules(0.0), "ratio 0.0 removes nothing or everything"),
+        (UnitRules(1.0), "ratio 1.0"),
+        (UnitRules(0.5, "AL"), "Unknown structure 'AL'; choose UL-UM, UL-MM, AL-MM, AL-AM"),
+        (UnitRules(0.5, "UL-MM", remove_groups=6), "Cannot remove 6 of 6 KV groups; choose from 0 to 5"),
+        (UnitRules(0.5, "AL-AM", remove_groups=1), "AL-AM chooses the number of KV groups itself"),
+        (UnitRules(0.5, ffn_multiple=128), "ffn_multiple is 128, but the model has 90"),
+        (UnitRules(0.5, kv_groups_multiple=0), "kv_groups_multiple is 0"),
+        (UnitRules(0.05, "UL-MM", remove_groups=3), "more than all FFN channels would stay"),
+        (UnitRules(0.95, "UL-MM", remove_groups=0), "no FFN channels would stay"),
+        (UnitRules(0.99, "AL-AM"), "leaves less than the smallest layer"),
     ],
 )
-def test_rules_without_sense_are_refused(rules: Rules, message: str) -> None:
+def test_rules_without_sense_are_refused(rules: UnitRules, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         unit_counts(*random_scores(TINY), TINY, rules)
     assert "\n" not in str(caught.value)

@@ -72,7 +72,7 @@ def test_time_left_is_the_pace_of_the_last_steps(steps, left):
 
 
 def test_the_line_of_progress_has_what_was_measured():
-    curve = metrics.Curve(training=[{"step": 1, "loss": 3.25, "tokens_per_second": 1234.5}], validation=[])
+    curve = metrics.Metrics(training=[{"step": 1, "loss": 3.25, "tokens_per_second": 1234.5}], validation=[])
     assert latest(curve) == "loss 3.250, 1,234 tokens/s"
     curve.validation.append({"step": 1, "loss": 3.125})
     curve.sparsity.append({"step": 1, "zero_fraction": 0.5})

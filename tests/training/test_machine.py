@@ -3,7 +3,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.pruning.presets import presets
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.load import parse_training
 from nemo_pvs.training.machine import H100, H100_BYTES, Machine, h100_layout
 
@@ -41,7 +41,7 @@ def test_the_least_communication_that_fits():
     # Something smaller in every respect would not fit.
     for smaller in (1, 2, 4, 8):
         if smaller < few.context_parallel:
-            tight = Layout(context_parallel=smaller, data_parallel=8 // smaller)
+            tight = Parallelism(context_parallel=smaller, data_parallel=8 // smaller)
             assert training_memory(shape, tight, TRAINING).total > 0.9 * H100_BYTES
 
 
@@ -62,5 +62,5 @@ def test_a_machine_refuses_what_its_kernels_cannot():
     with pytest.raises(UserError, match="fp8"):
         plain.precision("fp8")
     with pytest.raises(UserError, match="context_parallel is 2"):
-        plain.check(Layout(context_parallel=2))
-    H100.check(Layout(context_parallel=2))
+        plain.check(Parallelism(context_parallel=2))
+    H100.check(Parallelism(context_parallel=2))

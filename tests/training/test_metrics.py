@@ -29,4 +29,4 @@ def test_parts_of_a_training_are_counted_through(tmp_path):
 
 
 def test_no_file_is_an_empty_curve(tmp_path):
-    assert metrics.read(tmp_path / "none") == metrics.Curve([], [])
+    assert metrics.read(tmp_path / "none") == metrics.Metrics([], [])

@@ -17,7 +17,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.sparse.magnitude import MagnitudeSource
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
 from nemo_pvs.recipe.distillation import Distillation
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, write_json
 from nemo_pvs.training.job import TrainingJob
@@ -45,7 +45,7 @@ def _job(sparse: Path, **options) -> TrainingJob:
         tokens=512, sequence_length=32, global_batch_size=4, learning_rate=1e-3, validation_samples=4, seed=5
     )
     folder = sparse.parent
-    return prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, **options)
+    return prepare_job(str(sparse), folder / "run", folder / "data", Parallelism(), training, **options)
 
 
 def _prepare(sparse: Path, **options) -> NemoSource:
@@ -98,7 +98,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(sparse, se
     )
     folder = sparse.parent
     with pytest.raises(UserError, match=sentence):
-        prepare_job(str(sparse), folder / "run", folder / "data", Layout(**layout), training, random_init=False)
+        prepare_job(str(sparse), folder / "run", folder / "data", Parallelism(**layout), training, random_init=False)
     assert not (folder / "run").exists()
 
 
@@ -108,7 +108,7 @@ def test_a_run_begins_with_a_whole_step_and_ends_within_the_data(sparse):
 
     def first(token: int) -> int:
         more = {"random_init": False, "first_token": token}
-        return prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, **more).first_token
+        return prepare_job(str(sparse), folder / "run", folder / "data", Parallelism(), training, **more).first_token
 
     with pytest.raises(UserError, match=r"reads 256 tokens from token 1,024 on, but .*train.bin has 1,200"):
         first(1000)
@@ -139,7 +139,7 @@ def test_a_teacher_of_another_tokenizer_is_refused_before_anything_is_written(sp
     )
     folder = sparse.parent
     with pytest.raises(UserError, match="differ, first at token 127"):
-        prepare_job(str(sparse), folder / "run", folder / "data", Layout(), training, random_init=False)
+        prepare_job(str(sparse), folder / "run", folder / "data", Parallelism(), training, random_init=False)
     assert not (folder / "run").exists()
 
 
@@ -165,14 +165,14 @@ def test_random_weights_are_drawn_as_it_is_asked(sparse):
     common = {"tokens": 512, "sequence_length": 32, "global_batch_size": 4, "learning_rate": 1e-3, "seed": 5}
     training = Training(**common, validation_samples=4, initialisation="maxtext")
     folder, dense = sparse.parent, sparse.parent / "dense"
-    job = prepare_job(str(dense), folder / "run", folder / "data", Layout(), training, random_init=True)
+    job = prepare_job(str(dense), folder / "run", folder / "data", Parallelism(), training, random_init=True)
     initial, config = NemoSource(job.initial), HuggingFaceSource(dense).config
     expected = RandomSource(config, 5, dtype=torch.bfloat16, initialisation="maxtext")
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
         assert torch.equal(initial.read(name), expected.read(name))
     other = training.model_copy(update={"initialisation": "megatron"})
     with pytest.raises(UserError, match="holds a run with other settings or weights"):
-        prepare_job(str(dense), folder / "run", folder / "data", Layout(), other, random_init=True)
+        prepare_job(str(dense), folder / "run", folder / "data", Parallelism(), other, random_init=True)
 
 
 def test_damaged_initial_weights_are_refused_before_a_rank_starts(sparse, tmp_path):

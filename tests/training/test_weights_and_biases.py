@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pvs.recipe.fields import Layout
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.training.job import TrainingJob
 from tests.megatron.ranks import run_ranks
@@ -20,7 +20,7 @@ def _loggers(folders: list[Path]) -> list[dict]:
     from nemo_pvs.megatron.pretrain import weights_and_biases
 
     training = Training(tokens=64, sequence_length=8, global_batch_size=8, learning_rate=1e-3, validation_samples=8)
-    jobs = [TrainingJob("width-pruned", folder, folder, {}, Layout(), training) for folder in folders]
+    jobs = [TrainingJob("width-pruned", folder, folder, {}, Parallelism(), training) for folder in folders]
     assert weights_and_biases(jobs[0]) is None
     os.environ["WANDB_PROJECT"] = "small-models"
     return [dict(weights_and_biases(job).__arguments__) for job in jobs]

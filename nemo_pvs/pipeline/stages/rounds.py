@@ -20,7 +20,7 @@ from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, RunFolder, forget_optim
 from nemo_pvs.pipeline.look_ahead import LookAhead
 from nemo_pvs.pipeline.target import prune_target
 from nemo_pvs.planning.charges import charge_scores, charge_training, pruning_charges
-from nemo_pvs.planning.rounds import Share, adapt_parameters, shares, stage_targets
+from nemo_pvs.planning.rounds import Round, adapt_parameters, shares, stage_targets
 from nemo_pvs.recipe.options import ADAPT
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.recipe.target import DENSE, Target
@@ -96,7 +96,7 @@ def look_ahead_in_stages(run: RunFolder, ahead: LookAhead, name: str, target: Ta
             return
         training = _training(run, arm, number, folder, parts[number - 1])
 
-        def trained(stage: str = stage, share: Share = parts[number - 1]) -> dict[str, Any]:
+        def trained(stage: str = stage, share: Round = parts[number - 1]) -> dict[str, Any]:
             return run.training_inputs(arm, share, str(run.results[stage]["fingerprint"]))
 
         ahead.look(training.stage, trained, after=[stage], precious=training.kept["precious"])
@@ -210,7 +210,7 @@ class _Training:
         return {"keep_partial": True, "precious": [self.job.checkpoints, self.model]}
 
 
-def _training(run: RunFolder, arm: Arm, number: int, pruned: Path, share: Share) -> _Training:
+def _training(run: RunFolder, arm: Arm, number: int, pruned: Path, share: Round) -> _Training:
     label = f"{arm.target}-stages"
     job = run.share_job(arm, share, f"{arm.name} {number}", Path(label) / str(number), pruned / NEMO, number)
     stage = f"train/{arm.target}/stage-{number}"
@@ -235,7 +235,7 @@ def _train(run: RunFolder, trainer: Trainer | None, training: _Training, inputs:
     return training.model
 
 
-def _charge(share: Share, pruned: Path) -> dict[str, Any]:
+def _charge(share: Round, pruned: Path) -> dict[str, Any]:
     """Return what the training of a share cost."""
     ledger = Ledger()
     charge_training(ledger, share.training, shape_of(open_source(pruned / HUGGING_FACE)), 0)

@@ -13,7 +13,7 @@ from nemo_pvs.evaluation.measure import measure
 from nemo_pvs.evaluation.requests import EvaluationRequest, parse_tasks
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.task_score import task_score
-from nemo_pvs.pruning.request import Scorer
+from nemo_pvs.pruning.request import TaskScorer
 from nemo_pvs.recipe.blocks import TASK_DATA, Evaluation
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import Target
@@ -90,7 +90,7 @@ def check_questions(recipe: Recipe, test: Path, calibration: Path, tokenizer: Pa
             check_continuations(text, load_tokenizer(tokenizer), limit or _QUESTIONS)
 
 
-def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, compute: Mapping[str, Any]) -> Scorer:
+def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, compute: Mapping[str, Any]) -> TaskScorer:
     """Return what measures candidates by the task of a target.
 
     Args:

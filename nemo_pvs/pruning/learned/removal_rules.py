@@ -12,7 +12,7 @@ from nemo_pvs.model.shape import Shape
 
 
 @dataclass(frozen=True)
-class Rules:
+class RemovalRules:
     """What may go, and how much of it at a time."""
 
     parameters: int
@@ -48,7 +48,7 @@ def unit_parameters(shape: Shape, parent: Shape) -> dict[str, int]:
     return costs
 
 
-def smallest(shape: Shape, rules: Rules) -> Shape:
+def smallest(shape: Shape, rules: RemovalRules) -> Shape:
     """Return the shape at which nothing more may go."""
     sizes = {"hidden": shape.hidden, "groups": shape.kv_groups, "ffn": shape.ffn}
     ends = {
@@ -57,7 +57,7 @@ def smallest(shape: Shape, rules: Rules) -> Shape:
     return shape.replace(hidden=ends["hidden"], kv_groups=ends["groups"], ffn=ends["ffn"])
 
 
-def fewest_removals(shape: Shape, rules: Rules) -> int:
+def fewest_removals(shape: Shape, rules: RemovalRules) -> int:
     """Return how many removals reach the target if the largest ones are chosen.
 
     A removal takes the most parameters from the dense model, where nothing that it crosses has gone yet; so with those
@@ -90,7 +90,7 @@ def fewest_removals(shape: Shape, rules: Rules) -> int:
     return removals
 
 
-def kinds(rules: Rules) -> tuple[tuple[str, int, int], ...]:
+def kinds(rules: RemovalRules) -> tuple[tuple[str, int, int], ...]:
     """Return the name, the number at a time and the least number of each kind of unit."""
     return (
         ("hidden", rules.hidden_at_once, rules.least_hidden),

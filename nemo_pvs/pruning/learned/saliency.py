@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.learned.removal_rules import Rules, kinds, unit_parameters
+from nemo_pvs.pruning.learned.removal_rules import RemovalRules, kinds, unit_parameters
 from nemo_pvs.pruning.learned.unit_space import UnitSpace
 
 
@@ -68,7 +68,7 @@ def saliency(first: torch.Tensor, second: torch.Tensor, *, signed: bool = False)
     return change if signed else change.abs()
 
 
-def next_removal(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rules: Rules) -> Removal:
+def next_removal(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rules: RemovalRules) -> Removal:
     """Return what goes next: of all kinds (and layers) the units of least saliency, per parameter or in all.
 
     Ties go to hidden channels before KV groups before FFN channels, to the first layer and to the lowest index.
@@ -92,7 +92,7 @@ def next_removal(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rul
     return found
 
 
-def _candidates(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rules: Rules) -> Iterator[Removal]:
+def _candidates(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rules: RemovalRules) -> Iterator[Removal]:
     costs = unit_parameters(space.kept_shape(kept), space.shape)
     places = torch.arange(space.size, device=scores.device)
     for kind, at_once, least in kinds(rules):

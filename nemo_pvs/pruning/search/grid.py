@@ -66,7 +66,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Budget:
+class SizeLimit:
     """What a model may cost; a model is looked at if it is within ``tolerance`` of the sizes that are given."""
 
     parameters: float | None = None
@@ -100,7 +100,7 @@ class Budget:
 def legal_shapes(
     parent: Shape,
     grid: Grid,
-    budget: Budget,
+    budget: SizeLimit,
     *,
     latency: Callable[[Shape], float] | None = None,
     tensor_parallel: int = 1,
@@ -173,7 +173,7 @@ def _runs(shape: Shape, tensor_parallel: int, pipeline_parallel: int, fp8: bool)
     return True
 
 
-def _reach(parent: Shape, grid: Grid, budget: Budget) -> str:
+def _reach(parent: Shape, grid: Grid, budget: SizeLimit) -> str:
     """Say what sizes the grid has, in the unit of the budget."""
     advice = "allow more pruning (max_width_pruning, max_depth_pruning) or smaller steps."
     shapes = list(_shapes(parent, grid))

@@ -34,7 +34,7 @@ _HALVINGS = 40
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdaptPrunerSettings:
     """How a stage removes units, whatever their scores. The numbers are those of the published scripts."""
 
     iterations: int = 50
@@ -81,7 +81,7 @@ def layer_importance(similarity: torch.Tensor) -> torch.Tensor:
     return importance / largest if largest > 0 else importance
 
 
-def next_sparsity(sparsity: torch.Tensor, importance: torch.Tensor, settings: Settings) -> torch.Tensor:
+def next_sparsity(sparsity: torch.Tensor, importance: torch.Tensor, settings: AdaptPrunerSettings) -> torch.Tensor:
     """Return each layer's sparsity behind one more iteration [L]: ``clip(s + 1 / T - A I, 0, 0.99)``.
 
     A layer may lose sparsity, but what is removed stays so; it waits until its sparsity has come back to that.
@@ -89,7 +89,9 @@ def next_sparsity(sparsity: torch.Tensor, importance: torch.Tensor, settings: Se
     return (sparsity + 1 / settings.iterations - settings.amplitude * importance).clamp(0, _MOST)
 
 
-def kept_sizes(start: Shape, current: Shape, sparsity: torch.Tensor, settings: Settings) -> list[LayerSizes]:
+def kept_sizes(
+    start: Shape, current: Shape, sparsity: torch.Tensor, settings: AdaptPrunerSettings
+) -> list[LayerSizes]:
     """Return the sizes of each layer at a sparsity of the stage's start.
 
     Of the ``n`` FFN channels or key channels of the start ``int(n (1 - s))`` stay; a KV group goes when as many
@@ -123,7 +125,7 @@ def plan_adapt_pruner(
     source: WeightSource,
     parameters: int,
     measure: Callable[[WeightSource, int], Measured],
-    settings: Settings | None = None,
+    settings: AdaptPrunerSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Prune a model, bit by bit, until it has at most so many parameters.
@@ -142,7 +144,7 @@ def plan_adapt_pruner(
         UserError: the settings make no sense, the model is as small already, a layer would be pruned to nothing, or
             the iterations end before the target is reached.
     """
-    settings = settings or Settings()
+    settings = settings or AdaptPrunerSettings()
     settings.check()
     start = shape_of(source)
     if start.parameters <= parameters:
@@ -182,7 +184,12 @@ def _left(first: int, now: int, sparsity: float, multiple: int, guard: float) ->
 
 
 def _share_needed(
-    start: Shape, current: Shape, sparsity: torch.Tensor, step: torch.Tensor, parameters: int, settings: Settings
+    start: Shape,
+    current: Shape,
+    sparsity: torch.Tensor,
+    step: torch.Tensor,
+    parameters: int,
+    settings: AdaptPrunerSettings,
 ) -> float:
     """Return the share of a step that is enough to reach the target, or 1 if all of it is not.
 

@@ -12,7 +12,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.request import Scorer
+from nemo_pvs.pruning.request import TaskScorer
 from nemo_pvs.pruning.structured.depth import METHOD, check_removal, layer_plan
 
 
@@ -34,7 +34,7 @@ class TaskScan:
 
 
 def scan_task(
-    source: WeightSource, remove: int, score: Scorer, *, progress: Callable[[int, int], None] | None = None
+    source: WeightSource, remove: int, score: TaskScorer, *, progress: Callable[[int, int], None] | None = None
 ) -> TaskScan:
     """Score the dense model and the model without each run of ``remove`` layers (Minitron, 2408.11796).
 

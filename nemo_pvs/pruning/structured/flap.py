@@ -7,7 +7,7 @@ import torch
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.structured.unit_counts import Rules
+from nemo_pvs.pruning.structured.unit_counts import UnitRules
 from nemo_pvs.pruning.structured.units import plan_units, standardised
 
 METRICS = ("WIFV", "IFV", "WIFN")
@@ -54,7 +54,7 @@ def plan_flap(
         attention = attention.square()
     if structure.startswith("AL"):
         attention, ffn = standardised(attention), standardised(ffn)
-    rules = Rules(ratio, structure, remove_groups, uniform, ffn_multiple, kv_groups_multiple, compat)
+    rules = UnitRules(ratio, structure, remove_groups, uniform, ffn_multiple, kv_groups_multiple, compat)
     settings = {"metric": metric, "square_attention": square_attention}
     return plan_units(scores, "flap", attention, ffn, rules, bias=bias, settings=settings)
 

@@ -6,7 +6,7 @@ from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.taylor import METRICS
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.structured.unit_counts import Rules
+from nemo_pvs.pruning.structured.unit_counts import UnitRules
 from nemo_pvs.pruning.structured.units import plan_units
 
 
@@ -55,7 +55,7 @@ def plan_llm_pruner(
             "These scores were measured without gradients; measure them again by pvs calibrate --gradients."
         ) from None
     shape = scores.shape
-    rules = Rules(
+    rules = UnitRules(
         ratio,
         structure,
         remove_groups,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.structured.unit_counts import Rules
+from nemo_pvs.pruning.structured.unit_counts import UnitRules
 from nemo_pvs.pruning.structured.units import plan_units
 
 
@@ -34,7 +34,7 @@ def plan_magnitude_sp(
         UserError: an argument makes no sense for this model, or the scores lack what it needs.
     """
     attention, ffn = (scores.channels(site, "weight_energy").sqrt() for site in ("attention", "ffn"))
-    rules = Rules(
+    rules = UnitRules(
         ratio, structure, remove_groups, ffn_multiple=ffn_multiple, kv_groups_multiple=kv_groups_multiple
     ).within_layers("magnitude-sp")
     return plan_units(scores, "magnitude-sp", attention, ffn, rules)

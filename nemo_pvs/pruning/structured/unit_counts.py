@@ -23,7 +23,7 @@ _GUARD = 1e-9
 
 
 @dataclass(frozen=True)
-class Rules:
+class UnitRules:
     """How many units stay, whatever their scores."""
 
     ratio: float
@@ -48,7 +48,7 @@ class Rules:
     protect_last: int = 0
     """The same at the output."""
 
-    def within_layers(self, method: str) -> Rules:
+    def within_layers(self, method: str) -> UnitRules:
         """Return the rules, and raise UserError if they compare layers, which the method's scores do not allow."""
         if self.structure not in {"UL-UM", "UL-MM"}:
             raise UserError(f"The scores of {method} are not comparable between layers; choose UL-UM or UL-MM.")
@@ -87,7 +87,7 @@ class Rules:
                 "choose a lower one, or protect fewer."
             )
 
-    def of_the_rest(self, shape: Shape) -> tuple[Shape, Rules]:
+    def of_the_rest(self, shape: Shape) -> tuple[Shape, UnitRules]:
         """Return the model of the layers that are not protected, and what to reach in it."""
         rest = shape.layers - self.protect_first - self.protect_last
         share = 1.0 if self.structure == "UL-UM" else shape.layers / rest
@@ -99,7 +99,7 @@ class _Budget:
     """The weights that may go, in neurons: a neuron is a row of gate and of up and a column of down, 3 d weights."""
 
     shape: Shape
-    rules: Rules
+    rules: UnitRules
 
     @property
     def group(self) -> float:
@@ -119,7 +119,9 @@ class _Budget:
         return ratio * shape.matrix_parameters / (3 * shape.hidden) - groups * self.group
 
 
-def unit_counts(groups: torch.Tensor, ffn: torch.Tensor, shape: Shape, rules: Rules) -> tuple[list[int], list[int]]:
+def unit_counts(
+    groups: torch.Tensor, ffn: torch.Tensor, shape: Shape, rules: UnitRules
+) -> tuple[list[int], list[int]]:
     """Return how many KV groups and how many neurons each layer keeps.
 
     Args:
@@ -165,7 +167,7 @@ def _counts(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[l
     return [shape.kv_groups - removed] * layers, [shape.ffn - neurons] * layers
 
 
-def _kept_counts(shape: Shape, rules: Rules) -> tuple[int, int]:
+def _kept_counts(shape: Shape, rules: UnitRules) -> tuple[int, int]:
     """Return how many groups and neurons of a layer LLM-Pruner's code keeps (``prune_local`` of its MetaPruner).
 
     Of n channels ``int(n (1 - ratio))`` stay, in Python's floats and without a guard: of 100 at a ratio of 0.34 these

@@ -12,7 +12,7 @@ from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.model.shape import LayerSizes
 from nemo_pvs.pruning.input_means import FEATURES, InputMeans
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.structured.unit_counts import Rules, unit_counts
+from nemo_pvs.pruning.structured.unit_counts import UnitRules, unit_counts
 from nemo_pvs.pruning.structured.width import most_important
 
 
@@ -21,7 +21,7 @@ def plan_units(
     method: str,
     attention: torch.Tensor,
     ffn: torch.Tensor,
-    rules: Rules,
+    rules: UnitRules,
     *,
     bias: bool = False,
     settings: Mapping[str, Any] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.flap import channel_scores
-from nemo_pvs.pruning.structured.unit_counts import Rules
+from nemo_pvs.pruning.structured.unit_counts import UnitRules
 from nemo_pvs.pruning.structured.units import plan_units
 
 
@@ -36,7 +36,7 @@ def plan_wanda_sp(
         UserError: an argument makes no sense for this model, or the scores lack what it needs.
     """
     attention, ffn = (channel_scores(scores, site, "WIFN") for site in ("attention", "ffn"))
-    rules = Rules(
+    rules = UnitRules(
         ratio, structure, remove_groups, ffn_multiple=ffn_multiple, kv_groups_multiple=kv_groups_multiple
     ).within_layers("wanda-sp")
     return plan_units(scores, "wanda-sp", attention, ffn, rules)

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare.comparable import differences_of
 from nemo_pvs.reporting.compare.runs import Run, SideBySide
-from nemo_pvs.reporting.compare.scores import Scores, read_scores
+from nemo_pvs.reporting.compare.scores import TaskScores, read_scores
 from nemo_pvs.reporting.results import ArmResult, Point, Results
 
 RESULTS = "results.json"
@@ -34,7 +34,7 @@ def read_runs(folders: Sequence[str], evaluations: Sequence[str] = ()) -> list[R
     for path in paths:
         own = [path / name for name in EVALUATIONS if (path / name / RESULTS).is_file()]
         places = [*own, *map(Path, evaluations)]
-        scores: Scores = {}
+        scores: TaskScores = {}
         for place in places:
             for model, measured in read_scores(place).items():
                 scores.setdefault(model, {}).update(measured)

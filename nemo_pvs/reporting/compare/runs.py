@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_pvs.recipe.target import DENSE
-from nemo_pvs.reporting.compare.scores import Scores
+from nemo_pvs.reporting.compare.scores import TaskScores
 from nemo_pvs.reporting.results import ArmResult, Results, at
 from nemo_pvs.system.files import sha256_json
 
@@ -21,7 +21,7 @@ class Run:
     label: str
     """For people: its folder."""
     results: Results
-    scores: Scores = field(default_factory=dict)
+    scores: TaskScores = field(default_factory=dict)
     """Of its models on tasks, by fingerprint."""
 
     @property

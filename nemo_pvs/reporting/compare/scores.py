@@ -1,4 +1,4 @@
-"""Scores of tasks as evaluations have written them."""
+"""Scores of tasks, as evaluations have written them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Score:
     """How a text was cut into windows, without which a loss means nothing: ``chunks of 8192``; None for questions."""
 
 
-Scores = dict[str, dict[str, Score]]
+TaskScores = dict[str, dict[str, Score]]
 """By the model's fingerprint and by ``arc_easy/0-shot/acc_norm``."""
 
 
-def read_scores(folder: Path) -> Scores:
+def read_scores(folder: Path) -> TaskScores:
     """Read the folder of ``pvs evaluate``: ``results.json``, and single questions from ``measured/`` where they are.
 
     Of a model that was asked all and only the first so many questions of a task, all count.
@@ -42,7 +42,7 @@ def read_scores(folder: Path) -> Scores:
     """
     data = read_json(folder / "results.json")
     try:
-        found: Scores = {}
+        found: TaskScores = {}
         for model in sorted(data["models"], key=lambda model: model["limit"] or math.inf):
             scores = {name: _score(folder, model, name, about) for name, about in model["measured"].items()}
             for name in {model["fingerprint"], model.get("earlier_fingerprint", model["fingerprint"])}:
