@@ -14,7 +14,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.nemo.optimizer_state import MASTERS, MOMENTS, OptimizerStateSource, states_in
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.model.layout import Parallelism as WeightTable
+from nemo_pvs.model.layout import Layout
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.optimizer_state import slice_optimizer_state
 from nemo_pvs.recipe.fields import Parallelism
@@ -116,7 +116,7 @@ def test_ranks_begin_with_what_the_plan_keeps(first, tmp_path):
         saved = NemoSource(last_checkpoint(job))
         states = {state: OptimizerStateSource(last_checkpoint(job), state) for state in states_in(saved)}
         assert set(states) - set(MASTERS) == set(sliced) - set(MASTERS)
-        for weight in WeightTable.for_config(saved.config).parts(shape_of(saved)):
+        for weight in Layout.for_config(saved.config).parts(shape_of(saved)):
             for state in MOMENTS:
                 expected = sliced[state].read(weight)
                 rounding = 1e-6 * float(expected.abs().max())

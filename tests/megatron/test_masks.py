@@ -22,7 +22,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.errors import UserError
-from nemo_pvs.model.layout import Parallelism as WeightLayout
+from nemo_pvs.model.layout import Layout
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
@@ -255,7 +255,7 @@ def _assert_held(checkpoint: Path, initial: Path, states: tuple[str, ...] = ("ex
         assert matrix.disagreements == 0, matrix.name
         assert matrix.zeros == (matrix.masked or 0), matrix.name
     shape, reader = shape_of(trained), TorchDistReader(checkpoint / "weights")
-    for entry in WeightLayout.for_config(trained.config).entries(shape):
+    for entry in Layout.for_config(trained.config).entries(shape):
         for state in states:
             name = f"optimizer.state.{state}.{stored_name(entry, stacked=not shape.uneven)}"
             size = reader.size(name)

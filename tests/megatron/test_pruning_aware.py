@@ -15,7 +15,7 @@ from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, stored_name, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
-from nemo_pvs.model.layout import Parallelism as WeightLayout
+from nemo_pvs.model.layout import Layout
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.learned.compensation import predictors
 from nemo_pvs.pruning.learned.kept_units import KeptUnits, state_file
@@ -100,7 +100,7 @@ def reference(job, tmp_path_factory) -> Run:
 
 def _assert_removed(run: Run) -> None:
     """Weights and moments of removed units are zero in the checkpoint, and no others."""
-    layout, space = WeightLayout.for_config(NemoSource(run.checkpoint).config), run.space
+    layout, space = Layout.for_config(NemoSource(run.checkpoint).config), run.space
     reader = TorchDistReader(run.checkpoint / "weights")
     prefixes = ("module.", "optimizer.state.exp_avg.module.", "optimizer.state.exp_avg_sq.module.")
     for entry in layout.entries(space.shape):
@@ -225,7 +225,7 @@ def _made_up_for(source: NemoSource, run: Run, kind: str) -> dict[str, torch.Ten
             model(torch.tensor(tokens))
     expected = {}
     axes = {"hidden": "hidden", "groups": "query", "ffn": "ffn"}
-    for name, (part, _) in WeightLayout.for_config(source.config).parts(run.space.shape).items():
+    for name, (part, _) in Layout.for_config(source.config).parts(run.space.shape).items():
         tensor = source.read(name).double()
         rows = run.state.kept[run.space.along(part.axes[0], part.layer)]
         tensor[~rows] = 0
