@@ -7,16 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from nemo_pvs.cli.arguments import (
-    Destination,
-    IgnoreManifest,
-    Overwrite,
-    Source,
-    one_of,
-    parse_bytes,
-    parse_dtype,
-    tokens_of,
-)
+from nemo_pvs.api.values import one_of, parse_bytes, parse_dtype, tokens_of
+from nemo_pvs.cli.arguments import Destination, IgnoreManifest, Overwrite, Source
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import check_new_folder
 from nemo_pvs.system.folder_lock import locked_target

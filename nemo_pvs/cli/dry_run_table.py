@@ -80,7 +80,7 @@ def _targets_table(plan: DryRun) -> Table:
         about = "" if one.expected.exact else "about "
         table.add_row(
             one.name,
-            one.target.method + (f" {one.target.sparsity}" if one.target.sparsity else ""),
+            one.target.method + (f" {sparsity}" if (sparsity := one.target.given.get("sparsity")) else ""),
             about + _sizes(shape),
             f"{about}{shape.parameters:,}",
             ""

@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_pvs.cli.arguments import ActivationMemory, Device, IgnoreManifest, compute_of, one_of, parse_dtype
+from nemo_pvs.api.values import compute_of, one_of, parse_dtype
+from nemo_pvs.cli.arguments import ActivationMemory, Device, IgnoreManifest
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.output_paths import check_folder

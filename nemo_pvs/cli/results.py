@@ -7,7 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from nemo_pvs.cli.arguments import IgnoreManifest, compute_of
+from nemo_pvs.api.values import compute_of
+from nemo_pvs.cli.arguments import IgnoreManifest
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.output_paths import check_folder
 from nemo_pvs.system.progress import console

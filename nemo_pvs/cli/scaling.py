@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from nemo_pvs.cli.arguments import one_of
+from nemo_pvs.api.values import one_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.output_paths import check_file
 from nemo_pvs.system.progress import console, progress

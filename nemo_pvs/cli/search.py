@@ -8,7 +8,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_pvs.cli.arguments import ActivationMemory, Device, IgnoreManifest, Overwrite, Source, compute_of, parse_bytes
+from nemo_pvs.api.values import compute_of, parse_bytes
+from nemo_pvs.cli.arguments import ActivationMemory, Device, IgnoreManifest, Overwrite, Source
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import check_new_file
 from nemo_pvs.system.folder_lock import locked_target

@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_pvs.cli.arguments import IgnoreManifest, ParentTokens, SequenceLength, one_of, parse_pairs, parse_shares
+from nemo_pvs.api.values import one_of, parse_pairs, parse_shares
+from nemo_pvs.cli.arguments import IgnoreManifest, ParentTokens, SequenceLength
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.output_paths import check_folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from nemo_pvs.cli.checkpoints import convert, inspect
 from nemo_pvs.cli.evaluation import evaluate
+from nemo_pvs.cli.methods import methods
 from nemo_pvs.cli.pruning import calibrate, prune
 from nemo_pvs.cli.recipes import recipes
 from nemo_pvs.cli.results import report, run
@@ -21,6 +22,7 @@ VERBS = (
     tokenize,
     calibrate,
     search,
+    methods,
     prune,
     train,
     evaluate,

@@ -31,7 +31,7 @@ from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.planning.dry_run import settled
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.planning.teacher import teacher_shape
-from nemo_pvs.pruning.methods import AT_ONCE
+from nemo_pvs.pruning.registry import at_once
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
 from nemo_pvs.recipe.options import is_sparse
 from nemo_pvs.recipe.recipe import Arm, Recipe
@@ -54,7 +54,7 @@ def register() -> None:
         for arm in recipe.runs:
             alone = {"target": llm.pretrain, "namespace": _UNLISTED, "name": arm_factory_name(name, arm.name)}
             run.cli.factory(_pretrain_arm(recipe, arm), **alone)
-    for method in AT_ONCE:
+    for method in at_once():
         run.cli.factory(_prune(method), target=llm.prune, name=prune_factory_name(method))
 
 

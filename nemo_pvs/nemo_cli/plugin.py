@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import typing
 from collections.abc import Callable
@@ -30,6 +31,8 @@ def _register(verb: Callable[..., None]) -> None:
     verb.__doc__ = "\n".join([summary, "", "Args:", *(f"    {name}: {text}" for name, text in helps.items())])
     plain: dict[str, Any] = typing.get_type_hints(verb)
     verb.__annotations__ = plain
+    parameters = [one.replace(annotation=plain[one.name]) for one in inspect.signature(verb).parameters.values()]
+    verb.__signature__ = inspect.Signature(parameters, return_annotation=None)
     nemo_run.cli.entrypoint(verb, namespace="pvs", name=verb.__name__, help=summary)
 
 

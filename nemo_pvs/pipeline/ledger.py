@@ -13,7 +13,7 @@ from nemo_pvs.planning.charges import charge_scores, charge_training, count_mask
 from nemo_pvs.planning.learned import charge_stage, is_trained_first, stage_reads
 from nemo_pvs.planning.rounds import charges_of, shares
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors
-from nemo_pvs.recipe.options import needs_gradients, needs_scores, stages_of
+from nemo_pvs.recipe.options import needs_gradients, needs_scores, stages_of, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 
 
@@ -46,7 +46,7 @@ def run_ledger(
         if needs_scores(target):
             tokens, length = stages["calibrate"]["tokens"], recipe.calibrate.sequence_length
             ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
-        ledger.charges += charges_of(made) if stages_of(target) > 1 else pruning_charges(made, target.task)
+        ledger.charges += charges_of(made) if stages_of(target) > 1 else pruning_charges(made, task_of(target))
         if is_trained_first(target):
             first = stage_reads(recipe, target, read.data) if read else None
             charge_stage(ledger, recipe, target, parent, first)

@@ -12,16 +12,14 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, PLAN, SETTINGS
-from nemo_pvs.pruning.methods import prune_by
 from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.prune import prune
 from nemo_pvs.pruning.request import PruneRequest, TaskScorer
 from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
 from nemo_pvs.pruning.sparse.work_folder import work_folder
-from nemo_pvs.pruning.spent import spent
-from nemo_pvs.recipe.options import options_of
 from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.system.files import sha256_json, write_json
 from nemo_pvs.system.progress import console, progress
@@ -60,18 +58,12 @@ def prune_target(
     if target.method == DENSE:
         _write(source, folder)
         return {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE))}
-    read: list[TokenSet] = []
-
-    def read_tokens() -> TokenSet:
-        read.append(tokens())
-        return read[-1]
-
-    pruned = prune_by(
+    pruned, spent = prune(
         target.method,
         PruneRequest(
             source=source,
-            options=options_of(target),
-            tokens=read_tokens,
+            options=target.asked,
+            tokens=tokens,
             scores=scores,
             check=lambda shape: shape.check_parallel(**target.layout.split),
             work_folder=work_folder(folder),
@@ -91,7 +83,7 @@ def prune_target(
     else:
         write_json(folder / SETTINGS, dict(pruned.settings))
         result["plan"] = sha256_json(dict(pruned.settings))
-    result |= spent(pruned, options_of(target), shape_of(source), read[0] if read else None)
+    result |= spent
     if isinstance(pruned.source, SparseSource):
         shutil.rmtree(pruned.source.folder)
     return result

@@ -19,8 +19,9 @@ from nemo_pvs.planning.equal_terms import arm_cost, pruning_cost, settle
 from nemo_pvs.planning.learned import end_of_reading, is_trained_first, untrained_first
 from nemo_pvs.planning.memory import Memory, training_memory
 from nemo_pvs.planning.parent_checks import check_unread
-from nemo_pvs.planning.targets import Expected, check_recipe, expected_shape
+from nemo_pvs.planning.targets import check_recipe, expected_shape
 from nemo_pvs.planning.teacher import check_recipe_teacher, teacher_shape
+from nemo_pvs.pruning.method import Expected
 from nemo_pvs.recipe.options import needs_scores, stages_of
 from nemo_pvs.recipe.recipe import _TRAIN, Arm, Recipe, _blocks, _key
 from nemo_pvs.recipe.target import DENSE, Target

@@ -20,9 +20,10 @@ from nemo_pvs.planning.learned import charge_stage, is_trained_first
 from nemo_pvs.planning.rounds import shares, stage_targets
 from nemo_pvs.planning.targets import expected_shape, masked_parameters
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors, teacher_shape
-from nemo_pvs.pruning.structured.adapt_pruner import AdaptPrunerSettings
+from nemo_pvs.pruning.methods.adapt_pruner import AdaptPrunerOptions
+from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
 from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
-from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_gradients, needs_scores, scans, stages_of
+from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_gradients, needs_scores, scans, stages_of, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
 
@@ -95,16 +96,15 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
             parent = after
         return ledger
     if target.method == ADAPT:
-        steps = math.ceil(
-            (target.iterations or AdaptPrunerSettings().iterations)
-            * (1 - shape.matrix_parameters / parent.matrix_parameters)
-        )
+        options = target.asked
+        assert isinstance(options, AdaptPrunerOptions)
+        steps = math.ceil(options.iterations * (1 - shape.matrix_parameters / parent.matrix_parameters))
         flops = steps * calibration_flops(parent, tokens, length, gradients=True)
         ledger.charges.append(Charge("calibration", steps * tokens, flops, "at each iteration, forward and back"))
     if needs_scores(target):
         ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
     if is_sparse(target) and target.method != "magnitude":
-        flops = sparse_calibration_flops(parent, tokens, length, sequential=target.sequential is not False)
+        flops = sparse_calibration_flops(parent, tokens, length, sequential=target.given.get("sequential", True))
         ledger.charges.append(Charge("calibration", tokens, flops, "while pruning, layer by layer"))
     if scans(target):
         text = {"samples": settings.scan_samples, "sequence_length": length}
@@ -113,18 +113,20 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, DEPTH_SCAN))
     if is_trained_first(target):
         charge_stage(ledger, recipe, target, parent)
-    if target.task is not None:
-        ledger.charges.append(Charge("search", None, None, f"depth by {target.task}, known when it has been asked"))
+    if (task := task_of(target)) is not None:
+        ledger.charges.append(Charge("search", None, None, f"depth by {task}, known when it has been asked"))
     return ledger
 
 
 def _scan(target: Target, layers: int, removed: int) -> tuple[int, int]:
     """Return how many models a depth scan measures, the dense one included, and how often layers are run for it."""
-    if target.search in GREEDY:
-        first, last = protected_ends(target.search, target.protect_first, target.protect_last)
+    asked = target.asked
+    assert isinstance(asked, MinitronDepthOptions)
+    if asked.search in GREEDY:
+        first, last = protected_ends(asked.search, asked.protect_first, asked.protect_last)
         steps = [range(first, layers - last - step) for step in range(removed)]
         forwards = [count_forwards(layers - step, 1, starts, whole=step == 0) for step, starts in enumerate(steps)]
         return 1 + sum(map(len, steps)), sum(forwards)
-    width = 1 if target.search == "individual" else removed
+    width = 1 if asked.search == "individual" else removed
     starts = range(layers - width + 1)
     return 1 + len(starts), count_forwards(layers, width, starts)

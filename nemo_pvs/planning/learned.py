@@ -13,10 +13,11 @@ from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning import efficient, sheared
 from nemo_pvs.planning.charges import tokens_read
+from nemo_pvs.pruning.options import SIZES
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.options import stages_of
 from nemo_pvs.recipe.recipe import Recipe
-from nemo_pvs.recipe.target import SIZES, Target
+from nemo_pvs.recipe.target import Target
 from nemo_pvs.system.files import sha256_json
 
 

@@ -17,8 +17,11 @@ from typing import Any
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Charge
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.target import choose_target, parameters_left
-from nemo_pvs.recipe.options import ADAPT, STAGED, stages_of
+from nemo_pvs.pruning.methods.adapt_pruner import AdaptPrunerOptions
+from nemo_pvs.pruning.options import SizesOrRatio
+from nemo_pvs.pruning.registry import methods
+from nemo_pvs.pruning.target import choose_target, parameters_left, shrunk
+from nemo_pvs.recipe.options import ADAPT, stages_of, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
 from nemo_pvs.recipe.training import Training
@@ -97,8 +100,9 @@ def final_shape(target: Target, parent: Shape) -> Shape:
     Raises:
         UserError: the parent cannot be pruned to it.
     """
-    sizes = {name: target.options.get(name) for name in ("target", "ratio", "preset")}
-    return choose_target(parent, target.method, of=target.of or "body", **sizes)
+    asked = target.asked
+    assert isinstance(asked, SizesOrRatio)
+    return choose_target(parent, target.method, sizes=asked.sizes, ratio=asked.ratio, of=asked.of, preset=asked.preset)
 
 
 def adapt_parameters(target: Target, parent: Shape, stage: int) -> int:
@@ -106,26 +110,11 @@ def adapt_parameters(target: Target, parent: Shape, stage: int) -> int:
 
     What goes is rounded down, as in the published scripts.
     """
-    assert target.ratio is not None
-    last = parameters_left(parent, target.ratio, target.of or "total")
+    asked = target.asked
+    assert isinstance(asked, AdaptPrunerOptions)
+    assert asked.ratio is not None
+    last = parameters_left(parent, asked.ratio, asked.of)
     return parent.parameters - (parent.parameters - last) * stage // stages_of(target)
-
-
-def shrunk(parent: Shape, parameters: int) -> Shape:
-    """Return the even shape of about so many parameters whose KV groups and FFN channels shrank alike.
-
-    Raises:
-        UserError: nothing would be left of the layers.
-    """
-    share = 1 - (parent.parameters - parameters) / parent.matrix_parameters
-    groups = max(1, round(parent.kv_groups * share))
-    fewer = parent.replace(kv_groups=groups)
-    ffn = parent.ffn - round((fewer.parameters - parameters) / (3 * parent.hidden * parent.layers))
-    if share <= 0 or ffn < 1:
-        raise UserError(
-            f"{parameters:,} parameters leave nothing of the layers beside the embeddings; choose a lower ratio."
-        )
-    return fewer.replace(ffn=min(ffn, parent.ffn))
 
 
 def check_stages(recipe: Recipe, name: str, target: Target, parent: Shape) -> None:
@@ -138,9 +127,10 @@ def check_stages(recipe: Recipe, name: str, target: Target, parent: Shape) -> No
         raise UserError("slice_optimizer_state is about the training between stages; say stages, or leave it out.")
     if target.stages is None:
         return
-    if target.method not in STAGED:
-        raise UserError(f"{target.method} has no stages; {', '.join(STAGED)} have.")
-    if target.task is not None:
+    staged = [name for name, method in methods().items() if method.rounds]
+    if target.method not in staged:
+        raise UserError(f"{target.method} has no stages; {', '.join(staged)} have.")
+    if task_of(target) is not None:
         raise UserError("stages choose layers by the loss; leave out task, or stages.")
     arms = recipe.pruned_runs(name)
     if len(arms) != 1:

@@ -7,8 +7,9 @@ from typing import Any
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.ledger.flops import sparse_calibration_flops, sweep_flops, sweep_tokens
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
+from nemo_pvs.pruning.options import Options
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.request import Options
 from nemo_pvs.pruning.result import Pruned
 from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
 
@@ -33,15 +34,15 @@ def spent(pruned: Pruned, options: Options, parent: Shape, read: TokenSet | None
     if read is None:
         return {}
     tokens, length = read.ids.numel(), read.ids.shape[1]
-    flops = sparse_calibration_flops(parent, tokens, length, sequential=options.sequential is not False)
+    flops = sparse_calibration_flops(parent, tokens, length, sequential=getattr(options, "sequential", True))
     return {"calibration": {"tokens": tokens, "flops": flops}}
 
 
 def _search(plan: Plan, options: Options) -> dict[str, Any]:
     made = plan.provenance
-    if options.task is not None:
+    if "tokens_read" in made:  # by a task
         return {"search": {"tokens": made["tokens_read"], "flops": made["flops"], "scores": made["scores"]}}
-    if "layer_forwards" not in made:
+    if "layer_forwards" not in made or not isinstance(options, MinitronDepthOptions):
         return {}
     models = 1 + _candidates(plan.parent, options, len(made["losses"]))
     return {
@@ -53,7 +54,7 @@ def _search(plan: Plan, options: Options) -> dict[str, Any]:
     }
 
 
-def _candidates(parent: Shape, options: Options, steps: int) -> int:
+def _candidates(parent: Shape, options: MinitronDepthOptions, steps: int) -> int:
     """Return how many models without some layers were measured, of which a greedy search notes the best of a step."""
     if options.search not in GREEDY:
         return steps

@@ -6,14 +6,14 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.options import SIZES
 from nemo_pvs.pruning.presets import find_preset
 from nemo_pvs.system.files import read_json, write_json
 
-SIZES = ("layers", "hidden", "ffn", "kv_groups")
 DENOMINATORS = ("body", "total")
 """What a ratio is a share of: decoder layers with the final norm, or all parameters."""
 
@@ -27,17 +27,17 @@ def choose_target(
     parent: Shape,
     method: str,
     *,
-    target: str | None = None,
+    sizes: Mapping[str, int] | None = None,
     ratio: float | None = None,
     of: str = "body",
     preset: str | None = None,
 ) -> Shape:
-    """Return the Shape that ``--target``, ``--ratio`` or ``--preset`` asks for, exactly one of which must be given.
+    """Return the Shape that sizes, a ratio or a preset asks for, exactly one of which must be given.
 
     Args:
         parent: The model that is to be pruned.
         method: Name of the pruning method.
-        target: Sizes as ``parse_target`` takes them, or the path of a file that ``write_target`` wrote.
+        sizes: New sizes by name, of ``SIZES``; the others remain.
         ratio: Share to remove, between 0 and 1.
         of: What the ratio is a share of, ``body`` or ``total``.
         preset: Name of a published target.
@@ -45,7 +45,7 @@ def choose_target(
     Raises:
         UserError: none or several are given, or the one given does not suit the model.
     """
-    options = {"--target": target, "--ratio": ratio, "--preset": preset}
+    options = {"--target": sizes or None, "--ratio": ratio, "--preset": preset}
     given = [name for name, value in options.items() if value is not None]
     if len(given) != 1:
         raise UserError(
@@ -56,40 +56,44 @@ def choose_target(
         return find_preset(preset, parent).target
     if ratio is not None:
         return target_for_ratio(parent, ratio, method, of)
-    assert target is not None
-    return read_target(Path(target), parent) if target.endswith(".json") else parse_target(target, parent)
+    assert sizes is not None
+    return with_sizes(parent, sizes)
 
 
-def parse_target(text: str, parent: Shape) -> Shape:
-    """Return the parent's Shape with the sizes that ``text`` names; query heads follow the KV groups.
-
-    Args:
-        text: ``size=number`` pairs with commas between them.
-        parent: The model that is to be pruned.
+def parse_sizes(text: str) -> dict[str, int]:
+    """Return the sizes in a text such as ``hidden=384,ffn=1024``.
 
     Raises:
-        UserError: a size is unknown, given twice, not a number, larger than the parent's, or would leave nothing.
+        UserError: a size is unknown, given twice, or not a number.
     """
     sizes: dict[str, int] = {}
     for pair in text.split(","):
         name, equals, value = (piece.strip() for piece in pair.partition("="))
         if not equals:
             raise UserError(f"The target {text!r} has {pair.strip()!r} where size=number is needed, e.g. hidden=384.")
-        if name not in SIZES:
-            near = difflib.get_close_matches(name, SIZES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(SIZES)}."
-            raise UserError(f"The target {text!r} names an unknown size {name!r}; {hint}")
+        _check_name(name, f"The target {text!r}")
         if name in sizes:
             raise UserError(f"The target {text!r} gives {name} twice; give it once.")
         if not value.isdecimal():
             raise UserError(f"The target {text!r} needs a whole number for {name}, not {value!r}.")
         sizes[name] = int(value)
+    return sizes
+
+
+def with_sizes(parent: Shape, sizes: Mapping[str, int]) -> Shape:
+    """Return the parent's Shape with other sizes; query heads follow the KV groups.
+
+    Raises:
+        UserError: a size is larger than the parent's, or would leave nothing.
+    """
+    text = ",".join(f"{name}={size}" for name, size in sizes.items())
+    for name, size in sizes.items():
         largest = getattr(parent, name)
-        if sizes[name] < 1:
+        if size < 1:
             raise UserError(f"The target {text!r} leaves nothing of {name}; choose from 1 to {largest}.")
-        if sizes[name] > largest:
+        if size > largest:
             raise UserError(
-                f"The target {text!r} asks for {name}={value}, but the model has {largest}; pruning only removes."
+                f"The target {text!r} asks for {name}={size}, but the model has {largest}; pruning only removes."
             )
     return parent.replace(**sizes)
 
@@ -156,26 +160,36 @@ def write_target(shape: Shape, path: Path, spent: Mapping[str, int] | None = Non
     write_json(path, {**sizes, _SEARCH: dict(spent)} if spent else sizes)
 
 
-def read_target(path: Path, parent: Shape) -> Shape:
-    """Return the Shape in a file of ``write_target``.
+class FoundSizes(NamedTuple):
+    """Sizes in a file of ``write_target``."""
+
+    sizes: dict[str, int]
+    spent: Mapping[str, int] | None
+    """Tokens and FLOPs of the search that found them, if one did."""
+
+
+def read_sizes(path: Path) -> FoundSizes:
+    """Return what is in a file of ``write_target``.
 
     Raises:
-        UserError: it is no such file, or the model cannot be pruned to it.
+        UserError: it is no such file.
     """
-    sizes = _read(path)
-    return parse_target(",".join(f"{name}={size}" for name, size in sizes.items() if name != _SEARCH), parent)
-
-
-def search_spent(target: str | None) -> Mapping[str, int] | None:
-    """Return the ``tokens`` and ``flops`` of the search that found a ``--target``, if it is a file that says so."""
-    return _read(Path(target)).get(_SEARCH) if target and target.endswith(".json") else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    sizes = read_json(path)
-    if not isinstance(sizes, dict) or not sizes:
+    found = read_json(path)
+    if not isinstance(found, dict) or not found:
         raise UserError(f"{path} is not a target; it should hold sizes such as {{'hidden': 384, 'ffn': 1024}}.")
-    return sizes
+    spent = found.pop(_SEARCH, None)
+    for name, size in found.items():
+        _check_name(name, str(path))
+        if type(size) is not int:
+            raise UserError(f"{path} needs a whole number for {name}, not {size!r}.")
+    return FoundSizes(found, spent)
+
+
+def _check_name(name: str, where: str) -> None:
+    if name not in SIZES:
+        near = difflib.get_close_matches(name, SIZES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(SIZES)}."
+        raise UserError(f"{where} names an unknown size {name!r}; {hint}")
 
 
 def _narrower(parent: Shape, wanted: float, of: str) -> Shape:
@@ -198,3 +212,20 @@ def _nearest(shapes: Iterable[Shape], wanted: float, of: str, default: Shape) ->
 
 def _count(shape: Shape, of: str) -> int:
     return shape.body_parameters if of == "body" else shape.parameters
+
+
+def shrunk(parent: Shape, parameters: int) -> Shape:
+    """Return the even shape of about so many parameters whose KV groups and FFN channels shrank alike.
+
+    Raises:
+        UserError: nothing would be left of the layers.
+    """
+    share = 1 - (parent.parameters - parameters) / parent.matrix_parameters
+    groups = max(1, round(parent.kv_groups * share))
+    fewer = parent.replace(kv_groups=groups)
+    ffn = parent.ffn - round((fewer.parameters - parameters) / (3 * parent.hidden * parent.layers))
+    if share <= 0 or ffn < 1:
+        raise UserError(
+            f"{parameters:,} parameters leave nothing of the layers beside the embeddings; choose a lower ratio."
+        )
+    return fewer.replace(ffn=min(ffn, parent.ffn))

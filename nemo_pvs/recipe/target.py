@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, create_model
 
+from nemo_pvs.pruning.options import SIZES, Options
+from nemo_pvs.pruning.registry import method_named, methods
 from nemo_pvs.recipe.efficient import PruningAware
 from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive, Rate
 from nemo_pvs.recipe.sheared import MaskLearning
 
-SIZES = ("layers", "hidden", "ffn", "kv_groups")
-
-
-_NO_OPTIONS = (
-    "method",
-    "stages",
-    "slice_optimizer_state",
-    "task_data",
-    "learning_rate",
-    "keep_parent_embeddings",
-    "layout",
-    "arms",
-    "distill",
-    "learn",
-    "pruning_aware",
-)
-"""Keys of a target that its method does not ask for."""
-
-
 DENSE = "dense"
-"""The method of a target that is the parent's own architecture: to train the parent itself, or to train it on."""
-
-
-def _pattern(value: Any) -> Any:
-    """Undo YAML, which takes 2:4 without quotes for 2 minutes and 4 seconds; no sparsity is 60 or more."""
-    if isinstance(value, int) and value >= 60:
-        return f"{value // 60}:{value % 60}"
-    return str(value) if isinstance(value, float) else value
+"""The method of a target that is the parent's own architecture: to train the parent itself, or to train it further."""
 
 
 class Rates(Block):
@@ -47,56 +23,39 @@ class Rates(Block):
     random: Rate
 
 
-class Target(Block):
-    """One pruned architecture: the method and how much it removes."""
+def _keys_of_methods() -> dict[str, Any]:
+    """Return a key for each option of a method: its type as declared with the method, or None where it isn't given."""
+    types: dict[str, Any] = {}
+    for method in methods().values():
+        for name, field in method.options.model_fields.items():
+            declared = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+            types[name] = _either(types[name], declared) if name in types else declared
+    return {name: (declared | None, None) for name, declared in types.items()}
 
-    method: Literal[
-        "minitron-depth",
-        "shortgpt",
-        "minitron-width",
-        "minitron-joint",
-        "flap",
-        "wanda-sp",
-        "magnitude-sp",
-        "llm-pruner",
-        "sheared-llama",
-        "efficient-llm",
-        "adapt-pruner",
-        "magnitude",
-        "wanda",
-        "sparsegpt",
-        "dense",
-    ]
-    layers: Positive | None = None
-    hidden: Positive | None = None
-    ffn: Positive | None = None
-    kv_groups: Positive | None = None
-    ratio: float | None = Field(default=None, gt=0, lt=1)
-    of: Literal["body", "total"] | None = None
-    preset: str | None = None
-    sparsity: Annotated[str | None, BeforeValidator(_pattern)] = None
-    search: Literal["contiguous", "greedy", "sleb", "individual"] | None = None
-    task: str | None = None
-    """Choose layers by tasks instead of the loss: as ``pvs evaluate --tasks`` takes them, or ``continuation``, made of
-    the calibration split."""
+
+def _either(one: Any, other: Any) -> Any:
+    """Return the type of an option that two methods have; choices are put together."""
+    if get_origin(one) is Literal and get_origin(other) is Literal:
+        return Literal[tuple(dict.fromkeys((*get_args(one), *get_args(other))))]
+    return one if one == other else one | other
+
+
+if TYPE_CHECKING:
+
+    class _MethodKeys(Block):
+        method: str
+
+else:
+    _MethodKeys = create_model(
+        "_MethodKeys", __base__=Block, method=(Literal[(*methods(), DENSE)], ...), **_keys_of_methods()
+    )
+
+
+class Target(_MethodKeys):
+    """One pruned architecture: the method, its options (declared with the method), and how its arms are trained."""
+
     task_data: str | None = None
     """Folder of downloaded data sets, ``<owner>/<name>`` each; ``TASK_DATA`` where it is left out."""
-    task_limit: Positive | None = None
-    """Take only the first so many documents of each task."""
-    aggregation: Literal["energy", "meanabs_l2"] | None = None
-    metric: Literal["WIFV", "IFV", "WIFN", "param_first", "param_second", "param_mix", "vectorize"] | None = None
-    structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] | None = None
-    bias: bool | None = None
-    uniform: bool | None = None
-    remove_groups: int | None = Field(default=None, ge=0)
-    ffn_multiple: Positive | None = None
-    kv_groups_multiple: Positive | None = None
-    sequential: bool | None = None
-    protect_first: int | None = Field(default=None, ge=0)
-    protect_last: int | None = Field(default=None, ge=0)
-    compat: bool | None = None
-    iterations: Positive | None = None
-    amplitude: float | None = Field(default=None, ge=0)
     stages: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
     """Reach the target in so many steps, with a share of the training behind each (``staged``)."""
     slice_optimizer_state: bool = Field(default=False, exclude_if=lambda given: not given)
@@ -116,16 +75,27 @@ class Target(Block):
     layout: Parallelism = Parallelism()
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The options of methods that were given, by name."""
+        values = ((name, getattr(self, name)) for name in _MethodKeys.model_fields if name != "method")
+        return {name: value for name, value in values if value is not None}
+
+    @property
     def options(self) -> dict[str, Any]:
-        """What is asked of the method, under the names of ``pruning.job.Options``."""
-        given = {
-            name: value
-            for name in type(self).model_fields
-            if name not in {*_NO_OPTIONS, *SIZES} and (value := getattr(self, name)) is not None
-        }
-        sizes = ((name, getattr(self, name)) for name in SIZES)
-        target = ",".join(f"{name}={size}" for name, size in sizes if size is not None)
-        return {**({"target": target} if target else {}), **given}
+        """What is asked of the method, as the records of a run name it: all sizes together are the ``target``."""
+        given = self.given
+        sizes = ",".join(f"{name}={given.pop(name)}" for name in SIZES if name in given)
+        return {**({"target": sizes} if sizes else {}), **given}
+
+    @property
+    def asked(self) -> Options:
+        """What is asked of the method, in the method's own class; of a dense target nothing."""
+        return Options() if self.method == DENSE else method_named(self.method).options(**self.given)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are asked for."""
+        return {name: self.given[name] for name in SIZES if name in self.given}
 
     def peak(self, initialisation: Initialisation, default: float) -> float:
         """Return the peak learning rate of an arm."""

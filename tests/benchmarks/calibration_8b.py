@@ -25,8 +25,9 @@ from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.methods import AT_ONCE, METHODS, prune_by
-from nemo_pvs.pruning.request import Options, PruneRequest
+from nemo_pvs.pruning.prune import prune
+from nemo_pvs.pruning.registry import at_once, method_named
+from nemo_pvs.pruning.request import PruneRequest
 from nemo_pvs.system.progress import console, progress
 from tests.benchmarks.conversion import SHAPES, make_input
 from tests.benchmarks.llm_compressor import random_tokens
@@ -43,7 +44,7 @@ def options_of(method: str, shape: Shape) -> dict[str, Any]:
         "minitron-joint": ("layers", "hidden", "ffn"),
     }
     if method in names:
-        return {"target": ",".join(f"{name}={fewer[name]}" for name in names[method])}
+        return {name: fewer[name] for name in names[method]}
     if method in {"magnitude", "wanda", "sparsegpt"}:
         return {"sparsity": "2:4"}
     return {"ratio": 0.2, "of": "body", "iterations": 5} if method == "adapt-pruner" else {"ratio": 0.2}
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="another depth")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--only", action="append", choices=AT_ONCE, help="may be repeated")
+    parser.add_argument("--only", action="append", choices=at_once(), help="may be repeated")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_calibration"))
     given = parser.parse_args()
     shape = SHAPES[given.shape]
@@ -68,7 +69,7 @@ def main() -> None:
     elif shape_of(HuggingFaceSource(model)) != shape:
         raise SystemExit(f"{model} holds another model; remove it.")
     results = {}
-    for name in ("calibrate", *(given.only or AT_ONCE)):
+    for name in ("calibrate", *(given.only or at_once())):
         work = calibrated if name == "calibrate" else pruned
         forget_cached(model)
         results[name] = measure(work, name, model, given.folder, size)
@@ -92,12 +93,12 @@ def pruned(method: str, model: Path, folder: Path, size: tuple[int, int]) -> Non
     tokens = random_tokens(size, shape.vocab, seed=0)
 
     def scores() -> Scores:
-        with_gradients = METHODS[method].gradients  # measured here, so that their cost shows
+        with_gradients = method_named(method).gradients  # measured here, so that their cost shows
         return calibrate(source, tokens, gradients=True) if with_gradients else Scores.load(folder / "scores", source)
 
     job = PruneRequest(
         source=source,
-        options=Options(**options_of(method, shape)),
+        options=method_named(method).options(**options_of(method, shape)),
         tokens=lambda: tokens,
         scores=scores,
         check=lambda _: None,
@@ -105,7 +106,7 @@ def pruned(method: str, model: Path, folder: Path, size: tuple[int, int]) -> Non
         progress=progress,
         say=console.print,
     )
-    result = prune_by(method, job).source
+    result = prune(method, job).pruned.source
     masks = masks_of(result)
     for name in Layout.for_config(result.config).parts(shape_of(result)):
         tensor = result.read(name)
@@ -123,7 +124,7 @@ def table(shape: Shape, size: tuple[int, int], results: dict[str, Measured]) -> 
     for column in ("", "s", "s a layer", "CPU s", "peak MB", "before MB", "options"):
         made.add_column(column, justify="right" if column not in {"", "options"} else "left")
     for name, measured in results.items():
-        chosen = options_of(name, shape) if name in AT_ONCE else {}
+        chosen = options_of(name, shape) if name in at_once() else {}
         made.add_row(
             name,
             f"{measured.seconds:.1f}",

@@ -30,9 +30,12 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.perplexity import perplexity
-from nemo_pvs.pruning.methods import AT_ONCE, METHODS, prune_by
-from nemo_pvs.pruning.request import Options, PruneRequest
+from nemo_pvs.pruning.options import Options
+from nemo_pvs.pruning.prune import prune
+from nemo_pvs.pruning.registry import at_once, method_named
+from nemo_pvs.pruning.request import PruneRequest
 from nemo_pvs.pruning.result import write
+from nemo_pvs.pruning.target import parse_sizes
 from nemo_pvs.system.progress import progress
 from tests.benchmarks.structured_methods import texts
 
@@ -45,6 +48,13 @@ class Case:
     options: dict[str, Any]
     tests: str
     """The file that proves the method."""
+
+    @property
+    def asked(self) -> Options:
+        """The row's options as the method takes them."""
+        others = {name: value for name, value in self.options.items() if name != "target"}
+        sizes = parse_sizes(self.options["target"]) if "target" in self.options else {}
+        return method_named(self.method).options.parse(self.method, {**others, **sizes})
 
     @property
     def command(self) -> str:
@@ -86,7 +96,7 @@ def main() -> None:
     options.add_argument("--parent", default="smollm2-135m", help="as in a recipe")
     options.add_argument("--samples", type=int, default=32, help="calibration windows; half as many are predicted")
     options.add_argument("--sequence-length", type=int, default=256)
-    options.add_argument("--only", action="append", choices=AT_ONCE, help="may be repeated")
+    options.add_argument("--only", action="append", choices=at_once(), help="may be repeated")
     options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "pvs_benchmark_parent")
     given = options.parse_args()
     folder = given.folder if given.folder.is_dir() else prepare_parent(given.parent, given.folder)
@@ -111,12 +121,12 @@ def row(source: WeightSource, case: Case, calibration: TokenSet, scores: Scores,
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "pruned"
         began = time.monotonic()
-        gradients = METHODS[case.method].gradients  # then the row's time has its own calibration
-        pruned = prune_by(
+        gradients = method_named(case.method).gradients  # then the row's time has its own calibration
+        pruned, _ = prune(
             case.method,
             PruneRequest(
                 source=source,
-                options=Options(**case.options),
+                options=case.asked,
                 tokens=lambda: calibration,
                 scores=lambda: calibrate(source, calibration, gradients=True) if gradients else scores,
                 check=lambda _: None,

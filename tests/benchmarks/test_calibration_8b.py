@@ -6,12 +6,12 @@ import re
 import subprocess
 import sys
 
-from nemo_pvs.pruning.methods import AT_ONCE
+from nemo_pvs.pruning.registry import at_once
 
 
 def test_every_method_is_measured(tmp_path):
     """In a process without threads, as ``measure`` asks."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.calibration_8b", "--shape", "tiny"]
     printed = subprocess.run([*command, "--folder", str(tmp_path)], check=True, capture_output=True, text=True).stdout
-    assert set(re.findall(r"^(\S+): [\d.]+ s$", printed, re.MULTILINE)) == {"calibrate", *AT_ONCE}
+    assert set(re.findall(r"^(\S+): [\d.]+ s$", printed, re.MULTILINE)) == {"calibrate", *at_once()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf-4-layers", "scores"]

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from nemo_pvs.cli.factory_names import arm_factory_name, factory_call, factory_name, prune_factory_name
-from nemo_pvs.pruning.methods import AT_ONCE
 from nemo_pvs.pruning.presets import presets
+from nemo_pvs.pruning.registry import at_once
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.megatron.ranks import fork_context, run_ranks
@@ -256,7 +256,7 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
             ["llm", "pretrain", "--factory", WIDTH, "--to-yaml", str(tmp_path / "out.yaml")],
             *(
                 ["llm", "prune", "--factory", prune_factory_name(name), "source=A", "target_folder=B", "--dryrun"]
-                for name in AT_ONCE
+                for name in at_once()
             ),
             verbs,
             ["llm", "pretrain", "--help"],
@@ -271,7 +271,7 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
     for value in ("SlurmExecutor", "account='physics'", "nodes=16,", "ntasks_per_node=8", "num_nodes=16"):
         assert value in said[3], value
     assert "hidden_size: 3072" in (tmp_path / "out.yaml").read_text()
-    for method, text in zip(AT_ONCE, said[5:], strict=False):
+    for method, text in zip(at_once(), said[5:], strict=False):
         assert "Dry run for prune" in text
         assert f"'{method}'" in text
     assert "Dry run for run" in said[-2]

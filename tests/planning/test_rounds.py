@@ -10,8 +10,9 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.equal_terms import arm_cost, pruning_cost
-from nemo_pvs.planning.rounds import adapt_parameters, shares, shrunk, stage_targets
+from nemo_pvs.planning.rounds import adapt_parameters, shares, stage_targets
 from nemo_pvs.planning.targets import check_recipe, expected_shape
+from nemo_pvs.pruning.target import shrunk
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.training.learning_rate import linear_warmup

@@ -15,8 +15,9 @@ from nemo_pvs.layerwise.model import LayerwiseModel
 from nemo_pvs.ledger.flops import calibration_flops
 from nemo_pvs.model.shape import LayerSizes, Shape
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.methods import prune_by
-from nemo_pvs.pruning.request import Options, PruneRequest
+from nemo_pvs.pruning.methods.adapt_pruner import AdaptPrunerOptions
+from nemo_pvs.pruning.registry import method_named
+from nemo_pvs.pruning.request import PruneRequest
 from nemo_pvs.pruning.structured.adapt_pruner import (
     AdaptPrunerSettings,
     LayerMeasure,
@@ -228,7 +229,7 @@ def test_the_method_by_its_name() -> None:
 
     job = PruneRequest(
         source=source,
-        options=Options(ratio=0.2, iterations=20),
+        options=AdaptPrunerOptions(ratio=0.2, iterations=20),
         tokens=token_set,
         scores=lambda: pytest.fail("it measures by itself"),
         check=lambda shape: None,
@@ -236,7 +237,7 @@ def test_the_method_by_its_name() -> None:
         progress=lambda *_: Silent(),
         say=said.append,
     )
-    pruned = prune_by("adapt-pruner", job)
+    pruned = method_named("adapt-pruner").prune(job)
     assert shape_of(pruned.source).parameters <= 0.8 * shape_of(source).parameters
     assert pruned.plan is not None
     assert pruned.plan.provenance["calibration"]["tokens"] > 0

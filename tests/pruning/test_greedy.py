@@ -17,9 +17,10 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.flops import count_forwards
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.methods import METHODS
+from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.pruning.request import Options, PruneRequest
+from nemo_pvs.pruning.registry import method_named
+from nemo_pvs.pruning.request import PruneRequest
 from nemo_pvs.pruning.structured.greedy import plan_greedy, scan_greedy
 from tests.pruning.test_depth import LAYERS, independent_loss, six_layers, token_set
 from tests.state_source import StateSource, tiny_model
@@ -29,7 +30,7 @@ def _planned(model: LlamaForCausalLM, tokens: TokenSet, **options: Any) -> Plan:
     """Return the plan of ``minitron-depth`` without four layers, as ``pvs prune`` and ``pvs run`` make it."""
     job = PruneRequest(
         StateSource(model),
-        Options(target=f"layers={LAYERS - 4}", **options),
+        MinitronDepthOptions(layers=LAYERS - 4, **options),
         tokens=lambda: tokens,
         scores=lambda: pytest.fail("no scores are needed"),
         check=lambda shape: None,
@@ -37,7 +38,7 @@ def _planned(model: LlamaForCausalLM, tokens: TokenSet, **options: Any) -> Plan:
         progress=lambda *_: nullcontext(None),
         say=lambda text: None,
     )
-    plan = METHODS["minitron-depth"].prune(job).plan
+    plan = method_named("minitron-depth").prune(job).plan
     assert plan is not None
     return plan
 

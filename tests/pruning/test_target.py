@@ -9,17 +9,25 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.target import choose_target, describe_removal, parse_target, target_for_ratio, write_target
+from nemo_pvs.pruning.target import (
+    choose_target,
+    describe_removal,
+    parse_sizes,
+    read_sizes,
+    target_for_ratio,
+    with_sizes,
+    write_target,
+)
 from tests.model.test_shape import DEPTH_4B, LLAMA_8B, WIDTH_4B
 
 PARENT = Shape(layers=30, hidden=576, ffn=1536, heads=9, kv_groups=3, head_dim=64, vocab=49152, tied=True)
 
 
 def test_named_sizes_change_and_query_heads_follow_their_groups() -> None:
-    target = parse_target("hidden=384, ffn=1024,kv_groups=2", PARENT)
+    target = with_sizes(PARENT, parse_sizes("hidden=384, ffn=1024,kv_groups=2"))
     assert target == PARENT.replace(hidden=384, ffn=1024, kv_groups=2, heads=6)
-    assert parse_target("layers=14", PARENT) == PARENT.replace(layers=14)
-    assert parse_target("hidden=576", PARENT) == PARENT
+    assert with_sizes(PARENT, {"layers": 14}) == PARENT.replace(layers=14)
+    assert with_sizes(PARENT, {"hidden": 576}) == PARENT
 
 
 @pytest.mark.parametrize(
@@ -41,7 +49,7 @@ def test_named_sizes_change_and_query_heads_follow_their_groups() -> None:
 )
 def test_mistakes_get_one_sentence(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        parse_target(text, PARENT)
+        with_sizes(PARENT, parse_sizes(text))
     assert "\n" not in str(caught.value)
 
 
@@ -101,15 +109,16 @@ def test_both_denominators_are_told() -> None:
 
 
 def test_one_of_three_ways_is_chosen(tmp_path: Path) -> None:
-    assert choose_target(LLAMA_8B, "minitron-width", target="hidden=3072,ffn=9216") == WIDTH_4B
+    assert choose_target(LLAMA_8B, "minitron-width", sizes={"hidden": 3072, "ffn": 9216}) == WIDTH_4B
     assert choose_target(LLAMA_8B, "minitron-depth", ratio=0.5) == DEPTH_4B
     assert choose_target(LLAMA_8B, "minitron-depth", preset="4b-depth") == DEPTH_4B
     write_target(WIDTH_4B, tmp_path / "best.json")
-    assert choose_target(LLAMA_8B, "minitron-width", target=str(tmp_path / "best.json")) == WIDTH_4B
+    found = read_sizes(tmp_path / "best.json")
+    assert (with_sizes(LLAMA_8B, found.sizes), found.spent) == (WIDTH_4B, None)
     with pytest.raises(UserError, match="Nothing says what to prune to; give one of --target"):
         choose_target(LLAMA_8B, "minitron-width")
     with pytest.raises(UserError, match="--target and --ratio says"):
-        choose_target(LLAMA_8B, "minitron-width", target="ffn=1", ratio=0.5)
+        choose_target(LLAMA_8B, "minitron-width", sizes={"ffn": 1}, ratio=0.5)
 
 
 def test_a_file_of_another_kind_is_no_target(tmp_path: Path) -> None:
@@ -117,7 +126,7 @@ def test_a_file_of_another_kind_is_no_target(tmp_path: Path) -> None:
     for content, message in (([1], "is not a target"), ({"hiden": 3072}, "did you mean hidden")):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=message):
-            choose_target(LLAMA_8B, "minitron-width", target=str(path))
+            read_sizes(path)
     write_target(WIDTH_4B, path)
     with pytest.raises(UserError, match="asks for layers=32, but the model has 30"):
-        choose_target(PARENT, "minitron-width", target=str(path))
+        with_sizes(PARENT, read_sizes(path).sizes)

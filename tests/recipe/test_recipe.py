@@ -1,17 +1,30 @@
 import copy
+import inspect
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.planning.charges import tokens_read
+from nemo_pvs.pruning.registry import method_named, methods
+from nemo_pvs.pruning.sparse.magnitude import MagnitudeSource
+from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
+from nemo_pvs.pruning.structured.adapt_pruner import AdaptPrunerSettings
+from nemo_pvs.pruning.structured.flap import plan_flap
+from nemo_pvs.pruning.structured.joint import plan_joint
+from nemo_pvs.pruning.structured.llm_pruner import plan_llm_pruner
+from nemo_pvs.pruning.structured.magnitude_sp import plan_magnitude_sp
+from nemo_pvs.pruning.structured.shortgpt import plan_shortgpt
+from nemo_pvs.pruning.structured.wanda_sp import plan_wanda_sp
+from nemo_pvs.pruning.structured.width import plan_width
 from nemo_pvs.recipe.data import TokenFiles
 from nemo_pvs.recipe.fields import Block
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from nemo_pvs.recipe.recipe import Recipe
-from nemo_pvs.recipe.target import Target
+from nemo_pvs.recipe.target import DENSE, Target
 
 
 @pytest.fixture
@@ -39,11 +52,11 @@ def test_every_packaged_recipe_reads():
         ("data.split.train", 0.9, "must add up to 1"),
         ("targets.width.method", "minitron-with", "targets.width.method"),
         ("targets.width.learning_rate", {"pruned": 1, "randon": 1}, "unknown key targets.width.learning_rate.randon"),
-        ("targets.width.metric", "WIFV", "targets.width: minitron-width has no metric; its own keys are layers"),
+        ("targets.width.metric", "WIFV", "targets.width: minitron-width has no metric; its options are layers"),
         ("targets.width.ratio", 0.5, "targets.width: two things say how much to remove; give only one"),
         ("targets.depth", {"method": "wanda"}, "targets.depth: nothing says how much to remove; give at least one of"),
         ("targets.depth", {"method": "wanda", "sparsity": "4:2"}, "removes nothing or leaves nothing"),
-        ("targets.depth", {"method": "wanda", "layers": 3}, "wanda has no layers; its own keys are sparsity"),
+        ("targets.depth", {"method": "wanda", "layers": 3}, "wanda has no layers; its options are sparsity"),
         ("targets.depth", {"method": "dense", "ratio": 0.5}, "dense has no ratio"),
         ("targets.depth", {"method": "dense", "keep_parent_embeddings": True}, "leave keep_parent_embeddings out"),
         ("targets.width.task", "winogrande", "minitron-width has no task"),
@@ -124,30 +137,33 @@ def _recipe(values: dict, **changes) -> Recipe:
     return parse_recipe({**values, **changes}, "test")
 
 
-def test_the_methods_of_a_target_are_those_of_pruning():
-    from typing import get_args
-
-    from nemo_pvs.pruning.methods import METHODS
-    from nemo_pvs.pruning.request import Options
-    from nemo_pvs.recipe.target import DENSE, SIZES
-
+def test_every_method_and_each_of_its_options_is_a_key_of_a_target():
     fields = Target.model_fields
-    assert set(get_args(fields["method"].annotation)) == {*METHODS, DENSE}
-    own = {
-        "method",
-        "arms",
-        "layout",
-        "learning_rate",
-        "keep_parent_embeddings",
-        "distill",
-        "learn",
-        "pruning_aware",
-        "stages",
-        "slice_optimizer_state",
-        "task_data",
-        *SIZES,
+    assert set(get_args(fields["method"].annotation)) == {*methods(), DENSE}
+    for name, method in methods().items():
+        assert fields.keys() >= method.options.model_fields.keys(), name
+
+
+def test_options_have_the_defaults_of_the_algorithms():
+    """Each is declared with its method; a function that is called from Python has the same default."""
+    plans = {
+        "flap": plan_flap,
+        "wanda-sp": plan_wanda_sp,
+        "magnitude-sp": plan_magnitude_sp,
+        "llm-pruner": plan_llm_pruner,
+        "shortgpt": plan_shortgpt,
+        "minitron-width": plan_width,
+        "minitron-joint": plan_joint,
+        "adapt-pruner": AdaptPrunerSettings,
+        "sparsegpt": SparseGPT,
+        "magnitude": MagnitudeSource,
     }
-    assert {*fields} - own == {*Options.__dataclass_fields__} - {"target"}
+    for name, plan in plans.items():
+        options = method_named(name).options.model_fields
+        shared = options.keys() & inspect.signature(plan).parameters.keys() - {"ratio", "sparsity"}
+        assert shared, name
+        for option in shared:
+            assert options[option].default == inspect.signature(plan).parameters[option].default, (name, option)
 
 
 def test_a_sparsity_that_yaml_takes_for_a_time_is_understood():
@@ -291,7 +307,7 @@ def test_blends(train, blend):
 
 def test_the_readme_describes_every_key():
     text = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
-    blocks = [block for block in Block.__subclasses__() if block.__module__.startswith("nemo_pvs.recipe.recipe")]
+    blocks = [block for block in Block.__subclasses__() if block.__module__.startswith("nemo_pvs.recipe.")]
     keys = {key for block in blocks for key in block.model_fields}
     assert {"title", "micro_batch_size", "allow_overlap"} <= keys
     assert not {key for key in keys if not re.search(rf"\b{key}\b", text)}

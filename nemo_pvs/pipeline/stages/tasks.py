@@ -15,6 +15,7 @@ from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.task_score import task_score
 from nemo_pvs.pruning.request import TaskScorer
 from nemo_pvs.recipe.blocks import TASK_DATA, Evaluation
+from nemo_pvs.recipe.options import task_limit_of, task_of
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import Target
 
@@ -63,7 +64,9 @@ def check_tasks(recipe: Recipe) -> None:
         UserError: naming the task.
     """
     asked = [(recipe.evaluate.tasks, recipe.evaluate.task_data)]
-    asked += [(_tasks_of(target), target.task_data or TASK_DATA) for target in recipe.targets.values() if target.task]
+    asked += [
+        (_tasks_of(target), target.task_data or TASK_DATA) for target in recipe.targets.values() if task_of(target)
+    ]
     for tasks, data in asked:
         if public := [task for task in tasks if task != NAME]:
             from nemo_pvs.evaluation.tasks import load_tasks  # takes seconds
@@ -84,7 +87,7 @@ def check_questions(recipe: Recipe, test: Path, calibration: Path, tokenizer: Pa
         UserError: saying for how many questions it is long enough.
     """
     asked = [(recipe.evaluate.tasks, test, recipe.evaluate.task_limit)]
-    asked += [(_tasks_of(target), calibration, target.task_limit) for target in recipe.targets.values()]
+    asked += [(_tasks_of(target), calibration, task_limit_of(target)) for target in recipe.targets.values()]
     for tasks, text, limit in asked:
         if NAME in tasks and Path(f"{text}.idx").exists():
             check_continuations(text, load_tokenizer(tokenizer), limit or _QUESTIONS)
@@ -103,10 +106,10 @@ def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, comp
     Raises:
         UserError: a task or its data are not there.
     """
-    asked = _with_questions(_tasks_of(target), text, tokenizer, folder, target.task_limit)
+    asked = _with_questions(_tasks_of(target), text, tokenizer, folder, task_limit_of(target))
     where = {name: compute[name] for name in ("dtype", "device") if name in compute}
     data = Path(target.task_data or TASK_DATA)
-    return task_score(",".join(asked), tokenizer, data, limit=target.task_limit, **where)
+    return task_score(",".join(asked), tokenizer, data, limit=task_limit_of(target), **where)
 
 
 def reads_text(target: Target) -> bool:
@@ -115,7 +118,7 @@ def reads_text(target: Target) -> bool:
 
 
 def _tasks_of(target: Target) -> list[str]:
-    return [task.strip() for task in (target.task or "").split(",")]
+    return [task.strip() for task in (task_of(target) or "").split(",")]
 
 
 def _with_questions(tasks: Sequence[str], text: Path, tokenizer: Path, folder: Path, limit: int | None) -> list[str]:

@@ -20,9 +20,9 @@ from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.flops import sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.options import SIZES
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.joint import plan_joint
-from nemo_pvs.pruning.target import SIZES
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import read_json, sha256_json, write_json
 from nemo_pvs.system.ranks import from_main

@@ -1,0 +1,196 @@
+"""Pruning a checkpoint into another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.api.values import compute_of, one_of, tokens_of
+from nemo_pvs.calibration.engine import calibrate
+from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.checkpoints.convert import describe
+from nemo_pvs.checkpoints.fetch import local_checkpoint
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.ledger.ledger import LEDGER, Charge, Ledger
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.charges import ancestry, charge_scores, pruning_charges
+from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.prune import prune as prune_source
+from nemo_pvs.pruning.registry import method_named
+from nemo_pvs.pruning.request import PruneRequest, TaskScorer
+from nemo_pvs.pruning.result import write
+from nemo_pvs.pruning.sparse.work_folder import work_folder
+from nemo_pvs.pruning.target import FoundSizes, parse_sizes, read_sizes
+from nemo_pvs.system import ranks
+from nemo_pvs.system.files import check_new_folder
+from nemo_pvs.system.folder_lock import locked_target
+from nemo_pvs.system.progress import console, progress
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A pruned model on disk."""
+
+    path: Path
+    """Its checkpoint folder."""
+    shape: Shape
+    plan: Plan | None
+    """What was kept of the parent; None for a sparse model, whose masks say it."""
+    ledger: Ledger
+    """What the model has cost so far: its parent, calibration, search."""
+
+
+def prune(
+    source: str | Path,
+    target_folder: str | Path,
+    method: str,
+    *,
+    target: str | Path | None = None,
+    scores: str | Path | None = None,
+    data: str | Path = "wikipedia-sample",
+    samples: int = 32,
+    sequence_length: int = 256,
+    seed: int = 0,
+    loader: str | None = None,
+    task_data: str | Path = "task_data",
+    format: str | None = None,  # noqa: A002
+    uneven: str = "keep",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    fp8: bool = False,
+    device: str | None = None,
+    activation_memory: str = "8GB",
+    parent_tokens: float | None = None,
+    ignore_manifest: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> PrunedModel:
+    """Prune a model to a smaller architecture, or make it sparse.
+
+    Args:
+        source: Checkpoint folder of any format, ``.gguf`` file, ``smollm2-135m`` or ``hf://owner/name``.
+        target_folder: The folder to write.
+        method: A name that ``pvs methods`` lists.
+        target: Sizes as a text, ``hidden=288,ffn=768``, or the file of ``pvs search``; instead of sizes as options.
+        scores: Folder of ``calibrate``; without it a method that needs scores measures them now.
+        data: The calibration text: ``.txt``, ``.jsonl``, ``.parquet``, a folder of them, a token file (``.bin``), or
+            ``wikipedia-sample``.
+        samples: Sequences of it.
+        sequence_length: Tokens per sequence.
+        seed: Which windows of the text; -1 for consecutive ones.
+        loader: Read the text as a reference implementation does (``data.reference_sets.LOADERS``).
+        task_data: Folder of downloaded data sets for the option ``task``.
+        format: ``hf`` or ``nemo``; that of the source by default.
+        uneven: ``keep`` layers of different sizes, or ``pad`` them with zeros.
+        tensor_parallel: Refuse a shape that cannot be split over this many ranks.
+        pipeline_parallel: Refuse a shape whose layers cannot be split over this many stages.
+        fp8: Refuse a shape whose shards do not suit FP8.
+        device: ``cpu`` or ``cuda``; the GPU if there is one.
+        activation_memory: Hidden states that are held at once, such as ``8GB``.
+        parent_tokens: Tokens that the weights were pretrained on, if no ledger says so.
+        ignore_manifest: Read weights that differ from the source's manifest.
+        overwrite: Replace ``target_folder``.
+        options: The method's own, such as ``ratio=0.2``, ``layers=14`` or ``sparsity="2:4"``.
+
+    Returns:
+        The pruned model. Under torchrun the first rank writes it, and the others do not wait for that.
+
+    Raises:
+        UserError: the method has no such option, or the model cannot be pruned like that.
+
+    Example:
+        >>> import nemo_pvs as pvs
+        >>> small = pvs.prune(
+        ...     model, folder / "small", "minitron-width", ffn=64, data=text, samples=2, sequence_length=16
+        ... )
+        >>> small.shape.ffn, small.plan.method
+        (64, 'minitron-width')
+    """
+    target_folder = Path(target_folder)
+    chosen = method_named(method)
+    found = _sizes(target)
+    if not chosen.trains:  # it has a sentence of its own, whatever the options
+        asked: Any = chosen.options.parse(method, {**options, **found.sizes}, "--{}")
+    else:
+        asked = chosen.options()
+    one_of("--uneven", uneven, ("keep", "pad"))
+    compute = compute_of(device, activation_memory)
+    check_new_folder(target_folder, overwrite=overwrite)
+    with (
+        ignoring_manifests(ignore_manifest),
+        ranks.joined(),
+        ranks.held_by_main(locked_target(target_folder)),
+        local_checkpoint(str(source), target_folder) as folder,
+    ):
+        wanted = one_of("--format", format or _format(folder), ("hf", "nemo"))
+        model = open_source(folder)
+        parent = shape_of(model)
+        ledger = ancestry(folder, parent_tokens)
+
+        @cache
+        def read_tokens() -> TokenSet:
+            if scores:
+                return known_scores().tokens
+            return tokens_of(folder, str(data), samples, sequence_length, seed, loader)
+
+        @cache
+        def known_scores() -> Scores:
+            if scores:
+                return Scores.load(Path(scores), model)
+            with progress("calibrate", "layers") as show:
+                return calibrate(model, read_tokens(), gradients=chosen.gradients, **compute, progress=show)
+
+        def score_by_task() -> TaskScorer:
+            from nemo_pvs.evaluation.task_score import task_score
+
+            where = {name: compute[name] for name in ("dtype", "device")}
+            return task_score(str(asked.task), folder, Path(task_data), limit=asked.task_limit, **where)
+
+        pruned, spent = prune_source(
+            method,
+            PruneRequest(
+                source=model,
+                options=asked,
+                tokens=read_tokens,
+                scores=known_scores,
+                check=lambda shape: shape.check_parallel(
+                    tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, fp8=fp8
+                ),
+                work_folder=work_folder(target_folder),
+                progress=progress,
+                say=lambda text: console.print(text, soft_wrap=True),
+                overwrite=overwrite,
+                task_score=score_by_task,
+                compute=compute,
+            ),
+        )
+        if chosen.scored:
+            ids = known_scores().tokens.ids
+            ledger.charges.append(charge_scores(parent, ids.numel(), ids.shape[1], gradients=chosen.gradients))
+        if found.spent:
+            cost = found.spent
+            ledger.charges.append(Charge("search", cost["tokens"], cost["flops"], "architecture search"))
+        ledger.charges += pruning_charges(spent, options.get("task"))
+        shape = shape_of(pruned.source)
+        if ranks.is_main():
+            with progress(f"write {wanted}", "parameters") as show:
+                write(pruned, target_folder, wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)
+            ledger.save(target_folder / LEDGER)
+            shape = shape_of(open_source(target_folder))
+        return PrunedModel(target_folder, shape, pruned.plan, ledger)
+
+
+def _sizes(target: str | Path | None) -> FoundSizes:
+    if target is None:
+        return FoundSizes({}, None)
+    text = str(target)
+    return read_sizes(Path(text)) if text.endswith(".json") else FoundSizes(parse_sizes(text), None)
+
+
+def _format(folder: Path) -> str:
+    return "hf" if describe(folder)["format"] == "huggingface" else "nemo"

@@ -1,0 +1,112 @@
+"""Values as users write them, and what they mean: sizes in bytes, devices, texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.errors import UserError
+
+
+def tokens_of(
+    checkpoint: str | Path, data: str, samples: int, sequence_length: int, seed: int, loader: str | None = None
+) -> Any:
+    """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file."""
+    from nemo_pvs.data.assets import tokenizer_folder
+    from nemo_pvs.data.corpus import read_documents
+    from nemo_pvs.data.token_set import TokenSet
+    from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
+
+    settings: dict[str, Any] = {
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": None if seed < 0 else seed,
+    }
+    if loader is not None:
+        from nemo_pvs.data.reference_sets import load_tokens
+
+        return load_tokens(
+            loader,
+            data,
+            tokenizer_folder(Path(checkpoint)),
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=max(seed, 0),
+        )
+    if data.endswith(".bin"):
+        return TokenSet.from_token_file(Path(data.removesuffix(".bin")), **settings)
+    folder = tokenizer_folder(Path(checkpoint))
+    tokenizer = load_tokenizer(folder)
+    return TokenSet.from_documents(
+        (document.text for document in read_documents(data)),
+        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        data_set=data,
+        tokenizer_sha256=tokenizer_hash(folder),
+        **settings,
+    )
+
+
+def compute_of(device: str | None, activation_memory: str) -> dict[str, Any]:
+    """Return how layers run, for ``layerwise.LayerwiseModel``: on the GPU if there is one, each rank on its own.
+
+    Raises:
+        UserError: there is no such device, or the size is none.
+    """
+    import torch
+
+    from nemo_pvs.system.rendezvous import local_rank
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    one_of("--device", name, ("cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but PyTorch sees no GPU here; choose cpu.")
+    return {
+        "device": name if name == "cpu" else f"cuda:{local_rank()}",
+        "dtype": torch.float32 if name == "cpu" else torch.bfloat16,
+        "memory_limit": parse_bytes("--activation-memory", activation_memory),
+    }
+
+
+def parse_dtype(name: str | None) -> Any:
+    """Return the torch dtype that bf16, fp16 or fp32 names; None stays None."""
+    import torch
+
+    if name is None:
+        return None
+    one_of("--dtype", name, ("bf16", "fp16", "fp32"))
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Return a size such as 5GB or 500MB in bytes, decimal as on a disk's label."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    try:
+        size = int(float(text[:-2]) * units[text[-2:].upper()])
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise UserError(f"{option} is {text!r}; write a size such as 5GB or 500MB.")
+    return size
+
+
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    """Return ``value`` if it is allowed; else raise a UserError that names the option."""
+    if value not in allowed:
+        raise UserError(f"{option} is {value!r}; choose {', '.join(allowed[:-1])} or {allowed[-1]}.")
+    return value
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """Return ``train=0.9,validation=0.1`` as a dictionary."""
+    try:
+        return {name.strip(): float(share) for name, share in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        raise UserError(f"--split is {text!r}; write it as train=0.9,validation=0.1.") from None
+
+
+def parse_pairs(text: str) -> list[tuple[int, int]]:
+    """Return ``4:6,8:13`` as pairs."""
+    try:
+        return [(int(ours), int(theirs)) for ours, theirs in (pair.split(":") for pair in text.split(","))]
+    except ValueError:
+        raise UserError(f"--layer-pairs is {text!r}; write it as 4:6,8:13, student:teacher.") from None

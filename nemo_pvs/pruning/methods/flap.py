@@ -1,0 +1,52 @@
+"""FLAP: KV groups and FFN channels whose inputs fluctuate least, with biases (An et al., 2312.11983)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.method import Expected, Method
+from nemo_pvs.pruning.methods.steps import by_scores, expected_units
+from nemo_pvs.pruning.options import Units, option
+
+if TYPE_CHECKING:
+    from nemo_pvs.pruning.plan import Plan
+
+
+class FlapOptions(Units):
+    """The options of FLAP."""
+
+    structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] = option(
+        "whether scores are compared within a layer (UL) or across all (AL), and modules alike (UM) or mixed", "AL-AM"
+    )
+    metric: Literal["WIFV", "IFV", "WIFN"] = option("what a channel's score is: WIFV, IFV or WIFN", "WIFV")
+    bias: bool = option("compensate for the mean of what is removed", True)
+    uniform: bool = option("same sizes in every layer", False)
+    compat: bool = option("reproduce the published code's quirks, and so its numbers", False)
+
+
+def _plan(*arguments: Any, **options: Any) -> Plan:
+    from nemo_pvs.pruning.structured.flap import plan_flap
+
+    return plan_flap(*arguments, **options)
+
+
+def _expected(options: FlapOptions, parent: Shape) -> Expected:
+    from nemo_pvs.pruning.input_means import FEATURES
+
+    expected = expected_units(options, parent)
+    if not options.bias:
+        return expected
+    features = tuple(sorted({*expected.shape.features, *FEATURES}))
+    return expected._replace(shape=expected.shape.replace(features=features))
+
+
+METHOD = Method(
+    name="flap",
+    removes="KV groups and FFN channels by fluctuation, with biases",
+    paper="2312.11983",
+    options=FlapOptions,
+    prune=by_scores(_plan),
+    expected=_expected,
+    scored=True,
+)

@@ -1,0 +1,87 @@
+"""Minitron-depth: whole layers, by the loss or a task's score without them (Muralidharan et al., 2407.14679)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
+from nemo_pvs.pruning.options import NotNegative, Positive, SizesOrRatio, option
+
+if TYPE_CHECKING:
+    from nemo_pvs.pruning.plan import Plan
+    from nemo_pvs.pruning.request import PruneRequest
+
+NAME = "minitron-depth"
+
+
+class MinitronDepthOptions(SizesOrRatio):
+    """The options of Minitron-depth."""
+
+    search: Literal["contiguous", "greedy", "sleb", "individual"] = option(
+        "how layers are searched: contiguous, greedy, sleb or individual", "contiguous"
+    )
+    task: str | None = option("choose layers by lm-eval tasks instead of the loss, e.g. winogrande")
+    task_limit: Positive | None = option("maximum documents per task")
+    protect_first: NotNegative | None = option("layers at the input that are left as they are")
+    protect_last: NotNegative | None = option("layers at the output that are left as they are")
+    compat: bool = option("reproduce the published code's quirks, and so its numbers", False)
+
+
+def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
+    from nemo_pvs.checkpoints.source import shape_of
+    from nemo_pvs.pruning.structured.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
+    from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
+    from nemo_pvs.pruning.structured.greedy import GREEDY, plan_greedy, protected_ends, scan_greedy
+
+    options = request.options
+    remove = layers_to_remove(shape_of(request.source), target)
+    if options.task is not None and request.task_score is not None:
+        if options.search != "contiguous":
+            raise UserError("--task compares contiguous runs of layers; leave --search out.")
+        score = request.task_score()
+        with request.progress("scan layers (task)", "models") as show:
+            by_task = scan_task(request.source, remove, score, progress=show)
+        best = max(by_task.scores)
+        request.say(f"the best shorter model scores {best:.4f}, the dense one {by_task.dense_score:.4f}")
+        return plan_task(by_task, compat=options.compat)
+    if options.task_limit is not None:
+        raise UserError("--task-limit is about --task; give both, or neither.")
+    text: dict[str, Any] = {**request.compute}
+    with request.progress(f"scan layers ({options.search})", "layer passes") as show:
+        if options.search in GREEDY:
+            first, last = protected_ends(options.search, options.protect_first, options.protect_last)
+            greedy = scan_greedy(
+                request.source,
+                request.tokens(),
+                remove,
+                protect_first=first,
+                protect_last=last,
+                **text,
+                progress=show,
+            )
+            return plan_greedy(greedy, options.search)
+        width = 1 if options.search == "individual" else remove
+        scan = scan_windows(request.source, request.tokens(), width, **text, progress=show)
+    if options.search == "individual":
+        return plan_individual(scan, remove, **options.given("protect_first", "protect_last"))
+    plan = plan_depth(scan, compat=options.compat)
+    request.say(
+        f"without layers {scan.start} to {scan.start + scan.removed - 1} the loss is {min(scan.losses):.3f} "
+        f"instead of {scan.dense_loss:.3f} nats per token"
+    )
+    return plan
+
+
+METHOD = Method(
+    name=NAME,
+    removes="whole layers, by the loss or a task's score without them",
+    paper="2407.14679",
+    options=MinitronDepthOptions,
+    prune=to_shape(NAME, _plan),
+    expected=expected_sizes(NAME),
+    scans=True,
+    rounds=True,
+)

@@ -1,0 +1,172 @@
+"""Steps that several methods share, from what a user asked for to a pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.method import Expected
+from nemo_pvs.pruning.options import SizesOrPreset, SizesOrRatio, Sparse, Units
+
+if TYPE_CHECKING:
+    from nemo_pvs.pruning.plan import Plan
+    from nemo_pvs.pruning.request import PruneRequest
+    from nemo_pvs.pruning.result import Pruned
+
+
+def to_shape(method: str, plan: Callable[[PruneRequest[Any], Shape], Plan]) -> Callable[[PruneRequest[Any]], Pruned]:
+    """Return how a method prunes that is told the shape to reach."""
+
+    def prune(request: PruneRequest[Any]) -> Pruned:
+        from nemo_pvs.checkpoints.source import shape_of
+
+        parent = shape_of(request.source)
+        target = expected_sizes(method)(request.options, parent).shape
+        _announce(request, parent, target)
+        return _pruned(request, plan(request, target))
+
+    return prune
+
+
+def by_scores(plan: Callable[..., Plan]) -> Callable[[PruneRequest[Any]], Pruned]:
+    """Return how a method prunes that is told a ratio and chooses units by the scores of a calibration.
+
+    Args:
+        plan: Takes the scores, the ratio and the other options that were given.
+    """
+
+    def prune(request: PruneRequest[Any]) -> Pruned:
+        if request.options.ratio is None:
+            raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of the decoder layers.")
+        others = request.options.given()
+        return planned(request, plan(request.scores(), others.pop("ratio"), **others))
+
+    return prune
+
+
+def planned(request: PruneRequest[Any], plan: Plan) -> Pruned:
+    """Return the model that a plan leaves, after a look at its shape."""
+    from nemo_pvs.checkpoints.source import shape_of
+
+    _announce(request, shape_of(request.source), plan.target)
+    return _pruned(request, plan)
+
+
+def _announce(request: PruneRequest[Any], parent: Shape, target: Shape) -> None:
+    from nemo_pvs.pruning.target import describe_removal
+
+    request.check(target)
+    request.say(f"target: {target}; {describe_removal(parent, target)}")
+
+
+def _pruned(request: PruneRequest[Any], plan: Plan) -> Pruned:
+    from nemo_pvs.pruning.apply import PrunedSource
+    from nemo_pvs.pruning.result import Pruned
+
+    return Pruned(PrunedSource(request.source, plan), plan, {"method": plan.method})
+
+
+def expected_sizes(method: str) -> Callable[[SizesOrPreset, Shape], Expected]:
+    """Return what says which shape the sizes, the ratio or the preset of a method lead to."""
+
+    def expected(options: SizesOrPreset, parent: Shape) -> Expected:
+        from nemo_pvs.pruning.target import choose_target
+
+        amount: dict[str, Any] = {"sizes": options.sizes, "preset": options.preset}
+        if isinstance(options, SizesOrRatio):
+            amount |= {"ratio": options.ratio, "of": options.of}
+        return Expected(choose_target(parent, method, **amount), exact=True)
+
+    return expected
+
+
+def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
+    """Return the shape after units were counted; where layers compete for them, about the average layer's."""
+    import torch
+
+    from nemo_pvs.model.shape import LayerSizes
+    from nemo_pvs.pruning.structured.unit_counts import UnitRules, unit_counts
+
+    if options.ratio is None:
+        raise UserError("Nothing says how much to prune; give a ratio, such as 0.2 for a fifth of the decoder layers.")
+    exact = options.structure.startswith("UL")
+    names = (
+        "remove_groups",
+        "uniform",
+        "ffn_multiple",
+        "kv_groups_multiple",
+        "compat",
+        "protect_first",
+        "protect_last",
+    )
+    given = options.given(*(name for name in names if name in type(options).model_fields))
+    structure = options.structure if exact else "UL-MM"
+    # Where all layers that are pruned are alike the counts do not depend on the scores.
+    counts = unit_counts(
+        torch.zeros(parent.layers, parent.kv_groups),
+        torch.zeros(parent.layers, parent.ffn),
+        parent,
+        UnitRules(structure=structure, ratio=options.ratio, **rules, **given),
+    )
+    layers = []
+    for groups, ffn in zip(*counts, strict=True):
+        layers.append(LayerSizes(ffn, groups * parent.heads_per_group, groups))
+    return Expected(parent.with_layers(layers), exact)
+
+
+def expected_masked(options: Sparse, parent: Shape) -> Expected:
+    """Return the parent's shape, which stays, after a look whether the pattern divides its matrices."""
+    from nemo_pvs.pruning.sparse.sparsity import Sparsity
+
+    if options.sparsity is not None:
+        sparsity = Sparsity.parse(options.sparsity)
+        for name, inputs in (("q_proj", parent.hidden), ("o_proj", parent.axis("query")), ("down_proj", parent.ffn)):
+            sparsity.check(name, (1, inputs))
+    return Expected(parent, exact=True)
+
+
+def sparsity_of(request: PruneRequest[Any]) -> Any:
+    """Return the ``Sparsity`` that is asked for.
+
+    Raises:
+        UserError: nothing says how sparse.
+    """
+    from nemo_pvs.pruning.sparse.sparsity import Sparsity
+
+    if request.options.sparsity is None:
+        raise UserError("Nothing says how sparse; give --sparsity 0.5 or --sparsity 2:4.")
+    return Sparsity.parse(request.options.sparsity)
+
+
+def layer_by_layer(request: PruneRequest[Any], method: Any) -> Pruned:
+    """Prune every matrix by its inputs, each layer after the ones before it have been pruned."""
+    from nemo_pvs.pruning.result import Pruned
+    from nemo_pvs.pruning.sparse.sequential import prune_layers
+
+    with request.progress(f"prune by {method.settings['method']}", "sequences through a layer") as show:
+        source = prune_layers(
+            request.source,
+            request.tokens(),
+            method,
+            request.work_folder,
+            calibration="sequential" if request.options.sequential else "dense",
+            overwrite=request.overwrite,
+            **request.compute,
+            progress=show,
+            warn=request.say,
+        )
+    return Pruned(source, None, source.record["settings"])
+
+
+def in_training(method: str) -> Callable[[PruneRequest[Any]], Pruned]:
+    """Return how a method answers that decides while the model is trained, which a stage of ``pvs run`` does."""
+
+    def prune(request: PruneRequest[Any]) -> Pruned:
+        raise UserError(
+            f"{method} trains the model while it finds out what to keep; write a recipe with a target of this method, "
+            "and use pvs run."
+        )
+
+    return prune

@@ -1,0 +1,41 @@
+"""Pruning in one place, for commands, recipes and the Python API: a method does a request, and what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.pruning.registry import method_named
+from nemo_pvs.pruning.request import PruneRequest
+from nemo_pvs.pruning.result import Pruned
+from nemo_pvs.pruning.spent import spent
+
+
+class Finished(NamedTuple):
+    """A pruned model, not written yet, and what pruning it has cost."""
+
+    pruned: Pruned
+    spent: dict[str, Any]
+    """``search`` and ``calibration``, where there was one (``pruning.spent``)."""
+
+
+def prune(method: str, request: PruneRequest[Any]) -> Finished:
+    """Prune a model; what is returned streams the result when it is read.
+
+    Args:
+        method: A name in ``pruning.registry``.
+        request: With options of that method.
+
+    Raises:
+        UserError: there is no such method, or the model cannot be pruned like that.
+    """
+    read: list[TokenSet] = []
+
+    def read_tokens() -> TokenSet:
+        read.append(request.tokens())
+        return read[-1]
+
+    pruned = method_named(method).prune(replace(request, tokens=read_tokens))
+    return Finished(pruned, spent(pruned, request.options, shape_of(request.source), read[0] if read else None))
