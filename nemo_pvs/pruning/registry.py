@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 
@@ -24,6 +24,7 @@ from nemo_pvs.pruning.methods import (
     wanda,
     wanda_sp,
 )
+from nemo_pvs.system.progress import say_once
 
 ENTRY_POINTS = "nemo_pvs.methods"
 """The group of entry points by which another package adds a ``Method``."""
@@ -48,36 +49,26 @@ _OURS = (
 
 @cache
 def methods() -> Mapping[str, Method]:
-    """Return every method by name, ours first.
-
-    Raises:
-        UserError: another package has one that cannot be loaded, or that has the name of another.
-    """
+    """Return every method by name, ours first; one of another package that cannot be used is left out, and named."""
     found = {module.METHOD.name: module.METHOD for module in _OURS}
-    for method, package in _of_other_packages():
-        if method.name in found:
-            raise UserError(
-                f"{package} adds a method {method.name}, but there is one already; rename or uninstall it."
-            )
-        found[method.name] = method
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            method = entry.load()
+        except Exception as error:  # whatever its code raises, it must not stop those who do not use it
+            _leave_out(entry, f"it cannot be loaded ({type(error).__name__}: {error})")
+            continue
+        if not isinstance(method, Method):
+            _leave_out(entry, "it is no nemo_pvs.pruning.method.Method")
+        elif method.name in found:
+            _leave_out(entry, f"there is a method {method.name} already")
+        else:
+            found[method.name] = method
     return found
 
 
-def _of_other_packages() -> Iterator[tuple[Method, str]]:
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
-        package = f"The package {entry.dist.name}" if entry.dist else f"The entry point {entry.value}"
-        try:
-            method = entry.load()
-        except Exception as error:  # whatever its code raises, our own methods have no part in it
-            raise UserError(
-                f"{package} adds a method {entry.name} that cannot be loaded ({type(error).__name__}: {error}); "
-                "repair or uninstall it."
-            ) from error
-        if not isinstance(method, Method):
-            raise UserError(
-                f"{package} adds {entry.name}, which is no nemo_pvs.pruning.method.Method; repair or uninstall it."
-            )
-        yield method, package
+def _leave_out(entry: metadata.EntryPoint, why: str) -> None:
+    package = entry.dist.name if entry.dist else entry.value
+    say_once(f"The method {entry.name} of the package {package} is left out: {why}; repair or uninstall the package.")
 
 
 def method_named(name: str) -> Method:

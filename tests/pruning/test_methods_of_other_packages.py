@@ -1,0 +1,141 @@
+"""Another package adds a method by an entry point: the command, its help, and a recipe have it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import yaml
+
+from tests.conftest import make_tiny_llama
+from tests.pipeline.test_pipeline import tiny_values
+
+TOY = '''
+"""A toy method: the last layers go."""
+
+from __future__ import annotations
+
+from nemo_pvs.pruning.method import Expected, Method
+from nemo_pvs.pruning.methods.steps import planned
+from nemo_pvs.pruning.options import Options, Positive, option
+from nemo_pvs.pruning.plan import whole_layers
+
+
+class ToyOptions(Options):
+    """The options of the toy method."""
+
+    amounts = ("last",)
+
+    last: Positive | None = option("layers to remove at the output")
+    keep_one_more: bool = option("remove one less", False)
+
+
+def _target(options, parent):
+    removed = options.last - options.keep_one_more
+    return parent.replace(layers=parent.layers - removed)
+
+
+def _prune(request):
+    from nemo_pvs.checkpoints.source import shape_of
+    from nemo_pvs.pruning.structured.depth import layer_plan
+
+    parent = shape_of(request.source)
+    left = _target(request.options, parent).layers
+    return planned(request, layer_plan(parent, range(left, parent.layers), "toy", {}))
+
+
+METHOD = Method(
+    name="toy",
+    removes="the last layers",
+    options=ToyOptions,
+    prune=_prune,
+    expected=lambda options, parent: Expected(_target(options, parent), exact=True),
+    reads_text=False,
+)
+'''.replace("from nemo_pvs.pruning.plan import whole_layers\n", "")
+
+
+@pytest.fixture(name="toy")
+def toy_fixture(tmp_path: Path) -> Path:
+    """A folder on the path of Python with a package as pip installs it."""
+    return install(tmp_path / "site-packages", "toy.py", TOY, "toy:METHOD")
+
+
+def install(site: Path, module: str, code: str, entry: str) -> Path:
+    about = site / "toy_method-1.0.dist-info"
+    about.mkdir(parents=True)
+    (site / module).write_text(code)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-method\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[nemo_pvs.methods]\ntoy = {entry}\n")
+    return site
+
+
+def python(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{Path.cwd()}", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_command_has_it_with_its_options(toy: Path, tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path / "model")
+    pvs = ("-m", "nemo_pvs.cli")
+    done = python(toy, *pvs, "prune", model, tmp_path / "small", "--method", "toy", "--last", 3, "--keep-one-more")
+    assert done.returncode == 0, done.stderr
+    assert "2 layers" in done.stdout
+    for refused, sentence in (
+        (("--last", 0), "--last is 0; it should be greater than or equal to 1."),
+        (("--ratio", 0.5), "toy has no --ratio; its options are --last, --keep-one-more."),
+    ):
+        done = python(toy, *pvs, "prune", model, tmp_path / "other", "--method", "toy", *refused)
+        assert (done.returncode, done.stderr) == (2, f"pvs: {sentence}\n")
+    assert "layers to remove at the output" in python(toy, *pvs, "prune", "--help").stdout
+    assert "the last layers" in python(toy, *pvs, "methods").stdout
+
+
+def test_a_recipe_has_it(toy: Path, tmp_path: Path) -> None:
+    values = tiny_values(tmp_path)
+    values["targets"] = {"toy": {"method": "toy", "last": 1}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    script = dedent(
+        f"""
+        from pathlib import Path
+        from nemo_pvs.checkpoints.open import open_source
+        from nemo_pvs.checkpoints.source import shape_of
+        from nemo_pvs.pipeline.pipeline import Pipeline
+        from nemo_pvs.planning.dry_run import dry_run
+        from nemo_pvs.recipe.load import load_recipe
+
+        recipe = load_recipe({str(tmp_path / "recipe.yaml")!r})
+        (planned,) = dry_run(recipe).targets
+        assert (planned.expected.shape.layers, planned.expected.exact) == (3, True)
+        pipeline = Pipeline(recipe, Path({str(tmp_path / "run")!r}))
+        pipeline.prepare_only()
+        assert shape_of(open_source(pipeline.pruned("toy") / "huggingface")).layers == 3
+        """
+    )
+    done = python(toy, "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("METHOD = 1", "it is no nemo_pvs.pruning.method.Method"),
+        ("import nowhere", "it cannot be loaded (ModuleNotFoundError: No module named 'nowhere')"),
+        (TOY.replace('name="toy"', 'name="flap"'), "there is a method flap already"),
+    ],
+    ids=["another object", "it does not import", "the name of another"],
+)
+def test_one_that_is_broken_is_left_out_and_named(tmp_path: Path, code: str, why: str) -> None:
+    site = install(tmp_path / "site-packages", "toy.py", code, "toy:METHOD")
+    done = python(site, "-m", "nemo_pvs.cli", "methods")
+    assert done.returncode == 0
+    said = f"The method toy of the package toy-method is left out: {why}; repair or uninstall the package."
+    assert said in done.stdout + done.stderr
+    assert "the last layers" not in done.stdout
+    assert "KV groups and FFN channels by fluctuation" in done.stdout
