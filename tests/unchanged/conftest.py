@@ -1,4 +1,4 @@
-"""Compares text with a file of ``golden/``, or writes the file where ``tests.unchanged.record`` runs the tests."""
+"""What was recorded, to compare with; ``tests.unchanged.record`` runs the same tests and writes it instead."""
 
 from __future__ import annotations
 
@@ -12,16 +12,26 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """Fail unless the text is that of a golden file, named by its path below ``golden/``."""
+def recorded(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
+    """Return the text of a file, named by its path below ``golden/``; while recording, write the given text first."""
     records = request.config.pluginmanager.has_plugin(RECORDER)
 
-    def check(name: str, text: str) -> None:
+    def read(name: str, text: str) -> str:
         path = GOLDEN / name
         if records:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        assert path.is_file(), f"nothing was recorded as {name}"
-        assert text == path.read_text(), f"not what was recorded in {path}"
+        assert path.is_file(), f"nothing was recorded as {path}"
+        return path.read_text()
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def golden(recorded: Callable[[str, str], str]) -> Callable[[str, str], None]:
+    """Fail unless a text is that of a file below ``golden/``."""
+
+    def check(name: str, text: str) -> None:
+        assert text == recorded(name, text), f"not what was recorded in {GOLDEN / name}"
 
     return check

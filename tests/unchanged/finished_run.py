@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def recipe() -> dict[str, Any]:
     return {
         "name": "unchanged",
         "title": "A run made before the modules moved",
-        "parent": {"source": "parent", "pretraining_tokens": 1e6},
+        "parent": {"source": "parent", "pretraining_tokens": 2048},
         "data": {
             "source": "corpus.jsonl",
             "split": {"train": 0.7, "validation": 0.1, "calibration": 0.1, "test": 0.1},
@@ -38,6 +39,8 @@ def recipe() -> dict[str, Any]:
             "depth": {"method": "minitron-depth", "layers": 2, "arms": ["pruned"]},
             "uneven": {"method": "flap", "ratio": 0.3},
             "sparse": {"method": "wanda", "sparsity": "2:4"},
+            "gradients": {"method": "llm-pruner", "ratio": 0.3, "arms": ["pruned"]},
+            "dense": {"method": "dense", "arms": ["pruned"]},
             "learned": {
                 "method": "sheared-llama",
                 "hidden": 12,
@@ -59,8 +62,8 @@ def recipe() -> dict[str, Any]:
                 "arms": ["pruned"],
             },
         },
+        "budgets": {"pruned": [8 * 64], "random": [8 * 64, "equal-total-tokens"]},
         "train": {
-            "tokens": 8 * 64,
             "sequence_length": 16,
             "global_batch_size": 4,
             "micro_batch_size": 4,
@@ -80,7 +83,7 @@ def make(folder: Path) -> None:
     sizes = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4, "vocab_size": _VOCAB}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     make_exact_llama(folder / "parent", torch.bfloat16, **sizes, **heads, max_position_embeddings=64)
-    make_text(folder / "corpus.jsonl", _VOCAB)
+    os.utime(make_text(folder / "corpus.jsonl", _VOCAB), (0, 0))  # as it is extracted; a run notices a newer text
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(), sort_keys=False))
     _pvs(folder, "run", "recipe.yaml", "--out", "run")
     for checkpoint in [*folder.glob("run/masks/*/run/nemo/checkpoints/step=*")]:

@@ -13,18 +13,22 @@ from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 
 def make_exact_llama(folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Save a tiny Llama with a tokenizer in ``folder``, and return ``folder``.
+    """Save a tiny Llama with exact weights and a tokenizer in ``folder``, and return ``folder``."""
+    make_tiny_llama(folder, dtype=dtype, **overrides)
+    return with_exact_weights(save_tiny_tokenizer(folder, overrides.get("vocab_size", 128)))
 
-    Its weights are whole numbers divided by a power of two, because PyTorch's normal distribution rounds differently
-    on different CPUs.
+
+def with_exact_weights(folder: Path) -> Path:
+    """Replace the weights of a saved model by others, and return ``folder``.
+
+    They are whole numbers divided by a power of two: PyTorch's normal distribution rounds differently on other CPUs.
     """
-    save_tiny_tokenizer(make_tiny_llama(folder, dtype=dtype, **overrides), overrides.get("vocab_size", 128))
     path = folder / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, tensor in sorted(load_file(path).items()):
         numbers = torch.randint(-(2**23), 2**23, tensor.shape, generator=generator) / 2**24  # uniform in [-1/2, 1/2)
-        weights[name] = (1 + numbers if tensor.ndim == 1 else numbers / 4).to(dtype)
+        weights[name] = (1 + numbers if tensor.ndim == 1 else numbers / 4).to(tensor.dtype)
     save_file(weights, path, metadata={"format": "pt"})
     return folder
 
