@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-RECORDER = "tests.unchanged.record"
+RECORDING = pytest.StashKey[bool]()
+"""Whether golden files are written."""
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
 def recorded(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
     """Return the text of a file, named by its path below ``golden/``; while recording, write the given text first."""
-    records = request.config.pluginmanager.has_plugin(RECORDER)
+    records = request.config.stash.get(RECORDING, False)
 
     def read(name: str, text: str) -> str:
         path = GOLDEN / name

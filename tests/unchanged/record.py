@@ -5,6 +5,7 @@ With ``--keep-run`` the archive of a finished run stays the one that an earlier 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -12,25 +13,29 @@ from pathlib import Path
 import pytest
 
 from tests.unchanged import finished_run
-from tests.unchanged.conftest import RECORDER
+from tests.unchanged.conftest import GOLDEN, RECORDING
 
 
 class Recorder:
-    """Its presence makes the fixture ``golden`` write."""
+    """Makes the tests write what they compare with."""
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.stash[RECORDING] = True
 
 
 def main(arguments: list[str]) -> int:
-    """Record, and return the exit code of the tests, which then hold."""
-    if "--keep-run" not in arguments:
+    """Record, and return the exit code of the tests, which hold then."""
+    if arguments not in ([], ["--keep-run"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    if not arguments:
         with tempfile.TemporaryDirectory() as folder:
             finished_run.make(Path(folder))
             finished_run.pack(Path(folder))
-
-    class _Named:
-        def pytest_configure(self, config: pytest.Config) -> None:
-            config.pluginmanager.register(Recorder(), RECORDER)
-
-    return int(pytest.main([str(Path(__file__).parent), "-q"], plugins=[_Named()]))
+    for folder in GOLDEN.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    return int(pytest.main([str(Path(__file__).parent), "-q"], plugins=[Recorder()]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ways into the program that are typed by people, and written into batch scripts and checkpoints."""
+"""Ways into the program that people type and batch scripts hold."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ import sys
 import pytest
 
 
-def _answer(*arguments: str) -> str:
-    answer = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=300)
-    return f"{answer.stdout}{answer.stderr}exit code {answer.returncode}\n"
+def _answer(*arguments: str, given: str = "") -> tuple[int, str, str]:
+    answer = subprocess.run(
+        [sys.executable, "-m", *arguments], input=given, capture_output=True, text=True, timeout=300
+    )
+    return answer.returncode, answer.stdout, answer.stderr
 
 
 def test_python_m_nemo_pvs_cli():
-    """Batch scripts of `pvs run --launch` start it so; what it says in full may get better."""
-    answer = _answer("nemo_pvs.cli", "--help")
-    assert answer.endswith("exit code 0\n")
-    assert "Usage: " in answer
-    for verb in ("calibrate", "prune", "convert", "inspect", "search", "train", "evaluate", "run", "report"):
-        assert f" {verb} " in answer
+    """As ``pvs run --launch`` starts its stages."""
+    code, output, errors = _answer("nemo_pvs.cli", "--help")
+    assert (code, errors) == (0, "")
+    assert "Usage: python -m nemo_pvs.cli [OPTIONS] COMMAND [ARGS]..." in output
+    for verb in ("convert", "inspect", "tokenize", "calibrate", "search", "prune", "train", "evaluate", "recipes",
+                 "run", "report", "budget", "scaling-fit", "scaling-predict", "advise", "scaling"):  # fmt: skip
+        assert f"│ {verb} " in output
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["--help"], ["no/such/job.json"], ["--slurm"]],
-    ids=["no jobs", "--help", "a job that is not there", "as a task of srun, with no environment of one"],
+    ("arguments", "given", "expected"),
+    [
+        ([], "", (0, "", "")),
+        (["-"], "", (0, "", "")),
+        (["no/such/job.json"], "", (2, "", "pvs: no/such/job.json does not exist; check the path.\n")),
+    ],
+    ids=["no job", "jobs from standard input", "a job that is not there"],
 )
-def test_python_m_nemo_pvs_training_launch(arguments, golden):
-    pass
+def test_python_m_nemo_pvs_training_launch(arguments, given, expected):
+    """As batch scripts start the ranks of a job, whose file is the argument."""
+    assert _answer("nemo_pvs.training.launch", *arguments, given=given) == expected

@@ -40,8 +40,11 @@ PLANNED = {
 }
 SPARSITIES = ("0.5", "2:4", "4:8")
 SPARSE = {
-    **{f"{method}-{kind.replace(':', '-')}": f"{method} --sparsity {kind}"
-       for method in ("magnitude", "wanda", "sparsegpt") for kind in SPARSITIES},
+    **{
+        f"{method}-{kind.replace(':', '-')}": f"{method} --sparsity {kind}"
+        for method in ("magnitude", "wanda", "sparsegpt")
+        for kind in SPARSITIES
+    },
     "magnitude-compat": "magnitude --sparsity 0.5 --compat",
     "wanda-at-once": "wanda --sparsity 2:4 --no-sequential",
     "sparsegpt-compat": "sparsegpt --sparsity 0.5 --compat",
