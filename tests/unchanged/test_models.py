@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.random import RandomSource
-from nemo_pvs.checkpoints.source import fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.transforms.random import RandomSource
 from tests.families import CASES, save_tiny
 from tests.unchanged.models import make_exact_llama, with_exact_weights
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.source import fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.open import open_source
 from tests.unchanged.models import make_exact_llama, make_text
 
 PLANNED = {

@@ -7,9 +7,9 @@ import re
 import pytest
 import yaml
 
-from nemo_pvs.dry_run import settled
-from nemo_pvs.files import sha256_json
-from nemo_pvs.recipe_file import load_recipe, packaged_recipes
+from nemo_pvs.planning.dry_run import settled
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes
+from nemo_pvs.system.files import sha256_json
 
 RECIPES = sorted(packaged_recipes())
 

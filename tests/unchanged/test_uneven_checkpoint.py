@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.detect import open_source
-from nemo_pvs.checkpoints.source import fingerprint, shape_of
-from tests.parallel.ranks import run_ranks
-from tests.parallel.test_logits import _megatron_logits
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.source import shape_of
+from tests.megatron.ranks import run_ranks
+from tests.megatron.test_logits import _megatron_logits
 from tests.state_source import as_transformers
 from tests.unchanged.finished_run import unpack
 
