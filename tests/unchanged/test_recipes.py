@@ -1,0 +1,45 @@
+"""The packaged recipes: what they set, what their records are told apart by, and what they would do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from nemo_pvs.planning.dry_run import settled
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes
+from nemo_pvs.system.files import sha256_json
+
+RECIPES = sorted(packaged_recipes())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_here(tmp_path, monkeypatch):
+    """No parent and no token file lies where recipes look for them, so that every machine answers alike."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_there_are_the_same_recipes(golden):
+    golden("recipes/names.txt", "".join(f"{name}\n" for name in RECIPES))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings(name, golden):
+    """All keys with their defaults, as a run folder keeps them, and what the records of its stages are made from."""
+    recipe = settled(load_recipe(name))
+    settings = {
+        "settings hash": sha256_json(recipe.model_dump()),
+        "options of targets": {key: target.options for key, target in recipe.targets.items()},
+        "identities of trainings": {arm.name: sha256_json(arm.training.identity) for arm in recipe.runs},
+        "recipe": recipe.model_dump(),
+    }
+    golden(f"recipes/{name}.yaml", yaml.safe_dump(settings, sort_keys=False, width=119))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dry_run(name, pvs, golden):
+    """All that is printed but whether this machine has a GPU."""
+    code, output, errors = pvs("run", name, "--dry-run")
+    output = re.sub("(?m)^where: this machine's .*$", "where: this machine", output)
+    golden(f"recipes/{name}.txt", f"{output}{errors}exit code {code}\n")
