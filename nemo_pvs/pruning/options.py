@@ -6,11 +6,10 @@ may have, and one line that says what it is. Several methods share an option by 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
-from typing_extensions import Self
 
 from nemo_pvs.errors import UserError
 
@@ -22,6 +21,9 @@ NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+OptionsT = TypeVar("OptionsT", bound="Options")
+
+
 class Options(BaseModel):
     """What a user may ask of a method; an option that is not given has the method's default."""
 
@@ -31,7 +33,7 @@ class Options(BaseModel):
     """The options that say how much to remove, of which exactly one must be given; ``sizes`` stands for all sizes."""
 
     @classmethod
-    def parse(cls, method: str, values: dict[str, Any], spelling: str = "{}") -> Self:
+    def parse(cls: type[OptionsT], method: str, values: dict[str, Any], spelling: str = "{}") -> OptionsT:
         """Check the values that a user gave.
 
         Args:

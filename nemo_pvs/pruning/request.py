@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.options import Options
-
-OptionsT = TypeVar("OptionsT", bound=Options)
-
+from nemo_pvs.pruning.options import OptionsT
 
 @dataclass(frozen=True)
 class PruneRequest(Generic[OptionsT]):
