@@ -13,6 +13,7 @@ from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.options import OptionsT
 
+
 @dataclass(frozen=True)
 class PruneRequest(Generic[OptionsT]):
     """One model to prune."""
