@@ -17,10 +17,14 @@ import typer
 import nemo_pvs
 from nemo_pvs.cli.main import app, main
 from nemo_pvs.cli.verbs import VERBS
-from nemo_pvs.pruning.methods import METHODS
+from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.options import Options
+from nemo_pvs.pruning.registry import methods
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
+from nemo_pvs.system.files import read_json
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.documents import DOCUMENTS, ROOT, blocks, code_spans, commands
+from tests.pruning.test_methods_of_other_packages import install, python
 
 COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
 SPANS = [span for document in DOCUMENTS for span in code_spans(document)]
@@ -60,6 +64,17 @@ def test_the_python_example_runs_as_it_stands(small_parent):
     (example,) = blocks(ROOT / "README.md", "python")
     exec(compile(example.replace("smollm2-135m", "MODEL"), "README.md", "exec"), {})
     assert Path("SMALLER-nemo/weights/.metadata").exists()
+
+
+def test_the_method_of_the_documentation_prunes(tmp_path):
+    example = ROOT / "docs" / "examples" / "last_layers.py"
+    site = install(tmp_path / "site-packages", example.name, example.read_text(), "last_layers:METHOD")
+    model = make_tiny_llama(tmp_path / "model")
+    command = ("prune", model, tmp_path / "small", "--method", "last-layers", "--last", 3)
+    done = python(site, "-m", "nemo_pvs.cli", *command)
+    assert done.returncode == 0, done.stderr
+    left = read_json(model / "config.json")["num_hidden_layers"] - 3
+    assert read_json(tmp_path / "small" / "config.json")["num_hidden_layers"] == left > 0
 
 
 def test_advice_is_what_the_readme_shows(monkeypatch, capsys):
@@ -120,10 +135,54 @@ def test_every_module_in_the_text_exists():
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/methods.md"])
-def test_every_method_has_a_row(document):
+def test_every_method_has_a_row_that_says_what_its_registration_says(document):
     tables = (ROOT / document).read_text().split("\n\n")
-    names = [row.split("|")[1] for row in next(table for table in tables if "| `shortgpt` |" in table).splitlines()]
-    assert sorted(re.findall(r"`([a-z-]+)`", "".join(names[2:]))) == sorted(METHODS)
+    _, _, *rows = next(table for table in tables if "| `shortgpt` |" in table).splitlines()
+    row_of = {name: row for row in rows for name in re.findall(r"`([a-z-]+)`", row.split(" | ")[0])}
+    assert sorted(row_of) == sorted(methods())
+    for name, row in row_of.items():
+        assert f"| {_needs(methods()[name])} |" in row, name
+        assert methods()[name].paper in row, name
+
+
+def _needs(method: Method) -> str:
+    if method.trains:
+        return "training (`pvs run`)"
+    if method.scored:
+        return "scores with gradients" if method.gradients else "scores"
+    return "text" if method.reads_text else "nothing"
+
+
+def test_the_options_of_methods_are_those_that_they_declare():
+    table = _options_table()
+    assert table in (ROOT / "docs" / "methods.md").read_text(), f"docs/methods.md lacks this table:\n{table}"
+
+
+def _options_table() -> str:
+    """Return every option with its methods, its default and what it is."""
+    methods_of: dict[tuple[str, str, str], list[str]] = {}
+    for method in methods().values():
+        for name, field in method.options.model_fields.items():
+            row = (Options.spelt(name, "--{}"), _default(field.default), str(field.description))
+            if row[0] != "--target":
+                methods_of.setdefault(row, []).append(f"`{method.name}`")
+    rows = ["| option | of | default | meaning |", "|-|-|-|-|"]
+    for (option, default, meaning), names in sorted(methods_of.items()):
+        rows.append(f"| `{option}` | {', '.join(names)} | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"`{value}`"
+
+
+def test_every_verb_is_described():
+    text = (ROOT / "docs" / "commands.md").read_text()
+    assert not [verb.__name__ for verb in VERBS if f"| `pvs {verb.__name__.replace('_', '-')}" not in text]
 
 
 def test_contributing_shows_the_order_that_import_linter_checks():
