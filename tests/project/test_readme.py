@@ -67,8 +67,8 @@ def test_the_python_example_runs_as_it_stands(small_parent):
 
 
 def test_the_method_of_the_documentation_prunes(tmp_path):
-    example = ROOT / "docs" / "examples" / "last_layers.py"
-    site = install(tmp_path / "site-packages", example.name, example.read_text(), "last_layers:METHOD")
+    (example,) = blocks(ROOT / "docs" / "add-a-method.md", "python")
+    site = install(tmp_path / "site-packages", "last_layers.py", example, "last_layers:METHOD")
     model = make_tiny_llama(tmp_path / "model")
     command = ("prune", model, tmp_path / "small", "--method", "last-layers", "--last", 3)
     done = python(site, "-m", "nemo_pvs.cli", *command)
