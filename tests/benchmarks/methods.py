@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.methods [--samples 32] [--sequence-length 256] [--folder DIR]
 
-Prints the table of README.md. Each row is what ``pvs prune MODEL DST`` does with the options of the row and scores
-that were measured before (the row of ``pvs calibrate``), from the model's folder to the folder that is then evaluated.
-One half of the articles calibrates, windows of the other half are predicted. Losses are in nats per token.
+Prints the table of docs/methods.md, with times and the file that proves each method. Each row is what
+``pvs prune MODEL DST`` does with the options of the row and scores that were measured before (the row of
+``pvs calibrate``), from the model's folder to the folder that is then evaluated. One half of the articles calibrates,
+windows of the other half are predicted. Losses are in nats per token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's table has every method, and the files that it names are there."""
+"""The table in docs/methods.md has every method, and the files that it names are there."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from nemo_pvs.cluster.experiment import scripts, stages
 from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile, load_profile, packaged_profiles
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.load import load_recipe
+from tests.documents import DOCUMENTS
 
 SITE = {"SLURM_ACCOUNT": "physics", "SLURM_PARTITION": "h100", "PVS_IMAGE": "/images/pvs.sqsh", "PVS_SHARED": "/"}
 
@@ -231,8 +232,7 @@ def test_slurm_ranks_know_their_place(monkeypatch):
 def test_every_launch_command_of_the_documents_works_as_a_dry_run(tmp_path, monkeypatch, capsys):
     from nemo_pvs.cli.main import main
 
-    root = Path(__file__).parents[2]
-    text = (root / "launch" / "README.md").read_text()
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
     commands = re.findall(r"^ *pvs (run .*--launch \S+)", text, re.MULTILINE)
     assert commands
     for command in dict.fromkeys(commands):

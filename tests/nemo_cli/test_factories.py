@@ -19,6 +19,7 @@ from nemo_pvs.pruning.presets import presets
 from nemo_pvs.pruning.registry import at_once
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.documents import DOCUMENTS
 from tests.megatron.ranks import fork_context, run_ranks
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
@@ -282,8 +283,7 @@ def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):
 
 
 def test_every_nemo_command_of_the_documents_is_a_dry_run_that_works(tmp_path):
-    root = Path(__file__).parents[2]
-    text = "\n".join(path.read_text() for path in (root / "README.md", root / "launch" / "README.md"))
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
     lines = re.findall(r"^ *nemo ((?:llm|pvs) .*)$|`nemo (llm \w+ --factory [^`]*)`", text, re.MULTILINE)
     commands = [line or inline for line, inline in lines]
     commands = [command if "--dryrun" in command else f"{command} --dryrun" for command in commands]

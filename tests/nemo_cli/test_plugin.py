@@ -43,7 +43,7 @@ def _nemo(installed: Path, *arguments: object) -> str:
         "PYTHONPATH": str(installed),
         "COLUMNS": "250",
         "NEMORUN_HOME": str(installed / "home"),
-        # What the README asks for on a machine with the CUDA toolkit and no device; it means nothing elsewhere.
+        # What launch/README.md asks for on a machine with the CUDA toolkit and no device; it means nothing elsewhere.
         "TORCH_CUDA_ARCH_LIST": "9.0",
     }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=installed)
