@@ -29,6 +29,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Strict, so a dead link or a missing reference fails; and no page may load anything from elsewhere.
 docs: $(STAMP)
