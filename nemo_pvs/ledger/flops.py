@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_pvs.model.shape import Shape
 
@@ -48,6 +48,31 @@ def _layer_flops(shape: Shape, sequence_length: int) -> list[int]:
 def count_forwards(layers: int, width: int, starts: Sequence[int], *, whole: bool = True) -> int:
     """Return the layer forwards of one ``LayerSweep.losses``."""
     return sum(layers - width - start for start in starts) + (layers if whole else max(starts))
+
+
+class ScanCost(NamedTuple):
+    """What a scan for layers to remove runs."""
+
+    models: int
+    """Models whose loss is measured, the dense one included."""
+    layer_forwards: int
+    """How often the text goes through a decoder layer."""
+
+
+def window_scan_cost(layers: int, width: int) -> ScanCost:
+    """Return what measuring a model without each run of ``width`` layers takes."""
+    starts = range(layers - width + 1)
+    return ScanCost(1 + len(starts), count_forwards(layers, width, starts))
+
+
+def greedy_scan_cost(layers: int, removed: int, *, protect_first: int, protect_last: int) -> ScanCost:
+    """Return what removing ``removed`` layers one at a time takes, each time the best of those not protected."""
+    models, forwards = 1, 0
+    for step in range(removed):
+        starts = range(protect_first, layers - protect_last - step)
+        models += len(starts)
+        forwards += count_forwards(layers - step, 1, starts, whole=step == 0)
+    return ScanCost(models, forwards)
 
 
 def sweep_flops(shape: Shape, tokens: Mapping[str, Any], layer_forwards: float, models: int) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from nemo_pvs.ledger.budget import PrunedArm, scratch_budget
 from nemo_pvs.ledger.flops import (
     calibration_flops,
-    count_forwards,
     sparse_calibration_flops,
     sweep_flops,
     sweep_tokens,
@@ -22,7 +21,7 @@ from nemo_pvs.planning.targets import expected_shape, masked_parameters
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors, teacher_shape
 from nemo_pvs.pruning.methods.adapt_pruner import AdaptPrunerOptions
 from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
-from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
+from nemo_pvs.pruning.spent import depth_scan_cost
 from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_gradients, needs_scores, scans, stages_of, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
@@ -96,9 +95,9 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
             parent = after
         return ledger
     if target.method == ADAPT:
-        options = target.asked
-        assert isinstance(options, AdaptPrunerOptions)
-        steps = math.ceil(options.iterations * (1 - shape.matrix_parameters / parent.matrix_parameters))
+        adapt = target.asked
+        assert isinstance(adapt, AdaptPrunerOptions)
+        steps = math.ceil(adapt.iterations * (1 - shape.matrix_parameters / parent.matrix_parameters))
         flops = steps * calibration_flops(parent, tokens, length, gradients=True)
         ledger.charges.append(Charge("calibration", steps * tokens, flops, "at each iteration, forward and back"))
     if needs_scores(target):
@@ -108,7 +107,9 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         ledger.charges.append(Charge("calibration", tokens, flops, "while pruning, layer by layer"))
     if scans(target):
         text = {"samples": settings.scan_samples, "sequence_length": length}
-        models, forwards = _scan(target, parent.layers, parent.layers - shape.layers)
+        options = target.asked
+        assert isinstance(options, MinitronDepthOptions)
+        models, forwards = depth_scan_cost(options, parent.layers, parent.layers - shape.layers)
         flops = sweep_flops(parent, text, forwards, models)
         ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, DEPTH_SCAN))
     if is_trained_first(target):
@@ -116,17 +117,3 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
     if (task := task_of(target)) is not None:
         ledger.charges.append(Charge("search", None, None, f"depth by {task}, known when it has been asked"))
     return ledger
-
-
-def _scan(target: Target, layers: int, removed: int) -> tuple[int, int]:
-    """Return how many models a depth scan measures, the dense one included, and how often layers are run for it."""
-    asked = target.asked
-    assert isinstance(asked, MinitronDepthOptions)
-    if asked.search in GREEDY:
-        first, last = protected_ends(asked.search, asked.protect_first, asked.protect_last)
-        steps = [range(first, layers - last - step) for step in range(removed)]
-        forwards = [count_forwards(layers - step, 1, starts, whole=step == 0) for step, starts in enumerate(steps)]
-        return 1 + sum(map(len, steps)), sum(forwards)
-    width = 1 if asked.search == "individual" else removed
-    starts = range(layers - width + 1)
-    return 1 + len(starts), count_forwards(layers, width, starts)

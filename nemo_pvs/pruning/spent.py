@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_pvs.data.token_set import TokenSet
-from nemo_pvs.ledger.flops import sparse_calibration_flops, sweep_flops, sweep_tokens
+from nemo_pvs.ledger.flops import (
+    ScanCost,
+    greedy_scan_cost,
+    sparse_calibration_flops,
+    sweep_flops,
+    sweep_tokens,
+    window_scan_cost,
+)
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
 from nemo_pvs.pruning.options import Options
@@ -44,7 +51,7 @@ def _search(plan: Plan, options: Options) -> dict[str, Any]:
         return {"search": {"tokens": made["tokens_read"], "flops": made["flops"], "scores": made["scores"]}}
     if "layer_forwards" not in made or not isinstance(options, MinitronDepthOptions):
         return {}
-    models = 1 + _candidates(plan.parent, options, len(made["losses"]))
+    models = depth_scan_cost(options, plan.parent.layers, plan.parent.layers - plan.target.layers).models
     return {
         "search": {
             "tokens": sweep_tokens(made["tokens"], models),
@@ -54,9 +61,9 @@ def _search(plan: Plan, options: Options) -> dict[str, Any]:
     }
 
 
-def _candidates(parent: Shape, options: MinitronDepthOptions, steps: int) -> int:
-    """Return how many models without some layers were measured, of which a greedy search notes the best of a step."""
-    if options.search not in GREEDY:
-        return steps
-    free = parent.layers - sum(protected_ends(options.search, options.protect_first, options.protect_last))
-    return sum(free - step for step in range(steps))
+def depth_scan_cost(options: MinitronDepthOptions, layers: int, removed: int) -> ScanCost:
+    """Return what a scan for layers by the loss takes, by the search that is asked for."""
+    if options.search in GREEDY:
+        first, last = protected_ends(options.search, options.protect_first, options.protect_last)
+        return greedy_scan_cost(layers, removed, protect_first=first, protect_last=last)
+    return window_scan_cost(layers, 1 if options.search == "individual" else removed)

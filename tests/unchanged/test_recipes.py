@@ -34,7 +34,7 @@ def test_settings(name, golden):
         "identities of trainings": {arm.name: sha256_json(arm.training.identity) for arm in recipe.runs},
         "recipe": recipe.model_dump(),
     }
-    golden(f"recipes/{name}.yaml", yaml.safe_dump(settings, sort_keys=False, width=119))
+    golden(f"recipes/{name}.yaml", yaml.safe_dump(settings, width=119))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -14,7 +14,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import MEMORY_LIMIT
-from nemo_pvs.ledger.flops import count_forwards, sweep_flops, sweep_tokens
+from nemo_pvs.ledger.flops import sweep_flops, sweep_tokens, window_scan_cost
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.plan import Plan, whole_layers
 from nemo_pvs.pruning.structured.sweep import LayerSweep
@@ -110,7 +110,7 @@ def scan_windows(
     layers = shape_of(source).layers
     check_removal(layers, remove)
     starts = range(layers - remove + 1)
-    forwards = count_forwards(layers, remove, starts)
+    forwards = window_scan_cost(layers, remove).layer_forwards
     sweep = LayerSweep(
         source,
         tokens,

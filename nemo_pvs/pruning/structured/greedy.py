@@ -16,7 +16,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import MEMORY_LIMIT
-from nemo_pvs.ledger.flops import count_forwards, sweep_flops, sweep_tokens
+from nemo_pvs.ledger.flops import greedy_scan_cost, sweep_flops, sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.plan import Indices, Plan
 from nemo_pvs.pruning.structured.depth import METHOD, layer_plan, unprotected
@@ -74,8 +74,10 @@ class GreedyScan:
         if not 1 <= remove <= len(self.removed):
             raise UserError(f"This scan removed {len(self.removed)} layers, not {remove}; scan for more.")
         losses = self.losses[:remove]
-        forwards = sum(_step_forwards(self.shape.layers, min(self.losses[0]), list(map(len, losses))))
-        return replace(self, removed=self.removed[:remove], losses=losses, layer_forwards=forwards)
+        layers, first = self.shape.layers, min(self.losses[0])
+        last = layers - first - len(self.losses[0])
+        cost = greedy_scan_cost(layers, remove, protect_first=first, protect_last=last)
+        return replace(self, removed=self.removed[:remove], losses=losses, layer_forwards=cost.layer_forwards)
 
 
 def protected_ends(search: str, protect_first: int | None, protect_last: int | None) -> tuple[int, int]:
@@ -121,9 +123,7 @@ def scan_greedy(
     """
     count = shape_of(source).layers
     free = unprotected(count, remove, protect_first, protect_last)
-    # Positions of the unprotected layers: each step leaves one fewer, and the protected ones keep their places.
-    candidates = [range(free.start, free.stop - step) for step in range(remove)]
-    forwards = sum(count_forwards(count - step, 1, starts, whole=step == 0) for step, starts in enumerate(candidates))
+    forwards = greedy_scan_cost(count, remove, protect_first=protect_first, protect_last=protect_last).layer_forwards
     sweep = LayerSweep(
         source,
         tokens,
@@ -173,14 +173,3 @@ def plan_greedy(scan: GreedyScan, search: str = "greedy") -> Plan:
         "layer_forwards": scan.layer_forwards,
     }
     return layer_plan(scan.shape, scan.removed, METHOD, provenance)
-
-
-def _step_forwards(layers: int, first: int, candidates: list[int]) -> list[int]:
-    """Return the layer forwards of each step, of which ``candidates`` has the number of layers that may go.
-
-    ``first`` is the position of the first of them; only the first step measures the dense model.
-    """
-    return [
-        count_forwards(layers - step, 1, range(first, first + count), whole=step == 0)
-        for step, count in enumerate(candidates)
-    ]
