@@ -11,7 +11,7 @@ from pathlib import Path
 _HOLD = """
 import sys
 from pathlib import Path
-from nemo_pvs import folder_lock
+from nemo_pvs.system import folder_lock
 folder_lock.BEAT_SECONDS = float(sys.argv[3])
 with getattr(folder_lock, sys.argv[1])(Path(sys.argv[2])):
     print("in", flush=True)
