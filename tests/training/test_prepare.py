@@ -69,7 +69,7 @@ def test_random_weights_keep_the_masks_of_the_model(sparse, keep):
 def test_masks_of_another_model_are_refused_before_anything_is_written(sparse):
     (sparse / FILE).unlink()
     write_masks(RandomMasks(HuggingFaceSource(sparse.parent / "dense"), seed=1), sparse / FILE)
-    with ignoring_manifests(), pytest.raises(UserError, match="although its mask calls them pruned"):
+    with ignoring_manifests(), pytest.raises(UserError, match="although its mask says that they are pruned"):
         _prepare(sparse, random_init=False)
     assert not (sparse.parent / "run").exists()
 
