@@ -126,7 +126,9 @@ def test_tokens_of_another_model_are_refused(sparse):
         _prepare(sparse, random_init=False)
     (folder / "train.json").unlink()
     write_tokens(folder / "validation", [*range(3, 123), 700] * 10)
-    with pytest.raises(UserError, match=r"validation.bin holds the token 700, but the model's vocabulary ends at 127"):
+    with pytest.raises(
+        UserError, match=r"validation.bin contains the token 700, but the model's vocabulary ends at 127"
+    ):
         _prepare(sparse, random_init=False)
     assert not (sparse.parent / "run").exists()
 
