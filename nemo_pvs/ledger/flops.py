@@ -1,4 +1,4 @@
-"""FLOPs of what pruning reads: the layers that are really run, and no output head where nobody asks for logits."""
+"""FLOPs of calibration and search: the layers that are actually run, and the output head only if logits are needed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from nemo_pvs.model.shape import Shape
 
 
 def calibration_flops(shape: Shape, tokens: int, sequence_length: int, *, gradients: bool = False) -> int:
-    """Return the FLOPs of ``calibration.engine.calibrate``: every decoder layer once forward, and no output head.
+    """Return the FLOPs of ``calibration.engine.calibrate``: one forward pass of every decoder layer, no output head.
 
-    With gradients every layer runs twice more, to keep what it reads and on the way back, which is as much as two; and
-    the output head runs once, with half a way back, for its weights have no gradients.
+    With gradients, every layer also runs forward once more to store its inputs and then backward, which costs two
+    forward passes; the output head runs forward, and backward at half the cost because its weights need no gradients.
+
+    Args:
+        shape: The model's shape.
+        tokens: Number of calibration tokens.
+        sequence_length: Tokens per sequence, for the cost of attention.
+        gradients: Whether gradients are computed.
     """
     layers = sum(_layer_flops(shape, sequence_length))
     head = 2 * shape.vocab * shape.hidden
@@ -20,14 +26,14 @@ def calibration_flops(shape: Shape, tokens: int, sequence_length: int, *, gradie
 
 
 def sparse_calibration_flops(shape: Shape, tokens: int, sequence_length: int, *, sequential: bool) -> int:
-    """Return the forward FLOPs of ``pruning.sequential.prune_layers``.
+    """Return the forward FLOPs of ``pruning.sparse.sequential.prune_layers``.
 
     Args:
-        shape: Of the dense model.
-        tokens: Of the calibration text.
-        sequence_length: Tokens a sequence, for the cost of attention.
-        sequential: Every layer runs twice: dense up to the input of its last matrix, and pruned, which multiplies as
-            many numbers as a dense one; but nobody reads what the pruned last layer puts out. Else once.
+        shape: Shape of the dense model.
+        tokens: Number of calibration tokens.
+        sequence_length: Tokens per sequence, for the cost of attention.
+        sequential: Whether every layer runs twice: dense up to the input of its last matrix, and pruned, at the cost
+            of a dense layer, except for the last layer, whose output is not needed. Otherwise every layer runs once.
     """
     layers = _layer_flops(shape, sequence_length)
     if not sequential:
@@ -46,7 +52,7 @@ def _layer_flops(shape: Shape, sequence_length: int) -> list[int]:
 
 
 def count_forwards(layers: int, width: int, starts: Sequence[int], *, whole: bool = True) -> int:
-    """Return the layer forwards of one ``LayerSweep.losses``."""
+    """Return the number of layer forward passes of one ``LayerSweep.losses``."""
     return sum(layers - width - start for start in starts) + (layers if whole else max(starts))
 
 
@@ -76,13 +82,13 @@ def greedy_scan_cost(layers: int, removed: int, *, protect_first: int, protect_l
 
 
 def sweep_flops(shape: Shape, tokens: Mapping[str, Any], layer_forwards: float, models: int) -> int:
-    """Return the forward FLOPs of sweeps: the layers that were really run, and the output head for every model.
+    """Return the forward FLOPs of sweeps: the layers that were actually run, and the output head for every model.
 
     Args:
-        shape: The dense model; of uneven layers each counts as their mean.
+        shape: Shape of the dense model; uneven layers count as their mean.
         tokens: Manifest of the token set.
-        layer_forwards: How often the text went through a decoder layer.
-        models: How often the loss was measured.
+        layer_forwards: Number of passes of the text through a decoder layer.
+        models: Number of models whose loss was measured.
     """
     length = tokens["sequence_length"]
     sizes = shape.layer_sizes
@@ -96,5 +102,5 @@ def sweep_flops(shape: Shape, tokens: Mapping[str, Any], layer_forwards: float, 
 
 
 def sweep_tokens(tokens: Mapping[str, Any], models: int) -> int:
-    """Return the tokens that went through ``models`` models."""
+    """Return the total number of tokens processed by ``models`` models."""
     return int(tokens["samples"] * tokens["sequence_length"]) * models
