@@ -200,16 +200,16 @@ def describe(path: str | Path, *, tensors: bool = False, config: str | Path | No
         "manifest": _manifest_status(folder),
     }
     if tensors:
-        description["tensors"] = [
-            {
+        description["tensors"] = []
+        for name, (part, entry) in parts.items():
+            tensor = {
                 "name": name,
                 "dtype": dtype_name(source.dtype(name)),
                 "size": list(part.size(shape)),
                 "megatron": entry.megatron,
                 "layer": entry.layer,
             }
-            for name, (part, entry) in parts.items()
-        ]
+            description["tensors"].append(tensor)
     return description
 
 

@@ -132,11 +132,11 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Return whether two tensors of equal size hold the same numbers (of equal dtype: the same bytes)."""
-    if one.dtype == other.dtype:
-        return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-    return torch.equal(one.double(), other.double())
+    if first.dtype == second.dtype:
+        return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+    return torch.equal(first.double(), second.double())
 
 
 def same_inputs(recorded: Any, inputs: Any) -> bool:

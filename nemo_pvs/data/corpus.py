@@ -200,14 +200,14 @@ def _json_lines(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
         ) from None
 
 
-def _not_decoded(error: UnicodeDecodeError, place: str, encoding: str) -> str:
+def _not_decoded(error: UnicodeDecodeError, location: str, encoding: str) -> str:
     """Return the end of a message that begins with the file's path."""
     if error.reason == "unexpected end of data":
-        return f"ends in the middle of a character ({place}); it may be truncated, download it again."
-    return f"is not {encoding} text ({place}: {error.reason}); convert it to {encoding}."
+        return f"ends in the middle of a character ({location}); it may be truncated, download it again."
+    return f"is not {encoding} text ({location}: {error.reason}); convert it to {encoding}."
 
 
-def _text_of_line(line: str, text_key: str, place: str) -> str:
+def _text_of_line(line: str, text_key: str, location: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -217,16 +217,16 @@ def _text_of_line(line: str, text_key: str, place: str) -> str:
             if line.endswith("\n")
             else "it has no line break at its end, so the file may be truncated: download it again, or remove the line"
         )
-        raise UserError(f"{place}, is not valid JSON ({reason}); {advice}.") from None
+        raise UserError(f"{location}, is not valid JSON ({reason}); {advice}.") from None
     if not isinstance(record, dict):
-        raise UserError(f"{place}, is not a JSON object; each line must read like {{{json.dumps(text_key)}: ...}}.")
+        raise UserError(f"{location}, is not a JSON object; each line must read like {{{json.dumps(text_key)}: ...}}.")
     if text_key not in record:
-        raise UserError(f"{place}, has no key {text_key!r}; {_suggestion(text_key, list(record))}.")
+        raise UserError(f"{location}, has no key {text_key!r}; {_suggestion(text_key, list(record))}.")
     text = record[text_key]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{place}: {text_key!r} is {type(text).__name__}, not text; name the key with the text.")
+        raise UserError(f"{location}: {text_key!r} is {type(text).__name__}, not text; name the key with the text.")
     # JSON can contain a lone surrogate (\ud800), which is not a character: it becomes U+FFFD, as in any UTF-8 reader.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

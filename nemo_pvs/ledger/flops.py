@@ -92,11 +92,11 @@ def sweep_flops(shape: Shape, tokens: Mapping[str, Any], layer_forwards: float, 
     """
     length = tokens["sequence_length"]
     sizes = shape.layer_sizes
-    whole, one, two = (
+    whole, one_layer, two_layers = (
         shape.with_layers(layers).flops_per_token(sequence_length=length, training=False)
         for layers in (sizes, sizes[:1], sizes[:1] * 2)
     )
-    head = 2 * one - two
+    head = 2 * one_layer - two_layers
     per_token = layer_forwards * (whole - head) / shape.layers + models * head
     return round(tokens["samples"] * length * per_token)
 

@@ -213,10 +213,11 @@ class Ledger:
             UserError: the data is not a ledger, or a charge does not add up.
         """
         try:
-            charges = [
-                Charge(**{**entry, "read": TokensRead(**entry["read"]) if entry.get("read") else None})
-                for entry in data
-            ]
+            charges = []
+            for entry in data:
+                values = {**entry}
+                values["read"] = TokensRead(**entry["read"]) if entry.get("read") else None
+                charges.append(Charge(**values))
         except TypeError as error:
             raise UserError(f"This is not a ledger of nemo_pvs ({error}); use the file that a run wrote.") from None
         for charge in charges:

@@ -187,7 +187,9 @@ class Layout:
             yield self._entry(row, None)
 
     def _rows(self, part: str, shape: Shape) -> list[Mapping[str, Any]]:
-        present = {None, *shape.features, *(() if shape.tied else ("untied",))}
+        present = {None, *shape.features}
+        if not shape.tied:
+            present.add("untied")
         return [row for row in self.table[part] if row.get("only_when") in present]
 
     def parts(self, shape: Shape) -> dict[str, tuple[Part, Entry]]:

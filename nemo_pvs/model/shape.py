@@ -116,10 +116,9 @@ class Shape:
         if _LAYER_SHAPES not in values:
             return shape
         try:
-            sizes = [
-                LayerSizes(*(layer[_CONFIG_KEYS[name]] for name in LayerSizes._fields))
-                for layer in values[_LAYER_SHAPES]
-            ]
+            sizes = []
+            for layer in values[_LAYER_SHAPES]:
+                sizes.append(LayerSizes(*(layer[_CONFIG_KEYS[name]] for name in LayerSizes._fields)))
         except (TypeError, KeyError) as error:
             raise UserError(f"{_LAYER_SHAPES} in config.json lacks {error}; restore the file.") from None
         return shape.with_layers(sizes)
@@ -311,11 +310,12 @@ class Shape:
                 f"Pipeline parallelism {stages}{parts} does not divide {self.layers} layers; legal for this model: "
                 f"{', '.join(map(str, legal))}{self._unequal(stages)}."
             )
-        return [
-            *([] if first is None else [first]),
-            *[rest // max(middle, 1)] * middle,
-            *([] if last is None else [last]),
-        ]
+        layers = [rest // middle] * middle if middle else []
+        if first is not None:
+            layers.insert(0, first)
+        if last is not None:
+            layers.append(last)
+        return layers
 
     def _unequal(self, stages: int) -> str:
         """Return a clause that suggests unequal stages, if that works: all equal but the last, which has the rest."""

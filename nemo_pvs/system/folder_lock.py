@@ -107,7 +107,7 @@ class _Holder:
     command: str
 
     @classmethod
-    def here(cls) -> _Holder:
+    def current(cls) -> _Holder:
         """Describe this process."""
         return cls(
             id=secrets.token_hex(8),
@@ -158,7 +158,7 @@ def _acquire(what: Path, base: Path) -> str | None:
     Returns:
         The lock's id; None if this process or one of its ancestors holds it already.
     """
-    me = _Holder.here()
+    me = _Holder.current()
     while True:
         chain = _chain(base)
         file = base
@@ -278,7 +278,7 @@ def _kept(base: Path, lock: str) -> Iterator[None]:
             # A process that considers this one dead creates the same file, and only one of the two can.
             successor = _successor(base, lock)
             try:
-                ours = _create(successor, _Holder.here())
+                ours = _create(successor, _Holder.current())
             except OSError:  # the disk is full
                 ours = _chain(base)[-1].id == lock
             if ours:

@@ -146,7 +146,7 @@ class TorchDistReader:
         """
         self._folder = folder
         description = _read_description(folder / ".metadata")
-        self._places: Mapping[metadata.MetadataIndex, filesystem._StorageInfo] = description.storage_data
+        self._storage: Mapping[metadata.MetadataIndex, filesystem._StorageInfo] = description.storage_data
         self._tensors = {
             name: stored
             for name, stored in description.state_dict_metadata.items()
@@ -156,14 +156,14 @@ class TorchDistReader:
     @property
     def files(self) -> list[Path]:
         """The checkpoint's data files and their description."""
-        names = {place.relative_path for place in self._places.values()}
+        names = {item.relative_path for item in self._storage.values()}
         return [self._folder / name for name in (".metadata", *sorted(names))]
 
     def truncated_files(self) -> list[str]:
         """Return the data files that are missing or shorter than the description says; reads no data."""
         ends: dict[str, int] = {}
-        for place in self._places.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for item in self._storage.values():
+            ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
         files = ((self._folder / name, end) for name, end in ends.items())
         return sorted(file.name for file, end in files if not file.is_file() or file.stat().st_size < end)
 
@@ -215,11 +215,11 @@ class TorchDistReader:
 
     def _read_piece(self, piece: ReadItem, dtype: torch.dtype) -> torch.Tensor:
         """Return the wanted part of one stored chunk."""
-        place = self._places[piece.storage_index]
-        with StreamedReader(self._folder / place.relative_path) as file:
-            saved: Any = _create_file_view(file, place.offset, place.length)
+        item = self._storage[piece.storage_index]
+        with StreamedReader(self._folder / item.relative_path) as file:
+            saved: Any = _create_file_view(file, item.offset, item.length)
             if self.check_crc:
-                saved = io.BytesIO(saved.read(place.length))
+                saved = io.BytesIO(saved.read(item.length))
                 _check_crc(saved)
             chunk = torch.load(saved, map_location="cpu", weights_only=True)
         if not isinstance(chunk, torch.Tensor):
@@ -304,11 +304,11 @@ def _is_sound(description: Any) -> bool:
         if not isinstance(description, metadata.Metadata) or not isinstance(description.storage_data, dict):
             return False
         room: dict[tuple[str, torch.Size], int] = {}
-        for index, place in description.storage_data.items():
-            file = place.relative_path
-            if not isinstance(file, str) or Path(file).name != file or not _is_size((place.offset, place.length)):
+        for index, item in description.storage_data.items():
+            file = item.relative_path
+            if not isinstance(file, str) or Path(file).name != file or not _is_size((item.offset, item.length)):
                 return False
-            room[index.fqn, torch.Size(index.offset or ())] = place.length
+            room[index.fqn, torch.Size(index.offset or ())] = item.length
         for name, stored in description.state_dict_metadata.items():
             if isinstance(stored, metadata.BytesStorageMetadata):
                 continue

@@ -92,10 +92,10 @@ def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"The tokenizer in {file.path} is broken ({reason}); download the file again.") from error
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
-    special = {
-        ours: vocabulary.token_of(file.get(f"tokenizer.ggml.{theirs}_token_id", defaults.get(theirs)))
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    }
+    special = {}
+    for name, ggml_name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = file.get(f"tokenizer.ggml.{ggml_name}_token_id", defaults.get(ggml_name))
+        special[name] = vocabulary.token_of(index)
     ends = {
         "bos": file.get("tokenizer.ggml.add_bos_token", add_bos),
         "eos": file.get("tokenizer.ggml.add_eos_token", False),
@@ -128,12 +128,12 @@ class _Vocabulary:
                 f"{file.path} has {len(self.tokens):,} tokens and types for {len(self.types):,}; download it again."
             )
         # Unused rows of the embedding have names like [PAD49160], which must not match any text.
-        self.ids = {
-            token: index
-            for index, (token, type_) in enumerate(zip(self.tokens, self.types, strict=True))
-            if type_ != TokenType.UNUSED
-        }
-        used = sum(type_ != TokenType.UNUSED for type_ in self.types)
+        self.ids: dict[str, int] = {}
+        used = 0
+        for index, (token, type_) in enumerate(zip(self.tokens, self.types, strict=True)):
+            if type_ != TokenType.UNUSED:
+                self.ids[token] = index
+                used += 1
         if len(self.ids) != used:
             raise UserError(f"{used - len(self.ids)} tokens of {file.path} occur twice; download it again.")
 
@@ -243,10 +243,17 @@ def _add_ends(tokenizer: Tokenizer, front: str | None, back: str | None) -> None
     ends = [token for token in (front, back) if token is not None]
     if not ends:
         return
-    single = [*([front] if front else []), "$A", *([back] if back else [])]
-    pair = [*single, *([f"{front}:1"] if front else []), "$B:1", *([f"{back}:1"] if back else [])]
+    single, second = ["$A"], ["$B:1"]
+    if front:
+        single.insert(0, front)
+        second.insert(0, f"{front}:1")
+    if back:
+        single.append(back)
+        second.append(f"{back}:1")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*ends}]
+        single=single,
+        pair=single + second,
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*ends}],
     )
 
 

@@ -110,7 +110,10 @@ def quantization(config: Mapping[str, Any]) -> str | None:
 def _class_names(config: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
     """Return matching ``architectures`` and ``model_type``; an empty dictionary if no table has them."""
     stated, model_type = config.get("architectures"), config.get("model_type")
-    known = dict(pair for layout in layouts() for pair in (layout.even_class, layout.uneven_class) if pair)
+    known = {}
+    for layout in layouts():
+        for architecture, layout_type in filter(None, (layout.even_class, layout.uneven_class)):
+            known[architecture] = layout_type
     names = [name for name in stated or known if name in known]
     fitting = [name for name in names if model_type in (None, known[name])]
     if stated and names and not fitting:

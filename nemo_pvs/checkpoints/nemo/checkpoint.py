@@ -300,10 +300,11 @@ def _fused(recorder: Recorder, entry: Entry, parts: tuple[Part, ...], dtype: tor
 
 
 def _extra_states(shape: Shape) -> list[str]:
-    return [
-        f"{_LAYERS}{layer}.{module}._extra_state/shard_0_1"
-        if shape.uneven
-        else f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.layers}"
-        for layer in range(shape.layers)
-        for module in _STATEFUL_MODULES
-    ]
+    names = []
+    for layer in range(shape.layers):
+        for module in _STATEFUL_MODULES:
+            if shape.uneven:
+                names.append(f"{_LAYERS}{layer}.{module}._extra_state/shard_0_1")
+            else:
+                names.append(f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.layers}")
+    return names

@@ -189,11 +189,8 @@ def _huggingface_config(folder: Path, vocab_rows: int) -> dict[str, Any]:
                 f"{path} has {field}={fields[field]}, which a {layout.family} in the Hugging Face format cannot have; "
                 "such a model is not supported."
             )
-    missing = [
-        field
-        for field in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
-        if field not in fields
-    ]
+    required = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+    missing = [field for field in required if field not in fields]
     if missing:
         raise UserError(f"{path} does not state {', '.join(missing)}; use the checkpoint folder that NeMo wrote.")
     _check_numbers(path, fields)

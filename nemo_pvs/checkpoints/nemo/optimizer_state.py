@@ -70,6 +70,8 @@ class OptimizerStateSource(NemoSource):
 def states_in(checkpoint: NemoSource) -> tuple[str, ...]:
     """Return the states to read from a checkpoint: both moments, and the fp32 weights if it has them."""
     stored = checkpoint.extra_tensors
-    return *MOMENTS, *(
-        name for name in MASTERS if any(tensor.startswith(f"optimizer.state.{name}.") for tensor in stored)
-    )
+    states = list(MOMENTS)
+    for name in MASTERS:
+        if any(tensor.startswith(f"optimizer.state.{name}.") for tensor in stored):
+            states.append(name)
+    return tuple(states)
