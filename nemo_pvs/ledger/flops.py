@@ -57,22 +57,22 @@ def count_forwards(layers: int, width: int, starts: Sequence[int], *, whole: boo
 
 
 class ScanCost(NamedTuple):
-    """What a scan for layers to remove runs."""
+    """The cost of a scan for layers to remove."""
 
     models: int
-    """Models whose loss is measured, the dense one included."""
+    """Number of models whose loss is measured, including the dense one."""
     layer_forwards: int
-    """How often the text goes through a decoder layer."""
+    """Number of passes of the text through a decoder layer."""
 
 
 def window_scan_cost(layers: int, width: int) -> ScanCost:
-    """Return what measuring a model without each run of ``width`` layers takes."""
+    """Return the cost of measuring a model without each run of ``width`` consecutive layers."""
     starts = range(layers - width + 1)
     return ScanCost(1 + len(starts), count_forwards(layers, width, starts))
 
 
 def greedy_scan_cost(layers: int, removed: int, *, protect_first: int, protect_last: int) -> ScanCost:
-    """Return what removing ``removed`` layers one at a time takes, each time the best of those not protected."""
+    """Return the cost of removing ``removed`` layers one at a time, each the best of the unprotected ones."""
     models, forwards = 1, 0
     for step in range(removed):
         starts = range(protect_first, layers - protect_last - step)
