@@ -1,4 +1,4 @@
-"""Conversion: one source, one sink, one stream of tensors; and what can be said of a checkpoint without loading it."""
+"""Converts checkpoints tensor by tensor, verifies them, and describes them without loading them."""
 
 from __future__ import annotations
 
@@ -40,35 +40,35 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Convert a checkpoint, its ledger included; memory is a few tensors, whatever the model's size.
+    """Convert a checkpoint and copy its ledger; memory is a few tensors, whatever the model's size.
 
     Args:
         source_path: A Hugging Face folder or a NeMo checkpoint.
         target: The folder to make.
         to: The format of ``target``.
-        dtype: Cast every tensor to it; None keeps each as it is stored.
-        max_shard_bytes: For Hugging Face: a file of weights is closed before it would grow beyond this.
+        dtype: Cast every tensor to this dtype; None keeps the stored dtypes.
+        max_shard_bytes: For Hugging Face: maximum size of a weight file in bytes.
         pad_vocab_to_multiple: For NeMo: pad the vocabulary up to a multiple of this (``write_nemo``).
-        allow_nonfinite: Write NaN and infinite values, too, instead of refusing the tensor that has them.
-        uneven: Whether layers of different sizes are kept, or padded with zeros to a stock model (``pad_layers``).
+        allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
+        uneven: Whether to keep layers of different sizes or pad them with zeros to a stock model (``pad_layers``).
         config: As for ``open_source``.
         verify: ``checksum`` reads the finished target back and compares every tensor with what was written.
         overwrite: Replace an existing ``target``.
-        progress: Called with (done, total) parameters; verification starts it anew.
+        progress: Called with (done, total) parameters; verification starts again at 0.
 
     Returns:
         The target's manifest.
 
     Raises:
-        UserError: the source is not a checkpoint that we read, ``target`` may not be written, or it reads back
-            differently, in which case it is removed.
+        UserError: the source is not a checkpoint that we read, ``target`` cannot be written, or it does not read
+            back as written, in which case it is removed.
     """
     source_path, target = Path(source_path), Path(target)
     source: WeightSource = open_source(source_path, config)
     if uneven == "pad":
         source = pad_layers(source)
     if source_path.resolve().is_relative_to(target.resolve()):
-        raise UserError(f"{target} is or holds the checkpoint to convert; choose another target.")
+        raise UserError(f"{target} is or contains the checkpoint to convert; choose another target.")
     check_new_folder(target, overwrite=overwrite)
     if to == "hf":
         manifest = write_huggingface(
@@ -102,10 +102,10 @@ def convert(
 
 
 def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> Manifest:
-    """Read a checkpoint that we wrote, and compare every tensor and every other file with its manifest.
+    """Read a checkpoint that we wrote and compare every tensor and every other file with its manifest.
 
     Raises:
-        UserError: there is no manifest, or a tensor or file is missing or different, or a tensor is surplus.
+        UserError: there is no manifest, a tensor or file is missing or differs, or there is an extra tensor.
     """
     folder = Path(path)
     manifest = Manifest.read(folder)
@@ -114,9 +114,11 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
     changed = manifest.changed_files(folder)
     source = open_source(folder)
     expected = Layout.for_config(source.config).parts(shape_of(source))
-    odd = sorted({*expected} ^ {*manifest.tensors}) + sorted(source.extra_tensors)
-    if odd:
-        raise UserError(f"{folder} does not hold exactly the tensors of its config (see {odd[0]}); convert it again.")
+    mismatched = sorted({*expected} ^ {*manifest.tensors}) + sorted(source.extra_tensors)
+    if mismatched:
+        raise UserError(
+            f"{folder} does not hold exactly the tensors of its config (see {mismatched[0]}); convert it again."
+        )
     for name, file in manifest.files.items():
         if name in changed or (file.sha256 is not None and sha256_file(folder / name) != file.sha256):
             raise changed_since(folder, name)
@@ -125,16 +127,16 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
 
 
 def verify_or_read(path: str | Path, *, progress: Progress | None = None) -> str:
-    """Verify a checkpoint as far as that is possible, and say how far that was.
+    """Verify a checkpoint as far as possible and say what was verified.
 
     Raises:
-        UserError: it cannot be read whole, or differs from its manifest or from the checksums in its files.
+        UserError: a part of it cannot be read, or differs from its manifest or from the checksums in its files.
     """
     folder = Path(path)
     source = open_source(folder)
     if source.manifest is not None:
         manifest = verify_checkpoint(folder, progress=progress)
-        return f"all {len(manifest.tensors):,} tensors and {len(manifest.files):,} files are what was written"
+        return f"all {len(manifest.tensors):,} tensors and {len(manifest.files):,} files are as written"
     read_through(source, progress=progress)
     if isinstance(source, NemoSource):
         return "every tensor could be read and has the checksum of PyTorch's archive; there is no manifest"
@@ -142,7 +144,7 @@ def verify_or_read(path: str | Path, *, progress: Progress | None = None) -> str
 
 
 def read_through(source: WeightSource, *, progress: Progress | None = None) -> None:
-    """Read every tensor of a checkpoint, which compares each with the manifest if there is one.
+    """Read every tensor of a checkpoint; the source compares each with the manifest if there is one.
 
     Raises:
         UserError: a tensor cannot be read, or is not what was written.
@@ -158,19 +160,19 @@ def read_through(source: WeightSource, *, progress: Progress | None = None) -> N
 
 
 def describe(path: str | Path, *, tensors: bool = False, config: str | Path | None = None) -> dict[str, Any]:
-    """Return what can be known of a checkpoint without reading a weight.
+    """Describe a checkpoint without reading its weights.
 
     Args:
         path: A Hugging Face folder or a NeMo checkpoint.
         config: As for ``open_source``.
-        tensors: Add ``tensors``: name, dtype, size and place in Megatron of each.
+        tensors: Add ``tensors``: the name, dtype, size, Megatron name and layer of each.
 
     Returns:
         ``format`` (huggingface or nemo), ``family``, ``shape``, ``parameters``, ``body_parameters``,
         ``flops_per_token`` (training, without attention), ``dtypes`` (parameters by dtype), ``bytes`` of weights,
-        ``masks`` (matrices that have one),
-        ``extra_tensors`` (stored but no weights of the model), ``assets`` (file names) and ``manifest``: absent,
-        complete (all its files are there with their lengths) or broken.
+        ``masks`` (number of matrices that have one), ``extra_tensors`` (number of stored tensors that are not weights
+        of the model), ``assets`` (file names) and ``manifest``: absent, complete (all its files exist and have the
+        recorded length) or broken.
 
     Raises:
         UserError: it is not a checkpoint that we read.
@@ -198,16 +200,16 @@ def describe(path: str | Path, *, tensors: bool = False, config: str | Path | No
         "manifest": _manifest_status(folder),
     }
     if tensors:
-        description["tensors"] = [
-            {
+        description["tensors"] = []
+        for name, (part, entry) in parts.items():
+            tensor = {
                 "name": name,
                 "dtype": dtype_name(source.dtype(name)),
                 "size": list(part.size(shape)),
                 "megatron": entry.megatron,
                 "layer": entry.layer,
             }
-            for name, (part, entry) in parts.items()
-        ]
+            description["tensors"].append(tensor)
     return description
 
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a hub id that the user asked for, a GGUF file, or the packaged SmolLM2."""
+"""Where a model comes from: a folder, a model id on the Hugging Face hub, a GGUF file, or the packaged SmolLM2."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _HUB = "hf://"
 
 @contextlib.contextmanager
 def local_checkpoint(source: str, beside: Path | None = None) -> Iterator[Path]:
-    """Yield the checkpoint folder for whatever a user may name as a source.
+    """Yield a checkpoint folder for a source that the user named.
 
-    A GGUF file becomes a temporary folder, which is removed at the end; a hub id is downloaded into the cache of
-    ``huggingface_hub``, where it stays; everything else is taken for a folder, which ``open_source`` judges.
+    A GGUF file is converted into a temporary folder, which is removed at the end; a hub model is downloaded into the
+    cache of ``huggingface_hub``, where it stays; anything else is yielded as a folder for ``open_source`` to check.
 
     Args:
         source: As for ``prepare_parent``.
-        beside: The target of the work; a temporary folder goes beside it, where there must be room for a model
-            anyway. By default it goes where the system keeps temporary files.
+        beside: The output path; a temporary folder is created next to it, where there must be room for a model
+            anyway. By default the system's folder for temporary files is used.
 
     Raises:
         UserError: there is no such model.
@@ -47,7 +47,7 @@ def local_checkpoint(source: str, beside: Path | None = None) -> Iterator[Path]:
             scratch = Path(tempfile.mkdtemp())
         else:
             scratch = beside.with_name(f".{beside.name}.source-{os.environ.get('RANK', 0)}")
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
         try:
             yield prepare_parent(source, scratch / "huggingface")
         finally:
@@ -55,12 +55,12 @@ def local_checkpoint(source: str, beside: Path | None = None) -> Iterator[Path]:
 
 
 def prepare_parent(source: str, target: Path) -> Path:
-    """Return a checkpoint folder for ``source``, made in ``target`` when it is not a folder already.
+    """Return a checkpoint folder for ``source``, created at ``target`` unless ``source`` is a folder already.
 
     Args:
-        source: a Hugging Face folder, a NeMo checkpoint, a ``.gguf`` file, ``smollm2-135m``, or
+        source: A Hugging Face folder, a NeMo checkpoint, a ``.gguf`` file, ``smollm2-135m``, or
             ``hf://owner/name[@revision]``, which downloads from the Hugging Face hub.
-        target: where a folder is made for the latter three.
+        target: The folder to create for the last three.
 
     Raises:
         UserError: there is no such model.
@@ -86,7 +86,7 @@ def dequantize_gguf(path: Path, target: Path) -> Path:
     """Write a GGUF model as a Hugging Face folder and return the folder; quantised tensors become bf16.
 
     Raises:
-        UserError: the file is broken, or what it holds cannot be expressed as a model of a family that we read.
+        UserError: the file is broken, or its model does not belong to a family that we read.
     """
     from nemo_pvs.checkpoints.gguf.file import GgufFile
     from nemo_pvs.checkpoints.gguf.model import GgufSource
@@ -140,7 +140,7 @@ def _download(model: str, folder: Path | None = None) -> Path:
 
 
 def _from_cache(repository: str, revision: str | None, folder: Path | None) -> Path:
-    """Return what the hub's cache holds of a repository, copied into ``folder`` if there is one."""
+    """Return the cached snapshot of a repository, or ``folder`` with a copy of it if one is given."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -160,7 +160,7 @@ def _from_cache(repository: str, revision: str | None, folder: Path | None) -> P
 
 
 def _reason(error: Exception) -> str:
-    """Return why the hub gave nothing, and what to do about it."""
+    """Return why the download failed and what to do about it."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -170,21 +170,21 @@ def _reason(error: Exception) -> str:
     )
 
     if isinstance(error, GatedRepoError):
-        return "its owner asks for consent; give it on the model's page, and log in with hf auth login"
+        return "access is gated; accept the terms on the model's page and log in with hf auth login"
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or it is private; check the name, or log in with hf auth login"
+        return "the repository does not exist or is private; check the name, or log in with hf auth login"
     if isinstance(error, RevisionNotFoundError):
-        return "the repository has no such revision; check what is after the @"
+        return "the repository has no such revision; check the part after the @"
     if isinstance(error, HFValidationError):
-        return "that is no name of a repository; write hf://owner/name"
+        return "that is not a valid repository name; write hf://owner/name"
     response = getattr(error, "response", None)
     if isinstance(error, HfHubHTTPError) and response is not None:
-        return f"it answers with the status {response.status_code}; try again later"
+        return f"it answered with status {response.status_code}; try again later"
     return "it cannot be reached; check the network, or set HF_HUB_OFFLINE=1 to use what is in the cache"
 
 
 def _wanted_files(files: list[str]) -> list[str]:
-    """Return what to download of a repository: config, assets, and one copy of the weights, preferably safetensors."""
+    """Return the files to download: config, assets, and one copy of the weights, preferably safetensors."""
     weights = [file for file in files if fnmatch(file, "model*.safetensors")]
     weights = weights or [file for file in files if fnmatch(file, "pytorch_model*.bin")]
     others = ("config.json", "*.index.json", MASKS, *ASSET_PATTERNS)

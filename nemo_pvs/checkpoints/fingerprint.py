@@ -1,4 +1,4 @@
-"""Which model a checkpoint holds: one name for the same weights in any format, with the names of earlier versions."""
+"""Fingerprints: one name for the same model in any format, which also recognises those of earlier versions."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from nemo_pvs.system.files import sha256_json
 # Keys of a family's table that do not change what a model computes.
 _NO_FUNCTION = ("initializer_range", "max_position_embeddings")
 
-
 # Kinds of rope_scaling that do not depend on max_position_embeddings.
 _FREE_OF_CONTEXT = ("default", "linear", "llama3")
 
 
 class Fingerprint(str):
-    """The name of a model by its content, which recognises the name that earlier versions gave the same model."""
+    """A hash of a model's content; it also recognises the fingerprint that earlier versions gave the same model."""
 
     earlier: Callable[[], str]
-    """Computes that earlier name; it takes reading three layers."""
+    """Computes the fingerprint of earlier versions, for which it reads three layers."""
 
     def __new__(cls, value: str, earlier: Callable[[], str]) -> Fingerprint:
-        """Return ``value`` with the function that computes the earlier name."""
+        """Return ``value`` with the function that computes the fingerprint of earlier versions."""
         made = super().__new__(cls, value)
         made.earlier = earlier
         return made
@@ -40,16 +39,16 @@ class Fingerprint(str):
         return str, (str(self),)
 
     def names(self, stated: object) -> bool:
-        """Return whether ``stated``, of any version, is the fingerprint of this model."""
+        """Return whether ``stated``, written by any version, is the fingerprint of this model."""
         return self == stated or (_is_earlier(stated) and self.earlier() == stated)
 
 
 def fingerprint(source: WeightSource) -> Fingerprint:
-    """Return 32 hexadecimal digits that name the model whatever its format: the same for HF and NeMo copies of it.
+    """Return 32 hexadecimal digits that name a model, the same for its Hugging Face and NeMo copies.
 
-    They cover all that decides what the model computes: the family, the shape, the constants of its config, and dtype,
-    size and bytes of every tensor. The tensors' checksums are taken from the manifest or the cache where one of them
-    is known to be of these very files (``StoredTensors``); otherwise the model is read once.
+    They cover everything that determines what the model computes: the family, the shape, the constants of its config,
+    and the dtype, size and bytes of every tensor. The tensors' checksums come from the manifest or the cache where
+    these are known to describe the current files (``StoredTensors``); otherwise the model is read once.
     """
     known = getattr(source, "checksums", None)
     records = known() if known else compute_checksums(source)
@@ -59,13 +58,13 @@ def fingerprint(source: WeightSource) -> Fingerprint:
 def identity(
     config: Mapping[str, Any], records: Mapping[str, TensorRecord], *, earlier: Callable[[], str]
 ) -> Fingerprint:
-    """Return the fingerprint of the model with this config and these tensors, recorded by ``tensor_record.HASH``."""
+    """Return the fingerprint of the model with this config and these tensors, hashed with ``tensor_record.HASH``."""
     tensors = {name: asdict(record) for name, record in records.items()}
     return Fingerprint(sha256_json({"function": function_of(config), "tensors": tensors})[:32], earlier)
 
 
 def compute_checksums(source: WeightSource, progress: Progress | None = None) -> dict[str, TensorRecord]:
-    """Read every tensor of a source, and return their checksums."""
+    """Read every tensor of a source and return their checksums."""
     shape = shape_of(source)
     names = Layout.for_config(source.config).parts(shape)
     reads = ReadAhead(source, names)
@@ -81,9 +80,9 @@ def compute_checksums(source: WeightSource, progress: Progress | None = None) ->
 
 
 def function_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a Hugging Face config says about the function that a model computes, defaults filled in.
+    """Return the part of a Hugging Face config that determines what a model computes, with defaults filled in.
 
-    Two configs of which one states a default that the other leaves out are the same.
+    A config that states a default is equivalent to one that leaves it out.
     """
     layout = Layout.for_config(config)
     shape = layout.shape(config)
@@ -93,7 +92,7 @@ def function_of(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in _NO_FUNCTION and key not in in_shape:
             value = config.get(key, default)
             function[key] = float(value) if isinstance(default, float) and value is not None else value
-    if config.get("use_sliding_window"):  # of Qwen; the constants of a switched-off window decide nothing
+    if config.get("use_sliding_window"):  # Qwen; the constants of a disabled window have no effect
         for key in ("sliding_window", "max_window_layers", "layer_types"):
             function[key] = config.get(key)
     scaling = config.get("rope_scaling")
@@ -110,8 +109,8 @@ def function_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def earlier_fingerprint(source: WeightSource) -> str:
     """Return the fingerprint that earlier versions gave a model: 64 hexadecimal digits.
 
-    It covers the shape, every vector, and the matrices of the first, middle and last decoder layers. Run folders,
-    scores and plans that were made with it are recognised by it.
+    It covers the shape, every vector, and the matrices of the first, middle and last decoder layers. It is needed to
+    recognise the run folders, scores and plans of those versions.
     """
     shape = shape_of(source)
     digest = hashlib.sha256(sha256_json(shape.to_dict()).encode())
@@ -129,23 +128,23 @@ def _is_earlier(stated: object) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """Return an integer as the float that it equals: rope settings have both."""
+    """Return an integer as a float, because rope settings are written either way; anything else as it is."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors of one size hold the same numbers, NaN being the same as NaN."""
-    if one.dtype == other.dtype:
-        return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-    return torch.equal(one.double(), other.double())
+def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors of equal size hold the same numbers (of equal dtype: the same bytes)."""
+    if first.dtype == second.dtype:
+        return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+    return torch.equal(first.double(), second.double())
 
 
 def same_inputs(recorded: Any, inputs: Any) -> bool:
-    """Return whether a stage's inputs are those that were recorded, models known by an earlier name included.
+    """Return whether a stage's inputs equal the recorded ones, fingerprints of earlier versions included.
 
     Args:
-        recorded: As a JSON file has them.
-        inputs: Plain data, in which models are named by ``fingerprint``.
+        recorded: The inputs as read from a JSON file.
+        inputs: Plain data in which models are named by ``fingerprint``.
     """
     if isinstance(inputs, Fingerprint):
         return inputs.names(recorded)

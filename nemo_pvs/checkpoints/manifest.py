@@ -1,4 +1,4 @@
-"""The manifest of a written checkpoint: what is in it, down to each tensor's checksum, and what it was made from."""
+"""The manifest of a checkpoint: its files, the checksum of each tensor, and the model that was written."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from nemo_pvs.system.files import read_json, sha256_file, write_json
 
 MANIFEST = "pvs_manifest.json"
 
-# Their contents are tensors, which have hashes of their own.
+# Files of tensors, which are hashed one by one.
 _WEIGHT_FILES = ("model*.safetensors", "*.distcp")
-_LATER_FILES = ("ledger.json",)  # what comes into the folder after its manifest
+_LATER_FILES = ("ledger.json",)  # written into the folder after the manifest
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FileRecord:
 
     bytes: int
     sha256: str | None
-    """None for files of weights: the tensors' hashes cover them."""
+    """None for weight files: the tensors' hashes cover them."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Manifest:
     format: str
     """huggingface or nemo."""
     source: str
-    """Fingerprint of the model that was written (``source.fingerprint``), before any change of dtype."""
+    """Fingerprint of the model that was written (``fingerprint.fingerprint``), before any change of dtype."""
     tensors: Mapping[str, TensorRecord]
     files: Mapping[str, FileRecord]
-    """By path relative to the checkpoint; the manifest itself and the ledger are not among them."""
+    """By path relative to the checkpoint; without the manifest itself and the ledger."""
     hash: str = HASH
-    """Name of the algorithm of the tensors' hashes."""
+    """Name of the algorithm that hashed the tensors."""
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """Return a checkpoint's manifest, or None when it was not written by us.
+        """Return a checkpoint's manifest, or None if it has none because another program wrote it.
 
         Raises:
-            UserError: there is a manifest, but not a usable one.
+            UserError: there is a manifest, but it is not usable.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -71,7 +71,7 @@ class Manifest:
             raise UserError(f"{path} is not a manifest of nemo_pvs; convert the checkpoint again.") from None
         if algorithm not in HASHES:
             raise UserError(
-                f"{path} has hashes by {algorithm}, which this version does not know ({', '.join(HASHES)}); "
+                f"{path} has {algorithm} hashes, which this version does not know ({', '.join(HASHES)}); "
                 "use the version of nemo_pvs that wrote it, or convert the checkpoint again."
             )
         return manifest
@@ -81,7 +81,7 @@ class Manifest:
         write_json(folder / MANIFEST, asdict(self))
 
     def changed_files(self, folder: Path) -> list[str]:
-        """Return the files that are missing or have another length; cheap, for hashes see ``verify_checkpoint``."""
+        """Return the files that are missing or differ in length; ``verify_checkpoint`` also compares hashes."""
         return [
             name
             for name, record in self.files.items()
@@ -89,7 +89,7 @@ class Manifest:
         ]
 
     def describes(self, name: str, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor is the one that was written under this name: its dtype, size and bytes."""
+        """Return whether a tensor has the dtype, size and bytes that were written under this name."""
         return self.tensors.get(name) == record_of(tensor, self.hash)
 
 
@@ -97,7 +97,7 @@ _MANIFEST_FILE = TypeAdapter(Manifest)
 
 
 class Recorder:
-    """Reads a source's tensors for a writer: checks each, casts it, and keeps its record for the manifest."""
+    """Reads a source's tensors for a writer: checks and casts each one and records it for the manifest."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Recorder:
         *,
         allow_nonfinite: bool = False,
     ) -> None:
-        """Wrap ``source``; with a ``dtype`` every tensor is cast to it."""
+        """Wrap ``source``; every tensor is cast to ``dtype`` unless that is None."""
         self.source = source
         self.dtype = dtype
         self.shape = shape_of(source)
@@ -119,22 +119,22 @@ class Recorder:
         self._allow_nonfinite = allow_nonfinite
         self._done = 0
         self._reads = ReadAhead(source, self.parts)
-        self._looked_at: dict[str, torch.Tensor] = {}
+        self._read_early: dict[str, torch.Tensor] = {}
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Return the dtype in which a tensor will be written; what must be read to tell is kept for ``read``."""
-        if self.dtype is None and name not in self._looked_at:
-            self._looked_at[name] = self._reads.read(name)
-        return self.dtype or self._looked_at[name].dtype
+        """Return the dtype in which a tensor will be written; a tensor read to find out is kept for ``read``."""
+        if self.dtype is None and name not in self._read_early:
+            self._read_early[name] = self._reads.read(name)
+        return self.dtype or self._read_early[name].dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor as it is to be written.
+        """Return a tensor as it is to be written.
 
         Raises:
-            UserError: its size is not the one that the source's config implies, or it has NaN or infinite values
-                that are not allowed.
+            UserError: it does not have the size that the source's config implies, or has NaN or infinite values that
+                are not allowed.
         """
-        tensor = self._looked_at.pop(name) if name in self._looked_at else self._reads.read(name)
+        tensor = self._read_early.pop(name) if name in self._read_early else self._reads.read(name)
         expected = self.parts[name][0].size(self.shape)
         if tuple(tensor.shape) != expected:
             raise UserError(f"{name} is {list(tensor.shape)}, but the config implies {list(expected)}.")
@@ -144,7 +144,7 @@ class Recorder:
         if not self._allow_nonfinite and not is_finite(tensor):
             cast = f" as {dtype_name(self.dtype)}" if self.dtype else ""
             raise UserError(
-                f"{name} has NaN or infinite values{cast}, with which a model computes nothing; use an intact "
+                f"{name} has NaN or infinite values{cast}, so the model cannot compute anything; use an intact "
                 "checkpoint or another dtype, or copy it as it is with pvs convert --allow-nonfinite."
             )
         cast = tensor.dtype != getattr(torch, self._source_records[name].dtype)
@@ -155,7 +155,7 @@ class Recorder:
         return tensor
 
     def config(self) -> dict[str, Any]:
-        """Return the Hugging Face config of what was read: explicit sizes, and the dtype of most parameters."""
+        """Return the Hugging Face config of the model that was read: explicit sizes, the dtype of most parameters."""
         parameters: Counter[str] = Counter()
         for record in self.records.values():
             parameters[record.dtype] += math.prod(record.size)
@@ -164,7 +164,7 @@ class Recorder:
         return {**config, **dict.fromkeys(keys, parameters.most_common(1)[0][0])}
 
     def finish(self, folder: Path, file_format: str) -> Manifest:
-        """Write the manifest of what was read, and of every file below ``folder``, and return it."""
+        """Write the manifest of the tensors that were read and of every file below ``folder``, and return it."""
         return _write_manifest(folder, file_format, self.source, self._source_records, self.records)
 
 
@@ -175,7 +175,7 @@ def describe_tensors(
 
     Args:
         source: The checkpoint.
-        folder: Where it is.
+        folder: The folder that it is in.
         file_format: huggingface or nemo.
         progress: Called with (done, total) parameters.
 
@@ -193,7 +193,7 @@ def _write_manifest(
     read: Mapping[str, TensorRecord],
     written: Mapping[str, TensorRecord],
 ) -> Manifest:
-    """Write the manifest of all files below ``folder``; ``read`` are the tensors before any change of dtype."""
+    """Write the manifest of all files below ``folder``; ``read`` has the tensors before any change of dtype."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in _LATER_FILES:
@@ -205,8 +205,8 @@ def _write_manifest(
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is free of NaN and infinities; in one pass, 50 times as fast as ``isfinite().all()``."""
-    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))  # NaN anywhere makes both NaN
+    """Return whether a tensor has no NaN and no infinity; one pass, 50 times as fast as ``isfinite().all()``."""
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))  # any NaN makes both NaN
 
 
 def _file_hash(path: Path) -> str | None:

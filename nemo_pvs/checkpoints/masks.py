@@ -1,9 +1,9 @@
-"""Masks of sparse models: which weights are pruned, a bit each, beside the weights and apart from their zeros.
+"""Masks of sparse models: one bit per weight, stored separately, that says whether the weight is pruned.
 
-An exact zero need not be a pruned weight, and a pruned weight must stay zero while the rest is trained; so a mask is
-made when a model is pruned and travels with it: ``masks.safetensors`` in a Hugging Face folder, named in its
-config.json, and in the context of a NeMo checkpoint. Bits are packed along the last axis, eight weights a byte, the
-first weight in the highest bit; a one is a weight that is kept.
+An exact zero need not be a pruned weight, and a pruned weight must stay zero while the others are trained; so the mask
+is made when a model is pruned and stays with it: as ``masks.safetensors`` in a Hugging Face folder, named in its
+config.json, or in the context of a NeMo checkpoint. Bits are packed along the last axis, eight weights per byte, the
+first weight in the highest bit; 1 means that the weight is kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Masks(Protocol):
         """Names of the weights that have a mask; all others are dense."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a mask as booleans of the weight's size; True is a weight that is kept."""
+        """Return a mask, bool, of the weight's size; True means that the weight is kept."""
 
 
 class NoMasks:
@@ -41,12 +41,12 @@ class NoMasks:
     names: tuple[str, ...] = ()
 
     def read(self, name: str) -> torch.Tensor:
-        """Never called: there are no names."""
+        """Raise KeyError: no weight has a mask."""
         raise KeyError(name)
 
 
 class MaskFile:
-    """Masks in a file; one in memory at a time."""
+    """Masks in a file, read one at a time."""
 
     def __init__(self, path: Path, sizes: Mapping[str, tuple[int, ...]]) -> None:
         """Read the header.
@@ -56,14 +56,14 @@ class MaskFile:
             sizes: The size of every weight of the model.
 
         Raises:
-            UserError: the file is missing or damaged, or is not that of this model.
+            UserError: the file is missing or damaged, or belongs to another model.
         """
         self._file = SafetensorsReader(path, dtypes=PACKED_BITS)
         self._sizes = sizes
         for name in self.names:
             size = sizes.get(name, ())
             if self._file.size(name) != (*size[:-1], -(-size[-1] // 8) if size else 0):
-                raise UserError(f"The mask of {name} in {path} is not of the model's size; prune the model again.")
+                raise UserError(f"The mask of {name} in {path} does not fit the model; prune the model again.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ class MaskFile:
         """Return a mask, bool, of the weight's size.
 
         Raises:
-            UserError: the file ends inside it.
+            UserError: the file is truncated.
         """
         return unpack(self._file.read(name), self._sizes[name][-1])
 
@@ -86,18 +86,18 @@ def masks_of(source: object) -> Masks:
 
 
 def check_masks(source: WeightSource) -> None:
-    """Read every masked weight, and refuse masks that are not those of the weights beside them.
+    """Read every masked weight and check that it is zero where its mask says pruned.
 
     Raises:
-        UserError: a weight that its mask calls pruned is not zero.
+        UserError: a pruned weight is not zero.
     """
     masks = masks_of(source)
     for name in masks.names:
         broken = int((source.read(name)[~masks.read(name)] != 0).sum())
         if broken:
             raise UserError(
-                f"{broken:,} weights of {name} are not zero although its mask calls them pruned; "
-                "the masks are those of another model, so prune again or use the file that belongs to these weights."
+                f"{broken:,} weights of {name} are not zero although its mask says that they are pruned; "
+                "the masks belong to another model, so prune again or use the file that belongs to these weights."
             )
 
 
@@ -105,9 +105,9 @@ def write_masks(masks: Masks, path: Path, names: Iterable[str] | None = None) ->
     """Write masks into one file, one in memory at a time.
 
     Args:
-        masks: What to write.
+        masks: The masks.
         path: The file; it must not exist.
-        names: Which, in this order; all of them by default.
+        names: The weights whose masks to write, in this order; all of them by default.
     """
     wanted = tuple(names if names is not None else masks.names)
     file = SafetensorsWriter(path, wanted)
@@ -122,5 +122,5 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Undo ``pack`` for rows of ``columns`` weights."""
+    """Undo ``pack``: return a bool mask [..., columns] from bytes, uint8 [..., ceil(columns / 8)]."""
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=columns)).bool()

@@ -1,4 +1,4 @@
-"""Open a checkpoint of whatever format."""
+"""Opens a checkpoint of any supported format."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.not_a_model import refuse_other_folders
 from nemo_pvs.system.files import read_json
 
-_TRACKER = "latest_checkpointed_iteration.txt"  # of a Megatron-LM run: a number, or "release"
+_TRACKER = "latest_checkpointed_iteration.txt"  # of a Megatron-LM run: an iteration number, or "release"
 
 
 def open_source(path: str | Path, config: str | Path | None = None) -> HuggingFaceSource | NemoSource:
-    """Open a checkpoint, whatever its format.
+    """Open a checkpoint of any supported format.
 
     Args:
         path: A Hugging Face folder, a NeMo checkpoint, or a torch_dist folder of Megatron-LM (``iter_<n>``, or the
-            folder of the run for its latest).
-        config: For a torch_dist folder without a usable config: ``config.json`` or the folder that holds it.
+            run's folder for its latest checkpoint).
+        config: For a torch_dist folder without a usable config: ``config.json`` or the folder that contains it.
 
     Raises:
-        UserError: there is nothing at ``path``, or it is not a checkpoint that we read.
+        UserError: ``path`` does not exist, or is not a checkpoint that we read.
     """
     folder = Path(path)
     if not folder.exists():
@@ -40,35 +40,35 @@ def open_source(path: str | Path, config: str | Path | None = None) -> HuggingFa
     if (folder / "weights").is_dir() and not (folder / "config.json").is_file():
         return NemoSource(folder) if config is None else MegatronSource(folder / "weights", config)
     if config is not None:
-        raise UserError(f"{folder} is no torch_dist checkpoint, so it needs no config; leave {config} out.")
+        raise UserError(f"{folder} is not a torch_dist checkpoint, so it needs no config; leave {config} out.")
     if (folder / "config.json").is_file():
         return HuggingFaceSource(folder)
     raise UserError(
-        f"{folder} is neither a Hugging Face model (no config.json) nor a NeMo checkpoint (no weights/ folder) nor "
-        "one of Megatron-LM (no .metadata)."
+        f"{folder} is not a Hugging Face model (no config.json), a NeMo checkpoint (no weights/ folder) or a "
+        "Megatron-LM checkpoint (no .metadata); give the folder of a checkpoint."
     )
 
 
 def _latest(run: Path) -> Path:
-    """Return the folder of the last checkpoint of a Megatron-LM run."""
+    """Return the folder of a Megatron-LM run's latest checkpoint."""
     last = (run / _TRACKER).read_text().strip()
     folder = run / (f"iter_{int(last):07d}" if last.isdecimal() else last)
     if not folder.is_dir():
-        raise UserError(f"{run / _TRACKER} names {folder.name}, which is not there; give the checkpoint's folder.")
+        raise UserError(f"{run / _TRACKER} names {folder.name}, which does not exist; give the checkpoint's folder.")
     return folder
 
 
 def _refuse_other_formats(folder: Path) -> None:
-    """Refuse what NeMo and Megatron-LM wrote before torch_dist."""
+    """Refuse the formats that NeMo and Megatron-LM wrote before torch_dist."""
     again = (
         "load it with the version that wrote it and save it as torch_dist (NeMo: "
         "MegatronStrategy(save_ckpt_format='torch_dist'), Megatron-LM: --ckpt-convert-format torch_dist)"
     )
     for weights in (folder, folder / "weights"):
-        about = weights / "metadata.json"
-        stated = read_json(about) if about.is_file() else None
-        zarr = isinstance(stated, dict) and stated.get("sharded_backend") == "zarr"
+        path = weights / "metadata.json"
+        metadata = read_json(path) if path.is_file() else None
+        zarr = isinstance(metadata, dict) and metadata.get("sharded_backend") == "zarr"
         if zarr or next(weights.glob("*/.zarray"), None):
-            raise UserError(f"{folder} is a zarr checkpoint, which is not read; {again}.")
+            raise UserError(f"{folder} is a zarr checkpoint, which is not supported; {again}.")
     if next(folder.glob("mp_rank_*"), None):
-        raise UserError(f"{folder} is a checkpoint in Megatron-LM's old format, a file a rank; {again}.")
+        raise UserError(f"{folder} is a checkpoint in Megatron-LM's old format, one file per rank; {again}.")

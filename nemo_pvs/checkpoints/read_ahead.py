@@ -1,4 +1,4 @@
-"""Reading a model in a known order, the next tensor in a thread while the last one is used."""
+"""Prefetching: the next tensor of a model is read in a thread while the current one is used."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ if TYPE_CHECKING:
 
 
 class ReadAhead:
-    """Hands out a source's tensors in the order of ``names``; memory is the tensor asked for and the one after it.
+    """Reads a source's tensors in the order of ``names``; memory is the requested tensor and the next one.
 
-    Reading waits for the disk, and slicing (of a pruned model) takes a processor: both go on while the caller checks,
-    hashes and writes. All reads are done by one thread, one at a time, so a source need not know of it.
+    Reading waits for the disk, and slicing a pruned model takes CPU time: both overlap with the caller's checks,
+    hashes and writes. A single thread makes all reads, one at a time, so a source need not be thread-safe.
     """
 
     def __init__(self, source: WeightSource, names: Iterable[str]) -> None:
-        """Prepare to read; nothing is read before the first tensor is asked for."""
+        """Prepare to read; nothing is read before the first call of ``read``."""
         self._source = source
         order = list(names)
         self._following = dict(pairwise(order))
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._coming: tuple[str, Future[torch.Tensor]] | None = None
+        self._prefetched: tuple[str, Future[torch.Tensor]] | None = None
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, and begin to read the next; asking out of order costs a read in vain.
+        """Return a tensor and start to read the next; a request out of order wastes the prefetched tensor.
 
         Raises:
-            UserError: what the source raises.
+            UserError: as the source's ``read``.
         """
-        coming, self._coming = self._coming, None
-        tensor = coming[1].result() if coming and coming[0] == name else self._begin(name).result()
+        prefetched, self._prefetched = self._prefetched, None
+        tensor = prefetched[1].result() if prefetched and prefetched[0] == name else self._begin(name).result()
         following = self._following.get(name)
         if following is not None:
-            self._coming = following, self._begin(following)
+            self._prefetched = following, self._begin(following)
         return tensor
 
     def _begin(self, name: str) -> Future[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""WeightSource: what every checkpoint format and every transform of one looks like to its reader."""
+"""WeightSource: the interface of every checkpoint format and of every transform of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]
 class WeightSource(Protocol):
     """A model whose tensors are read one at a time under their Hugging Face names.
 
-    Pruning wraps one source in another, and writers pull from whatever they are given, so no step holds a model.
+    Pruning wraps one source in another, and writers pull tensors from any source, so no step holds a whole model.
     """
 
     @property
@@ -27,10 +27,10 @@ class WeightSource(Protocol):
 
     @property
     def assets(self) -> tuple[Path, ...]:
-        """Files that travel along: tokenizer, chat template, generation config."""
+        """Files to copy along: tokenizer, chat template, generation config."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in the stored dtype; ``name`` is complete (``model.layers.3.mlp.up_proj.weight``)."""
+        """Return a tensor in the stored dtype; ``name`` is its full name (``model.layers.3.mlp.up_proj.weight``)."""
 
 
 def shape_of(source: WeightSource) -> Shape:

@@ -1,4 +1,4 @@
-"""How sparse a checkpoint is, matrix by matrix, and whether its zeros are those that its masks promise."""
+"""The sparsity of a checkpoint, matrix by matrix, and whether its zeros agree with its masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.model.layout import Layout
 
 _PATTERNS = ((2, 4), (4, 8))
-"""N of every M consecutive weights of a row are zero: what hardware and the literature know."""
+"""N:M patterns (N of every M consecutive weights of a row are zero) that hardware and the literature use."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class MatrixSparsity:
     weights: int
     zeros: int
     masked: int | None
-    """Weights that the mask calls pruned; None where there is no mask."""
+    """Weights that are pruned according to the mask; None if there is no mask."""
     disagreements: int
-    """Pruned weights that are not zero: training or rounding has brought them back."""
+    """Pruned weights that are not zero, for example after training without the mask."""
     pattern: str
-    """The N:M pattern that the zeros keep, such as 2:4; empty if none."""
+    """The N:M pattern of the zeros, such as 2:4; empty if none."""
 
 
 def matrix_sparsity(source: WeightSource) -> Iterator[MatrixSparsity]:

@@ -1,7 +1,7 @@
-"""What is known of a checkpoint's tensors before they are read: their checksums, from its manifest or from the cache.
+"""The checksums of a checkpoint's tensors, known from its manifest or from a cache before any tensor is read.
 
-Whoever reads a tensor compares it with the manifest; whoever only wants to know which model this is reads nothing,
-as long as the files are those that the checksums were computed from.
+Every tensor is compared with the manifest when it is read. To identify a model, no tensor needs to be read as long as
+its files are those that the checksums were computed from.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json, sha256_bytes, sha256_file
 
 IGNORE = "PVS_IGNORE_MANIFEST"
-"""The environment variable behind ``--ignore-manifest``, so that processes which a command starts heed it, too."""
+"""The environment variable that ``--ignore-manifest`` sets, so that the processes a command starts obey it too."""
 
 _SETTLED_SECONDS = 2.0
-"""A file changed less than this ago could change again within one tick of the file system's clock."""
+"""A file modified more recently than this could change again without a new time stamp."""
 
 _RECORDS = TypeAdapter(dict[str, TensorRecord])
 
 
 @contextmanager
 def ignoring_manifests(ignore: bool = True) -> Iterator[None]:
-    """Within the block, checkpoints that are opened are not compared with their manifests."""
+    """Do not compare checkpoints that are opened within the block with their manifests."""
     before = os.environ.get(IGNORE)
     if ignore:
         os.environ[IGNORE] = "1"
@@ -58,10 +58,10 @@ class StoredTensors:
 
         Args:
             folder: The checkpoint.
-            files: Its files of weights.
+            files: Its weight files.
 
         Raises:
-            UserError: there is a manifest, but not a usable one.
+            UserError: there is a manifest, but it is not usable.
         """
         self._folder = folder
         self._files = sorted(files)
@@ -69,7 +69,7 @@ class StoredTensors:
         self.manifest = None if os.environ.get(IGNORE) else Manifest.read(folder)
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Compare a tensor that was read with the manifest; without one there is nothing to compare with.
+        """Compare a tensor that was read with the manifest, if there is one.
 
         Raises:
             UserError: it is not what was written.
@@ -78,7 +78,7 @@ class StoredTensors:
             raise changed_since(self._folder, name)
 
     def check_file(self, path: Path) -> None:
-        """Compare a file that is not of weights with the manifest, as ``check`` does a tensor.
+        """Compare a file other than a weight file with the manifest, as ``check`` does for a tensor.
 
         Raises:
             UserError: it is not what was written.
@@ -89,9 +89,10 @@ class StoredTensors:
                 raise changed_since(self._folder, str(path.relative_to(self._folder)))
 
     def checksums(self, source: WeightSource) -> Mapping[str, TensorRecord]:
-        """Return the checksum of every tensor; ``source`` reads them where nothing is known of these files.
+        """Return the checksum of every tensor; where none are known for these files, read them from ``source``.
 
-        What is computed is cached for the user (``$XDG_CACHE_HOME/nemo_pvs``), with size and time of every file.
+        Computed checksums are cached per user (``$XDG_CACHE_HOME/nemo_pvs``), with the size and modification time of
+        every file.
         """
         if self._manifest_is_current():
             assert self.manifest is not None
@@ -109,7 +110,7 @@ class StoredTensors:
         return records
 
     def _manifest_is_current(self) -> bool:
-        """Return whether every file has the length that the manifest notes, and none was changed after it.
+        """Return whether every file has the length in the manifest and none was modified after the manifest.
 
         The manifest is the last file of a checkpoint to be written.
         """
@@ -136,22 +137,21 @@ class StoredTensors:
         return None
 
     def _write_cache(self, files: Mapping[str, list[int]], records: Mapping[str, TensorRecord]) -> None:
-        """Write what was computed; where that is not possible it will be computed again."""
+        """Cache checksums; if that is not possible, they are computed again the next time."""
         tensors = {name: asdict(record) for name, record in records.items()}
         with suppress(OSError):
             self._cache.parent.mkdir(parents=True, exist_ok=True)
-            # Several ranks may do this at once, so each has a file of its own until it is whole.
+            # Several ranks may write at once, so each writes its own file and renames it when it is complete.
             with tempfile.NamedTemporaryFile("w", dir=self._cache.parent, delete=False) as partial:
                 json.dump({"folder": str(self._folder), "hash": HASH, "files": files, "tensors": tensors}, partial)
             os.replace(partial.name, self._cache)
 
 
 def changed_since(folder: Path, what: str) -> UserError:
-    """Return what to say of a tensor or file of a checkpoint that is not the one in its manifest."""
+    """Return the error for a tensor or file of a checkpoint that differs from its manifest."""
     return UserError(
-        f"{what} in {folder} is not what {MANIFEST} there says was written: a file is damaged, or another "
-        "program has changed it; copy the checkpoint again, or, if the change was made on purpose, pass "
-        "--ignore-manifest."
+        f"{what} in {folder} does not match {MANIFEST} there: a file is damaged, or another program has changed "
+        "it; copy the checkpoint again, or, if the change was made on purpose, pass --ignore-manifest."
     )
 
 

@@ -1,4 +1,4 @@
-"""Checksums of tensors: what a manifest notes of each, and what a model's fingerprint is made of."""
+"""Checksums of tensors, as recorded in manifests and hashed into fingerprints."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import xxhash
 from nemo_pvs.checkpoints.files.safetensors_file import tensor_bytes
 
 HASH = "xxh3_128"
-"""What new manifests name tensors by: 128 bits, as fast as memory, against damage and mix-ups but not against forgers
-(https://xxhash.com). SHA-256 of every tensor took longer than all the rest of a conversion."""
+"""The hash of tensors in new manifests: 128 bits, as fast as memory, against damage and mix-ups but not forgery
+(https://xxhash.com). SHA-256 of every tensor took longer than the rest of a conversion."""
 
 HASHES: dict[str, Callable[[memoryview], Any]] = {
     HASH: xxhash.xxh3_128,
-    "sha256": hashlib.sha256,  # the first manifests, which do not say so
+    "sha256": hashlib.sha256,  # of the first manifests, which do not name their hash
 }
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor under its Hugging Face name, the same in every format."""
+    """The record of one tensor under its Hugging Face name, the same in every format."""
 
     dtype: str
     size: tuple[int, ...]
     digest: str
-    """Hash, by the manifest's algorithm, of the bytes in row-major order; hexadecimal."""
+    """Hash of the bytes in row-major order, by the manifest's algorithm, hexadecimal."""
 
 
 def record_of(tensor: torch.Tensor, algorithm: str = HASH) -> TensorRecord:
@@ -39,5 +39,5 @@ def record_of(tensor: torch.Tensor, algorithm: str = HASH) -> TensorRecord:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as config files spell it: bfloat16, float32."""
+    """Return the name of a dtype as spelled in config files: bfloat16, float32."""
     return str(dtype).removeprefix("torch.")

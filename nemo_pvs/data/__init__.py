@@ -1,1 +1,1 @@
-"""Text in, tokens out: reading a corpus, splitting it by document, writing Megatron's token files."""
+"""Text to tokens: reads a corpus, splits it by document, writes Megatron's token files."""

@@ -1,4 +1,4 @@
-"""The files of a model that are not weights but travel with them."""
+"""The files of a model that are copied along with its weights: tokenizer, chat templates, generation config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_pvs.data.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
 from nemo_pvs.system.files import write_json
 
 _MORE_TEMPLATES = "additional_chat_templates"
-"""Where transformers keeps chat templates but the default one, each in a file of its name."""
+"""The folder in which transformers stores additional chat templates, one file each, under their names."""
 
 ASSET_PATTERNS = (
     "tokenizer*",
@@ -23,22 +23,22 @@ ASSET_PATTERNS = (
     f"{_MORE_TEMPLATES}/*.jinja",
     "generation_config.json",
 )
-# Each of these alone can make a tokenizer; the other files only add to one.
+# Each of these is enough for a tokenizer; the other files only add to it.
 _TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
 def asset_files(folder: Path) -> tuple[Path, ...]:
-    """Return the tokenizer files, chat templates and generation config in a folder, and never weights."""
-    found = {path for pattern in ASSET_PATTERNS for path in folder.glob(pattern) if path.is_file()}
-    return tuple(sorted(path for path in found if not _holds_weights(path)))
+    """Return the tokenizer files, chat templates and generation config in a folder, but never weights."""
+    paths = {path for pattern in ASSET_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    return tuple(sorted(path for path in paths if not _holds_weights(path)))
 
 
 def copy_asset(asset: Path, folder: Path) -> Path:
-    """Copy one of ``asset_files`` to its place in another folder; return the copy.
+    """Copy one of ``asset_files`` to another folder and return the copy.
 
-    A tokenizer's config becomes one that both Transformers 4 and 5 load.
+    The tokenizer's config is converted to one that both Transformers 4 and 5 load.
     """
     parent = folder / _MORE_TEMPLATES if asset.parent.name == _MORE_TEMPLATES else folder
     parent.mkdir(parents=True, exist_ok=True)
@@ -50,17 +50,17 @@ def copy_asset(asset: Path, folder: Path) -> Path:
 
 
 def _holds_weights(path: Path) -> bool:
-    """Whether a file is a model after all: tokenizers saved from a GGUF model copy it as ``tokenizer.model``."""
+    """Return whether a file has weights: transformers saves a GGUF model's file as ``tokenizer.model``."""
     with open(path, "rb") as file:
         return path.suffix in _WEIGHTS or file.read(4) == b"GGUF"
 
 
 def tokenizer_folder(checkpoint: Path) -> Path:
-    """Return the folder with the tokenizer of a checkpoint: its own, or the one inside a NeMo context."""
+    """Return the folder of a checkpoint's tokenizer: the checkpoint itself, or a folder in its NeMo context."""
     inside = checkpoint / "context" / "tokenizer"
     return inside if inside.is_dir() else checkpoint
 
 
 def tokenizer_among(assets: Iterable[Path]) -> Path | None:
-    """Return the folder of the tokenizer among a checkpoint's files; None if it has none."""
+    """Return the folder of the tokenizer among a checkpoint's assets; None if it has none."""
     return next((asset.parent for asset in assets if asset.name in _TOKENIZERS), None)

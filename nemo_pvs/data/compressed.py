@@ -1,4 +1,4 @@
-"""Compressed text as a stream that never ends early without an error."""
+"""Reads compressed text; a truncated file is always an error, never an early end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, BinaryIO
 import zstandard
 
 DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-"""What reading a damaged file raises; ``EOFError`` says that it ends inside a compressed frame."""
+"""Exceptions that reading a damaged file can raise; ``EOFError`` means that it ends inside a compressed frame."""
 
 _CHUNK_BYTES = 1 << 14
 
@@ -19,10 +19,10 @@ _CHUNK_BYTES = 1 << 14
 def open_text(path: Path, encoding: str) -> IO[str]:
     """Open a ``.gz``, ``.zst`` or plain text file for reading.
 
-    A compressed file may consist of several members or frames, as concatenation and parallel compressors make them.
+    A compressed file may consist of several members or frames, as written by parallel compressors or concatenation.
 
     Raises:
-        EOFError: the compressed file is empty; later, while it is read, it ends before its last frame does.
+        EOFError: the compressed file is empty; also raised on reading if it ends inside a frame.
     """
     if path.suffix not in (".gz", ".zst"):
         return open(path, encoding=encoding)
@@ -34,9 +34,9 @@ def open_text(path: Path, encoding: str) -> IO[str]:
 
 
 class _ZstandardFrames(io.RawIOBase):
-    """The content of every frame in a file, one after the other.
+    """The concatenated content of all frames in a file.
 
-    The library's own ``stream_reader`` takes the end of the file for the end of the frame, wherever that is.
+    The library's own ``stream_reader`` accepts the end of the file as the end of a frame, even in the middle of it.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -51,7 +51,7 @@ class _ZstandardFrames(io.RawIOBase):
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill ``buffer`` as far as the next piece of content goes, and return how far; 0 is the end of the file.
+        """Copy the next piece of content into ``buffer`` and return its length in bytes; 0 at the end of the file.
 
         Raises:
             EOFError: the file ends inside a frame.

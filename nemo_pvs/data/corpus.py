@@ -1,4 +1,4 @@
-"""Documents out of text, JSON-lines and Parquet files, folders of them, or the built-in Wikipedia sample."""
+"""Reads documents from text, JSON-lines and Parquet files, folders of them, or the built-in Wikipedia sample."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet"
 _PARQUET_ROWS = 1024
 _BYTE_ORDER_MARK = "\ufeff"
 
-# Files that accompany a data set and are not part of it. JSON lines and tables under such names are data.
+# Text files that accompany a data set but are not part of it. JSON-lines and Parquet files with such names are data.
 _ABOUT_THE_DATA = re.compile(
     r"(readme|licen[sc]es?|copying|copyright|notices?|citation|changelog|data(set)?[-_ ]?card)([-_. ].*)?\.txt",
     re.IGNORECASE,
@@ -34,21 +34,21 @@ _ABOUT_THE_DATA = re.compile(
 
 @dataclass(frozen=True)
 class Document:
-    """One text, kept whole: a split never cuts it, and an end-of-text token follows it."""
+    """One text, which a split never divides and which an end-of-text token follows."""
 
     text: str
     id: str
-    """Where it comes from, for messages: file and line or row, or the article's title."""
+    """Its origin, for messages: file and line or row, or the article's title."""
 
 
 class BlankFilter:
-    """Leaves out documents that are null or blank, and counts them."""
+    """Skips documents whose text is null or blank, and counts them."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def apply(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Yield the documents that have text."""
+        """Yield the documents with text."""
         for document in documents:
             if document.text.strip():
                 yield document
@@ -57,7 +57,7 @@ class BlankFilter:
 
 
 def report_blank(count: int) -> None:
-    """Print how many documents had no text, if any."""
+    """Print the number of documents without text, if there are any."""
     if count:
         were = "document without text was" if count == 1 else "documents without text were"
         console.print(f"{count:,} {were} skipped.", soft_wrap=True)
@@ -70,16 +70,16 @@ def read_documents(
     encoding: str = "utf-8",
     keep_blank: bool = False,
 ) -> Iterator[Document]:
-    """Return the documents of one input or several, in the order given; a folder's files in order of their names.
+    """Return the documents of one or several inputs in the given order; files of a folder are sorted by name.
 
-    A ``.txt`` file is one document; a line of ``.jsonl``, ``.jsonl.gz`` (``.json.gz`` in C4) or ``.jsonl.zst`` and a
-    row of ``.parquet`` are one each, their text under ``text_key``. The name ``wikipedia-sample`` needs no file.
-    Documents whose text is null or blank are skipped unless ``keep_blank``, and their number is printed at the end.
-    Files are read as the documents are asked for; that the inputs exist is checked at once, and the files of a folder
-    that are not read are printed.
+    A ``.txt`` file is one document; so is each line of ``.jsonl``, ``.jsonl.gz`` (``.json.gz`` in C4) or
+    ``.jsonl.zst`` and each row of ``.parquet``, with its text under ``text_key``. The name ``wikipedia-sample`` stands
+    for the built-in corpus. Documents whose text is null or blank are skipped unless ``keep_blank``, and their number
+    is printed at the end. Files are read lazily, but whether the inputs exist is checked at once, and the files of a
+    folder that are not read are printed.
 
     Raises:
-        UserError: an input is missing or of an unknown kind, a line is broken or has no text, or nothing is there.
+        UserError: an input is missing or of an unknown kind, a line is broken or has no text, or there is no text.
     """
     names = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     report_left_out(names)
@@ -87,10 +87,10 @@ def read_documents(
 
 
 def input_files(inputs: Sequence[str | Path]) -> list[Path | None]:
-    """Return the files that inputs stand for, in the order of reading; None is the built-in sample.
+    """Return the input files in the order in which they are read; None stands for the built-in sample.
 
-    Of a folder these are all files of a known kind below it, but not hidden ones, those in hidden folders, and
-    ``README.txt``, ``LICENSE.txt`` and the like. A file that is given by name is read whatever its name.
+    For a folder these are all files of a known kind below it, except hidden ones, those in hidden folders, and
+    ``README.txt``, ``LICENSE.txt`` and similar. A file given by name is read whatever its name.
 
     Raises:
         UserError: an input is missing or of an unknown kind.
@@ -99,7 +99,7 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path | None]:
 
 
 def report_left_out(inputs: Sequence[str | Path]) -> None:
-    """Print a line for every folder among the inputs that has files which are not read."""
+    """Print a line for every input folder with files that are not read."""
     for folder in [Path(name) for name in inputs if str(name) != WIKIPEDIA_SAMPLE]:
         left_out = [file for file in _files_below(folder) if not _is_text(file, folder)]
         if left_out:
@@ -109,19 +109,19 @@ def report_left_out(inputs: Sequence[str | Path]) -> None:
 
 
 def _sources(name: str | Path) -> list[Path | None]:
-    """Return the files that an input stands for; None is the built-in sample."""
+    """Return the files of an input; None stands for the built-in sample."""
     path = Path(name)
     if str(name) == WIKIPEDIA_SAMPLE:
         return [None]
     if path.is_dir():
         files: list[Path | None] = [file for file in _files_below(path) if _is_text(file, path)]
         if not files:
-            raise UserError(f"{path} holds no {', '.join(_SUFFIXES)} file; point to the folder with the texts.")
+            raise UserError(f"{path} contains no {', '.join(_SUFFIXES)} file; give the folder with the texts.")
         return files
     if not path.exists():
         raise UserError(f"{path} does not exist; give a text file, a folder of them, or the name {WIKIPEDIA_SAMPLE}.")
     if not path.name.endswith(_SUFFIXES):
-        raise UserError(f"{path} is of no kind that can be read as text; known are {', '.join(_SUFFIXES)}.")
+        raise UserError(f"{path} cannot be read as text; give a file of one of the types {', '.join(_SUFFIXES)}.")
     return [path]
 
 
@@ -146,19 +146,19 @@ def _not_nothing(
             for document in documents if keep_blank else blank.apply(documents):
                 empty = empty and not document.text.strip()
                 yield document
-    finally:  # also where the reader has stopped before the end
+    finally:  # even if the reader stops before the end
         report_blank(blank.count)
     if empty:
-        raise UserError(f"{names} holds no text at all; give a corpus with at least one document.")
+        raise UserError(f"{names} contains no text at all; give a corpus with at least one document.")
 
 
 def read_file(source: Path | None, text_key: str, encoding: str = "utf-8") -> Iterator[Document]:
-    """Yield the documents of one of ``input_files``, blank ones too; a null text is an empty one.
+    """Yield the documents of one of ``input_files``, including blank ones; a null text becomes an empty one.
 
-    A byte order mark is no part of the text.
+    Byte order marks are removed.
 
     Raises:
-        UserError: the file is damaged or cut short, or a line has no text.
+        UserError: the file is damaged or truncated, or a line has no text.
     """
     if source is None:
         for title, text in wikipedia.sample_articles():
@@ -185,7 +185,7 @@ def _json_lines(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
     try:
         with open_text(path, encoding) as file:
             for number, line in enumerate(file, start=1):
-                # Marks are inside, too, where files that have one were joined to a larger one.
+                # A mark can also be inside a file that was concatenated from several files.
                 record = line.removeprefix(_BYTE_ORDER_MARK)
                 if record.strip():
                     text = _text_of_line(record, text_key, f"{path}, line {number}")
@@ -193,21 +193,21 @@ def _json_lines(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} {_not_decoded(error, f'after line {number}', encoding)}") from None
     except EOFError as error:
-        raise UserError(f"{path} is cut short after line {number} ({error}); fetch it again.") from None
+        raise UserError(f"{path} is truncated after line {number} ({error}); download it again.") from None
     except DAMAGE as error:
         raise UserError(
-            f"{path} cannot be read after line {number} ({error}); it may be damaged or cut short, fetch it again."
+            f"{path} cannot be read after line {number} ({error}); it may be damaged or truncated, download it again."
         ) from None
 
 
-def _not_decoded(error: UnicodeDecodeError, place: str, encoding: str) -> str:
-    """Return the rest of a sentence that begins with the file."""
+def _not_decoded(error: UnicodeDecodeError, location: str, encoding: str) -> str:
+    """Return the end of a message that begins with the file's path."""
     if error.reason == "unexpected end of data":
-        return f"ends in the middle of a character ({place}); it may be cut short, fetch it again."
-    return f"is not {encoding} text ({place}: {error.reason}); convert it to {encoding}."
+        return f"ends in the middle of a character ({location}); it may be truncated, download it again."
+    return f"is not {encoding} text ({location}: {error.reason}); convert it to {encoding}."
 
 
-def _text_of_line(line: str, text_key: str, place: str) -> str:
+def _text_of_line(line: str, text_key: str, location: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -215,19 +215,19 @@ def _text_of_line(line: str, text_key: str, place: str) -> str:
         advice = (
             "correct or remove the line"
             if line.endswith("\n")
-            else "it has no line break at its end, so the file may be cut short: fetch it again, or remove the line"
+            else "it has no line break at its end, so the file may be truncated: download it again, or remove the line"
         )
-        raise UserError(f"{place}, is not valid JSON ({reason}); {advice}.") from None
+        raise UserError(f"{location}, is not valid JSON ({reason}); {advice}.") from None
     if not isinstance(record, dict):
-        raise UserError(f"{place}, is not a JSON object; each line must read like {{{json.dumps(text_key)}: ...}}.")
+        raise UserError(f"{location}, is not a JSON object; each line must read like {{{json.dumps(text_key)}: ...}}.")
     if text_key not in record:
-        raise UserError(f"{place}, has no key {text_key!r}; {_suggestion(text_key, list(record))}.")
+        raise UserError(f"{location}, has no key {text_key!r}; {_suggestion(text_key, list(record))}.")
     text = record[text_key]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{place}: {text_key!r} is {type(text).__name__}, not text; name the key that holds the text.")
-    # JSON can spell half a surrogate pair (\ud800), which is no character: it becomes U+FFFD, as in any UTF-8 reader.
+        raise UserError(f"{location}: {text_key!r} is {type(text).__name__}, not text; name the key with the text.")
+    # JSON can contain a lone surrogate (\ud800), which is not a character: it becomes U+FFFD, as in any UTF-8 reader.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -247,9 +247,9 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[Document]:
                     row += 1
                     yield Document(text or "", f"{path.name}:{row}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        what = f"cannot be read after row {row}" if row else "is not a complete Parquet file"
+        fault = f"cannot be read after row {row}" if row else "is not a complete Parquet file"
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} {what} ({reason}); it may be damaged or cut short, fetch it again.") from None
+        raise UserError(f"{path} {fault} ({reason}); it may be damaged or truncated, download it again.") from None
 
 
 def _check_column(schema: pyarrow.Schema, text_key: str, path: Path) -> None:
@@ -257,4 +257,4 @@ def _check_column(schema: pyarrow.Schema, text_key: str, path: Path) -> None:
         raise UserError(f"{path} has no column {text_key!r}; {_suggestion(text_key, schema.names)}.")
     column = schema.field(text_key).type
     if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
-        raise UserError(f"{path}: column {text_key!r} is {column}, not text; name the column that holds the text.")
+        raise UserError(f"{path}: column {text_key!r} is {column}, not text; name the column with the text.")

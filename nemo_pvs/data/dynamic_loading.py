@@ -1,4 +1,4 @@
-"""Dynamic batch loading: more text of domains whose loss is behind (Sheared LLaMA, arXiv 2310.06694, section 2.2)."""
+"""Dynamic batch loading: more text from domains whose loss lags (Sheared LLaMA, arXiv 2310.06694, section 2.2)."""
 
 from __future__ import annotations
 
@@ -27,31 +27,32 @@ def update_proportions(
     ``(1 - c) a + c / K``.
 
     Args:
-        proportions: Shares so far, which add up to 1.
-        losses: Validation loss of each domain now, nats per token.
-        targets: What the loss of each domain should be: that of a model of the target's size, ``reference_losses``.
-        rate: Of the step.
-        smoothing: c; no share falls below c / K for long.
-        clip: Take a domain that is ahead for one that is where it should be, as the paper's algorithm 1 does; the
-            published code does not, so by default shares of such domains fall.
+        proportions: Current shares p of the K domains, which add up to 1.
+        losses: Current validation loss l of each domain, in nats per token.
+        targets: Target loss l* of each domain: that of a model of the target's size (``reference_losses``).
+        rate: Step size.
+        smoothing: c; no share falls below c / K.
+        clip: Treat a domain whose loss is below its target as if it were at the target, as in the paper's algorithm 1;
+            the published code does not, so by default the shares of such domains fall.
 
     Raises:
-        UserError: the numbers are not those of the same domains, or a domain has no share.
+        UserError: the lists differ in length, a share is not positive, or a loss is not finite.
     """
-    shares, behind = np.asarray(proportions, float), np.asarray(losses, float) - np.asarray(targets, float)
+    shares, excess = np.asarray(proportions, float), np.asarray(losses, float) - np.asarray(targets, float)
     if not len(shares) == len(losses) == len(targets):
         raise UserError(
-            f"{len(shares)} shares, {len(losses)} losses and {len(targets)} targets are not those of the same domains."
+            f"{len(shares)} shares, {len(losses)} losses and {len(targets)} targets do not match; give one of each "
+            "per domain."
         )
     if not (shares > 0).all() or abs(shares.sum() - 1) > 1e-6:
         raise UserError(
             f"The domains' shares are {', '.join(f'{share:g}' for share in shares)}; each must be above 0, and all "
             "must add up to 1. Leave out a domain without data."
         )
-    if not np.isfinite(behind).all():
-        place = int(np.flatnonzero(~np.isfinite(behind))[0])
-        raise UserError(f"Domain {place} has no validation loss; give it validation text, or leave it out.")
-    scaled = np.log(shares) + rate * (np.maximum(behind, 0) if clip else behind)
+    if not np.isfinite(excess).all():
+        domain = int(np.flatnonzero(~np.isfinite(excess))[0])
+        raise UserError(f"Domain {domain} has no validation loss; give it validation text, or leave it out.")
+    scaled = np.log(shares) + rate * (np.maximum(excess, 0) if clip else excess)
     weights = np.exp(scaled - scaled.max())
     smoothed = (1 - smoothing) * weights / weights.sum() + smoothing / len(shares)
     return [float(share) for share in smoothed / smoothed.sum()]
@@ -60,24 +61,26 @@ def update_proportions(
 def reference_losses(
     parameters: Sequence[float], losses: Sequence[Sequence[float]], target_parameters: float
 ) -> list[float]:
-    """Return what each domain's loss should be at a size, from a family's models of other sizes.
+    """Predict each domain's loss for a model size from models of the same family with other sizes.
 
-    Fits ``E + A / N^alpha`` for each domain by least squares, as the published targets were made (three sizes of the
-    parent's family), with E and A not below 0.
+    Fits ``E + A / N^alpha`` for each domain by least squares with E and A of 0 or more, like the published targets
+    (from three sizes of the parent's family).
 
     Args:
-        parameters: Sizes of the models, three or more.
-        losses: Of each model, by domain: nats per token.
-        target_parameters: The size wanted.
+        parameters: Parameter counts N of the models, at least three.
+        losses: [models, domains], in nats per token.
+        target_parameters: The parameter count to predict for.
 
     Raises:
-        UserError: there are fewer than three models, or not a loss for each model and domain.
+        UserError: there are fewer than three models of different sizes, or a loss is missing.
     """
     sizes, measured = np.asarray(parameters, float), np.asarray(losses, float)
     if len(sizes) < 3 or len(set(parameters)) < 3:
-        raise UserError(f"Reference losses are fitted to three models or more of different sizes, not {len(sizes)}.")
+        raise UserError(
+            f"Reference losses are fitted to three or more models of different sizes, not {len(sizes)}; give more."
+        )
     if measured.ndim != 2 or len(measured) != len(sizes):
-        raise UserError(f"{len(sizes)} models need as many rows of losses, not an array of {measured.shape}.")
+        raise UserError(f"{len(sizes)} models need one row of losses each, not an array of {measured.shape}.")
     scale = np.exp(np.log(sizes).mean())
     return [_extrapolate(sizes / scale, column, target_parameters / scale) for column in measured.T]
 

@@ -1,7 +1,7 @@
-"""Calibration sets exactly as the references draw them, from local copies of the texts.
+"""Draws calibration sets exactly as the reference implementations do, from local copies of the texts.
 
-Each loader is a row of ``LOADERS``: how much of the text is read, how it is joined, and where windows are cut. Random
-draws are those of Python's ``random`` after ``random.seed(seed)``, so equal texts give equal tokens.
+Each loader is an entry of ``LOADERS``: how much of the text is read, how it is joined, and where windows start. Random
+draws are those of Python's ``random`` after ``random.seed(seed)``, so equal texts yield equal tokens.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ Tokenize = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class Loader:
-    """How one reference turns a text into windows."""
+    """How a reference implementation turns a text into windows."""
 
     text: str
-    """The text that the reference reads; give the same one to get its tokens."""
+    """The text that the reference reads; with the same text, the tokens are the same."""
     windows: Literal["consecutive", "random", "documents"]
-    """consecutive: one after the other from the start; random: anywhere in the joined text; documents: one window
-    in each of randomly drawn documents that are long enough."""
+    """consecutive: in sequence from the start; random: anywhere in the joined text; documents: one window from each of
+    randomly drawn documents that are long enough."""
     rows: int | None = None
-    """Rows that are read from the start of the text; all where None."""
+    """Number of rows to read from the start of the text; None reads all."""
     separator: str = ""
-    """What goes between the rows when they are joined."""
+    """Inserted between the rows when they are joined."""
     text_key: str = "text"
+    """Key or column of the text."""
 
 
 LOADERS = {
@@ -47,7 +48,7 @@ LOADERS = {
     "c4_seq": Loader("allenai/c4, en, train shard 00000 of 01024 (Minitron)", "consecutive", 8000, " "),
     "cnn_dailymail_seq": Loader("cnn_dailymail 3.0.0, train (Minitron)", "consecutive", 8000, " ", "article"),
 }
-"""The loaders of Wanda, SparseGPT, FLAP and of Minitron in llm-pruning-collection, by name."""
+"""The loaders of Wanda, SparseGPT, FLAP and Minitron in llm-pruning-collection, by name."""
 
 
 def load_tokens(
@@ -64,16 +65,16 @@ def load_tokens(
 
     Args:
         loader: Name in ``LOADERS``.
-        files: Local copies of its text as ``read_documents`` takes them; a line of a ``.txt`` file is a row.
-        tokenizer_folder: Folder with the model's tokenizer; it adds the special tokens that it likes, as there.
+        files: Local copies of its text, as for ``read_documents``; a line of a ``.txt`` file is a row.
+        tokenizer_folder: Folder with the model's tokenizer, which adds its default special tokens.
         samples: Number of windows (N).
-        sequence_length: Tokens a window (S).
-        seed: Of Python's ``random``; consecutive windows need none.
-        context: The model's context (``max_position_embeddings``), if longer windows shall be refused at once.
+        sequence_length: Tokens per window (S).
+        seed: Seed of Python's ``random``; not used for consecutive windows.
+        context: The model's context (``max_position_embeddings``); longer windows are refused. None does not check.
 
     Raises:
         UserError: there is no such loader, the files cannot be read, windows are longer than the context, or the text
-            is too small for so many.
+            is too short for the number of windows.
     """
     if loader not in LOADERS:
         raise UserError(f"There is no loader {loader!r}; choose {', '.join(LOADERS)}.")
@@ -81,9 +82,9 @@ def load_tokens(
         raise UserError(
             f"Sequences of {sequence_length} tokens do not fit the model's context of {context}; choose shorter ones."
         )
-    how = LOADERS[loader]
+    settings = LOADERS[loader]
     tokenizer = load_tokenizer(tokenizer_folder)
-    rows = list(islice(read_rows(files, how.text_key), how.rows))
+    rows = list(islice(read_rows(files, settings.text_key), settings.rows))
     return cut(
         loader,
         rows,
@@ -96,9 +97,9 @@ def load_tokens(
 
 
 def read_rows(files: str | Path | Sequence[str | Path], text_key: str = "text") -> Iterator[str]:
-    """Yield the rows of a data set, blank ones too, as the ``datasets`` library has them.
+    """Yield the rows of a data set, including blank ones, as in the ``datasets`` library.
 
-    A ``.txt`` file is read as WikiText's own: each line is a row with its line break, a blank line an empty row.
+    A ``.txt`` file is read like WikiText's: each line is a row with its line break, a blank line an empty row.
 
     Raises:
         UserError: as ``read_documents``.
@@ -120,34 +121,34 @@ def cut(
     seed: int = 0,
     tokenizer_sha256: str | None = None,
 ) -> TokenSet:
-    """Cut windows out of rows of text as the reference does.
+    """Cut windows from rows of text as the reference does.
 
-    The manifest says, beside what ``TokenSet`` records: the ``loader``, how many ``rows`` were read, and of documents
-    drawn at random how many ``draws`` it took to find long enough ones.
+    In addition to the entries of ``TokenSet``, the manifest has the ``loader``, the number of ``rows`` read and, for
+    randomly drawn documents, the number of ``draws`` needed to find long enough ones.
 
     Args:
         loader: Name in ``LOADERS``.
-        rows: The text, row by row; those past the loader's ``rows`` are not read.
-        tokenize: Turns a text into ids, special tokens as it sees fit.
+        rows: The text, row by row; only the loader's first ``rows`` are read.
+        tokenize: Turns a text into ids, with its default special tokens.
         samples: Number of windows (N).
-        sequence_length: Tokens a window (S).
-        seed: Of Python's ``random``.
+        sequence_length: Tokens per window (S).
+        seed: Seed of Python's ``random``.
         tokenizer_sha256: Hash of the tokenizer's files, for the manifest.
 
     Raises:
-        UserError: the text is too small for so many windows.
+        UserError: the text is too short for the number of windows.
     """
-    how = LOADERS[loader]
-    rows = rows[: how.rows]
-    if how.windows == "documents":
+    settings = LOADERS[loader]
+    rows = rows[: settings.rows]
+    if settings.windows == "documents":
         return _document_windows(loader, rows, tokenize, samples, sequence_length, seed, tokenizer_sha256)
     tokens = TokenSet.from_documents(
         rows,
         tokenize,
-        separator=how.separator,
+        separator=settings.separator,
         samples=samples,
         sequence_length=sequence_length,
-        seed=seed if how.windows == "random" else None,
+        seed=seed if settings.windows == "random" else None,
         data_set=loader,
         tokenizer_sha256=tokenizer_sha256,
     )
@@ -163,14 +164,14 @@ def _document_windows(
     seed: int,
     tokenizer_sha256: str | None,
 ) -> TokenSet:
-    """Draw documents until one is longer than a window, then draw the window; as often as there are samples."""
+    """Draw each window from a randomly drawn document, redrawing documents that are not longer than a window."""
     check_size(samples, sequence_length)
     generator = random.Random(seed)
     short: set[int] = set()
     windows: list[Sequence[int]] = []
     draws = 0
     while len(windows) < samples:
-        # The reference would draw for ever.
+        # The reference would loop forever.
         if len(short) == len(documents):
             raise UserError(
                 f"None of the {len(documents)} documents for {loader} has more than {sequence_length} tokens; "

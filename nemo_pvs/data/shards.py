@@ -1,4 +1,4 @@
-"""Tokenise a corpus of many files by many workers: a shard a file, resumable, then one token file a split."""
+"""Tokenises many files with many workers: one shard per file, resumable, then one token file per split."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MANIFEST = "shard.json"
 
 @dataclass(frozen=True)
 class _Settings:
-    """What decides the tokens of every shard."""
+    """The settings that determine the tokens of every shard."""
 
     tokenizer: str
     shares: tuple[tuple[str, float], ...]
@@ -38,17 +38,17 @@ class _Settings:
 
 
 def split_of(text: str, shares: Mapping[str, float], seed: int) -> str:
-    """Return the split of a document: its SHA-256 with the seed, as a number from 0 to 1, falls into one's share.
+    """Return the split of a document: that into whose share its SHA-256 with the seed falls, as a number from 0 to 1.
 
-    So a document's place depends on its text and the seed alone, copies of a text stay together, and no worker needs
-    to know of another. Shares are met on average, not exactly; ``split.split_documents`` does that for small corpora.
+    So the split depends only on the text and the seed, copies of a text stay together, and workers need not
+    communicate. Shares are met on average, not exactly; ``split.split_documents`` is exact, for small corpora.
     """
     digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+    position = int.from_bytes(digest[:8], "big") / 2**64
     for name, share in shares.items():
-        if place < share:
+        if position < share:
             return name
-        place -= share
+        position -= share
     return name
 
 
@@ -65,23 +65,23 @@ def tokenize_files(
 ) -> dict[str, dict[str, Any]]:
     """Write ``out/<split>.bin``, ``.idx`` and a manifest ``.json`` for each split; return the manifests.
 
-    Every input file becomes a shard, written whole by one worker; a run that is interrupted goes on with the files
-    that have none. At the end the shards are joined in the order of the files, so the result does not depend on the
-    number of workers; until then the tokens are on disk twice. Splits that are there already, from the same files and
-    settings, are left alone.
+    Every input file becomes a shard, written atomically by one worker; an interrupted run continues with the files
+    that have no shard. At the end the shards are joined in the order of the files, so the result does not depend on
+    the number of workers; meanwhile the tokens take up twice their disk space. Splits that already exist, from the
+    same files and settings, are not written again.
 
     Args:
         inputs: Files, folders of them, or the built-in corpus.
         tokenizer_folder: A Hugging Face folder with the tokenizer.
         out: Folder for the token files.
         shares: Split name to share of the documents; they add up to 1.
-        seed: Another seed, another split.
+        seed: Seed of the split.
         text_key: Key or column of the text.
-        workers: Processes; more than there are files do nothing.
-        progress: Called with (files done, files in all).
+        workers: Number of processes; at most one per file is used.
+        progress: Called with (files done, total files).
 
     Raises:
-        UserError: an input, the tokenizer or a share is wrong, a split gets no document, or the disk is full.
+        UserError: an input, the tokenizer or a share is invalid, a split gets no document, or the disk is full.
     """
     _check(shares, workers)
     check_folder(out)
@@ -99,14 +99,14 @@ def tokenize_files(
     finished = _finished(out, shares, sha256_json(made_from))
     if finished is not None:
         return finished
-    places = []
+    shards = []
     for index, identity in enumerate(made_from["files"]):
         key = sha256_json({**made_from, "files": identity})[:16]
-        places.append(out / _SHARDS / f"{index:06d}-{key}")
-    _write_shards(files, places, settings, workers, progress)
-    report_blank(sum(read_json(place / _MANIFEST).get("without_text", 0) for place in places))
+        shards.append(out / _SHARDS / f"{index:06d}-{key}")
+    _write_shards(files, shards, settings, workers, progress)
+    report_blank(sum(read_json(shard / _MANIFEST).get("without_text", 0) for shard in shards))
     with disk_errors(out):
-        manifests = {name: _join(name, places, out, sha256_json(made_from), tokenizer_folder) for name in shares}
+        manifests = {name: _join(name, shards, out, sha256_json(made_from), tokenizer_folder) for name in shares}
         shutil.rmtree(out / _SHARDS)
     return manifests
 
@@ -127,7 +127,7 @@ def _identity(file: Path | None) -> list[Any]:
 
 
 def _finished(out: Path, shares: Mapping[str, float], made_from: str) -> dict[str, dict[str, Any]] | None:
-    """Return the manifests of token files that were made from the same files and settings."""
+    """Return the manifests of existing token files from the same files and settings; None if any is missing."""
     manifests = {}
     for name in shares:
         path = out / f"{name}.json"
@@ -140,15 +140,15 @@ def _finished(out: Path, shares: Mapping[str, float], made_from: str) -> dict[st
 
 def _write_shards(
     files: list[Path | None],
-    places: list[Path],
+    shards: list[Path],
     settings: _Settings,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    missing = [(file, place) for file, place in zip(files, places, strict=True) if not place.is_dir()]
+    missing = [(file, shard) for file, shard in zip(files, shards, strict=True) if not shard.is_dir()]
     done = len(files) - len(missing)
 
-    def one_more() -> None:
+    def count_one() -> None:
         nonlocal done
         done += 1
         if progress:
@@ -157,32 +157,32 @@ def _write_shards(
     if progress:
         progress(done, len(files))
     if workers == 1 or len(missing) < 2:
-        for file, place in missing:
-            _write_shard(file, place, settings)
-            one_more()
+        for file, shard in missing:
+            _write_shard(file, shard, settings)
+            count_one()
         return
     pool = ProcessPoolExecutor(
         min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_single_threaded
     )
     with pool:
-        waiting = [pool.submit(_write_shard, file, place, settings) for file, place in missing]
+        futures = [pool.submit(_write_shard, file, shard, settings) for file, shard in missing]
         try:
-            for future in as_completed(waiting):
+            for future in as_completed(futures):
                 future.result()
-                one_more()
+                count_one()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _single_threaded() -> None:
-    """Keep a worker to one core; there are as many of them as cores are wanted."""
+    """Limit a worker to one core, because there is one worker per core."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
 
-def _write_shard(file: Path | None, place: Path, settings: _Settings) -> None:
-    """Tokenise one file into ``place``: a token file for every split that gets a document, and a manifest."""
+def _write_shard(file: Path | None, shard: Path, settings: _Settings) -> None:
+    """Tokenise one file into the folder ``shard``: a token file for every split with a document, and a manifest."""
     import_megatron()
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # takes seconds
 
@@ -194,7 +194,7 @@ def _write_shard(file: Path | None, place: Path, settings: _Settings) -> None:
     documents = dict.fromkeys(shares, 0)
     digest = hashlib.sha256()
     blank = BlankFilter()
-    with whole_folder(place) as partial, ExitStack() as closing:
+    with whole_folder(shard) as partial, ExitStack() as closing:
         for batch in batches(blank.apply(read_file(file, settings.text_key))):
             for document, ids in zip(batch, encode(tokenizer, batch), strict=True):
                 digest.update(hashlib.sha256(document.text.encode()).digest())
@@ -206,22 +206,22 @@ def _write_shard(file: Path | None, place: Path, settings: _Settings) -> None:
                 documents[name] += 1
         for name, builder in builders.items():
             builder.finalize(str(partial / f"{name}.idx"))
-        about = {"documents": documents, "without_text": blank.count, "source_sha256": digest.hexdigest()}
-        write_json(partial / _MANIFEST, about)
+        manifest = {"documents": documents, "without_text": blank.count, "source_sha256": digest.hexdigest()}
+        write_json(partial / _MANIFEST, manifest)
 
 
-def _join(name: str, places: list[Path], out: Path, made_from: str, tokenizer_folder: Path) -> dict[str, Any]:
-    """Join one split of all shards, in the order of the files."""
+def _join(name: str, shards: list[Path], out: Path, made_from: str, tokenizer_folder: Path) -> dict[str, Any]:
+    """Join one split of all shards in the order of the files; return its manifest."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    shards = [read_json(place / _MANIFEST) for place in places]
-    present = [place / name for place, shard in zip(places, shards, strict=True) if shard["documents"][name]]
+    manifests = [read_json(shard / _MANIFEST) for shard in shards]
+    present = [shard / name for shard, manifest in zip(shards, manifests, strict=True) if manifest["documents"][name]]
     if not present:
-        raise UserError(f"No document fell into the split {name}; give more text, or {name} a larger share.")
+        raise UserError(f"The split {name} got no document; give more text, or a larger share for {name}.")
     dtype = DType.optimal_dtype(len(load_tokenizer(tokenizer_folder)))
     partial = out / f".{name}.partial.bin"
     builder = IndexedDatasetBuilder(str(partial), dtype=dtype)
-    gc.freeze()  # Megatron collects garbage for every shard: seconds, if all that is imported is looked at each time
+    gc.freeze()  # Megatron collects garbage after every shard, which takes seconds if it visits all imported objects
     try:
         for prefix in present:
             builder.add_index(str(prefix))
@@ -234,12 +234,12 @@ def _join(name: str, places: list[Path], out: Path, made_from: str, tokenizer_fo
             os.fsync(file.fileno())
         os.replace(partial.with_suffix(suffix), out / f"{name}{suffix}")
     manifest = {
-        "documents": sum(shard["documents"][name] for shard in shards),
+        "documents": sum(manifest["documents"][name] for manifest in manifests),
         "tokens": count_tokens(out / name),
         "dtype": str(dtype.__name__),
         "append_eos": True,
         "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
-        "source_sha256": sha256_json([shard["source_sha256"] for shard in shards]),
+        "source_sha256": sha256_json([manifest["source_sha256"] for manifest in manifests]),
         "bin_sha256": sha256_file(out / f"{name}.bin"),
         "made_from": made_from,
     }

@@ -1,4 +1,4 @@
-"""Splits of a corpus: whole documents, no text in two of them, the same ones every time."""
+"""Splits a corpus by whole documents, reproducibly and with no text in two splits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from nemo_pvs.system.files import sha256_bytes
 def split_documents(
     documents: Iterable[Document], fractions: Mapping[str, float], *, seed: int = 0
 ) -> dict[str, list[Document]]:
-    """Divide documents among named splits, each getting its fraction of the characters.
+    """Divide documents among named splits, each of which gets its fraction of the characters.
 
-    Which document goes where depends on the texts and the seed alone, not on their order or on file names. Documents
-    with equal texts stay together, so nothing of one split can be read in another. In the order of the SHA-256 of seed
-    and text, each text goes to a split that has none yet, then to the one that lacks most characters. No split exceeds
-    its share by more than one text (and its copies), and none is left empty while there are as many texts as splits.
+    The result depends only on the texts and the seed, not on their order or on file names. Documents with equal texts
+    stay together, so no text is in two splits. In the order of the SHA-256 of seed and text, each text is assigned to
+    a split that is still empty, or else to the one that lacks the most characters. No split exceeds its share by more
+    than one text (and its copies), and none is empty if there are at least as many texts as splits.
 
     Args:
-        documents: the corpus; it is held in memory.
-        fractions: split name to share of the characters, e.g. ``{"train": 0.9, "validation": 0.1}``; they add up to 1.
-        seed: another seed, another split.
+        documents: The corpus, which is held in memory.
+        fractions: Split name to share of the characters, e.g. ``{"train": 0.9, "validation": 0.1}``; they add up to 1.
+        seed: Seed of the split.
 
     Raises:
-        UserError: the fractions are not positive numbers that add up to 1, or there are too few different texts.
+        UserError: the fractions are not positive numbers that add up to 1, or there are fewer texts than splits.
     """
     if not fractions or min(fractions.values()) <= 0 or not abs(sum(fractions.values()) - 1) < 1e-6:
         given = ", ".join(f"{name} {fraction:g}" for name, fraction in fractions.items())
@@ -37,7 +37,7 @@ def split_documents(
     if len(same_text) < len(fractions):
         raise UserError(
             f"{len(same_text)} different document(s) cannot fill the {len(fractions)} splits {', '.join(fractions)}; "
-            "add documents, or cut long ones into several."
+            "add documents, or divide long ones."
         )
     total = sum(len(document.text) for copies in same_text.values() for document in copies)
     missing = {name: fraction * total for name, fraction in fractions.items()}

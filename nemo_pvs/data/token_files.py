@@ -1,4 +1,4 @@
-"""Token files that are there already: do they suit the model, how many tokens have they, and which are they."""
+"""Checks existing token files: that they suit the model, are long enough, and which they are."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json, sha256_file, sha256_json
 
-# Ids that are looked at in the beginning, the middle and the end of a file to tell its vocabulary.
+# Number of ids sampled at the beginning, in the middle and at the end of a file to check its vocabulary.
 _SAMPLE = 1 << 20
 _BLEND_SURPLUS = 0.005
-"""Megatron builds this share more of each file of a blend than it needs."""
+"""Megatron builds this fraction more samples from each file of a blend than it needs."""
 
 
 def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict[str, Any]:
-    """Return ``tokens`` and the hash (``bin_sha256``) of a token file, after a look at whether it suits a model.
+    """Check that a token file suits a model; return its number of ``tokens`` and its hash (``bin_sha256``).
 
     Args:
         prefix: Path without suffix.
@@ -32,7 +32,7 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
     """
     tokens = count_tokens(prefix)
     if not tokens:
-        raise UserError(f"{prefix}.bin holds no tokens; tokenise some text into it.")
+        raise UserError(f"{prefix}.bin contains no tokens; tokenise some text into it.")
     made_with = str(token_file_manifest(prefix).get("tokenizer_sha256", tokenizer_sha256))
     if made_with != tokenizer_sha256:
         raise UserError(
@@ -41,20 +41,23 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
         )
     smallest, largest = _extreme_ids(prefix, tokens)
     if smallest < 0:
-        raise UserError(f"{prefix}.bin holds the token {smallest:,}, which no tokenizer has; it may be damaged.")
+        raise UserError(
+            f"{prefix}.bin contains the token {smallest:,}, which no tokenizer has, so it may be damaged; tokenise "
+            "the text again."
+        )
     if largest >= vocab:
         raise UserError(
-            f"{prefix}.bin holds the token {largest:,}, but the model's vocabulary ends at {vocab - 1:,}; "
+            f"{prefix}.bin contains the token {largest:,}, but the model's vocabulary ends at {vocab - 1:,}; "
             "tokenise the text with the model's tokenizer."
         )
     return {"tokens": tokens, "bin_sha256": token_file_hash(prefix)}
 
 
 def token_file_manifest(prefix: Path) -> dict[str, Any]:
-    """Return the manifest that ``pvs tokenize`` left beside a token file; an empty one where there is none.
+    """Return the manifest that ``pvs tokenize`` wrote next to a token file; an empty one if there is none.
 
     Raises:
-        UserError: the file is no manifest.
+        UserError: the file is not a manifest.
     """
     path = _beside(prefix, ".json")
     values = read_json(path) if path.is_file() else {}
@@ -64,10 +67,10 @@ def token_file_manifest(prefix: Path) -> dict[str, Any]:
 
 
 def token_file_hash(prefix: Path) -> str:
-    """Return a hash that tells a token file from others.
+    """Return a hash that identifies a token file.
 
-    It is the one in the manifest that ``pvs tokenize`` left; without one it covers the index and the size, because the
-    tokens themselves may be terabytes.
+    It is taken from the manifest that ``pvs tokenize`` wrote; without a manifest it covers the index and the size,
+    because the tokens themselves may be terabytes.
     """
     known = token_file_manifest(prefix).get("bin_sha256")
     identity = {"index": sha256_file(_beside(prefix, ".idx")), "bytes": _beside(prefix, ".bin").stat().st_size}
@@ -77,14 +80,14 @@ def token_file_hash(prefix: Path) -> str:
 def check_end(
     end: int, sequence_length: int, tokens: Sequence[int], weights: Sequence[float] | None, names: Sequence[str]
 ) -> None:
-    """Refuse to read past the end of the training data, where Megatron would begin it again without a word.
+    """Refuse to read past the end of the training data, where Megatron would silently start it again.
 
     Args:
-        end: Tokens from the start of the data to the last one read.
-        sequence_length: Of the training; every sequence also needs the token after it, which its last one predicts.
-        tokens: Tokens of each file.
-        weights: Of the files in a blend; None if they are read whole.
-        names: Of the files.
+        end: Number of tokens from the start of the data to the last one read.
+        sequence_length: Tokens per sequence; each sequence also needs the next token, which its last one predicts.
+        tokens: Number of tokens in each file.
+        weights: Weights of the files in a blend; None if they are read whole.
+        names: Names of the files.
 
     Raises:
         UserError: a file has too few tokens.
@@ -95,21 +98,21 @@ def check_end(
         if sequences > sum(available):
             raise UserError(
                 f"Training reads {end:,} tokens from the start of the data, but the training split has "
-                f"{sum(tokens):,} tokens; take more text, or lower train.tokens, budgets or data.token_ranges."
+                f"{sum(tokens):,} tokens; use more text, or lower train.tokens, budgets or data.token_ranges."
             )
         return
-    for name, count, here, weight in zip(names, tokens, available, weights, strict=True):
+    for name, count, in_file, weight in zip(names, tokens, available, weights, strict=True):
         share = math.ceil(sequences * weight / sum(weights))
         wanted = math.ceil(share * (1 + _BLEND_SURPLUS))
-        if wanted > here:
+        if wanted > in_file:
             raise UserError(
                 f"Training reads {wanted * sequence_length:,} tokens of {name}.bin (weight {weight:g}), but it has "
-                f"{count:,} tokens; take more text, or lower its weight, budgets or data.token_ranges."
+                f"{count:,} tokens; use more text, or lower its weight, budgets or data.token_ranges."
             )
 
 
 def _extreme_ids(prefix: Path, tokens: int) -> tuple[int, int]:
-    """Return the smallest and the largest id of a sample."""
+    """Return the smallest and the largest id in a sample of a token file."""
     file = _beside(prefix, ".bin")
     dtype = np.dtype({1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[file.stat().st_size // tokens])
     ids = np.memmap(file, dtype=dtype, mode="r")

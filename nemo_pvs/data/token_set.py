@@ -1,4 +1,4 @@
-"""Token sets: the exact windows of text that calibration, depth scans and evaluation run on, with their origin."""
+"""Token sets: the exact windows of tokens for calibration, depth scans and evaluation, with their origin."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class TokenSet:
     ids: torch.Tensor
     """int32 [N, S]: N sequences (samples) of S tokens."""
     manifest: dict[str, Any]
-    """Where the windows come from: data_set, source_sha256, tokenizer_sha256, samples, sequence_length, seed and
-    ids_sha256. ``seed`` is None for consecutive windows."""
+    """Origin of the windows: data_set, source_sha256, tokenizer_sha256, samples, sequence_length, seed and ids_sha256.
+    ``seed`` is None for consecutive windows."""
 
     @classmethod
     def from_stream(
@@ -41,23 +41,23 @@ class TokenSet:
         source_sha256: str | None = None,
         tokenizer_sha256: str | None = None,
     ) -> TokenSet:
-        """Cut windows out of one long stream of token ids.
+        """Cut windows from one long stream of token ids.
 
-        Without a seed they are consecutive and do not overlap, from the stream's start, the tail dropped
-        (the loader of Minitron in llm-pruning-collection). With a seed each starts at ``randint(0, len - S - 1)`` of
-        Python's ``random.Random(seed)``, so they may overlap (the WikiText-2 loader of FLAP and SparseGPT).
+        Without a seed, windows are consecutive from the start of the stream, and a remainder is dropped (the loader of
+        Minitron in llm-pruning-collection). With a seed, each window starts at ``randint(0, len - S - 1)`` of Python's
+        ``random.Random(seed)``, so windows may overlap (the WikiText-2 loader of FLAP and SparseGPT).
 
         Args:
-            stream: Token ids, one document after the other.
-            sequence_length: Tokens a window (S), at least 2.
+            stream: Token ids of the concatenated documents.
+            sequence_length: Tokens per window (S), at least 2.
             samples: Number of windows (N); None takes every consecutive window.
-            seed: None for consecutive windows, else the seed of random ones.
+            seed: Seed of random windows; None for consecutive ones.
             data_set: Name of the text for the manifest.
             source_sha256: Hash of the text.
             tokenizer_sha256: Hash of the tokenizer's files.
 
         Raises:
-            UserError: the stream is too short for so many windows, or a number makes no sense.
+            UserError: the stream is too short for the number of windows, or a number is invalid.
         """
         ids = np.asarray(stream)
         check_length(len(ids), sequence_length=sequence_length, samples=samples, seed=seed, data_set=data_set)
@@ -85,15 +85,15 @@ class TokenSet:
         seed: int | None,
         **more: Any,
     ) -> TokenSet:
-        """Put windows of one length together and write down where they come from.
+        """Build a token set from windows of equal length and record their origin.
 
         Args:
             windows: N windows of S token ids.
             data_set: Name of the text.
             source_sha256: Hash of the text.
             tokenizer_sha256: Hash of the tokenizer's files.
-            seed: What they were drawn with, if they were.
-            **more: Further entries of the manifest.
+            seed: Seed of random windows; None for others.
+            **more: Additional entries of the manifest.
         """
         ids = np.stack([np.asarray(window) for window in windows]).astype(np.int32)
         return cls(
@@ -119,12 +119,12 @@ class TokenSet:
         separator: str = "\n\n",
         **settings: Any,
     ) -> TokenSet:
-        """Join texts, tokenise them once as a whole, and cut windows as ``from_stream`` does with ``settings``.
+        """Join texts, tokenise them as a whole, and cut windows as ``from_stream`` does with ``settings``.
 
         Args:
-            documents: Texts; ``separator`` goes between them.
-            tokenize: Turns the joined text into ids, special tokens as it sees fit.
-            separator: Two line breaks for the sets named after WikiText, a space for C4, as in
+            documents: The texts.
+            tokenize: Turns the joined text into ids, with its default special tokens.
+            separator: Inserted between the texts: two line breaks for WikiText's sets, a space for C4, as in
                 llm-pruning-collection.
             **settings: ``sequence_length``, ``samples``, ``seed``, ``data_set``, ``tokenizer_sha256``.
 
@@ -136,9 +136,9 @@ class TokenSet:
 
     @classmethod
     def from_token_file(cls, prefix: Path, **settings: Any) -> TokenSet:
-        """Cut windows out of Megatron's ``prefix.bin`` as ``from_stream`` does with ``settings``.
+        """Cut windows from Megatron's ``prefix.bin`` as ``from_stream`` does with ``settings``.
 
-        The tokenizer's hash is taken from the manifest ``prefix.json`` where ``nemo_pvs.data.tokenize`` left one.
+        The tokenizer's hash is taken from the manifest ``prefix.json`` if ``nemo_pvs.data.tokenize`` wrote one.
 
         Raises:
             UserError: as ``from_stream`` and ``read_token_file``.
@@ -153,10 +153,10 @@ class TokenSet:
 def check_length(
     tokens: int, *, sequence_length: int, samples: int | None = None, seed: int | None = None, data_set: str
 ) -> None:
-    """Refuse a stream of ``tokens`` that is too short for the windows ``TokenSet.from_stream`` is asked for.
+    """Check that a stream of ``tokens`` is long enough for the windows that ``TokenSet.from_stream`` is to cut.
 
     Raises:
-        UserError: saying how long it is, or a number makes no sense.
+        UserError: the stream is too short, or a number is invalid.
     """
     check_size(samples, sequence_length)
     if seed is not None and samples is None:
@@ -166,12 +166,12 @@ def check_length(
         raise UserError(
             f"The data set {data_set} has {tokens} tokens, too few for {samples or 1} "
             f"{'consecutive' if seed is None else 'random'} windows of {sequence_length}; "
-            "take more text, fewer samples or a shorter sequence_length."
+            "use more text, fewer samples or a shorter sequence_length."
         )
 
 
 def check_size(samples: int | None, sequence_length: int) -> None:
-    """Raise UserError unless windows of this length, and so many of them, predict something."""
+    """Raise UserError unless there is at least one window and a window has at least two tokens."""
     if sequence_length < 2 or (samples is not None and samples < 1):
         raise UserError(
             f"{samples} samples of {sequence_length} tokens predict nothing; "
@@ -180,15 +180,15 @@ def check_size(samples: int | None, sequence_length: int) -> None:
 
 
 def read_token_file(prefix: Path) -> npt.NDArray[Any]:
-    """Return all ids of Megatron's ``prefix.bin`` / ``prefix.idx``, document after document, memory-mapped.
+    """Return all ids of Megatron's ``prefix.bin`` / ``prefix.idx`` in order, memory-mapped.
 
     Raises:
-        UserError: a file is missing or they do not belong together.
+        UserError: a file is missing, or the two do not belong together.
     """
     if not count_tokens(prefix):
-        raise UserError(f"{prefix}.bin holds no tokens; tokenise some text into it.")
+        raise UserError(f"{prefix}.bin contains no tokens; tokenise some text into it.")
     import_megatron()
-    from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds, and only this needs it
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds and is needed only here
 
     dtype = IndexedDataset(str(prefix)).index.dtype
     return np.memmap(prefix.with_name(prefix.name + ".bin"), dtype=dtype, mode="r")

@@ -1,4 +1,4 @@
-"""Token files as Megatron reads them (.bin and .idx), with a manifest that says what is in them."""
+"""Writes token files for Megatron (.bin and .idx) with a manifest of their contents; loads tokenizers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_pvs.model.not_a_model import refuse_other_folders
 from nemo_pvs.system.files import disk_errors, json_text, sha256_bytes, sha256_file, sha256_json, write_json
 from nemo_pvs.system.megatron_import import import_megatron
 
-# Everything that decides which ids a text becomes; chat templates and the like do not.
+# The files that determine the ids of a text; chat templates, for example, do not.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,7 +32,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-_BATCH = 64  # documents that the Rust tokenizer gets at once
+_BATCH = 64  # documents per call of the Rust tokenizer
 
 
 def tokenize(
@@ -45,20 +45,20 @@ def tokenize(
 ) -> dict[str, Any]:
     """Write ``prefix.bin``, ``prefix.idx`` and, last, the manifest ``prefix.json``; return the manifest.
 
-    No special tokens are added but the end-of-text token after each document. Ids are stored as uint16 where the
-    vocabulary allows and as int32 otherwise, as Megatron's own preprocessing does. Files of an earlier run are
-    replaced; a manifest, where there is one, belongs to the files beside it. Its ``source_sha256`` covers the texts in
-    their order, ``bin_sha256`` the ids.
+    No special tokens are added except the end-of-text token after each document. Ids are stored as uint16 if the
+    vocabulary allows and as int32 otherwise, as by Megatron's own preprocessing. Files of an earlier run are replaced;
+    if there is a manifest, it belongs to the files next to it. Its ``source_sha256`` covers the texts in their order,
+    ``bin_sha256`` the ids.
 
     Args:
-        documents: read once, a batch at a time, so a corpus may be larger than memory.
-        tokenizer_folder: a Hugging Face folder with the tokenizer's files; nothing is fetched from the network.
-        prefix: path of the token files without suffix.
-        append_eos: end every document with the tokenizer's end-of-text token.
-        progress: called with (documents done, documents in all), the latter 0 where ``documents`` has no length.
+        documents: Read once, a batch at a time, so a corpus may be larger than memory.
+        tokenizer_folder: A Hugging Face folder with the tokenizer's files; nothing is downloaded.
+        prefix: Path of the token files without suffix.
+        append_eos: End every document with the tokenizer's end-of-text token.
+        progress: Called with (documents done, total documents); the total is 0 if ``documents`` has no length.
 
     Raises:
-        UserError: no tokenizer in the folder, no end-of-text token, no documents, or the disk refuses.
+        UserError: there is no tokenizer, no end-of-text token or no document, or the disk cannot be written.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     end = [end_of_text(tokenizer, tokenizer_folder)] if append_eos else []
@@ -91,20 +91,20 @@ def tokenize(
 
 
 def write_token_file(prefix: Path, documents: Iterable[Sequence[int]], vocab: int) -> str:
-    """Write ``prefix.bin`` and ``prefix.idx`` from the ids of each document; both, or neither if anything fails.
+    """Write ``prefix.bin`` and ``prefix.idx`` from the ids of each document; neither if anything fails.
 
-    An earlier pair is replaced, and its manifest removed, since it describes other tokens.
+    An earlier pair is replaced, and its manifest removed because it describes other tokens.
 
     Args:
-        prefix: path of the token files without suffix.
-        documents: the ids of one document each, read once.
-        vocab: number of ids there are, which decides between uint16 and int32.
+        prefix: Path of the token files without suffix.
+        documents: The ids of each document, read once.
+        vocab: Size of the vocabulary, which determines whether ids are stored as uint16 or int32.
 
     Returns:
         The name of the stored type.
 
     Raises:
-        UserError: there are no tokens, or the disk refuses.
+        UserError: there are no tokens, or the disk cannot be written.
     """
     import_megatron()
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # takes seconds
@@ -133,7 +133,7 @@ def write_token_file(prefix: Path, documents: Iterable[Sequence[int]], vocab: in
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder, never from the network and never with code of its own.
+    """Load a tokenizer from a folder, never from the network and never with custom code.
 
     Raises:
         UserError: there is no tokenizer that transformers can read.
@@ -147,7 +147,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             for asset in asset_files(folder):
                 copy_asset(asset, Path(readable))
             tokenizer = _load(Path(readable))
-            tokenizer.name_or_path = str(folder)  # messages name it
+            tokenizer.name_or_path = str(folder)  # for messages
             return tokenizer
     except UserError:
         raise
@@ -167,27 +167,27 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """Return one SHA-256 over the files in a folder that decide which ids a text becomes.
+    """Return one SHA-256 over the files in a folder that determine the ids of a text.
 
-    It is the same for a tokenizer that Transformers 5 saved and for the copy of it that we make.
+    It is the same for a tokenizer saved by Transformers 5 and for our converted copy of it.
 
     Raises:
-        UserError: the folder holds none of them.
+        UserError: the folder has none of these files.
     """
-    found = {name: sha256_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    hashes = {name: sha256_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
     readable = for_both_versions(folder)
     if readable is not None:
-        found[TOKENIZER_CONFIG] = sha256_bytes(json_text(readable).encode())
-    if not found.keys() - {"special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"}:
-        raise UserError(f"{folder} holds no tokenizer (tokenizer.json or the like); copy the model's tokenizer there.")
-    return sha256_json(found)
+        hashes[TOKENIZER_CONFIG] = sha256_bytes(json_text(readable).encode())
+    if not hashes.keys() - {"special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"}:
+        raise UserError(f"{folder} has no tokenizer (such as tokenizer.json); copy the model's tokenizer there.")
+    return sha256_json(hashes)
 
 
 def count_tokens(prefix: Path) -> int:
-    """Return how many tokens ``prefix.bin`` holds, by the index beside it; any Megatron token file will do.
+    """Return the number of tokens in ``prefix.bin`` according to its index; works for any Megatron token file.
 
     Raises:
-        UserError: a file is missing, the index is not Megatron's or damaged, or the two do not fit each other.
+        UserError: a file is missing, the index is not Megatron's or damaged, or the two do not match.
     """
     data, index = _with_suffix(prefix, ".bin"), _with_suffix(prefix, ".idx")
     for path in (data, index):
@@ -200,7 +200,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     """Return the id that ends a document.
 
     Raises:
-        UserError: the tokenizer names none.
+        UserError: the tokenizer does not name one.
     """
     end: int | None = tokenizer.eos_token_id
     if end is None:
@@ -209,7 +209,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield documents as many at once as the tokenizer gets."""
+    """Yield documents in batches for the tokenizer."""
     remaining = iter(documents)
     while batch := list(islice(remaining, _BATCH)):
         yield batch
@@ -217,7 +217,7 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def encode(tokenizer: PreTrainedTokenizerBase, batch: list[Document]) -> list[list[int]]:
     """Return the ids of each document, without special tokens."""
-    # verbose=False: texts longer than the model's context are expected here, training cuts them into sequences.
+    # verbose=False: texts may be longer than the model's context, because training divides them into sequences.
     texts = [document.text for document in batch]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
         "input_ids"

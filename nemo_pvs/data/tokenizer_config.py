@@ -1,8 +1,8 @@
-"""``tokenizer_config.json`` as Transformers 5 writes it, put so that version 4 (and with it NeMo) loads it, too.
+"""Converts Transformers 5's ``tokenizer_config.json`` so that version 4, and therefore NeMo, also loads it.
 
-Version 5 keeps everything that decides ids in ``tokenizer.json`` and names classes that version 4 lacks
-(``TokenizersBackend``), or has under the same name with rules of their own (``LlamaTokenizer``). Version 4's
-``PreTrainedTokenizerFast`` takes ``tokenizer.json`` as it is, and version 5 knows that name.
+Version 5 stores everything that determines ids in ``tokenizer.json`` and names classes that version 4 lacks
+(``TokenizersBackend``) or implements differently (``LlamaTokenizer``). Version 4's ``PreTrainedTokenizerFast`` uses
+``tokenizer.json`` as it is, and version 5 also has that class.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from nemo_pvs.system.files import read_json
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER = "tokenizer.json"
 
-# What version 5 notes of how the tokenizer was loaded.
+# Keys in which version 5 records how the tokenizer was loaded.
 _NOTES = ("backend", "is_local", "local_files_only")
 
 
 def for_both_versions(folder: Path) -> dict[str, Any] | None:
-    """Return the ``tokenizer_config.json`` of a folder in words that Transformers 4 and 5 understand.
+    """Return the ``tokenizer_config.json`` of a folder in a form that both Transformers 4 and 5 read.
 
     Returns:
-        None where the file can stay as it is: there is none, or version 5 did not write it.
+        None if nothing needs to change: there is no such file, or version 5 did not write it.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: it is not valid JSON.
     """
     path = folder / TOKENIZER_CONFIG
     if not path.is_file() or not (folder / _TOKENIZER).is_file():
@@ -42,7 +42,7 @@ def for_both_versions(folder: Path) -> dict[str, Any] | None:
     named = values.pop("model_specific_special_tokens", None) or (special if isinstance(special, dict) else None)
     if named:
         values["extra_special_tokens"] = named
-    # Version 4 sets this in the tokenizer, to False where it is left out.
+    # Version 4 sets this on the tokenizer, to False if it is missing.
     values.pop("add_prefix_space", None)
     prefix_space = _prefix_space(folder / _TOKENIZER)
     return values if prefix_space is None else {**values, "add_prefix_space": prefix_space}
@@ -57,7 +57,7 @@ def _is_of_version_5(values: dict[str, Any]) -> bool:
 
 
 def _prefix_space(tokenizer: Path) -> bool | None:
-    """Return whether a ``tokenizer.json`` puts a space before the text, where it says so in one place."""
+    """Return the ``add_prefix_space`` of a ``tokenizer.json``'s pre-tokenizer; None if it does not state one."""
     content = read_json(tokenizer)
     splitting = content.get("pre_tokenizer") if isinstance(content, dict) else None
     return splitting.get("add_prefix_space") if isinstance(splitting, dict) else None

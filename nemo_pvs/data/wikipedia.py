@@ -1,4 +1,4 @@
-"""Plain prose out of a MediaWiki dump, and the small dump that ships inside gensim's wheel."""
+"""Extracts plain prose from MediaWiki dumps, such as the small one that ships in gensim's wheel."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from xml.etree.ElementTree import Element, ParseError, iterparse
 from nemo_pvs.errors import UserError
 
 MINIMUM_CHARACTERS = 2000
-"""Articles that clean to fewer characters are left out: stubs, lists and disambiguation pages."""
+"""Articles with fewer characters of prose are skipped: stubs, lists and disambiguation pages."""
 
-# Shorter lines are table cells, captions and list items that markup left behind.
+# Shorter lines are leftover table cells, captions and list items.
 _SENTENCE_CHARACTERS = 40
 
 _GENSIM_DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _EMPTY_REFERENCE = re.compile(r"<ref\b[^<>]*/>", re.IGNORECASE)
-# Elements whose content is not prose; every other tag is dropped and its content kept.
+# Elements whose content is not prose; of all other elements only the tags are dropped.
 _NOT_PROSE = re.compile(
     r"<(ref|math|gallery|source|syntaxhighlight|timeline|imagemap|score)\b[^<>]*>.*?</\1\s*>",
     re.DOTALL | re.IGNORECASE,
@@ -30,7 +30,7 @@ _NOT_PROSE = re.compile(
 _BREAK = re.compile(r"<br\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 
-# Innermost constructs: nesting is undone by repeating the substitution until nothing is left to replace.
+# Innermost constructs: nesting is resolved by repeating the substitution until nothing changes.
 _TEMPLATE = re.compile(r"\{\{((?:(?!\{\{|\}\}|\{\|).)*)\}\}", re.DOTALL)
 _TABLE = re.compile(r"\{\|(?:(?!\{\||\n\s*\|\}).)*\n\s*\|\}", re.DOTALL)
 _LINK = re.compile(r"\[\[((?:(?!\[\[|\]\]).)*)\]\]", re.DOTALL)
@@ -57,19 +57,19 @@ _APPENDICES = {
 def sample_articles() -> Iterator[tuple[str, str]]:
     """Yield the title and prose of the Wikipedia articles that ship in gensim's wheel.
 
-    The dump is the shortened English Wikipedia dump among gensim's test data (1.7 MB; 106 pages that are no
-    redirects). Its text is licensed CC BY-SA by the authors of Wikipedia. gensim itself is not imported.
+    The dump is the shortened English Wikipedia dump in gensim's test data (1.7 MB; 106 pages without redirects). Its
+    text is licensed CC BY-SA by the authors of Wikipedia. gensim itself is not imported.
 
     Raises:
-        UserError: gensim, or its test data, is not installed, or the dump is damaged.
+        UserError: gensim or its test data is not installed, or the dump is damaged.
     """
     package = importlib.util.find_spec("gensim")
     folders = package.submodule_search_locations if package else None
     dump = Path(folders[0]) / _GENSIM_DUMP if folders else None
     if dump is None or not dump.is_file():
         raise UserError(
-            "The corpus wikipedia-sample lies in the gensim package, which is not installed whole; "
-            "run pip install 'nemo-pvs[demo]', or name a corpus of your own."
+            "The corpus wikipedia-sample is part of the gensim package, which is not fully installed; "
+            "run pip install 'nemo-pvs[demo]', or give your own corpus."
         )
     try:
         yield from articles(dump)
@@ -78,10 +78,10 @@ def sample_articles() -> Iterator[tuple[str, str]]:
 
 
 def articles(dump: Path) -> Iterator[tuple[str, str]]:
-    """Yield title and prose of every encyclopedia article of a ``pages-articles`` dump (XML, bz2).
+    """Yield the title and prose of every encyclopedia article in a ``pages-articles`` dump (XML, bz2).
 
     Redirects, other namespaces, list and disambiguation pages and articles shorter than ``MINIMUM_CHARACTERS`` are
-    left out.
+    skipped.
     """
     with bz2.open(dump) as file:
         for _, element in iterparse(file):
@@ -104,11 +104,11 @@ def _title_and_markup(page: Element) -> tuple[str, str]:
 
 
 def prose(markup: str) -> str:
-    """Return the sentences of a wiki page, a paragraph a line, headings on lines of their own.
+    """Return the sentences of a wiki page, one paragraph or heading per line.
 
-    Case and punctuation stay. Tables, templates, references, images, formulas, lists of fewer words than a sentence
-    and the appendices (references, external links and the like) go. Of a few templates that stand inside sentences
-    the text is kept.
+    Case and punctuation are kept. Tables, templates, references, images, formulas, list items shorter than a sentence
+    and the appendices (references, external links etc.) are removed. The text of a few templates that occur within
+    sentences is kept.
     """
     text = html.unescape(_COMMENT.sub("", markup)).replace("\u200b", "")
     text = _NOT_PROSE.sub("", _EMPTY_REFERENCE.sub("", text))
@@ -127,7 +127,7 @@ def _until_stable(text: str, step: Callable[[str], str]) -> str:
 
 
 def _template_text(match: re.Match[str]) -> str:
-    """Return what a template puts into its sentence, for the few templates that do; else nothing."""
+    """Return the text of a template that is part of its sentence; an empty string for all other templates."""
     name, *arguments = (argument.strip() for argument in match[1].split("|"))
     values = [argument for argument in arguments if not re.match(r"\w+\s*=", argument)]
     if not values:
@@ -146,7 +146,7 @@ def _link_text(match: re.Match[str]) -> str:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Yield what reads as sentences, a paragraph at a time; a heading only where such a paragraph follows it."""
+    """Yield the paragraphs that consist of sentences, and the headings that are followed by such a paragraph."""
     heading = ""
     appendix_level = 0  # 0: not inside an appendix
     for block in _blocks(text):

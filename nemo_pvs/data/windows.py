@@ -1,4 +1,4 @@
-"""The fixed validation windows: the same tokens for Megatron's validation loss and for ours, predicted once each."""
+"""The fixed validation windows: the same tokens, each predicted once, for Megatron's validation loss and for ours."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from nemo_pvs.system.files import sha256_bytes
 
 
 def validation_windows(prefix: Path, *, samples: int, sequence_length: int) -> TokenSet:
-    """Cut the first ``samples * sequence_length + 1`` tokens of ``prefix`` into windows that share their end tokens.
+    """Cut the first ``samples * sequence_length + 1`` tokens of ``prefix`` into windows that overlap by one token.
 
-    Each window has ``sequence_length + 1`` tokens, so ``sequence_length`` are predicted in it and every token after
-    the first is predicted exactly once: what Megatron's GPTDataset makes of one document of that length.
+    Each window has ``sequence_length + 1`` tokens, of which ``sequence_length`` are predicted, so every token after
+    the first is predicted exactly once, as by Megatron's GPTDataset on one document of that length.
 
     Raises:
-        UserError: there is not so much text.
+        UserError: there are too few tokens.
     """
     stream = read_token_file(prefix)
     wanted = samples * sequence_length + 1
     if len(stream) < wanted:
         raise UserError(
             f"{prefix}.bin has {len(stream):,} tokens, but {samples} validation samples of {sequence_length} need "
-            f"{wanted:,}; take more text or fewer validation_samples."
+            f"{wanted:,}; use more text or fewer validation_samples."
         )
     ids = torch.from_numpy(stream[:wanted].astype("int32")).unfold(0, sequence_length + 1, sequence_length)
     manifest = {
@@ -39,5 +39,5 @@ def validation_windows(prefix: Path, *, samples: int, sequence_length: int) -> T
 
 
 def write_validation_document(windows: TokenSet, prefix: Path, vocab: int) -> None:
-    """Write the windows' tokens as one document, so that Megatron's dataset of one epoch is these windows."""
+    """Write the windows' tokens as one document; one epoch of Megatron's dataset on it is exactly these windows."""
     write_token_file(prefix, [torch.cat([windows.ids[0], windows.ids[1:, 1:].flatten()]).tolist()], vocab)

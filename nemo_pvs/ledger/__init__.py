@@ -1,1 +1,1 @@
-"""What a model has cost: tokens read, FLOPs, and budgets at equal terms."""
+"""What a model cost: tokens read, FLOPs, and budgets on equal terms."""

@@ -1,4 +1,4 @@
-"""ScratchBudget: what training from scratch must be given so that it is compared with pruning on equal terms."""
+"""ScratchBudget: how long to train from scratch so that the comparison with pruning is on equal terms."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from nemo_pvs.ledger.ledger import Ledger, Total
 from nemo_pvs.model.shape import Shape
 
 Setting = Literal["equal-training-tokens", "equal-total-tokens", "equal-training-flops", "equal-total-flops"]
-"""What is equal. The first two are the paper's (arXiv 2606.14150); ``total`` charges the parent's pretraining,
-calibration, search, mask learning and the teacher as well."""
+"""The quantity that is equal. The first two are the paper's (arXiv 2606.14150); ``total`` also charges the parent's
+pretraining, calibration, search, mask learning and the teacher."""
 
 
 @dataclass(frozen=True)
 class PrunedArm:
-    """The arm that scratch is to be compared with."""
+    """The arm with which scratch is compared."""
 
     name: str
     ledger: Ledger
-    """What it cost, its ancestors included."""
+    """What it cost, including its ancestors."""
     shape: Shape
-    """Its shape, which is the scratch arm's too."""
+    """Its shape, which is also the scratch arm's."""
     tokens_per_step: int
-    """Sequences times their length in one optimizer step of the scratch arm."""
+    """Sequences times sequence length in one optimizer step of the scratch arm."""
     sequence_length: int = 0
-    """Tokens a sequence, for the cost of attention: what the ledger was charged with."""
+    """Tokens per sequence, for the cost of attention: the value with which the ledger was charged."""
     masked_parameters: int = 0
     """Weights that a mask holds at zero in both arms."""
     scratch_teacher_flops: int = 0
-    """Of a token through the teacher of the scratch arm; 0 where it is not distilled."""
+    """FLOPs per token of the scratch arm's teacher; 0 if the arm is not distilled."""
     scratch_before: Ledger = field(default_factory=Ledger)
-    """What the scratch arm costs before it is trained: its teacher's pretraining."""
+    """What the scratch arm costs before its training: its teacher's pretraining."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,26 @@ class ScratchBudget:
 
     setting: Setting
     spent: Total
-    """By the pruned arm, as the setting counts."""
+    """What the pruned arm spent, as counted by the setting."""
     tokens: int
-    """What the setting gives to scratch, rounded up to a whole token."""
+    """Training tokens of scratch under the setting, rounded up to a whole token."""
     steps: int
-    """Optimizer steps: ``tokens`` rounded up, as a recipe rounds them."""
+    """Optimizer steps for ``tokens``, rounded up as in a recipe."""
     tokens_per_step: int
     flops: int
-    """Of all steps."""
+    """FLOPs of all steps."""
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of all steps; less than one step more than ``tokens``."""
+        """Tokens of all steps; exceeds ``tokens`` by less than one step."""
         return self.steps * self.tokens_per_step
 
 
 def parse_setting(name: str) -> Setting:
-    """Return the setting of this name.
+    """Return the setting with this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such setting.
     """
     for setting in get_args(Setting):
         if name == setting:
@@ -69,15 +69,15 @@ def parse_setting(name: str) -> Setting:
 
 
 def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = False) -> ScratchBudget:
-    """Return what a scratch arm gets so that it has spent what the pruned arm has.
+    """Compute the budget with which a scratch arm spends as much as the pruned arm.
 
     Args:
-        arm: the pruned arm.
-        setting: what is equal.
-        zeros_skipped: count FLOPs without the products with masked zeros, on both sides.
+        arm: The pruned arm.
+        setting: The quantity that is equal.
+        zeros_skipped: Count FLOPs without the products with masked zeros, in both arms.
 
     Raises:
-        UserError: what the setting needs to know is not known.
+        UserError: a number that the setting needs is unknown, or no budget remains for training.
     """
     in_training = setting.startswith("equal-training")
     spent = getattr(arm.ledger, ("training" if in_training else "total") + ("_zeros_skipped" if zeros_skipped else ""))
@@ -85,13 +85,16 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
     amount = spent.tokens if of_tokens else spent.flops
     if amount is None:
         unknown = next(charge.activity for charge in arm.ledger.charges if charge.tokens is None)
-        mend = "declare them (parent.pretraining_tokens in a recipe)"
+        remedy = "choose an equal-training setting, or a number of tokens"
+        if unknown == "parent pretraining":
+            remedy = "declare them (parent.pretraining_tokens in a recipe)"
         raise UserError(
-            f"{setting} cannot be worked out for {arm.name} because the tokens of its {unknown} are unknown; "
-            f"{mend if unknown == 'parent pretraining' else 'choose a setting of training, or a number of tokens'}."
+            f"{setting} cannot be computed for {arm.name} because the tokens of its {unknown} are unknown; {remedy}."
         )
     if not amount:
-        raise UserError(f"{setting} cannot be worked out for {arm.name}, whose ledger has no training.")
+        raise UserError(
+            f"{setting} cannot be computed for {arm.name}, whose ledger has no training; choose a number of tokens."
+        )
     before, rate, per_token = 0, _training_flops(arm, zeros_skipped), 1
     if arm.scratch_teacher_flops and not in_training:
         total = arm.scratch_before.total_zeros_skipped if zeros_skipped else arm.scratch_before.total
@@ -100,8 +103,8 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
         rate += arm.scratch_teacher_flops
     if amount <= before:
         raise UserError(
-            f"{setting} cannot be worked out for {arm.name}, which costs less than the teacher of the scratch arm "
-            "alone; distil both arms, or neither."
+            f"{setting} cannot be computed for {arm.name}, which costs less than the scratch arm's teacher alone; "
+            "distil both arms, or neither."
         )
     tokens = -(-(amount - before) // (per_token if of_tokens else rate))
     steps = -(-tokens // arm.tokens_per_step)
@@ -109,8 +112,8 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
 
 
 def _training_flops(arm: PrunedArm, zeros_skipped: bool) -> int:
-    """Return the FLOPs of a training token, as ``Ledger.charge`` counts them."""
-    one = Ledger()
+    """Return the FLOPs of one training token, as counted by ``Ledger.charge``."""
+    ledger = Ledger()
     masked = arm.masked_parameters
-    one.charge("training", 1, arm.shape, arm.sequence_length, training=True, masked_parameters=masked)
-    return int((one.training_zeros_skipped if zeros_skipped else one.training).flops or 0)
+    ledger.charge("training", 1, arm.shape, arm.sequence_length, training=True, masked_parameters=masked)
+    return int((ledger.training_zeros_skipped if zeros_skipped else ledger.training).flops or 0)

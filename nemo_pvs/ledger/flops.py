@@ -1,4 +1,4 @@
-"""FLOPs of what pruning reads: the layers that are really run, and no output head where nobody asks for logits."""
+"""FLOPs of calibration and search: the layers that are actually run, and the output head only if logits are needed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from nemo_pvs.model.shape import Shape
 
 
 def calibration_flops(shape: Shape, tokens: int, sequence_length: int, *, gradients: bool = False) -> int:
-    """Return the FLOPs of ``calibration.engine.calibrate``: every decoder layer once forward, and no output head.
+    """Return the FLOPs of ``calibration.engine.calibrate``: one forward pass of every decoder layer, no output head.
 
-    With gradients every layer runs twice more, to keep what it reads and on the way back, which is as much as two; and
-    the output head runs once, with half a way back, for its weights have no gradients.
+    With gradients, every layer also runs forward once more to store its inputs and then backward, which costs two
+    forward passes; the output head runs forward, and backward at half the cost because its weights need no gradients.
+
+    Args:
+        shape: The model's shape.
+        tokens: Number of calibration tokens.
+        sequence_length: Tokens per sequence, for the cost of attention.
+        gradients: Whether gradients are computed.
     """
     layers = sum(_layer_flops(shape, sequence_length))
     head = 2 * shape.vocab * shape.hidden
@@ -20,14 +26,14 @@ def calibration_flops(shape: Shape, tokens: int, sequence_length: int, *, gradie
 
 
 def sparse_calibration_flops(shape: Shape, tokens: int, sequence_length: int, *, sequential: bool) -> int:
-    """Return the forward FLOPs of ``pruning.sequential.prune_layers``.
+    """Return the forward FLOPs of ``pruning.sparse.sequential.prune_layers``.
 
     Args:
-        shape: Of the dense model.
-        tokens: Of the calibration text.
-        sequence_length: Tokens a sequence, for the cost of attention.
-        sequential: Every layer runs twice: dense up to the input of its last matrix, and pruned, which multiplies as
-            many numbers as a dense one; but nobody reads what the pruned last layer puts out. Else once.
+        shape: Shape of the dense model.
+        tokens: Number of calibration tokens.
+        sequence_length: Tokens per sequence, for the cost of attention.
+        sequential: Whether every layer runs twice: dense up to the input of its last matrix, and pruned, at the cost
+            of a dense layer, except for the last layer, whose output is not needed. Otherwise every layer runs once.
     """
     layers = _layer_flops(shape, sequence_length)
     if not sequential:
@@ -46,27 +52,27 @@ def _layer_flops(shape: Shape, sequence_length: int) -> list[int]:
 
 
 def count_forwards(layers: int, width: int, starts: Sequence[int], *, whole: bool = True) -> int:
-    """Return the layer forwards of one ``LayerSweep.losses``."""
+    """Return the number of layer forward passes of one ``LayerSweep.losses``."""
     return sum(layers - width - start for start in starts) + (layers if whole else max(starts))
 
 
 class ScanCost(NamedTuple):
-    """What a scan for layers to remove runs."""
+    """The cost of a scan for layers to remove."""
 
     models: int
-    """Models whose loss is measured, the dense one included."""
+    """Number of models whose loss is measured, including the dense one."""
     layer_forwards: int
-    """How often the text goes through a decoder layer."""
+    """Number of passes of the text through a decoder layer."""
 
 
 def window_scan_cost(layers: int, width: int) -> ScanCost:
-    """Return what measuring a model without each run of ``width`` layers takes."""
+    """Return the cost of measuring a model without each run of ``width`` consecutive layers."""
     starts = range(layers - width + 1)
     return ScanCost(1 + len(starts), count_forwards(layers, width, starts))
 
 
 def greedy_scan_cost(layers: int, removed: int, *, protect_first: int, protect_last: int) -> ScanCost:
-    """Return what removing ``removed`` layers one at a time takes, each time the best of those not protected."""
+    """Return the cost of removing ``removed`` layers one at a time, each the best of the unprotected ones."""
     models, forwards = 1, 0
     for step in range(removed):
         starts = range(protect_first, layers - protect_last - step)
@@ -76,25 +82,25 @@ def greedy_scan_cost(layers: int, removed: int, *, protect_first: int, protect_l
 
 
 def sweep_flops(shape: Shape, tokens: Mapping[str, Any], layer_forwards: float, models: int) -> int:
-    """Return the forward FLOPs of sweeps: the layers that were really run, and the output head for every model.
+    """Return the forward FLOPs of sweeps: the layers that were actually run, and the output head for every model.
 
     Args:
-        shape: The dense model; of uneven layers each counts as their mean.
+        shape: Shape of the dense model; uneven layers count as their mean.
         tokens: Manifest of the token set.
-        layer_forwards: How often the text went through a decoder layer.
-        models: How often the loss was measured.
+        layer_forwards: Number of passes of the text through a decoder layer.
+        models: Number of models whose loss was measured.
     """
     length = tokens["sequence_length"]
     sizes = shape.layer_sizes
-    whole, one, two = (
+    whole, one_layer, two_layers = (
         shape.with_layers(layers).flops_per_token(sequence_length=length, training=False)
         for layers in (sizes, sizes[:1], sizes[:1] * 2)
     )
-    head = 2 * one - two
+    head = 2 * one_layer - two_layers
     per_token = layer_forwards * (whole - head) / shape.layers + models * head
     return round(tokens["samples"] * length * per_token)
 
 
 def sweep_tokens(tokens: Mapping[str, Any], models: int) -> int:
-    """Return the tokens that went through ``models`` models."""
+    """Return the total number of tokens processed by ``models`` models."""
     return int(tokens["samples"] * tokens["sequence_length"]) * models

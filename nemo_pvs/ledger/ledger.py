@@ -1,4 +1,4 @@
-"""Ledger: the tokens and FLOPs that a model cost, its ancestors included."""
+"""Ledger: the tokens and FLOPs that a model cost, including its ancestors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.system.files import read_json, write_json
 
 Activity = Literal["parent pretraining", "calibration", "search", "mask learning", "teacher", "training", "evaluation"]
-"""What tokens are spent on; ``teacher`` is the forward pass of distillation."""
+"""What tokens are spent on; ``teacher`` is the teacher's forward pass in distillation."""
 
 LEDGER = "ledger.json"
-"""The ledger's file in the folder of a run or of a checkpoint."""
+"""Name of the ledger file in the folder of a run or a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Charge:
-    """Tokens that went through one model for one purpose.
+    """Tokens processed by one model for one purpose.
 
     Raises:
         UserError: the numbers contradict each other.
@@ -29,23 +29,23 @@ class Charge:
 
     activity: Activity
     tokens: int | None
-    """Tokens seen, repetitions counted; None where nobody published them."""
+    """Tokens processed, including repetitions; None if unknown."""
     flops: int | None
-    """Floating-point operations, a multiplication and an addition counted as two, products with zeros as any other;
-    None where the tokens are."""
+    """Floating-point operations, counting a multiply-add as two and including products with zeros; None if the tokens
+    are unknown."""
     note: str = ""
     flops_zeros_skipped: int | None = None
-    """The same without the products with weights that a mask holds at zero; None where nothing is masked."""
+    """``flops`` without products with weights that a mask holds at zero; None if nothing is masked."""
     tokens_per_step: int | None = None
-    """Sequences times their length in one optimizer step: 512 x 8192 is 4,194,304; None where there are no steps."""
+    """Sequences times sequence length in one optimizer step, e.g. 512 x 8192 = 4,194,304; None without steps."""
     read: TokensRead | None = field(default=None, compare=False)
-    """Which tokens, of a training; None where that is not known, or they are a blend of several files. Two charges are
-    equal if they cost the same."""
+    """Which tokens a training run read; None if unknown or if they are a blend of several files. Not compared: two
+    charges are equal if they cost the same."""
 
     def __post_init__(self) -> None:
         counts = (self.tokens, self.flops, self.flops_zeros_skipped, self.tokens_per_step)
         if any(count is not None and (not isinstance(count, int) or count < 0) for count in counts):
-            raise self._wrong("a count that is no whole number of 0 or more")
+            raise self._wrong("a count that is not a whole number of 0 or more")
         if (self.tokens is None) != (self.flops is None) or (self.flops and not self.tokens):
             raise self._wrong(f"{self.flops} FLOPs for {self.tokens} tokens")
         if self.flops_zeros_skipped is not None and self.flops_zeros_skipped > (self.flops or 0):
@@ -55,17 +55,17 @@ class Charge:
         if self.tokens_per_step is not None and (self.tokens or 0) % (self.tokens_per_step or 1):
             raise self._wrong(f"{self.tokens} tokens in steps of {self.tokens_per_step}")
 
-    def _wrong(self, what: str) -> UserError:
-        return UserError(f"The ledger does not add up: {self.activity} has {what}; use the file that a run wrote.")
+    def _wrong(self, fault: str) -> UserError:
+        return UserError(f"The ledger does not add up: {self.activity} has {fault}; use the file that a run wrote.")
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps; None where there are none or they are not known."""
+        """Number of optimizer steps; None if there are none or it is unknown."""
         return self.tokens // self.tokens_per_step if self.tokens is not None and self.tokens_per_step else None
 
 
 class Total(NamedTuple):
-    """Tokens and FLOPs of several charges; None as soon as one of them is unknown."""
+    """Total tokens and FLOPs of several charges; None if any of them is unknown."""
 
     tokens: int | None
     flops: int | None
@@ -76,9 +76,9 @@ class Ledger:
     """What was spent to make one model.
 
     "Small LLMs: Pruning vs. Training from Scratch" (arXiv 2606.14150) compares at equal *training* tokens (retraining
-    against training from scratch) and at equal *total* tokens (the parent's pretraining charged as well). The paper
-    counts tokens and leaves calibration out. Here every forward and backward pass is charged, in FLOPs too, because
-    equal tokens through a parent and through a smaller model are not equal work.
+    against training from scratch) and at equal *total* tokens (which include the parent's pretraining). The paper
+    counts tokens and omits calibration. Here every forward and backward pass is charged, also in FLOPs, because a
+    token costs more in a parent than in a smaller model.
     """
 
     charges: list[Charge] = field(default_factory=list)
@@ -96,22 +96,22 @@ class Ledger:
         tokens_per_step: int | None = None,
         read: TokensRead | None = None,
     ) -> None:
-        """Enter tokens that went through a model of this shape, at ``Shape.flops_per_token`` FLOPs each.
+        """Charge tokens processed by a model of this shape, at ``Shape.flops_per_token`` FLOPs each.
 
         Args:
-            activity: what they were spent on.
-            tokens: how many; None if unknown, which makes every total that includes them unknown.
-            shape: the model they went through; a masked model is charged as dense, as dense kernels compute it.
-            sequence_length: tokens a sequence, for the cost of attention; 0 leaves attention's scores out (6 N).
-            training: forward and backward, or forward only.
-            note: which data, which model.
-            masked_parameters: weights of its matrices that a mask holds at zero; each saves 2 FLOPs a token forward
-                and 4 backward (its share of the input's gradient and its own) where zeros are skipped.
-            tokens_per_step: of one optimizer step, if the tokens were seen in such.
-            read: which tokens they were, if that is known.
+            activity: What the tokens were spent on.
+            tokens: Number of tokens; None if unknown, which makes every total that includes them unknown.
+            shape: Shape of the model; a masked model is charged as dense, because dense kernels compute it.
+            sequence_length: Tokens per sequence, for the cost of attention scores; 0 omits them (6 N).
+            training: True for forward and backward passes, False for forward only.
+            note: Which data or which model.
+            masked_parameters: Matrix weights that a mask holds at zero; if zeros are skipped, each saves 2 FLOPs per
+                token forward and 4 backward (gradients of the input and of the weight).
+            tokens_per_step: Tokens per optimizer step, if there were steps.
+            read: Which tokens were read, if known.
 
         Raises:
-            UserError: the tokens are no whole number of steps, or more weights are masked than there are.
+            UserError: the tokens are not a whole number of steps, or more weights are masked than exist.
         """
         rate = shape.flops_per_token(sequence_length=sequence_length, training=training)
         skipped = rate - (6 if training else 2) * masked_parameters
@@ -128,30 +128,30 @@ class Ledger:
         )
 
     def inherit(self, parent: Ledger) -> None:
-        """Take over what the parent cost: its training as ``parent pretraining``, its evaluation not at all."""
+        """Add the parent's charges: its training as ``parent pretraining``, without its evaluation."""
         for charge in parent.charges:
             if charge.activity != "evaluation":
                 activity: Activity = "parent pretraining" if charge.activity == "training" else charge.activity
                 self.charges.append(replace(charge, activity=activity))
 
     def inherit_checkpoint(self, checkpoint: Path, shape: Shape, declared_tokens: int | None) -> None:
-        """Take over what a parent cost: from the ledger in its folder, else as its user declares.
+        """Add a parent's charges from the ledger in its folder, or else the pretraining tokens that the user declared.
 
         Args:
-            checkpoint: the parent's folder; it need not exist.
-            shape: the parent's.
-            declared_tokens: tokens that it was pretrained on; None if nobody knows. A number within one optimizer
-                step of what its ledger counts is the same number: budgets are rounded up to whole steps.
+            checkpoint: The parent's folder; it need not exist.
+            shape: The parent's shape.
+            declared_tokens: Number of tokens that it was pretrained on; None if unknown. It may differ from the
+                ledger's count by less than one optimizer step, because budgets are rounded up to whole steps.
 
         Raises:
-            UserError: there is a ledger, and it counts other tokens than the user.
+            UserError: there is a ledger whose count differs from the declared tokens.
         """
         parent = Ledger.of_checkpoint(checkpoint)
         if parent is None:
             self.charge("parent pretraining", declared_tokens, shape, 0, training=True, note="as declared")
             return
         if declared_tokens is not None and not parent._counts(declared_tokens):
-            training, total = ("unknown" if one.tokens is None else f"{one.tokens:,}" for one in parent._both)
+            training, total = ("unknown" if total.tokens is None else f"{total.tokens:,}" for total in parent._both)
             raise UserError(
                 f"{checkpoint / LEDGER} counts {training} training tokens ({total} in all), but "
                 f"{declared_tokens:,} pretraining tokens are declared; leave the declaration out."
@@ -159,9 +159,9 @@ class Ledger:
         self.inherit(parent)
 
     def _counts(self, tokens: int) -> bool:
-        """Return whether a number of tokens is that of the training, or of all there was, to one optimizer step."""
+        """Return whether ``tokens`` is the training or total count, to within one optimizer step."""
         step = max((charge.tokens_per_step or 1 for charge in self.charges), default=1)
-        return any(one.tokens is not None and abs(tokens - one.tokens) < step for one in self._both)
+        return any(total.tokens is not None and abs(tokens - total.tokens) < step for total in self._both)
 
     @property
     def _both(self) -> tuple[Total, Total]:
@@ -169,27 +169,27 @@ class Ledger:
 
     @property
     def read(self) -> list[TokensRead]:
-        """Which tokens the model and its ancestors, teachers among them, were trained on, as far as it is known."""
+        """The tokens on which the model and its ancestors, including teachers, were trained, as far as known."""
         return [charge.read for charge in self.charges if charge.read is not None]
 
     @property
     def training(self) -> Total:
-        """What the training of this model alone took: the budget that the arms of a comparison share."""
+        """The cost of training this model alone: the budget that the arms of a comparison share."""
         return _sum(self._of_training)
 
     @property
     def training_zeros_skipped(self) -> Total:
-        """``training``, its FLOPs without the products with masked zeros."""
+        """``training``, with FLOPs that omit products with masked zeros."""
         return _sum(map(_zeros_skipped, self._of_training))
 
     @property
     def total(self) -> Total:
-        """What the model took with its ancestors; evaluation measures a model and does not make it: not included."""
+        """The cost of the model and its ancestors, without evaluation, which measures a model but does not make it."""
         return _sum(self._of_making)
 
     @property
     def total_zeros_skipped(self) -> Total:
-        """``total``, its FLOPs without the products with masked zeros."""
+        """``total``, with FLOPs that omit products with masked zeros."""
         return _sum(map(_zeros_skipped, self._of_making))
 
     @property
@@ -207,30 +207,34 @@ class Ledger:
 
     @classmethod
     def from_json(cls, data: list[Mapping[str, Any]]) -> Ledger:
-        """Read what ``to_json`` returned.
+        """Build a ledger from the result of ``to_json``.
 
         Raises:
-            UserError: it is something else, or a charge does not add up.
+            UserError: the data is not a ledger, or a charge does not add up.
         """
         try:
-            charges = [
-                Charge(**{**entry, "read": TokensRead(**entry["read"]) if entry.get("read") else None})
-                for entry in data
-            ]
+            charges = []
+            for entry in data:
+                values = {**entry}
+                values["read"] = TokensRead(**entry["read"]) if entry.get("read") else None
+                charges.append(Charge(**values))
         except TypeError as error:
-            raise UserError(f"This is no ledger of nemo_pvs ({error}); use the file that a run wrote.") from None
+            raise UserError(f"This is not a ledger of nemo_pvs ({error}); use the file that a run wrote.") from None
         for charge in charges:
             if charge.activity not in get_args(Activity):
-                raise UserError(f"The ledger charges {charge.activity!r}; known are {', '.join(get_args(Activity))}.")
+                raise UserError(
+                    f"The ledger charges {charge.activity!r}, but known activities are "
+                    f"{', '.join(get_args(Activity))}; use the file that a run wrote."
+                )
         return cls(charges)
 
     def save(self, path: Path) -> None:
-        """Write the ledger as JSON, its totals beside the charges for people to read."""
+        """Write the ledger as JSON, with its totals for human readers."""
         write_json(path, {**self._totals, "charges": self.to_json()})
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> Ledger | None:
-        """Return the ledger in a checkpoint's folder; None where there is none.
+        """Return the ledger in a checkpoint's folder; None if there is none.
 
         Raises:
             UserError: as ``load``.
@@ -243,7 +247,7 @@ class Ledger:
         """Read the file that ``save`` wrote.
 
         Raises:
-            UserError: the file is missing, is no ledger, or its totals are not the sums of its charges.
+            UserError: the file is missing or not a ledger, or its totals are not the sums of its charges.
         """
         data = read_json(path)
         if not isinstance(data, dict):
@@ -269,9 +273,9 @@ def _zeros_skipped(charge: Charge) -> Charge:
 
 
 def _sum(charges: Iterable[Charge]) -> Total:
-    entered = list(charges)
-    tokens = [charge.tokens for charge in entered]
-    flops = [charge.flops for charge in entered]
+    summands = list(charges)
+    tokens = [charge.tokens for charge in summands]
+    flops = [charge.flops for charge in summands]
     return Total(
         None if None in tokens else sum(filter(None, tokens)), None if None in flops else sum(filter(None, flops))
     )

@@ -1,1 +1,1 @@
-"""What a model is: its sizes (Shape), its table of weights (Layout), its Transformers class."""
+"""Model architecture: sizes (Shape), table of weights (Layout), Transformers classes."""

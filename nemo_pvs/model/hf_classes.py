@@ -1,4 +1,4 @@
-"""Classes for `transformers` that it does not have itself; importing this package registers them with AutoModel."""
+"""Model classes that `transformers` lacks; importing this module registers them with AutoModel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OURS = {PrunedLlamaForCausalLM.__name__: PrunedLlamaForCausalLM}
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """Return the class, ours or one of ``transformers``, of the model that a ``config.json`` describes.
+    """Return the model class, ours or one of ``transformers``, for a ``config.json``.
 
     Raises:
         UserError: no table in ``conversions/`` names the config's architecture.

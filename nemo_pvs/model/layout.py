@@ -1,4 +1,4 @@
-"""Layout: the table of a model family's weights, and the index arithmetic of Megatron's fused tensors."""
+"""Layout: the table of a model family's weights, and how they are fused into Megatron's tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Part:
     """One Hugging Face tensor inside a Megatron tensor."""
 
     name: str
-    """Hugging Face name, complete (``model.layers.3.mlp.up_proj.weight``)."""
+    """Full Hugging Face name (``model.layers.3.mlp.up_proj.weight``)."""
     axes: tuple[str, ...]
     """Axis names, outermost first; ``Shape.axis`` gives their lengths."""
     layer: int | None
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron tensor of one layer (or of the model) and the Hugging Face tensors that it holds."""
+    """One Megatron tensor of one layer (or of the model) and the Hugging Face tensors fused into it."""
 
     megatron: str
     """Megatron name without prefix (``mlp.linear_fc1.weight``)."""
@@ -64,15 +64,15 @@ class Entry:
         return torch.cat(groups, dim=1).flatten(0, 1)
 
     def join_rank(self, tensors: Sequence[torch.Tensor], shape: Shape, rank: int, ranks: int) -> torch.Tensor:
-        """Fuse one tensor parallel rank's slices of the whole parts, which ``ranks`` divide.
+        """Fuse a tensor-parallel rank's slices of the parts, whose sharded axis is a multiple of ``ranks``.
 
-        Each part is cut before they are fused: gate and up rows of a rank are not neighbours in the whole tensor.
+        Each part is sliced before they are fused: a rank's gate and up rows are not adjacent in the whole tensor.
         """
         if self.tensor_parallel_axis is None or ranks == 1:
             return self.join(tensors, shape)
-        cut = [part.chunk(ranks, dim=self.tensor_parallel_axis)[rank] for part in tensors]
+        slices = [part.chunk(ranks, dim=self.tensor_parallel_axis)[rank] for part in tensors]
         layer = shape.at(self.layer)
-        return self.join(cut, layer.replace(kv_groups=layer.kv_groups // ranks) if self.fuse == "qkv" else shape)
+        return self.join(slices, layer.replace(kv_groups=layer.kv_groups // ranks) if self.fuse == "qkv" else shape)
 
     def split(self, fused: torch.Tensor, shape: Shape) -> list[torch.Tensor]:
         """Undo ``join``: return the parts of a Megatron tensor, as views where the fusion allows."""
@@ -95,8 +95,8 @@ class Layout:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """The Hugging Face classes that the table serves, the one for uneven layers included."""
-        return tuple(one[0] for one in (self.even_class, self.uneven_class) if one)
+        """The Hugging Face classes that the table describes, including the one for uneven layers."""
+        return tuple(names[0] for names in (self.even_class, self.uneven_class) if names)
 
     @property
     def even_class(self) -> tuple[str, str]:
@@ -111,22 +111,22 @@ class Layout:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """What ``transformers`` takes for a key that config.json leaves out."""
+        """The values that ``transformers`` uses for keys missing from config.json."""
         return self.table["defaults"]
 
     @property
     def fixed(self) -> Mapping[str, Any]:
-        """Keys of config.json and the only values with which NeMo computes the same."""
+        """Keys of config.json and the only values with which NeMo computes the same function."""
         return self.table["fixed"]
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Features that some models of the family have."""
+        """Features that only some models of the family have."""
         return tuple(self.table.get("optional", ()))
 
     @classmethod
     def for_config(cls, config: Mapping[str, Any]) -> Layout:
-        """Return the layout that serves a Hugging Face ``config.json``.
+        """Return the layout for a Hugging Face ``config.json``.
 
         Raises:
             UserError: no table in ``conversions/`` names the config's architecture.
@@ -146,7 +146,7 @@ class Layout:
         )
 
     def shape(self, config: Mapping[str, Any]) -> Shape:
-        """Return the Shape that a Hugging Face ``config.json`` of this family describes.
+        """Return the Shape described by a Hugging Face ``config.json`` of this family.
 
         Raises:
             UserError: a size is missing or impossible.
@@ -170,10 +170,10 @@ class Layout:
         return {**shape.to_config(config), **_layer_types(shape, config), **names}
 
     def require_class(self, shape: Shape) -> None:
-        """Raise UserError if no class can load a model of this shape: uneven layers of some families."""
+        """Raise UserError if no class can load a model of this shape, as for uneven layers of some families."""
         if shape.uneven and self.uneven_class is None:
             raise UserError(
-                f"Uneven layers of the family {self.family} have no class; pad them by pvs convert --uneven pad."
+                f"The family {self.family} has no class for uneven layers; pad them by pvs convert --uneven pad."
             )
 
     def entries(self, shape: Shape) -> Iterator[Entry]:
@@ -187,7 +187,9 @@ class Layout:
             yield self._entry(row, None)
 
     def _rows(self, part: str, shape: Shape) -> list[Mapping[str, Any]]:
-        present = {None, *shape.features, *(() if shape.tied else ("untied",))}
+        present = {None, *shape.features}
+        if not shape.tied:
+            present.add("untied")
         return [row for row in self.table[part] if row.get("only_when") in present]
 
     def parts(self, shape: Shape) -> dict[str, tuple[Part, Entry]]:
@@ -207,16 +209,16 @@ class Layout:
 
 
 def _layer_types(shape: Shape, config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the kinds of attention (``layer_types``) for another number of layers; transformers wants one a layer."""
+    """Return ``layer_types`` for a changed number of layers; transformers requires one entry per layer."""
     kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
     if layers == shape.layers:
         return {}
-    # Without layer_types, layers from max_window_layers on have a window.
-    cut = config.get("use_sliding_window") and not kinds and 0 < config.get("max_window_layers", 28) < (layers or 0)
-    if cut or len(set(kinds or ())) > 1:
+    # Without layer_types, layers from max_window_layers onwards have a window.
+    mixed = config.get("use_sliding_window") and not kinds and 0 < config.get("max_window_layers", 28) < (layers or 0)
+    if mixed or len(set(kinds or ())) > 1:
         raise UserError(
-            "The layers of this model have several kinds of attention (full_attention, sliding_attention); "
-            "their number cannot be changed."
+            "The layers of this model have several kinds of attention (full_attention, sliding_attention), so their "
+            "number cannot be changed; prune the width instead."
         )
     return {"layer_types": kinds[:1] * shape.layers} if kinds else {}
 

@@ -1,4 +1,4 @@
-"""What is often given in place of a model, and what to give instead."""
+"""Recognises what users often give instead of a model, and says what to give."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from nemo_pvs.system.files import read_json
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LFS_POINTER_BYTES = 1024
-"""Pointers are smaller than this, by their specification."""
+"""Upper limit for the size of a pointer, by the specification."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-# Ends of names of tensors that accompany or replace quantised weights.
+# Suffixes of tensors that accompany or replace quantised weights.
 _QUANTISED = {
     ".SCB": "bitsandbytes",
     ".absmax": "bitsandbytes",
@@ -28,11 +28,11 @@ _METHODS = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}
 
 
 def refuse_other_folders(folder: Path) -> None:
-    """Refuse folders that look like a model and are none.
+    """Refuse folders that look like a model but are not.
 
     Raises:
-        UserError: the folder belongs to the Hugging Face cache, holds a LoRA adapter, GGUF files, or pointers of Git
-            LFS in place of files.
+        UserError: the folder is a repository of the Hugging Face cache, or contains a LoRA adapter, GGUF files, or Git
+            LFS pointers instead of files.
     """
     if (folder / "snapshots").is_dir() and folder.name.startswith("models--"):
         _refuse_cache(folder)
@@ -42,14 +42,14 @@ def refuse_other_folders(folder: Path) -> None:
         raise UserError(adapter_sentence(str(folder), base))
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs and not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds GGUF files; give one of them, for example {folder / ggufs[0]}.")
+        raise UserError(f"{folder} contains GGUF files; give one of them, for example {folder / ggufs[0]}.")
     for part in (folder, folder / "weights", folder / "context" / "tokenizer"):
         for path in sorted(part.glob("*")):
             refuse_lfs_pointer(path)
 
 
 def adapter_sentence(adapter: str, base: object = None) -> str:
-    """Return what to say of a LoRA adapter; ``base`` is the model that it was made for, if that is known."""
+    """Return the message for a LoRA adapter; ``base`` is the name of its base model, if known."""
     return (
         f"{adapter} is a LoRA adapter, not a model; merge it into its base model{f' {base}' if base else ''} with "
         "PEFT (merge_and_unload), save the result, and give that."
@@ -57,7 +57,7 @@ def adapter_sentence(adapter: str, base: object = None) -> str:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raise UserError if a file is only Git LFS's note of where the real one is."""
+    """Raise UserError if a file is a Git LFS pointer instead of the real file."""
     if not path.is_file() or path.stat().st_size >= _LFS_POINTER_BYTES:
         return
     with open(path, "rb") as file:
@@ -73,28 +73,28 @@ def refuse_quantised(folder: Path, stated: str | None, tensors: Iterable[str], o
 
     Args:
         folder: The model.
-        stated: The method that its config names, if any.
-        tensors: The names of all its tensors, whose ends give some methods away.
-        odd: Those that no plain model has, where the config names a method.
+        stated: The quantisation method that its config names, if any.
+        tensors: The names of all its tensors, whose suffixes reveal some methods.
+        odd: Names of tensors that a plain model does not have, if the config names a method.
     """
-    found = [(name, method) for name in tensors for end, method in _QUANTISED.items() if name.endswith(end)]
-    found += [(name, str(stated)) for name in odd]
-    if not found:
+    quantised = [(name, method) for name in tensors for end, method in _QUANTISED.items() if name.endswith(end)]
+    quantised += [(name, str(stated)) for name in odd]
+    if not quantised:
         return
-    name, method = found[0]
+    name, method = quantised[0]
     method = _METHODS.get(str(stated), stated or method)
-    advice = "give the model that they were made from"
+    advice = "give the model that was quantised"
     if method == "bitsandbytes":
-        advice += ", or load these with transformers, call dequantize() and save the result"
+        advice += ", or load these weights with transformers, call dequantize() and save the result"
     raise UserError(
-        f"{folder} holds weights quantised by {method} (such as {name}), which cannot be pruned or trained; {advice}."
+        f"{folder} has weights quantised by {method} (such as {name}), which cannot be pruned or trained; {advice}."
     )
 
 
 def _refuse_cache(folder: Path) -> None:
     snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     if not snapshots:
-        raise UserError(f"{folder} is a folder of the Hugging Face cache with no snapshot in it; download the model.")
+        raise UserError(f"{folder} is a folder of the Hugging Face cache without a snapshot; download the model.")
     which = str(snapshots[0]) if len(snapshots) == 1 else f"one of {', '.join(map(str, snapshots))}"
     raise UserError(f"{folder} is a folder of the Hugging Face cache; give the snapshot in it: {which}.")
 

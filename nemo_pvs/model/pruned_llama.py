@@ -1,4 +1,4 @@
-"""Llama with uneven layers for `transformers`: FFN width, query heads and KV groups may differ from layer to layer."""
+"""Llama with uneven layers for `transformers`: FFN width, query heads and KV groups may differ between layers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _PER_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 class PrunedLlamaConfig(LlamaConfig):
     """A LlamaConfig with sizes for each layer.
 
-    ``layer_shapes`` has one entry a layer: its intermediate_size, num_attention_heads and num_key_value_heads. The
-    settings of these names are their common bounds, so that what sizes a buffer by them is on the safe side.
+    ``layer_shapes`` has one entry per layer: its intermediate_size, num_attention_heads and num_key_value_heads. The
+    config's own settings of these names are the layers' common bounds, so buffers sized by them are large enough.
     """
 
     model_type = "pruned_llama"
 
     def __init__(self, layer_shapes: Sequence[Mapping[str, int]] | None = None, **settings: Any) -> None:
-        """Take the settings of LlamaConfig, and ``layer_shapes``; without it the layers are even.
+        """Accept the settings of LlamaConfig and ``layer_shapes``; without the latter, layers are even.
 
         Raises:
-            ValueError: there are more or fewer entries than layers.
+            ValueError: the number of entries is not the number of layers.
         """
         super().__init__(**settings)
         even = {name: getattr(self, name) for name in _PER_LAYER}
@@ -36,7 +36,7 @@ class PrunedLlamaConfig(LlamaConfig):
             )
 
     def at(self, layer: int) -> PrunedLlamaConfig:
-        """Return a copy with the sizes of one layer (from 0) in place of the bounds."""
+        """Return a copy with the sizes of one layer (counted from 0) instead of the bounds."""
         config = copy.copy(self)
         for name in _PER_LAYER:
             setattr(config, name, self.layer_shapes[layer][name])
@@ -46,18 +46,18 @@ class PrunedLlamaConfig(LlamaConfig):
 class PrunedLlamaForCausalLM(LlamaForCausalLM):
     """A LlamaForCausalLM whose layers have the sizes of ``PrunedLlamaConfig.layer_shapes``.
 
-    Weights have the names of a stock Llama. Stock ``transformers`` refuses the folder, for it does not recognise the
-    model type ``pruned_llama``; ``import nemo_pvs.modeling`` before ``from_pretrained`` is all that it takes. Without
-    this package, write the model with ``--uneven pad``: a stock Llama that computes the same.
+    Weights have the names of a stock Llama. Stock ``transformers`` does not recognise the model type
+    ``pruned_llama``; ``import nemo_pvs.modeling`` before ``from_pretrained`` registers it. To use the model without
+    this package, write it with ``--uneven pad``: a stock Llama that computes the same function.
     """
 
     config_class = PrunedLlamaConfig
 
     def __init__(self, config: PrunedLlamaConfig) -> None:
-        """Build the model; ``from_pretrained`` does so without memory for the weights."""
+        """Build the model; ``from_pretrained`` does so without allocating the weights."""
         super().__init__(config)
         for index in range(config.num_hidden_layers):
             layer = LlamaDecoderLayer(config.at(index), index)
-            layer.self_attn.config = config  # asked once more for the attention implementation, set on the whole model
+            layer.self_attn.config = config  # has the attention implementation, which is set on the whole model
             self.model.layers[index] = layer
         self.post_init()

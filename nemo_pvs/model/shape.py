@@ -1,4 +1,4 @@
-"""Shape: a Llama-family architecture as numbers, and everything that follows from the numbers alone."""
+"""Shape: the sizes of a Llama-family model, and what follows from them: counts, FLOPs, legal parallelism."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _CONFIG_KEYS = {
     "tied": "tie_word_embeddings",
 }
 _LAYER_SHAPES = "layer_shapes"
-"""The key of the sizes of uneven layers in config.json: a list with a dictionary of three sizes a layer."""
+"""The key for the sizes of uneven layers in config.json: a list with a dictionary of three sizes per layer."""
 
-# Transformer Engine multiplies matrices in FP8 only where both sides are multiples of 16.
+# Transformer Engine multiplies matrices in FP8 only if both dimensions are multiples of 16.
 _FP8_MULTIPLE = 16
 
-# Features that a config.json states under their own names; a family's table knows the rest.
+# Features that config.json states under their own names; a family's table lists the others.
 _CONFIG_FEATURES = ("attention_bias", "mlp_bias")
 
 
@@ -40,10 +40,10 @@ class LayerSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one model. Counts, FLOPs and legality are computed here and nowhere else.
+    """The sizes of one model. Counts, FLOPs and legal parallelism are computed here and nowhere else.
 
-    Where layers are uneven, ``ffn``, ``heads`` and ``kv_groups`` are those of the smallest even model that all layers
-    fit into, and ``uneven`` has the sizes of each layer; ``at`` gives the sizes of one.
+    If layers are uneven, ``ffn``, ``heads`` and ``kv_groups`` are those of the smallest even model that all layers
+    fit into, and ``uneven`` has the sizes of each layer; ``at`` returns the sizes of one.
     """
 
     layers: int
@@ -66,7 +66,7 @@ class Shape:
     """Vectors that not every Llama has, in alphabetical order: attention_bias (q, k, v, o), qkv_bias (q, k, v),
     mlp_bias (gate, up, down) and qk_norm (a weight per channel of a head, for queries and for keys)."""
     uneven: tuple[LayerSizes, ...] = ()
-    """Sizes layer by layer; empty where all layers are alike."""
+    """Sizes layer by layer; empty if all layers have the same sizes."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -89,11 +89,11 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], features: Iterable[str] = ()) -> Shape:
-        """Read the sizes out of a Hugging Face ``config.json``.
+        """Read the sizes from a Hugging Face ``config.json``.
 
         Args:
             config: The parsed file.
-            features: What the family always has; ``Layout.shape`` knows.
+            features: Features that every model of the family has; ``Layout.shape`` passes them.
 
         Raises:
             UserError: a size is missing or impossible.
@@ -116,16 +116,15 @@ class Shape:
         if _LAYER_SHAPES not in values:
             return shape
         try:
-            sizes = [
-                LayerSizes(*(layer[_CONFIG_KEYS[name]] for name in LayerSizes._fields))
-                for layer in values[_LAYER_SHAPES]
-            ]
+            sizes = []
+            for layer in values[_LAYER_SHAPES]:
+                sizes.append(LayerSizes(*(layer[_CONFIG_KEYS[name]] for name in LayerSizes._fields)))
         except (TypeError, KeyError) as error:
             raise UserError(f"{_LAYER_SHAPES} in config.json lacks {error}; restore the file.") from None
         return shape.with_layers(sizes)
 
     def to_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a copy of a Hugging Face ``config`` with this shape's sizes, ``head_dim`` always explicit."""
+        """Return a copy of a Hugging Face ``config`` with this shape's sizes, including an explicit ``head_dim``."""
         stated = {name: name in self.features for name in _CONFIG_FEATURES if name in {*config, *self.features}}
         sizes = {key: getattr(self, name) for name, key in _CONFIG_KEYS.items()}
         layers = [{_CONFIG_KEYS[name]: size for name, size in sizes._asdict().items()} for sizes in self.uneven]
@@ -133,7 +132,7 @@ class Shape:
         return {**kept, **sizes, **stated, **({_LAYER_SHAPES: layers} if layers else {})}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the sizes as plain data; ``features`` and ``uneven`` only where there are any."""
+        """Return the sizes as plain data; ``features`` and ``uneven`` are left out if empty."""
         values = {name: value for name, value in asdict(self).items() if value != ()}
         if self.uneven:
             values["uneven"] = [sizes._asdict() for sizes in self.uneven]
@@ -153,9 +152,9 @@ class Shape:
         return cls(**{**values, "features": tuple(values.get("features", ())), "uneven": uneven})
 
     def replace(self, **sizes: Any) -> Shape:
-        """Return a copy with some sizes changed; query heads follow the KV groups unless they are given too.
+        """Return a copy with some sizes changed; query heads scale with the KV groups unless given explicitly.
 
-        Sizes of all layers make uneven layers even again.
+        A new ``layers``, ``ffn``, ``heads`` or ``kv_groups`` makes uneven layers even.
         """
         if "kv_groups" in sizes and "heads" not in sizes:
             sizes["heads"] = sizes["kv_groups"] * self.heads_per_group
@@ -164,20 +163,20 @@ class Shape:
         return Shape(**{**_values(self), **sizes})
 
     def with_layers(self, sizes: Iterable[LayerSizes]) -> Shape:
-        """Return the shape whose layers have these sizes; the same as an even one where they are all alike."""
+        """Return the shape whose layers have these sizes; an even shape if they are all equal."""
         layers = tuple(sizes)
         uneven = layers if len(set(layers)) > 1 else ()
         return self.replace(layers=len(layers), **_bounds(layers)._asdict(), uneven=uneven)
 
     def at(self, layer: int | None) -> Shape:
-        """Return the even shape with the sizes of one layer; the shape itself for None and for even layers."""
+        """Return the even shape with the sizes of one layer; this shape itself for None or if layers are even."""
         if layer is None or not self.uneven:
             return self
         return self.replace(**self.uneven[layer]._asdict())
 
     @property
     def layer_sizes(self) -> tuple[LayerSizes, ...]:
-        """The sizes of every layer, even ones too."""
+        """The sizes of every layer, whether even or uneven."""
         return self.uneven or (self._sizes,) * self.layers
 
     @property
@@ -206,7 +205,7 @@ class Shape:
 
     @property
     def vector_parameters(self) -> int:
-        """Weights in the vectors of all decoder layers: two norms, and what ``features`` adds."""
+        """Weights in the vectors of all decoder layers: two norms each, and those of ``features``."""
         return sum(
             2 * self.hidden + sum(self._feature_parameters(name, sizes) for name in self.features)
             for sizes in self.layer_sizes
@@ -228,15 +227,15 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters, a tied embedding counted once, padding rows never (methods.md section 0)."""
+        """All parameters; a tied embedding counts once, padding rows do not count."""
         return self.body_parameters + (1 if self.tied else 2) * self.vocab * self.hidden
 
     def flops_per_token(self, *, sequence_length: int = 0, training: bool) -> int:
-        """Floating-point operations per token, a multiplication and an addition counted as two.
+        """Return floating-point operations per token; a multiply-add counts as two.
 
-        Matrices and output head count 2 per weight forward and 4 backward (Kaplan et al., 2001.08361, 6 N); with a
-        ``sequence_length`` causal attention adds ``2 s H h`` per layer forward, i.e. half of the full score matrix.
-        The embedding lookup costs nothing, and neither do vectors.
+        Matrices and output head count 2 per weight forward and 4 backward (6 N; Kaplan et al., arXiv 2001.08361). With
+        a ``sequence_length`` s, causal attention adds ``2 s H h`` per layer forward: half of the full score matrix.
+        The embedding lookup and vectors are not counted.
         """
         matrices = 2 * (self.matrix_parameters + self.vocab * self.hidden)
         attention = 2 * sequence_length * self.head_dim * sum(layer.heads for layer in self.layer_sizes)
@@ -252,19 +251,19 @@ class Shape:
         last_stage_layers: int | None = None,
         fp8: bool = False,
     ) -> None:
-        """Refuse a layout that Megatron cannot shard this shape into.
+        """Refuse parallelism with which Megatron cannot shard this shape.
 
         Args:
             tensor_parallel: Ranks that share every layer.
-            pipeline_parallel: Stages that share the layers out.
-            virtual_pipeline: Pieces that every stage takes turns on.
-            first_stage_layers: See ``stage_layers``.
-            last_stage_layers: See there.
-            fp8: Also ask that Transformer Engine can multiply the shards in FP8: sizes that are multiples of 16.
+            pipeline_parallel: Pipeline stages.
+            virtual_pipeline: Model chunks per pipeline stage.
+            first_stage_layers: Layers of the first stage (``stage_layers``).
+            last_stage_layers: Layers of the last stage (``stage_layers``).
+            fp8: Also require that Transformer Engine can multiply the shards in FP8: sizes must be multiples of 16.
 
         Raises:
-            UserError: tensor parallelism does not divide KV groups, ffn or vocabulary; pipeline stages, or their
-                pieces, not layers; there are pieces of one stage; or a shard does not suit FP8.
+            UserError: tensor parallelism does not divide the KV groups, ffn or vocabulary; pipeline stages or their
+                chunks do not divide the layers; there are chunks but only one stage; or a shard does not fit FP8.
         """
         for name, size in self._sharded_sizes():
             if size % tensor_parallel:
@@ -276,26 +275,30 @@ class Shape:
         stages = self.stage_layers(pipeline_parallel, first_stage_layers, last_stage_layers)
         if virtual_pipeline is not None:
             if (first_stage_layers, last_stage_layers) != (None, None):
-                raise UserError("The stages of a virtual pipeline are equal; leave out its sizes, or the pieces.")
+                raise UserError(
+                    "The stages of a virtual pipeline are equal; leave out the stages' layers or the virtual pipeline."
+                )
             self._check_pieces(stages, virtual_pipeline)
         if fp8:
             self._check_fp8(tensor_parallel)
 
     def stage_layers(self, stages: int, first: int | None = None, last: int | None = None) -> list[int]:
-        """Return how many layers each pipeline stage has.
+        """Return the number of layers of each pipeline stage.
 
         Args:
             stages: Pipeline parallelism.
-            first: Layers of the first stage, where it is to have others than those in the middle, which share the
-                rest alike; it has the embedding, too.
-            last: Layers of the last stage, which has the output head, too.
+            first: Layers of the first stage, which also has the embedding; by default as many as the middle stages,
+                which share the remaining layers equally.
+            last: Layers of the last stage, which also has the output head; by default as many as the middle stages.
 
         Raises:
-            UserError: a stage would have no layer, or the layers cannot be shared out.
+            UserError: a stage would have no layers, or the layers cannot be divided equally.
         """
         if stages == 1:
             if (first, last) != (None, None):
-                raise UserError("first_stage_layers and last_stage_layers are about pipeline_parallel of 2 or more.")
+                raise UserError(
+                    "first_stage_layers and last_stage_layers need a pipeline_parallel of 2 or more; leave them out."
+                )
             return [self.layers]
         middle, rest = stages - (first is not None) - (last is not None), self.layers - (first or 0) - (last or 0)
         fits = rest % middle == 0 and rest >= middle if middle else rest == 0
@@ -307,16 +310,17 @@ class Shape:
                 f"Pipeline parallelism {stages}{parts} does not divide {self.layers} layers; legal for this model: "
                 f"{', '.join(map(str, legal))}{self._unequal(stages)}."
             )
-        return [
-            *([] if first is None else [first]),
-            *[rest // max(middle, 1)] * middle,
-            *([] if last is None else [last]),
-        ]
+        layers = [rest // middle] * middle if middle else []
+        if first is not None:
+            layers.insert(0, first)
+        if last is not None:
+            layers.append(last)
+        return layers
 
     def _unequal(self, stages: int) -> str:
-        """Return a clause about stages of other sizes that would work, if any do: the last one has the rest."""
-        alike = math.ceil(self.layers / stages)
-        last = self.layers - alike * (stages - 1)
+        """Return a clause that suggests unequal stages, if that works: all equal but the last, which has the rest."""
+        equal = math.ceil(self.layers / stages)
+        last = self.layers - equal * (stages - 1)
         return f"; or {stages} with last_stage_layers: {last}" if last > 0 else ""
 
     def _check_pieces(self, stages: list[int], pieces: int) -> None:
@@ -334,7 +338,7 @@ class Shape:
         sizes = [("hidden", self.hidden, 1)]
         for layer in dict.fromkeys(self.layer_sizes):
             sizes.append(("ffn", layer.ffn, tensor_parallel))
-            # Rows of keys; those of queries, and of all three together, are multiples of them.
+            # Rows of the keys; those of the queries and of q, k and v together are multiples of them.
             sizes.append(("kv_groups * head_dim", layer.kv_groups * self.head_dim, tensor_parallel))
         for name, size, ranks in sizes:
             step = _FP8_MULTIPLE * ranks
@@ -355,7 +359,7 @@ class Shape:
 
     @property
     def spans(self) -> list[str]:
-        """What to say of ``ffn``, ``heads`` and ``kv_groups``: a size, or the least and the most of uneven layers."""
+        """``ffn``, ``heads`` and ``kv_groups`` as text: a size, or the smallest and largest of uneven layers."""
         return [_span(row) for row in zip(*self.layer_sizes, strict=True)]
 
     def __str__(self) -> str:
@@ -373,23 +377,23 @@ def _values(shape: Shape) -> dict[str, Any]:
 
 
 def _bounds(layers: tuple[LayerSizes, ...]) -> LayerSizes:
-    """Return the sizes of the smallest layer that each of these fits into, whole groups and heads of a group apart."""
+    """Return the sizes of the smallest layer that all of these fit into: the most groups, and the most heads each."""
     groups = max(layer.kv_groups for layer in layers)
     heads_per_group = max(layer.heads // layer.kv_groups for layer in layers)
     return LayerSizes(max(layer.ffn for layer in layers), groups * heads_per_group, groups)
 
 
 def _span(sizes: tuple[int, ...]) -> str:
-    """Return one size, or the smallest and the largest of uneven layers."""
+    """Return one size, or the smallest and the largest if sizes differ."""
     return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
 _MOST_LAYERS = 10_000
-"""Ten times the deepest published models; a damaged or made-up number must not fill the memory with layers."""
+"""Ten times the deepest published models, so that a damaged config cannot exhaust memory."""
 
 
 def _check_size(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"A model needs {name} to be a positive whole number, not {value!r}.")
     if name == "layers" and value > _MOST_LAYERS:
-        raise UserError(f"A model of {value:,} layers is not supported; at most {_MOST_LAYERS:,} are.")
+        raise UserError(f"A model with {value:,} layers is not supported; use at most {_MOST_LAYERS:,}.")

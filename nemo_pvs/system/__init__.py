@@ -1,1 +1,1 @@
-"""Files, locks, processes, ranks and progress bars: what has nothing to do with models."""
+"""Files, locks, processes, ranks and progress bars: everything that does not depend on models."""

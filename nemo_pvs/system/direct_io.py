@@ -1,9 +1,9 @@
-"""Files as large as a model, read and written past the page cache.
+"""Reads and writes files as large as a model without the page cache.
 
-A checkpoint that is read or written once would push out of the cache what others use again, and where fresh pages
-are dear (on a virtual machine whose host hands memory out on demand) the cache costs more than the disk's own work
-(tests/benchmarks/README.md). So blocks go between the disk and buffers of ours, used again and again, while a thread
-handles the block before or after. Where the file system cannot do that (``O_DIRECT``), the cache serves as usual.
+A checkpoint that is read or written once would evict pages that others use again, and where new pages are expensive
+(on a virtual machine whose host allocates memory on demand) the cache costs more than the disk access itself
+(tests/benchmarks/README.md). So blocks are transferred between the disk and reused buffers, while a thread handles the
+next or previous block. If the file system does not support this (``O_DIRECT``), the cache is used as usual.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK_BYTES = 16 << 20
-"""Large enough for the disk's full speed, small beside a tensor."""
+"""Large enough for the disk's full speed, small compared with a tensor."""
 _SECTOR_BYTES = 4096
-"""Direct access starts and ends at sectors of the disk, of 512 or 4096 bytes."""
+"""Direct access must be aligned to disk sectors, of 512 or 4096 bytes."""
 
-_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has no such thing: macOS
+_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 on systems without it, such as macOS
 
 _idle_blocks: list[memoryview] = []
-"""Blocks that no file uses now; they are kept because fresh memory is what costs most."""
+"""Blocks that no file is using; kept because allocating new memory is the most expensive part."""
 
 
 class StreamedReader(FileIO):
-    """A file opened for reading, whose ``readinto`` fills what it is given and takes large pieces past the cache."""
+    """A file opened for reading whose ``readinto`` fills the whole buffer and bypasses the cache for large ones."""
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -41,7 +41,7 @@ class StreamedReader(FileIO):
         super().__init__(path, "rb")
 
     def readinto(self, target: Any) -> int:
-        """Fill ``target``, as far as the file goes, and return the number of bytes.
+        """Fill ``target`` up to the end of the file and return the number of bytes read.
 
         Raises:
             OSError: the disk cannot read them.
@@ -53,7 +53,7 @@ class StreamedReader(FileIO):
         return done
 
     def _read_directly(self, target: memoryview) -> int:
-        """Fill what can be read past the cache, and move on by as much; return the number of bytes."""
+        """Fill as much as can be read without the cache, advance the position and return the number of bytes."""
         begin = self.tell()
         skip = begin % _SECTOR_BYTES
         done = 0
@@ -67,11 +67,11 @@ class StreamedReader(FileIO):
 
 
 class StreamedWriter:
-    """A new file that grows at its end only and goes to the disk a block at a time.
+    """A new append-only file that is written to disk one block at a time.
 
-    While a thread writes one block, the next is filled. Where the file system wants its writes in the cache, each
-    block is flushed and dropped from there at once. Either way nothing is left to flush at the end, and whoever reads
-    the file back to verify it reads the disk.
+    While a thread writes one block, the next is filled. If the file system requires the cache, each block is flushed
+    and dropped from it at once. Either way nothing remains to be flushed at the end, and reading the file back to
+    verify it reads the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,10 +89,10 @@ class StreamedWriter:
         self._writing: Future[None] | None = None
 
     def write(self, data: Any) -> int:
-        """Append ``data``, anything that has bytes (``bytes``, a memoryview), and return their number.
+        """Append ``data``, any bytes-like object, and return the number of bytes.
 
         Raises:
-            OSError: the disk refused this or what was appended before.
+            OSError: writing this or earlier data failed.
         """
         rest = memoryview(data).cast("B")
         length = len(rest)
@@ -114,10 +114,10 @@ class StreamedWriter:
         return self._length
 
     def close(self) -> None:
-        """Write what is left, wait until the disk has everything, and close the file.
+        """Write the remaining data, wait until everything is on disk, and close the file.
 
         Raises:
-            OSError: the disk refused it.
+            OSError: writing failed.
         """
         self._hand_over()
         self._wait()
@@ -127,7 +127,7 @@ class StreamedWriter:
         _idle_blocks.extend(self._blocks)
 
     def _hand_over(self) -> None:
-        """Let the thread write what is filled, and take the other block."""
+        """Pass the filled part of the current block to the thread and switch to the other block."""
         self._wait()
         self._writing = self._thread.submit(self._write_block, self._blocks[0][: self._filled])
         self._blocks.reverse()
@@ -138,12 +138,12 @@ class StreamedWriter:
             self._writing.result()
 
     def _write_block(self, block: memoryview) -> None:
-        if len(block) < _BLOCK_BYTES:  # the end of the file is no whole sector
+        if len(block) < _BLOCK_BYTES:  # the last block may end within a sector
             _leave_direct_mode(self._file)
         while block:
             try:
                 block = block[self._file.write(block) :]
-            except OSError as error:  # the file system has conditions of its own
+            except OSError as error:  # the file system requires another alignment
                 if error.errno != errno.EINVAL or not _leave_direct_mode(self._file):
                     raise
         if not _is_direct(self._file):
@@ -153,9 +153,9 @@ class StreamedWriter:
 
 
 def _blocks_of(path: Path, start: int, end: int) -> Iterator[memoryview]:
-    """Yield what a file has between two positions, the first at a sector, block by block; a block lives for one turn.
+    """Yield the bytes between two positions, the first at a sector, in blocks; each is valid for one iteration.
 
-    Ends early where the file does, and at once where the file system has no direct access.
+    Ends early at the end of the file, and immediately if the file system has no direct access.
     """
     try:
         file = FileIO(path, "rb", opener=_open_directly)
@@ -174,7 +174,7 @@ def _blocks_of(path: Path, start: int, end: int) -> Iterator[memoryview]:
         for position in range(start, end, _BLOCK_BYTES):
             try:
                 ready = reading.result()
-            except OSError as error:  # the file system has conditions of its own
+            except OSError as error:  # the file system requires another alignment
                 if error.errno != errno.EINVAL:
                     raise
                 break
@@ -188,7 +188,7 @@ def _blocks_of(path: Path, start: int, end: int) -> Iterator[memoryview]:
 
 
 def _take_block() -> memoryview:
-    """Return a block that begins at a page, as direct access wants it."""
+    """Return a page-aligned block, as direct access requires."""
     try:
         return _idle_blocks.pop()
     except IndexError:
@@ -204,7 +204,7 @@ def _is_direct(file: FileIO) -> bool:
 
 
 def _leave_direct_mode(file: FileIO) -> bool:
-    """Let writes go through the page cache from now on; return whether they did not before."""
+    """Write through the page cache from now on; return whether writes were direct before."""
     was_direct = _is_direct(file)
     fcntl.fcntl(file.fileno(), fcntl.F_SETFL, fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & ~_DIRECT)
     return was_direct

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: temporary siblings, fsync, rename, checksums."""
+"""Writes files and folders atomically (temporary sibling, fsync, rename), reads JSON and YAML, computes checksums."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from nemo_pvs.system.output_paths import check_file, check_folder
 
 _BLOCK_BYTES = 1 << 20
 
-# A home directory where a path may begin: ~/x, --out=~/x, ARM=~/x, ~/x,~/y.
+# A tilde where a path may begin: ~/x, --out=~/x, ARM=~/x, ~/x,~/y.
 _HOME = re.compile(r"(?:^|(?<=[=,]))~[^/,]*(?=/|,|$)")
 
 
 def expand_home(value: Any) -> Any:
-    """Return a value with ``~`` written out in every string of it that begins with one, as a shell would do.
+    """Expand ``~`` as a shell would, in every string within ``value`` where a path may begin.
 
-    Words of the command line and values of recipes go through here, and nothing else needs to think of it.
+    Applied to all command-line arguments and recipe values, so nothing else needs to handle ``~``.
     """
     if isinstance(value, str):
-        return _HOME.sub(lambda found: os.path.expanduser(found[0]), value)
+        return _HOME.sub(lambda match: os.path.expanduser(match[0]), value)
     if isinstance(value, Mapping):
         return {key: expand_home(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -46,7 +46,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Return the SHA-256 of ``value`` as canonical JSON (sorted keys, no spaces): equal values, equal hashes."""
+    """Return the SHA-256 of ``value`` as canonical JSON (sorted keys, no spaces): equal values have equal hashes."""
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -65,7 +65,7 @@ def sha256_folder(folder: Path) -> str:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make a folder of the same files as another, without their bytes a second time where the disk can do that."""
+    """Copy a folder with hard links instead of copies of the files where the file system supports them."""
 
     def link(file: str, other: str) -> None:
         try:
@@ -117,15 +117,15 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; readers see the old file or the new one, never a part."""
+    """Write ``value`` as indented JSON; readers see either the old file or the complete new one."""
     write_text(path, json_text(value))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``; readers see the old file or the new one, never a part; of two writers the last one wins.
+    """Write ``text``; readers see either the old file or the complete new one; the last of several writers wins.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     check_file(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -144,9 +144,9 @@ def write_text(path: Path, text: str) -> None:
 def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of ``target`` that becomes ``target`` when the block ends without an error.
 
-    Every file is flushed to disk before the rename, so a crash leaves either nothing or a finished folder. What an
-    earlier, killed run of the same target left behind is removed; after an error so are parents that were made for it.
-    Where ``target`` is a link to a folder, that folder is replaced and the link stays.
+    Every file is flushed to disk before the rename, so a crash leaves either nothing or a finished folder. Leftovers
+    of an earlier, killed run with the same target are removed; after an error, so are parents created for the target.
+    If ``target`` is a link to a folder, that folder is replaced and the link stays.
 
     Raises:
         UserError: ``target`` exists and ``overwrite`` is false, another process is making it, or it cannot be written.
@@ -183,29 +183,29 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _move_away(target: Path) -> None:
-    """Rename what is to be replaced, because a folder cannot be removed in one go; nothing half-removed stays."""
+    """Rename the folder to be replaced, because removing it is not atomic."""
     shutil.rmtree(_old_name(target), ignore_errors=True)
     if target.exists():
         os.replace(target, _old_name(target))
 
 
 def check_new_folder(target: Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder that cannot be made (``output_paths.check_folder``), or that exists and may not be replaced.
+    """Refuse a folder that cannot be created (``output_paths.check_folder``), or that exists and may not be replaced.
 
     Raises:
-        UserError: saying why.
+        UserError: the message says why.
     """
     check_folder(target)
     _refuse_existing(target, overwrite)
-    if target.exists():  # it is replaced by another one of its parent
+    if target.exists():  # the replacement is created in its parent
         check_folder(target.resolve().parent)
 
 
 def check_new_file(target: Path, *, overwrite: bool = False) -> None:
-    """Refuse a file that cannot be made (``output_paths.check_file``), or that exists and may not be replaced.
+    """Refuse a file that cannot be created (``output_paths.check_file``), or that exists and may not be replaced.
 
     Raises:
-        UserError: saying why.
+        UserError: the message says why.
     """
     check_file(target)
     _refuse_existing(target, overwrite)
@@ -218,11 +218,11 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into a UserError that names ``target``."""
+    """Turn errors of a full, read-only or forbidden disk into a UserError that names ``target``."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # PyTorch's zip writer fails once more, with a RuntimeError, while it closes the file that the disk refused.
+        # After a failed write, PyTorch's zip writer fails again, with a RuntimeError, when it closes the file.
         refusal = _os_error(error)
         reasons = {
             errno.ENOSPC: "the disk is full; free some space and run the command again",
@@ -237,7 +237,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """Return the operating system's error that an error is, or was raised while handling."""
+    """Return the OSError that ``error`` is or was raised while handling, or None."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error

@@ -1,12 +1,14 @@
-"""One command at a time in a folder, also on file systems that several machines share, and after ``kill -9``.
+"""Folder locks: one command at a time works in a folder, even on shared file systems and after ``kill -9``.
 
-A lock is a small file that says who works there; its holder touches it every few seconds. Whoever finds one decides
-whether the holder is dead: on the same machine by its process, on another by a file that nobody touches any more.
+A lock is a small file that describes its holder, which touches it every few seconds. A process that finds a lock
+decides whether the holder is dead: on the same machine by the holder's process, on another by whether the file is
+still being touched.
 
 Libraries do most of this, but not on the file systems of clusters: filelock's lease replaces a dead lock by
 RENAME_EXCHANGE, which NFS and Lustre refuse, and with flufl.lock two processes can break the same lock at once. Here a
 dead lock is succeeded, not removed: the successor's file is named after the random id of the lock that it succeeds.
-``O_EXCL``, which these file systems do have, lets one successor win, and nobody takes a new lock for the old one.
+``O_EXCL``, which these file systems support, lets only one successor win, and a new lock is never mistaken for the old
+one.
 """
 
 from __future__ import annotations
@@ -32,23 +34,23 @@ from nemo_pvs.system.processes import boot_id, is_running, pid_namespace, start_
 from nemo_pvs.system.progress import console
 
 BEAT_SECONDS = 10.0
-"""How often a holder touches its lock."""
+"""Interval at which a holder touches its lock."""
 DEAD_SECONDS = 120.0
-"""A holder on another machine that has not touched its lock for so long is dead."""
+"""A holder on another machine that has not touched its lock for this long is considered dead."""
 
 _HELD = "PVS_HELD_LOCKS"
-"""Variable with the ids of locks of this process and of those that started it: they do not keep it out."""
+"""Environment variable with the ids of locks held by this process or its ancestors, which do not block it."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_TO_WRITE = 2.0
-"""A lock that has been empty for longer is not just being written."""
+"""A lock that is still incomplete after this time is not just being written."""
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Work alone in a folder that is filled over time. It is made if need be, because the lock lies in it.
+    """Lock a folder that is filled over time. It is created if necessary, because the lock is in it.
 
     Raises:
-        UserError: another command is at work there, or the folder cannot be made.
+        UserError: another command is working there, or the folder cannot be created.
     """
     with _locked(folder, folder / ".lock"):
         yield
@@ -56,10 +58,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_target(target: Path) -> Iterator[None]:
-    """Work alone on a file or folder that is not there until it is finished. The lock lies beside it.
+    """Lock a file or folder that does not exist until it is finished. The lock is next to it.
 
     Raises:
-        UserError: another command is making it, or the folder around it cannot be made.
+        UserError: another command is writing it, or its parent folder cannot be created.
     """
     with _locked(target, target.with_name(f".{target.name}.lock")):
         yield
@@ -73,40 +75,40 @@ def _locked(what: Path, base: Path) -> Iterator[None]:
             base.parent.mkdir(parents=True, exist_ok=True)
             lock = _acquire(what, base)
         except OSError as error:
-            raise UserError(f"Cannot write {what}: {error.strerror}; choose another place.") from None
-        if lock is None:  # it belongs to a command that this one is a part of
+            raise UserError(f"Cannot write {what}: {error.strerror}; choose another path.") from None
+        if lock is None:  # held by this process or one of its ancestors
             yield
             return
         with _kept(base, lock):
             yield
     finally:
         with suppress(OSError):
-            for folder in missing:  # the innermost first, and no further than where something has been written
+            for folder in missing:  # innermost first; stops at the first that is not empty
                 folder.rmdir()
 
 
 @dataclass(frozen=True)
 class _Holder:
-    """What a lock says about the process that holds it."""
+    """The process that holds a lock, as described in the lock file."""
 
     id: str
     host: str
     boot: str | None
-    """Another one after every start of a machine, and for machines that share a name."""
+    """Changes at every boot, and differs between machines with the same host name."""
     namespace: str | None
-    """Where process numbers are valid: a container, or the whole machine."""
+    """Where process ids are valid: a container, or the whole machine."""
     pid: int
     started: int | None
-    """When the process started; tells it from a later one with the same number."""
+    """When the process started; distinguishes it from a later one with the same id."""
     job: str | None
     restarts: int
-    """How often Slurm had requeued that job."""
+    """How often Slurm has requeued that job."""
     since: str
     command: str
 
     @classmethod
-    def here(cls) -> _Holder:
-        """Return what this process writes into a lock."""
+    def current(cls) -> _Holder:
+        """Describe this process."""
         return cls(
             id=secrets.token_hex(8),
             host=socket.gethostname(),
@@ -121,12 +123,12 @@ class _Holder:
         )
 
     def shares_processes_with(self, other: _Holder) -> bool:
-        """Return whether the process numbers of both mean the same processes."""
-        mine, its = ((one.host, one.boot, one.namespace) for one in (self, other))
-        return mine == its
+        """Return whether process ids mean the same processes for both."""
+        mine, theirs = ((holder.host, holder.boot, holder.namespace) for holder in (self, other))
+        return mine == theirs
 
     def is_requeued(self, earlier: _Holder) -> bool:
-        """Return whether Slurm has ended the other one to start the same job again as this one."""
+        """Return whether this process belongs to a later start of the same Slurm job as ``earlier``."""
         return self.job is not None and self.job == earlier.job and earlier.restarts < self.restarts
 
     def __str__(self) -> str:
@@ -136,14 +138,14 @@ class _Holder:
 
 @dataclass(frozen=True)
 class _Lock:
-    """A lock as it was found or made."""
+    """A lock file as it was read."""
 
     file: Path
     id: str
     holder: _Holder | None
-    """None where the file has no content that can be read."""
+    """None if the file's content is unreadable."""
     touched: float
-    """By the clock of the file system."""
+    """Modification time by the file system's clock, in seconds."""
 
     @property
     def who(self) -> str:
@@ -151,12 +153,12 @@ class _Lock:
 
 
 def _acquire(what: Path, base: Path) -> str | None:
-    """Make the lock ``base``, or succeed to a dead one.
+    """Create the lock ``base``, or succeed a dead one.
 
     Returns:
-        Its id; None if this process has it already, or one that has started this one.
+        The lock's id; None if this process or one of its ancestors holds it already.
     """
-    me = _Holder.here()
+    me = _Holder.current()
     while True:
         chain = _chain(base)
         file = base
@@ -166,31 +168,31 @@ def _acquire(what: Path, base: Path) -> str | None:
                 return None
             if not _is_dead(last, me):
                 if _read(last.file) is None:
-                    continue  # it has ended meanwhile, or has become the first of the chain
+                    continue  # it was released in the meantime, or was renamed to the start of the chain
                 raise UserError(
-                    f"{what} is in use by {last.who}; wait until that has ended, or end it, or choose another place."
+                    f"{what} is in use by {last.who}; wait until that has ended, end it, or choose another path."
                 )
             file = _successor(base, last.id)
         if not _create(file, me):
-            continue  # another one was faster
+            continue  # another process was faster
         chain = _chain(base)
         if not chain or chain[-1].id != me.id:
-            file.unlink(missing_ok=True)  # what it was to succeed is gone
+            file.unlink(missing_ok=True)  # the lock to succeed no longer exists
             continue
         os.replace(file, base)
-        for left in base.parent.glob(f"{base.name}.after-*"):
-            if left != _successor(base, me.id):
-                left.unlink(missing_ok=True)
+        for stale in base.parent.glob(f"{base.name}.after-*"):
+            if stale != _successor(base, me.id):
+                stale.unlink(missing_ok=True)
         return me.id
 
 
 def _chain(base: Path) -> list[_Lock]:
-    """Return the lock, its successor, the successor's successor, and so on; the last one counts."""
+    """Return the lock, its successor, the successor's successor, and so on; the last one is in force."""
     chain: list[_Lock] = []
     file = base
-    while (found := _read(file)) is not None:
-        chain.append(found)
-        file = _successor(base, found.id)
+    while (lock := _read(file)) is not None:
+        chain.append(lock)
+        file = _successor(base, lock.id)
     return chain
 
 
@@ -199,7 +201,7 @@ def _successor(base: Path, id_: str) -> Path:
 
 
 def _create(file: Path, holder: _Holder) -> bool:
-    """Write a lock and return True, or return False where there is one."""
+    """Create a lock file and return True, or return False if it exists."""
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
@@ -216,11 +218,11 @@ def _create(file: Path, holder: _Holder) -> bool:
 
 
 def _read(file: Path) -> _Lock | None:
-    """Return a lock, or None where there is none; wait for one that is just being written."""
+    """Return a lock, or None if there is none; wait for one that is just being written."""
     deadline = time.monotonic() + _SECONDS_TO_WRITE
     while True:
         try:
-            # Opening a file asks the server of a shared file system what is true now; looking at its status does not.
+            # On shared file systems, opening a file fetches its current state from the server; stat alone does not.
             with open(file) as handle:
                 text, touched = handle.read(), os.fstat(handle.fileno()).st_mtime
             holder = _Holder(**json.loads(text))
@@ -234,19 +236,19 @@ def _read(file: Path) -> _Lock | None:
 
 
 def _is_dead(lock: _Lock, me: _Holder) -> bool:
-    """Return whether the holder of a lock is dead; one on another machine is watched until that is clear."""
+    """Return whether the holder of a lock is dead; a holder on another machine is watched until that is certain."""
     holder = lock.holder
     if holder and me.is_requeued(holder):
         return True
     if holder and me.shares_processes_with(holder):
         return not is_running(holder.pid, holder.started)
-    left = min(DEAD_SECONDS, DEAD_SECONDS - (_file_system_time(lock.file.parent) - lock.touched))
-    if left <= 0:
+    remaining = min(DEAD_SECONDS, DEAD_SECONDS - (_file_system_time(lock.file.parent) - lock.touched))
+    if remaining <= 0:
         return True
-    console.print(f"watching {lock.who} for a sign of life, for {left:.0f} s", soft_wrap=True, markup=False)
-    deadline = time.monotonic() + left
+    console.print(f"watching {lock.who} for a sign of life, for {remaining:.0f} s", soft_wrap=True, markup=False)
+    deadline = time.monotonic() + remaining
     while time.monotonic() < deadline:
-        time.sleep(min(1.0, left / 10))
+        time.sleep(min(1.0, remaining / 10))
         now = _read(lock.file)
         if now is None or (now.id, now.touched) != (lock.id, lock.touched):
             return False
@@ -254,7 +256,7 @@ def _is_dead(lock: _Lock, me: _Holder) -> bool:
 
 
 def _file_system_time(folder: Path) -> float:
-    """Return the time that a file system gives to files which are written now; a server has a clock of its own."""
+    """Return the current time by the file system's clock, which on a server may differ from this machine's."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"now")
         file.flush()
@@ -273,10 +275,10 @@ def _kept(base: Path, lock: str) -> Iterator[None]:
             return
         ended.set()
         with suppress(OSError), touching:
-            # Whoever takes us for dead has to make this file, too, and only one of us can.
+            # A process that considers this one dead creates the same file, and only one of the two can.
             successor = _successor(base, lock)
             try:
-                ours = _create(successor, _Holder.here())
+                ours = _create(successor, _Holder.current())
             except OSError:  # the disk is full
                 ours = _chain(base)[-1].id == lock
             if ours:
@@ -285,7 +287,7 @@ def _kept(base: Path, lock: str) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(BEAT_SECONDS):
-            with suppress(OSError), touching:  # a server that is away for a while comes back
+            with suppress(OSError), touching:  # a file server may be unavailable for a while
                 if ended.is_set():
                     return
                 chain = _chain(base)
@@ -302,16 +304,16 @@ def _kept(base: Path, lock: str) -> Iterator[None]:
     finally:
         release()
         _releases.remove(release)
-        os.environ[_HELD] = " ".join(one for one in os.environ[_HELD].split() if one != lock)
+        os.environ[_HELD] = " ".join(id_ for id_ in os.environ[_HELD].split() if id_ != lock)
 
 
 _releases: list[Callable[[], None]] = []
-"""What to call before a signal ends this process."""
+"""Functions to call before a signal ends this process."""
 
 
 @contextmanager
 def _released_by_signals() -> Iterator[None]:
-    """Remove the locks of this process before it is ended by a signal that nothing else handles."""
+    """Remove this process's locks before a signal that nothing else handles ends it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -333,7 +335,7 @@ def _released_by_signals() -> Iterator[None]:
 
 
 def _stop_at_once(base: Path) -> None:
-    """End this process and, with it, its children: even tidying up would destroy what another command now makes."""
+    """End this process without cleaning up, which would destroy another command's work; its children end with it."""
     print(
         f"pvs: the lock {base} was removed, or another command took it over because this one gave no sign of life for "
         f"{DEAD_SECONDS:.0f} s; this one stops.",

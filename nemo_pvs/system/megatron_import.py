@@ -1,4 +1,4 @@
-"""Import Megatron-Core on machines that have the CUDA toolkit but no device, such as a cluster's login node."""
+"""Imports Megatron-Core on machines that have the CUDA toolkit but no device, such as a cluster's login node."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import importlib
 
 
 def import_megatron() -> None:
-    """Import ``megatron.core``; call this before the first import of anything of Megatron or NeMo.
+    """Import ``megatron.core``; call this before any other import from Megatron or NeMo.
 
-    On import Megatron 0.15 compiles a CUDA memory allocator if PyTorch finds a toolkit, and PyTorch fails with an
-    IndexError when it then asks the absent devices what to compile for. Hiding the toolkit for the moment of the
-    import takes the way that Megatron has for machines without one. With a device, nothing is hidden.
+    On import, Megatron 0.15 compiles a CUDA memory allocator if PyTorch finds a toolkit, and PyTorch then fails with
+    an IndexError when it queries the absent devices for their architecture. Hiding the toolkit during the import makes
+    Megatron take its path for machines without one. If there is a device, nothing is hidden.
     """
     import torch
     from torch.utils import cpp_extension

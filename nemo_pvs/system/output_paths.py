@@ -1,4 +1,4 @@
-"""Paths that are to be written: whether they can be, before any work is done for them, and without making anything."""
+"""Checks that an output path can be written, before any work is done and without creating anything."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from pathlib import Path
 
 from nemo_pvs.errors import UserError
 
-# Names are made longer by temporary files and files beside a target, at most ".NAME.search.json.12345678.partial".
+# Temporary and companion files of a target have longer names, at most ".NAME.search.json.12345678.partial".
 _ROOM_IN_NAME = 32
 _LONGEST_NAME = 255
 """In bytes, on every file system in use."""
 
 
 def check_folder(target: Path) -> None:
-    """Refuse a folder that cannot be made, or cannot be written to if it is there.
+    """Refuse a folder that cannot be created or, if it exists, cannot be written to.
 
     Raises:
-        UserError: it is a file, or lies below one; it, or a part of its path, is a link to nothing; permission is
-            denied, the file system is read-only, or a name is too long.
+        UserError: it or one of its parents is a file or a broken link; permission is denied; the file system is
+            read-only; or a name is too long.
     """
     nearest = _nearest_existing(target)
     if nearest is not None and not nearest.is_dir():
-        below = "it" if nearest == target else nearest
-        raise UserError(f"Cannot write {target}: {below} is a file, not a folder; choose another path.")
+        file = "it" if nearest == target else nearest
+        raise UserError(f"Cannot write {target}: {file} is a file, not a folder; choose another path.")
     _check_writable(nearest, target)
 
 
 def check_file(target: Path) -> None:
-    """Refuse a file that cannot be made or replaced.
+    """Refuse a file that cannot be created or replaced.
 
     Raises:
         UserError: it is a folder, or its folder cannot be written to (``check_folder``).
@@ -36,7 +36,7 @@ def check_file(target: Path) -> None:
     nearest = _nearest_existing(target)
     if nearest == target:
         if target.is_dir():
-            raise UserError(f"Cannot write {target}: it is a folder, and a file is to be written; add a file's name.")
+            raise UserError(f"Cannot write {target}: it is a folder, but a file is needed; add a file name.")
         nearest = target.parent
     if nearest is not None and not nearest.is_dir():
         raise UserError(f"Cannot write {target}: {nearest} is a file, not a folder; choose another path.")
@@ -44,12 +44,12 @@ def check_file(target: Path) -> None:
 
 
 def _nearest_existing(target: Path) -> Path | None:
-    """Return the target or the first of its parents that exists, after a look at the names and links on the way."""
+    """Return the target or its nearest existing parent; refuse bad names and broken links on the way."""
     limits = [*(_LONGEST_NAME for _ in target.parts[:-1]), _LONGEST_NAME - _ROOM_IN_NAME]
     if any(len(os.fsencode(part)) > limit for part, limit in zip(target.parts, limits, strict=False)):
         raise UserError(f"Cannot write {target}: a name in this path is too long; choose a shorter one.")
     if "\0" in str(target):
-        raise UserError(f"Cannot write {str(target)!r}: a path holds no zero byte; choose another one.")
+        raise UserError(f"Cannot write {str(target)!r}: a path cannot contain a zero byte; choose another path.")
     try:
         for path in (target, *target.parents):
             if path.exists():
@@ -59,7 +59,7 @@ def _nearest_existing(target: Path) -> Path | None:
                     f"Cannot write {target}: {path} is a link to {os.readlink(path)}, which does not exist; remove "
                     "the link, or choose another path."
                 )
-    except OSError as error:  # no permission to look, or the whole path is too long
+    except OSError as error:  # no permission to list a folder, or the whole path is too long
         raise UserError(f"Cannot write {target}: {error.strerror}; choose another path.") from None
     return None
 

@@ -1,4 +1,4 @@
-"""Processes: which one a number means, and ending when they should, with their parent or when the user says so."""
+"""Processes: identify them beyond their id, end with the parent, and handle Ctrl-C reliably."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECONDS_TO_CLEAN_UP = 5.0
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, even by kill -9: nothing trains on as an orphan."""
+    """Ask Linux to kill this process when its parent ends, even by kill -9, so that no orphan keeps training."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -23,10 +23,10 @@ def die_with_parent() -> None:
 
 @contextmanager
 def heeding_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt for Ctrl-C, and again every few seconds until the block has ended.
+    """Raise KeyboardInterrupt on Ctrl-C, and again every few seconds until the block ends.
 
-    Python raises it once, in whatever code runs; a library that catches everything while it imports or parses
-    something loses it, and the program would run on for an hour.
+    Python raises it once, in whatever code is running; a library that catches every exception while importing or
+    parsing swallows it, and the program would keep running.
     """
 
     def interrupt(*_: Any) -> None:
@@ -43,45 +43,45 @@ def heeding_interrupts() -> Iterator[None]:
 
 
 def is_running(pid: int, started: int | None) -> bool:
-    """Return whether a process of this machine still runs.
+    """Return whether a process on this machine is still running.
 
     Args:
-        pid: Its number.
-        started: Its ``start_time``, which another process of that number does not have; None if that is not known.
+        pid: Its process id.
+        started: Its ``start_time``, which differs from that of a later process with the same id; None if unknown.
     """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # another user's process
     state, now = _status(pid)
     return state not in ("Z", "X") and (None in (now, started) or now == started)
 
 
 def start_time(pid: int) -> int | None:
-    """Return when a process started, in clock ticks after the machine did; None where the system does not say."""
+    """Return when a process started, in clock ticks after boot; None if the system does not provide it."""
     return _status(pid)[1]
 
 
 def _status(pid: int) -> tuple[str | None, int | None]:
-    """Return the state of a process (Z has ended, but its parent has not asked how) and its start; Linux only."""
+    """Return the state of a process (Z: ended, but not yet reaped by its parent) and its start time; Linux only."""
     with suppress(OSError):
-        # The second field is the command's name in parentheses, with anything in it.
+        # The second field is the command's name in parentheses, which may contain any character.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return fields[0], int(fields[19])
     return None, None
 
 
 def boot_id() -> str | None:
-    """Return what Linux calls the time since this machine was started; no two machines have the same."""
+    """Return Linux's random id of the current boot, unique to this machine and boot; None on other systems."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return None
 
 
 def pid_namespace() -> str | None:
-    """Return the name of the namespace that process numbers belong to; a container often has one of its own."""
+    """Return the name of this process's PID namespace; containers usually have their own. None on other systems."""
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return None

@@ -1,4 +1,4 @@
-"""Progress that people like: what, how far, how fast, how long left, on a terminal and in a log."""
+"""Console output: progress bars on a terminal, progress lines in a log, one-time warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 _LOG_WIDTH = 160
-"""Columns where nobody has said how many there are: tables of a log that is read later, of Slurm or a pipe."""
+"""Width in columns if none is set and output is not a terminal, as for a pipe or a Slurm log."""
 
 
 def _made() -> Console:
@@ -25,12 +25,12 @@ def _made() -> Console:
 
 
 console = _made()
-"""Of the ranks that torchrun starts the first one talks."""
+"""Prints on the first rank only."""
 
 
 @cache
 def say_once(text: str) -> None:
-    """Print a remark that the user should know of; however often a process comes upon it, only the first time."""
+    """Print a warning, but only the first time that a process calls this with the same text."""
     console.print(f"[yellow]![/] {escape(text)}", soft_wrap=True)
 
 
@@ -42,10 +42,10 @@ Report = Callable[[int, int], None]
 
 @contextmanager
 def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
-    """Show how far a piece of work is: a bar on a terminal, a line every 20 s elsewhere.
+    """Show the progress of a task: a bar on a terminal, otherwise a line every 20 s.
 
-    Yields a function to call with (done, total) and, if there is more to say, ``note="loss 3.21"``; and with
-    ``left="3 min"`` where the caller knows better than the clock of this piece, which does not know what was resumed.
+    Yields a function to call with (done, total) and optionally ``note="loss 3.21"``, and with ``left="3 min"`` if the
+    caller's estimate is better than one from the time since this task began, as in a resumed run.
     """
     if console.is_terminal:
         columns = (
@@ -60,7 +60,7 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
         with Progress(*columns, console=console, transient=True) as bars:
             task = bars.add_task(what, total=None, note="")
 
-            def show(done: int, total: int, note: str = "", left: str = "") -> None:  # the bar has its own
+            def show(done: int, total: int, note: str = "", left: str = "") -> None:  # the bar shows its own estimate
                 bars.update(task, completed=done, total=total, note=note)
 
             yield show

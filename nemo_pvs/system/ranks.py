@@ -1,4 +1,4 @@
-"""Work shared by several ranks: each takes its part of the sequences, and sums are added up.
+"""Work shared by several ranks: each processes its part of the sequences, and results are summed.
 
 Without ``torch.distributed`` there is one rank, and every function here does nothing.
 """
@@ -27,21 +27,21 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Return whether this is the rank that writes files and talks."""
+    """Return whether this is the rank that writes files and prints."""
     return rank() == 0
 
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def split(ids: torch.Tensor) -> torch.Tensor:
-    """Return this rank's share of the sequences [N, S]: neighbours, and at most one more than another rank has.
+    """Return this rank's share of the sequences [N, S]: a contiguous slice; shares differ by at most one sequence.
 
     Raises:
         UserError: there are fewer sequences than ranks.
     """
     if len(ids) < world_size():
-        raise UserError(f"{len(ids)} sequences cannot be split over {world_size()} ranks; take more or fewer ranks.")
+        raise UserError(f"{len(ids)} sequences cannot be split over {world_size()} ranks; use more or fewer ranks.")
     return ids.tensor_split(world_size())[rank()]
 
 
@@ -53,7 +53,7 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has reached this point."""
     if _distributed():
         distributed.barrier()
 
@@ -64,14 +64,14 @@ def _distributed() -> bool:
 
 @contextmanager
 def joined(*, on_gpus: bool = False) -> Iterator[None]:
-    """Join the ranks that torchrun or Slurm started, for the length of the block; do nothing if there is only one.
+    """Join the ranks that torchrun or Slurm started for the duration of the block; do nothing if there is only one.
 
     Args:
-        on_gpus: Tensors on GPUs are exchanged too, by NCCL, and each rank takes its own GPU. What is on the CPU, as
-            statistics are (a few megabytes a layer), is always exchanged by gloo, which every machine has.
+        on_gpus: Also exchange tensors on GPUs, by NCCL, with one GPU per rank. Tensors on the CPU, such as statistics
+            (a few megabytes per layer), are always exchanged by gloo, which every machine has.
 
     Raises:
-        UserError: the variables that describe the ranks make no sense, or the other ranks do not come.
+        UserError: the variables that describe the ranks are inconsistent, or the other ranks do not appear in time.
     """
     gpus = on_gpus and torch.cuda.is_available()
     if gpus:
@@ -82,10 +82,10 @@ def joined(*, on_gpus: bool = False) -> Iterator[None]:
 
 @contextmanager
 def held_by_main(lock: AbstractContextManager[None]) -> Iterator[None]:
-    """Hold a lock for all ranks: the first one takes it, and none goes on before that.
+    """Hold a lock for all ranks: the first rank acquires it, and the others wait for that.
 
     Raises:
-        UserError: the first rank cannot have it; raised on every rank.
+        UserError: the first rank cannot acquire it; raised on every rank.
     """
     with ExitStack() as stack:
         refusal: list[str | None] = [None]
@@ -101,9 +101,9 @@ def held_by_main(lock: AbstractContextManager[None]) -> Iterator[None]:
         yield
 
 
-def from_main(find: Callable[[], Found]) -> Found:
-    """Return what the first rank finds, on every rank: they might see different disks, and must not disagree."""
-    found: list[Found | None] = [find() if is_main() else None]
+def from_main(find: Callable[[], Result]) -> Result:
+    """Call ``find`` on the first rank and return its result on every rank, because ranks may see different disks."""
+    result: list[Result | None] = [find() if is_main() else None]
     if world_size() > 1:
-        distributed.broadcast_object_list(found)
-    return found[0]  # type: ignore[return-value]
+        distributed.broadcast_object_list(result)
+    return result[0]  # type: ignore[return-value]

@@ -1,6 +1,7 @@
-"""Find the other ranks that torchrun, Slurm or Kubernetes have started: by the environment, and not for ever.
+"""Joins the ranks that torchrun, Slurm or Kubernetes started, found through environment variables, with a timeout.
 
-PyTorch is imported where it is needed: the launcher reads the environment before it takes seconds for that.
+PyTorch is imported only where it is needed, because importing it takes seconds and the launcher reads the environment
+first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _REMEDY = "unset WORLD_SIZE to work alone, or start the ranks with torchrun"
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """What the variables of torchrun say."""
+    """The rank that torchrun's environment variables describe."""
 
     rank: int
     size: int
@@ -32,10 +33,10 @@ class RankEnvironment:
 
 
 def rank_environment() -> RankEnvironment | None:
-    """Return what the environment says about this rank; None where it is the only one.
+    """Read this rank from the environment; None if it is the only one.
 
     Raises:
-        UserError: a variable is missing, or has a value that it cannot have.
+        UserError: a variable is missing or has an invalid value.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     size = _number(text)
@@ -46,8 +47,8 @@ def rank_environment() -> RankEnvironment | None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(
-            f"The variable WORLD_SIZE is {size}, but these are not set: {', '.join(missing)}. The other processes "
-            f"cannot be found without them; {_REMEDY}."
+            f"The variable WORLD_SIZE is {size}, but these are not set: {', '.join(missing)}, without which the other "
+            f"processes cannot be found; {_REMEDY}."
         )
     for name, end in (("RANK", size), ("MASTER_PORT", 65536), ("LOCAL_RANK", size), ("LOCAL_WORLD_SIZE", size + 1)):
         value = os.environ.get(name)
@@ -66,48 +67,52 @@ def local_rank() -> int:
 
 @contextmanager
 def ranks_joined(backend: str) -> Iterator[None]:
-    """Join the ranks that the environment describes for the length of the block; alone, or joined already, do nothing.
+    """Join the ranks that the environment describes for the duration of the block.
+
+    Do nothing if there is only one rank or if the ranks are joined already.
 
     Args:
         backend: As for ``init_process_group``.
 
     Raises:
-        UserError: the environment makes no sense, or the other ranks do not come.
+        UserError: the environment is inconsistent, or the other ranks do not appear in time.
     """
     from torch import distributed
 
-    found = rank_environment()
-    if found is None or distributed.is_initialized():
+    environment = rank_environment()
+    if environment is None or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group(backend, store=_meet(found), rank=found.rank, world_size=found.size)
+    distributed.init_process_group(
+        backend, store=_meet(environment), rank=environment.rank, world_size=environment.size
+    )
     try:
         yield
     finally:
         distributed.destroy_process_group()
 
 
-def _meet(found: RankEnvironment) -> Any:
-    """Return the store that all ranks share, when all are there."""
+def _meet(environment: RankEnvironment) -> Any:
+    """Wait for all ranks and return the store that they share."""
     from torch.distributed.constants import default_pg_timeout
     from torch.distributed.rendezvous import rendezvous
 
     seconds = _seconds_to_meet()
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all ranks, and notices when one of them ends
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all ranks and notices when one ends
         console.print(
-            f"rank {found.rank} of {found.size}, as the variables RANK and WORLD_SIZE say: waiting up to {seconds} s "
-            f"for the others at {found.address}",
+            f"rank {environment.rank} of {environment.size} (RANK and WORLD_SIZE): waiting up to {seconds} s for the "
+            f"others at {environment.address}",
             soft_wrap=True,
         )
     try:
-        meeting = rendezvous("env://", found.rank, found.size, timeout=timedelta(seconds=seconds))
+        meeting = rendezvous("env://", environment.rank, environment.size, timeout=timedelta(seconds=seconds))
         store, _, _ = next(iter(meeting))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"Rank {found.rank} of {found.size} (RANK and WORLD_SIZE) did not find the others at {found.address} "
-            f"(MASTER_ADDR and MASTER_PORT) within {seconds} s ({reason}); {_REMEDY}. {_SECONDS} sets how long to "
-            "wait."
+            f"Rank {environment.rank} of {environment.size} (RANK and WORLD_SIZE) did not find the others at "
+            f"{environment.address} (MASTER_ADDR and MASTER_PORT) within {seconds} s ({reason}); {_REMEDY}, or set "
+            f"{_SECONDS} to wait longer."
         ) from None
     store.set_timeout(default_pg_timeout)
     return store
@@ -122,5 +127,5 @@ def _seconds_to_meet() -> int:
 
 
 def _number(text: str) -> int | None:
-    """Return a whole number of 0 or more, or None."""
+    """Parse a whole number of 0 or more; None if the text is something else."""
     return int(text) if text.isascii() and text.isdecimal() else None

@@ -67,5 +67,5 @@ def test_a_folder_that_transformers_does_not_load_is_refused(tmp_path):
     folder = make_tiny_llama(tmp_path)
     edit(folder / "config.json", drop=("model_type",))
     assert HuggingFaceSource(folder).config["model_type"] == "llama"
-    with pytest.raises(UserError, match=r"Transformers does not load .* use --verify checksum"):
+    with pytest.raises(UserError, match=r"Transformers cannot load .* use --verify checksum"):
         AsTransformersLoads(folder)

@@ -194,7 +194,7 @@ def test_a_class_of_the_same_name_from_elsewhere_is_refused(tmp_path):
 @pytest.mark.parametrize("content", ["{}", "[]", '{"objects": {"a": {"paths": ["<root>.model.config"]}}}'])
 def test_a_context_without_a_model_is_refused(tmp_path, content):
     (tmp_path / "io.json").write_text(content)
-    with pytest.raises(UserError, match="describes no model"):
+    with pytest.raises(UserError, match="does not describe a model"):
         rebuilt(tmp_path)
 
 

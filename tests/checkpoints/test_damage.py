@@ -20,7 +20,7 @@ from nemo_pvs.cli import verbs
 from nemo_pvs.errors import UserError
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
-CHANGED = r"^model\.\S+ in \S+ is not what pvs_manifest\.json there says was written: .* pass --ignore-manifest\.$"
+CHANGED = r"^model\.\S+ in \S+ does not match pvs_manifest\.json there: .* pass --ignore-manifest\.$"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_every_verb_that_reads_weights_stops_with_the_tensors_name(verb, damaged
     assert "model.layers.1.mlp.up_proj.weight" in str(refused.value)
     assert set(tmp_path.rglob("*")) == before
     if (damaged / "weights").is_dir():  # a program that changes it on purpose writes PyTorch's checksum, too
-        with pytest.raises(UserError, match="has another checksum than was written"):
+        with pytest.raises(UserError, match="does not match its checksum"):
             VERBS[verb](damaged, written / "text.txt", tmp_path / "out", ignore_manifest=True)
     else:
         VERBS[verb](damaged, written / "text.txt", tmp_path / "out", ignore_manifest=True)
@@ -110,7 +110,7 @@ def test_masks_are_compared_too(written, tmp_path):
     content = bytearray(masks.read_bytes())
     content[-1] ^= 1
     masks.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{masks.name} in \S+ is not what pvs_manifest\.json there says"):
+    with pytest.raises(UserError, match=rf"{masks.name} in \S+ does not match pvs_manifest\.json there"):
         verbs.convert(str(tmp_path / "sparse"), str(tmp_path / "out"), to="nemo")
 
 
@@ -134,7 +134,7 @@ def test_what_training_left_is_compared_with_pytorchs_own_checksums(written, tmp
     trained = without_manifest(written, tmp_path)
     read_through(open_source(trained))
     flip_a_bit_of_a_weight(trained)
-    with pytest.raises(UserError, match=r"mlp\.linear_fc1\.weight from .* has another checksum than was written"):
+    with pytest.raises(UserError, match=r"mlp\.linear_fc1\.weight from .* does not match its checksum"):
         read_through(open_source(trained))
 
 

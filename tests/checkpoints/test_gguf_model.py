@@ -139,14 +139,16 @@ def test_the_scaling_of_llama_3_1_and_3_2_is_found_in_its_factors(factor, theta,
 
 
 ALTERED = {
-    "architecture gemma2; GGUF files are read for llama, qwen2, qwen3": {"general.architecture": "gemma2"},
+    "architecture gemma2; the GGUF architectures that are read are llama, qwen2, qwen3": {
+        "general.architecture": "gemma2"
+    },
     "has llama.logit_scale = 0.5, which is not supported": {"llama.logit_scale": 0.5},
     "has llama.expert_count = 8, which is not supported": {"llama.expert_count": 8},
-    "llama.attention.head_count in .* differs from layer to layer": {"llama.attention.head_count": [8, 4]},
-    "llama.rope.dimension_count in .* is 8 where heads have 16": {"llama.rope.dimension_count": 8},
+    "llama.attention.head_count in .* differs between layers": {"llama.attention.head_count": [8, 4]},
+    "llama.rope.dimension_count in .* is 8, but heads have 16": {"llama.rope.dimension_count": 8},
     "llama.rope.scaling.type in .* is longrope": {"llama.rope.scaling.type": "longrope"},
-    "does not hold the 2147483648 layers": {"llama.block_count": 2**31},
-    "llama.block_count in .* is 'two', which is no size": {"llama.block_count": "two"},
+    "does not have the 2147483648 layers": {"llama.block_count": 2**31},
+    "llama.block_count in .* is 'two', which is not a size": {"llama.block_count": "two"},
     "lacks the key llama.context_length": {"llama.context_length": None},
     r"ffn_gate.weight in .* is \[96, 64\], but the keys imply \[80, 64\]": {"llama.feed_forward_length": 80},
     "is one of 3 parts of a model; join them": {"split.count": 3},

@@ -230,8 +230,8 @@ def test_no_blank_in_front_where_the_key_says_so(spm, tmp_path):
 
 
 REFUSED = {
-    "cuts text as deepseek-llm does; those that are read are gpt-2, smollm": {"pre": "deepseek-llm"},
-    "does not say how text is cut": {"pre": None},
+    "splits text as deepseek-llm does; supported are gpt-2, smollm": {"pre": "deepseek-llm"},
+    "does not say how text is split": {"pre": None},
     "is of the kind bert": {"model": "bert"},
     r"is of the kind \(none\)": {"model": None},
     "has 257 tokens and types for 3; download it again": {"token_type": [1, 1, 1]},
@@ -241,7 +241,7 @@ REFUSED = {
     "is broken": {"merges": ["a b"]},  # there is no token ab
     "has 0 scores for 257 tokens": {"model": "llama"},
     "All tokens of .* have the same score": {"model": "llama", "scores": [-1000.0] * 257},
-    "changes text before it cuts it": {"model": "llama", "remove_extra_whitespaces": True},
+    "changes text before it splits it": {"model": "llama", "remove_extra_whitespaces": True},
     "should begin with its bos token, but it names none": {"pre": "llama-bpe"},
 }
 

@@ -87,7 +87,7 @@ def test_a_rotary_embedding_without_scaling(settings, expected):
         ({"rope_parameters": {"full_attention": DEFAULT, "sliding_attention": DEFAULT}}, "one dictionary of settings"),
         ({"rope_parameters": [1]}, r"has \[1\] for rope_parameters, which must be a dictionary"),
         ({"rope_scaling": {**LLAMA3, "type": "linear"}}, "contradicts itself"),
-        ({"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}}, "no family here computes"),
+        ({"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}}, "no supported family computes"),
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 128}, "contradicts itself"),
         ({"rope_scaling": {"rope_type": 3, "factor": 2.0}}, "contradicts itself"),
         ({"rope_theta": 10**400}, "for rope_theta, which must be a positive number"),
@@ -168,7 +168,7 @@ def test_what_is_no_config_is_refused(config):
         ({"is_causal": False}, "sets is_causal to False"),
         ({"sliding_window": 32}, "sets sliding_window to 32"),
         ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding_attention among its layer_types"),
-        ({"layer_types": ["full_attention"]}, "one of layer_types for each of its 4 layers"),
+        ({"layer_types": ["full_attention"]}, "one entry in layer_types per layer \\(4\\)"),
         ({"layer_types": 4}, "has 4 for layer_types, which must be a list of names"),
     ],
 )

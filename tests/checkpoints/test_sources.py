@@ -133,10 +133,10 @@ def test_a_bomb_in_a_pytorch_file_does_not_run(make_tiny_llama, tmp_path, where)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(2)], "no table of tensors"),
-        ({"a": torch.ones(2), "model": {"b": torch.ones(2)}}, "model in .* is no tensor"),
+        ([torch.ones(2)], "not a dictionary of tensors"),
+        ({"a": torch.ones(2), "model": {"b": torch.ones(2)}}, "model in .* is not a tensor"),
         ({"a": Fraction(1, 2)}, "asks for fractions.Fraction"),
-        ({"a": b"tensor"}, "a in .* is no tensor"),
+        ({"a": b"tensor"}, "a in .* is not a tensor"),
     ],
 )
 def test_a_pytorch_file_of_other_things_is_refused(tmp_path, content, message):
@@ -328,7 +328,7 @@ def test_sizes_that_the_weights_do_not_have_are_refused(iteration):
 def test_without_arguments_a_config_is_needed_and_may_be_given(hf, iteration, tmp_path):
     for content in ({}, [1], {"args": {"num_layers": 4}}):
         torch.save(content, iteration / "common.pt")
-        with pytest.raises(UserError, match=r"does not hold the arguments .* config\.json beside it"):
+        with pytest.raises(UserError, match=r"does not contain the arguments .* config\.json next to it"):
             open_source(iteration)
     (iteration / "common.pt").unlink()
     with pytest.raises(UserError, match=r"no config\.json and no common\.pt"):
@@ -351,7 +351,7 @@ def test_the_folder_of_a_run_means_its_last_checkpoint(hf, iteration):
     tracker.write_text("100\n")
     assert_same(open_source(iteration.parent), HuggingFaceSource(hf))
     iteration.rename(iteration.parent / "release")
-    with pytest.raises(UserError, match="names iter_0000100, which is not there"):
+    with pytest.raises(UserError, match="names iter_0000100, which does not exist"):
         open_source(iteration.parent)
     tracker.write_text("release")
     assert_same(open_source(iteration.parent), HuggingFaceSource(hf))
@@ -389,7 +389,7 @@ def test_a_bomb_under_an_expected_name_finds_nothing_to_call(iteration, name):
     with zipfile.ZipFile(iteration / "common.pt", "w") as file:
         for entry, content in (("data.pkl", call), ("version", b"3\n"), ("byteorder", b"little")):
             file.writestr(f"common/{entry}", content)
-    with pytest.raises(UserError, match="does not hold the arguments"):  # so it was loaded, as something inert
+    with pytest.raises(UserError, match="does not contain the arguments"):  # so it was loaded, as something inert
         open_source(iteration)
 
 
@@ -408,7 +408,7 @@ def test_older_formats_are_refused(hf, iteration, tmp_path):
         convert(nemo, tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
     (iteration / "mp_rank_00").mkdir()
-    with pytest.raises(UserError, match="a file a rank"):
+    with pytest.raises(UserError, match="one file per rank"):
         open_source(iteration)
     with pytest.raises(UserError, match="is a file; give the folder"):
         open_source(hf / "config.json")
@@ -624,7 +624,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub, hf, tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("Cannot download no/model from the Hugging Face hub: ")
-    assert lines[1].endswith("that is no name of a repository; write hf://owner/name.")
+    assert lines[1].endswith("that is not a valid repository name; write hf://owner/name.")
     (hf / "adapter_config.json").write_text("{}")
     (hf / "config.json").unlink()
     done = ask_the_hub(tmp_path, "attempt('hf://some/model')", HF_ENDPOINT=hub)

@@ -148,7 +148,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path)
     width = ("--method", "minitron-width", "--data", text, "--samples", 4, "--sequence-length", 32)
     mistakes = {
         "no/such/model does not exist": ("convert", "no/such/model", target),
-        "neither a Hugging Face model": ("convert", text, target),
+        "not a Hugging Face model": ("convert", text, target),
         "asks for hidden=4096, but the model has 64": ("prune", model, target, "--target", "hidden=4096", *width),
         "did you mean hidden?": ("prune", model, target, "--target", "hiden=32", *width),
         "Tensor parallelism 4 does not divide kv_groups=2": (

@@ -160,7 +160,7 @@ def test_the_default_is_perplexity_of_the_same_text(evaluate, model, tmp_path, m
 def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
     bare = make_tiny_llama(tmp_path / "bare")
     for sentence, arguments in {
-        f"{bare} holds no tokenizer": (bare, "--tasks", TASKS),
+        f"{bare} has no tokenizer": (bare, "--tasks", TASKS),
         "hf download allenai/winogrande": (model, "--tasks", "paper", "--perplexity", "none"),
         "run hf download allenai/c4": (model, "--perplexity", "c4"),
         "no/such/model does not exist": ("no/such/model",),

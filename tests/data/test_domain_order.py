@@ -77,7 +77,7 @@ def test_what_was_read_ahead_cannot_be_drawn_by_other_shares() -> None:
 
 def test_a_domain_that_ends_is_named_before_any_of_the_step_is_read() -> None:
     order = _order(size=40)
-    with pytest.raises(UserError, match=r"Domain wiki ends before step \d+: it has 40 sequences, and 4\d are") as one:
+    with pytest.raises(UserError, match=r"Domain wiki ends before step \d+: it has 40 sequences, but 4\d are") as one:
         _samples(order, 0, 100)
     step = int(re.search(r"step (\d+)", str(one.value)).group(1)) - 1
     assert sum(order.taken.values()) == step * BATCH

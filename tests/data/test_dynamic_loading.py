@@ -50,7 +50,7 @@ def test_reference_losses_continue_a_planted_law() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (([0.5, 0.5], [1.0], [1.0, 1.0]), "not those of the same domains"),
+        (([0.5, 0.5], [1.0], [1.0, 1.0]), "do not match; give one of each per domain"),
         (([1.0, 0.0], [1.0, 1.0], [1.0, 1.0]), "Leave out a domain without data"),
         (([0.5, 0.5], [1.0, float("nan")], [1.0, 1.0]), "Domain 1 has no validation loss"),
     ],
@@ -61,5 +61,5 @@ def test_bad_domains_are_refused(arguments: tuple, words: str) -> None:
 
 
 def test_two_sizes_make_no_law() -> None:
-    with pytest.raises(UserError, match="three models"):
+    with pytest.raises(UserError, match="three or more models"):
         reference_losses([1e9, 8e9], [[2.0], [1.8]], 4e9)

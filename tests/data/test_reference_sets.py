@@ -167,7 +167,7 @@ def test_impossible_sets_get_one_sentence(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": " "}\n')
-    with pytest.raises(UserError, match="holds no text at all"):
+    with pytest.raises(UserError, match="contains no text at all"):
         load_tokens("c4_random_docs", empty, folder, samples=1, sequence_length=4)
 
 

@@ -102,7 +102,7 @@ def test_mistakes(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"9\.jsonl, line 1, is not valid JSON"):
         tokenize_files([str(corpus)], tokenizer_folder, out, SHARES, workers=2)
     (tmp_path / "one.txt").write_text("one document")
-    with pytest.raises(UserError, match="No document fell into the split"):
+    with pytest.raises(UserError, match=r"The split .* got no document"):
         tokenize_files([str(tmp_path / "one.txt")], tokenizer_folder, tmp_path / "small", SHARES)
 
 

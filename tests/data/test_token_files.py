@@ -25,7 +25,7 @@ def test_a_file_of_ours_is_known_by_its_manifest(tokenizer_folder: Path, tmp_pat
 def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
     write_token_file(tmp_path / "a", [[1, 2, 127], [5]], vocab=128)
     assert describe_token_file(tmp_path / "a", "any", 128)["tokens"] == 4
-    with pytest.raises(UserError, match="holds the token 127, but the model's vocabulary ends at 126"):
+    with pytest.raises(UserError, match="contains the token 127, but the model's vocabulary ends at 126"):
         describe_token_file(tmp_path / "a", "any", 127)
 
 
@@ -64,7 +64,7 @@ def test_a_damaged_index_or_a_cut_file_is_refused_wherever_it_is(tmp_path: Path)
     borders = len(whole) - 8 * (len(documents) + 1)
     for length in range(len(whole)):
         index.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"a\.idx is (cut short|not an index)"):
+        with pytest.raises(UserError, match=r"a\.idx is (truncated|not an index)"):
             describe_token_file(tmp_path / "a", "any", 128)
     for bit in range(8 * len(whole)):
         damaged = bytearray(whole)
@@ -78,7 +78,7 @@ def test_a_damaged_index_or_a_cut_file_is_refused_wherever_it_is(tmp_path: Path)
         assert found["tokens"] == 10
     index.write_bytes(whole)
     data.write_bytes(data.read_bytes()[:-2])
-    with pytest.raises(UserError, match="do not fit each other; one may be cut short"):
+    with pytest.raises(UserError, match="do not match; one may be truncated"):
         describe_token_file(tmp_path / "a", "any", 128)
 
 
@@ -87,14 +87,14 @@ def test_an_index_that_promises_more_than_there_is_makes_nobody_allocate_it(tmp_
     index = bytearray((tmp_path / "a.idx").read_bytes())
     index[18:26] = (1 << 60).to_bytes(8, "little")  # sequences
     (tmp_path / "a.idx").write_bytes(index)
-    with pytest.raises(UserError, match=r"a\.idx is cut short"):
+    with pytest.raises(UserError, match=r"a\.idx is truncated"):
         describe_token_file(tmp_path / "a", "any", 128)
 
 
 def test_tokens_below_zero_and_other_manifests_are_refused(tmp_path: Path) -> None:
     write_token_file(tmp_path / "a", [[1, 2, 3]], vocab=100_000)  # int32
     (tmp_path / "a.bin").write_bytes(b"\xff" * 12)
-    with pytest.raises(UserError, match="holds the token -1"):
+    with pytest.raises(UserError, match="contains the token -1"):
         describe_token_file(tmp_path / "a", "any", 128)
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(UserError, match=r"a\.json is not the manifest"):

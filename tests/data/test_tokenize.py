@@ -119,7 +119,7 @@ def test_nothing_to_write_and_no_tokenizer_are_refused(tokenizer_folder: Path, t
     with pytest.raises(UserError, match="no documents to write"):
         tokenize([], tokenizer_folder, tmp_path / "out" / "a")
     assert list((tmp_path / "out").iterdir()) == []
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         tokenize(DOCUMENTS, tmp_path / "out", tmp_path / "a")
     with pytest.raises(UserError, match="names no end-of-text token"):
         tokenize(DOCUMENTS, save_tokenizer(tmp_path / "endless", eos=None), tmp_path / "a")
@@ -145,7 +145,7 @@ def test_the_hash_names_the_tokenizer_and_nothing_else(tokenizer_folder: Path, t
     assert tokenizer_hash(tokenizer_folder) == before
     assert tokenizer_hash(save_tokenizer(tmp_path / "same")) == before
     assert tokenizer_hash(save_tokenizer(tmp_path / "other", vocab_size=300)) != before
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         tokenizer_hash(tmp_path)
 
 
@@ -156,11 +156,11 @@ def test_token_files_that_do_not_fit_are_refused(tokenizer_folder: Path, tmp_pat
     tokenize(DOCUMENTS, tokenizer_folder, prefix)
     data, index = (tmp_path / "a.bin").read_bytes(), (tmp_path / "a.idx").read_bytes()
     (tmp_path / "a.bin").write_bytes(data[:-2])
-    with pytest.raises(UserError, match="do not fit each other"):
+    with pytest.raises(UserError, match="do not match"):
         count_tokens(prefix)
     (tmp_path / "a.bin").write_bytes(data)
     (tmp_path / "a.idx").write_bytes(index[:100])
-    with pytest.raises(UserError, match=r"a\.idx is cut short"):
+    with pytest.raises(UserError, match=r"a\.idx is truncated"):
         count_tokens(prefix)
     (tmp_path / "a.idx").write_bytes(b"no index, but longer than the header of one")
     with pytest.raises(UserError, match="not an index"):

@@ -108,9 +108,12 @@ def test_a_saved_ledger_is_the_same_ledger(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"activity": "training", "tokens": 1}], "no ledger of nemo_pvs"),
-        ([{"activity": "holiday", "tokens": 1, "flops": 1}], "charges 'holiday'; known are parent pretraining"),
-        ([1], "no ledger of nemo_pvs"),
+        ([{"activity": "training", "tokens": 1}], "not a ledger of nemo_pvs"),
+        (
+            [{"activity": "holiday", "tokens": 1, "flops": 1}],
+            "charges 'holiday', but known activities are parent pretraining",
+        ),
+        ([1], "not a ledger of nemo_pvs"),
     ],
 )
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, content: object, message: str) -> None:
@@ -171,8 +174,8 @@ def test_totals_are_the_sums_of_their_charges() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": -1}, "a count that is no whole number of 0 or more"),
-        ({"flops": 1.5}, "a count that is no whole number of 0 or more"),
+        ({"tokens": -1}, "a count that is not a whole number of 0 or more"),
+        ({"flops": 1.5}, "a count that is not a whole number of 0 or more"),
         ({"tokens": None}, "60 FLOPs for None tokens"),
         ({"flops": None}, "None FLOPs for 10 tokens"),
         ({"tokens": 0}, "60 FLOPs for 0 tokens"),

@@ -19,7 +19,7 @@ BEFORE = TokensRead("a" * 64, seed=1234, sequence_length=32, first=1024, end=204
         ({"first": 2047, "end": 4096}, "--first-token 2048"),
         ({"first": 0, "end": 1025}, "--first-token 2048"),
         ({"first": 0, "end": 4096}, "--first-token 2048"),
-        ({"first": 1500, "end": 1600}, "between 1,500 and 1,600 already"),
+        ({"first": 1500, "end": 1600}, "already trained on tokens of this data between 1,500 and 1,600;"),
         # Another order of the same tokens: no range of it is known to be new.
         ({"first": 4096, "end": 5120, "seed": 7}, "in another order .--data-seed 1234, --sequence-length 32."),
         ({"first": 4096, "end": 5120, "sequence_length": 64}, "in another order"),

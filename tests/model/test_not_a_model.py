@@ -37,7 +37,7 @@ def test_a_folder_of_the_hub_cache_gets_the_path_of_its_snapshot(hf, tmp_path, s
     for place in places:
         shutil.copytree(hf, place)
     said = {
-        0: "with no snapshot in it",
+        0: "without a snapshot",
         1: f"give the snapshot in it: {cache}/snapshots/{'0' * 40}.",
         2: f"give the snapshot in it: one of {cache}/snapshots/{'0' * 40}, {cache}/snapshots/{'1' * 40}.",
     }
@@ -68,7 +68,7 @@ def test_a_merged_model_beside_its_adapters_config_is_a_model(hf):
     [
         ("bitsandbytes", "self_attn.q_proj.weight.absmax", "quantised by bitsandbytes .* call dequantize"),
         ("bitsandbytes", "self_attn.q_proj.SCB", "quantised by bitsandbytes"),
-        ("gptq", "self_attn.q_proj.qweight", "quantised by GPTQ .*; give the model that they were made from.$"),
+        ("gptq", "self_attn.q_proj.qweight", "quantised by GPTQ .*; give the model that was quantised.$"),
         ("awq", "self_attn.q_proj.qzeros", "quantised by AWQ"),
         (None, "self_attn.q_proj.qweight", "quantised by GPTQ or AWQ"),
         ("fp8", "self_attn.q_proj.weight_scale_inv", "quantised by FP8"),
@@ -87,7 +87,7 @@ def test_quantised_weights_are_called_so(hf, method, tensor, said):
 
 def test_a_folder_of_gguf_files_gets_the_path_of_one(tmp_path):
     (tmp_path / "x-Q4.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match=f"holds GGUF files; give one of them, for example {tmp_path}/x-Q4.gguf"):
+    with pytest.raises(UserError, match=f"contains GGUF files; give one of them, for example {tmp_path}/x-Q4.gguf"):
         open_source(tmp_path)
 
 

@@ -103,7 +103,7 @@ def test_stages_of_a_pipeline():
     for stages, first, last in ((4, 7, None), (2, 12, 12), (4, 16, 16), (3, 32, None)):
         with pytest.raises(UserError, match=r"in the (first|last), does not divide 32 layers"):
             LLAMA_8B.stage_layers(stages, first, last)
-    with pytest.raises(UserError, match="about pipeline_parallel of 2 or more"):
+    with pytest.raises(UserError, match="need a pipeline_parallel of 2 or more"):
         LLAMA_8B.stage_layers(1, last=4)
     with pytest.raises(UserError, match="stages of a virtual pipeline are equal"):
         LLAMA_8B.check_parallel(pipeline_parallel=2, virtual_pipeline=2, last_stage_layers=12)

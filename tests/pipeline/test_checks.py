@@ -59,13 +59,13 @@ def test_a_contradiction_to_the_parents_ledger(values, tmp_path):
 
 def test_a_damaged_ledger_of_the_parent(values, tmp_path):
     (Path(values["parent"]["source"]) / LEDGER).write_text('{"charges": [{"activity": "training"}]}')
-    _refused(values, tmp_path / "run", "no ledger of nemo_pvs")
+    _refused(values, tmp_path / "run", "not a ledger of nemo_pvs")
 
 
 @pytest.mark.parametrize(
     ("train", "ranges", "sentence"),
     [
-        ({}, {}, r"between 0 and 512 already; begin after them with data.token_ranges.pruned: \[512, ...\]"),
+        ({}, {}, r"between 0 and 512; start after them with data.token_ranges.pruned: \[512, ...\]"),
         ({"seed": 7}, {"pruned": [512, 1e9]}, r"another order \(train.data_seed 1234, train.sequence_length 32\)"),
         ({"sequence_length": 16}, {"pruned": [512, 1e9]}, "in another order"),
         ({"data_seed": 7}, {"pruned": [512, 1e9]}, "or data.token_ranges.allow_overlap: true"),

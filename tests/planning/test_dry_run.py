@@ -113,7 +113,7 @@ def test_what_a_task_reads_is_not_known_beforehand():
     assert arms["depth-random"].total == arms["depth-random"].training
     values["parent"]["pretraining_tokens"] = 1e12
     values["budget"] = "equal-total-tokens"
-    with pytest.raises(UserError, match="the tokens of its search are unknown; choose a setting of training"):
+    with pytest.raises(UserError, match="the tokens of its search are unknown; choose an equal-training setting"):
         dry_run(parse_recipe(values, "test"))
     values["budget"] = "equal-training-flops"
     assert [planned.arm.tokens for planned in dry_run(parse_recipe(values, "test")).arms] == [49152, 49152]

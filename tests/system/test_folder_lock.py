@@ -116,7 +116,7 @@ def _terminate_myself() -> None:
 
 def _leave(file: Path, seconds_ago: float = 0.0, **overrides: Any) -> None:
     """Write a lock as another machine may have left it, by the clock of the file system."""
-    here = folder_lock._Holder.here()
+    here = folder_lock._Holder.current()
     values = {**here.__dict__, "id": "0123456789abcdef", "host": "elsewhere", "boot": "another", **overrides}
     file.write_text(json.dumps(values))
     os.utime(file, (file.stat().st_mtime - seconds_ago,) * 2)
@@ -140,7 +140,7 @@ def _touched(file: Path) -> Iterator[None]:
 
 
 def test_another_process_of_the_same_number_does_not_hold_the_lock(tmp_path):
-    here = folder_lock._Holder.here()
+    here = folder_lock._Holder.current()
     _leave(tmp_path / ".lock", host=here.host, boot=here.boot, started=here.started - 1)
     with locked_folder(tmp_path):
         pass
@@ -203,7 +203,7 @@ def test_a_lock_that_says_nothing_counts_while_it_is_touched(tmp_path):
 
 
 def test_one_that_was_killed_while_it_took_over_is_succeeded_too(tmp_path):
-    here = folder_lock._Holder.here()
+    here = folder_lock._Holder.current()
     gone = {"host": here.host, "boot": here.boot, "started": here.started - 1}
     _leave(tmp_path / ".lock", id="a", **gone)
     _leave(tmp_path / ".lock.after-a", id="b", **gone)
@@ -238,7 +238,7 @@ def _contend(barrier: Any, folder: Path, results: Any) -> None:
 @pytest.mark.parametrize("left", ["nothing", "a dead process", "a dead machine"])
 def test_of_many_that_wake_at_once_one_at_a_time_is_at_work(tmp_path, left):
     fork = multiprocessing.get_context("fork")
-    here = folder_lock._Holder.here()
+    here = folder_lock._Holder.current()
     for attempt in range(_ROUNDS):
         folder = tmp_path / str(attempt)
         folder.mkdir()

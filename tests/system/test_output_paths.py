@@ -104,7 +104,7 @@ def test_a_file_where_a_folder_must_be(pvs: Callable, tmp_path: Path, verb: str)
 def test_a_folder_where_a_file_must_be(pvs: Callable, tmp_path: Path, verb: str) -> None:
     outcome = pvs(*FILE_VERBS[verb](tmp_path))
     assert (outcome.code, outcome.errors.count("\n")) == (2, 1)
-    assert "it is a folder, and a file is to be written" in outcome.errors
+    assert "it is a folder, but a file is needed" in outcome.errors
     assert not list(tmp_path.iterdir())
 
 

@@ -69,7 +69,7 @@ def test_random_weights_keep_the_masks_of_the_model(sparse, keep):
 def test_masks_of_another_model_are_refused_before_anything_is_written(sparse):
     (sparse / FILE).unlink()
     write_masks(RandomMasks(HuggingFaceSource(sparse.parent / "dense"), seed=1), sparse / FILE)
-    with ignoring_manifests(), pytest.raises(UserError, match="although its mask calls them pruned"):
+    with ignoring_manifests(), pytest.raises(UserError, match="although its mask says that they are pruned"):
         _prepare(sparse, random_init=False)
     assert not (sparse.parent / "run").exists()
 
@@ -126,7 +126,9 @@ def test_tokens_of_another_model_are_refused(sparse):
         _prepare(sparse, random_init=False)
     (folder / "train.json").unlink()
     write_tokens(folder / "validation", [*range(3, 123), 700] * 10)
-    with pytest.raises(UserError, match=r"validation.bin holds the token 700, but the model's vocabulary ends at 127"):
+    with pytest.raises(
+        UserError, match=r"validation.bin contains the token 700, but the model's vocabulary ends at 127"
+    ):
         _prepare(sparse, random_init=False)
     assert not (sparse.parent / "run").exists()
 

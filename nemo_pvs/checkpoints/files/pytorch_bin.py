@@ -1,7 +1,7 @@
-"""PyTorch files of tensors (``pytorch_model.bin``), read without running what a pickle may ask for.
+"""PyTorch files of tensors (``pytorch_model.bin``), read without running code from their pickle.
 
 Such a file is a zip archive of a pickle and of the tensors' bytes. PyTorch's restricted unpickler builds tensors and
-plain values and refuses everything else; the bytes are mapped, so that opening a file reads none of them.
+plain values and refuses everything else; the bytes are memory-mapped, so opening a file reads none of them.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from nemo_pvs.errors import UserError
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_MAPPED_BYTES = 256 << 20  # what may be read through one mapping: its pages count as this process's memory
+_MAPPED_BYTES = 256 << 20  # limit for reading through one mapping, whose pages count as this process's memory
 _ZIP = b"PK\x03\x04"
 
 
 class PytorchBinReader:
-    """The tensors of one file; reading looks like ``SafetensorsReader``'s."""
+    """The tensors of one file, with the same interface as ``SafetensorsReader``."""
 
     def __init__(self, path: Path) -> None:
         """Map the file.
 
         Raises:
-            UserError: the file is missing or broken, holds more than tensors, or asks for code to be run.
+            UserError: the file is missing or broken, contains anything but tensors, or would run code.
         """
         self._path = path
         self._tensors = self._map()
@@ -68,22 +68,22 @@ class PytorchBinReader:
     def _map(self) -> dict[str, torch.Tensor]:
         tensors = load_harmless(self._path, mmap=True)
         if not isinstance(tensors, dict):
-            raise UserError(f"{self._path} is no table of tensors; use the model's own weight files.")
-        odd = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
-        if odd:
-            raise UserError(f"{odd[0]} in {self._path} is no tensor; use the model's own weight files.")
+            raise UserError(f"{self._path} is not a dictionary of tensors; use the model's own weight files.")
+        others = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+        if others:
+            raise UserError(f"{others[0]} in {self._path} is not a tensor; use the model's own weight files.")
         return tensors
 
 
 def load_harmless(path: Path, *, mmap: bool = False) -> Any:
-    """Load a PyTorch file that holds tensors and plain values only.
+    """Load a PyTorch file that contains only tensors and plain values.
 
     Args:
         path: The file, as PyTorch 1.6 and later write it.
         mmap: Leave the tensors' bytes in the file until they are used.
 
     Raises:
-        UserError: the file is missing or broken, or asks for something else to be built or run, which is not done.
+        UserError: the file is missing or broken, or would build or run anything else; nothing of it is run.
     """
     try:
         with open(path, "rb") as file:
@@ -96,10 +96,10 @@ def load_harmless(path: Path, *, mmap: bool = False) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; download it again.") from None
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
             raise UserError(
-                f"{path} asks for {asked[1]}, which weights never need and which could run code, so nothing of it "
+                f"{path} asks for {refused[1]}, which weights never need and which could run code, so nothing of it "
                 "was loaded; use the model's safetensors files."
             ) from None
         raise _broken(path, error) from None

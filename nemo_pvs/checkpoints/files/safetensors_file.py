@@ -1,8 +1,9 @@
-"""The safetensors format as a stream: one tensor in memory, whatever the size of the file.
+"""The safetensors format as a stream: one tensor in memory at a time, whatever the size of the file.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes
-(https://huggingface.co/docs/safetensors). The library's own reader maps the whole file into memory and hands out the
-same pages twice, so that a tensor changed in place changes for its next reader too; here every read is a fresh copy.
+(https://huggingface.co/docs/safetensors). The library's own reader maps the whole file into memory and returns the
+same pages on every read, so a tensor modified in place stays modified for the next reader; here every read is a fresh
+copy.
 """
 
 from __future__ import annotations
@@ -21,20 +22,18 @@ from nemo_pvs.system.direct_io import StreamedReader, StreamedWriter
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PACKED_BITS = {"U8": torch.uint8}
-"""The dtype of a file of masks (masks.py)."""
+"""The dtype of mask files (masks.py)."""
 _DTYPE_NAMES = {dtype: name for name, dtype in {**_DTYPES, **PACKED_BITS}.items()}
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-_ENTRY_BYTES = (
-    200  # a header entry without its name: dtype, a handful of dimensions and two offsets of up to 20 digits
-)
+_ENTRY_BYTES = 200  # a header entry without its name: dtype, a few dimensions and two offsets of up to 20 digits
 
 
 class SafetensorsReader:
-    """The tensors of one file; only the header is kept, and the file is open only while it is read."""
+    """The tensors of one file; only the header stays in memory, and the file is open only during reads."""
 
     def __init__(self, path: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES) -> None:
-        """Read the header; ``dtypes`` are those that may be read, by their code in the file.
+        """Read the header; ``dtypes`` maps the format's dtype codes that may be read to PyTorch's dtypes.
 
         Raises:
             UserError: the file is missing, or is not a complete safetensors file.
@@ -102,9 +101,9 @@ class SafetensorsReader:
 
 
 class SafetensorsWriter:
-    """Writes tensors one after the other; the header, whose room is reserved at the start, is filled in at the end.
+    """Writes tensors sequentially; space for the header is reserved at the start and filled in at the end.
 
-    So nothing needs to be known beforehand but which tensors may come, and each is pulled from its source only once.
+    So only the names of possible tensors must be known in advance, and each is read from its source only once.
     """
 
     def __init__(self, path: Path, may_hold: Iterable[str]) -> None:
@@ -133,7 +132,7 @@ class SafetensorsWriter:
         }
 
     def finish(self) -> None:
-        """Write the header, padded with spaces; before this the file is not readable."""
+        """Write the header, padded with spaces; until then the file is not readable."""
         self._file.close()
         header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
         with open(self.path, "r+b") as file:
@@ -141,5 +140,5 @@ class SafetensorsWriter:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor in row-major order, without a copy where it is contiguous."""
+    """Return the bytes of a tensor in row-major order, without a copy if it is contiguous."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data

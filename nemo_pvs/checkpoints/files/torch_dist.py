@@ -52,8 +52,8 @@ _CLASS_NAMES = {
 }
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
-# All that a .metadata file has reason to name. Megatron keeps its saving plan in there, too; its own two classes only
-# add a field for optimizer states to PyTorch's, which can therefore stand in for them.
+# Everything that a .metadata file may legitimately name. Megatron also stores its save plan there; its own two classes
+# only add a field for optimizer states to PyTorch's, which can therefore replace them.
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     **{
         (module.__name__, name): value
@@ -73,26 +73,30 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of one stored tensor, made when its turn comes to be written."""
+    """A piece of one stored tensor, created when it is written."""
 
     name: str
+    """Name of the stored tensor."""
     full_size: tuple[int, ...]
-    """Of the whole tensor."""
+    """Size of the stored tensor."""
     offset: tuple[int, ...]
+    """Position of the block in the stored tensor."""
     size: tuple[int, ...]
+    """Size of the block."""
     dtype: torch.dtype
     make: Callable[[], torch.Tensor]
+    """Returns the block."""
 
 
 def write_torch_dist(folder: Path, blocks: Iterable[Block], empty_objects: Iterable[str]) -> None:
-    """Write a checkpoint of weights, calling each block's ``make`` once, in order, before the next block is asked for.
+    """Write a checkpoint of weights, one block in memory at a time.
 
-    Memory is one block.
+    Each block's ``make`` is called once, in order, before the next block is requested.
 
     Args:
-        folder: Where ``.metadata``, the data file, ``common.pt`` and ``metadata.json`` go; made if needed.
+        folder: Receives ``.metadata``, the data file, ``common.pt`` and ``metadata.json``; created if needed.
         blocks: They must cover every tensor that they name.
-        empty_objects: Names under which Megatron expects a pickled object and accepts None in its place.
+        empty_objects: Names under which Megatron expects a pickled object and accepts None instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     description = metadata.Metadata({}, storage_data={}, storage_meta=metadata.StorageMeta())
@@ -111,7 +115,7 @@ def write_torch_dist(folder: Path, blocks: Iterable[Block], empty_objects: Itera
         offset = torch.Size(block.offset)
         index = metadata.MetadataIndex(block.name, offset, len(stored.chunks))
         stored.chunks.append(metadata.ChunkStorageMetadata(offset, torch.Size(block.size)))
-        # torch.save writes all memory that a view hangs on to; this is a tensor of the same bytes and no others.
+        # torch.save writes a view's whole storage; this tensor has only the block's bytes.
         exact = torch.frombuffer(tensor_bytes(block.make()), dtype=block.dtype).view(block.size)
         _append(file, exact, index, description)
     file.close()
@@ -121,28 +125,28 @@ def write_torch_dist(folder: Path, blocks: Iterable[Block], empty_objects: Itera
 
 
 def _append(file: StreamedWriter, value: Any, index: metadata.MetadataIndex, description: metadata.Metadata) -> None:
-    """Append one item as PyTorch's reader expects it, and note its place in the description."""
+    """Append one item as PyTorch's reader expects it, and record its position in the description."""
     begin = file.tell()
     torch.save(value, cast(Any, file))
     description.storage_data[index] = filesystem._StorageInfo(_DATA, begin, file.tell() - begin)
 
 
 class TorchDistReader:
-    """A checkpoint of which any slice of any tensor can be read without the rest."""
+    """A checkpoint from which any slice of any tensor can be read on its own."""
 
     check_crc: bool = True
-    """Whether to compare what is read with the CRC-32 that PyTorch writes and never looks at; for readers who have no
-    better checksum, at 4 GB/s."""
+    """Whether to verify the CRC-32 that PyTorch writes but never checks, at 4 GB/s; for readers without a better
+    checksum."""
 
     def __init__(self, folder: Path) -> None:
         """Read the description of the checkpoint.
 
         Raises:
-            UserError: there is none, it is broken, or it asks for code to be run.
+            UserError: there is none, it is broken, or it would run code.
         """
         self._folder = folder
         description = _read_description(folder / ".metadata")
-        self._places: Mapping[metadata.MetadataIndex, filesystem._StorageInfo] = description.storage_data
+        self._storage: Mapping[metadata.MetadataIndex, filesystem._StorageInfo] = description.storage_data
         self._tensors = {
             name: stored
             for name, stored in description.state_dict_metadata.items()
@@ -151,15 +155,15 @@ class TorchDistReader:
 
     @property
     def files(self) -> list[Path]:
-        """The files of which the checkpoint's tensors are made, their description included."""
-        names = {place.relative_path for place in self._places.values()}
+        """The checkpoint's data files and their description."""
+        names = {item.relative_path for item in self._storage.values()}
         return [self._folder / name for name in (".metadata", *sorted(names))]
 
     def truncated_files(self) -> list[str]:
-        """Return the data files that are missing or end before the last item that they should hold; reads no data."""
+        """Return the data files that are missing or shorter than the description says; reads no data."""
         ends: dict[str, int] = {}
-        for place in self._places.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for item in self._storage.values():
+            ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
         files = ((self._folder / name, end) for name, end in ends.items())
         return sorted(file.name for file, end in files if not file.is_file() or file.stat().st_size < end)
 
@@ -188,13 +192,13 @@ class TorchDistReader:
         """Return the slice of a tensor that starts at ``offset`` and has ``size``, as a fresh copy.
 
         Raises:
-            UserError: there is no such tensor, or a file that holds a part of it is missing or broken.
+            UserError: there is no such tensor, or a file with a part of it is missing or broken.
         """
         stored = self._stored(name)
         wanted = metadata.ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
         pieces = create_read_items_for_chunk_list(name, stored, [wanted])
         if sum(math.prod(piece.lengths) for piece in pieces) != math.prod(size):
-            raise UserError(f"{self._folder} holds only a part of {name}; copy the checkpoint again.")
+            raise UserError(f"{self._folder} contains only a part of {name}; copy the checkpoint again.")
         try:
             if len(pieces) == 1:
                 return self._read_piece(pieces[0], stored.properties.dtype)
@@ -211,17 +215,17 @@ class TorchDistReader:
 
     def _read_piece(self, piece: ReadItem, dtype: torch.dtype) -> torch.Tensor:
         """Return the wanted part of one stored chunk."""
-        place = self._places[piece.storage_index]
-        with StreamedReader(self._folder / place.relative_path) as file:
-            saved: Any = _create_file_view(file, place.offset, place.length)
+        item = self._storage[piece.storage_index]
+        with StreamedReader(self._folder / item.relative_path) as file:
+            saved: Any = _create_file_view(file, item.offset, item.length)
             if self.check_crc:
-                saved = io.BytesIO(saved.read(place.length))
+                saved = io.BytesIO(saved.read(item.length))
                 _check_crc(saved)
             chunk = torch.load(saved, map_location="cpu", weights_only=True)
         if not isinstance(chunk, torch.Tensor):
-            raise ValueError("it is no tensor")
+            raise ValueError("it is not a tensor")
         part = _narrow(chunk, piece.storage_offsets, piece.lengths).to(dtype)
-        # A small part must not hold on to all of the chunk; a large one is not worth a second copy.
+        # A small part must not keep the whole chunk in memory; a large one is not worth another copy.
         return part.clone() if 2 * part.nbytes < part.untyped_storage().nbytes() else part
 
     def _stored(self, name: str) -> metadata.TensorStorageMetadata:
@@ -243,14 +247,14 @@ _READ_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What reading a chunk of damaged bytes can raise."""
+"""Exceptions that reading a damaged chunk can raise."""
 
 
 def _check_crc(saved: io.BytesIO) -> None:
-    """Raise ValueError if a part of what ``torch.save`` wrote is not what its archive says.
+    """Raise ValueError if a part of an archive written by ``torch.save`` does not match its checksum.
 
-    PyTorch can be told to leave checksums out (``set_crc32_options``). Then those of all parts are wrong, also that of
-    the small pickle without which nothing could be loaded, and nothing is known.
+    PyTorch can be told to leave checksums out (``set_crc32_options``). Then those of all parts are wrong, including
+    that of the small pickle without which nothing can be loaded, and nothing can be verified.
     """
     with zipfile.ZipFile(saved) as archive:
         wrong = []
@@ -262,7 +266,7 @@ def _check_crc(saved: io.BytesIO) -> None:
             except zipfile.BadZipFile:
                 wrong.append(part)
         if wrong and not any(part.endswith("/data.pkl") for part in wrong):
-            raise ValueError(f"{wrong[0]} has another checksum than was written")
+            raise ValueError(f"{wrong[0]} does not match its checksum")
     saved.seek(0)
 
 
@@ -273,7 +277,7 @@ def _narrow(tensor: torch.Tensor, offsets: Iterable[int], lengths: Iterable[int]
 
 
 def _read_description(path: Path) -> metadata.Metadata:
-    """Read ``.metadata``, which is a pickle, without giving it a way to run anything."""
+    """Read ``.metadata``, which is a pickle, without running any of its code."""
     try:
         with open(path, "rb") as file:
             description = _MetadataUnpickler(file).load()
@@ -292,19 +296,19 @@ def _read_description(path: Path) -> metadata.Metadata:
 
 
 def _is_sound(description: Any) -> bool:
-    """Return whether a description has the types that its classes declare, and no chunk has more than its bytes.
+    """Return whether a description has the types that its classes declare and enough bytes for every chunk.
 
-    It comes from a pickle, which can put anything anywhere.
+    It comes from a pickle, which can set any field to anything.
     """
     try:
         if not isinstance(description, metadata.Metadata) or not isinstance(description.storage_data, dict):
             return False
         room: dict[tuple[str, torch.Size], int] = {}
-        for index, place in description.storage_data.items():
-            file = place.relative_path
-            if not isinstance(file, str) or Path(file).name != file or not _is_size((place.offset, place.length)):
+        for index, item in description.storage_data.items():
+            file = item.relative_path
+            if not isinstance(file, str) or Path(file).name != file or not _is_size((item.offset, item.length)):
                 return False
-            room[index.fqn, torch.Size(index.offset or ())] = place.length
+            room[index.fqn, torch.Size(index.offset or ())] = item.length
         for name, stored in description.state_dict_metadata.items():
             if isinstance(stored, metadata.BytesStorageMetadata):
                 continue
@@ -316,8 +320,8 @@ def _is_sound(description: Any) -> bool:
                     return False
                 if len({len(chunk.offsets), len(chunk.sizes), len(stored.size)}) != 1:
                     return False
-                bytes_there = room.get((name, torch.Size(chunk.offsets)), math.inf)  # none: reading it will say so
-                if math.prod(chunk.sizes) * dtype.itemsize > bytes_there:
+                stored_bytes = room.get((name, torch.Size(chunk.offsets)), math.inf)  # if missing, reading it fails
+                if math.prod(chunk.sizes) * dtype.itemsize > stored_bytes:
                     return False
     except (AttributeError, KeyError, TypeError):
         return False
@@ -334,6 +338,6 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _METADATA_CLASSES[module, name]
         except KeyError:
             raise UserError(
-                f"The .metadata of this checkpoint names {module}.{name}, which is no part of a checkpoint's "
+                f"The .metadata of this checkpoint names {module}.{name}, which does not belong in a checkpoint's "
                 "description and could run code; get the checkpoint from a source that you trust."
             ) from None

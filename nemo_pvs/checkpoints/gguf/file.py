@@ -1,4 +1,4 @@
-"""A GGUF file as what it is: keys with values, and named tensors that are dequantised one at a time."""
+"""Reads GGUF files: keys with values, and named tensors that are dequantised one at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from nemo_pvs.model.not_a_model import refuse_lfs_pointer
 
 _MISSING = object()
 
-# What is stored without quantisation keeps its type. Everything else becomes bf16, which has more bits than was kept.
+# Unquantised tensors keep their dtype. Quantised ones become bf16, which has more bits than they had.
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufFile:
-    """The keys and tensors of one GGUF file; tensors stay on the disk until they are read."""
+    """The keys and tensors of one GGUF file; tensors stay on disk until they are read."""
 
     def __init__(self, path: Path) -> None:
         """Read the header.
 
         Raises:
-            UserError: the file is broken, or only a part of a model.
+            UserError: the file is broken or has only a part of a model.
         """
         self.path = path
         refuse_lfs_pointer(path)
@@ -55,7 +55,7 @@ class GgufFile:
         """Return the value of a key, or ``default``.
 
         Raises:
-            UserError: there is no such key, and no default; or the value is of another type than the default.
+            UserError: there is neither such a key nor a default, or the value's type is not that of the default.
         """
         value = self._keys.get(key, default)
         if value is _MISSING:
@@ -69,14 +69,14 @@ class GgufFile:
         return tuple(int(length) for length in reversed(self._tensors[name].shape))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that ``read`` returns: the stored one, and bfloat16 for a quantised tensor."""
+        """Return the dtype of the tensor that ``read`` returns: the stored one, or bfloat16 if it is quantised."""
         return _DTYPES.get(self._tensors[name].tensor_type.name, torch.bfloat16)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a fresh copy of a tensor.
 
         Raises:
-            UserError: its kind of quantisation is not known.
+            UserError: its quantisation type is unknown.
         """
         from gguf import dequantize
 
@@ -85,16 +85,16 @@ class GgufFile:
             values = dequantize(stored.data, stored.tensor_type)
         except NotImplementedError:
             raise UserError(
-                f"{name} in {self.path} is quantised as {stored.tensor_type.name}, which the gguf package does not "
-                "read; use a file of another quantisation."
+                f"{name} in {self.path} is quantised as {stored.tensor_type.name}, which the gguf package cannot "
+                "read; use a file with another quantisation."
             ) from None
         return torch.from_numpy(np.array(values, dtype=np.float32)).to(self.dtype(name)).reshape(self.size(name))
 
 
 def _open(path: Path) -> Any:
-    """Return a reader of a file that notices where it ends.
+    """Return a reader that raises ValueError where it would read beyond the end of the file.
 
-    The package's own takes what lies beyond the end for an empty value, and counts a damaged array's billions of them.
+    The package's own reader returns empty values there, and loops over billions of them for a damaged array.
     """
     from gguf import GGUFReader
 

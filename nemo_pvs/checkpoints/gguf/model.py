@@ -1,4 +1,4 @@
-"""A GGUF file as a source of tensors: its keys as config.json, its tensors under their Hugging Face names."""
+"""A GGUF file as a weight source: its keys as config.json, its tensors under their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LAYER_TENSORS = {
     "mlp.down_proj": "ffn_down",
 }
 
-# Keys below the architecture's name that are read here, and those that say nothing that the tensors do not.
+# Keys under the architecture's name that are read here, and those that add nothing to the tensors.
 _READ = {
     "block_count",
     "context_length",
@@ -65,15 +65,15 @@ class GgufSource:
     """The model in a GGUF file."""
 
     def __init__(self, file: GgufFile, assets: tuple[Path, ...] = ()) -> None:
-        """Read the config, and compare the tensors that are there with those that it implies.
+        """Read the config and check that the file has exactly the tensors that it implies.
 
         Args:
             file: The file.
-            assets: Files that go with the model, such as the tokenizer's.
+            assets: Files to copy along with the model, such as the tokenizer's.
 
         Raises:
-            UserError: the model is of another family, has a setting that no config.json can express, or lacks
-                tensors, or has more or others than it should.
+            UserError: the model is of an unsupported family, has a setting that config.json cannot express, or has
+                missing, extra or wrongly sized tensors.
         """
         self.assets = assets
         self._file = file
@@ -84,12 +84,12 @@ class GgufSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most matrices; vectors are float32 in most files, whatever the matrices are."""
+        """The dtype of most matrices; vectors are usually float32 whatever the matrices are."""
         names = [name for name in self._names.values() if len(self._file.size(name)) > 1]
         return Counter(self._file.dtype(name) for name in names).most_common(1)[0][0]
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor: in the stored dtype, or in bfloat16 if it is quantised."""
+        """Return a tensor in the stored dtype, or in bfloat16 if it is quantised."""
         tensor = self._file.read(self._names[name])
         if self.config["model_type"] == "llama" and ("q_proj" in name or "k_proj" in name):
             return _pairs_to_halves(tensor, self._shape.head_dim)
@@ -111,10 +111,10 @@ class GgufSource:
             )
         parts = Layout.for_config(self.config).parts(self._shape)
         for name, (part, _) in parts.items():
-            expected, found = part.size(self._shape), self._file.size(self._names[name])
-            if found != expected:
+            expected, stored_size = part.size(self._shape), self._file.size(self._names[name])
+            if stored_size != expected:
                 raise UserError(
-                    f"{self._names[name]} in {self._file.path} is {list(found)}, but the keys imply "
+                    f"{self._names[name]} in {self._file.path} is {list(stored_size)}, but the keys imply "
                     f"{list(expected)}; convert the model to GGUF again."
                 )
 
@@ -127,7 +127,7 @@ class GgufSource:
 
 
 def _stored_name(name: str) -> str:
-    """Return the name in GGUF of a tensor's Hugging Face name."""
+    """Return the GGUF name of a tensor from its Hugging Face name."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if layer is None:
         return _MODEL_TENSORS[name]
@@ -137,31 +137,32 @@ def _stored_name(name: str) -> str:
 def _pairs_to_halves(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Return the rows of ``q`` or ``k`` (weights or biases) in Hugging Face's order.
 
-    Rotary embeddings turn channels in pairs. In ``llama`` files the two of a pair are neighbours, as in Meta's
-    checkpoints; Hugging Face has the first of every pair in the first half of a head.
+    Rotary embeddings rotate pairs of channels. In ``llama`` files the two channels of a pair are adjacent, as in
+    Meta's checkpoints; Hugging Face stores the first of every pair in the first half of a head, the second in the
+    second half.
     """
     return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
-    """Return config.json as the keys (and the tensors, where a key is missing) imply it."""
+    """Return the config.json that the keys (and the tensors, where a key is missing) imply."""
     architecture = file.get("general.architecture", "")
     if architecture not in _ARCHITECTURES:
         raise UserError(
-            f"{file.path} is a model of the architecture {architecture or '(none)'}; GGUF files are read for "
-            f"{', '.join(_ARCHITECTURES)} (Mistral is llama there). Use the model's Hugging Face folder."
+            f"{file.path} is a model of the architecture {architecture or '(none)'}; the GGUF architectures that are "
+            f"read are {', '.join(_ARCHITECTURES)} (Mistral is llama there), so use the model's Hugging Face folder."
         )
     _check_keys(file, architecture)
     layers, heads = _size(file, "block_count"), _size(file, "attention.head_count")
-    if f"blk.{layers - 1}.attn_norm.weight" not in file.tensors:  # before anything as large as the number is made
-        raise UserError(f"{file.path} does not hold the {layers} layers that its keys state; download it again.")
+    if f"blk.{layers - 1}.attn_norm.weight" not in file.tensors:  # before anything is allocated per layer
+        raise UserError(f"{file.path} does not have the {layers} layers that its keys state; download it again.")
     hidden = _size(file, "embedding_length")
     head_dim = _size(file, "attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if _size(file, key, head_dim) != head_dim:
             raise UserError(
-                f"{architecture}.{key} in {file.path} is {_size(file, key)} where heads have {head_dim} channels; no "
-                f"{_ARCHITECTURES[architecture]} has that."
+                f"{architecture}.{key} in {file.path} is {_size(file, key)}, but heads have {head_dim} channels; "
+                f"{_ARCHITECTURES[architecture]} does not support that, so use the model's Hugging Face folder."
             )
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[architecture]],
@@ -181,7 +182,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": "bfloat16",
     }
-    if architecture != "qwen2":  # which has biases for q, k and v, always
+    if architecture != "qwen2":  # Qwen2 always has biases for q, k and v
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if architecture == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
@@ -198,7 +199,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
 
 
 def _check_keys(file: GgufFile, architecture: str) -> None:
-    """Refuse settings that are not read: whatever they are for, the model would compute something else."""
+    """Refuse settings that are not read here, because without them the model might compute something else."""
     for key in file.keys:
         name = key.removeprefix(f"{architecture}.")
         zero = name in _MUST_BE_ZERO and not file.get(key)
@@ -210,7 +211,7 @@ def _check_keys(file: GgufFile, architecture: str) -> None:
 
 
 def _rope_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return ``rope_scaling`` of config.json, from the keys or from the factors that Llama 3.1 has as a tensor."""
+    """Return ``rope_scaling`` of config.json, from the keys or from Llama 3.1's tensor of factors."""
     prefix = f"{config['model_type']}.rope.scaling."
     kind = file.get(prefix + "type", "none")
     if config["model_type"] == "llama" and _ROPE_FACTORS in file.tensors:
@@ -227,7 +228,7 @@ def _rope_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any] |
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise UserError(f"{prefix}type in {file.path} is {kind}, which is not read; use the Hugging Face folder.")
+        raise UserError(f"{prefix}type in {file.path} is {kind}, which is not supported; use the Hugging Face folder.")
     scaling = {"rope_type": kind, "factor": _float(file, "rope.scaling.factor")}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = _size(file, "rope.scaling.original_context_length")
@@ -242,18 +243,20 @@ def _size(file: GgufFile, name: str, default: int | None = None) -> int:
     if isinstance(value, list) and len({*value}) == 1:
         value = value[0]
     if isinstance(value, list):
-        raise UserError(f"{key} in {file.path} differs from layer to layer, which is not read from GGUF files.")
+        raise UserError(
+            f"{key} in {file.path} differs between layers, which is not supported; use the Hugging Face folder."
+        )
     if not isinstance(value, int) or value <= 0:
-        raise UserError(f"{key} in {file.path} is {value!r}, which is no size; convert the model to GGUF again.")
+        raise UserError(f"{key} in {file.path} is {value!r}, which is not a size; convert the model to GGUF again.")
     return value
 
 
 def _float(file: GgufFile, name: str, default: float | None = None) -> float:
-    """Return a number that is stored in 32 bits as it was meant: 1e-05 and not 9.999999747378752e-06."""
+    """Return a float32 value as the shortest decimal that rounds to it: 1e-05, not 9.999999747378752e-06."""
     key = f"{file.get('general.architecture')}.{name}"
     value = file.get(key) if default is None else file.get(key, default)
     if not isinstance(value, float):
-        raise UserError(f"{key} in {file.path} is {value!r}, which is no number; convert the model to GGUF again.")
+        raise UserError(f"{key} in {file.path} is {value!r}, which is not a number; convert the model to GGUF again.")
     return float(str(np.float32(value)))
 
 

@@ -1,4 +1,4 @@
-"""The rope scaling of Llama 3.1 out of the factors that a GGUF file has in its place."""
+"""Recovers Llama 3.1's rope scaling from the frequency factors that a GGUF file stores instead."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy.typing as npt
 
 
 def llama3_scaling(factors: npt.NDArray[np.float64], theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Return the ``rope_scaling`` of config.json that gives these factors, or None if no setting does.
+    """Return the ``rope_scaling`` of config.json that yields these factors, or None if no setting does.
 
-    Llama 3.1 keeps short wavelengths w, divides the frequencies of long ones by ``factor``, and between the two
-    by f, with 1/f = (1 - s) / factor + s where s = (context / w - low) / (high - low). So s is a line in 1/w, which
-    the factors between 1 and the largest determine; multiplying context, low and high by one number changes nothing,
+    Llama 3.1 leaves short wavelengths w unchanged, divides the frequencies of long ones by ``factor``, and those
+    between by f, with 1/f = (1 - s) / factor + s where s = (context / w - low) / (high - low). So s is linear in 1/w
+    and determined by the factors between 1 and the largest; scaling context, low and high together changes nothing,
     and low is 1 in all published models.
 
     Args:
-        factors: What each frequency is divided by, (head_dim / 2), highest frequency first.
+        factors: The divisor of each frequency, (head_dim / 2), highest frequency first.
         theta: The base of the frequencies.
         head_dim: Channels per head.
     """
@@ -45,7 +45,7 @@ def llama3_scaling(factors: npt.NDArray[np.float64], theta: float, head_dim: int
 
 
 def _factors(scaling: dict[str, Any], wavelengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return what a setting divides the frequency of each wavelength by."""
+    """Return the divisor of the frequency of each wavelength under a setting."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
     smooth = np.clip(smooth, 0, 1)

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, made from the file's own keys."""
+"""Builds the tokenizer of a GGUF file from the file's keys."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from nemo_pvs.checkpoints.gguf.file import GgufFile
 from nemo_pvs.errors import UserError
 
-_SPACE = "\u2581"  # what SentencePiece writes for a blank
+_SPACE = "\u2581"  # SentencePiece's symbol for a space
 
 
 class TokenType(IntEnum):
-    """Kinds of tokens, as ``tokenizer.ggml.token_type`` has them."""
+    """The values of ``tokenizer.ggml.token_type``."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -27,18 +27,18 @@ class TokenType(IntEnum):
 
 
 class _Split(NamedTuple):
-    """How a name in ``tokenizer.ggml.pre`` cuts text before any merge."""
+    """How a pre-tokenizer named in ``tokenizer.ggml.pre`` splits text before any merge."""
 
     pattern: str | None
-    """What becomes a piece; None for GPT-2's expression, which ByteLevel has built in."""
+    """Regular expression of a piece; None for GPT-2's, which ByteLevel has built in."""
     digits: bool = False
-    """Whether every digit is cut out first."""
+    """Whether every digit is split off first."""
     nfc: bool = False
-    """Whether text is brought into Unicode's form NFC first."""
+    """Whether text is first normalised to Unicode's form NFC."""
     ignore_merges: bool = False
-    """Whether a piece that is a token is taken whole, whatever the merges make of it."""
+    """Whether a piece that is a token stays whole, regardless of the merges."""
     add_bos: bool = False
-    """Whether texts begin with the bos token if no key says it."""
+    """Whether texts begin with the bos token if no key says so."""
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -69,13 +69,13 @@ def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     """Return the tokenizer that a GGUF file describes.
 
     Raises:
-        UserError: the file has no tokenizer, one of a kind that is not read, or one that contradicts itself.
+        UserError: the file has no tokenizer, one of an unsupported kind, or an inconsistent one.
     """
     kind = file.get("tokenizer.ggml.model", "")
     if kind not in ("gpt2", "llama"):
         raise UserError(
-            f"The tokenizer in {file.path} is of the kind {kind or '(none)'}; those that are read are gpt2 "
-            "(byte-level BPE) and llama (SentencePiece). Use the model's Hugging Face folder."
+            f"The tokenizer in {file.path} is of the kind {kind or '(none)'}; supported are gpt2 (byte-level BPE) and "
+            "llama (SentencePiece), so use the model's Hugging Face folder."
         )
     vocabulary = _Vocabulary(file)
     try:
@@ -92,10 +92,10 @@ def build_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"The tokenizer in {file.path} is broken ({reason}); download the file again.") from error
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
-    special = {
-        ours: vocabulary.token_of(file.get(f"tokenizer.ggml.{theirs}_token_id", defaults.get(theirs)))
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    }
+    special = {}
+    for name, ggml_name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = file.get(f"tokenizer.ggml.{ggml_name}_token_id", defaults.get(ggml_name))
+        special[name] = vocabulary.token_of(index)
     ends = {
         "bos": file.get("tokenizer.ggml.add_bos_token", add_bos),
         "eos": file.get("tokenizer.ggml.add_eos_token", False),
@@ -127,86 +127,88 @@ class _Vocabulary:
             raise UserError(
                 f"{file.path} has {len(self.tokens):,} tokens and types for {len(self.types):,}; download it again."
             )
-        # Rows of the embedding without a token have names like [PAD49160], which no text may match.
-        self.ids = {
-            token: index
-            for index, (token, type_) in enumerate(zip(self.tokens, self.types, strict=True))
-            if type_ != TokenType.UNUSED
-        }
-        used = sum(type_ != TokenType.UNUSED for type_ in self.types)
+        # Unused rows of the embedding have names like [PAD49160], which must not match any text.
+        self.ids: dict[str, int] = {}
+        used = 0
+        for index, (token, type_) in enumerate(zip(self.tokens, self.types, strict=True)):
+            if type_ != TokenType.UNUSED:
+                self.ids[token] = index
+                used += 1
         if len(self.ids) != used:
             raise UserError(f"{used - len(self.ids)} tokens of {file.path} occur twice; download it again.")
 
     def token_of(self, index: int | None) -> str | None:
-        """Return the token with an id, None for None."""
+        """Return the token with this id, or None if there is no id."""
         if index is None:
             return None
         if not isinstance(index, int) or not 0 <= index < len(self.tokens):
-            raise UserError(f"{self._file.path} names the token {index}, but has {len(self.tokens):,} tokens.")
+            raise UserError(
+                f"{self._file.path} names the token {index}, but has {len(self.tokens):,} tokens; download it again."
+            )
         return self.tokens[index]
 
     def of_type(self, *types: TokenType) -> list[str]:
-        """Return the tokens of some types, by id."""
+        """Return the tokens of these types, in the order of their ids."""
         return [token for token, type_ in zip(self.tokens, self.types, strict=True) if type_ in types]
 
 
 def _split(file: GgufFile) -> _Split:
     name = file.get("tokenizer.ggml.pre", "")
     if name not in _SPLITS:
-        said = f"cuts text as {name} does" if name else "does not say how text is cut (tokenizer.ggml.pre)"
+        fault = f"splits text as {name} does" if name else "does not say how text is split (tokenizer.ggml.pre)"
         raise UserError(
-            f"The tokenizer in {file.path} {said}; those that are read are {', '.join(_SPLITS)}. Use the model's "
-            "Hugging Face folder."
+            f"The tokenizer in {file.path} {fault}; supported are {', '.join(_SPLITS)}, so use the model's Hugging "
+            "Face folder."
         )
     return _SPLITS[name]
 
 
 def _byte_level(file: GgufFile, vocabulary: _Vocabulary, split: _Split) -> Tokenizer:
-    """Return a BPE over bytes, each of which is written as a printable character."""
+    """Return a BPE tokenizer over bytes, each of which is represented by a printable character."""
     merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges", [])]
-    # No unk_token: bytes that the vocabulary lacks vanish, as in the published tokenizer.json files of these models.
+    # No unk_token: bytes missing from the vocabulary are dropped, as by the published tokenizer.json of these models.
     tokenizer = Tokenizer(BPE(vocabulary.ids, merges, ignore_merges=split.ignore_merges))
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    cuts: list[Any] = []
+    splits: list[Any] = []
     if split.digits:
-        cuts.append(pre_tokenizers.Digits(individual_digits=True))
+        splits.append(pre_tokenizers.Digits(individual_digits=True))
     if split.pattern is not None:
-        cuts.append(pre_tokenizers.Split(Regex(split.pattern), "isolated"))
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+        splits.append(pre_tokenizers.Split(Regex(split.pattern), "isolated"))
+    splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
     _add_whole_tokens(tokenizer, vocabulary)
     return tokenizer
 
 
 def _sentencepiece(file: GgufFile, vocabulary: _Vocabulary) -> Tokenizer:
-    """Return a BPE over characters with bytes for those that are no token, as Llama 2's tokenizer.json has it."""
+    """Return a BPE tokenizer over characters with a byte fallback, as in Llama 2's tokenizer.json."""
     for key in ("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"):
         if file.get(key, None):
             raise UserError(
-                f"The tokenizer in {file.path} changes text before it cuts it ({key}), which is not supported; use "
+                f"The tokenizer in {file.path} changes text before it splits it ({key}), which is not supported; use "
                 "the model's Hugging Face folder."
             )
     unknown = vocabulary.token_of(file.get("tokenizer.ggml.unknown_token_id", 0))
     tokenizer = Tokenizer(
         BPE(vocabulary.ids, _merges(file, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    blanks: list[Any] = [normalizers.Replace(" ", _SPACE)]
-    back: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    normalizer_steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    decoder_steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if file.get("tokenizer.ggml.add_space_prefix", True):
-        blanks.insert(0, normalizers.Prepend(_SPACE))
-        back.append(decoders.Strip(" ", 1, 0))
-    tokenizer.normalizer = normalizers.Sequence(blanks)
-    tokenizer.decoder = decoders.Sequence(back)
+        normalizer_steps.insert(0, normalizers.Prepend(_SPACE))
+        decoder_steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(normalizer_steps)
+    tokenizer.decoder = decoders.Sequence(decoder_steps)
     _add_whole_tokens(tokenizer, vocabulary)
     return tokenizer
 
 
 def _merges(file: GgufFile, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Return every way to make a token of two, best score first, which is what SentencePiece merges by.
+    """Return every pair of tokens that merges into a token, best score first, in which order SentencePiece merges.
 
-    It takes the leftmost of equally good merges; for one token that is the way with the longest left part.
+    It prefers the leftmost of equally good merges; for one token that is the pair with the longest left part.
     """
     scores = file.get("tokenizer.ggml.scores", [])
     if len(scores) != len(vocabulary.tokens):
@@ -216,20 +218,20 @@ def _merges(file: GgufFile, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     ids = {token: vocabulary.ids[token] for token in vocabulary.of_type(TokenType.NORMAL, TokenType.USER_DEFINED)}
     if len({scores[index] for index in ids.values()}) < 2:
         raise UserError(
-            f"All tokens of {file.path} have the same score, which does not say how text is cut into them; use the "
-            "model's Hugging Face folder."
+            f"All tokens of {file.path} have the same score, which does not determine how text is split into tokens; "
+            "use the model's Hugging Face folder."
         )
     ranked = []
     for token, index in ids.items():
-        for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
+        for position in range(1, len(token)):
+            left, right = token[:position], token[position:]
             if left in ids and right in ids:
-                ranked.append((-scores[index], -place, index, (left, right)))
+                ranked.append((-scores[index], -position, index, (left, right)))
     return [merge for *_, merge in sorted(ranked)]
 
 
 def _add_whole_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Let the tokens that stand in no merge be found in text: control tokens, and those that a user has added."""
+    """Add the tokens that take no part in merges, control and user-defined ones, so that text can match them."""
     for token, type_ in zip(vocabulary.tokens, vocabulary.types, strict=True):
         if type_ in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED):
             special = type_ != TokenType.USER_DEFINED
@@ -237,19 +239,26 @@ def _add_whole_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
 
 
 def _add_ends(tokenizer: Tokenizer, front: str | None, back: str | None) -> None:
-    """Have every text begin and end with these tokens, unless it is tokenised without special tokens."""
+    """Begin and end every text with these tokens, unless it is tokenised without special tokens."""
     ends = [token for token in (front, back) if token is not None]
     if not ends:
         return
-    one = [*([front] if front else []), "$A", *([back] if back else [])]
-    two = [*one, *([f"{front}:1"] if front else []), "$B:1", *([f"{back}:1"] if back else [])]
+    single, second = ["$A"], ["$B:1"]
+    if front:
+        single.insert(0, front)
+        second.insert(0, f"{front}:1")
+    if back:
+        single.append(back)
+        second.append(f"{back}:1")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=one, pair=two, special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*ends}]
+        single=single,
+        pair=single + second,
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*ends}],
     )
 
 
 def _chat_templates(file: GgufFile) -> str | dict[str, str] | None:
-    """Return the chat template, or all of them by name where there are several."""
+    """Return the chat template, or all templates by name if there are several."""
     default = file.get("tokenizer.chat_template", None)
     named = {name: file.get(f"tokenizer.chat_template.{name}") for name in file.get("tokenizer.chat_templates", [])}
     if not named:

@@ -1,1 +1,1 @@
-"""Hugging Face folders as checkpoints, and their configs in one normal form."""
+"""Hugging Face folders as checkpoints, and their configs in a normal form."""

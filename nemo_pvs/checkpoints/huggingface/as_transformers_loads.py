@@ -1,4 +1,4 @@
-"""A Hugging Face folder by Transformers' reading of its config, to compare ours with."""
+"""A Hugging Face folder as Transformers reads it, to compare our reading with."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from nemo_pvs.errors import UserError
 
 
 class AsTransformersLoads:
-    """The model that ``AutoModelForCausalLM.from_pretrained`` makes of a folder, a tensor at a time.
+    """The model that ``AutoModelForCausalLM.from_pretrained`` builds from a folder, one tensor at a time.
 
-    The class, the settings and their defaults are those of Transformers, and the tensors are the stored ones under
-    their own names; ``HuggingFaceSource`` has no part in it. Versions differ in two points, in which this is version 5
-    whichever is installed, because 4 leaves out something that is in the files: it does not know ``rope_parameters``,
-    and it replaces a separate head by the embedding where config.json ties them.
+    The class, the settings and their defaults are those of Transformers, and the tensors are read as stored, without
+    ``HuggingFaceSource``. In two points this follows Transformers 5, whichever version is installed, because version 4
+    ignores something in the files: ``rope_parameters``, and a separate head where config.json ties it to the
+    embedding.
     """
 
     assets: tuple[Path, ...] = ()
 
     def __init__(self, folder: Path) -> None:
-        """Have Transformers read the config; no weight is read yet.
+        """Read the config with Transformers; no weight is read yet.
 
         Raises:
-            UserError: Transformers does not load it.
+            UserError: Transformers cannot load it.
         """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
@@ -36,11 +36,10 @@ class AsTransformersLoads:
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             class_: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        except Exception as error:  # whatever a class finds wrong with its settings
+        except Exception as error:  # a config class can raise anything
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"Transformers does not load {folder}, with which --verify logits compares ({reason}); use --verify "
-                "checksum."
+                f"Transformers cannot load {folder}, which --verify logits needs ({reason}); use --verify checksum."
             ) from error
         self.config: dict[str, Any] = {**config.to_dict(), "architectures": [class_.__name__]}
         moved = self.config.pop("rope_parameters", None)

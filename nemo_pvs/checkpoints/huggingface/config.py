@@ -1,7 +1,7 @@
-"""A Hugging Face config in one normal form, whatever version of Transformers or other program wrote it.
+"""Hugging Face configs in a normal form, whichever version of Transformers or other program wrote them.
 
-Every reader of a config passes it through ``normal_config``, so the rest of the package knows a single spelling, and a
-setting that would make another function of the same weights is refused instead of ignored.
+Every reader of a config passes it through ``normal_config``, so the rest of the package handles a single spelling, and
+a setting that changes what the same weights compute is refused instead of ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_pvs.system.files import read_json
 from nemo_pvs.system.progress import say_once
 
 # Settings of other families that change what a model computes, and the values with which they change nothing. No
-# family in conversions/ has them: Transformers' classes ignore them there, other programs heed them.
+# family in conversions/ has them: Transformers' classes ignore them there, but other programs do not.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "alibi": (False,),
@@ -46,10 +46,10 @@ _QUANTIZATION = ("quantization_config", "compression_config")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a ``config.json`` in normal form.
+    """Read a ``config.json`` and return it in normal form.
 
     Raises:
-        UserError: it is missing or broken, or as ``normal_config``.
+        UserError: it is missing or broken, or ``normal_config`` refuses it.
     """
     return normal_config(read_json(path), path)
 
@@ -58,16 +58,16 @@ def normal_config(config: Any, where: str | Path) -> dict[str, Any]:
     """Return a copy of a Hugging Face config in normal form.
 
     ``architectures`` is a list with one class that a table in ``conversions/`` names, and ``model_type`` agrees with
-    it. ``rope_theta`` is there, a float. ``rope_scaling`` is a dictionary with ``rope_type``, and None or absent where
-    nothing is scaled. There is no ``rope_parameters``. All other keys stay as they are.
+    it. ``rope_theta`` is present and a float. ``rope_scaling`` is a dictionary with ``rope_type``, or None or absent
+    if nothing is scaled. There is no ``rope_parameters``. All other keys stay as they are.
 
     Args:
         config: The parsed file.
-        where: What to call it in messages.
+        where: Name of the file in messages.
 
     Raises:
-        UserError: it is not a config of a known family, contradicts itself, or asks for something that the family
-            does not compute.
+        UserError: it is not a config of a known family, contradicts itself, or has a setting that the family does not
+            support.
     """
     if not isinstance(config, dict):
         raise UserError(f"{where} is not a model's configuration; download it again.")
@@ -90,17 +90,17 @@ def normal_config(config: Any, where: str | Path) -> dict[str, Any]:
 
 
 def without_quantization(config: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """Return a config without what it says of quantisation, for weights that are plain floats; say so once."""
+    """Return a config without its quantisation settings, for weights that are plain floats; report that once."""
     stated = [key for key in _QUANTIZATION if config.get(key)]
     if stated:
         say_once(
-            f"{where} has {' and '.join(stated)}, but the weights are plain floating-point numbers; it is left out."
+            f"{where} has {' and '.join(stated)}, but the weights are plain floating-point numbers; it is ignored."
         )
     return {key: value for key, value in config.items() if key not in _QUANTIZATION}
 
 
 def quantization(config: Mapping[str, Any]) -> str | None:
-    """Return the name of the method by which a config says that its weights are quantised; None if it does not."""
+    """Return the name of the quantisation method that a config states; None if it states none."""
     stated = next((config[key] for key in _QUANTIZATION if config.get(key)), None)
     if stated is None:
         return None
@@ -108,15 +108,18 @@ def quantization(config: Mapping[str, Any]) -> str | None:
 
 
 def _class_names(config: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """Return ``architectures`` and ``model_type`` in agreement; nothing if no table knows them."""
+    """Return matching ``architectures`` and ``model_type``; an empty dictionary if no table has them."""
     stated, model_type = config.get("architectures"), config.get("model_type")
-    known = dict(pair for layout in layouts() for pair in (layout.even_class, layout.uneven_class) if pair)
+    known = {}
+    for layout in layouts():
+        for architecture, layout_type in filter(None, (layout.even_class, layout.uneven_class)):
+            known[architecture] = layout_type
     names = [name for name in stated or known if name in known]
     fitting = [name for name in names if model_type in (None, known[name])]
     if stated and names and not fitting:
         raise UserError(
             f"{where} contradicts itself: architectures is {names[0]}, but model_type is {model_type}; correct the "
-            "one that does not belong to these weights."
+            "one that is wrong for these weights."
         )
     if not fitting or (not stated and model_type is None):
         return {}
@@ -124,10 +127,10 @@ def _class_names(config: Mapping[str, Any], where: str | Path) -> dict[str, Any]
 
 
 def _rope(config: Mapping[str, Any], default: float, where: str | Path) -> tuple[float, dict[str, Any] | None]:
-    """Return base and scaling of the rotary embedding.
+    """Return the base and the scaling of the rotary embedding.
 
-    Transformers 5 keeps both in ``rope_parameters``; version 4, when it saves such a model again, writes its own
-    defaults next to them. So ``rope_parameters`` wins over a default base and over no scaling.
+    Transformers 5 stores both in ``rope_parameters``; version 4, when it saves such a model again, writes its own
+    defaults next to them. So ``rope_parameters`` takes precedence over a default base and over no scaling.
     """
     base = _base(config.get("rope_theta"), where)
     inner, scaling = _rope_settings(config, "rope_scaling", where)
@@ -137,12 +140,12 @@ def _rope(config: Mapping[str, Any], default: float, where: str | Path) -> tuple
     if others - set(stated[:1]):
         raise UserError(
             f"{where} has several bases of the rotary embedding ({', '.join(f'{value:g}' for value in stated)}) in "
-            "rope_theta, rope_scaling and rope_parameters; delete those that do not belong to these weights."
+            "rope_theta, rope_scaling and rope_parameters; delete those that are wrong for these weights."
         )
     if config.get("rope_parameters") and scaling not in (None, parameters):
         raise UserError(
-            f"{where} has a rope_scaling other than that in rope_parameters; delete the one that does not belong to "
-            "these weights."
+            f"{where} has a rope_scaling other than that in rope_parameters; delete the one that is wrong for these "
+            "weights."
         )
     return (stated[0] if stated else default), parameters or scaling
 
@@ -150,11 +153,11 @@ def _rope(config: Mapping[str, Any], default: float, where: str | Path) -> tuple
 def _rope_settings(
     config: Mapping[str, Any], key: str, where: str | Path
 ) -> tuple[float | None, dict[str, Any] | None]:
-    """Return the base that one of the two dictionaries holds, and its scaling in the spelling of Transformers 4."""
+    """Return the base in one of the two dictionaries, and its scaling in the spelling of Transformers 4."""
     stated = config.get(key) or {}
     if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
         raise UserError(
-            f"{where} has {stated!r} for {key}; only one dictionary of settings for all layers can be read."
+            f"{where} has {stated!r} for {key}; only one dictionary of settings for all layers is supported."
         )
     settings = {name: value for name, value in stated.items() if value is not None}
     base = _base(settings.pop("rope_theta", None), where)
@@ -169,12 +172,12 @@ def _rope_settings(
         or (kinds[0] != "default" and elsewhere not in (None, length))
     ):
         raise UserError(
-            f"{where} has {stated!r} for {key}, which no family here computes or which contradicts itself; use the "
-            "config.json that belongs to these weights."
+            f"{where} has {stated!r} for {key}, which contradicts itself or which no supported family computes; use "
+            "the config.json that belongs to these weights."
         )
     if kinds[0] == "default":
         return base, None
-    # 8 and 8.0 are the same factor; Transformers asks for floats, and lengths are whole.
+    # 8 and 8.0 are the same factor; Transformers expects floats, except for lengths.
     numbers = {
         name: _whole_as_float(value) if name != "original_max_position_embeddings" else value
         for name, value in settings.items()
@@ -195,15 +198,15 @@ def _whole_as_float(value: Any) -> Any:
 
 
 def _check_windows(config: Mapping[str, Any], layout: Layout, where: str | Path) -> None:
-    """Refuse attention windows that the family's class does not compute, although other programs may.
+    """Refuse attention windows that the family's class ignores but other programs may apply.
 
-    A Llama has none, a Mistral one for all layers, and a Qwen none unless ``use_sliding_window`` is set.
+    Llama has no window, Mistral one for all layers, and Qwen none unless ``use_sliding_window`` is set.
     """
     settings = {**layout.defaults, **config}
     layers, window, kinds = (settings.get(key) for key in ("num_hidden_layers", "sliding_window", "layer_types"))
     architecture = config["architectures"][0]
     if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers):
-        raise UserError(f"{where} does not have one of layer_types for each of its {layers} layers; restore the file.")
+        raise UserError(f"{where} does not have one entry in layer_types per layer ({layers}); restore the file.")
     if "use_sliding_window" in layout.fixed:
         if settings.get("use_sliding_window"):
             first = settings.get("max_window_layers", 0)

@@ -1,4 +1,4 @@
-"""The types of the settings in a Hugging Face config: what a damaged or edited file has wrong is said by its key."""
+"""Type checks for the settings in a Hugging Face config, so that a message names the key that is wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from nemo_pvs.errors import UserError
 
 _LARGEST = 2**48
-"""No size or number of tokens of a model is larger."""
+"""Upper limit for any size or count in a config."""
 
 
 def _is_text(value: Any) -> bool:
@@ -33,9 +33,9 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_token(value: Any) -> bool:
-    """Return whether this is the id of a token, or a list of several; -1 stands for none in old configs."""
+    """Return whether this is a token id or a list of token ids; -1 means none in old configs."""
     ids = value if isinstance(value, list) else [value]
-    return all(isinstance(one, int) and not isinstance(one, bool) and -1 <= one < _LARGEST for one in ids)
+    return all(isinstance(id_, int) and not isinstance(id_, bool) and -1 <= id_ < _LARGEST for id_ in ids)
 
 
 def _is_share(value: Any) -> bool:
@@ -43,7 +43,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _are_settings(value: Any) -> bool:
@@ -75,20 +75,20 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
 
 
 def check_types(config: Mapping[str, Any], where: str | Path) -> None:
-    """Refuse a config in which a setting is of another type than Transformers gives it; a null is as if absent.
+    """Refuse a config in which a setting does not have the type that Transformers expects; null counts as absent.
 
     Args:
         config: The parsed file.
-        where: What to call it in messages.
+        where: Name of the file in messages.
 
     Raises:
-        UserError: naming the first such setting.
+        UserError: a setting has the wrong type; the message names the first one.
     """
-    for fits, what, keys in _KINDS:
+    for fits, expected, keys in _KINDS:
         for key in keys:
             if config.get(key) is not None and not fits(config[key]):
                 raise UserError(
-                    f"{where} has {_short(config[key])} for {key}, which must be {what}; restore the file."
+                    f"{where} has {_short(config[key])} for {key}, which must be {expected}; restore the file."
                 )
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders as a source and a sink of tensors, one tensor in memory at a time."""
+"""Reads and writes Hugging Face folders, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""What transformers splits at, too."""
+"""The default of transformers."""
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
-# Ends of names of tensors that old checkpoints hold beside the weights: a buffer, and the copy of a tied embedding.
+# Suffixes of tensors that old checkpoints have in addition to the weights: a buffer, and a copy of a tied embedding.
 _HARMLESS = ("rotary_emb.inv_freq", _HEAD)
 
 
@@ -42,21 +42,21 @@ class HuggingFaceSource:
     """A Hugging Face model folder: its weights in one file or many, of safetensors or of PyTorch."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a folder and compare what its files promise with the config; no weight is read yet.
+        """Open a folder and check the names and sizes of its tensors against the config.
 
-        But one: if the config ties the output head to the embedding and a head is stored all the same, the two are
-        compared. A separate head unties the model.
+        No weights are read yet, with one exception: if the config ties the output head to the embedding but a head is
+        stored, the two are compared. A different head unties the model.
 
         Raises:
-            UserError: a file is missing or broken, or the weights are not those of the config: one is missing,
-                surplus, of another size or quantised.
+            UserError: a file is missing or broken, or the weights do not fit the config: one is missing, extra, of
+                another size, or quantised.
         """
         self.folder = Path(folder)
         config = read_config(self.folder / "config.json")
         self._weights = Shards(self.folder)
         if has_own_head(self.folder, config):
             say_once(
-                f"{self.folder} ties the output head to the embedding in config.json but stores another head: the "
+                f"{self.folder} ties the output head to the embedding in config.json but stores a different head: the "
                 "head is kept and the model untied, as Transformers 5 loads it (Transformers 4 drops the head)."
             )
             config["tie_word_embeddings"] = False
@@ -70,7 +70,7 @@ class HuggingFaceSource:
 
     @property
     def assets(self) -> tuple[Path, ...]:
-        """Tokenizer, chat template and generation config; never weights, whatever their name."""
+        """Tokenizer, chat template and generation config; never weights, whatever their names."""
         return asset_files(self.folder)
 
     @cached_property
@@ -87,7 +87,7 @@ class HuggingFaceSource:
 
     @property
     def extra_tensors(self) -> tuple[str, ...]:
-        """Tensors that are stored but are no weights of the model: old rotary buffers, a tied head's copy."""
+        """Stored tensors that are not weights of the model: old rotary buffers, the copy of a tied head."""
         return tuple(name for name in self._weights.names if name not in self._parts)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -95,10 +95,10 @@ class HuggingFaceSource:
         return self._weights.dtype(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a fresh copy of one tensor.
+        """Return a fresh copy of a tensor.
 
         Raises:
-            UserError: there is no such tensor, its file can no longer be read, or it is not what the manifest says.
+            UserError: there is no such tensor, its file can no longer be read, or it differs from the manifest.
         """
         tensor = self._weights.read(name)
         self._stored.check(name, tensor)
@@ -106,7 +106,7 @@ class HuggingFaceSource:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What its tensors are compared with as they are read; None where there is none, or it is to be ignored."""
+        """The manifest that tensors are compared with as they are read; None if there is none or it is ignored."""
         return self._stored.manifest
 
     def checksums(self) -> Mapping[str, TensorRecord]:
@@ -114,25 +114,27 @@ class HuggingFaceSource:
         return self._stored.checksums(self)
 
     def _check_layers(self) -> None:
-        """Refuse a number of layers that the files cannot hold, before anything is made for each layer."""
+        """Refuse more layers than the files can hold, before anything is allocated per layer."""
         layers, tensors = self._shape.layers, len(self._weights.names)
         if layers > tensors:
             raise UserError(
-                f"config.json in {self.folder} says {layers:,} layers, but the files there hold {tensors:,} tensors; "
+                f"config.json in {self.folder} says {layers:,} layers, but the files there have {tensors:,} tensors; "
                 "use the config.json that belongs to these weights."
             )
 
     def _refuse_quantized(self, config: Mapping[str, Any]) -> None:
-        """Refuse weights that are stored as the config's quantisation says; plain ones can be used without it."""
-        odd = []
+        """Refuse weights that are stored quantised; plain weights are usable even if the config names a method."""
+        unusual = []
         if quantization(config) is not None:
-            odd = [name for name in self._weights.names if name not in self._parts and not name.endswith(_HARMLESS)]
+            unusual = [
+                name for name in self._weights.names if name not in self._parts and not name.endswith(_HARMLESS)
+            ]
             try:
                 for name in self._weights.names:
                     self._weights.dtype(name)
             except UserError:
-                odd.append(name)
-        refuse_quantised(self.folder, quantization(config), self._weights.names, odd)
+                unusual.append(name)
+        refuse_quantised(self.folder, quantization(config), self._weights.names, unusual)
 
     def _check_weights(self) -> None:
         unknown = [name for name in self.extra_tensors if not name.endswith(_HARMLESS)]
@@ -159,7 +161,7 @@ class HuggingFaceSource:
 
 
 def has_own_head(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Return whether a model whose config ties head and embedding stores a head that is another matrix."""
+    """Return whether a model whose config ties head and embedding stores a head that differs from the embedding."""
     if not config.get("tie_word_embeddings"):
         return False
     files = sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin"})
@@ -169,7 +171,7 @@ def has_own_head(folder: Path, config: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=16)
 def _heads_differ(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> bool:
-    """Compare head and embedding, once for each state of the files: both are read, and a folder is opened often."""
+    """Compare head and embedding; cached per state of the files, because both are read and folders opened often."""
     weights = Shards(folder)
     if not {_EMBEDDING, _HEAD} <= set(weights.names):
         return False
@@ -193,9 +195,9 @@ def write_huggingface(
     Args:
         source: The model.
         target: The folder to make.
-        dtype: Cast every tensor to it; None keeps each as it is stored.
-        max_shard_bytes: A shard is closed before it would grow beyond this, unless one tensor alone is larger.
-        allow_nonfinite: Write NaN and infinite values, too, instead of refusing the tensor that has them.
+        dtype: Cast every tensor to this dtype; None keeps the stored dtypes.
+        max_shard_bytes: Maximum size of a shard, unless a single tensor is larger.
+        allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
 
@@ -209,7 +211,7 @@ def write_huggingface(
     recorder.layout.require_class(recorder.shape)
     with whole_folder(Path(target), overwrite=overwrite) as folder:
         masks = masks_of(source)
-        # Some loaders take every *.safetensors for weights unless an index tells which are.
+        # Without an index, some loaders take every *.safetensors file for weights.
         _write_shards(recorder, folder, max_shard_bytes, with_index=bool(masks.names))
         config = {key: value for key, value in recorder.config().items() if key != CONFIG_KEY}
         if masks.names:
@@ -222,7 +224,7 @@ def write_huggingface(
 
 
 def _write_shards(recorder: Recorder, folder: Path, max_shard_bytes: int, *, with_index: bool) -> None:
-    """Write the weights, and the index if it is asked for or they fill more than one file."""
+    """Write the weights, and an index if ``with_index`` or if they fill more than one file."""
     names = list(recorder.parts)
     shards: list[SafetensorsWriter] = []
     for position, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""The weight files of a Hugging Face folder as one table of tensors: one file or many, safetensors or PyTorch's."""
+"""The weight files of a Hugging Face folder, one or many, safetensors or PyTorch, as one table of tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_pvs.checkpoints.files.safetensors_file import SafetensorsReader
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json
 
-# In the order in which transformers looks for them; each may be split, with an index beside the parts.
+# In the order in which transformers looks for them; each may be split into shards with an index.
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -34,32 +34,32 @@ class Shard(Protocol):
 
 
 class Shards:
-    """All tensors that a folder's weight files hold, each exactly once."""
+    """All tensors in a folder's weight files, each exactly once."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers of all files.
 
         Raises:
-            UserError: there are no weight files, one is missing or broken, two hold the same tensor, or a file lacks
-                what the index promises.
+            UserError: there are no weight files, one is missing or broken, two have the same tensor, or a file lacks
+                a tensor that the index assigns to it.
         """
         self._folder = folder
-        whole, promised = _find(folder)
-        files = [whole] if promised is None else sorted({*promised.values()})
+        single_file, weight_map = _find(folder)
+        files = [single_file] if weight_map is None else sorted({*weight_map.values()})
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise UserError(f"{few(missing)} of {folder} {is_are(missing)} missing; download the model again.")
         self._files = {file: _open(folder / file) for file in files}
         self._file_of: dict[str, str] = {}
-        twice = []
+        duplicates = []
         for file, shard in self._files.items():
-            twice += [name for name in shard.names if name in self._file_of]
+            duplicates += [name for name in shard.names if name in self._file_of]
             self._file_of.update(dict.fromkeys(shard.names, file))
-        if twice:
+        if duplicates:
             raise UserError(
-                f"{few(twice)} {is_are(twice)} in more than one file of {folder}; download the model again."
+                f"{few(duplicates)} {is_are(duplicates)} in more than one file of {folder}; download the model again."
             )
-        lost = [name for name, file in (promised or {}).items() if self._file_of.get(name) != file]
+        lost = [name for name, file in (weight_map or {}).items() if self._file_of.get(name) != file]
         if lost:
             raise UserError(
                 f"{few(lost)} {is_are(lost)} not in the file of {folder} that its index names; "
@@ -109,7 +109,7 @@ class Shards:
 
 
 def few(names: list[str], limit: int = 3) -> str:
-    """Return some names as a part of a sentence: ``a, b, c and 4 more``."""
+    """Return the first names of a list for use in a sentence: ``a, b, c and 4 more``."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -120,7 +120,7 @@ def is_are(names: list[str]) -> str:
 
 
 def _find(folder: Path) -> tuple[str, dict[str, str] | None]:
-    """Return the name of the weight file and, where it is split, the file of each tensor as the index has it."""
+    """Return the name of the weight file and, if it is split, the index's map from tensors to files."""
     for name in _NAMES:
         if (folder / name).is_file():
             return name, None

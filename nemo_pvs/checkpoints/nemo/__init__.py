@@ -1,1 +1,1 @@
-"""NeMo checkpoints: weights, the context that NeMo builds a model from, the optimizer state."""
+"""NeMo checkpoints: weights, the context from which NeMo builds the model, and the optimizer state."""

@@ -1,8 +1,8 @@
-"""NeMo 2 checkpoints as a source and a sink of tensors, one layer's slice in memory at a time.
+"""Reads and writes NeMo 2 checkpoints, one layer's slice in memory at a time.
 
-``weights/`` is a torch_dist checkpoint in which each kind of layer tensor is one tensor ``[layers, ...]``, or one for
-each layer where layers are uneven, fused as Megatron fuses it and independent of the parallelism that wrote it;
-``context/`` describes the model.
+``weights/`` is a torch_dist checkpoint that stores a tensor of all layers as one tensor ``[layers, ...]`` (for uneven
+layers: as one tensor per layer), fused as in Megatron and independent of the parallelism that wrote it. ``context/``
+describes the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LAYERS = "module.decoder.layers."
 _EMBEDDING = "module.embedding.word_embeddings.weight"
 _HEAD = "module.output_layer.weight"
 
-# Transformer Engine modules whose extra state (FP8 scales) Megatron asks for; None means that there is none.
+# Transformer Engine modules whose extra state (FP8 scales) Megatron requests; a stored None means that there is none.
 _STATEFUL_MODULES = (
     "self_attention.linear_qkv",
     "self_attention.core_attention",
@@ -45,7 +45,7 @@ _STATEFUL_MODULES = (
 
 
 class NemoSource:
-    """A NeMo checkpoint: an imported model, one of ours, or one that training left (its optimizer is not read)."""
+    """A NeMo checkpoint: an imported model, one of ours, or a training checkpoint (its optimizer is not read)."""
 
     def __init__(self, folder: str | Path) -> None:
         """Open a checkpoint; no weight is read yet.
@@ -60,7 +60,7 @@ class NemoSource:
         )
         if self._has_own_head(Layout.for_config(config).shape(config)):
             say_once(
-                f"{self.folder} shares the embedding with the output head by its config but stores another head: the "
+                f"{self.folder} ties the output head to the embedding in its config but stores a different head: the "
                 "head is kept and the model untied."
             )
             config = {**config, "tie_word_embeddings": False}
@@ -69,7 +69,7 @@ class NemoSource:
         layout = Layout.for_config(self.config)
         self._check_layers()
         self._parts = layout.parts(self._shape)
-        # Megatron can be told to store even layers apart, too.
+        # Megatron can be told to store even layers separately as well.
         self._stacked = not any(name.startswith(f"{_LAYERS}0.") for name in self._weights.names)
         self._check_sizes(layout)
         self._refuse_unknown_tensors()
@@ -90,7 +90,7 @@ class NemoSource:
 
     @cached_property
     def masks(self) -> Masks:
-        """The masks in its context; most models have none."""
+        """The masks in the context; most models have none."""
         path = self.folder / "context" / FILE
         sizes = {name: part.size(self._shape) for name, (part, _) in self._parts.items()}
         if not path.is_file():
@@ -101,7 +101,7 @@ class NemoSource:
 
     @property
     def extra_tensors(self) -> tuple[str, ...]:
-        """Stored tensors that are no weights of the model, such as optimizer states."""
+        """Stored tensors that are not weights of the model, such as optimizer states."""
         known = {self._name(entry) for _, entry in self._parts.values()}
         return tuple(name for name in self._weights.names if name not in known)
 
@@ -110,14 +110,14 @@ class NemoSource:
         return self._weights.dtype(self._name(self._parts[name][1]))
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor under its Hugging Face name, without padding rows.
+        """Return a tensor by its Hugging Face name, without padding rows.
 
-        A fused tensor is read once for all its parts if they are asked for one after the other; each part is handed
-        out once and then forgotten, so a caller may change it.
+        A fused tensor is read once for all its parts if they are requested consecutively; each part is returned once
+        and then forgotten, so a caller may modify it.
 
         Raises:
-            UserError: the model has no such tensor, the file that holds it is missing or broken, or the tensor is not
-                what the manifest says.
+            UserError: the model has no such tensor, its file is missing or broken, or the tensor differs from the
+                manifest.
         """
         if name not in self._siblings:
             if name not in self._parts:
@@ -131,7 +131,7 @@ class NemoSource:
 
     @property
     def manifest(self) -> Manifest | None:
-        """What its tensors are compared with as they are read; None where there is none, or it is to be ignored."""
+        """The manifest that tensors are compared with as they are read; None if there is none or it is ignored."""
         return self._stored.manifest
 
     def checksums(self) -> Mapping[str, TensorRecord]:
@@ -148,17 +148,17 @@ class NemoSource:
         return self._weights.read(self._name(entry), (entry.layer, *(0 for _ in size)), (1, *size)).squeeze(0)
 
     def _check_layers(self) -> None:
-        """Refuse a number of layers that the files cannot hold, before anything is made for each layer."""
+        """Refuse more layers than the files can hold, before anything is allocated per layer."""
         names = [name for name in self._weights.names if name.startswith(_LAYERS)]
         stored = max([len(names), *(self._weights.size(name)[0] for name in names if self._weights.size(name))])
         if self._shape.layers > stored:
             raise UserError(
-                f"The context of {self.folder} says {self._shape.layers:,} layers, but its weights are those of at "
-                f"most {stored:,}; use the context that belongs to these weights."
+                f"The context of {self.folder} says {self._shape.layers:,} layers, but there are weights for at most "
+                f"{stored:,}; use the context that belongs to these weights."
             )
 
     def _has_own_head(self, shape: Shape) -> bool:
-        """Return whether a model that is tied by its config stores a head that is another matrix all the same."""
+        """Return whether a model that is tied by its config stores a head that differs from the embedding."""
         if not shape.tied or _HEAD not in self._weights.names:
             return False
         stored = self._weights.size(_HEAD)
@@ -168,7 +168,7 @@ class NemoSource:
         return not same_values(*(self._weights.read(name, (0, 0), size) for name in (_EMBEDDING, _HEAD)))
 
     def _check_sizes(self, layout: Layout) -> None:
-        """Refuse weights that are not of the context's shape; only the vocabulary may have (padding) rows to spare."""
+        """Refuse weights whose sizes differ from the context's; only the vocabulary may have extra (padding) rows."""
         for entry in layout.entries(self._shape):
             name = self._name(entry)
             stored = self._weights.size(name)
@@ -181,13 +181,14 @@ class NemoSource:
                 )
 
     def _refuse_unknown_tensors(self) -> None:
-        """Refuse parts of the model that its context does not tell of: without them it would be another model."""
-        # With tied embeddings, a stored head is known to be a copy here.
+        """Refuse tensors of the model that its context does not describe: without them it would be another model."""
+        # With tied embeddings, a stored head has already been found to be a copy.
         unknown = [name for name in self.extra_tensors if name.startswith("module.") and name != _HEAD]
         if unknown:
             raise UserError(
                 f"{self.folder} has {len(unknown)} tensors that {self.config['architectures'][0]} with its context "
-                f"does not have: {few(unknown)}; adapters and quantised weights are not supported."
+                f"does not have: {few(unknown)}; adapters and quantised weights are not supported, so use the plain "
+                "model."
             )
 
 
@@ -203,16 +204,16 @@ def write_nemo(
 ) -> Manifest:
     """Write a model as a NeMo checkpoint that NeMo loads at any tensor and pipeline parallelism.
 
-    Stock NeMo does where layers are even; the context of an uneven model names a class of ours
-    (``megatron/uneven.py``). Biases on one side of the layers only get zeros beside them (``with_both_biases``).
+    Stock NeMo loads even layers; the context of an uneven model names our own class (``megatron/uneven.py``). Where
+    only the attention or only the MLP has biases, zeros are added for the other (``with_both_biases``).
 
     Args:
         source: The model.
         target: The folder to make.
-        dtype: Cast every tensor to it; None keeps each as it is stored.
-        pad_vocab_to_multiple: Rows of zeros are added to embedding and output head up to a multiple of this, so that
-            tensor parallelism divides them. ``NemoSource`` leaves them out again.
-        allow_nonfinite: Write NaN and infinite values, too, instead of refusing the tensor that has them.
+        dtype: Cast every tensor to this dtype; None keeps the stored dtypes.
+        pad_vocab_to_multiple: Pad the embedding and the output head with rows of zeros to a multiple of this, so that
+            tensor parallelism divides them. ``NemoSource`` drops these rows.
+        allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
 
@@ -236,7 +237,7 @@ def write_nemo(
 
 
 def stored_name(entry: Entry, *, stacked: bool) -> str:
-    """Return the name under which a checkpoint stores a Megatron tensor: of all layers together, or of one layer."""
+    """Return the stored name of a Megatron tensor; ``stacked``: of all layers together, else of one layer."""
     if entry.layer is None:
         return f"module.{entry.megatron}"
     return f"{_LAYERS}{'' if stacked else f'{entry.layer}.'}{entry.megatron}"
@@ -248,12 +249,12 @@ def _stored_size(entry: Entry, shape: Shape, vocab_rows: int, *, stacked: bool) 
 
 
 def _blocks(recorder: Recorder, vocab_rows: int) -> Iterator[Block]:
-    """Yield the blocks of a checkpoint in the order in which a source is best read."""
+    """Yield the blocks of a checkpoint in the order in which reading the source is fastest."""
     stacked = not recorder.shape.uneven
     dtypes: dict[str, torch.dtype] = {}
     for entry in recorder.layout.entries(recorder.shape):
         name = stored_name(entry, stacked=stacked)
-        if name not in dtypes:  # a stacked tensor has one dtype, so its first layer tells it
+        if name not in dtypes:  # a stacked tensor has one dtype, that of its first layer
             dtypes[name] = recorder.dtype_of(entry.parts[0].name)
         full_size = _stored_size(entry, recorder.shape, vocab_rows, stacked=stacked)
         layer = (entry.layer,) if stacked and entry.layer is not None else ()
@@ -274,9 +275,9 @@ def _blocks(recorder: Recorder, vocab_rows: int) -> Iterator[Block]:
 def _row_blocks(
     recorder: Recorder, entry: Entry, size: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
-    """Yield the blocks of one entry from its first row to its last: their numbers of rows, and how to make them.
+    """Yield the blocks of an entry from its first row to its last: the number of rows and a function that makes them.
 
-    Gate and up rows lie apart and Megatron reads them apart, so each is a block; so are the padding rows.
+    Gate and up are separate blocks because Megatron reads their rows separately; the padding rows are another block.
     """
     pieces = [(part,) for part in entry.parts] if entry.fuse == "gate_up" else [entry.parts]
     for parts in pieces:
@@ -292,17 +293,18 @@ def _fused(recorder: Recorder, entry: Entry, parts: tuple[Part, ...], dtype: tor
     for part, tensor in zip(parts, tensors, strict=True):
         if tensor.dtype != dtype:
             raise UserError(
-                f"{part.name} is {dtype_name(tensor.dtype)}, but a NeMo checkpoint holds it in one tensor with "
+                f"{part.name} is {dtype_name(tensor.dtype)}, but a NeMo checkpoint stores it in one tensor with "
                 f"weights in {dtype_name(dtype)}; convert with an explicit dtype."
             )
     return tensors[0] if len(tensors) == 1 else entry.join(tensors, recorder.shape)
 
 
 def _extra_states(shape: Shape) -> list[str]:
-    return [
-        f"{_LAYERS}{layer}.{module}._extra_state/shard_0_1"
-        if shape.uneven
-        else f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.layers}"
-        for layer in range(shape.layers)
-        for module in _STATEFUL_MODULES
-    ]
+    names = []
+    for layer in range(shape.layers):
+        for module in _STATEFUL_MODULES:
+            if shape.uneven:
+                names.append(f"{_LAYERS}{layer}.{module}._extra_state/shard_0_1")
+            else:
+                names.append(f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.layers}")
+    return names

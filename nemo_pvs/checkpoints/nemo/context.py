@@ -22,12 +22,12 @@ from nemo_pvs.system.files import read_json, write_json
 
 _HUGGINGFACE_CONFIG = "huggingface_config.json"
 _TOKENIZER = "tokenizer"
-_GENERATION = Path("artifacts", "generation_config.json")  # where NeMo's importer leaves it
+_GENERATION = Path("artifacts", "generation_config.json")  # where NeMo's importer writes it
 
 # Fields of our config classes for uneven layers (megatron/uneven.py), in the order of LayerSizes.
 _BY_LAYER = ("ffn_hidden_size_by_layer", "num_attention_heads_by_layer", "num_query_groups_by_layer")
 
-# The features that Megatron's add_bias_linear stands for, both at once.
+# The features that Megatron's add_bias_linear switches together.
 _BIASES = frozenset({"attention_bias", "mlp_bias"})
 
 
@@ -36,8 +36,8 @@ def write_context(folder: Path, config: Mapping[str, Any], assets: Iterable[Path
 
     Args:
         folder: The ``context`` folder to make.
-        config: The model's Hugging Face config, sizes and dtype explicit; kept as it is beside NeMo's form.
-        assets: Tokenizer files and generation config. Without any tokenizer file the model's tokenizer is None.
+        config: The model's Hugging Face config with explicit sizes and dtype; also written unchanged.
+        assets: Tokenizer files and generation config. Without a tokenizer file the model's tokenizer is None.
         vocab_rows: Rows of the stored embedding, padding included.
 
     Raises:
@@ -63,15 +63,15 @@ def write_context(folder: Path, config: Mapping[str, Any], assets: Iterable[Path
 
 
 def read_context(folder: Path, *, vocab_rows: int, dtype: str) -> dict[str, Any]:
-    """Return the Hugging Face config of a checkpoint: the one that we kept, or one rebuilt from NeMo's.
+    """Return the Hugging Face config of a checkpoint: the one that ``write_context`` stored, or one built from NeMo's.
 
     Args:
         folder: The ``context`` folder.
-        vocab_rows: Rows of the stored embedding; the vocabulary where NeMo's config does not state it.
-        dtype: Name of the stored dtype, for a rebuilt config.
+        vocab_rows: Rows of the stored embedding; the vocabulary size if NeMo's config does not state it.
+        dtype: Name of the stored dtype, for a config built from NeMo's.
 
     Raises:
-        UserError: there is no usable context, or its model is none that Hugging Face can express.
+        UserError: there is no usable context, or its model cannot be expressed as a Hugging Face config.
     """
     kept = folder / _HUGGINGFACE_CONFIG
     if kept.is_file():
@@ -88,10 +88,10 @@ def read_context(folder: Path, *, vocab_rows: int, dtype: str) -> dict[str, Any]
 def context_assets(folder: Path) -> tuple[Path, ...]:
     """Return the tokenizer files and the generation config of a checkpoint."""
     tokenizer = fiddle_json.find(_io_json(folder), "<root>.model.tokenizer")
-    place = tokenizer.arguments.get("pretrained_model_name") if tokenizer else None
+    name = tokenizer.arguments.get("pretrained_model_name") if tokenizer else None
     assets = {file.name: file for file in asset_files((folder / _GENERATION).parent)}
-    if isinstance(place, str) and (folder / place).resolve().is_relative_to(folder.resolve()):
-        assets.update({file.name: file for file in asset_files(folder / place)})
+    if isinstance(name, str) and (folder / name).resolve().is_relative_to(folder.resolve()):
+        assets.update({file.name: file for file in asset_files(folder / name)})
     return tuple(assets[name] for name in sorted(assets))
 
 
@@ -100,11 +100,14 @@ def _io_json(folder: Path) -> Any:
 
 
 def _nemo_config(family: NemoFamily, config: Mapping[str, Any], vocab_rows: int) -> Config:
-    """Return the NeMo config that describes a Hugging Face config, every field that differs in a family explicit."""
+    """Return the NeMo config for a Hugging Face config, with every field that varies within the family explicit."""
     name = family.layout.family
     for key, wanted in family.layout.fixed.items():
         if config.get(key, wanted) != wanted:
-            raise UserError(f"NeMo's {name} has {key} {wanted}, not {config[key]}; this model cannot be converted.")
+            raise UserError(
+                f"NeMo's {name} has {key} {wanted}, not {config[key]}, so this model cannot be converted; keep it in "
+                "the Hugging Face format."
+            )
     stated = {**family.layout.defaults, **config}
     dtype = config.get("torch_dtype") or config["dtype"]
     fields = {
@@ -121,9 +124,9 @@ def _nemo_config(family: NemoFamily, config: Mapping[str, Any], vocab_rows: int)
         return Config(family.config, fields)
     known = family.rope_scaling
     if known is None or kind != known.kind:
-        can = f"only none and {known.kind} can" if known else "only none can"
+        supported = f"only {known.kind} or no scaling" if known else "only a model without scaling"
         raise UserError(
-            f"The rope_scaling of this model is {kind}, which NeMo's {name} does not have; {can} be converted."
+            f"The rope_scaling of this model is {kind}, which NeMo's {name} lacks; {supported} can be converted."
         )
     missing = [key for key in known.fields if key not in scaling]
     if missing:
@@ -132,7 +135,7 @@ def _nemo_config(family: NemoFamily, config: Mapping[str, Any], vocab_rows: int)
 
 
 def _with_layers(family: NemoFamily, config: Mapping[str, Any], stored: Config) -> Config:
-    """Return our class with the sizes of each layer where layers are uneven, else NeMo's config as it is."""
+    """Return our class with the sizes of each layer if layers are uneven, else ``stored`` unchanged."""
     layers = family.layout.shape(config).uneven
     if not layers:
         return stored
@@ -141,21 +144,21 @@ def _with_layers(family: NemoFamily, config: Mapping[str, Any], stored: Config) 
 
 
 def _has_biases(layout: Layout, config: Mapping[str, Any]) -> bool:
-    """Return Megatron's one switch for the biases of all linear layers of a decoder layer."""
+    """Return Megatron's ``add_bias_linear``, which covers all linear layers of a decoder layer."""
     biases = _BIASES.intersection(layout.shape(config).features)
     if biases and biases != _BIASES:
         raise UserError(
-            f"This model has {', '.join(biases)} alone, but Megatron has biases on all linear layers or on none; "
+            f"This model has only {', '.join(biases)}, but Megatron has biases on all linear layers or on none; "
             "fill the missing ones with zeros."
         )
     return bool(biases)
 
 
 def _to_nemo(field: str, value: Any) -> Any:
-    """Return a Hugging Face value as NeMo states it.
+    """Return the NeMo form of a Hugging Face value.
 
-    A window of w is ``[w, 0]``, as in NeMo's own importer, although Megatron counts the keys before a query (w + 1
-    with its own) and Hugging Face all (w): beyond w tokens NeMo sees one key more.
+    A window of w becomes ``[w, 0]``, as in NeMo's own importer, although Megatron counts only the keys before a query
+    (w + 1 with its own) and Hugging Face all keys (w): beyond w tokens NeMo attends to one key more.
     """
     return [value, 0] if field == "window_size" and value is not None else value
 
@@ -170,12 +173,12 @@ def _huggingface_config(folder: Path, vocab_rows: int) -> dict[str, Any]:
     path = folder / "io.json"
     stored = fiddle_json.find(_io_json(folder), "<root>.model.config", "<root>.config")
     if stored is None:
-        raise UserError(f"{path} describes no model; use the checkpoint folder that NeMo wrote.")
+        raise UserError(f"{path} does not describe a model; use the checkpoint folder that NeMo wrote.")
     family = NemoFamily.of_class(stored.symbol)
     if family is None:
         raise UserError(
             f"{path} has the config class {stored.symbol.module}.{stored.symbol.name}, which no table in conversions/ "
-            f"lists; put the model's Hugging Face config beside it as {_HUGGINGFACE_CONFIG}, or write "
+            f"lists; put the model's Hugging Face config next to it as {_HUGGINGFACE_CONFIG}, or write "
             "conversions/<family>.yaml as conversions/README.md explains."
         )
     fields = {**family.defaults(stored.symbol), **stored.arguments}
@@ -183,13 +186,11 @@ def _huggingface_config(folder: Path, vocab_rows: int) -> dict[str, Any]:
     for field, wanted in {**PLAIN, **family.fixed}.items():
         if fields.get(field, wanted) != wanted:
             raise UserError(
-                f"{path} has {field}={fields[field]}, which a {layout.family} in the Hugging Face format cannot have."
+                f"{path} has {field}={fields[field]}, which a {layout.family} in the Hugging Face format cannot have; "
+                "such a model is not supported."
             )
-    missing = [
-        field
-        for field in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
-        if field not in fields
-    ]
+    required = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+    missing = [field for field in required if field not in fields]
     if missing:
         raise UserError(f"{path} does not state {', '.join(missing)}; use the checkpoint folder that NeMo wrote.")
     _check_numbers(path, fields)
@@ -224,10 +225,10 @@ _WHOLE_NUMBERS = (
 
 
 def _check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse sizes that are none: the file may be damaged, or made by somebody else.
+    """Refuse sizes of the wrong type or below 1, which a damaged or untrusted file may have.
 
     Raises:
-        UserError: naming the field.
+        UserError: a field has such a value; the message names it.
     """
     for field in _WHOLE_NUMBERS:
         value = fields.get(field)
@@ -244,7 +245,7 @@ def _check_numbers(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _rope_scaling(family: NemoFamily, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return ``rope_scaling`` as Hugging Face has it; only the classes that scale have the fields."""
+    """Return ``rope_scaling`` in Hugging Face's form; only classes with scaling have its fields."""
     known = family.rope_scaling
     if known is None or not fields.keys() & set(known.fields.values()):
         return None

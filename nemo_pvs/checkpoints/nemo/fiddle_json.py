@@ -1,8 +1,8 @@
-"""Fiddle's JSON form of configs, the little of it that NeMo's checkpoints need, written and read without Fiddle.
+"""Reads and writes Fiddle's JSON form of configs, as far as NeMo's checkpoints need it, without Fiddle.
 
 A file lists objects under keys. A config is an object with the class that it configures and its arguments, each of
-which is a leaf (a JSON value), a pyref (something importable, by name) or a ref (another object, by key). Objects and
-arguments know their path from the root, which is how NeMo finds a part such as ``<root>.model``.
+which is a leaf (a JSON value), a pyref (an importable object, by name) or a ref (another object, by key). Objects and
+arguments record their path from the root, by which NeMo finds a part such as ``<root>.model``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _NOTHING = object()
 
 @dataclass(frozen=True)
 class Symbol:
-    """Something importable, by name."""
+    """An importable object, by name."""
 
     module: str
     name: str
 
 
 _MOVED = {"nemo_pvs.training.uneven": "nemo_pvs.megatron.uneven"}
-"""Modules that checkpoints of earlier versions name, and where they are today."""
+"""Modules named in checkpoints of earlier versions, and their current names."""
 
 _LIST = Symbol("builtins", "list")
 _TUPLE = Symbol("builtins", "tuple")
@@ -34,24 +34,21 @@ _TUPLE = Symbol("builtins", "tuple")
 
 @dataclass(frozen=True)
 class Config:
-    """A class (or function) and the arguments to call it with.
-
-    These are leaves, lists of leaves, empty dicts, Symbols and further Configs.
-    """
+    """A class (or function) and its arguments: leaves, lists of leaves, empty dicts, Symbols and other Configs."""
 
     symbol: Symbol
     arguments: Mapping[str, Any]
 
 
 def dump(root: Config) -> dict[str, Any]:
-    """Return the JSON form of a tree of configs in which no two configure the same class."""
+    """Return the JSON form of a tree of configs, in which each class may occur only once."""
     objects: dict[str, Any] = {}
     reference = _encode(root, "<root>", objects)
     return {"root": reference, "objects": objects, "refcounts": dict.fromkeys(objects, 1), "version": _VERSION}
 
 
 def find(document: Any, *paths: str) -> Config | None:
-    """Return the config at the first of ``paths`` that a file has; arguments that are other configs are left out."""
+    """Return the config at the first of ``paths`` that exists, or None; arguments that are configs are left out."""
     try:
         objects = document["objects"]
         for path in paths:
@@ -59,7 +56,7 @@ def find(document: Any, *paths: str) -> Config | None:
                 if path in stored.get("paths", ()):
                     return _decode(stored, objects)
     except (AttributeError, LookupError, TypeError, ValueError, StopIteration, RecursionError):
-        pass  # not a file of this format: as good as one without the config
+        pass  # not a file of this format, so it has no config
     return None
 
 
@@ -70,7 +67,7 @@ def _encode(value: Any, path: str, objects: dict[str, Any]) -> dict[str, Any]:
         return {**_empty_dict(), "paths": [path]}
     if isinstance(value, list):
         items = [
-            [f"Index(index={index})", _encode(one, f"{path}[{index}]", objects)] for index, one in enumerate(value)
+            [f"Index(index={index})", _encode(item, f"{path}[{index}]", objects)] for index, item in enumerate(value)
         ]
         return {"type": _pyref(_LIST), "items": items, "metadata": None, "paths": [path]}
     if not isinstance(value, Config):
@@ -90,7 +87,7 @@ def _encode(value: Any, path: str, objects: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(config: Config) -> dict[str, Any]:
-    """Return what Fiddle keeps beside the arguments: the class, their names, and empty tags and history."""
+    """Return the metadata that Fiddle stores: the class, the argument names, and empty tags and history."""
     kind = _pyref(Symbol(_MODULE, "BuildableTraverserMetadata"))
     values = {
         "fn_or_cls": _pyref(config.symbol),

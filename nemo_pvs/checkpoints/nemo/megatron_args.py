@@ -1,4 +1,4 @@
-"""The command line of a Megatron-LM run, which it keeps in ``common.pt``, as a Hugging Face config."""
+"""Builds a Hugging Face config from a Megatron-LM run's command-line arguments, which are stored in ``common.pt``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ARGUMENTS = {
     "initializer_range": "init_method_std",
 }
 
-# What makes a GPT of Megatron-LM a Llama, and what a Llama cannot have (arguments that older versions lack).
+# Arguments that make a Megatron-LM GPT a Llama, and values that a Llama must have if the argument is present at all.
 _LLAMA = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope"}
 _PLAIN = {
     "activation_func_clamp_value": None,
@@ -55,15 +55,15 @@ _LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 
-_ELSE = "put the model's Hugging Face config.json beside it"
+_ELSE = "put the model's Hugging Face config.json next to it"
 
 
-# Megatron's enumerations, and what else Megatron-Core itself expects there (its safe_globals.py).
+# Megatron's enumerations, and the other globals that Megatron-Core expects there (its safe_globals.py).
 _EXPECTED = ("megatron.", "numpy.", "pathlib.", "types.SimpleNamespace")
 
 
 class _Inert:
-    """Stands in for what is expected beside the arguments: nothing of it is imported, built or called."""
+    """Replaces the expected globals other than the arguments, so that none of them is imported, built or called."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -77,11 +77,11 @@ def config_from_arguments(common: Path, *, vocab_rows: int, dtype: str) -> dict[
 
     Args:
         common: The checkpoint's ``common.pt``.
-        vocab_rows: Rows of the stored embedding; the vocabulary where the arguments do not state it.
+        vocab_rows: Rows of the stored embedding; the vocabulary size if the arguments do not state it.
         dtype: Name of the stored dtype.
 
     Raises:
-        UserError: there are no arguments, they are no Llama's, or the file asks for code to be run.
+        UserError: there are no arguments, they do not describe a Llama, or the file would run code.
     """
     arguments = _arguments(common)
     missing = [name for name in (*_ARGUMENTS.values(), *_LLAMA) if name not in arguments]
@@ -90,7 +90,10 @@ def config_from_arguments(common: Path, *, vocab_rows: int, dtype: str) -> dict[
     for name, wanted in {**_LLAMA, **_PLAIN}.items():
         value = arguments.get(name, wanted)
         if value != wanted:
-            raise UserError(f"{common} has {name}={value}, which a Llama in the Hugging Face format cannot have.")
+            raise UserError(
+                f"{common} has {name}={value}, which a Llama in the Hugging Face format cannot have; such a model is "
+                "not supported."
+            )
     grouped = arguments.get("group_query_attention", False)
     biases = bool(arguments.get("add_bias_linear", True))  # Megatron-LM's default
     factor = arguments.get("rope_scaling_factor", 8.0)
@@ -117,13 +120,13 @@ def _arguments(common: Path) -> Mapping[str, Any]:
         content = load_harmless(common)
     arguments = content.get("args") if isinstance(content, dict) else None
     if not isinstance(arguments, argparse.Namespace):
-        raise UserError(f"{common} does not hold the arguments of a Megatron-LM run; {_ELSE}.")
+        raise UserError(f"{common} does not contain the arguments of a Megatron-LM run; {_ELSE}.")
     return vars(arguments)
 
 
 def _named(common: Path) -> list[str]:
-    """Return the classes and functions that a file asks for, without building or calling any."""
+    """Return the names of the classes and functions that a file refers to, without building or calling any."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(str(common))
-    except Exception:  # a broken file can raise anything, and loading it says what is wrong
+    except Exception:  # a broken file can raise anything; loading it reports what is wrong
         return []

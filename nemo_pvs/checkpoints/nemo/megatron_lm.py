@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM itself as a source: a bare ``torch_dist`` folder, and a config from elsewhere."""
+"""Reads checkpoints of Megatron-LM itself: a bare ``torch_dist`` folder with a config from elsewhere."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class MegatronSource(NemoSource):
         """Open a checkpoint; no weight is read yet.
 
         Args:
-            folder: Holds ``.metadata`` and the data files.
-            config: The model's Hugging Face ``config.json``, or the folder (with the tokenizer) that holds it. By
-                default a ``config.json`` in ``folder`` or else the arguments that Megatron-LM keeps in ``common.pt``.
+            folder: Contains ``.metadata`` and the data files.
+            config: The model's Hugging Face ``config.json``, or the folder that contains it (and the tokenizer). By
+                default ``config.json`` in ``folder``, or else the arguments that Megatron-LM stores in ``common.pt``.
 
         Raises:
             UserError: it is not a torch_dist checkpoint of a Llama-family model, or its config does not fit it.
@@ -37,7 +37,7 @@ class MegatronSource(NemoSource):
 
     @property
     def assets(self) -> tuple[Path, ...]:
-        """Tokenizer files and generation config beside the config, or beside the weights."""
+        """Tokenizer files and generation config next to the config, or else next to the weights."""
         return asset_files(self._config_path.parent if self._config_path else self.folder)
 
     def _open_weights(self) -> TorchDistReader:
@@ -52,7 +52,7 @@ class MegatronSource(NemoSource):
 
 
 class _Prefixed(TorchDistReader):
-    """Gives every tensor of the model the prefix that NeMo's wrapper adds to its name."""
+    """Adds the prefix of NeMo's wrapper to the names of the model's tensors."""
 
     def __init__(self, inner: TorchDistReader) -> None:
         self._inner = inner
@@ -77,9 +77,9 @@ class _Prefixed(TorchDistReader):
 
 def _config_path(folder: Path, config: str | Path | None) -> Path | None:
     if config is None:
-        beside = folder / "config.json"
-        return beside if beside.is_file() else None
+        default = folder / "config.json"
+        return default if default.is_file() else None
     path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
     if not path.is_file():
-        raise UserError(f"There is no config {path}; give a config.json or the folder that holds one.")
+        raise UserError(f"There is no config {path}; give a config.json or the folder that contains one.")
     return path

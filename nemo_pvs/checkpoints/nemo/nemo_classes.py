@@ -10,7 +10,7 @@ from nemo_pvs.checkpoints.nemo.fiddle_json import Symbol
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout, layouts
 
-# Hugging Face key, NeMo field: what Megatron calls alike for every family.
+# Hugging Face key, NeMo field: those that are the same for every family.
 _FIELDS = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -37,41 +37,41 @@ PLAIN: Mapping[str, Any] = {
     "softmax_type": "vanilla",
     "window_attn_skip_freq": None,
 }
-"""Fields of Megatron that change what a model computes, and the values that every family here has in all classes."""
+"""Megatron fields that change what a model computes, with the values that all classes of every family here have."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """The one kind of scaled rotary embedding that NeMo has for a family."""
+    """The kind of scaled rotary embedding that NeMo supports for a family."""
 
     kind: str
     """Hugging Face's ``rope_type``."""
     config: Symbol
-    """The config class whose models have it."""
+    """The config class of models with this scaling."""
     fields: Mapping[str, str]
     """Hugging Face key within ``rope_scaling``, NeMo field."""
 
 
 class NemoFamily:
-    """What NeMo calls the models of one family, and what its config classes leave unsaid in a checkpoint."""
+    """NeMo's classes and fields for one family, and the defaults that a checkpoint does not store."""
 
     def __init__(self, layout: Layout) -> None:
         """Read the section of a family's table.
 
         Raises:
-            UserError: the table has none, because NeMo does not have the family.
+            UserError: the table has no such section, because NeMo does not support the family.
         """
         if "nemo" not in layout.table:
             raise UserError(
-                f"NeMo does not have the family {layout.family}, so it stays in the Hugging Face format; if it has, "
-                f"describe it under nemo in conversions/{layout.family}.yaml."
+                f"No NeMo classes are known for the family {layout.family}, so it stays in the Hugging Face format; "
+                f"if NeMo has some, describe them under nemo in conversions/{layout.family}.yaml."
             )
         self.layout = layout
         self._section: Mapping[str, Any] = layout.table["nemo"]
 
     @classmethod
     def of_class(cls, symbol: Symbol) -> NemoFamily | None:
-        """Return the family that has a config class; None if no table lists it."""
+        """Return the family of a config class, or None if no table lists the class."""
         families = [cls(layout) for layout in layouts() if "nemo" in layout.table]
         return next((family for family in families if symbol in (*family.classes, *family.uneven.values())), None)
 
@@ -87,33 +87,33 @@ class NemoFamily:
 
     @property
     def classes(self) -> tuple[Symbol, ...]:
-        """Every config class that can be read."""
+        """All config classes that can be read."""
         return tuple(self._symbol(name) for name in self._section["classes"])
 
     @property
     def uneven(self) -> dict[Symbol, Symbol]:
-        """Our config class beside one of NeMo's: the same with sizes for each layer."""
+        """NeMo's config classes and our subclass of each, which adds sizes for each layer."""
         section = self._section.get("uneven", {"module": "", "classes": {}})
         return {self._symbol(name): Symbol(section["module"], ours) for name, ours in section["classes"].items()}
 
     @property
     def fields(self) -> dict[str, str]:
-        """Hugging Face key and NeMo field of every setting that both state."""
+        """Hugging Face key and NeMo field of every setting that both have."""
         return {**_FIELDS, **self._section.get("fields", {})}
 
     @property
     def fixed(self) -> Mapping[str, Any]:
-        """NeMo fields and the only values with which a model is one of this family as Hugging Face has it."""
+        """NeMo fields and the only values with which a model can be expressed in the Hugging Face family."""
         return self._section["fixed"]
 
     @property
     def rope_scaling(self) -> RopeScaling | None:
-        """The family's scaled rotary embedding, if NeMo has one."""
+        """The family's scaled rotary embedding, if NeMo supports one."""
         section = self._section.get("rope_scaling")
         return section and RopeScaling(section["kind"], self._symbol(section["config"]), section["fields"])
 
     def defaults(self, symbol: Symbol) -> dict[str, Any]:
-        """Return the fields that a config class sets, its parents' included: a checkpoint stores only what differs."""
+        """Return the defaults of a config class and its parents; a checkpoint stores only fields that differ."""
         even = {ours: name for name, ours in self.uneven.items()}.get(symbol, symbol)
         fields = dict(self._section["classes"][even.name])
         parent = fields.pop("extends", None)

@@ -1,4 +1,4 @@
-"""AdamW's state in a checkpoint of training, read like the weights that it belongs to."""
+"""Reads the AdamW state of a training checkpoint like the weights that it belongs to."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Entry, Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Of the gradient and of its square, as Megatron's optimizers name them."""
+"""First and second moment of the gradient, as named by Megatron's optimizers."""
 MASTERS = ("param", "fp32_param")
-"""fp32 copies of bf16 weights: those of Megatron's distributed optimizer, and of its plain one."""
+"""fp32 copies of bf16 weights, in Megatron's distributed and in its plain optimizer."""
 
 
 class OptimizerStateSource(NemoSource):
-    """One of an optimizer's states in a NeMo checkpoint: for each weight a tensor of its size, under its name.
+    """One state of an optimizer in a NeMo checkpoint: a tensor for each weight, of its size and under its name.
 
-    Megatron stores a state as it stores the weight (fused, all layers in one, whatever ranks wrote it, with its
-    distributed optimizer, too), so it is taken apart the same way.
+    Megatron stores a state like the weight (fused, all layers in one tensor, independent of the ranks that wrote it,
+    even with the distributed optimizer), so it is split in the same way.
     """
 
     def __init__(self, folder: str | Path, state: str) -> None:
         """Open the checkpoint; no tensor is read yet.
 
         Args:
-            folder: With ``weights/`` and ``context/``.
+            folder: The checkpoint, with ``weights/`` and ``context/``.
             state: One of ``MOMENTS`` or ``MASTERS``.
 
         Raises:
-            UserError: training left no such state here, or it is not of the weights' sizes.
+            UserError: the checkpoint has no such state, or its sizes are not those of the weights.
         """
         self.state = state
         super().__init__(folder)
-        self._stored.manifest = None  # it is of the weights
+        self._stored.manifest = None  # it describes the weights
         self._weights.check_crc = True
 
     def checksums(self) -> Mapping[str, TensorRecord]:
-        """Return the checksum of every tensor, computed: those that are known are of the weights."""
+        """Compute the checksum of every tensor; the known checksums are those of the weights."""
         return compute_checksums(self)
 
     @cached_property
     def masks(self) -> Masks:
-        """None: masks are for the weights."""
+        """No masks: they belong to the weights."""
         return NoMasks()
 
     def _name(self, entry: Entry) -> str:
@@ -58,18 +58,20 @@ class OptimizerStateSource(NemoSource):
         missing = [name for name in map(self._name, layout.entries(self._shape)) if name not in stored]
         if missing:
             raise UserError(
-                f"{self.folder} has no {missing[0]}, so the optimizer's state cannot be carried on from it; give a "
-                "checkpoint that training saved with its optimizer, or restart the optimizer."
+                f"{self.folder} has no {missing[0]}, so its optimizer state cannot be carried over; give a checkpoint "
+                "that training saved with its optimizer, or restart the optimizer."
             )
         super()._check_sizes(layout)
 
     def _refuse_unknown_tensors(self) -> None:
-        """What else is stored is for ``NemoSource`` to judge."""
+        """Accept everything: ``NemoSource`` checks the other tensors."""
 
 
 def states_in(checkpoint: NemoSource) -> tuple[str, ...]:
-    """Return the states that a checkpoint must be asked for: both moments, and the fp32 weights that it may have."""
+    """Return the states to read from a checkpoint: both moments, and the fp32 weights if it has them."""
     stored = checkpoint.extra_tensors
-    return *MOMENTS, *(
-        name for name in MASTERS if any(found.startswith(f"optimizer.state.{name}.") for found in stored)
-    )
+    states = list(MOMENTS)
+    for name in MASTERS:
+        if any(tensor.startswith(f"optimizer.state.{name}.") for tensor in stored):
+            states.append(name)
+    return tuple(states)

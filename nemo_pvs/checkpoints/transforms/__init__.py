@@ -1,1 +1,1 @@
-"""Checkpoints made from others, or from nothing, as they are read: padded, with biases, random."""
+"""Weight sources that wrap other sources or generate weights: padded, with biases, random."""

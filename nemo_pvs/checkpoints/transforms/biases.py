@@ -1,4 +1,4 @@
-"""A Llama with biases on only one side of its layers as one with biases on both, the added ones zero."""
+"""Adds zero biases to a Llama that has biases only in its attention or only in its MLPs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _BOTH = {"attention_bias", "mlp_bias"}
 
 
 def with_both_biases(source: WeightSource) -> WeightSource:
-    """Return a source that has attention_bias and mlp_bias both or neither, and computes the same function.
+    """Return a source with both attention_bias and mlp_bias or neither that computes the same function.
 
-    Megatron has one switch, ``add_bias_linear``, for all linear modules of its layers. A family that cannot have both
-    is returned as it is.
+    Megatron has one switch, ``add_bias_linear``, for all linear modules of its layers. The source of a family that
+    cannot have both is returned as it is.
     """
     layout = Layout.for_config(source.config)
-    one_only = len(_BOTH & {*shape_of(source).features}) == 1
-    return _ZeroBiases(source) if one_only and _BOTH.issubset(layout.optional) else source
+    only_one = len(_BOTH & {*shape_of(source).features}) == 1
+    return _ZeroBiases(source) if only_one and _BOTH.issubset(layout.optional) else source
 
 
 class _ZeroBiases:
-    """A model with the biases that it lacks, as zeros."""
+    """A model with its missing biases added as zeros."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -50,5 +50,5 @@ class _ZeroBiases:
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        """That of the first weight that gets a bias."""
+        """The dtype of the first weight that gets a bias."""
         return self._source.read(f"{min(self._added).removesuffix('bias')}weight").dtype

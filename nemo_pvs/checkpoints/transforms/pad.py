@@ -1,4 +1,4 @@
-"""Uneven layers made even by zeros: a stock model of the layers' common bounds that computes the same function."""
+"""Pads uneven layers with zeros to a stock model of their common bounds, which computes the same function."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from nemo_pvs.model.shape import Shape
 
 
 def pad_layers(source: WeightSource) -> WeightSource:
-    """Return a source whose layers are even: ``source`` itself where they are, else a padded view of it."""
+    """Return a source whose layers are even: ``source`` itself if they are, else a padded view of it."""
     return PaddedSource(source) if shape_of(source).uneven else source
 
 
 class PaddedSource:
-    """An uneven model as an even one of the bounds; nothing is saved, but any Llama implementation runs it.
+    """An uneven model padded to its bounds; it is no smaller than an even one, but any Llama implementation runs it.
 
-    Zeros are added behind the FFN channels of a layer, behind the query heads of each KV group, and, as whole groups,
-    behind its KV groups. An added FFN channel is silu(0) * 0 and an added head has only zeros in ``o_proj``: neither
-    reaches the residual stream, with biases or without. Norms run over the hidden size, which is not padded.
+    Zeros are appended to the FFN channels of a layer, to the query heads of each KV group and, as whole groups, to its
+    KV groups. An added FFN channel is silu(0) * 0 and an added head has only zeros in ``o_proj``: neither reaches the
+    residual stream, with or without biases. Norms run over the hidden size, which is not padded.
     """
 
     def __init__(self, source: WeightSource) -> None:
         """Wrap a model; no weight is read yet.
 
         Raises:
-            UserError: the config is not of a family that we know.
+            UserError: the config is not of a known family.
         """
         self._source = source
         self._shape = shape_of(source)
@@ -48,7 +48,7 @@ class PaddedSource:
         return self._source.assets
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor of the even model, in the source's dtype."""
+        """Return a tensor of the even model in the source's dtype."""
         return self._pad(name, self._source.read(name))
 
     def _pad(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ class PaddedSource:
 
 
 class _PaddedMasks:
-    """The masks of a PaddedSource (``checkpoints.masks.Masks``): a zero that was added counts as pruned."""
+    """The masks of a PaddedSource (``checkpoints.masks.Masks``): added zeros count as pruned."""
 
     def __init__(self, masks: Masks, pad: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
         self.names = masks.names
@@ -72,14 +72,14 @@ class _PaddedMasks:
 
 
 def _positions(axis: str, layer: Shape, bounds: Shape) -> torch.Tensor:
-    """Return where the channels of a layer lie along an axis of the bounds."""
+    """Return the positions of a layer's channels along an axis of the bounds."""
     inner, outer = _blocks(axis, layer), _blocks(axis, bounds)
     channels = torch.arange(math.prod(outer)).view(outer)
     return channels[tuple(slice(size) for size in inner)].flatten()
 
 
 def _blocks(axis: str, shape: Shape) -> tuple[int, ...]:
-    """Return an axis as nested blocks, each padded at its end: heads lie group by group."""
+    """Return the sizes of an axis's nested blocks, each of which is padded at its end: heads are stored by group."""
     return {
         "ffn": (shape.ffn,),
         "query": (shape.kv_groups, shape.heads_per_group, shape.head_dim),

@@ -1,4 +1,4 @@
-"""Randomly initialised weights as a source: the scratch baseline's initial checkpoint."""
+"""Randomly initialised weights as a source: the initial checkpoint of the scratch baseline."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nemo_pvs.model.layout import Entry, Layout, Part
 
 
 class RandomSource:
-    """A model drawn at random, the same on every layout and machine.
+    """A randomly initialised model, the same on every layout and machine.
 
-    Matrices are distributed as ``initialisation.distribution`` says; norms are one, biases zero. Each tensor has a
-    generator of its own, seeded by the seed and its name, so that tensors can be read in any order.
+    Matrices follow ``initialisation.distribution``; norms are 1, biases 0. Each tensor has its own generator, seeded
+    with the seed and the tensor's name, so tensors can be read in any order.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class RandomSource:
 
         Args:
             config: Hugging Face config of the model.
-            seed: Another seed, other weights.
-            assets: Tokenizer and other files that travel along.
-            dtype: Of every tensor.
-            masks: Of the sparse model that this is the baseline of: drawn weights are zero under them, too.
-            keep: Model whose embedding and vectors (norms, biases) stay as they are, as the scratch baseline of the
-                code published with 2606.14150 does; a parent's embedding makes it a weaker baseline.
-            initialisation: How matrices are distributed.
+            seed: Seed of the weights.
+            assets: Tokenizer and other files to copy along.
+            dtype: Dtype of every tensor.
+            masks: Masks of the sparse model that this is a baseline for: pruned weights are set to zero.
+            keep: Model whose embedding and vectors (norms, biases) are kept, as in the code published with arXiv
+                2606.14150; a parent's embedding makes it a weaker baseline.
+            initialisation: Initialisation scheme of the matrices.
         """
         self.config = config
         self.assets = assets
@@ -56,7 +56,7 @@ class RandomSource:
         self._parts = Layout.for_config(config).parts(self._shape)
 
     def read(self, name: str) -> torch.Tensor:
-        """Draw one tensor, or take it from the model to keep."""
+        """Draw a tensor, or read it from the model to keep."""
         part, entry = self._parts[name]
         if self._keep is not None and (len(part.axes) == 1 or entry.megatron.startswith("embedding.")):
             return self._keep.read(name).to(self._dtype)
