@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nemo_pvs.checkpoints.fetch import prepare_parent
 from nemo_pvs.checkpoints.fingerprint import fingerprint
@@ -13,6 +12,8 @@ from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.records import ParentRecord
+from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.planning.parent_checks import check_dense_parent
 from nemo_pvs.planning.targets import check_recipe
 from nemo_pvs.planning.teacher import check_recipe_teacher, check_tokens
@@ -20,12 +21,34 @@ from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.system.files import sha256_json, whole_folder, write_json
 
 
-def parent_inputs(run: RunFolder) -> dict[str, Any]:
-    """Return what the parent stage depends on.
+def parent(run: RunFolder) -> Stage[ParentRecord]:
+    """Return the stage that gets the parent as a checkpoint folder.
 
     Raises:
         UserError: the recipe's parent is not there.
     """
+    source, target = run.recipe.parent.source, run.folder / "parent"
+    inputs = _inputs(run)
+    given = source is not None and inputs["fingerprint"] is not None
+
+    def work() -> ParentRecord:
+        if source is None:
+            return _describe(run)
+        path = prepare_parent(source, target)
+        return ParentRecord(str(path.resolve()) if given else "parent", fingerprint(open_source(path)))
+
+    return Stage(
+        name="parent",
+        record=ParentRecord,
+        inputs=lambda: inputs,
+        work=work,
+        outputs=[] if given else [target],
+        known=lambda: _known(run, inputs),
+    )
+
+
+def _inputs(run: RunFolder) -> Inputs:
+    """Return what the parent depends on; the fingerprint of one that must be fetched is not known."""
     parent = run.recipe.parent
     if parent.source is None:
         assert parent.tokenizer is not None
@@ -34,36 +57,18 @@ def parent_inputs(run: RunFolder) -> dict[str, Any]:
     return {"source": parent.source, "fingerprint": fingerprint(open_source(parent.source)) if given else None}
 
 
-def known_parent(run: RunFolder) -> dict[str, Any] | None:
-    """Return what the parent stage results in if that is known before any work; None if it must be fetched first."""
-    parent, inputs, begun = run.recipe.parent, parent_inputs(run), run.stages.begun("parent")
-    if "result" in begun and run.stages.matches(begun, inputs) and (run.folder / begun["result"]["path"]).exists():
-        return dict(begun["result"])
-    if parent.source is None:
-        return {"path": "parent", "fingerprint": sha256_json(parent.config)}
-    if inputs["fingerprint"] is not None:
-        return {"path": str(Path(parent.source).resolve()), "fingerprint": inputs["fingerprint"]}
-    return None
-
-
-def get_parent(run: RunFolder) -> None:
-    """Get the parent as a checkpoint folder.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    source, target, inputs = run.recipe.parent.source, run.folder / "parent", parent_inputs(run)
+def _known(run: RunFolder, inputs: Inputs) -> ParentRecord | None:
+    """Return the parent if it is known before any work; None if it must be fetched first."""
+    source, begun = run.recipe.parent.source, run.stages.begun("parent")
+    if "result" in begun and run.stages.matches(begun, inputs):
+        record = ParentRecord.from_json(begun["result"])
+        if (run.folder / record.path).exists():
+            return record
     if source is None:
-        run.stage("parent", inputs, [target], lambda: _describe(run))
-        return
-    given = inputs["fingerprint"] is not None
-
-    def work() -> dict[str, Any]:
-        path = prepare_parent(source, target)
-        place = str(path.resolve()) if given else "parent"
-        return {"path": place, "fingerprint": fingerprint(open_source(path))}
-
-    run.stage("parent", inputs, [] if given else [target], work)
+        return ParentRecord("parent", sha256_json(run.recipe.parent.config))
+    if inputs["fingerprint"] is not None:
+        return ParentRecord(str(Path(source).resolve()), inputs["fingerprint"])
+    return None
 
 
 def check_parent(run: RunFolder) -> None:
@@ -82,14 +87,14 @@ def check_parent(run: RunFolder) -> None:
         check_tokens(Path(distill.teacher), run.tokenizer)
 
 
-def _describe(run: RunFolder) -> dict[str, Any]:
+def _describe(run: RunFolder) -> ParentRecord:
     """Put down the config and the tokenizer of a parent that is yet to be trained."""
     parent = run.recipe.parent
     with whole_folder(run.folder / "parent") as partial:
         write_json(partial / "config.json", parent.config)
         for asset in asset_files(Path(str(parent.tokenizer))):
             copy_asset(asset, partial)
-    return {"path": "parent", "fingerprint": sha256_json(parent.config)}
+    return ParentRecord("parent", sha256_json(parent.config))
 
 
 def _check(run: RunFolder) -> None:
