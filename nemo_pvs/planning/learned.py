@@ -15,10 +15,10 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.efficient import EfficientTarget
 from nemo_pvs.planning.sheared import ShearedTarget
-from nemo_pvs.pruning.learned.sheared import METHOD as SHEARED
+from nemo_pvs.pruning.methods import efficient_llm, sheared_llama
 from nemo_pvs.pruning.options import SIZES
 from nemo_pvs.recipe.fields import Parallelism
-from nemo_pvs.recipe.options import EFFICIENT, stages_of
+from nemo_pvs.recipe.options import stages_of
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import Target
 from nemo_pvs.recipe.training import Training
@@ -63,7 +63,10 @@ class LearnedTarget(Protocol):
         """Return one line about the training."""
 
 
-_METHODS: dict[str, Callable[[Recipe, Target], LearnedTarget]] = {SHEARED: ShearedTarget, EFFICIENT: EfficientTarget}
+_METHODS: dict[str, Callable[[Recipe, Target], LearnedTarget]] = {
+    sheared_llama.NAME: ShearedTarget,
+    efficient_llm.NAME: EfficientTarget,
+}
 
 
 def learned_target(recipe: Recipe, target: Target) -> LearnedTarget | None:

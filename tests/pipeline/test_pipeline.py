@@ -502,11 +502,7 @@ def test_a_target_by_gradients_is_calibrated_with_them(values, tmp_path):
     for name, gradients in (("taylor", True), ("flap", False)):
         arm = next(arm for arm in pipeline.recipe.runs if arm.target == name and arm.initialisation == "pruned")
         model = open_source(pipeline.initial(name, arm.initialisation))
-        (charge,) = [
-            charge
-            for charge in run_ledger(pipeline, arm, model).charges
-            if charge.activity == "calibration"
-        ]
+        (charge,) = [charge for charge in run_ledger(pipeline, arm, model).charges if charge.activity == "calibration"]
         assert charge.flops == calibration_flops(pipeline.parent_shape, charge.tokens, 32, gradients=gradients)
 
 

@@ -14,8 +14,8 @@ from nemo_pvs.pipeline.records import MasksRecord
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.learned.kept_units import KeptUnits, state_file
 from nemo_pvs.pruning.learned.unit_space import UnitSpace
+from nemo_pvs.pruning.methods.efficient_llm import NAME
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.recipe.options import EFFICIENT
 from nemo_pvs.recipe.target import Target
 from nemo_pvs.system.files import sha256_file
 from nemo_pvs.training.job import TrainingJob
@@ -58,5 +58,5 @@ class Efficient:
                 for kind in ("hidden", "groups", "ffn")
             },
         }
-        plan = space.plan(state.kept, EFFICIENT, provenance)
+        plan = space.plan(state.kept, NAME, provenance)
         return PrunedSource(trained, plan), plan

@@ -16,9 +16,8 @@ from nemo_pvs.pipeline.stages.sheared import Sheared
 from nemo_pvs.planning.learned import LearnedTarget, learned_target
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.learned.sheared import METHOD as SHEARED
+from nemo_pvs.pruning.methods import efficient_llm, sheared_llama
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.recipe.options import EFFICIENT
 from nemo_pvs.recipe.target import Target
 from nemo_pvs.system.progress import progress
 from nemo_pvs.training.job import CHECKPOINTS, Loading, TrainingJob
@@ -51,7 +50,7 @@ class LearnedMethod(Protocol):
         """Return the pruned model, not written yet, and its plan, from what a trained job has found out."""
 
 
-_METHODS: dict[str, LearnedMethod] = {SHEARED: Sheared(), EFFICIENT: Efficient()}
+_METHODS: dict[str, LearnedMethod] = {sheared_llama.NAME: Sheared(), efficient_llm.NAME: Efficient()}
 
 
 def learn(run: RunFolder, name: str, target: Target) -> TrainingStage[MasksRecord]:
