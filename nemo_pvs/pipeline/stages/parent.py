@@ -13,7 +13,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.pipeline.folder import RunFolder
 from nemo_pvs.pipeline.records import ParentRecord
-from nemo_pvs.pipeline.stage import Inputs, Stage
+from nemo_pvs.pipeline.stage import Stage
 from nemo_pvs.planning.parent_checks import check_dense_parent
 from nemo_pvs.planning.targets import check_recipe
 from nemo_pvs.planning.teacher import check_recipe_teacher, check_tokens
@@ -27,15 +27,51 @@ def parent(run: RunFolder) -> Stage[ParentRecord]:
     Raises:
         UserError: the recipe's parent is not there.
     """
-    source, target = run.recipe.parent.source, run.folder / "parent"
-    inputs = _inputs(run)
-    given = source is not None and inputs["fingerprint"] is not None
+    source = run.recipe.parent.source
+    return _untrained(run) if source is None else _checkpoint(run, source)
+
+
+def _untrained(run: RunFolder) -> Stage[ParentRecord]:
+    """Return the stage that writes the config and the tokenizer of a parent that is yet to be trained."""
+    given, target = run.recipe.parent, run.folder / "parent"
+    assert given.tokenizer is not None
+    tokenizer = Path(given.tokenizer)
+    record = ParentRecord("parent", sha256_json(given.config))
 
     def work() -> ParentRecord:
-        if source is None:
-            return _describe(run)
+        with whole_folder(target) as partial:
+            write_json(partial / "config.json", given.config)
+            for asset in asset_files(tokenizer):
+                copy_asset(asset, partial)
+        return record
+
+    return Stage(
+        name="parent",
+        record=ParentRecord,
+        inputs=lambda: {"config": given.config, "tokenizer": tokenizer_hash(tokenizer)},
+        work=work,
+        outputs=[target],
+        known=lambda: record,
+    )
+
+
+def _checkpoint(run: RunFolder, source: str) -> Stage[ParentRecord]:
+    """Return the stage that takes a checkpoint folder as it is, or fetches the checkpoint."""
+    target = run.folder / "parent"
+    given = fingerprint(open_source(source)) if Path(source).is_dir() else None
+    inputs = {"source": source, "fingerprint": given}
+
+    def work() -> ParentRecord:
         path = prepare_parent(source, target)
         return ParentRecord(str(path.resolve()) if given else "parent", fingerprint(open_source(path)))
+
+    def known() -> ParentRecord | None:
+        begun = run.stages.begun("parent")
+        if "result" in begun and run.stages.matches(begun, inputs):
+            record = ParentRecord.from_json(begun["result"])
+            if (run.folder / record.path).exists():
+                return record
+        return ParentRecord(str(Path(source).resolve()), given) if given else None
 
     return Stage(
         name="parent",
@@ -43,32 +79,8 @@ def parent(run: RunFolder) -> Stage[ParentRecord]:
         inputs=lambda: inputs,
         work=work,
         outputs=[] if given else [target],
-        known=lambda: _known(run, inputs),
+        known=known,
     )
-
-
-def _inputs(run: RunFolder) -> Inputs:
-    """Return what the parent depends on; the fingerprint of one that must be fetched is not known."""
-    parent = run.recipe.parent
-    if parent.source is None:
-        assert parent.tokenizer is not None
-        return {"config": parent.config, "tokenizer": tokenizer_hash(Path(parent.tokenizer))}
-    given = Path(parent.source).is_dir()
-    return {"source": parent.source, "fingerprint": fingerprint(open_source(parent.source)) if given else None}
-
-
-def _known(run: RunFolder, inputs: Inputs) -> ParentRecord | None:
-    """Return the parent if it is known before any work; None if it must be fetched first."""
-    source, begun = run.recipe.parent.source, run.stages.begun("parent")
-    if "result" in begun and run.stages.matches(begun, inputs):
-        record = ParentRecord.from_json(begun["result"])
-        if (run.folder / record.path).exists():
-            return record
-    if source is None:
-        return ParentRecord("parent", sha256_json(run.recipe.parent.config))
-    if inputs["fingerprint"] is not None:
-        return ParentRecord(str(Path(source).resolve()), inputs["fingerprint"])
-    return None
 
 
 def check_parent(run: RunFolder) -> None:
@@ -85,16 +97,6 @@ def check_parent(run: RunFolder) -> None:
     distill = run.recipe.train.distill
     if distill and distill.teacher != PARENT:
         check_tokens(Path(distill.teacher), run.tokenizer)
-
-
-def _describe(run: RunFolder) -> ParentRecord:
-    """Put down the config and the tokenizer of a parent that is yet to be trained."""
-    parent = run.recipe.parent
-    with whole_folder(run.folder / "parent") as partial:
-        write_json(partial / "config.json", parent.config)
-        for asset in asset_files(Path(str(parent.tokenizer))):
-            copy_asset(asset, partial)
-    return ParentRecord("parent", sha256_json(parent.config))
 
 
 def _check(run: RunFolder) -> None:

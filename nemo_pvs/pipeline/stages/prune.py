@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.pipeline.folder import RunFolder
 from nemo_pvs.pipeline.records import PrunedRecord, masks_stage, prune_stage
 from nemo_pvs.pipeline.stage import Inputs, Stage
@@ -17,7 +11,6 @@ from nemo_pvs.pipeline.stages.tasks import reads_text, search_score
 from nemo_pvs.pipeline.target import prune_target, write_planned
 from nemo_pvs.planning.learned import is_trained_first
 from nemo_pvs.planning.targets import expected_shape
-from nemo_pvs.pruning.request import TaskScorer
 from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_scores, scans
 from nemo_pvs.recipe.target import Target
 
@@ -43,10 +36,9 @@ def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
 
     def work() -> PrunedRecord:
         if is_trained_first(target):
-            return PrunedRecord.from_json(write_planned(*prune_by_learning(run, name, target), folder))
+            return write_planned(*prune_by_learning(run, name, target), folder)
         questions = run.folder / "questions" / name
-        return prune_to(
-            run,
+        return prune_target(
             target,
             run.parent_source,
             folder,
@@ -55,6 +47,7 @@ def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
             task_score=lambda: search_score(
                 target, run.tokens.prefix("calibration"), run.tokenizer, questions, run.compute
             ),
+            compute=run.compute,
         )
 
     after = ["parent", "data"]
@@ -71,40 +64,3 @@ def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
         after=after,
         shared=True,
     )
-
-
-def prune_to(
-    run: RunFolder,
-    target: Target,
-    source: WeightSource,
-    folder: Path,
-    *,
-    draw: Callable[[int], TokenSet],
-    scores: Callable[[], Scores],
-    task_score: Callable[[], TaskScorer],
-) -> PrunedRecord:
-    """Prune a model into ``folder`` by the method of a target.
-
-    Args:
-        run: The run folder.
-        target: Method and amount.
-        source: The model.
-        folder: Is made.
-        draw: Draws the calibration text of an iteration; methods without iterations read that of 0.
-        scores: Loads or measures the scores.
-        task_score: Returns what measures models by the target's task.
-
-    Raises:
-        UserError: the model cannot be pruned like that.
-    """
-    made = prune_target(
-        target,
-        source,
-        folder,
-        tokens=lambda: draw(0),
-        scores=scores,
-        task_score=task_score,
-        compute=run.compute,
-        draw=draw,
-    )
-    return PrunedRecord.from_json(made)

@@ -19,8 +19,8 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, RunFolder, forget_optimizer
 from nemo_pvs.pipeline.records import PrunedRecord, TrainedRecord, prune_stage, share_stage
 from nemo_pvs.pipeline.stage import Inputs, Stage, TrainingStage
-from nemo_pvs.pipeline.stages.prune import prune_to
 from nemo_pvs.pipeline.stages.train import hand_over, training_inputs
+from nemo_pvs.pipeline.target import prune_target
 from nemo_pvs.planning.charges import charge_scores, charge_training, charges_of_spent
 from nemo_pvs.planning.rounds import Round, adapt_parameters, shares, stage_targets
 from nemo_pvs.recipe.options import ADAPT
@@ -194,7 +194,15 @@ class _Round:
         def no_task() -> Any:
             raise UserError("stages ask no tasks.")
 
-        made = prune_to(run, self._asked(shape), source, self.folder, draw=draw, scores=scores, task_score=no_task)
+        made = prune_target(
+            self._asked(shape),
+            source,
+            self.folder,
+            draw=draw,
+            scores=scores,
+            task_score=no_task,
+            compute=run.compute,
+        )
         own = charges_of_spent(made.calibration, made.search, None)
         if self.target.method == "minitron-width":
             length = run.recipe.calibrate.sequence_length
