@@ -28,7 +28,7 @@ from nemo_pvs.pruning.learned.sheared import save_masks
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
 from nemo_pvs.training import metrics
-from nemo_pvs.training.checkpoints import checkpoint_name
+from nemo_pvs.training.checkpoints import checkpoint_name, newest_sound
 from nemo_pvs.training.job import Loading, TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -106,7 +106,7 @@ def test_a_run_killed_while_it_learns_masks_goes_on_to_a_pruned_and_trained_mode
     child = fork_context().Process(target=_run, args=(values, folder))
     child.start()
     until = time.monotonic() + 500
-    while not list((masks / "nemo" / "checkpoints").glob("step=*/weights/metadata.json")):
+    while newest_sound(masks / "nemo" / "checkpoints")[0] is None:
         assert child.is_alive()
         assert time.monotonic() < until
         time.sleep(0.1)
