@@ -8,7 +8,7 @@ from rich.table import Table
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.dry_run import DryRun, describe_domains
-from nemo_pvs.planning.learned import describe_stage, is_trained_first
+from nemo_pvs.planning.learned import learned_target
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.fields import Parallelism
@@ -38,8 +38,8 @@ def show(plan: DryRun, executor: str) -> None:
     if train.distill:
         console.print(_describe(train.distill), soft_wrap=True)
     for one in plan.targets:
-        if is_trained_first(one.target):
-            console.print(f"masks of {one.name}: {describe_stage(recipe, one.target, plan.parent)}", soft_wrap=True)
+        if learned := learned_target(recipe, one.target):
+            console.print(f"masks of {one.name}: {learned.describe(plan.parent)}", soft_wrap=True)
     console.print(f"where: {executor}", soft_wrap=True)
     console.print(_targets_table(plan))
     console.print(_arms_table(plan))

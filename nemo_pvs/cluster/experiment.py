@@ -47,7 +47,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         profile: Where to run; trainings follow one another on one machine, and run at once on a cluster.
     """
     from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
-    from nemo_pvs.planning.learned import first_of_each_stage, stage_layout
+    from nemo_pvs.planning.learned import first_of_each_training
     from nemo_pvs.recipe.options import stages_of
 
     folder = folder.resolve()
@@ -70,8 +70,8 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
             del ends[:-1]
 
     masks = {
-        f"masks-{name}": (folder / "masks" / name / "run" / "job.json", stage_layout(recipe.targets[name]))
-        for name in first_of_each_stage(recipe)
+        f"masks-{name}": (folder / "masks" / name / "run" / "job.json", learned.layout)
+        for name, learned in first_of_each_training(recipe)
     }
     if masks:
         train("prepare-masks", masks)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
 from nemo_pvs.data.token_set import check_length
 from nemo_pvs.errors import UserError
+from nemo_pvs.pipeline.tokens import RunData, Splits
 from nemo_pvs.planning.learned import end_of_reading
 from nemo_pvs.planning.parent_checks import check_unread
 from nemo_pvs.recipe.options import reads_calibration
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import Machine
-
-if TYPE_CHECKING:
-    from nemo_pvs.pipeline.tokens import RunData, Splits
 
 
 def check_text(recipe: Recipe, tokens: RunData, splits: Splits) -> None:
@@ -35,7 +32,7 @@ def check_text(recipe: Recipe, tokens: RunData, splits: Splits) -> None:
     check_unread(recipe, tokens.training_file(splits))
     wanted = recipe.evaluate
     check_length(
-        splits["test"]["tokens"],
+        splits["test"].tokens,
         samples=wanted.samples,
         sequence_length=wanted.sequence_length,
         data_set="test",
@@ -43,7 +40,7 @@ def check_text(recipe: Recipe, tokens: RunData, splits: Splits) -> None:
     if any(map(reads_calibration, recipe.targets.values())):
         settings = recipe.calibrate
         check_length(
-            splits["calibration"]["tokens"],
+            splits["calibration"].tokens,
             samples=settings.samples,
             sequence_length=settings.sequence_length,
             seed=settings.seed,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.config import normal_config
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource
@@ -18,7 +16,8 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pipeline.records import Stages
+from nemo_pvs.pipeline.records import Records
+from nemo_pvs.pipeline.store import Stages
 from nemo_pvs.pipeline.tokens import RunData
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.rounds import Round, shares
@@ -36,7 +35,7 @@ STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "e
 
 
 class RunFolder:
-    """A run folder, the recipe that fills it, and the results of the stages that were done or found done."""
+    """A run folder, the recipe that fills it, and the records of the stages that were done or found done."""
 
     def __init__(
         self,
@@ -58,12 +57,12 @@ class RunFolder:
         self.compute = compute or {}
         self.tokens = RunData(recipe, folder / "data")
         self.stages = Stages(folder, force)
-        self.results: dict[str, dict[str, Any]] = {}
+        self.records = Records()
 
     @property
     def parent_path(self) -> Path:
         """The parent's checkpoint folder."""
-        return self.folder / self.results["parent"]["path"]
+        return self.folder / self.records.parent.path
 
     @property
     def teacher_path(self) -> Path | None:
@@ -115,17 +114,17 @@ class RunFolder:
         """Return the training job of an arm; of one made in stages, its last share."""
         parts = shares(self.recipe, arm)
         initial = self.initial(arm.target, arm.initialisation)
-        return self.share_job(arm, parts[-1], arm.name, Path(arm.name), initial, len(parts))
+        return self.share_job(arm, parts[-1], arm.name, self.arm_folder(arm.name), initial, len(parts))
 
     def share_job(
         self, arm: Arm, share: Round, name: str, folder: Path, initial: Path, number: int = 1
     ) -> TrainingJob:
-        """Return the job of a share of an arm's training, counted from 1, in a folder below ``train/``."""
+        """Return the job of a share of an arm's training, which is counted from 1."""
         plan = (initial.parent / PLAN).resolve()
         before = self.share_folder(arm.target, number - 1) / CHECKPOINTS
         return TrainingJob(
             name=name,
-            folder=self.folder.resolve() / "train" / folder,
+            folder=folder,
             initial=initial.resolve(),
             data=self.training_data,
             layout=arm.layout,
@@ -135,7 +134,7 @@ class RunFolder:
             all_steps=share.all_steps,
             teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
             carried=CarriedState(before, plan if plan.exists() else None) if self.carries(arm, number) else None,
-            loading=self._loading(arm),
+            loading=self.loading(arm),
         )
 
     def carries(self, arm: Arm, number: int) -> bool:
@@ -143,11 +142,15 @@ class RunFolder:
         sliced = arm.initialisation == "pruned" and self.recipe.targets[arm.target].slice_optimizer_state
         return sliced and number > 1
 
+    def arm_folder(self, arm: str) -> Path:
+        """Return the folder of an arm's training; of one made in stages, of the last share of it."""
+        return self.folder.resolve() / "train" / arm
+
     def share_folder(self, target: str, number: int) -> Path:
         """Return the folder of the training behind a stage of a target that is not the last, counted from 1."""
         return self.folder.resolve() / "train" / f"{target}-stages" / str(number)
 
-    def _loading(self, arm: Arm) -> Loading | None:
+    def loading(self, arm: Arm) -> Loading | None:
         """Return with which shares, and where, an arm begins to read domains.
 
         Pruned weights go on behind what the stage before has read; with its last shares, if the recipe has none. Where
@@ -165,34 +168,13 @@ class RunFolder:
         """Prefixes of the token files that training reads, as ``TrainingJob`` takes them."""
         return {"train": self.tokens.training_paths, "validation": self.tokens.validation_paths}
 
-    def training_inputs(self, arm: Arm, share: Round, initial: str) -> dict[str, Any]:
-        """Return what the result of a share of an arm's training depends on.
-
-        A run may go on in another layout, so that is no part of it; ``initial`` is its weights' fingerprint.
-        """
-        return {
-            "initial": initial,
-            "text": self.text("train"),
-            "validation": self.results["data"]["validation_windows"]["ids_sha256"],
-            "first_token": share.first_token,
-            **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
-            **({"optimizer": "sliced"} if share.first_step and self.carries(arm, 2) else {}),
-            "training": share.training.identity,
-            **({"loading": asdict(loading)} if (loading := self._loading(arm)) else {}),
-            **({"teacher": fingerprint(open_source(teacher))} if (teacher := self.job(arm).teacher) else {}),
-        }
-
-    def stage(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Do a stage, or take its result from its record (``Stages.run``)."""
-        self.results[name] = self.stages.run(name, *args, **kwargs)
-
     def text(self, split: str) -> str:
         """Return the hash of a split's tokens."""
-        return str(self.results["data"]["splits"][split]["bin_sha256"])
+        return self.records.data.splits[split].sha256
 
     def reads(self, arm: Arm) -> TokensRead | None:
         """Return which tokens an arm is trained on, of all its shares; None where several files are blended."""
-        file = self.tokens.training_file(self.results["data"]["splits"])
+        file = self.tokens.training_file(self.records.data.splits)
         return tokens_read(file, arm.training, arm.first_token) if file else None
 
     def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:

@@ -1,179 +1,295 @@
-"""Stages: steps of a run that are done once, and again only when what they were made from has changed."""
+"""What the stages of a run return, one type for each kind of stage, and the records of a run by stage."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
-from nemo_pvs.checkpoints.fingerprint import same_inputs
-from nemo_pvs.errors import UserError
-from nemo_pvs.system.files import link_tree, read_json, sha256_json, write_json
-from nemo_pvs.system.progress import console
+from nemo_pvs.ledger.ledger import Charge
+from nemo_pvs.planning.charges import Spent
+
+RecordT = TypeVar("RecordT", bound="Record")
 
 
 @dataclass(frozen=True)
-class _Done:
-    """A finished stage of this run."""
+class Record:
+    """What a stage returns; in the run folder it is JSON with a key for each field that has a value."""
 
-    name: str
-    outputs: list[Path]
-    result: dict[str, Any]
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if value is not None}
 
-    def again(self, outputs: list[Path]) -> dict[str, Any]:
-        """Make its outputs once more, in other places, and return its result."""
-        for made, wanted in zip(self.outputs, outputs, strict=True):
-            if wanted.exists():  # of an attempt that was killed
-                shutil.rmtree(wanted)
-            link_tree(made, wanted)
-        return dict(self.result)
+    @classmethod
+    def from_json(cls: type[RecordT], values: Mapping[str, Any]) -> RecordT:
+        """Undo ``to_json``."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
-class Stages:
-    """The finished stages of one run folder, a small record each; a record is written last.
+@dataclass(frozen=True)
+class ParentRecord(Record):
+    """The parent."""
 
-    A stage is skipped when its record was made from the same inputs and its outputs are still there. One without a
-    record (interrupted, killed) is done again. One that differs from an earlier stage in nothing but its name is not
-    done: it gets the same result and the same files.
-    """
+    path: str
+    """Its checkpoint folder, relative to the run folder if it is in there."""
+    fingerprint: str
 
-    def __init__(self, folder: Path, force: tuple[str, ...] = ()) -> None:
-        self.folder = folder
-        self._force = force
-        self._done: dict[tuple[str, str], _Done] = {}
 
-    def run(
-        self,
-        name: str,
-        inputs: Mapping[str, Any],
-        outputs: list[Path],
-        work: Callable[[], Mapping[str, Any]],
-        *,
-        keep_partial: bool = False,
-        precious: Sequence[Path] = (),
-        shared: bool = False,
-    ) -> dict[str, Any]:
-        """Do a stage, or take its result from the record.
+@dataclass(frozen=True)
+class Split:
+    """The tokens of a split: those of one token file, or of several."""
 
-        Args:
-            name: ``calibrate``, or ``prune/width`` for one of several; ``--force prune`` means all of them.
-            inputs: settings and hashes of what the stage reads, as plain data.
-            outputs: files or folders that it makes; leftovers are removed before it starts.
-            work: does it, and returns the result as plain data.
-            keep_partial: the stage resumes by itself from what an interrupted attempt at the same inputs left.
-            precious: of the outputs what took long; made from other inputs it is not removed unasked.
-            shared: a stage of the same kind (what is before the slash) with the same inputs makes the same.
+    description: Mapping[str, Any]
+    """As the manifest of the token file has it; of several files with ``files``, a description of each."""
 
-        Returns:
-            What ``work`` returned, now or earlier.
+    @property
+    def tokens(self) -> int:
+        """The number of tokens."""
+        return int(self.description["tokens"])
 
-        Raises:
-            UserError: something precious is in the way.
-        """
-        this = (name.split("/")[0], sha256_json(inputs))
-        record = self.begin(name, inputs, outputs, keep_partial=keep_partial, precious=precious)
-        if record is not None:
-            console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
-            self._done.setdefault(this, _Done(name, outputs, record["result"]))
-            return dict(record["result"])
-        console.print(f"[bold]→[/] {name}")
-        began = time.monotonic()
-        twin = self._done.get(this) if shared else None
-        result = twin.again(outputs) if twin else dict(work())
-        seconds = time.monotonic() - began
-        write_json(
-            self._record(name),
-            {
-                "stage": name,
-                "inputs_hash": sha256_json(inputs),
-                "inputs": inputs,
-                "result": result,
-                "seconds": seconds,
-            },
+    @property
+    def sha256(self) -> str:
+        """The hash of the tokens."""
+        return str(self.description["bin_sha256"])
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """The hash of the tokenizer that made them, if that is known."""
+        return self.description.get("tokenizer_sha256")
+
+    @property
+    def files(self) -> list[Split]:
+        """The token files one by one."""
+        return [Split(file) for file in self.description.get("files", [self.description])]
+
+
+@dataclass(frozen=True)
+class DataRecord(Record):
+    """The text."""
+
+    splits: Mapping[str, Split]
+    """For train, validation, calibration and test."""
+    validation_windows: Mapping[str, Any]
+    """The manifest of the windows that validation losses are measured on."""
+
+    @property
+    def windows_sha256(self) -> str:
+        """The hash of the validation windows."""
+        return str(self.validation_windows["ids_sha256"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        splits = {name: dict(split.description) for name, split in self.splits.items()}
+        return {"splits": splits, "validation_windows": dict(self.validation_windows)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DataRecord:
+        """Undo ``to_json``."""
+        splits = {name: Split(description) for name, description in values["splits"].items()}
+        return cls(splits, values["validation_windows"])
+
+
+@dataclass(frozen=True)
+class ScoresRecord(Record):
+    """The importance scores of a calibration."""
+
+    scores: str
+    """Their content hash."""
+    tokens: int
+    """How many tokens they were measured on."""
+
+
+@dataclass(frozen=True)
+class MasksRecord(Record):
+    """The training that found out what to keep of the parent."""
+
+    checkpoint: str
+    """Name of its last checkpoint."""
+    masks: str
+    """The hash of the masks, or of the units that are left."""
+
+
+@dataclass(frozen=True)
+class PrunedRecord(Record):
+    """A pruned model."""
+
+    fingerprint: str
+    plan: str | None = None
+    """The hash of the plan, or of the settings of a method without one; None for the parent itself."""
+    search: Spent | None = None
+    """What a search for layers took."""
+    calibration: Spent | None = None
+    """What calibration during pruning took."""
+    charges: tuple[Charge, ...] | None = None
+    """Of a stage of a target: what everything took up to and including this pruning."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        values = super().to_json()
+        for name, spent in (("search", self.search), ("calibration", self.calibration)):
+            if spent is not None:
+                values[name] = spent.to_json()
+        if self.charges is not None:
+            values["charges"] = [asdict(charge) for charge in self.charges]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PrunedRecord:
+        """Undo ``to_json``."""
+        search, calibration, charges = (values.get(name) for name in ("search", "calibration", "charges"))
+        return cls(
+            values["fingerprint"],
+            values.get("plan"),
+            None if search is None else Spent.from_json(search),
+            None if calibration is None else Spent.from_json(calibration),
+            None if charges is None else tuple(Charge(**charge) for charge in charges),
         )
-        self._attempt(name).unlink()
-        self._done.setdefault(this, _Done(name, outputs, result))
-        console.print(f"[green]✓[/] {name} [dim]({f'as {twin.name}' if twin else f'{seconds:.0f} s'})[/]")
-        return result
-
-    def begin(
-        self,
-        name: str,
-        inputs: Mapping[str, Any],
-        outputs: list[Path],
-        *,
-        keep_partial: bool = False,
-        precious: Sequence[Path] = (),
-    ) -> dict[str, Any] | None:
-        """Return the record of a stage that is done; else clear its outputs and note that it was begun."""
-        forced = self._is_forced(name)
-        record = read_json(self._record(name)) if self._record(name).exists() else {}
-        if not forced and self.matches(record, inputs) and all(path.exists() for path in outputs):
-            return dict(record)
-        begun = self.begun(name)
-        if not (keep_partial and self.matches(begun, inputs)) or forced:
-            if begun:
-                self.refuse(name, precious, difference(begun, inputs))
-            for path in outputs:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self._record(name).unlink(missing_ok=True)
-        write_json(self._attempt(name), {"inputs_hash": sha256_json(inputs), "inputs": inputs})
-        return None
-
-    def begun(self, name: str) -> dict[str, Any]:
-        """Return what is written of the last attempt at a stage, with its ``result`` if it is done; else nothing."""
-        for path in (self._attempt(name), self._record(name)):
-            if path.exists():
-                return dict(read_json(path))
-        return {}
-
-    def matches(self, begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
-        """Return whether a stage was begun with these inputs."""
-        return bool(begun) and same_inputs(begun["inputs"], inputs)
-
-    def refuse(self, name: str, precious: Sequence[Path], how: str) -> None:
-        """Refuse to do a stage again if that removes what took long, unless it is forced.
-
-        Args:
-            name: The stage.
-            precious: What must not be removed unasked.
-            how: What it was made with, and is to be made with now.
-
-        Raises:
-            UserError: one of them is there.
-        """
-        costly = [path for path in precious if path.exists()]
-        if costly and not self._is_forced(name):
-            raise UserError(
-                f"{costly[0]} was made with {how}; choose another --out, or --force {name} to remove it and begin "
-                "again."
-            )
-
-    def _is_forced(self, name: str) -> bool:
-        return any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
-
-    def _record(self, name: str) -> Path:
-        return self.folder / "stages" / f"{name.replace('/', '-')}.json"
-
-    def _attempt(self, name: str) -> Path:
-        return self._record(name).with_suffix(".begun.json")
 
 
-def difference(begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """Return in words the first thing that differs between the inputs of an earlier attempt and those of now."""
-    return _difference(begun.get("inputs", {}), json.loads(json.dumps(inputs)))
+@dataclass(frozen=True)
+class RandomRecord(Record):
+    """Random initial weights."""
+
+    fingerprint: str
 
 
-def _difference(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str:
-    for key in (*now, *then):
-        one, other = then.get(key), now.get(key)
-        if one != other:
-            if isinstance(one, Mapping) and isinstance(other, Mapping):
-                return _difference(one, other, f"{where}{key}.")
-            short = all(len(str(value)) < 32 for value in (one, other))
-            return f"{where}{key} {one}, not {other}" if short else f"another {where}{key}"
-    return "other settings"
+@dataclass(frozen=True)
+class TrainedRecord(Record):
+    """A trained model."""
+
+    fingerprint: str
+    layout: dict[str, Any] | None = None
+    """How its training was spread over ranks; None for the training between the stages of a target."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How well a model predicts a text (``layerwise.perplexity``)."""
+
+    loss: float
+    loss_stderr: float | None
+    tokens: int | None
+    perplexity: float
+    perplexity_stderr: float | None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Measured:
+        """Return what a record has; earlier ones lack some of it."""
+        known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord(Record):
+    """The measurements of a model."""
+
+    test: Measured
+    validation: Measured | None = None
+    """None where training has measured it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {name: asdict(measured) for name, measured in super().to_json().items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> EvaluationRecord:
+        """Undo ``to_json``."""
+        return cls(
+            **{field.name: Measured.from_json(values[field.name]) for field in fields(cls) if field.name in values}
+        )
+
+
+@dataclass(frozen=True)
+class TasksRecord(Record):
+    """The answers to the tasks of a recipe, which lie in files of their own."""
+
+
+class Records:
+    """The records of a run by the names of their stages, in the order in which they were done or found."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, Record] = {}
+
+    def __contains__(self, stage: str) -> bool:
+        return stage in self._records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __setitem__(self, stage: str, record: Record) -> None:
+        self._records[stage] = record
+
+    def of(self, kind: type[RecordT]) -> dict[str, RecordT]:
+        """Return the records of one kind by the names of their stages."""
+        return {stage: record for stage, record in self._records.items() if isinstance(record, kind)}
+
+    @property
+    def parent(self) -> ParentRecord:
+        """The parent."""
+        return self._get("parent", ParentRecord)
+
+    @property
+    def data(self) -> DataRecord:
+        """The text."""
+        return self._get("data", DataRecord)
+
+    @property
+    def scores(self) -> ScoresRecord:
+        """The scores of the calibration."""
+        return self._get("calibrate", ScoresRecord)
+
+    def masks(self, target: str) -> MasksRecord:
+        """The training that found out what to keep for a target."""
+        return self._get(masks_stage(target), MasksRecord)
+
+    def pruned(self, target: str, number: int | None = None) -> PrunedRecord:
+        """A pruned target; with ``number`` one of its stages that is not the last, counted from 1."""
+        return self._get(prune_stage(target, number), PrunedRecord)
+
+    def random(self, target: str) -> RandomRecord:
+        """The random weights of a target."""
+        return self._get(random_stage(target), RandomRecord)
+
+    def trained(self, arm: str) -> TrainedRecord:
+        """A trained arm."""
+        return self._get(train_stage(arm), TrainedRecord)
+
+    def evaluation(self, model: str) -> EvaluationRecord:
+        """The measurements of a model, by its label."""
+        return self._get(evaluation_stage(model), EvaluationRecord)
+
+    def _get(self, stage: str, kind: type[RecordT]) -> RecordT:
+        record = self._records[stage]
+        assert isinstance(record, kind), (stage, record)
+        return record
+
+
+def masks_stage(target: str) -> str:
+    """Return the name of the stage that trains to find out what to keep for a target."""
+    return f"masks/{target}"
+
+
+def prune_stage(target: str, number: int | None = None) -> str:
+    """Return the name of a target's pruning; ``number`` is that of a stage that is not the last, counted from 1."""
+    return f"prune/{target}" if number is None else f"prune/{target}/stage-{number}"
+
+
+def random_stage(target: str) -> str:
+    """Return the name of the stage that draws a target's random weights."""
+    return f"random/{target}"
+
+
+def train_stage(arm: str) -> str:
+    """Return the name of an arm's training."""
+    return f"train/{arm}"
+
+
+def share_stage(target: str, number: int) -> str:
+    """Return the name of the training after a stage of a target that is not the last, counted from 1."""
+    return f"train/{target}/stage-{number}"
+
+
+def evaluation_stage(model: str) -> str:
+    """Return the name of the stage that measures a model, by its label."""
+    return f"evaluate/{model}"

@@ -13,6 +13,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.records import PrunedRecord, Records, ScoresRecord, TrainedRecord, evaluation_stage
 from nemo_pvs.pipeline.stages.evaluate import initial_label
 from nemo_pvs.planning.charges import count_masked
 from nemo_pvs.planning.rounds import shares
@@ -26,26 +27,27 @@ _PACKAGES = ("nemo-pvs", "nemo-toolkit", "megatron-core", "torch", "transformers
 
 def assemble(run: RunFolder) -> Results:
     """Return the results of a run whose stages are done."""
-    recipe, done = run.recipe, run.results
+    recipe = run.recipe
     return Results(
         title=recipe.title,
         recipe_name=recipe.name,
         recipe=recipe.model_dump(),
         created=datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
         environment=_environment(),
-        hashes=_hashes(done),
+        hashes=_hashes(run.records),
         parent=_parent(run) if recipe.parent.source else None,
         arms=[_arm(run, arm) for arm in recipe.runs],
     )
 
 
 def _parent(run: RunFolder) -> ParentResult:
-    measured = run.results["evaluate/parent"]
+    measured = run.records.evaluation("parent")
+    assert measured.validation is not None
     return ParentResult(
         name=run.recipe.parent.name,
         shape=shape_of(run.parent_source),
-        validation_loss=measured["validation"]["loss"],
-        test_perplexity=measured["test"]["perplexity"],
+        validation_loss=measured.validation.loss,
+        test_perplexity=measured.test.perplexity,
     )
 
 
@@ -53,13 +55,14 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
     curve = _curve(run, arm)
     first_step = shares(run.recipe, arm)[-1].first_step
     start = first_step * arm.training.tokens_per_step
-    before, after = run.results[f"evaluate/{initial_label(arm)}"], run.results[f"evaluate/{arm.name}"]
+    before, after = run.records.evaluation(initial_label(arm)), run.records.evaluation(arm.name)
+    assert before.validation is not None
     model = open_source(run.model(arm.name))
-    layout = run.results[f"train/{arm.name}"].get("layout") or arm.layout.model_dump()
+    layout = run.records.trained(arm.name).layout or arm.layout.model_dump()
     validation = [Point(point["step"], point["tokens"], point["loss"]) for point in curve.validation]
-    if "validation" in after:  # training was killed before it could measure that
+    if after.validation is not None:  # training was killed before it could measure that
         steps = arm.training.steps
-        validation.append(Point(steps, steps * arm.training.tokens_per_step, after["validation"]["loss"]))
+        validation.append(Point(steps, steps * arm.training.tokens_per_step, after.validation.loss))
     speeds = [point["tokens_per_second"] for point in curve.training]
     return ArmResult(
         name=_for_people(arm),
@@ -72,15 +75,15 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         setting=arm.setting,
         validation=[
             *(one for one in validation if one.step <= first_step),
-            Point(first_step, start, before["validation"]["loss"]),
+            Point(first_step, start, before.validation.loss),
             *(one for one in validation if one.step > first_step),
         ],
         training=[
             Point(point["step"], point["tokens"], point["loss"], point["learning_rate"]) for point in curve.training
         ],
         # What a staged arm began with was pruned further before anybody measured it.
-        test_perplexity_before=None if first_step else before["test"]["perplexity"],
-        test_perplexity_after=after["test"]["perplexity"],
+        test_perplexity_before=None if first_step else before.test.perplexity,
+        test_perplexity_after=after.test.perplexity,
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
         seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds) if speeds else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
@@ -104,21 +107,26 @@ def _for_people(arm: Arm) -> str:
     return f"{arm.target}, {arm.initialisation}{ending.replace('-', ', ')}"
 
 
-def _hashes(done: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _hashes(records: Records) -> dict[str, str]:
     """Return the content hash of every artefact of the run."""
-    hashes = {"parent weights": done["parent"]["fingerprint"]} if "evaluate/parent" in done else {}
-    if "calibrate" in done:
-        hashes["scores"] = done["calibrate"]["scores"]
-    if tokenizer := next((made.get("tokenizer_sha256") for made in done["data"]["splits"].values()), None):
+    hashes = {"parent weights": records.parent.fingerprint} if evaluation_stage("parent") in records else {}
+    for scores in records.of(ScoresRecord).values():
+        hashes["scores"] = scores.scores
+    splits = records.data.splits
+    if tokenizer := next((split.tokenizer_sha256 for split in splits.values()), None):
         hashes["tokenizer"] = tokenizer
-    hashes |= {f"{split} tokens": made["bin_sha256"] for split, made in done["data"]["splits"].items()}
-    hashes |= {f"plan {stage.split('/')[1]}": made["plan"] for stage, made in done.items() if "plan" in made}
-    hashes |= {
-        f"model {stage.split('/')[1]}": made["fingerprint"]
-        for stage, made in done.items()
-        if stage.startswith("train/")
-    }
+    hashes |= {f"{name} tokens": split.sha256 for name, split in splits.items()}
+    for stage, pruned in records.of(PrunedRecord).items():
+        if pruned.plan is not None:
+            hashes[f"plan {_subject(stage)}"] = pruned.plan
+    for stage, trained in records.of(TrainedRecord).items():
+        hashes[f"model {_subject(stage)}"] = trained.fingerprint
     return hashes
+
+
+def _subject(stage: str) -> str:
+    """Return the target or the arm in the name of a stage; of a target in stages the last one counts."""
+    return stage.split("/")[1]
 
 
 def _version(package: str) -> str:

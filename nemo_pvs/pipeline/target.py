@@ -15,6 +15,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, PLAN, SETTINGS
+from nemo_pvs.pipeline.records import PrunedRecord
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.prune import prune
 from nemo_pvs.pruning.request import PruneRequest, TaskScorer
@@ -30,40 +31,34 @@ def prune_target(
     source: WeightSource,
     folder: Path,
     *,
-    tokens: Callable[[], TokenSet],
+    draw: Callable[[int], TokenSet],
     scores: Callable[[], Scores],
     task_score: Callable[[], TaskScorer],
     compute: Mapping[str, Any],
-    draw: Callable[[int], TokenSet] | None = None,
-) -> dict[str, Any]:
+) -> PrunedRecord:
     """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and what says how it was done.
 
     Args:
         target: Method and amount.
         source: The parent.
         folder: Is made; layers of a sparse method that was interrupted are kept beside it, to go on from.
-        tokens: Reads the calibration text.
-        scores: Loads the scores.
+        draw: Draws the calibration text of an iteration; methods without iterations read that of 0.
+        scores: Loads or measures the scores.
         task_score: Returns what measures models by the target's task.
-        compute: Where and how layers run, as ``pruning.job.Job`` takes it.
-        draw: Draws a calibration text for each iteration of a method that has such.
-
-    Returns:
-        ``fingerprint`` of the result; ``plan`` (a hash); where they were spent ``search`` and ``calibration`` with
-        tokens and FLOPs.
+        compute: Where and how layers run, as ``PruneRequest`` takes it.
 
     Raises:
         UserError: the parent cannot be pruned like that.
     """
     if target.method == DENSE:
         _write(source, folder)
-        return {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE))}
+        return PrunedRecord(fingerprint(open_source(folder / HUGGING_FACE)))
     pruned, spent = prune(
         target.method,
         PruneRequest(
             source=source,
             options=target.asked,
-            tokens=tokens,
+            tokens=lambda: draw(0),
             scores=scores,
             check=lambda shape: shape.check_parallel(**target.layout.split),
             work_folder=work_folder(folder),
@@ -76,24 +71,23 @@ def prune_target(
         ),
     )
     _write(pruned.source, folder)
-    result: dict[str, Any] = {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE))}
     if pruned.plan is not None:
         pruned.plan.save(folder / PLAN)
-        result["plan"] = pruned.plan.plan_hash
+        plan = pruned.plan.plan_hash
     else:
         write_json(folder / SETTINGS, dict(pruned.settings))
-        result["plan"] = sha256_json(dict(pruned.settings))
-    result |= spent
+        plan = sha256_json(dict(pruned.settings))
     if isinstance(pruned.source, SparseSource):
         shutil.rmtree(pruned.source.folder)
-    return result
+    made = {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE)), "plan": plan, **spent}
+    return PrunedRecord.from_json(made)
 
 
-def write_planned(source: WeightSource, plan: Plan, folder: Path) -> dict[str, Any]:
-    """Write a model that is pruned by a plan made elsewhere; returns what ``prune_target`` does."""
+def write_planned(source: WeightSource, plan: Plan, folder: Path) -> PrunedRecord:
+    """Write a model that is pruned by a plan made elsewhere, as ``prune_target`` does."""
     _write(source, folder)
     plan.save(folder / PLAN)
-    return {"fingerprint": fingerprint(open_source(folder / HUGGING_FACE)), "plan": plan.plan_hash}
+    return PrunedRecord(fingerprint(open_source(folder / HUGGING_FACE)), plan.plan_hash)
 
 
 def _write(source: WeightSource, folder: Path) -> None:

@@ -15,13 +15,16 @@ from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
 from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
+from nemo_pvs.pipeline.records import DataRecord, Split
 from nemo_pvs.planning.checks import check_domains_end
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.files import sha256_bytes, sha256_json
 from nemo_pvs.system.progress import progress
 
-Splits = dict[str, Any]
-"""For train, validation, calibration and test: ``tokens`` and ``bin_sha256``; for train also ``files`` if several."""
+Splits = Mapping[str, Split]
+"""For train, validation, calibration and test."""
+Descriptions = dict[str, dict[str, Any]]
+"""The same as plain data: ``tokens`` and ``bin_sha256``, and ``files`` where there are several."""
 
 
 class RunData:
@@ -75,7 +78,7 @@ class RunData:
         }
         return TokenSet(ids, manifest)
 
-    def write_validation_windows(self, vocab: int) -> dict[str, Any]:
+    def _write_validation_windows(self, vocab: int) -> dict[str, Any]:
         """Write the validation windows for Megatron, and return their manifest."""
         paths = self.validation_paths
         if isinstance(paths, str):
@@ -102,11 +105,25 @@ class RunData:
             return _stat(self._data.source)
         return self._describe(tokenizer_hash(tokenizer), vocab)
 
-    def prepare(self, tokenizer: Path, vocab: int) -> Splits:
-        """Tokenise the text, split by document, unless that is done; return what is in each split."""
+    def given(self, tokenizer: Path, vocab: int) -> DataRecord:
+        """Return what token files hold that the recipe names, and the validation windows, which are not written.
+
+        Raises:
+            UserError: a token file is missing, or was made for another model.
+        """
+        splits = self._describe(tokenizer_hash(tokenizer), vocab)
+        return DataRecord(_splits(splits), self.validation_windows.manifest)
+
+    def prepare(self, tokenizer: Path, vocab: int) -> DataRecord:
+        """Tokenise the text, split by document, unless there are token files; write the validation windows."""
         if self._data.token_files is not None:
-            return self._describe(tokenizer_hash(tokenizer), vocab)
-        assert self._data.source is not None
+            splits = self._describe(tokenizer_hash(tokenizer), vocab)
+        else:
+            splits = self._tokenise(tokenizer)
+        return DataRecord(_splits(splits), self._write_validation_windows(vocab))
+
+    def _tokenise(self, tokenizer: Path) -> Descriptions:
+        """Tokenise the text, split by document; return what is in each split."""
         made = {}
         with progress("tokenise", "documents") as show:
             for name, documents in self._texts().items():
@@ -133,8 +150,8 @@ class RunData:
 
     def training_file(self, splits: Splits) -> str | None:
         """Return the hash of the training file; None where several are blended, or there are domains."""
-        files = splits["train"].get("files", [splits["train"]])
-        return str(files[0]["bin_sha256"]) if len(files) == 1 and not self._data.domains else None
+        files = splits["train"].files
+        return files[0].sha256 if len(files) == 1 and not self._data.domains else None
 
     def check_end(self, splits: Splits, end: int) -> None:
         """Refuse to read ``end`` tokens from the start of the training data if there are fewer.
@@ -143,17 +160,17 @@ class RunData:
             UserError: saying how many tokens are missing.
         """
         if self._data.domains:
-            files = zip(self._data.domains, splits["train"]["files"], strict=True)
-            check_domains_end(self._recipe, {name: file["tokens"] for name, file in files}, end)
+            files = zip(self._data.domains, splits["train"].files, strict=True)
+            check_domains_end(self._recipe, {name: file.tokens for name, file in files}, end)
             return
         length = self._recipe.train.sequence_length
         if self._data.token_files is None:
-            check_end(end, length, [splits["train"]["tokens"]], None, ["train"])
+            check_end(end, length, [splits["train"].tokens], None, ["train"])
             return
         weights, names = self._data.token_files.blend
-        check_end(end, length, [file["tokens"] for file in splits["train"]["files"]], weights, names)
+        check_end(end, length, [file.tokens for file in splits["train"].files], weights, names)
 
-    def _describe(self, tokenizer_sha256: str, vocab: int) -> Splits:
+    def _describe(self, tokenizer_sha256: str, vocab: int) -> Descriptions:
         token_files = self._data.token_files
         assert token_files is not None
         _, train = token_files.blend
@@ -169,6 +186,10 @@ class RunData:
                 for name in ("calibration", "test")
             },
         }
+
+
+def _splits(descriptions: Descriptions) -> dict[str, Split]:
+    return {name: Split(description) for name, description in descriptions.items()}
 
 
 def _together(files: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,27 @@ from nemo_pvs.recipe.training import Training
 
 DEPTH_SCAN = "depth scan, prefixes shared"
 """What a ledger notes of a search for layers by the loss."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a pruning method took by itself: a calibration layer by layer, or a search for layers."""
+
+    tokens: int
+    flops: int
+    losses: list[float] | None = None
+    """Of the candidates of a search."""
+    scores: list[float] | None = None
+    """Of the candidates of a search by a task."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Spent:
+        """Undo ``to_json``."""
+        return cls(values["tokens"], values["flops"], values.get("losses"), values.get("scores"))
 
 
 def ancestry(ancestor: Path | None, declared_tokens: float | None) -> Ledger:
@@ -103,12 +125,24 @@ def charge_scores(parent: Shape, tokens: int, sequence_length: int, *, gradients
 
 def pruning_charges(made: Mapping[str, Any], task: str | None) -> list[Charge]:
     """Return what a method spent by itself (``pruning.spent.spent``); ``task``: by what layers were chosen."""
-    notes = {"calibration": "while pruning, layer by layer", "search": f"depth by {task}" if task else DEPTH_SCAN}
-    return [
-        Charge("calibration" if name == "calibration" else "search", own["tokens"], own["flops"], note)
-        for name, note in notes.items()
-        if (own := made.get(name))
-    ]
+    calibration, search = (made.get(name) for name in ("calibration", "search"))
+    return charges_of_spent(
+        None if calibration is None else Spent.from_json(calibration),
+        None if search is None else Spent.from_json(search),
+        task,
+    )
+
+
+def charges_of_spent(calibration: Spent | None, search: Spent | None, task: str | None) -> list[Charge]:
+    """Return the charges for what a method spent by itself; ``task``: by what layers were chosen."""
+    charges = []
+    if calibration is not None:
+        note = "while pruning, layer by layer"
+        charges.append(Charge("calibration", calibration.tokens, calibration.flops, note))
+    if search is not None:
+        note = f"depth by {task}" if task else DEPTH_SCAN
+        charges.append(Charge("search", search.tokens, search.flops, note))
+    return charges
 
 
 def count_masked(model: WeightSource) -> int:

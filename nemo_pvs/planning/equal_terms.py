@@ -15,7 +15,7 @@ from nemo_pvs.ledger.flops import (
 from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import DEPTH_SCAN, charge_scores, charge_training, lesson_flops
-from nemo_pvs.planning.learned import charge_stage, is_trained_first
+from nemo_pvs.planning.learned import charge_learning, learned_target
 from nemo_pvs.planning.rounds import shares, stage_targets
 from nemo_pvs.planning.targets import expected_shape, masked_parameters
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors, teacher_shape
@@ -112,8 +112,8 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
         models, forwards = depth_scan_cost(options, parent.layers, parent.layers - shape.layers)
         flops = sweep_flops(parent, text, forwards, models)
         ledger.charges.append(Charge("search", sweep_tokens(text, models), flops, DEPTH_SCAN))
-    if is_trained_first(target):
-        charge_stage(ledger, recipe, target, parent)
+    if learned := learned_target(recipe, target):
+        charge_learning(ledger, learned, parent)
     if (task := task_of(target)) is not None:
         ledger.charges.append(Charge("search", None, None, f"depth by {task}, known when it has been asked"))
     return ledger

@@ -11,9 +11,8 @@ from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.ledger.tokens_read import KEYS
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import tokens_read
-from nemo_pvs.planning.efficient import prunes_while_training
 from nemo_pvs.planning.equal_terms import arm_cost
-from nemo_pvs.planning.learned import is_trained_first, stage_reads
+from nemo_pvs.planning.learned import learned_target, learned_targets, learning_reads
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.recipe import Recipe
 
@@ -39,9 +38,11 @@ def check_dense_parent(recipe: Recipe, parent: WeightSource) -> None:
         UserError: naming the target.
     """
     for name, target in recipe.targets.items():
-        if prunes_while_training(target) and masks_of(parent).names:
+        learned = learned_target(recipe, target)
+        if learned and learned.needs_dense_parent and masks_of(parent).names:
             raise UserError(
-                f"Target {name}: the parent is sparse, with masks of single weights; efficient-llm needs a dense one."
+                f"Target {name}: the parent is sparse, with masks of single weights; {target.method} needs a dense "
+                "one."
             )
 
 
@@ -59,6 +60,6 @@ def check_unread(recipe: Recipe, file: str | None) -> None:
     if ledger is None or file is None or recipe.data.token_ranges.allow_overlap:
         return
     reading = [tokens_read(file, arm.training, arm.first_token) for arm in recipe.runs if arm.takes_parent]
-    reading += [stage_reads(recipe, target, file) for target in recipe.targets.values() if is_trained_first(target)]
+    reading += [learning_reads(learned, file) for learned in learned_targets(recipe)]
     for read in reading:
         read.check_new(ledger.read, KEYS)

@@ -9,13 +9,11 @@ are what the pruning leaves of those before (``slice_optimizer_state``).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.ledger.ledger import Charge
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.methods.adapt_pruner import AdaptPrunerOptions
 from nemo_pvs.pruning.options import SizesOrRatio
@@ -145,11 +143,6 @@ def check_stages(recipe: Recipe, name: str, target: Target, parent: Shape) -> No
             after.check_parallel(**target.layout.split)
             if before == after:
                 raise UserError(f"stage {number} of {target.stages} would remove nothing; choose fewer stages.")
-
-
-def charges_of(made: Mapping[str, Any]) -> list[Charge]:
-    """Return what all stages of a target spent, the last share of the training left out."""
-    return [Charge(**charge) for charge in made["charges"]]
 
 
 def _axes(target: Target) -> tuple[str, ...]:

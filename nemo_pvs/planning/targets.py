@@ -6,7 +6,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.checks import check_context, check_training
 from nemo_pvs.planning.efficient import about_shape
-from nemo_pvs.planning.learned import check_stage, is_trained_first
+from nemo_pvs.planning.learned import learned_target
 from nemo_pvs.planning.rounds import check_stages
 from nemo_pvs.pruning.method import Expected
 from nemo_pvs.pruning.registry import method_named
@@ -48,8 +48,8 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
             expected = expected_shape(target, parent)
             check_stages(recipe, name, target, parent)
             check_training(recipe.train, target.layout, expected.shape, exact=expected.exact)
-            if is_trained_first(target):
-                check_stage(recipe, target, expected.shape, parent)
+            if learned := learned_target(recipe, target):
+                learned.check(expected.shape, parent)
         except UserError as error:
             raise UserError(f"Target {name}: {error}") from None
     for key in ("clip_before_mask", "mask_check_steps"):

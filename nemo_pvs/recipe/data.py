@@ -92,6 +92,11 @@ class TokenRanges(Block):
         first, end = getattr(self, initialisation) or (0, float("inf"))
         return int(first), end
 
+    def start_of_pruned(self, given: float | None, tokens_per_step: int) -> int:
+        """Return where training before pruning begins: at ``given``, or where pruned arms do; in whole steps."""
+        first = self.of("pruned")[0] if given is None else int(given)
+        return -(-first // tokens_per_step) * tokens_per_step
+
     @model_validator(mode="after")
     def _can_be_read(self) -> TokenRanges:
         for name in ("parent", "pruned", "random"):

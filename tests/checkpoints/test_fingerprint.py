@@ -15,7 +15,9 @@ from nemo_pvs.checkpoints.fingerprint import earlier_fingerprint, fingerprint
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-from nemo_pvs.pipeline.records import Stages
+from nemo_pvs.pipeline.records import ScoresRecord
+from nemo_pvs.pipeline.stage import Stage
+from nemo_pvs.pipeline.store import Stages
 
 WEIGHTS = "model.safetensors"
 
@@ -189,11 +191,16 @@ def test_records_of_an_earlier_version_are_recognised(model, tmp_path):
     done = []
 
     def run(inputs):
-        return Stages(tmp_path / "run").run("calibrate", inputs, [], lambda: done.append(1) or {"scores": "abc"})
+        def work():
+            done.append(1)
+            return ScoresRecord("abc", 1)
+
+        stage = Stage(name="calibrate", record=ScoresRecord, inputs=lambda: inputs, work=work)
+        return Stages(tmp_path / "run").run(stage)
 
     run({"parent": str(earlier_fingerprint(source)), "models": [earlier_fingerprint(source)], "samples": 3})
     today = {"parent": fingerprint(source), "models": [fingerprint(source)], "samples": 3}
-    assert run(today) == {"scores": "abc"}
+    assert run(today) == ScoresRecord("abc", 1)
     assert len(done) == 1
     change_a_weight(model, "model.layers.0.mlp.down_proj.weight")
     changed = fingerprint(open_source(model))

@@ -10,6 +10,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.pipeline.folder import PLAN
+from nemo_pvs.pipeline.look_ahead import look_ahead
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.pipeline.results import assemble
 from nemo_pvs.planning.equal_terms import arm_cost
@@ -54,6 +55,8 @@ def test_killed_while_units_go_it_goes_on_to_the_report(values, tmp_path):
 
     pipeline = Pipeline(recipe, folder)
     pipeline.run()
+    trained = [stage for stage in pipeline.records if not stage.startswith("evaluate/")]
+    assert list(look_ahead(pipeline)) == trained, "a stage was done that nobody had looked at"
     curve = metrics.read(run / METRICS_FILE)
     assert [point["step"] for point in curve.training] == list(range(1, 31))
     assert curve.pruning[-1]["parameters"] <= 0.6 * parent.parameters

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.pipeline.look_ahead import LookAhead, look_ahead
 from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.records import PrunedRecord, Record
+from nemo_pvs.pipeline.stage import Stage
 from nemo_pvs.recipe.load import parse_recipe
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.pipeline.test_pipeline import _token_files, tiny_values
@@ -185,9 +188,64 @@ def test_a_change_that_was_interrupted_may_be_taken_back(values, run):
     changed = _change(values, "targets.width.ffn", 64)
     pipeline = _pipeline(changed, run)
     before = _snapshot(run / "train")
-    pipeline.stages.begin("prune/width", {"options": "other"}, [pipeline.pruned("width")])
+    stage = Stage(
+        name="prune/width",
+        record=PrunedRecord,
+        inputs=lambda: {"options": "other"},
+        work=pytest.fail,
+        outputs=[pipeline.pruned("width")],
+    )
+    assert pipeline.stages.begin(stage)
     _pipeline(values, run).prepare_only()
     assert _snapshot(run / "train") == before
+
+
+def test_what_is_done_before_training_is_found_by_looking_ahead(values, tmp_path):
+    """In the same order, and each with what it has returned."""
+    values["targets"] |= {"flap": {"method": "flap", "ratio": 0.3}, "dense": {"method": "dense", "arms": ["random"]}}
+    done = _pipeline(values, tmp_path / "run")
+    done.prepare()
+    found = look_ahead(_pipeline(values, tmp_path / "run"))
+    assert list(found) == list(done.records)
+    for kind in {type(record) for record in done.records.of(Record).values()}:
+        assert found.of(kind) == done.records.of(kind)
+
+
+def test_every_stage_is_looked_at_before_the_first_is_done(values, tmp_path, monkeypatch):
+    learn = {"tokens": 256, "global_batch_size": 4}
+    values["targets"] = {
+        "masks": {"method": "sheared-llama", "ffn": 48, "learn": learn, "arms": ["pruned"]},
+        "depth": {"method": "minitron-depth", "layers": 2, "stages": 2},
+        "flap": {"method": "flap", "ratio": 0.3},
+    }
+    looked: list[str] = []
+    look = LookAhead.look
+
+    def noted(ahead, stage):
+        looked.append(stage.name)
+        look(ahead, stage)
+
+    monkeypatch.setattr(LookAhead, "look", noted)
+    look_ahead(_pipeline(values, tmp_path / "run"))
+    assert looked == [
+        "parent",
+        "data",
+        "calibrate",
+        "prune/flap",
+        "random/flap",
+        "masks/masks",
+        "prune/masks",
+        "prune/depth/stage-1",
+        "train/depth/stage-1",
+        "prune/depth",
+        "random/depth",
+        "train/masks-pruned",
+        "train/depth-pruned",
+        "train/depth-random",
+        "train/flap-pruned",
+        "train/flap-random",
+    ]
+    assert not (tmp_path / "run").exists()
 
 
 def test_stages_of_a_target_are_looked_at(values, tmp_path):

@@ -26,10 +26,14 @@ from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.pipeline.ledger import run_ledger
 from nemo_pvs.pipeline.pipeline import Pipeline
-from nemo_pvs.pipeline.records import Stages
 from nemo_pvs.pipeline.results import assemble
+from nemo_pvs.pipeline.stages.calibrate import calibrate
+from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.evaluate import models_to_evaluate
-from nemo_pvs.pipeline.stages.parent import get_parent
+from nemo_pvs.pipeline.stages.parent import parent
+from nemo_pvs.pipeline.stages.prune import prune
+from nemo_pvs.pipeline.store import Stages
+from nemo_pvs.planning.charges import Spent
 from nemo_pvs.planning.equal_terms import arm_cost, settle
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
@@ -96,12 +100,12 @@ class KilledAfter(Stages):
         super().__init__(folder)
         self.stage = stage
 
-    def run(self, name, inputs, outputs, work, **options):
+    def run(self, stage, work=None):
         def doomed():
-            work()
+            (work or stage.work)()
             os.kill(os.getpid(), signal.SIGKILL)
 
-        return super().run(name, inputs, outputs, doomed if name == self.stage else work, **options)
+        return super().run(stage, doomed if stage.name == self.stage else work)
 
 
 def _run(values: dict, folder: Path, doomed_stage: str | None = None) -> None:
@@ -296,7 +300,7 @@ def test_any_method_makes_initial_weights_of_both_kinds(values, tmp_path):
         if name == "flap":
             assert shape_of(pruned).uneven
             assert "mlp_bias" in shape_of(pruned).features
-    assert fingerprint(open_source(pipeline.initial("dense", "pruned"))) == pipeline.results["parent"]["fingerprint"]
+    assert fingerprint(open_source(pipeline.initial("dense", "pruned"))) == pipeline.records.parent.fingerprint
     assert not [path for path in (folder / "pruned").iterdir() if path.name.startswith(".")], "work is left behind"
 
 
@@ -309,18 +313,12 @@ def test_layers_are_chosen_by_a_task_of_the_run_s_own_text(values, tmp_path):
     score = task_score(str(questions), pipeline.tokenizer, tmp_path)
     scan = scan_task(pipeline.parent_source, 2, score)
     assert Plan.load(pipeline.pruned("depth") / "plan.json").keep_layers == plan_task(scan).keep_layers
-    spent = pipeline.results["prune/depth"]["search"]
-    assert spent == {"tokens": scan.tokens, "flops": scan.flops, "scores": list(scan.scores)}
-    assert spent["tokens"] >= 4 * 6 * 4 * 32, "4 models, 6 questions with 4 endings behind 32 tokens"
+    spent = pipeline.records.pruned("depth").search
+    assert spent == Spent(scan.tokens, scan.flops, scores=list(scan.scores))
+    assert spent.tokens >= 4 * 6 * 4 * 32, "4 models, 6 questions with 4 endings behind 32 tokens"
     pruned, _ = pipeline.recipe.runs
-    ledger = run_ledger(
-        pipeline.recipe,
-        pruned,
-        pipeline.results,
-        pipeline.parent_shape,
-        open_source(pipeline.initial("depth", "pruned")),
-    )
-    assert ledger.total.tokens == 1e6 + spent["tokens"] + 2048
+    ledger = run_ledger(pipeline, pruned, open_source(pipeline.initial("depth", "pruned")))
+    assert ledger.total.tokens == 1e6 + spent.tokens + 2048
     before = _records(tmp_path / "run")
     Pipeline(parse_recipe(values, "test"), tmp_path / "run").prepare()
     assert _records(tmp_path / "run") == before
@@ -371,7 +369,7 @@ def test_a_parent_that_is_yet_to_be_trained(values, tmp_path):
     pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
     (job,) = pipeline.prepare_only()
     assert job.parent.name == "parent-random"
-    assert list(pipeline.results) == ["parent", "data", "random/parent"]
+    assert list(pipeline.records) == ["parent", "data", "random/parent"]
     drawn = open_source(pipeline.initial("parent", "random"))
     assert shape_of(drawn) == pipeline.parent_shape
     assert list(models_to_evaluate(pipeline)) == ["parent-random-initial", "parent-random"]
@@ -437,14 +435,14 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
     values["parent"]["pretraining_tokens"] = 2048
     values["budgets"] = {"pruned": [512], "random": ["equal-total-tokens", "equal-total-flops"]}
     pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
-    get_parent(pipeline)
+    pipeline.do(parent(pipeline))
     shape = pipeline.parent_shape
     pipeline.recipe = settle(pipeline.recipe, shape)
-    pipeline.data()
+    pipeline.do(data(pipeline))
     layer, head = shape.matrix_parameters // 4, shape.vocab * shape.hidden
     attention = 2 * 32 * shape.heads * shape.head_dim
 
-    assert _multiplications(pipeline.calibrate) == 256 * 4 * layer
+    assert _multiplications(lambda: pipeline.do(calibrate(pipeline))) == 256 * 4 * layer
     # Tokens, layers run, models measured: by hand for four layers. The last token of a sequence is only predicted.
     for name, models, forwards in (
         ("depth", 4, 4 + 2 + 1 + 0),
@@ -452,16 +450,18 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
         ("sleb", 3, 4 + 2 + 1),
         ("one_by_one", 5, 4 + 3 + 2 + 1 + 0),
     ):
-        counted = _multiplications(lambda name=name: pipeline.prune(name, pipeline.recipe.targets[name]))
-        spent = pipeline.results[f"prune/{name}"]["search"]
-        assert spent["tokens"] == 4 * 32 * models
-        assert spent["flops"] == 4 * 32 * (2 * (forwards * layer + models * head) + forwards * attention)
+        stage = prune(pipeline, name, pipeline.recipe.targets[name])
+        counted = _multiplications(lambda stage=stage: pipeline.do(stage))
+        spent = pipeline.records.pruned(name).search
+        assert spent.tokens == 4 * 32 * models
+        assert spent.flops == 4 * 32 * (2 * (forwards * layer + models * head) + forwards * attention)
         assert counted * 32 == 4 * 32 * (forwards * layer + models * head) * 31
     for name, forwards, skipped in (("wanda", 4 + 3, 4), ("wanda_at_once", 4, 0)):
-        counted = _multiplications(lambda name=name: pipeline.prune(name, pipeline.recipe.targets[name]))
-        spent = pipeline.results[f"prune/{name}"]["calibration"]
+        stage = prune(pipeline, name, pipeline.recipe.targets[name])
+        counted = _multiplications(lambda stage=stage: pipeline.do(stage))
+        spent = pipeline.records.pruned(name).calibration
         assert counted == 256 * (forwards * layer - skipped * shape.hidden * shape.ffn)
-        assert spent == {"tokens": 256, "flops": 2 * counted + 256 * forwards * attention}
+        assert spent == Spent(256, 2 * counted + 256 * forwards * attention)
 
     pipeline.prepare()
     arms = {arm.name: arm for arm in pipeline.recipe.runs}
@@ -470,7 +470,7 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
         for ending in ("pruned-512", "random-equal-total-tokens", "random-equal-total-flops"):
             arm = arms[f"{name}-{ending}"]
             model = open_source(pipeline.initial(name, arm.initialisation))
-            ledgers[ending] = run_ledger(pipeline.recipe, arm, pipeline.results, shape, model)
+            ledgers[ending] = run_ledger(pipeline, arm, model)
             assert ledgers[ending] == arm_cost(pipeline.recipe, arm, shape_of(model), shape), (
                 "a dry run says otherwise"
             )
@@ -502,11 +502,7 @@ def test_a_target_by_gradients_is_calibrated_with_them(values, tmp_path):
     for name, gradients in (("taylor", True), ("flap", False)):
         arm = next(arm for arm in pipeline.recipe.runs if arm.target == name and arm.initialisation == "pruned")
         model = open_source(pipeline.initial(name, arm.initialisation))
-        (charge,) = [
-            charge
-            for charge in run_ledger(pipeline.recipe, arm, pipeline.results, pipeline.parent_shape, model).charges
-            if charge.activity == "calibration"
-        ]
+        (charge,) = [charge for charge in run_ledger(pipeline, arm, model).charges if charge.activity == "calibration"]
         assert charge.flops == calibration_flops(pipeline.parent_shape, charge.tokens, 32, gradients=gradients)
 
 

@@ -1,76 +1,75 @@
-"""Steps of a run are done once; what took long to make is not removed unasked."""
+"""What a stage returned is the same after it was written and read again, and is written as it always was."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_pvs.errors import UserError
-from nemo_pvs.pipeline.records import Stages
+from nemo_pvs.pipeline.records import (
+    DataRecord,
+    EvaluationRecord,
+    MasksRecord,
+    ParentRecord,
+    PrunedRecord,
+    RandomRecord,
+    Record,
+    Records,
+    ScoresRecord,
+    TasksRecord,
+    TrainedRecord,
+)
+from nemo_pvs.system.files import json_text
+
+CHARGE = {
+    "activity": "calibration",
+    "tokens": 768,
+    "flops": 1288372224,
+    "note": "while pruning, layer by layer",
+    "flops_zeros_skipped": None,
+    "tokens_per_step": None,
+    "read": None,
+}
+FILE = {"tokens": 7, "bin_sha256": "c"}
+TRAIN = {"tokens": 14, "bin_sha256": "d", "files": [FILE, FILE]}
+MEASURED = {"loss": 2.0, "loss_stderr": None, "tokens": 256, "perplexity": 7.4, "perplexity_stderr": None}
+RESULTS: list[tuple[type[Record], dict[str, Any]]] = [
+    (ParentRecord, {"path": "parent", "fingerprint": "a"}),
+    (DataRecord, {"splits": {"train": TRAIN, "test": {"documents": 6, **FILE}}, "validation_windows": {"samples": 8}}),
+    (ScoresRecord, {"scores": "b", "tokens": 256}),
+    (MasksRecord, {"checkpoint": "step=1-last", "masks": "e"}),
+    (PrunedRecord, {"fingerprint": "a"}),
+    (PrunedRecord, {"fingerprint": "a", "plan": "b"}),
+    (PrunedRecord, {"fingerprint": "a", "plan": "b", "search": {"tokens": 9, "flops": 8, "losses": [1.5, 2.0]}}),
+    (PrunedRecord, {"fingerprint": "a", "plan": "b", "search": {"tokens": 9, "flops": 8, "scores": [0.5]}}),
+    (PrunedRecord, {"fingerprint": "a", "plan": "b", "calibration": {"tokens": 9, "flops": 8}, "charges": [CHARGE]}),
+    (PrunedRecord, {"fingerprint": "a", "charges": []}),
+    (RandomRecord, {"fingerprint": "a"}),
+    (TrainedRecord, {"fingerprint": "a", "layout": {"tensor_parallel": 2}}),
+    (TrainedRecord, {"fingerprint": "a"}),
+    (EvaluationRecord, {"test": MEASURED, "validation": MEASURED}),
+    (EvaluationRecord, {"test": MEASURED}),
+    (TasksRecord, {}),
+]
+"""Results as earlier versions wrote them, key by key."""
 
 
-def _train(folder: Path, rate: float, *, force: tuple[str, ...] = (), dies: bool = False) -> int:
-    """Run a stage that counts how often it has been worked on, and return the count."""
-    out = folder / "train" / "width"
-
-    def work() -> dict[str, int]:
-        out.mkdir(parents=True, exist_ok=True)
-        count = out / "count"
-        count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
-        if dies:
-            raise KeyboardInterrupt
-        return {"count": int(count.read_text())}
-
-    inputs = {"training": {"learning_rate": rate}, "initial": "f" * 64}
-    stages = Stages(folder, force)
-    return int(stages.run("train/width", inputs, [out], work, keep_partial=True, precious=[out])["count"])
+@pytest.mark.parametrize(("kind", "result"), RESULTS)
+def test_a_record_is_written_as_it_was_read(kind: type[Record], result: dict[str, Any]) -> None:
+    record = kind.from_json(result)
+    assert json_text(record.to_json()) == json_text(result)
+    assert kind.from_json(record.to_json()) == record
 
 
-def test_an_interrupted_stage_goes_on_and_a_finished_one_stays(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        _train(tmp_path, 1e-3, dies=True)
-    assert _train(tmp_path, 1e-3) == 2
-    assert _train(tmp_path, 1e-3) == 2
+def test_what_earlier_versions_did_not_write_is_not_known() -> None:
+    earlier = EvaluationRecord.from_json({"test": {"loss": 2.0, "perplexity": 7.4}})
+    assert (earlier.test.loss, earlier.test.loss_stderr, earlier.validation) == (2.0, None, None)
 
 
-@pytest.mark.parametrize("dies", [True, False])
-def test_what_took_long_is_not_removed_unasked(tmp_path: Path, dies: bool) -> None:
-    if dies:
-        with pytest.raises(KeyboardInterrupt):
-            _train(tmp_path, 1e-3, dies=True)
-    else:
-        _train(tmp_path, 1e-3)
-    with pytest.raises(UserError, match=r"made with training.learning_rate 0.001, not 0.002; .* --force train/width"):
-        _train(tmp_path, 2e-3)
-    assert _train(tmp_path, 1e-3) == (2 if dies else 1), "the refusal has touched what was there"
-    assert _train(tmp_path, 2e-3, force=("train/width",)) == 1
-
-
-def test_equal_stages_of_a_kind_are_done_once(tmp_path: Path) -> None:
-    """And a second one that was killed while it took over what the first had made begins that anew."""
-    done: list[str] = []
-
-    def run(stages: Stages, name: str, ratio: float) -> dict[str, int]:
-        out = tmp_path / name
-
-        def work() -> dict[str, int]:
-            out.mkdir(parents=True)
-            (out / "weights").write_text(str(ratio))
-            done.append(name)
-            return {"count": len(done)}
-
-        return stages.run(name, {"ratio": ratio}, [out], work, keep_partial=True, shared=True)
-
-    stages = Stages(tmp_path)
-    assert run(stages, "prune/a", 0.5) == {"count": 1}
-    (tmp_path / "prune" / "b").mkdir()
-    (tmp_path / "prune" / "b" / "torn").touch()
-    assert run(stages, "prune/b", 0.5) == {"count": 1}
-    assert {path.name: path.read_text() for path in (tmp_path / "prune" / "b").iterdir()} == {"weights": "0.5"}
-    assert run(stages, "prune/c", 0.6) == {"count": 2}
-    assert run(stages, "masks/a", 0.5) == {"count": 3}
-    again = Stages(tmp_path)
-    for name, ratio, count in (("prune/a", 0.5, 1), ("prune/b", 0.5, 1), ("prune/d", 0.6, 4)):
-        assert run(again, name, ratio) == {"count": count}
-    assert done == ["prune/a", "prune/c", "masks/a", "prune/d"]
+def test_records_are_found_by_what_they_are_about() -> None:
+    records = Records()
+    last, first = PrunedRecord("last"), PrunedRecord("first")
+    records["prune/a/stage-1"], records["prune/a"], records["random/a"] = first, last, RandomRecord("r")
+    assert (records.pruned("a"), records.pruned("a", 1), records.random("a").fingerprint) == (last, first, "r")
+    assert list(records.of(PrunedRecord)) == ["prune/a/stage-1", "prune/a"]
+    assert "prune/b" not in records

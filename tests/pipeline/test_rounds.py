@@ -14,9 +14,9 @@ import yaml
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.pipeline.look_ahead import look_ahead
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.pipeline.results import assemble
-from nemo_pvs.pipeline.stages.evaluate import evaluate
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.system.files import read_json
@@ -74,6 +74,8 @@ def whole(tmp_path_factory) -> tuple[dict, Pipeline]:
     pipeline.run()
     assert finished.items() <= _records(folder).items(), "a finished stage was done again"
     assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed stage began anew"
+    trained = [stage for stage in pipeline.records if not stage.startswith("evaluate/")]
+    assert list(look_ahead(pipeline)) == trained, "a stage was done that nobody had looked at"
     return staged, pipeline
 
 
@@ -112,7 +114,7 @@ def test_stages_are_one_training(whole):
     assert [point.learning_rate for point in pruned.training] == rates
     assert pruned.training[-1].tokens == pruned.validation[-1].tokens == random.validation[-1].tokens == 16 * 128
     half = [point.loss for point in pruned.validation if point.tokens == 8 * 128]
-    assert half == [losses[0], pipeline.results["evaluate/one-pruned-initial"]["validation"]["loss"]]
+    assert half == [losses[0], pipeline.records.evaluation("one-pruned-initial").validation.loss]
     assert (pruned.validation[0].tokens, pruned.validation[-1].loss) == (4 * 128, losses[1])
     assert pruned.test_perplexity_before is None
 
@@ -129,7 +131,7 @@ def test_stages_are_one_training(whole):
     (last / METRICS_FILE).write_text("".join(line for line in curve if line != curve[-1]))
     assert metrics.read(last / METRICS_FILE).validation[-1]["step"] < 8
     (folder / "stages" / "evaluate-one-pruned.json").unlink()
-    evaluate(pipeline)
+    pipeline.evaluate()
     pruned, _ = assemble(pipeline).arms
     assert pruned.validation[-1].tokens == 16 * 128
     assert pruned.validation[-1].loss == pytest.approx(losses[1], abs=1e-3)

@@ -19,16 +19,16 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.pipeline.pipeline import Pipeline
-from nemo_pvs.pipeline.stages.sheared import mask_job
+from nemo_pvs.pipeline.stages.learned import complete_job
 from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.planning.equal_terms import arm_cost
-from nemo_pvs.planning.sheared import describe_masks, end_of_reading, first_token, mask_layout, mask_training
+from nemo_pvs.planning.learned import end_of_reading, learned_target
 from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
 from nemo_pvs.pruning.learned.sheared import save_masks
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
 from nemo_pvs.training import metrics
-from nemo_pvs.training.checkpoints import checkpoint_name
+from nemo_pvs.training.checkpoints import checkpoint_name, newest_sound
 from nemo_pvs.training.job import Loading, TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -106,7 +106,7 @@ def test_a_run_killed_while_it_learns_masks_goes_on_to_a_pruned_and_trained_mode
     child = fork_context().Process(target=_run, args=(values, folder))
     child.start()
     until = time.monotonic() + 500
-    while not list((masks / "nemo" / "checkpoints").glob("step=*/weights/metadata.json")):
+    while newest_sound(masks / "nemo" / "checkpoints")[0] is None:
         assert child.is_alive()
         assert time.monotonic() < until
         time.sleep(0.1)
@@ -184,22 +184,25 @@ def test_mask_learning_is_training_of_the_whole_parent_and_charged_as_such(tmp_p
     (target,) = plan.targets
     assert "masks/4b-shear" in plan.stages
     (charge,) = target.spent.charges
-    training = mask_training(plan.recipe, target.target)
+    learned = learned_target(plan.recipe, target.target)
+    assert learned is not None
+    training = learned.training
     assert (charge.activity, charge.tokens, charge.steps) == ("mask learning", 419_430_400, 3200)
     assert charge.flops == 419_430_400 * plan.parent.flops_per_token(sequence_length=8192, training=True)
     assert (training.learning_rate, training.weight_decay, training.warmup_steps) == (1e-4, 0.0, 320)
-    assert first_token(plan.recipe, target.target) == 701_000_000_000 // 131_072 * 131_072 + 131_072
-    assert mask_layout(target.target).processes == 32
-    job, _ = mask_job(plan.recipe, "4b-shear", target.expected.shape, tmp_path, {"train": "t", "validation": "v"})
+    assert learned.first_token == 701_000_000_000 // 131_072 * 131_072 + 131_072
+    assert learned.layout.processes == 32
+    data = {"train": "t", "validation": "v"}
+    job = complete_job(learned, "4b-shear", target.target, target.expected.shape, tmp_path, data)
     assert TrainingJob.load(job.save()) == job
 
 
 def test_mask_learning_counts_among_what_is_read() -> None:
     recipe = load_recipe("llama31_8b/sheared")
-    assert end_of_reading(recipe) == first_token(recipe, recipe.targets["4b-shear"]) + 419_430_400
-    assert "3,200 steps of 131,072 tokens" in describe_masks(
-        recipe, recipe.targets["4b-shear"], dry_run(recipe).parent
-    )
+    learned = learned_target(recipe, recipe.targets["4b-shear"])
+    assert learned is not None
+    assert end_of_reading(recipe) == learned.first_token + 419_430_400
+    assert "3,200 steps of 131,072 tokens" in learned.describe(dry_run(recipe).parent)
 
 
 @pytest.mark.parametrize(

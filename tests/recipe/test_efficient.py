@@ -9,7 +9,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout as WeightLayout
 from nemo_pvs.planning.dry_run import dry_run
-from nemo_pvs.planning.efficient import describe_pruning_aware
+from nemo_pvs.planning.efficient import EfficientTarget
 from nemo_pvs.recipe.efficient import PruningAware
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
 from nemo_pvs.recipe.recipe import Recipe
@@ -100,12 +100,12 @@ def test_compensation_from_few_tokens_is_doubted() -> None:
     doubt = "256 tokens are few to compensate 128 inputs"
     for pruning, said in (({"damping": 0.01}, True), ({"damping": 0.01, "compensate": False}, False), ({}, False)):
         made = recipe(pace="linear", **pruning)
-        assert (doubt in describe_pruning_aware(made, made.targets["small"], PARENT)) is said
+        assert (doubt in EfficientTarget(made, made.targets["small"]).describe(PARENT)) is said
     for name in ("efficient_llm/smollm_1p7b", "efficient_llm/llama31_8b", "smollm2_135m/efficient"):
         plan = dry_run(load_recipe(name))
         for target in plan.recipe.targets.values():
             if target.pruning_aware:
-                assert "few" not in describe_pruning_aware(plan.recipe, target, plan.parent)
+                assert "few" not in EfficientTarget(plan.recipe, target).describe(plan.parent)
 
 
 def test_the_published_settings() -> None:

@@ -1,17 +1,16 @@
-"""The last measurements of a run: perplexity and validation loss of every model, and the tasks of the recipe."""
+"""The evaluate stages: perplexity and validation loss of every model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pipeline.folder import RunFolder
-from nemo_pvs.pipeline.stages.tasks import TASKS, measure_tasks
+from nemo_pvs.pipeline.records import EvaluationRecord, Measured, evaluation_stage
+from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.system.progress import progress
 from nemo_pvs.training import metrics
@@ -22,36 +21,40 @@ def initial_label(arm: Arm) -> str:
     return f"{arm.target}-{arm.initialisation}-initial"
 
 
-def evaluate(run: RunFolder) -> None:
-    """Measure perplexity on the test split, and the validation loss of models that no training measured."""
-    validated = {arm.name: _is_validated(run, arm) for arm in run.recipe.runs}
-    for label, path in models_to_evaluate(run).items():
-        source = open_source(path)
-        inputs = {
-            "model": fingerprint(source),
+def evaluate(run: RunFolder, label: str, path: Path) -> Stage[EvaluationRecord]:
+    """Return the stage that measures a model: its perplexity, and its validation loss if no training measured that.
+
+    Args:
+        run: The run folder.
+        label: What the model is called (``models_to_evaluate``).
+        path: Its checkpoint folder.
+    """
+    settings = run.recipe.evaluate
+    arm = next((arm for arm in run.recipe.runs if arm.name == label), None)
+    validated = arm is not None and _is_validated(run, arm)
+
+    def inputs() -> Inputs:
+        return {
+            "model": fingerprint(open_source(path)),
             "text": run.text("test"),
-            "settings": run.recipe.evaluate.model_dump(include={"samples", "sequence_length"}),
-            "validation": run.results["data"]["validation_windows"]["ids_sha256"],
-            **({} if validated.get(label, True) else {"validated": False}),
+            "settings": settings.model_dump(include={"samples", "sequence_length"}),
+            "validation": run.records.data.windows_sha256,
+            **({"validated": False} if arm is not None and not validated else {}),
         }
 
-        def work(source: WeightSource = source, label: str = label) -> dict[str, Any]:
-            settings = run.recipe.evaluate
-            test = TokenSet.from_token_file(
-                run.tokens.prefix("test"),
-                samples=settings.samples,
-                sequence_length=settings.sequence_length,
-            )
-            texts = {"test": test}
-            if not validated.get(label):
-                texts["validation"] = run.tokens.validation_windows
-            measured = {}
-            for text, tokens in texts.items():
-                with progress(f"{text} loss of {label}", "layers") as show:
-                    measured[text] = perplexity(source, tokens, **run.compute, progress=show)
-            return measured
+    def measure(text: str, tokens: TokenSet) -> Measured:
+        with progress(f"{text} loss of {label}", "layers") as show:
+            return Measured.from_json(perplexity(open_source(path), tokens, **run.compute, progress=show))
 
-        run.stage(f"evaluate/{label}", inputs, [], work, shared=True)
+    def work() -> EvaluationRecord:
+        test = TokenSet.from_token_file(
+            run.tokens.prefix("test"), samples=settings.samples, sequence_length=settings.sequence_length
+        )
+        measured = measure("test", test)
+        validation = None if validated else measure("validation", run.tokens.validation_windows)
+        return EvaluationRecord(measured, validation)
+
+    return Stage(name=evaluation_stage(label), record=EvaluationRecord, inputs=inputs, work=work, shared=True)
 
 
 def _is_validated(run: RunFolder, arm: Arm) -> bool:
@@ -59,23 +62,6 @@ def _is_validated(run: RunFolder, arm: Arm) -> bool:
     job = run.job(arm)
     measured = metrics.read(job.metrics).validation
     return bool(measured) and measured[-1]["step"] == job.training.steps
-
-
-def ask_tasks(run: RunFolder) -> None:
-    """Ask the tasks of the recipe of the parent and of every trained arm; the report finds the answers."""
-    settings, folder = run.recipe.evaluate, run.folder / TASKS
-    models = [path for label, path in models_to_evaluate(run).items() if not label.endswith("-initial")]
-    inputs = {
-        "models": [fingerprint(open_source(path)) for path in models],
-        "text": run.text("test"),
-        "tasks": settings.model_dump(include={"tasks", "task_limit"}),
-    }
-
-    def work() -> dict[str, Any]:
-        measure_tasks(settings, models, run.tokens.prefix("test"), run.tokenizer, folder, run.compute)
-        return {}
-
-    run.stage("evaluate/tasks", inputs, [folder], work, keep_partial=True)
 
 
 def models_to_evaluate(run: RunFolder) -> dict[str, Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nemo_pvs.checkpoints.fetch import prepare_parent
 from nemo_pvs.checkpoints.fingerprint import fingerprint
@@ -13,6 +12,8 @@ from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.records import ParentRecord
+from nemo_pvs.pipeline.stage import Stage
 from nemo_pvs.planning.parent_checks import check_dense_parent
 from nemo_pvs.planning.targets import check_recipe
 from nemo_pvs.planning.teacher import check_recipe_teacher, check_tokens
@@ -20,50 +21,66 @@ from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.system.files import sha256_json, whole_folder, write_json
 
 
-def parent_inputs(run: RunFolder) -> dict[str, Any]:
-    """Return what the parent stage depends on.
+def parent(run: RunFolder) -> Stage[ParentRecord]:
+    """Return the stage that gets the parent as a checkpoint folder.
 
     Raises:
         UserError: the recipe's parent is not there.
     """
-    parent = run.recipe.parent
-    if parent.source is None:
-        assert parent.tokenizer is not None
-        return {"config": parent.config, "tokenizer": tokenizer_hash(Path(parent.tokenizer))}
-    given = Path(parent.source).is_dir()
-    return {"source": parent.source, "fingerprint": fingerprint(open_source(parent.source)) if given else None}
+    source = run.recipe.parent.source
+    return _untrained(run) if source is None else _checkpoint(run, source)
 
 
-def known_parent(run: RunFolder) -> dict[str, Any] | None:
-    """Return what the parent stage results in if that is known before any work; None if it must be fetched first."""
-    parent, inputs, begun = run.recipe.parent, parent_inputs(run), run.stages.begun("parent")
-    if "result" in begun and run.stages.matches(begun, inputs) and (run.folder / begun["result"]["path"]).exists():
-        return dict(begun["result"])
-    if parent.source is None:
-        return {"path": "parent", "fingerprint": sha256_json(parent.config)}
-    if inputs["fingerprint"] is not None:
-        return {"path": str(Path(parent.source).resolve()), "fingerprint": inputs["fingerprint"]}
-    return None
+def _untrained(run: RunFolder) -> Stage[ParentRecord]:
+    """Return the stage that writes the config and the tokenizer of a parent that is yet to be trained."""
+    given, target = run.recipe.parent, run.folder / "parent"
+    assert given.tokenizer is not None
+    tokenizer = Path(given.tokenizer)
+    record = ParentRecord("parent", sha256_json(given.config))
+
+    def work() -> ParentRecord:
+        with whole_folder(target) as partial:
+            write_json(partial / "config.json", given.config)
+            for asset in asset_files(tokenizer):
+                copy_asset(asset, partial)
+        return record
+
+    return Stage(
+        name="parent",
+        record=ParentRecord,
+        inputs=lambda: {"config": given.config, "tokenizer": tokenizer_hash(tokenizer)},
+        work=work,
+        outputs=[target],
+        known=lambda: record,
+    )
 
 
-def get_parent(run: RunFolder) -> None:
-    """Get the parent as a checkpoint folder.
+def _checkpoint(run: RunFolder, source: str) -> Stage[ParentRecord]:
+    """Return the stage that takes a checkpoint folder as it is, or fetches the checkpoint."""
+    target = run.folder / "parent"
+    given = fingerprint(open_source(source)) if Path(source).is_dir() else None
+    inputs = {"source": source, "fingerprint": given}
 
-    Raises:
-        UserError: it cannot be had.
-    """
-    source, target, inputs = run.recipe.parent.source, run.folder / "parent", parent_inputs(run)
-    if source is None:
-        run.stage("parent", inputs, [target], lambda: _describe(run))
-        return
-    given = inputs["fingerprint"] is not None
-
-    def work() -> dict[str, Any]:
+    def work() -> ParentRecord:
         path = prepare_parent(source, target)
-        place = str(path.resolve()) if given else "parent"
-        return {"path": place, "fingerprint": fingerprint(open_source(path))}
+        return ParentRecord(str(path.resolve()) if given else "parent", fingerprint(open_source(path)))
 
-    run.stage("parent", inputs, [] if given else [target], work)
+    def known() -> ParentRecord | None:
+        begun = run.stages.begun("parent")
+        if "result" in begun and run.stages.matches(begun, inputs):
+            record = ParentRecord.from_json(begun["result"])
+            if (run.folder / record.path).exists():
+                return record
+        return ParentRecord(str(Path(source).resolve()), given) if given else None
+
+    return Stage(
+        name="parent",
+        record=ParentRecord,
+        inputs=lambda: inputs,
+        work=work,
+        outputs=[] if given else [target],
+        known=known,
+    )
 
 
 def check_parent(run: RunFolder) -> None:
@@ -80,16 +97,6 @@ def check_parent(run: RunFolder) -> None:
     distill = run.recipe.train.distill
     if distill and distill.teacher != PARENT:
         check_tokens(Path(distill.teacher), run.tokenizer)
-
-
-def _describe(run: RunFolder) -> dict[str, Any]:
-    """Put down the config and the tokenizer of a parent that is yet to be trained."""
-    parent = run.recipe.parent
-    with whole_folder(run.folder / "parent") as partial:
-        write_json(partial / "config.json", parent.config)
-        for asset in asset_files(Path(str(parent.tokenizer))):
-            copy_asset(asset, partial)
-    return {"path": "parent", "fingerprint": sha256_json(parent.config)}
 
 
 def _check(run: RunFolder) -> None:

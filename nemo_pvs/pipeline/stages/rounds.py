@@ -1,243 +1,210 @@
-"""The stages of a target in ``pvs run``: prune, train a share, prune again; each done once and resumable."""
+"""A target that is reached in stages: prune, train a share, prune again; each step a stage of the run."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.convert import convert
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, RunFolder, forget_optimizer
-from nemo_pvs.pipeline.look_ahead import LookAhead
+from nemo_pvs.pipeline.records import PrunedRecord, TrainedRecord, prune_stage, share_stage
+from nemo_pvs.pipeline.stage import Inputs, Stage, TrainingStage
+from nemo_pvs.pipeline.stages.train import hand_over, training_inputs
 from nemo_pvs.pipeline.target import prune_target
-from nemo_pvs.planning.charges import charge_scores, charge_training, pruning_charges
+from nemo_pvs.planning.charges import charge_scores, charge_training, charges_of_spent
 from nemo_pvs.planning.rounds import Round, adapt_parameters, shares, stage_targets
 from nemo_pvs.recipe.options import ADAPT
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.system.progress import progress
-from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint
+from nemo_pvs.training.job import CHECKPOINTS, TrainingJob
+from nemo_pvs.training.trainer import last_checkpoint
 
 _DRAWS = 10_000
 """Seeds between the calibration texts of two stages: more than a stage has iterations."""
 
 
-def prune_in_stages(run: RunFolder, trainer: Trainer | None, name: str, target: Target) -> Path | None:
-    """Prune to a target in stages, with training between them; the last share is that of the arm's own training.
+def rounds(run: RunFolder, name: str, target: Target) -> Iterator[Stage[Any]]:
+    """Yield the stages that lead to a target; the last share of the training is that of the arm itself.
 
-    The result lies where a target's does, with ``charges`` for all that was spent on the way.
-
-    Args:
-        run: The run folder.
-        trainer: What trains the shares; None where something else starts the ranks.
-        name: The target's.
-        target: With its stages.
-
-    Returns:
-        The job of the first share that something else has to train before it goes on; else None.
-
-    Raises:
-        UserError: a stage cannot be reached; those before it stay.
+    The record of each pruning has ``charges`` for all that was spent up to and including it.
     """
     (arm,) = run.recipe.pruned_runs(name)
     parts = shares(run.recipe, arm)
-    before, charges = run.parent_path, list[dict[str, Any]]()
-    for number, (asked, _) in enumerate(stage_targets(target, run.parent_shape), 1):
-        last = number == len(parts)
-        stage, folder = _pruning(run, name, number, last)
-        charges = _prune(run, stage, folder, before, target, asked, number, charges)
-        if number > 1 and not run.carries(arm, number):
-            forget_optimizer(run, name, number - 1)
-        if last:
-            break
-        training = _training(run, arm, number, folder, parts[number - 1])
-        inputs = run.training_inputs(arm, parts[number - 1], str(run.results[stage]["fingerprint"]))
-        if trainer is None and (waits_for := _unfinished(run, training, inputs)):
-            return waits_for
-        before = _train(run, trainer, training, inputs)
-        charges = [*charges, _charge(parts[number - 1], folder)]
-        if run.carries(arm, number):
-            forget_optimizer(run, name, number - 1)
-    return None
-
-
-def look_ahead_in_stages(run: RunFolder, ahead: LookAhead, name: str, target: Target) -> None:
-    """Look at the stages of a target, the training between them included.
-
-    Raises:
-        UserError: what one of them has trained would have to be removed.
-    """
-    (arm,) = run.recipe.pruned_runs(name)
-    parts = shares(run.recipe, arm)
-    before, charges, after = run.parent_path, list[dict[str, Any]](), ["parent", "data"]
-    for number, (asked, _) in enumerate(stage_targets(target, run.parent_shape), 1):
-        last = number == len(parts)
-        stage, folder = _pruning(run, name, number, last)
-
-        def inputs(
-            before: Path = before, asked: Target = asked, number: int = number, charges: Any = charges
-        ) -> dict[str, Any]:
-            source = open_source(before)
-            asked = _asked(run, shape_of(source), target, asked, number)
-            return _pruning_inputs(run, source, target, asked, number, charges)
-
-        ahead.look(stage, inputs, after=after, reads=[before])
-        if last:
-            return
-        training = _training(run, arm, number, folder, parts[number - 1])
-
-        def trained(stage: str = stage, share: Round = parts[number - 1]) -> dict[str, Any]:
-            return run.training_inputs(arm, share, str(run.results[stage]["fingerprint"]))
-
-        ahead.look(training.stage, trained, after=[stage], precious=training.kept["precious"])
-        before, after = training.model, [stage, training.stage]
-        if stage in run.results and folder.exists():
-            charges = [*run.results[stage]["charges"], _charge(parts[number - 1], folder)]
-
-
-def _pruning(run: RunFolder, name: str, number: int, last: bool) -> tuple[str, Path]:
-    """Return the name of a stage's pruning, counted from 1, and the folder of what it leaves."""
-    if last:
-        return f"prune/{name}", run.pruned(name)
-    return f"prune/{name}/stage-{number}", run.pruned(f"{name}-stages") / str(number)
-
-
-def _prune(
-    run: RunFolder,
-    stage: str,
-    folder: Path,
-    before: Path,
-    target: Target,
-    asked: Target,
-    number: int,
-    charges: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Do one stage's pruning, and return the charges with its own behind them."""
-    settings, source = run.recipe.calibrate, open_source(before)
-    shape = shape_of(source)
-    asked = _asked(run, shape, target, asked, number)
-    samples = _samples(run, target)
-    inputs = _pruning_inputs(run, source, target, asked, number, charges)
-
-    def draw(iteration: int) -> TokenSet:
-        return run.calibration_tokens(samples, number * _DRAWS + iteration)
-
-    def scores() -> Scores:
-        with progress("calibrate", "layers") as show:
-            return calibrate(source, draw(0), **run.compute, progress=show)
-
-    def no_task() -> Any:
-        raise UserError("stages ask no tasks.")
-
-    def work() -> dict[str, Any]:
-        made = prune_target(
-            asked,
-            source,
-            folder,
-            tokens=lambda: draw(0),
-            scores=scores,
-            task_score=no_task,
-            compute=run.compute,
-            draw=draw,
-        )
-        own = pruning_charges(made, None)
-        if target.method == "minitron-width":
-            length = settings.sequence_length
-            own.append(charge_scores(shape, samples * length, length, gradients=False))
-        return {**made, "charges": [*charges, *map(asdict, own)]}
-
-    run.stage(stage, inputs, [folder], work)
-    made: list[dict[str, Any]] = run.results[stage]["charges"]
-    return made
-
-
-def _asked(run: RunFolder, shape: Shape, target: Target, asked: Target, number: int) -> Target:
-    """Return what a stage asks its method for, now that the shape that it begins with is known."""
-    if target.method != ADAPT:
-        return asked
-    left = adapt_parameters(target, run.parent_shape, number)
-    if shape.parameters <= left:  # whole KV groups had gone further than the stage before was to
-        return target.model_copy(update={"method": DENSE})
-    return target.model_copy(update={"ratio": 1 - left / shape.parameters, "of": "total"})
-
-
-def _samples(run: RunFolder, target: Target) -> int:
-    settings = run.recipe.calibrate
-    return settings.scan_samples if target.method == "minitron-depth" else settings.samples
-
-
-def _pruning_inputs(
-    run: RunFolder, source: WeightSource, target: Target, asked: Target, number: int, charges: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return what the result of a stage's pruning depends on."""
-    settings = run.recipe.calibrate
-    return {
-        "before": fingerprint(source),
-        "method": asked.method,
-        "options": asked.options,
-        "stage": number,
-        "text": [run.text("calibration"), _samples(run, target), settings.sequence_length, settings.seed],
-        "charges": charges,
-    }
+    for number in range(1, len(parts) + 1):
+        stage = _Round(run, arm, target, number, parts)
+        yield stage.prune()
+        if not stage.last:
+            yield stage.train()
 
 
 @dataclass(frozen=True)
-class _Training:
-    """The training behind a stage that is not the last, as a stage of the run."""
+class _Round:
+    """One stage of a target."""
 
-    stage: str
-    job: TrainingJob
-    model: Path
-    """Hugging Face folder of what it makes."""
+    run: RunFolder
+    arm: Arm
+    target: Target
+    number: int
+    """Counted from 1."""
+    parts: list[Round]
+    """The shares of the training, of all stages."""
 
     @property
-    def outputs(self) -> list[Path]:
-        return [self.job.folder, self.model]
+    def last(self) -> bool:
+        """Whether the target is reached with it."""
+        return self.number == len(self.parts)
 
     @property
-    def kept(self) -> dict[str, Any]:
-        """What is left alone when an attempt is gone on with, and what is never removed unasked."""
-        return {"keep_partial": True, "precious": [self.job.checkpoints, self.model]}
+    def folder(self) -> Path:
+        """What its pruning leaves."""
+        name = self.arm.target
+        return self.run.pruned(name) if self.last else self.run.pruned(f"{name}-stages") / str(self.number)
 
+    @property
+    def model(self) -> Path:
+        """What its training leaves, as a Hugging Face folder."""
+        return self.run.model(f"{self.arm.target}-stages") / str(self.number)
 
-def _training(run: RunFolder, arm: Arm, number: int, pruned: Path, share: Round) -> _Training:
-    label = f"{arm.target}-stages"
-    job = run.share_job(arm, share, f"{arm.name} {number}", Path(label) / str(number), pruned / NEMO, number)
-    stage = f"train/{arm.target}/stage-{number}"
-    return _Training(stage, job, run.model(label) / str(number))
+    @property
+    def previous(self) -> _Round | None:
+        """The stage before."""
+        if self.number == 1:
+            return None
+        return _Round(self.run, self.arm, self.target, self.number - 1, self.parts)
 
+    @property
+    def before(self) -> Path:
+        """The model that it begins with."""
+        return self.previous.model if self.previous else self.run.parent_path
 
-def _unfinished(run: RunFolder, training: _Training, inputs: dict[str, Any]) -> Path | None:
-    """Return the file of the job, for ranks that something else starts, unless they have done it."""
-    done = run.stages.begin(training.stage, inputs, training.outputs, **training.kept)
-    return None if done or is_finished(training.job) else training.job.save()
+    @property
+    def pruning(self) -> str:
+        """The name of its pruning."""
+        return prune_stage(self.arm.target, None if self.last else self.number)
 
+    @property
+    def training(self) -> str:
+        """The name of its training."""
+        return share_stage(self.arm.target, self.number)
 
-def _train(run: RunFolder, trainer: Trainer | None, training: _Training, inputs: dict[str, Any]) -> Path:
-    """Train one share, or take it from ranks that have, and return the model's Hugging Face folder."""
+    def prune(self) -> Stage[PrunedRecord]:
+        """Return the stage of the run that prunes what the stage before has trained."""
+        previous = self.previous
+        forgets = previous is not None and not self.run.carries(self.arm, self.number)
+        return Stage(
+            name=self.pruning,
+            record=PrunedRecord,
+            inputs=self._pruning_inputs,
+            work=self._prune,
+            outputs=[self.folder],
+            after=[previous.pruning, previous.training] if previous else ["parent", "data"],
+            reads=[previous.model, previous.folder / HUGGING_FACE] if previous else [],
+            then=(lambda: forget_optimizer(self.run, self.arm.target, self.number - 1)) if forgets else None,
+        )
 
-    def work() -> dict[str, Any]:
-        trained = trainer.train(training.job) if trainer else last_checkpoint(training.job)
-        convert(trained, training.model, to="hf", overwrite=True)
-        return {"fingerprint": fingerprint(open_source(training.model))}
+    def train(self) -> TrainingStage[TrainedRecord]:
+        """Return the stage of the run that trains what it has pruned, for its share."""
+        run, arm = self.run, self.arm
+        share, folder = self.parts[self.number - 1], run.share_folder(arm.target, self.number)
+        forgets = run.carries(arm, self.number)
 
-    run.stage(training.stage, inputs, training.outputs, work, **training.kept)
-    return training.model
+        def job() -> TrainingJob:
+            return run.share_job(arm, share, f"{arm.name} {self.number}", folder, self.folder / NEMO, self.number)
 
+        def inputs() -> Inputs:
+            return training_inputs(run, arm, share, self._pruned.fingerprint)
 
-def _charge(share: Round, pruned: Path) -> dict[str, Any]:
-    """Return what the training of a share cost."""
-    ledger = Ledger()
-    charge_training(ledger, share.training, shape_of(open_source(pruned / HUGGING_FACE)), 0)
-    (charge,) = ledger.charges
-    return asdict(charge)
+        return TrainingStage(
+            name=self.training,
+            record=TrainedRecord,
+            inputs=inputs,
+            job=job,
+            prepare=lambda: job().save(),
+            work=lambda: TrainedRecord(hand_over(last_checkpoint(job()), self.model)),
+            outputs=[folder, self.model],
+            after=[self.pruning],
+            precious=[folder / CHECKPOINTS, self.model],
+            keep_partial=True,
+            then=(lambda: forget_optimizer(run, arm.target, self.number - 1)) if forgets else None,
+        )
+
+    @property
+    def _pruned(self) -> PrunedRecord:
+        return self.run.records.pruned(self.arm.target, None if self.last else self.number)
+
+    @property
+    def _charges(self) -> tuple[Charge, ...]:
+        """What everything took before it, the training included."""
+        previous = self.previous
+        if previous is None:
+            return ()
+        assert previous._pruned.charges is not None
+        ledger, shape = Ledger(), shape_of(open_source(previous.folder / HUGGING_FACE))
+        charge_training(ledger, previous.parts[previous.number - 1].training, shape, 0)
+        return (*previous._pruned.charges, *ledger.charges)
+
+    @property
+    def _samples(self) -> int:
+        settings = self.run.recipe.calibrate
+        return settings.scan_samples if self.target.method == "minitron-depth" else settings.samples
+
+    def _asked(self, shape: Shape) -> Target:
+        """Return what it asks the method for, given the shape that it begins with."""
+        if self.target.method != ADAPT:
+            return stage_targets(self.target, self.run.parent_shape)[self.number - 1][0]
+        left = adapt_parameters(self.target, self.run.parent_shape, self.number)
+        if shape.parameters <= left:  # whole KV groups had gone further than the stage before was to
+            return self.target.model_copy(update={"method": DENSE})
+        return self.target.model_copy(update={"ratio": 1 - left / shape.parameters, "of": "total"})
+
+    def _pruning_inputs(self) -> Inputs:
+        settings, source = self.run.recipe.calibrate, open_source(self.before)
+        asked = self._asked(shape_of(source))
+        return {
+            "before": fingerprint(source),
+            "method": asked.method,
+            "options": asked.options,
+            "stage": self.number,
+            "text": [self.run.text("calibration"), self._samples, settings.sequence_length, settings.seed],
+            "charges": [asdict(charge) for charge in self._charges],
+        }
+
+    def _prune(self) -> PrunedRecord:
+        run, source = self.run, open_source(self.before)
+        shape = shape_of(source)
+
+        def draw(iteration: int) -> TokenSet:
+            return run.calibration_tokens(self._samples, self.number * _DRAWS + iteration)
+
+        def scores() -> Scores:
+            with progress("calibrate", "layers") as show:
+                return calibrate(source, draw(0), **run.compute, progress=show)
+
+        def no_task() -> Any:
+            raise UserError("stages ask no tasks.")
+
+        made = prune_target(
+            self._asked(shape),
+            source,
+            self.folder,
+            draw=draw,
+            scores=scores,
+            task_score=no_task,
+            compute=run.compute,
+        )
+        own = charges_of_spent(made.calibration, made.search, None)
+        if self.target.method == "minitron-width":
+            length = run.recipe.calibrate.sequence_length
+            own.append(charge_scores(shape, self._samples * length, length, gradients=False))
+        return replace(made, charges=(*self._charges, *own))

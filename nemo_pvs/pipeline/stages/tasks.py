@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
 from nemo_pvs.evaluation.continuations import NAME, check_continuations, write_continuations
@@ -13,6 +15,10 @@ from nemo_pvs.evaluation.measure import measure
 from nemo_pvs.evaluation.requests import EvaluationRequest, parse_tasks
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.task_score import task_score
+from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.records import TasksRecord, evaluation_stage
+from nemo_pvs.pipeline.stage import Inputs, Stage
+from nemo_pvs.pipeline.stages.evaluate import models_to_evaluate
 from nemo_pvs.pruning.request import TaskScorer
 from nemo_pvs.recipe.blocks import TASK_DATA, Evaluation
 from nemo_pvs.recipe.options import task_limit_of, task_of
@@ -23,6 +29,34 @@ TASKS = "tasks"
 """The folder in a run folder that they are measured in."""
 _QUESTIONS = 100
 """Of the task ``continuation``, unless the recipe limits it."""
+
+
+def ask_tasks(run: RunFolder) -> Stage[TasksRecord]:
+    """Return the stage that evaluates the parent and every trained arm on the recipe's tasks, for the report."""
+    settings, folder = run.recipe.evaluate, run.folder / TASKS
+
+    def models() -> list[Path]:
+        return [path for label, path in models_to_evaluate(run).items() if not label.endswith("-initial")]
+
+    def inputs() -> Inputs:
+        return {
+            "models": [fingerprint(open_source(path)) for path in models()],
+            "text": run.text("test"),
+            "tasks": settings.model_dump(include={"tasks", "task_limit"}),
+        }
+
+    def work() -> TasksRecord:
+        measure_tasks(settings, models(), run.tokens.prefix("test"), run.tokenizer, folder, run.compute)
+        return TasksRecord()
+
+    return Stage(
+        name=evaluation_stage(TASKS),
+        record=TasksRecord,
+        inputs=inputs,
+        work=work,
+        outputs=[folder],
+        keep_partial=True,
+    )
 
 
 def measure_tasks(

@@ -1,0 +1,66 @@
+"""The prune stage: a target made from the parent, as a Hugging Face folder and a NeMo checkpoint."""
+
+from __future__ import annotations
+
+from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.records import PrunedRecord, masks_stage, prune_stage
+from nemo_pvs.pipeline.stage import Inputs, Stage
+from nemo_pvs.pipeline.stages.calibrate import load_scores
+from nemo_pvs.pipeline.stages.learned import prune_by_learning
+from nemo_pvs.pipeline.stages.tasks import reads_text, search_score
+from nemo_pvs.pipeline.target import prune_target, write_planned
+from nemo_pvs.planning.learned import is_trained_first
+from nemo_pvs.planning.targets import expected_shape
+from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_scores, scans
+from nemo_pvs.recipe.target import Target
+
+
+def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
+    """Return the stage that prunes to a target which is not reached in stages of its own (``stages.rounds``)."""
+    settings, folder = run.recipe.calibrate, run.pruned(name)
+    samples = settings.scan_samples if scans(target) else settings.samples
+
+    def inputs() -> Inputs:
+        text = []
+        if scans(target) or is_sparse(target) or reads_text(target) or target.method == ADAPT:
+            text = [run.text("calibration"), samples, settings.sequence_length, settings.seed]
+        return {
+            "parent": run.records.parent.fingerprint,
+            "method": target.method,
+            "options": target.options,
+            "shape": expected_shape(target, run.parent_shape).shape.to_dict(),
+            "scores": run.records.scores.scores if needs_scores(target) else None,
+            "text": text,
+            **({"masks": run.records.masks(name).masks} if is_trained_first(target) else {}),
+        }
+
+    def work() -> PrunedRecord:
+        if is_trained_first(target):
+            return write_planned(*prune_by_learning(run, name, target), folder)
+        questions = run.folder / "questions" / name
+        return prune_target(
+            target,
+            run.parent_source,
+            folder,
+            draw=lambda iteration: run.calibration_tokens(samples, iteration),
+            scores=lambda: load_scores(run),
+            task_score=lambda: search_score(
+                target, run.tokens.prefix("calibration"), run.tokenizer, questions, run.compute
+            ),
+            compute=run.compute,
+        )
+
+    after = ["parent", "data"]
+    if needs_scores(target):
+        after.append("calibrate")
+    if is_trained_first(target):
+        after.append(masks_stage(name))
+    return Stage(
+        name=prune_stage(name),
+        record=PrunedRecord,
+        inputs=inputs,
+        work=work,
+        outputs=[folder],
+        after=after,
+        shared=True,
+    )

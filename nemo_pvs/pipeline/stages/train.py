@@ -1,0 +1,76 @@
+"""The train stage: an arm trained on Megatron, and the result as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from nemo_pvs.checkpoints.convert import convert
+from nemo_pvs.checkpoints.fingerprint import Fingerprint, fingerprint
+from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.ledger.ledger import LEDGER
+from nemo_pvs.pipeline.folder import RunFolder, forget_optimizer
+from nemo_pvs.pipeline.ledger import run_ledger
+from nemo_pvs.pipeline.records import TrainedRecord, prune_stage, random_stage, train_stage
+from nemo_pvs.pipeline.stage import Inputs, TrainingStage
+from nemo_pvs.planning.rounds import Round, shares
+from nemo_pvs.recipe.options import stages_of
+from nemo_pvs.recipe.recipe import Arm
+from nemo_pvs.training.job import CHECKPOINTS
+from nemo_pvs.training.trainer import last_checkpoint
+
+
+def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
+    """Return the stage that trains an arm; of one made in stages, the last share of its training."""
+    folder, model = run.arm_folder(arm.name), run.model(arm.name)
+    pruned = arm.initialisation == "pruned"
+
+    def inputs() -> Inputs:
+        initial = run.records.pruned(arm.target) if pruned else run.records.random(arm.target)
+        return training_inputs(run, arm, shares(run.recipe, arm)[-1], initial.fingerprint)
+
+    def then() -> None:
+        if pruned and (number := stages_of(run.recipe.targets[arm.target])) > 1:
+            forget_optimizer(run, arm.target, number - 1)
+        ledger = run_ledger(run, arm, open_source(model), run.reads(arm))
+        for place in (folder, model):  # next to the model, so that what is pruned from it inherits its cost
+            ledger.save(place / LEDGER)
+
+    return TrainingStage(
+        name=train_stage(arm.name),
+        record=TrainedRecord,
+        inputs=inputs,
+        job=lambda: run.job(arm),
+        prepare=lambda: run.job(arm).save(),
+        work=lambda: TrainedRecord(hand_over(last_checkpoint(run.job(arm)), model), arm.layout.model_dump()),
+        outputs=[folder, model],
+        after=["data", prune_stage(arm.target) if pruned else random_stage(arm.target)],
+        precious=[folder / CHECKPOINTS, model],
+        keep_partial=True,
+        then=then,
+    )
+
+
+def training_inputs(run: RunFolder, arm: Arm, share: Round, initial: str) -> Inputs:
+    """Return what the result of a share of an arm's training depends on.
+
+    A run may go on in another layout, so that is no part of it; ``initial`` is its weights' fingerprint.
+    """
+    loading, teacher = run.loading(arm), run.job(arm).teacher
+    return {
+        "initial": str(initial),
+        "text": run.text("train"),
+        "validation": run.records.data.windows_sha256,
+        "first_token": share.first_token,
+        **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
+        **({"optimizer": "sliced"} if share.first_step and run.carries(arm, 2) else {}),
+        "training": share.training.identity,
+        **({"loading": asdict(loading)} if loading else {}),
+        **({"teacher": fingerprint(open_source(teacher))} if teacher else {}),
+    }
+
+
+def hand_over(checkpoint: Path, model: Path) -> Fingerprint:
+    """Write a trained checkpoint as the Hugging Face folder ``model``, and return its fingerprint."""
+    convert(checkpoint, model, to="hf", overwrite=True)
+    return fingerprint(open_source(model))

@@ -1,0 +1,184 @@
+"""The stages of a run folder on disk: done once, and again only when what they were made from has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_pvs.checkpoints.fingerprint import same_inputs
+from nemo_pvs.errors import UserError
+from nemo_pvs.pipeline.records import Record, RecordT
+from nemo_pvs.pipeline.stage import Inputs, Stage
+from nemo_pvs.system.files import link_tree, read_json, sha256_json, write_json
+from nemo_pvs.system.progress import console
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A finished stage of this run."""
+
+    name: str
+    outputs: Sequence[Path]
+    record: Record
+
+    def again(self, outputs: Sequence[Path]) -> None:
+        """Make its outputs once more, in other places."""
+        for made, wanted in zip(self.outputs, outputs, strict=True):
+            if wanted.exists():  # of an attempt that was killed
+                shutil.rmtree(wanted)
+            link_tree(made, wanted)
+
+
+class Stages:
+    """The finished stages of one run folder, a small record each; a record is written last.
+
+    A stage is skipped when its record was made from the same inputs and its outputs are still there. One without a
+    record (interrupted, killed) is done again. One that differs from an earlier stage in nothing but its name is not
+    done: it gets the same result and the same files.
+    """
+
+    def __init__(self, folder: Path, force: tuple[str, ...] = ()) -> None:
+        self.folder = folder
+        self._force = force
+        self._done: dict[tuple[str, str], _Done] = {}
+
+    def run(self, stage: Stage[RecordT], work: Callable[[], RecordT] | None = None) -> RecordT:
+        """Do a stage, or take its result from the record.
+
+        Args:
+            stage: The stage.
+            work: What to do instead of ``stage.work``.
+
+        Returns:
+            What the work returned, now or earlier.
+
+        Raises:
+            UserError: something precious is in the way.
+        """
+        name, inputs = stage.name, stage.inputs()
+        record = self._begin(stage, inputs)
+        if record is not None:
+            console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
+            found = stage.record.from_json(record["result"])
+            self._done.setdefault(_this(stage, inputs), _Done(name, stage.outputs, found))
+            return found
+        console.print(f"[bold]→[/] {name}")
+        began = time.monotonic()
+        twin = self._twin(stage, inputs)
+        if twin is None:
+            result = (work or stage.work)()
+        else:
+            twin.again(stage.outputs)
+            assert isinstance(twin.record, stage.record)
+            result = twin.record
+        seconds = time.monotonic() - began
+        write_json(
+            self._record(name),
+            {
+                "stage": name,
+                "inputs_hash": sha256_json(inputs),
+                "inputs": inputs,
+                "result": result.to_json(),
+                "seconds": seconds,
+            },
+        )
+        self._attempt(name).unlink()
+        self._done.setdefault(_this(stage, inputs), _Done(name, stage.outputs, result))
+        console.print(f"[green]✓[/] {name} [dim]({f'as {twin.name}' if twin else f'{seconds:.0f} s'})[/]")
+        return result
+
+    def begin(self, stage: Stage[Any]) -> bool:
+        """Return whether a stage is still to be done; if so, clear its outputs and note that it was begun.
+
+        One that only takes over what an equal stage has made counts as done.
+
+        Raises:
+            UserError: something precious is in the way.
+        """
+        inputs = stage.inputs()
+        return self._begin(stage, inputs) is None and self._twin(stage, inputs) is None
+
+    def _begin(self, stage: Stage[Any], inputs: Inputs) -> dict[str, Any] | None:
+        """Return the record of a stage that is done; else clear its outputs and note that it was begun."""
+        name = stage.name
+        forced = self._is_forced(name)
+        record = read_json(self._record(name)) if self._record(name).exists() else {}
+        if not forced and self.matches(record, inputs) and all(path.exists() for path in stage.outputs):
+            return dict(record)
+        begun = self.begun(name)
+        if not (stage.keep_partial and self.matches(begun, inputs)) or forced:
+            if begun:
+                self.refuse(name, stage.precious, difference(begun, inputs))
+            for path in stage.outputs:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._record(name).unlink(missing_ok=True)
+        write_json(self._attempt(name), {"inputs_hash": sha256_json(inputs), "inputs": inputs})
+        return None
+
+    def _twin(self, stage: Stage[Any], inputs: Inputs) -> _Done | None:
+        """Return a stage that is done and makes the same."""
+        return self._done.get(_this(stage, inputs)) if stage.shared else None
+
+    def begun(self, name: str) -> dict[str, Any]:
+        """Return what is written of the last attempt at a stage, with its ``result`` if it is done; else nothing."""
+        for path in (self._attempt(name), self._record(name)):
+            if path.exists():
+                return dict(read_json(path))
+        return {}
+
+    def matches(self, begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+        """Return whether a stage was begun with these inputs."""
+        return bool(begun) and same_inputs(begun["inputs"], inputs)
+
+    def refuse(self, name: str, precious: Sequence[Path], how: str) -> None:
+        """Refuse to do a stage again if that removes what took long, unless it is forced.
+
+        Args:
+            name: The stage.
+            precious: What must not be removed unasked.
+            how: What it was made with, and is to be made with now.
+
+        Raises:
+            UserError: one of them is there.
+        """
+        costly = [path for path in precious if path.exists()]
+        if costly and not self._is_forced(name):
+            raise UserError(
+                f"{costly[0]} was made with {how}; choose another --out, or --force {name} to remove it and begin "
+                "again."
+            )
+
+    def _is_forced(self, name: str) -> bool:
+        return any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
+
+    def _record(self, name: str) -> Path:
+        return self.folder / "stages" / f"{name.replace('/', '-')}.json"
+
+    def _attempt(self, name: str) -> Path:
+        return self._record(name).with_suffix(".begun.json")
+
+
+def _this(stage: Stage[Any], inputs: Inputs) -> tuple[str, str]:
+    """Return what equal stages have in common."""
+    return stage.name.split("/")[0], sha256_json(inputs)
+
+
+def difference(begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """Return in words the first thing that differs between the inputs of an earlier attempt and those of now."""
+    return _difference(begun.get("inputs", {}), json.loads(json.dumps(inputs)))
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str:
+    for key in (*now, *then):
+        one, other = then.get(key), now.get(key)
+        if one != other:
+            if isinstance(one, Mapping) and isinstance(other, Mapping):
+                return _difference(one, other, f"{where}{key}.")
+            short = all(len(str(value)) < 32 for value in (one, other))
+            return f"{where}{key} {one}, not {other}" if short else f"another {where}{key}"
+    return "other settings"

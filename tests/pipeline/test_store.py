@@ -1,0 +1,103 @@
+"""Steps of a run are done once; what took long to make is not removed unasked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.pipeline.records import Record
+from nemo_pvs.pipeline.stage import Stage
+from nemo_pvs.pipeline.store import Stages
+
+
+@dataclass(frozen=True)
+class Counted(Record):
+    """How often a stage has been worked on."""
+
+    count: int
+
+
+def _train(folder: Path, rate: float, *, force: tuple[str, ...] = (), dies: bool = False) -> int:
+    """Run a stage that counts how often it has been worked on, and return the count."""
+    out = folder / "train" / "width"
+
+    def work() -> Counted:
+        out.mkdir(parents=True, exist_ok=True)
+        count = out / "count"
+        count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
+        if dies:
+            raise KeyboardInterrupt
+        return Counted(int(count.read_text()))
+
+    inputs = {"training": {"learning_rate": rate}, "initial": "f" * 64}
+    stage = Stage(
+        name="train/width",
+        record=Counted,
+        inputs=lambda: inputs,
+        work=work,
+        outputs=[out],
+        keep_partial=True,
+        precious=[out],
+    )
+    return Stages(folder, force).run(stage).count
+
+
+def test_an_interrupted_stage_goes_on_and_a_finished_one_stays(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path, 1e-3, dies=True)
+    assert _train(tmp_path, 1e-3) == 2
+    assert _train(tmp_path, 1e-3) == 2
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_what_took_long_is_not_removed_unasked(tmp_path: Path, dies: bool) -> None:
+    if dies:
+        with pytest.raises(KeyboardInterrupt):
+            _train(tmp_path, 1e-3, dies=True)
+    else:
+        _train(tmp_path, 1e-3)
+    with pytest.raises(UserError, match=r"made with training.learning_rate 0.001, not 0.002; .* --force train/width"):
+        _train(tmp_path, 2e-3)
+    assert _train(tmp_path, 1e-3) == (2 if dies else 1), "the refusal has touched what was there"
+    assert _train(tmp_path, 2e-3, force=("train/width",)) == 1
+
+
+def test_equal_stages_of_a_kind_are_done_once(tmp_path: Path) -> None:
+    """And a second one that was killed while it took over what the first had made begins that anew."""
+    done: list[str] = []
+
+    def run(stages: Stages, name: str, ratio: float) -> int:
+        out = tmp_path / name
+
+        def work() -> Counted:
+            out.mkdir(parents=True)
+            (out / "weights").write_text(str(ratio))
+            done.append(name)
+            return Counted(len(done))
+
+        stage = Stage(
+            name=name,
+            record=Counted,
+            inputs=lambda: {"ratio": ratio},
+            work=work,
+            outputs=[out],
+            keep_partial=True,
+            shared=True,
+        )
+        return stages.run(stage).count
+
+    stages = Stages(tmp_path)
+    assert run(stages, "prune/a", 0.5) == 1
+    (tmp_path / "prune" / "b").mkdir()
+    (tmp_path / "prune" / "b" / "torn").touch()
+    assert run(stages, "prune/b", 0.5) == 1
+    assert {path.name: path.read_text() for path in (tmp_path / "prune" / "b").iterdir()} == {"weights": "0.5"}
+    assert run(stages, "prune/c", 0.6) == 2
+    assert run(stages, "masks/a", 0.5) == 3
+    again = Stages(tmp_path)
+    for name, ratio, count in (("prune/a", 0.5, 1), ("prune/b", 0.5, 1), ("prune/d", 0.6, 4)):
+        assert run(again, name, ratio) == count
+    assert done == ["prune/a", "prune/c", "masks/a", "prune/d"]
