@@ -1,8 +1,10 @@
-# make demo   prune SmolLM2-135M, retrain it on Megatron, compare with training from scratch
-# make test   the whole test suite
-# make fuzz   ten thousand damaged inputs, of which the suite has some hundred
-# make lint   format, lint and type checks
-# make docs   the documentation, into build/docs
+# make demo         prune SmolLM2-135M, retrain it on Megatron, compare with training from scratch
+# make test         the whole test suite
+# make test-quick   what needs no NeMo, in a minute
+# make test-full    the suite with ten times the random cases, for a night
+# make fuzz         ten thousand damaged inputs, of which the suite has a hundred
+# make lint         format, lint and type checks
+# make docs         the documentation, into build/docs
 #
 # All build the same environment in .venv once, from pyproject.toml with the exact versions of constraints.txt.
 
@@ -14,13 +16,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test fuzz lint docs install clean
+.PHONY: demo test test-quick test-full fuzz lint docs install clean
 
 demo: $(STAMP)
 	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
 
+# Without bytecode each worker would rewrite the assertions of all test modules in every run, which takes ten seconds.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-quick: $(STAMP)
+	$(PYTEST) -m 'not parallel and not slow'
+
+test-full: $(STAMP)
+	$(PYTEST) --full
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 10000

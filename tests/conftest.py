@@ -7,26 +7,84 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+# Nothing that takes long to import is imported above: pytest-xdist's controller, which runs no test, loads this file.
 
 os.environ.pop("COLUMNS", None)  # workers of pytest-xdist have it; output is as wide as in a log
-
-from nemo_pvs.system.megatron_import import import_megatron
-
-torch.set_num_threads(1)
+# One thread in each process, or those of several tests spin while they wait for each other on the same cores. Also
+# in the processes that tests start, where Lightning would otherwise take a thread for each core.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nemo_pvs_cache_")  # for checksums of the tests' models
-import_megatron()  # before any test module imports a part of it
+
+_MORE = 10
+
+settings.register_profile("suite", deadline=None, max_examples=100)
+settings.register_profile("full", deadline=None, max_examples=100 * _MORE)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="many more cases of every test that draws its cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("full" if config.getoption("full") else "suite")
+
+
+def cases(number: int) -> int:
+    """Return how many cases a test draws: ``number`` of them in ``make test``, more in ``make test-full``."""
+    return number * settings.default.max_examples // settings.get_profile("suite").max_examples
+
+
+def pytest_collectstart() -> None:
+    from nemo_pvs.system.megatron_import import import_megatron
+
+    import_megatron()  # before any test module imports a part of it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take long first, or at the end one worker has a long one and the others nothing to do."""
+
+    def rank(item: pytest.Item) -> int:
+        return sum(item.get_closest_marker(name) is not None for name in ("parallel", "slow"))
+
+    ranks: dict[Path, int] = {}
+    for item in items:
+        ranks[item.path] = max(rank(item), ranks.get(item.path, 0))
+    items.sort(key=lambda item: -ranks[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    yield from _without_nemo(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield from _without_nemo(item)
+
+
+def _without_nemo(item: pytest.Item) -> Iterator[None]:
+    """Fail a test of ``make test-quick`` that imports NeMo, which takes as long as hundreds of its tests."""
+    before = "nemo" in sys.modules
+    yield
+    if "nemo" in sys.modules and not before and not any(map(item.get_closest_marker, ("parallel", "slow"))):
+        pytest.fail("This test imports NeMo: mark it slow, or make test-quick is no longer quick.")
 
 
 def tiny_llama_config(**overrides: Any) -> LlamaConfig:
     """Return the config of a Llama that takes milliseconds; its head_dim is not hidden / heads, on purpose."""
-    settings: dict[str, Any] = {
+    from transformers import LlamaConfig
+
+    sizes: dict[str, Any] = {
         "num_hidden_layers": 4,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -39,17 +97,23 @@ def tiny_llama_config(**overrides: Any) -> LlamaConfig:
         "rope_theta": 10000.0,
         "architectures": ["LlamaForCausalLM"],
     }
-    return LlamaConfig(**{**settings, **overrides})
+    return LlamaConfig(**{**sizes, **overrides})
 
 
 def make_tiny_llama(
     folder: Path,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: Any = None,
     max_shard_size: str = "5GB",
     **overrides: Any,
 ) -> Path:
-    """Save a randomly initialised tiny Llama (every norm weight random too) in ``folder`` and return ``folder``."""
+    """Save a randomly initialised tiny Llama (every norm weight random too) in ``folder`` and return ``folder``.
+
+    ``dtype`` is float32 by default.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(tiny_llama_config(**overrides))
@@ -57,7 +121,7 @@ def make_tiny_llama(
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.uniform_(0.5, 1.5)
-        model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        model.to(dtype or torch.float32).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
@@ -109,6 +173,15 @@ def _check_advice(verb: str, message: str) -> None:
         if command in options and option not in _OF_OTHER_PROGRAMS:
             known = options[command]
             assert option in known or option.removeprefix("no-") in known, f"{command} has no --{option}: {message}"
+
+
+@pytest.fixture
+def forked_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process's trainings launched from the server that has imported NeMo, not by fresh interpreters."""
+    from nemo_pvs.training import trainer
+    from tests.megatron.launcher import ForkedLauncher
+
+    monkeypatch.setattr(trainer, "_launch", ForkedLauncher)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ Megatron calls unconditionally; only the modules that spell out ``device="cuda"`
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 from collections.abc import Iterator
@@ -92,7 +93,8 @@ def _redirections() -> Iterator[tuple[Any, str, Any]]:
     restore = distributed_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
     yield distributed_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", torch.no_grad()(restore)
 
-    # The checkpoint writer spawns a helper process that would outlive a killed rank for ever, 200 MB each.
+    # The checkpoint writer spawns a helper process that imports the main module again, and that would outlive a killed
+    # rank for ever, 200 MB each. Ours is forked, as the writer's own workers are, and dies with its rank.
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     yield writer, "_get_write_results_queue", _write_results_queue
 
@@ -102,9 +104,14 @@ def _redirections() -> Iterator[tuple[Any, str, Any]]:
 
 @cache
 def _writer_helper() -> SyncManager:
-    helper = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    helper.start(initializer=die_with_parent)
+    helper = SyncManager(ctx=multiprocessing.get_context("fork"))
+    helper.start(initializer=_become_helper)
     return helper
+
+
+def _become_helper() -> None:
+    die_with_parent()
+    gc.disable()  # what the rank has thrown away is for the rank to clean up
 
 
 @cache

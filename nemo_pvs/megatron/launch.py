@@ -8,6 +8,7 @@ purpose: Megatron's checkpoint writer spawns a helper that imports the main modu
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.folder_lock import locked_folder
@@ -51,10 +53,7 @@ def _run(job: TrainingJob) -> int:
     if size != needed:
         raise UserError(f"{job.name} needs {needed} ranks, but the variable WORLD_SIZE is {size}; start {needed}.")
     with locked_folder(job.folder) if os.environ["RANK"] == "0" else nullcontext():
-        import_megatron()
-        from nemo_pvs.megatron.rank import train
-
-        train(job)
+        _training().train(job)
     return 0
 
 
@@ -87,6 +86,20 @@ def _start(job: TrainingJob) -> int:
     return _torchrun(job) if torch.cuda.is_available() else _fork_ranks(job)
 
 
+def _training() -> ModuleType:
+    """Import NeMo, and return the module that trains with it.
+
+    The garbage collector would go through all of NeMo again and again while it is imported, and once in each rank.
+    """
+    gc.disable()
+    import_megatron()
+    from nemo_pvs.megatron import rank
+
+    gc.freeze()
+    gc.enable()
+    return rank
+
+
 def _torchrun(job: TrainingJob) -> int:
     """Run the job's ranks under torchrun; their output goes to the job's log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -103,9 +116,7 @@ def _torchrun(job: TrainingJob) -> int:
 
 def _fork_ranks(job: TrainingJob) -> int:
     """Fork the job's ranks from this process, which imports NeMo once for all jobs and ranks."""
-    import_megatron()
-    from nemo_pvs.megatron.rank import train_on_cpu
-
+    train_on_cpu = _training().train_on_cpu
     context = multiprocessing.get_context("fork")
     port = _free_port()
     ranks = [

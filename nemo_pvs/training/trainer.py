@@ -90,15 +90,7 @@ class Trainer:
     def _start(self) -> subprocess.Popen[str]:
         if self._launcher is None:
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._log, "a") as log:
-                self._launcher = subprocess.Popen(
-                    [sys.executable, "-W", "ignore", "-m", "nemo_pvs.megatron.launch", "-"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    preexec_fn=die_with_parent,
-                )
+            self._launcher = _launch(self._log)
             threading.Thread(target=self._listen, args=(self._launcher,), daemon=True).start()
         return self._launcher
 
@@ -113,6 +105,19 @@ class Trainer:
             return self._answers.get(timeout=_SECONDS_BETWEEN_LOOKS)
         except Empty:
             return None
+
+
+def _launch(log: Path) -> subprocess.Popen[str]:
+    """Start a launcher, which reads job files and writes exit codes; ``log`` takes what it says besides."""
+    with open(log, "a") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "nemo_pvs.megatron.launch", "-"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            preexec_fn=die_with_parent,
+        )
 
 
 def is_finished(job: TrainingJob) -> bool:

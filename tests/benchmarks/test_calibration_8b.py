@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from nemo_pvs.pruning.registry import at_once
 
 
+@pytest.mark.slow
 def test_every_method_is_measured(tmp_path):
     """In a process without threads, as ``measure`` asks."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.calibration_8b", "--shape", "tiny"]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
@@ -22,6 +23,7 @@ def _in_a_small_process(check: Callable[..., None], *arguments: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_leaves_its_input(tmp_path):
     _in_a_small_process(check_the_benchmark, tmp_path)
 
@@ -53,6 +55,7 @@ def check_the_baseline():
     assert 90e6 < measured.peak - measured.baseline < 130e6  # the bytes and their copy
 
 
+@pytest.mark.slow
 def test_memory_is_a_few_tensors_of_many(tmp_path):
     _in_a_small_process(check_the_memory, tmp_path)
 

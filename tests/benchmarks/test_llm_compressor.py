@@ -39,6 +39,7 @@ def test_the_published_arithmetic_gives_our_weights(tmp_path, method, sparsity):
         torch.testing.assert_close(ours.read(name), theirs[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_line_for_each_contender(monkeypatch, capsys):
     arguments = ["--shape", "tiny", "--samples", "4", "--sequence-length", "16", "--only", "wanda"]
     monkeypatch.setattr(sys, "argv", ["llm_compressor", *arguments, "--sparsity", "2:4", "--dtype", "float32"])

@@ -107,6 +107,7 @@ def assert_same(scores: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(families.CASES)), ids=lambda case: " ".join(families.CASES[case][:2]))
 def test_every_score_is_that_of_autograd_on_the_whole_model(case: int) -> None:
     family, _, settings = families.CASES[case]
@@ -123,6 +124,7 @@ def test_single_precision_is_enough() -> None:
     assert_same(scores, whole_model_scores(model.double(), tokens.ids), rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_vectors_scores_are_slopes_of_the_loss() -> None:
     """Each row or column scaled by 1 - epsilon and 1 + epsilon, without autograd (methods.md, T-L1)."""
@@ -177,6 +179,7 @@ def test_neither_batches_nor_memory_change_the_scores(settings: dict[str, int]) 
     assert_same(measure(source, tokens, **settings), measure(source, tokens), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2, 5, 13])
 def test_states_held_at_once_stay_within_the_limit(layers: int, request: pytest.FixtureRequest) -> None:
     source, tokens = StateSource(tiny_model(num_hidden_layers=layers)), token_set(samples=5, length=20 + layers)

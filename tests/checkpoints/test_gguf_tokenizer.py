@@ -66,6 +66,7 @@ def smollm2(tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", PUBLISHED)
 def test_smollm2_has_the_published_ids(smollm2, text):
     assert smollm2(text)["input_ids"] == PUBLISHED[text]

@@ -7,6 +7,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from nemo_pvs.checkpoints.convert import convert
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.model.layout import Layout
+from tests.conftest import cases
 
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
@@ -78,7 +80,8 @@ def write_model(folder, config, tensors, shards, order):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=cases(25), derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     config=configs(),
     matrix_dtype=st.sampled_from(sorted(CODES, key=str)),

@@ -240,6 +240,7 @@ def iteration(hf, tmp_path):
     return as_megatron_lm(tmp_path / "nemo", tmp_path / "run" / "iter_0000100", megatron_args())
 
 
+@pytest.mark.slow
 def test_arguments_are_read_where_megatron_is_not_there(iteration):
     """Megatron-Core allows its own classes for the whole process, this one; so ask another."""
     rerun = {"mode": types.SimpleNamespace(a=1), "state": np.random.RandomState(0).get_state()}
@@ -567,6 +568,7 @@ def hub(hf):
     server.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("safetensors", [True, False])
 def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub, hf, tmp_path, safetensors):
     wanted = {path.name for path in hf.iterdir()} - {"README.md"}
@@ -611,6 +613,7 @@ def ask_the_hub(tmp_path, script: str, **environment: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path):
     done = ask_the_hub(tmp_path, "attempt('hf://some/model')", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.stdout == (
@@ -619,6 +622,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_one_sentence(hub, hf, tmp_path):
     done = ask_the_hub(tmp_path, "attempt('hf://no/model'); attempt('hf://not a name')", HF_ENDPOINT=hub)
     lines = done.stdout.splitlines()
@@ -631,6 +635,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub, hf, tmp_path):
     assert done.stdout.startswith("hf://some/model is a LoRA adapter, not a model; merge it into its base model with")
 
 
+@pytest.mark.slow
 def test_offline_the_cache_is_used_if_the_model_is_there(hub, hf, tmp_path):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     done = ask_the_hub(tmp_path, "attempt('hf://some/model')", **nowhere)

@@ -350,6 +350,7 @@ def test_a_search_writes_a_target_that_prune_takes(pvs, model, text, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_layers_chosen_by_a_task(pvs, model, tmp_path):
     tasks = Path(__file__).parents[1] / "evaluation" / "tasks"
     target = ("--method", "minitron-depth", "--target", "layers=3")

@@ -18,7 +18,9 @@ from nemo_pvs.training.prepare import prepare_job
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 
-def test_tokenize_prune_train_convert(tmp_path: Path) -> None:
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_tokenize_prune_train_convert(tmp_path: Path, forked_launcher: None) -> None:
     model = str(save_tiny_tokenizer(make_tiny_llama(tmp_path / "model")))
     for index in range(8):
         words = " ".join(f"w{2 + (index + place) * 7 % 125}" for place in range(600))

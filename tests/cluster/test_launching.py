@@ -229,6 +229,7 @@ def test_slurm_ranks_know_their_place(monkeypatch):
     assert [os.environ[name] for name in ours] == ["11", "3", "1", "16", "8", "7", "29500"]
 
 
+@pytest.mark.slow
 def test_every_launch_command_of_the_documents_works_as_a_dry_run(tmp_path, monkeypatch, capsys):
     from nemo_pvs.cli.main import main
 

@@ -32,6 +32,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "one", SHARES)
     again = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "two", SHARES, workers=2)
@@ -91,6 +92,7 @@ def test_an_interrupted_run_goes_on_with_the_files_that_are_missing(
     assert len(written) == 11, "a file that changed was not read again"
 
 
+@pytest.mark.slow
 def test_mistakes(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="add up to 1"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.split import split_documents
 from nemo_pvs.errors import UserError
+from tests.conftest import cases
 
 FRACTIONS = {"train": 0.8, "validation": 0.1, "calibration": 0.05, "test": 0.05}
 
@@ -18,7 +19,7 @@ def _corpus(count: int, seed: int = 0) -> list[Document]:
     return [Document(f"{i} " + "x" * generator.randint(0, 1000), str(i)) for i in range(count)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=cases(60))
 @given(lengths=st.lists(st.integers(1, 5000), min_size=4, max_size=80), seed=st.integers(0, 9))
 def test_splits_are_complete_disjoint_non_empty_and_balanced(lengths: list[int], seed: int) -> None:
     corpus = [Document(f"{i:04d}" + "x" * length, str(i)) for i, length in enumerate(lengths)]

@@ -42,6 +42,7 @@ def data(tmp_path_factory) -> Path:
     return write_paper_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.slow
 def test_metrics_and_standard_errors_are_those_of_lm_eval(folder, model, monkeypatch):
     """The same tasks through simple_evaluate and HFLM; relative data files need its working directory."""
     loaded = {task.task.config.task: task for task in load_tasks(parse_tasks(str(TASKS)), Path("none"))}

@@ -1,4 +1,4 @@
-"""Some hundred cases; ``make fuzz`` runs ten thousand."""
+"""A hundred cases; ``make test-full`` runs a thousand, ``make fuzz`` ten thousand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from random import Random
 import pytest
 
 from nemo_pvs.errors import UserError
+from tests.conftest import cases
 from tests.fuzz.harness import Subject, Workshop
 from tests.fuzz.subjects import SUBJECTS
 
-_CASES = 20
+_CASES = cases(10)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from tests.megatron.ranks import write_tokens
 
 SEQUENCE = 32
 VALIDATION_SAMPLES = 8
+
+
+def accumulating(job: TrainingJob) -> TrainingJob:
+    """Return the job with micro batches of a size at which every rank adds up the gradients of two.
+
+    More of them prove no more, and under tensor parallelism most of the time goes into the messages of each.
+    """
+    size = job.training.global_batch_size // (2 * job.layout.data_parallel)
+    return replace(job, training=job.training.model_copy(update={"micro_batch_size": size}))
 
 
 def tiny_job(

@@ -25,6 +25,7 @@ from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource
+from tests.megatron.jobs import accumulating
 from tests.megatron.ranks import run_ranks, write_tokens
 from tests.megatron.test_training import _largest_difference, _losses
 from tests.megatron.test_training import _train as train
@@ -83,7 +84,7 @@ def job(tmp_path_factory) -> TrainingJob:
 
 
 def _run(job: TrainingJob, folder: Path, **layout: Any) -> metrics.Metrics:
-    job = replace(job, folder=folder, layout=Parallelism(**layout))
+    job = accumulating(replace(job, folder=folder, layout=Parallelism(**layout)))
     folder.mkdir(exist_ok=True)
     run_ranks(job.layout.processes, train, job)
     return metrics.read(job.metrics)
@@ -261,7 +262,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(job, layout, tmp_pat
 def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    doomed = replace(job, folder=folder, layout=Parallelism(tensor_parallel=2))
+    doomed = accumulating(replace(job, folder=folder, layout=Parallelism(tensor_parallel=2)))
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(2, train, doomed, 6)
     curve = _run(job, folder, pipeline_parallel=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.store import Journal
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
+from tests.conftest import Outcome
 from tests.evaluation.models import TASKS, VOCAB, save_byte_model, save_byte_tokenizer
 from tests.families import save_tiny
 from tests.megatron.ranks import run_ranks
@@ -200,32 +202,26 @@ def test_smollm2_answers_every_request_alike(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_verb_under_torchrun(tmp_path):
+def test_the_verb_under_torchrun(pvs, tmp_path):
     """Tensor parallel on Megatron, and alone on transformers: the same table, one rank talking."""
     model = save_byte_model(tmp_path / "model")
     write_nemo(HuggingFaceSource(model), tmp_path / "nemo")
     options = ["--tasks", TASKS, "--perplexity", TASKS / "letters.jsonl", "--sequence-length", 32]
 
-    def evaluate(out: str, *more: object, start: tuple[str, ...] = ()) -> dict[str, Any]:
-        command = [
-            sys.executable,
-            *start,
-            "-m",
-            "nemo_pvs.cli",
-            "evaluate",
-            *options,
-            *more,
-            "--out",
-            tmp_path / out,
-        ]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("Results:") == 1
+    def torchrun(*arguments: object) -> Outcome:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += ["-m", "nemo_pvs.cli", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def evaluate(run: Callable[..., Outcome], out: str, *more: object) -> dict[str, Any]:
+        done = run("evaluate", *options, *more, "--out", tmp_path / out)
+        assert done.code == 0, done.errors[-3000:]
+        assert done.output.count("Results:") == 1
         return json.loads((tmp_path / out / "results.json").read_text())["models"][0]
 
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    ours = evaluate("two", tmp_path / "nemo", "--tensor-parallel", 2, start=torchrun)
-    alone = evaluate("one", model)
+    ours = evaluate(torchrun, "two", tmp_path / "nemo", "--tensor-parallel", 2)
+    alone = evaluate(pvs, "one", model)
     assert (ours["backend"], alone["backend"]) == ("megatron", "transformers")
     assert ours["fingerprint"] == alone["fingerprint"]
     assert ours["measured"].keys() == alone["measured"].keys()

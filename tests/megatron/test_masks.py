@@ -29,7 +29,7 @@ from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource, RandomMasks
-from tests.megatron.jobs import tiny_job
+from tests.megatron.jobs import accumulating, tiny_job
 from tests.megatron.ranks import run_ranks
 from tests.state_source import as_transformers
 from tests.uneven_model import make_uneven_llama
@@ -46,7 +46,7 @@ def job(tmp_path_factory) -> TrainingJob:
     """A sparse run of 20 steps in fp32 with a constant learning rate, and gradients that are always clipped."""
     folder = tmp_path_factory.mktemp("job")
     dense = HuggingFaceSource(save_tiny_tokenizer(make_tiny_llama(folder / "model")))
-    return tiny_job(
+    job = tiny_job(
         folder,
         MaskedSource(dense, RandomMasks(dense, dense=DENSE)),
         steps=STEPS,
@@ -58,6 +58,7 @@ def job(tmp_path_factory) -> TrainingJob:
         validations=1,
         checkpoints=4,
     )
+    return accumulating(job)
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def _run(
 ) -> Run:
     given = Parallelism(**layout or {"distributed_optimizer": False})
     job = replace(job, folder=folder, layout=given, training=job.training.model_copy(update=training))
+    job = accumulating(job)
     folder.mkdir(exist_ok=True)
     ranks = run_ranks(given.processes, _train, job, change)
     return Run(metrics.read(job.metrics), last_checkpoint(job), ranks)

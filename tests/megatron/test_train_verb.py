@@ -11,7 +11,7 @@ from nemo_pvs.training import metrics
 from nemo_pvs.training.job import JOB_FILE, TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
-pytestmark = [pytest.mark.parallel, pytest.mark.slow]
+pytestmark = [pytest.mark.parallel, pytest.mark.slow, pytest.mark.usefixtures("forked_launcher")]
 
 
 def test_train_from_random_weights_and_again(pvs, tmp_path):

@@ -15,7 +15,7 @@ from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
-from tests.megatron.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
+from tests.megatron.jobs import SEQUENCE, VALIDATION_SAMPLES, accumulating, tiny_job
 from tests.megatron.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
@@ -67,20 +67,20 @@ def _run(job: TrainingJob, folder: Path, training: dict | None = None, **layout)
         layout=Parallelism(**layout),
         training=job.training.model_copy(update=training or {}),
     )
+    job = accumulating(job)
     folder.mkdir(exist_ok=True)
     run_ranks(job.layout.processes, _train, job)
     return metrics.read(job.metrics)
 
 
-def _checkpoint_writers(folder: Path) -> list[int]:
-    """Return the helpers of Megatron's checkpoint writer whose output goes to this run's log."""
+def _still_running(folder: Path) -> list[int]:
+    """Return the processes whose output goes to this run's log, such as the helper of Megatron's checkpoint writer."""
     deadline = time.monotonic() + 10
     while True:
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours
-                spawned = b"spawn_main" in (process / "cmdline").read_bytes()
-                if spawned and (process / "fd" / "1").readlink().is_relative_to(folder):
+                if (process / "fd" / "1").readlink().is_relative_to(folder):
                     found.append(int(process.name))
         if not found or time.monotonic() > deadline:
             return found
@@ -135,7 +135,7 @@ def test_bf16_follows_fp32(job, reference, tmp_path):
 def _killed_at_13(job: TrainingJob, folder: Path, **layout) -> TrainingJob:
     """Return the job of a run whose last rank died at step 13 of 20."""
     folder.mkdir()
-    doomed = replace(job, folder=folder, layout=Parallelism(**layout))
+    doomed = accumulating(replace(job, folder=folder, layout=Parallelism(**layout)))
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(doomed.layout.processes, _train, doomed, 13)
     return doomed
@@ -155,7 +155,7 @@ def _killed_at_13(job: TrainingJob, folder: Path, **layout) -> TrainingJob:
 )
 def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp_path):
     doomed = _killed_at_13(job, tmp_path / "run", **before)
-    assert _checkpoint_writers(doomed.folder) == [], "the checkpoint writer's helper outlives its killed rank"
+    assert _still_running(doomed.folder) == [], "the checkpoint writer's helper outlives its killed rank"
     assert metrics.read(doomed.metrics).training[-1]["step"] >= 12
     curve = _run(job, doomed.folder, **after)
     resumed = doomed.log.read_text().count("step 11/20")

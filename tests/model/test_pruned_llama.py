@@ -124,6 +124,7 @@ def test_classes_are_looked_up_by_architecture():
         model_class({"architectures": ["FooForCausalLM"]})
 
 
+@pytest.mark.slow
 def test_stock_transformers_names_the_model_type(tmp_path):
     """Without the import that the class's docstring names there is an error; with it the folder loads."""
     folder = make_uneven_llama(tmp_path / "hf")

@@ -62,6 +62,7 @@ def test_a_damaged_ledger_of_the_parent(values, tmp_path):
     _refused(values, tmp_path / "run", "not a ledger of nemo_pvs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train", "ranges", "sentence"),
     [
@@ -119,6 +120,7 @@ def test_text_that_must_be_tokenised_first(values, tmp_path):
     assert not {path.name for path in (tmp_path / "other").iterdir()} & {"scores", "pruned", "random"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [

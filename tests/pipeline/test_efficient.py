@@ -23,7 +23,7 @@ from tests.pipeline.test_pipeline import _in_child, values_fixture  # noqa: F401
 
 @pytest.mark.parallel
 @pytest.mark.slow
-def test_killed_while_units_go_it_goes_on_to_the_report(values, tmp_path):
+def test_killed_while_units_go_it_goes_on_to_the_report(values, tmp_path, forked_launcher):
     folder = tmp_path / "run"
     parent = shape_of(open_source(values["parent"]["source"]))
     values["targets"] = {

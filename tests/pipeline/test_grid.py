@@ -63,10 +63,10 @@ def test_a_parent_of_ours_is_not_declared(name: str) -> None:
     assert pruned.arm.first_token == parent.arm.tokens
 
 
-@pytest.fixture(name="trainer", scope="module")
-def trainer_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    """Return what trains every arm of every file, with one import of NeMo."""
-    with Trainer(tmp_path_factory.mktemp("trainer") / "launcher.log") as trainer:
+@pytest.fixture(name="trainer")
+def trainer_fixture(tmp_path: Path, forked_launcher: None) -> Iterator[Trainer]:
+    """Return what trains every arm of every file."""
+    with Trainer(tmp_path / "trainer" / "launcher.log") as trainer:
         yield trainer
 
 

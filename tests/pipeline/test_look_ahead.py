@@ -18,6 +18,8 @@ from nemo_pvs.recipe.load import parse_recipe
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.pipeline.test_pipeline import _token_files, tiny_values
 
+pytestmark = pytest.mark.slow  # in sum: each makes a whole run
+
 
 def _snapshot(folder: Path) -> dict[str, str]:
     """Return a hash of every file below a folder, by its path."""

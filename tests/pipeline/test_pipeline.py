@@ -40,9 +40,10 @@ from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
 from nemo_pvs.reporting.html import write_report
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.training import metrics
+from nemo_pvs.training import metrics, trainer
 from nemo_pvs.training.job import METRICS_FILE
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.megatron.launcher import ForkedLauncher
 from tests.megatron.ranks import fork_context
 
 STAGES_BEFORE_TRAINING = ["parent", "data", "calibrate", "prune/width", "random/width", "prune/depth", "random/depth"]
@@ -112,6 +113,7 @@ def _run(values: dict, folder: Path, doomed_stage: str | None = None) -> None:
     pipeline = Pipeline(parse_recipe(values, "test"), folder)
     if doomed_stage:
         pipeline.stages = KilledAfter(folder, doomed_stage)
+        trainer._launch = ForkedLauncher
     pipeline.run()
 
 
@@ -384,7 +386,7 @@ def test_a_config_of_another_parent_is_refused(values, tmp_path):
 
 @pytest.mark.parallel
 @pytest.mark.slow
-def test_a_sparse_and_an_uneven_target_train_to_the_report(values, tmp_path):
+def test_a_sparse_and_an_uneven_target_train_to_the_report(values, tmp_path, forked_launcher):
     values["targets"] = {
         "wanda": {"method": "wanda", "sparsity": "2:4", "layout": {"pipeline_parallel": 2}},
         "flap": {"method": "flap", "ratio": 0.3},
@@ -392,9 +394,6 @@ def test_a_sparse_and_an_uneven_target_train_to_the_report(values, tmp_path):
     values["train"] |= {"warmup": "quadratic", "weight_decay_on": "all"}
     values["budgets"] = {"pruned": [512], "random": [1024, "equal-training-tokens"]}
     folder = tmp_path / "run"
-    child = _in_child(values, folder)
-    child.join(timeout=600)
-    assert child.exitcode == 0
     pipeline = Pipeline(parse_recipe(values, "test"), folder)
     pipeline.run()
     for arm in ("wanda-pruned-512", "wanda-random-equal-training-tokens", "wanda-random-1024"):
@@ -417,6 +416,7 @@ def test_a_sparse_and_an_uneven_target_train_to_the_report(values, tmp_path):
     assert shape_of(open_source(pipeline.model("flap-pruned-512"))).uneven
 
 
+@pytest.mark.slow
 def test_the_ledger_counts_what_was_computed(values, tmp_path):
     """Every product with a weight, counted by PyTorch; attention's scores, which it does not count, by hand."""
     scanned = {"method": "minitron-depth", "layers": 2}
@@ -521,7 +521,7 @@ def test_unknown_stage_to_force(values, tmp_path):
 
 @pytest.mark.parallel
 @pytest.mark.slow
-def test_both_arms_learn_from_the_parent_and_are_charged_alike(values, tmp_path):
+def test_both_arms_learn_from_the_parent_and_are_charged_alike(values, tmp_path, forked_launcher):
     """What a recipe counts before the run is what the ledgers say after it; a new temperature trains anew."""
     folder = tmp_path / "run"
     values["targets"] = {"depth": values["targets"]["depth"]}

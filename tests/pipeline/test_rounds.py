@@ -20,9 +20,10 @@ from nemo_pvs.pipeline.results import assemble
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.system.files import read_json
-from nemo_pvs.training import metrics
+from nemo_pvs.training import metrics, trainer
 from nemo_pvs.training.job import METRICS_FILE, TrainingJob
 from nemo_pvs.training.learning_rate import linear_warmup
+from tests.megatron.launcher import ForkedLauncher
 from tests.megatron.ranks import run_ranks
 from tests.pipeline.test_pipeline import _records, tiny_values
 
@@ -71,7 +72,9 @@ def whole(tmp_path_factory) -> tuple[dict, Pipeline]:
     assert "train-one-stage-1.json" not in finished
 
     pipeline = Pipeline(parse_recipe(staged, "test"), folder)
-    pipeline.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_launch", ForkedLauncher)
+        pipeline.run()
     assert finished.items() <= _records(folder).items(), "a finished stage was done again"
     assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed stage began anew"
     trained = [stage for stage in pipeline.records if not stage.startswith("evaluate/")]

@@ -100,7 +100,9 @@ def _run(values: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.parallel
 @pytest.mark.slow
-def test_a_run_killed_while_it_learns_masks_goes_on_to_a_pruned_and_trained_model(tmp_path: Path) -> None:
+def test_a_run_killed_while_it_learns_masks_goes_on_to_a_pruned_and_trained_model(
+    tmp_path: Path, forked_launcher: None
+) -> None:
     values, folder = _in_domains(_values(tmp_path), tmp_path), tmp_path / "run"
     masks = folder / "masks" / "sheared" / "run"
     child = fork_context().Process(target=_run, args=(values, folder))

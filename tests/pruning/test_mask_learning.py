@@ -167,6 +167,7 @@ def test_impossible_targets_are_refused(target: Shape, words: str) -> None:
         MaskLearner(PARENT, target, QUICK)
 
 
+@pytest.mark.slow
 def test_planted_units_of_a_llama_are_the_ones_that_go() -> None:
     """A layer, a KV group a layer, and 56 FFN channels a layer add nothing: weights stay, masks find them."""
     model = tiny_model(seed=7).requires_grad_(requires_grad=False)

@@ -80,6 +80,7 @@ def prune_like_the_paper(weight: torch.Tensor, x: Any, method: Method, samples: 
     return np.where(gone, 0, w), gone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", ["sequential", "dense"])
 @pytest.mark.parametrize("method", METHODS, ids=["wanda", "sparsegpt 2:4", "sparsegpt 0.6"])
 def test_layer_by_layer_is_what_whole_models_say(method: Method, calibration: Any, tmp_path: Path) -> None:
@@ -186,6 +187,7 @@ def test_progress_counts_sequences_through_layers(tmp_path: Path) -> None:
         assert steps == [(done, 6 * passes) for done in range(2, 6 * passes + 1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", ["sequential", "dense"])
 def test_interrupted_anywhere_and_resumed_it_is_the_same_to_the_bit(calibration: Any, tmp_path: Path) -> None:
     layers = 3
@@ -239,6 +241,7 @@ prune_layers(HuggingFaceSource(model), TokenSet(torch.load(ids, weights_only=Tru
 """
 
 
+@pytest.mark.slow
 def test_kill_9(tmp_path: Path) -> None:
     source, tokens = HuggingFaceSource(make_tiny_llama(tmp_path / "model")), token_set(5)
     expected = state(prune_layers(source, tokens, METHODS[1], tmp_path / "whole", batch_size=1))

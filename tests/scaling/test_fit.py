@@ -55,6 +55,7 @@ def test_short_and_long_runs_are_fitted_alike(drawn: Draw) -> None:
     assert "beta is 2, the edge of where the fit looks: these losses hardly follow the law" in brief.warnings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["p2", "chinchilla", "per-run"])
 def test_at_1_percent_noise_the_truth_is_in_the_intervals(drawn: Draw, form: Form) -> None:
     many = np.geomspace(0.05, 1, 60)
@@ -65,6 +66,7 @@ def test_at_1_percent_noise_the_truth_is_in_the_intervals(drawn: Draw, form: For
     assert found.scatter == pytest.approx(0.01, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "repetitions"), [("per-run, 5 points as in Figure 1", 150), ("chinchilla, 3 x 4 points", 80)]
 )
@@ -145,6 +147,7 @@ def test_each_arm_of_figure_1_is_fitted(tmp_path: Path) -> None:
     assert all(one.name in figure for one in fits)
 
 
+@pytest.mark.slow
 def test_the_law_meets_what_was_held_out(drawn: Draw) -> None:
     found = fit("p2", drawn("p2"), draws=39)
     names = [(held.name, held.points) for held in found.held_out]
@@ -198,6 +201,7 @@ def test_a_fit_survives_its_file(drawn: Draw, tmp_path: Path) -> None:
         load_fits(tmp_path / "fit.json")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_fit(drawn: Draw) -> None:
     series = drawn("p2", noise=0.01)
     assert fit("p2", series, draws=39, seed=3) == fit("p2", series, draws=39, seed=3)
@@ -226,6 +230,7 @@ def test_scratch_has_no_p2_law(drawn: Draw) -> None:
         fit("chinchilla", series)
 
 
+@pytest.mark.slow
 def test_beyond_its_validity_the_p2_law_warns(drawn: Draw) -> None:
     assert fit("p2", drawn("p2"), draws=39).warnings == []
     far = fit("p2", drawn("p2", parents=(1, 8), ratios=(0.2, 0.5), billions=np.geomspace(0.1, 20, 20)), draws=39)

@@ -21,6 +21,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.system import folder_lock
 from nemo_pvs.system.files import whole_folder, write_text
 from nemo_pvs.system.folder_lock import locked_folder, locked_target
+from tests.conftest import cases
 from tests.system.lock_holder import holder
 
 
@@ -215,9 +216,6 @@ def test_one_that_was_killed_while_it_took_over_is_succeeded_too(tmp_path):
         pytest.fail("the one that takes over runs")
 
 
-_ROUNDS = int(os.environ.get("PVS_LOCK_ROUNDS", 4))
-
-
 def _contend(barrier: Any, folder: Path, results: Any) -> None:
     barrier.wait()
     try:
@@ -235,11 +233,12 @@ def _contend(barrier: Any, folder: Path, results: Any) -> None:
         results.put("refused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["nothing", "a dead process", "a dead machine"])
 def test_of_many_that_wake_at_once_one_at_a_time_is_at_work(tmp_path, left):
     fork = multiprocessing.get_context("fork")
     here = folder_lock._Holder.current()
-    for attempt in range(_ROUNDS):
+    for attempt in range(cases(4)):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         if left == "a dead process":

@@ -75,6 +75,7 @@ def test_ranks_that_never_come_are_not_waited_for_for_ever(monkeypatch, capsys, 
     assert f"waiting up to 1 s for the others at 127.0.0.1:{port}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ranks_that_a_cluster_has_started_one_by_one_meet(port):
     code = "from nemo_pvs.system import ranks; import torch\n"
     code += "with ranks.joined(): print(int(ranks.all_reduce(torch.tensor(ranks.rank() + 1))))"
