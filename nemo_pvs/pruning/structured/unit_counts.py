@@ -188,7 +188,7 @@ def _groups(budget: _Budget, layers: int) -> int:
 
 
 def _neurons(budget: _Budget, groups: int, parts: int) -> int:
-    """Return how many neurons to remove from each of ``parts`` equal parts, if ``groups`` groups are removed in all."""
+    """Return how many neurons to remove from each of ``parts`` equal parts, if ``groups`` groups are also removed."""
     neurons = int(budget.neurons(groups) / parts + _GUARD)
     available = budget.shape.ffn * budget.shape.layers // parts
     if not 0 <= neurons < available:
