@@ -1,1 +1,1 @@
-"""Calibration: what a model does with some text, measured once and pruned from as often as one likes."""
+"""Calibration: measure a model's statistics on some text once, and prune by them any number of times."""

@@ -1,4 +1,4 @@
-"""The calibration pass: every statistic that structured pruning needs, from one dense forward, layer by layer."""
+"""The calibration pass: every statistic that structured pruning needs, from one layer-by-layer dense forward pass."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ def calibrate(
     """Measure a model's hidden channels, FFN channels, query heads and layers on some text.
 
     The sites are those of Minitron (2407.14679): hidden channels at the outputs of both norms of a layer (after the
-    weight), summed over layers, the final norm left out; FFN channels at the input of ``down_proj``; heads at the
-    input of ``o_proj``, their channels together. Layers are measured by block influence (ShortGPT, 2403.03853). For
-    FLAP (2312.11983) and its relatives the inputs of ``down_proj`` and ``o_proj`` have mean and variance as well, and
-    the columns of these weights their squares and absolute values, so that no plan needs the model.
+    weight), summed over layers, without the final norm; FFN channels at the input of ``down_proj``; heads at the input
+    of ``o_proj``, combining a head's channels. Layers are measured by block influence (ShortGPT, 2403.03853). For FLAP
+    (2312.11983) and similar methods the scores include mean and variance of the inputs of ``down_proj`` and
+    ``o_proj``, and squares and absolute values of the columns of these weights, so that no plan needs the model.
 
-    Where ``torch.distributed`` is initialised every rank reads its share of the sequences and gets all scores, those
-    of one rank up to the order of summation; FLAP's order-dependent ``fluctuation`` is left out.
+    If ``torch.distributed`` is initialised, every rank reads its share of the sequences and returns all scores, equal
+    to those of one rank up to the order of summation, but without FLAP's order-dependent ``fluctuation``.
 
     Args:
-        source: The model, dense.
-        tokens: What it reads.
-        gradients: Also go back through the layers, for the Taylor importance of units (``gradients.taylor_scores``).
-        batch_size: Sequences a batch; changes speed and memory, not the scores.
-        dtype: Computing type of the layers; statistics are at least fp32.
+        source: The dense model.
+        tokens: The calibration text.
+        gradients: Also run a backward pass, for the Taylor importance of units (``gradients.taylor_scores``).
+        batch_size: Sequences per batch; affects speed and memory, not the scores.
+        dtype: Compute dtype of the layers; statistics are at least fp32.
         device: Where layers run.
-        memory_limit: Bytes for hidden states; more text than that is read in several sweeps over the layers.
-        progress: Called with (layers done, layers in all).
+        memory_limit: Bytes for hidden states; text that exceeds it is read in several sweeps over the layers.
+        progress: Called with (layers done, their total).
 
     Raises:
         UserError: the tokens do not fit the model, its layers are uneven, its activations or gradients are not
-            finite, or there is no room for what gradients need.
+            finite, or the memory limit is too low for gradients.
     """
     model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
     if model.shape.uneven:
@@ -102,7 +102,7 @@ def calibrate(
 
 
 class _LayerStatistics:
-    """The statistics of one layer, fed by hooks on its modules."""
+    """The statistics of one layer, updated by hooks on its modules."""
 
     def __init__(self, shape: Shape) -> None:
         self.input_norm = _aggregations(shape.hidden)
@@ -112,7 +112,7 @@ class _LayerStatistics:
         self.block_influence = CosineDistance()
 
     def attach(self, layer: Any) -> None:
-        """Watch a decoder layer for as long as it lives."""
+        """Register hooks on a decoder layer; they last as long as the layer."""
         _watch_output(layer.input_layernorm, self.input_norm)
         _watch_output(layer.post_attention_layernorm, self.post_attention_norm)
         self.ffn.attach(layer.mlp.down_proj)
@@ -121,12 +121,12 @@ class _LayerStatistics:
 
     @property
     def finite(self) -> bool:
-        """Whether no activation was infinite or not a number, which no sum over them forgets."""
+        """Whether all activations were finite; an infinity or NaN persists in the sums over them."""
         sums = [statistic.result() for site in self._sites() for statistic in site.values()]
         return all(bool(total.isfinite().all()) for total in (*sums, torch.tensor(self.block_influence.result())))
 
     def all_reduce(self) -> None:
-        """Add up what all ranks saw, on every rank."""
+        """Combine the statistics of all ranks, on every rank."""
         for site in self._sites():
             for statistic in site.values():
                 statistic.all_reduce()
@@ -139,7 +139,7 @@ class _LayerStatistics:
 
 
 class _LinearInput:
-    """The input of a linear module, and the columns of its weight [outputs, inputs] that meet it."""
+    """Statistics of a linear module's input, and of the columns of its weight [outputs, inputs]."""
 
     def __init__(self, channels: int) -> None:
         self.site = _aggregations(channels)
@@ -158,7 +158,7 @@ class _LinearInput:
         self.moments.update(activations)
 
     def channels(self) -> dict[str, torch.Tensor]:
-        """Return one number a channel under each name, float64 [channels]."""
+        """Return the statistics by name, each float64 [channels]."""
         tensors = {
             "energy": self.site["energy"].result(),
             "mean": self.moments.mean(),
@@ -195,7 +195,7 @@ def _collect(layers: list[_LayerStatistics], shape: Shape) -> dict[str, torch.Te
         channels = torch.stack([layer.attention.site[name].result() for layer in layers]).unflatten(
             1, (shape.heads, -1)
         )
-        # An energy is a sum of squares already; norms of channels combine to the norm of the head.
+        # Energies are sums of squares, which add up; norms of channels combine into the norm of the head.
         tensors[f"heads.{name}"] = channels.sum(dim=2) if name == "energy" else channels.norm(dim=2)
     for site, linears in {
         "attention": [layer.attention for layer in layers],

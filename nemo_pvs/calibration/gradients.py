@@ -1,7 +1,7 @@
-"""Gradients of the language-model loss, layer by layer: forward through all layers, and back through one at a time.
+"""Gradients of the language-model loss, layer by layer: forward through all layers, then backward one layer at a time.
 
-No optimizer, no graph of the model: memory is one layer, two gradients of its matrices, and hidden states. Where the
-states in front of every layer do not fit, some are computed again.
+Without an optimizer or a graph of the whole model, memory is one layer, two gradients of its matrices, and hidden
+states. If the states before every layer do not fit, some are recomputed.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def taylor_scores(
     batch_size: int = 8,
     progress: Callable[[], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the Taylor importance of every KV group and FFN channel of a model whose layers are even.
+    """Return the Taylor importance of every KV group and FFN channel of a model with even layers.
 
-    The loss is the mean cross entropy of each sequence's next tokens, over all sequences. On several ranks each reads
-    its share of the sequences; gradients are summed before absolute values are taken, so the scores are those of one
-    rank up to the order of summation.
+    The loss is the mean cross entropy of each sequence's next tokens, over all sequences. With several ranks each
+    reads its share of the sequences; gradients are summed before absolute values are taken, so the scores are those
+    of one rank up to the order of summation.
 
     Args:
-        model: The dense model; its type is that of the layers, gradients are at least fp32.
+        model: The dense model; its dtype is that of the layers, gradients are at least fp32.
         tokens: The calibration text.
-        batch_size: Sequences a batch; changes speed and memory, not the scores.
-        progress: Called behind each layer on the way back.
+        batch_size: Sequences per batch; affects speed and memory, not the scores.
+        progress: Called after each layer of the backward pass.
 
     Returns:
         ``groups.<metric>`` [L, G] and ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``, float64.
 
     Raises:
-        UserError: hidden states do not fit the model's memory limit, the tokens not the model, or gradients are not
+        UserError: hidden states exceed the model's memory limit, the tokens do not fit the model, or gradients are not
             finite.
     """
     layers, _ = layer_taylor_scores(model, tokens, batch_size=batch_size, progress=progress)
@@ -61,20 +61,21 @@ def layer_taylor_scores(
     batch_size: int = 8,
     progress: Callable[[], None] | None = None,
 ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """Return ``taylor_scores`` layer by layer, of a model whose layers need not be even, and how little layers change.
+    """Return Taylor importance layer by layer, of a model with even or uneven layers, and each layer's similarity.
 
     Args:
-        model: As there.
-        tokens: As there.
-        batch_size: As there.
-        progress: As there.
+        model: The dense model; its dtype is that of the layers, gradients are at least fp32.
+        tokens: The calibration text.
+        batch_size: Sequences per batch; affects speed and memory, not the scores.
+        progress: Called after each layer of the backward pass.
 
     Returns:
-        Of each layer ``groups.<metric>`` [its G] and ``ffn.<metric>`` [its f]; and the mean over all tokens of the
-        cosine between each layer's inputs and outputs, float64 [L].
+        For each layer ``groups.<metric>`` [its G] and ``ffn.<metric>`` [its f], float64; and the mean over all tokens
+        of the cosine between each layer's inputs and outputs, float64 [L].
 
     Raises:
-        UserError: as there.
+        UserError: hidden states exceed the model's memory limit, the tokens do not fit the model, or gradients are not
+            finite.
     """
     room = _room(model, tokens)
     backward = _Backward(model, tokens, batch_size, progress or (lambda: None))
@@ -85,57 +86,60 @@ def layer_taylor_scores(
 
 
 def _room(model: LayerwiseModel, tokens: TokenSet) -> int:
-    """Return how many copies of the hidden states may be kept besides those that pass through the layers.
+    """Return how many copies of the hidden states may be stored, in addition to those in use.
 
-    The number is that of the rank with the most sequences, so that none gives up alone.
+    The number is that of the rank with the most sequences, so that all ranks fail or continue together.
+
+    Raises:
+        UserError: the memory limit is too low.
     """
     samples, length = tokens.ids.shape
     copy = -(-samples // ranks.world_size()) * length * model.shape.hidden * model.dtype.itemsize
-    # One copy passes through the layers, one is its gradient.
+    # Two copies are in use: the states that pass through the layers, and their gradient.
     needed, available = _levels(model.shape.layers) + 2, model.memory_limit // copy
     if available < needed:
         raise UserError(
             f"Gradients of {samples} sequences of {length} tokens need {needed * copy / 1e9:.2g} GB of hidden states, "
             f"but {model.memory_limit / 1e9:.2g} GB are allowed; take fewer samples, or "
-            "allow more by pvs calibrate --activation-memory."
+            "allow more with pvs calibrate --activation-memory."
         )
     return available - 2
 
 
 def _levels(layers: int) -> int:
-    """Return how often so many layers can be halved, rounded up: the copies without which none is left to go back."""
+    """Return how often ``layers`` layers can be halved, rounded up: the fewest stored copies for a backward pass."""
     return (layers - 1).bit_length()
 
 
 class _Backward:
-    """One pass back through a model, for the text of one rank."""
+    """One backward pass through a model, for one rank's text."""
 
     def __init__(self, model: LayerwiseModel, tokens: TokenSet, batch_size: int, progress: Callable[[], None]) -> None:
         self.scores: dict[int, dict[str, torch.Tensor]] = {}
         self.similarity: dict[int, torch.Tensor] = {}
-        """Of each layer: the sum over this rank's tokens of the cosine between inputs and outputs."""
+        """For each layer the sum over this rank's tokens of the cosine between inputs and outputs."""
         self._model = model
         self._samples = len(tokens.ids)
         self._ids = ranks.split(tokens.ids)
         self._batch_size = batch_size
         self._progress = progress
         self._gradient = torch.empty(0)
-        """Of each sequence's own loss by the outputs of the layer that is next on the way back [n, S, d]."""
+        """Gradient of each sequence's loss with respect to the outputs of the next layer to go through [n, S, d]."""
 
     def run(self, room: int) -> None:
         self._back(0, self._model.shape.layers, self._model.embed(self._ids), room)
 
     def _back(self, first: int, end: int, states: torch.Tensor, room: int) -> None:
-        """Go back through the layers ``first`` to ``end - 1``.
+        """Run the backward pass through the layers ``first`` to ``end - 1``.
 
-        They are cut into parts. The states in front of each part but the first are kept, and the parts are gone
-        through from the last to the first in the same manner, until a part is one layer.
+        The layers are split into parts. A forward pass stores the states before each part, and the parts are then
+        processed recursively from the last to the first, until a part is one layer.
 
         Args:
             first: The first layer.
-            end: The layer behind the last.
-            states: In front of the first layer [n, S, d]; overwritten.
-            room: Copies of the states that may be kept besides.
+            end: The layer after the last.
+            states: Hidden states before the first layer [n, S, d]; overwritten.
+            room: Copies of the states that may be stored in addition.
         """
         if end - first == 1:
             self._back_through_layer(first, states)
@@ -180,7 +184,7 @@ class _Backward:
 
 
 class _MatrixGradient:
-    """Adds up the gradients of a linear module, a sequence at a time, from its inputs and its outputs' gradients."""
+    """Sums a linear module's gradients over sequences, from its inputs and the gradients of its outputs."""
 
     def __init__(self, axes: tuple[str, ...], linear: Any) -> None:
         self._axes = axes
@@ -195,7 +199,7 @@ class _MatrixGradient:
             outputs.register_hook(partial(self._update, inputs[0].detach()))
 
     def _update(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Add a batch: inputs [n, S, in], and the loss's gradients by the outputs [n, S, out]."""
+        """Add a batch: inputs [n, S, in], and gradients of the loss with respect to the outputs [n, S, out]."""
         for x, y in zip(inputs.to(self._dtype), gradients.to(self._dtype), strict=True):
             gradient = y.T @ x
             self._total += gradient
@@ -215,13 +219,13 @@ class _MatrixGradient:
 
 
 def matrices(layout: Layout, shape: Shape, layer: int) -> list[Part]:
-    """Return the matrices of a decoder layer."""
+    """Return a decoder layer's matrices."""
     parts = (part for part, _ in layout.parts(shape).values())
     return [part for part in parts if part.layer == layer and len(part.axes) == 2]
 
 
 def next_tokens(ids: torch.Tensor) -> torch.Tensor:
-    """Return the token that follows each of ``ids`` [n, S]; behind the last there is none, which counts nothing."""
+    """Return the token that follows each of ``ids`` [n, S]; the last has none and gets ``IGNORED``."""
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
 
 
@@ -230,9 +234,9 @@ def _module_name(part: Part) -> str:
 
 
 def _parts(layers: int, room: int) -> int:
-    """Return the most parts that layers can be cut into, so that the last one finds room to be cut on.
+    """Return the largest number of parts to split layers into that leaves room to split the last part further.
 
-    All other parts have more room: the states in front of those behind them are given up by then.
+    All other parts have more room: by then the states before later parts are freed.
     """
     return max(
         parts for parts in range(2, layers + 1) if parts == 2 or parts - 1 + _levels(-(-layers // parts)) <= room

@@ -1,4 +1,4 @@
-"""Scores: what calibration measured, as safetensors and a JSON manifest. Score once, prune to many targets."""
+"""Scores: the results of calibration, as safetensors with a JSON manifest. Score once, prune to many targets."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ class Scores:
     """For each aggregation (``energy``, ``meanabs_l2``): ``hidden.<aggregation>`` [d], ``ffn.<aggregation>`` [L, f]
     and ``heads.<aggregation>`` [L, H]; then ``block_influence`` [L], and the calibration ``tokens``, int32 [N, S].
 
-    For the inputs of ``o_proj`` (``attention.<name>`` [L, H*h]) and of ``down_proj`` (``ffn.<name>`` [L, f]) also:
-    ``energy``, ``mean``, ``variance`` and, from one rank only, ``fluctuation`` (``statistics.Moments``); of the
-    weight's columns ``weight_energy``, the sum of squares, and ``weight_mean_abs``, the mean absolute value.
+    For the inputs of ``o_proj`` (``attention.<name>`` [L, H*h]) and of ``down_proj`` (``ffn.<name>`` [L, f]) also
+    ``energy``, ``mean``, ``variance`` and, only if measured on one rank, ``fluctuation`` (``statistics.Moments``); for
+    the weight's columns ``weight_energy``, the sum of squares, and ``weight_mean_abs``, the mean absolute value.
 
     With gradients also ``groups.<metric>`` [L, G] and ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``."""
     manifest: Mapping[str, Any]
-    """The model (``model_fingerprint``, ``shape``), the token set (``tokens``) and the ``versions`` of what ran."""
+    """The model (``model_fingerprint``, ``shape``), the token set (``tokens``) and the software ``versions``."""
 
     @property
     def shape(self) -> Shape:
-        """The Shape of the model that was measured."""
+        """The Shape of the measured model."""
         return Shape.from_dict(self.manifest["shape"])
 
     @property
     def model_fingerprint(self) -> str:
-        """The fingerprint of the model that was measured (``checkpoints.source.fingerprint``)."""
+        """The fingerprint of the measured model (``checkpoints.fingerprint``)."""
         return str(self.manifest["model_fingerprint"])
 
     def channels(self, site: str, name: str) -> torch.Tensor:
-        """Return a tensor of the inputs of ``o_proj`` (site ``attention``) or ``down_proj`` (``ffn``).
+        """Return a statistic of the inputs of ``o_proj`` (site ``attention``) or ``down_proj`` (site ``ffn``).
 
         Raises:
-            UserError: an older version, or a calibration on several ranks, did not measure it.
+            UserError: the scores lack it, because an older version or several ranks measured them.
         """
         try:
             return self.tensors[f"{site}.{name}"]
@@ -66,7 +66,7 @@ class Scores:
 
     @property
     def content_hash(self) -> str:
-        """A SHA-256 over numbers, model and tokens, whatever the versions and the folder."""
+        """A SHA-256 of tensors, model and tokens, independent of versions and folder."""
         return sha256_json(
             {
                 "model_fingerprint": self.model_fingerprint,
@@ -78,7 +78,7 @@ class Scores:
         )
 
     def save(self, folder: Path, *, overwrite: bool = False) -> None:
-        """Write ``scores.safetensors`` and ``manifest.json`` into ``folder``, whole or not at all.
+        """Write ``scores.safetensors`` and ``manifest.json`` into ``folder``, atomically.
 
         Raises:
             UserError: the folder exists and ``overwrite`` is false, or it cannot be written.
@@ -89,7 +89,7 @@ class Scores:
 
     @classmethod
     def load(cls, folder: Path, source: WeightSource | None = None) -> Scores:
-        """Read scores back, and make sure that they belong to ``source`` where it is given.
+        """Read scores that ``save`` wrote and, if ``source`` is given, check that they belong to it.
 
         Raises:
             UserError: the folder holds no scores, they are damaged, or they were measured on another model.

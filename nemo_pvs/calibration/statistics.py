@@ -1,7 +1,7 @@
 """Statistics of activations that can be updated batch by batch, and merged or summed over ranks.
 
-Within a batch sums run in fp32, across batches in fp64; so the result depends on the batching only by fp32 rounding.
-In bf16 a sum of equal terms would stop growing after 256 of them.
+Sums are in fp32 within a batch and in fp64 across batches, so the result depends on the batching only by fp32
+rounding. In bf16 a sum of equal terms would stop growing after 256 of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nemo_pvs.system import ranks
 
 
 class ChannelStatistic(ABC):
-    """A statistic with one number a channel, kept as a float64 sum [channels]."""
+    """A statistic with one number per channel, held as a float64 sum [channels]."""
 
     def __init__(self, channels: int) -> None:
         self._sum = torch.zeros(channels, dtype=torch.float64)
@@ -24,16 +24,16 @@ class ChannelStatistic(ABC):
         self._sum += self._summand(activations.float()).double().cpu()
 
     def merge(self, other: ChannelStatistic) -> None:
-        """Add what another process saw."""
+        """Add another process's statistic."""
         self._sum += other._sum
 
     def all_reduce(self) -> None:
-        """Add up what all ranks saw, on every rank."""
+        """Combine the statistics of all ranks, on every rank."""
         ranks.all_reduce(self._sum)
 
     @abstractmethod
     def _summand(self, activations: torch.Tensor) -> torch.Tensor:
-        """Return what a batch adds to the sum, fp32 [channels]."""
+        """Return a batch's contribution to the sum, fp32 [channels]."""
 
     @abstractmethod
     def result(self) -> torch.Tensor:
@@ -41,7 +41,7 @@ class ChannelStatistic(ABC):
 
 
 class Energy(ChannelStatistic):
-    """Sum over sequences and tokens of the squared activation, as llm-pruning-collection's width pruning takes it."""
+    """Sum over sequences and tokens of the squared activation, as in llm-pruning-collection's width pruning."""
 
     def _summand(self, activations: torch.Tensor) -> torch.Tensor:
         return activations.square().sum(dim=(0, 1))
@@ -77,7 +77,7 @@ class CosineDistance:
         self._tokens = 0
 
     def update(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Add a batch of hidden states in front of and behind the layer, both [n, S, d]."""
+        """Add a batch of hidden states before and after the layer, both [n, S, d]."""
         x, y = inputs.float(), outputs.float()
         dot, x_square, y_square = ((a * b).sum(dim=-1).double() for a, b in ((x, y), (x, x), (y, y)))
         cosine = dot / (x_square * y_square).sqrt().clamp(min=1e-8)
@@ -85,12 +85,12 @@ class CosineDistance:
         self._tokens += dot.numel()
 
     def merge(self, other: CosineDistance) -> None:
-        """Add what another process saw."""
+        """Add another process's statistic."""
         self._sum += other._sum
         self._tokens += other._tokens
 
     def all_reduce(self) -> None:
-        """Add up what all ranks saw, on every rank."""
+        """Combine the statistics of all ranks, on every rank."""
         total = ranks.all_reduce(torch.tensor([self._sum, self._tokens], dtype=torch.float64))
         self._sum, self._tokens = float(total[0]), int(total[1])
 
@@ -100,9 +100,9 @@ class CosineDistance:
 
 
 class Moments:
-    """Mean and variance over all tokens, a channel each, and FLAP's own recurrence for the latter.
+    """Mean and variance over all tokens for each channel, and FLAP's recurrence for the latter.
 
-    Within a sequence squared deviations are taken from its mean in fp32, so a large mean does not swallow a small
+    Within a sequence squared deviations from its mean are summed in fp32, so a large mean does not cancel a small
     variance; sequences, all of one length S, are combined in float64 by the formulas of Chan, Golub and LeVeque
     (1983).
     """
@@ -122,7 +122,7 @@ class Moments:
         means = sequence_means.double().cpu()
         sequences, length = x.shape[:2]
         number = torch.arange(self._sequences + 1, self._sequences + sequences + 1).double()[:, None]
-        after = (self._mean * self._sequences + means.cumsum(dim=0)) / number  # the mean up to and with each sequence
+        after = (self._mean * self._sequences + means.cumsum(dim=0)) / number  # mean of sequences 1 to n
         before = torch.cat([self._mean[None], after[:-1]])
         self._squares += (squares + length * (means - before) * (means - after)).sum(dim=0)
         if self._recurrence is not None:
@@ -132,7 +132,7 @@ class Moments:
         self._tokens += sequences * length
 
     def merge(self, other: Moments) -> None:
-        """Add what another process saw; the recurrence, which follows the order of the sequences, is lost."""
+        """Add another process's moments; the recurrence, which depends on the order of sequences, is lost."""
         tokens = self._tokens + other._tokens
         difference = other._mean - self._mean
         self._squares += other._squares + difference.square() * (self._tokens * other._tokens / tokens)
@@ -141,7 +141,7 @@ class Moments:
         self._recurrence = None
 
     def all_reduce(self) -> None:
-        """Add up what all ranks saw, on every rank; with more than one of them the recurrence is lost."""
+        """Combine the moments of all ranks, on every rank; with more than one rank the recurrence is lost."""
         if ranks.world_size() == 1:
             return
         counts = ranks.all_reduce(torch.tensor([self._sequences, self._tokens]))
@@ -159,11 +159,11 @@ class Moments:
         return self._squares / max(1, self._tokens - 1)
 
     def fluctuation(self) -> torch.Tensor | None:
-        """Return the fluctuation as FLAP's script computes it, float64 [channels]; None after ``merge``.
+        """Return the fluctuation as FLAP's script computes it, float64 [channels]; None after merging.
 
-        CASIA-IVA-Lab/FLAP updates the variance of its paper (2312.11983) with a mean that already contains
-        the new sequence, and drops the first one. With D_n the sum over the tokens of sequence n of the squared
-        distance from the mean of sequences 1 to n, that is ``sum_{n=2..N} D_n (n - 1) / n / (N - 1)``. It depends on
-        the order of the sequences.
+        CASIA-IVA-Lab/FLAP updates the variance of its paper (2312.11983) with a mean that already includes the new
+        sequence, and drops the first one. With D_n the sum over the tokens of sequence n of the squared distance from
+        the mean of sequences 1 to n, that is ``sum_{n=2..N} D_n (n - 1) / n / (N - 1)``. It depends on the order of
+        the sequences.
         """
         return None if self._recurrence is None else self._recurrence / max(1, self._sequences - 1)

@@ -1,8 +1,8 @@
-"""Group Taylor importance: what the loss would change by without a unit (LLM-Pruner, 2305.11627, section 3.2).
+"""Group Taylor importance: the estimated change of the loss without a unit (LLM-Pruner, 2305.11627, section 3.2).
 
 A unit is a KV group (its query heads' rows of ``q_proj`` and columns of ``o_proj``, its rows of ``k_proj`` and
 ``v_proj``) or an FFN channel (a row of ``gate_proj`` and of ``up_proj``, a column of ``down_proj``). Its score is the
-sum over all its weights, or over its rows and columns for ``vectorize``. Biases and norms count nowhere.
+sum over all its weights, or over its rows and columns for ``vectorize``. Biases and norms are not counted.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tor
     ),
     "vectorize": lambda weight, gradient, _, across: _sum(weight * gradient, across).abs_(),
 }
-"""Score of each row or column of a matrix W, from its gradient g and from a, the mean over sequences of the squared
-gradient (the diagonal of the Fisher information, in the place of the second derivative): ``sum |W g|``,
-``sum W^2 a``, ``sum |W g - W^2 a / 2|`` and ``|sum W g|``, all along the other axis. The names are LLM-Pruner's."""
+"""Score of each row or column of a matrix W from its gradient g and the mean over sequences of the squared gradient, a
+(the diagonal of the Fisher information, which approximates the second derivative): ``sum |W g|``, ``sum W^2 a``,
+``sum |W g - W^2 a / 2|`` and ``|sum W g|``, all along the other axis. The names are LLM-Pruner's."""
 
 
 class Matrix(NamedTuple):
     """A weight of a decoder layer and its gradients, each [outputs, inputs] and at least fp32."""
 
     axes: tuple[str, ...]
-    """Layout axes of outputs and inputs, of which one is hidden and the other query, key or ffn."""
+    """Layout axes of outputs and inputs: one is hidden and the other query, key or ffn."""
     weight: torch.Tensor
     gradient: torch.Tensor
-    """Of the mean loss over all sequences; summed over ranks before anybody takes its absolute value."""
+    """Gradient of the mean loss over all sequences and ranks."""
     square: torch.Tensor
-    """Mean over sequences of the square of each one's own gradient."""
+    """Mean over sequences of the squared gradient of each sequence's loss."""
 
 
 def unit_scores(matrices: Iterable[Matrix], kv_groups: int) -> dict[str, torch.Tensor]:
     """Return the score of each unit of a layer under each metric.
 
-    Heads of a group lie side by side, as ``repeat_kv`` of transformers and Megatron have it; LLM-Pruner's script adds
-    query head j to KV head j modulo their number instead, which is another group's (methods.md, Q-LP-1).
+    A group's heads are contiguous, as in transformers (``repeat_kv``) and Megatron; LLM-Pruner's script instead adds
+    query head j to the KV head j modulo their number, which belongs to another group.
 
     Args:
-        matrices: Of one layer; they are read one at a time.
-        kv_groups: KV groups in them.
+        matrices: Matrices of one layer, read one at a time.
+        kv_groups: Number of KV groups of the layer.
 
     Returns:
         ``groups.<metric>`` [G] and ``ffn.<metric>`` [f], float64 on the CPU.

@@ -1,1 +1,1 @@
-"""A model run one layer at a time: forward pass, losses, perplexity, agreement with another model."""
+"""Run a model one layer at a time: forward pass, losses, perplexity, agreement with another model."""

@@ -1,4 +1,4 @@
-"""Whether two checkpoints are the same model, judged by what they say about real text."""
+"""Compare two checkpoints by their logits on real text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_pvs.layerwise.model import LayerwiseModel
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the logits of two models are apart."""
+    """Differences between the logits of two models."""
 
     tokens: int
     max_difference: float
@@ -21,7 +21,7 @@ class Agreement:
     mean_difference: float
     """Mean absolute difference of the logits."""
     top1: float
-    """Share of the tokens for which both models predict the same next token."""
+    """Share of the tokens after which both models predict the same next token."""
 
     def __str__(self) -> str:
         return (
@@ -38,14 +38,14 @@ def compare(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Agreement:
-    """Run both models on the same text, a layer of each at a time.
+    """Run both models on the same text, one layer at a time.
 
     Args:
         one: A model.
-        other: A model of the same vocabulary; its architecture may differ.
+        other: A model with the same vocabulary; its architecture may differ.
         ids: Token ids [N, S].
-        dtype: Computing type of both.
-        progress: Called with (layers done, layers in all).
+        dtype: Compute dtype of both.
+        progress: Called with (layers done, their total).
 
     Raises:
         UserError: the text does not fit a model.

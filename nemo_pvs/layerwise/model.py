@@ -1,7 +1,7 @@
 """Run a model one decoder layer at a time, straight from its checkpoint.
 
-Memory is one layer, the hidden states and, at the end, the output head: never the model. The layers are those of
-``transformers``, so every variant of rotary scaling comes with them.
+Memory is one layer, the hidden states and, at the end, the output head: never the whole model. The layers are those of
+``transformers``, so every variant of rotary scaling is supported.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from nemo_pvs.model.hf_classes import model_class
 from nemo_pvs.model.layout import Layout
 
 MEMORY_LIMIT = 8 << 30
-"""Bytes of hidden states held at once, unless told otherwise."""
+"""Default limit in bytes on the hidden states held at once."""
 
 IGNORED = -100
-"""In the place of a target: a position whose loss counts nothing."""
+"""A target whose loss is not counted."""
 
 # Logits held at once, in elements (256 MB in fp32): 128k vocabularies need the loss in chunks of tokens.
 _LOGITS_AT_ONCE = 1 << 26
@@ -33,7 +33,7 @@ _LOGITS_AT_ONCE = 1 << 26
 class LayerwiseModel:
     """A causal language model whose weights stay in the checkpoint until they are needed.
 
-    Hidden states live on the CPU; each batch visits ``device``.
+    Hidden states stay on the CPU; batches are moved to ``device`` one at a time.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class LayerwiseModel:
         device: str | torch.device = "cpu",
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
-        """Prepare the model; no weight is read yet.
+        """Prepare the model without reading weights.
 
         Args:
             source: The checkpoint.
-            dtype: Computing type of layers and hidden states; weights are cast to it as they are read.
+            dtype: Compute dtype of layers and hidden states; weights are cast to it as they are read.
             device: Where layers run.
-            memory_limit: Bytes that hidden states may take; ``chunks`` cuts a token set accordingly.
+            memory_limit: Bytes that hidden states may take; ``chunks`` splits a token set accordingly.
         """
         self.source = source
         self.shape = shape_of(source)
@@ -64,13 +64,13 @@ class LayerwiseModel:
                 self._layer_names[entry.layer].append(name)
 
     def chunks(self, ids: torch.Tensor, states: int = 1) -> Iterator[torch.Tensor]:
-        """Cut token ids [N, S] along N so that ``states`` copies of a chunk's hidden states fit ``memory_limit``."""
+        """Split token ids [N, S] along N so that ``states`` copies of a chunk's hidden states fit ``memory_limit``."""
         bytes_per_sequence = states * ids.shape[1] * self.shape.hidden * self.dtype.itemsize
         yield from ids.split(max(1, self.memory_limit // bytes_per_sequence))
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states [N, S, d] in front of the first layer, for token ids [N, S].
+        """Return the hidden states [N, S, d] before the first layer, for token ids [N, S].
 
         Raises:
             UserError: the sequences are longer than the model's context, or an id is not in its vocabulary.
@@ -112,15 +112,15 @@ class LayerwiseModel:
     def back_through_layer(
         self, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor, batch_size: int = 8
     ) -> torch.Tensor:
-        """Replace gradients by a layer's outputs [N, S, d] by those by its inputs, in place, and return them.
+        """Replace gradients with respect to a layer's outputs by those with respect to its inputs, and return them.
 
-        Nothing is accumulated in the layer's parameters.
+        No gradients are accumulated in the layer's parameters.
 
         Args:
-            layer: From ``layer``.
-            hidden: The layer's inputs [N, S, d]; it runs once more on them.
-            gradient: Of any loss by the layer's outputs.
-            batch_size: Sequences at a time.
+            layer: A layer that ``layer`` returned.
+            hidden: The layer's inputs [N, S, d], on which its forward pass runs again.
+            gradient: Gradient of any loss with respect to the layer's outputs [N, S, d]; replaced in place.
+            batch_size: Sequences per batch.
         """
         rotary = self._positions(hidden)
         for batch, gradients in zip(hidden.split(batch_size), gradient.split(batch_size), strict=True):
@@ -132,13 +132,13 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def _positions(self, hidden: torch.Tensor) -> Any:
-        """Return the cosines and sines of rotary positions, which all layers share."""
+        """Return the cosines and sines of rotary positions, shared by all layers."""
         positions = torch.arange(hidden.shape[1], device=self.device)[None]
         return self._rotary(hidden.new_empty(0, device=self.device), positions)
 
     @torch.no_grad()
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
-        """Return the summed cross entropy (nats, added up in float64) and the number of predicted tokens.
+        """Return the summed cross entropy (nats, accumulated in float64) and the number of predicted tokens.
 
         Args:
             hidden: Outputs of the last decoder layer [N, S, d].
@@ -153,7 +153,7 @@ class LayerwiseModel:
         return total, targets.numel()
 
     def replace_by_loss_gradient(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
-        """Replace hidden states by the gradient of the summed cross entropy by them, in place.
+        """Replace hidden states in place by the gradient of the summed cross entropy with respect to them.
 
         Args:
             hidden: Outputs of the last decoder layer [N, S, d].
@@ -172,7 +172,7 @@ class LayerwiseModel:
                 states.copy_(torch.autograd.grad(loss, inputs)[0])
 
     def drop_head(self) -> None:
-        """Free the output matrix; it is read again when it is needed."""
+        """Free the output matrix; it is read again when needed."""
         self.__dict__.pop("_head", None)
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class LayerwiseModel:
 
     @cached_property
     def _head(self) -> tuple[nn.Module, torch.Tensor]:
-        """The final norm and the output matrix [V, d], read once and kept."""
+        """The final norm and the output matrix [V, d], cached."""
         norm = copy.deepcopy(self._skeleton.model.norm)
         norm.load_state_dict({"weight": self._read("model.norm.weight")}, assign=True)
         return norm, self._read("model.embed_tokens.weight" if self.shape.tied else "lm_head.weight")
@@ -198,7 +198,7 @@ class LayerwiseModel:
 
 
 def _skeleton(config: Mapping[str, Any]) -> Any:
-    """Build the model's class without memory for its weights."""
+    """Build the model on the meta device, without memory for its weights."""
     with torch.device("meta"):
         class_ = model_class(config)
         model_config = class_.config_class.from_dict(dict(config))

@@ -1,4 +1,4 @@
-"""Perplexity of a checkpoint, whatever its format, layer by layer."""
+"""Perplexity of a checkpoint of any format, computed layer by layer."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def perplexity(
 ) -> dict[str, Any]:
     """Return ``loss`` (mean next-token cross entropy, nats), its exponential ``perplexity``, and ``tokens`` predicted.
 
-    Beside both stand their standard errors, ``loss_stderr`` and ``perplexity_stderr`` (None for a single window): the
-    windows are the sample, and the perplexity's is the loss's times the perplexity (delta method).
+    The result also has their standard errors, ``loss_stderr`` and ``perplexity_stderr`` (None for a single window):
+    the windows are the sample, and the perplexity's error is the loss's times the perplexity (delta method).
 
     Windows are independent and the first token of each is not predicted. Perplexity depends on the window length:
     compare only equal ones. Under ``torch.distributed`` the ranks share the windows.
@@ -36,20 +36,20 @@ def perplexity(
     Args:
         source: The model.
         tokens: Windows to predict.
-        batch_size: Sequences a batch; changes speed and memory, not the result.
-        stride: For sliding windows, each of which begins ``stride`` tokens after the one before: of all but the first
-            only the last ``stride`` tokens are predicted, so every token is predicted once and with a long context.
-        dtype: Computing type.
+        batch_size: Sequences per batch; affects speed and memory, not the result.
+        stride: For sliding windows, each of which begins ``stride`` tokens after the previous one: of all but the
+            first only the last ``stride`` tokens are predicted, so every token is predicted once, with a long context.
+        dtype: Compute dtype.
         device: Where layers run.
-        memory_limit: Bytes for hidden states; more text than that is read in several sweeps over the layers.
-        progress: Called with (layers done, layers in all).
+        memory_limit: Bytes for hidden states; text that exceeds it is read in several sweeps over the layers.
+        progress: Called with (layers done, their total).
 
     Raises:
         UserError: the tokens do not fit the model, or there are fewer windows than ranks.
     """
     model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
-    own = ranks.split(torch.arange(len(tokens.ids)))
-    chunks, windows = list(model.chunks(tokens.ids[own])), iter(own.tolist())
+    indices = ranks.split(torch.arange(len(tokens.ids)))
+    chunks, windows = list(model.chunks(tokens.ids[indices])), iter(indices.tolist())
     losses, done = torch.zeros(len(tokens.ids), 2, dtype=torch.float64), 0
     for ids in chunks:
         hidden = model.embed(ids[:, :-1])
@@ -65,17 +65,17 @@ def perplexity(
                 model.losses(states[None, scored], targets[None, scored]), dtype=torch.float64
             )
     measured = loss_statistics(ranks.all_reduce(losses))
-    # An untrained or broken model can have a loss whose exponential is no longer a float.
+    # The exponential of an untrained or broken model's loss can overflow.
     value = math.exp(measured["loss"]) if measured["loss"] < 700 else math.inf
     error = None if measured["loss_stderr"] is None else value * measured["loss_stderr"]
     return {**measured, "perplexity": value, "perplexity_stderr": error}
 
 
 def loss_statistics(losses: Sequence[tuple[float, int]] | torch.Tensor) -> dict[str, Any]:
-    """Return the mean loss per token of windows, with its standard error (a ratio of sums; windows are the sample).
+    """Return the mean loss per token of windows, with its standard error as a ratio estimator over windows.
 
     Args:
-        losses: Summed loss and predicted tokens of each window.
+        losses: Summed loss (nats) and number of predicted tokens of each window [windows, 2].
     """
     sums, counts = torch.as_tensor(losses, dtype=torch.float64).T
     mean, windows = float(sums.sum() / counts.sum()), len(sums)

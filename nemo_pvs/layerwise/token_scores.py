@@ -1,4 +1,4 @@
-"""Log-probabilities of the next token, without all logits in memory at once."""
+"""Log-probabilities of next tokens, without all logits in memory at once."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-# Logits turned into fp32 at once, in elements (256 MB).
+# Logits cast to fp32 at once, in elements (256 MB).
 _LOGITS_AT_ONCE = 1 << 26
 
 
 class TokenScores(NamedTuple):
-    """What a model says about each token but the first of its sequence, on the CPU."""
+    """Scores of target tokens, on the CPU."""
 
     logprobs: torch.Tensor
-    """fp32 [N, S - 1]: natural logarithm of the token's probability, given all before it."""
+    """Natural logarithm of each token's probability given all tokens before it, fp32 [N, S]."""
     greedy: torch.Tensor
-    """bool [N, S - 1]: no other token is more probable."""
+    """Whether no other token is more probable, bool [N, S]."""
 
 
 def next_token_scores(
@@ -30,9 +30,9 @@ def next_token_scores(
     """Return the scores of target tokens from logits whose vocabulary may be sharded.
 
     Args:
-        logits: [N, S, V] on one rank, or this rank's columns of them; no padding columns.
+        logits: All logits [N, S, V], or this rank's shard of columns; without padding columns.
         targets: Token ids [N, S].
-        first_column: The token that this rank's first column stands for.
+        first_column: Token id of this rank's first column.
         group: Ranks that hold the other columns; None if there are none.
     """
 
@@ -44,19 +44,19 @@ def next_token_scores(
     logprobs, greedy = [], []
     columns = logits.shape[-1]
     step = max(1, _LOGITS_AT_ONCE // max(1, columns))
-    for some, wanted in zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True):
-        some = some.float()
-        # A rank may hold nothing but padding.
-        highest = some.amax(-1) if columns else some.new_full((len(some),), -torch.inf)
+    for chunk, ids in zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True):
+        chunk = chunk.float()
+        # A rank may hold only padding.
+        highest = chunk.amax(-1) if columns else chunk.new_full((len(chunk),), -torch.inf)
         highest = over_ranks(highest, distributed.ReduceOp.MAX)
-        total = over_ranks((some - highest[:, None]).exp().sum(-1), distributed.ReduceOp.SUM)
-        column = wanted - first_column
-        here = (column >= 0) & (column < columns)
-        own = torch.zeros_like(highest)
-        own[here] = some[here, column[here]]
-        own = over_ranks(own, distributed.ReduceOp.SUM)
-        logprobs.append(own - highest - total.log())
-        greedy.append(own == highest)
+        total = over_ranks((chunk - highest[:, None]).exp().sum(-1), distributed.ReduceOp.SUM)
+        column = ids - first_column
+        local = (column >= 0) & (column < columns)
+        target = torch.zeros_like(highest)
+        target[local] = chunk[local, column[local]]
+        target = over_ranks(target, distributed.ReduceOp.SUM)
+        logprobs.append(target - highest - total.log())
+        greedy.append(target == highest)
     return TokenScores(
         torch.cat(logprobs).view(targets.shape).cpu(),
         torch.cat(greedy).view(targets.shape).cpu(),

@@ -19,14 +19,14 @@ from nemo_pvs.pruning.plan import Plan
 
 
 class PrunedSource:
-    """What is left of a model after a plan; writers stream it like any other source, a tensor in memory at a time."""
+    """The model that a plan keeps; writers stream it like any other source, with one tensor in memory at a time."""
 
     def __init__(self, source: WeightSource, plan: Plan) -> None:
-        """Prepare the slices; no matrix is read but those that tell the model apart from another.
+        """Prepare the slices; the only tensors read are those that the model's fingerprint needs.
 
         Raises:
-            UserError: the plan was made for another model, its family cannot have the plan's biases, or the family's
-                weight table does not add up.
+            UserError: the plan was made for another model, the model's family does not support the plan's biases, or
+                the family's weight table is inconsistent.
         """
         shape = shape_of(source)
         if shape != plan.parent:
@@ -39,8 +39,8 @@ class PrunedSource:
         kept = plan.kept_parameters(layout)
         if kept != plan.target.parameters:
             raise UserError(
-                f"By conversions/{layout.family}.yaml the plan keeps {kept:,} parameters, but its target "
-                f"[{plan.target}] has {plan.target.parameters:,}; mend the table."
+                f"According to conversions/{layout.family}.yaml the plan keeps {kept:,} parameters, but its target "
+                f"[{plan.target}] has {plan.target.parameters:,}; fix the table."
             )
         self._source = source
         self._plan = plan
@@ -58,7 +58,7 @@ class PrunedSource:
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor of the pruned model, in the parent's dtype.
 
-        A bias that makes up for removed inputs takes all of the parent's weight to compute, once: it is kept.
+        Computing a bias that compensates for removed inputs reads the parent's whole weight, so biases are cached.
         """
         if name in self._bias_weights:
             if name not in self._biases:
@@ -68,7 +68,7 @@ class PrunedSource:
         return _slice(self._source.read(origin.name), origin, layer, self._plan)
 
     def _bias(self, name: str) -> torch.Tensor:
-        """Return the parent's bias, or zeros, plus the mean of what the removed inputs gave; summed in fp32."""
+        """Return the parent's bias (or zeros) plus the mean contribution of the removed inputs, summed in fp32."""
         weight, layer = self._bias_weights[name]
         outputs, inputs = weight.axes
         if name in self._origins:
@@ -89,7 +89,7 @@ class PrunedSource:
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        """That of the first weight that gets a bias."""
+        """Dtype of the biases that the parent lacks: that of the first weight that gets a bias."""
         weight, _ = next(iter(self._bias_weights.values()))
         return self._source.read(weight.name).dtype
 
@@ -112,7 +112,7 @@ class _SlicedMasks:
 
 
 def _slice(tensor: torch.Tensor, origin: Part, layer: int | None, plan: Plan) -> torch.Tensor:
-    """Return what a plan keeps of a parent's tensor; ``layer`` is its place in the pruned model."""
+    """Return the slice of a parent's tensor that a plan keeps; ``layer`` is its index in the pruned model."""
     for dimension, axis in enumerate(origin.axes):
         keep = plan.kept(axis, layer)
         if len(keep) < tensor.shape[dimension]:
@@ -121,9 +121,9 @@ def _slice(tensor: torch.Tensor, origin: Part, layer: int | None, plan: Plan) ->
 
 
 def _origins(layout: Layout, plan: Plan) -> dict[str, tuple[Part, int | None]]:
-    """Return for each tensor of the pruned model the parent's tensor, and the layer in the pruned model.
+    """Map each tensor of the pruned model to the parent's tensor and the layer's index in the pruned model.
 
-    Biases that the parent lacks are not among them.
+    Biases that the parent lacks are not included.
     """
     parents = {(entry.layer, entry.megatron): entry for entry in layout.entries(plan.parent)}
     origins: dict[str, tuple[Part, int | None]] = {}
@@ -138,9 +138,9 @@ def _origins(layout: Layout, plan: Plan) -> dict[str, tuple[Part, int | None]]:
 def _bias_weights(
     layout: Layout, plan: Plan, origins: Mapping[str, tuple[Part, int | None]]
 ) -> dict[str, tuple[Part, int]]:
-    """Return the parent's weight, and the layer in the pruned model, of each bias that is not just sliced.
+    """Map each bias that is not merely sliced to the parent's weight and the layer's index in the pruned model.
 
-    That is a bias which the parent lacks, or which makes up for removed inputs.
+    These are the biases that the parent lacks, and those that compensate for removed inputs.
     """
     weights: dict[str, tuple[Part, int]] = {}
     if plan.input_means is None:

@@ -1,4 +1,4 @@
-"""Mean inputs of removed channels: what a plan needs to make up for them with a bias (FLAP, 2312.11983)."""
+"""Mean inputs of removed channels, with which a plan compensates for them by a bias (FLAP, 2312.11983)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import disk_errors, sha256_bytes, sha256_json
 
 FEATURES = frozenset({"attention_bias", "mlp_bias"})
-"""The features of a Shape that hold the biases."""
+"""The features of a Shape that stand for the biases."""
 
 AXES = ("query", "ffn")
 """Layout axes whose removed channels have means."""
@@ -26,8 +26,8 @@ AXES = ("query", "ffn")
 class InputMeans:
     """Means over the calibration tokens, fp32, of the channels that a plan removes, in the parent's order.
 
-    A linear module that loses inputs gets ``b = W[:, removed] mean[removed]``, which leaves the mean of its output
-    where it was. The vectors lie in a safetensors file beside the plan's JSON, which has their hash.
+    A linear module that loses inputs gets ``b = W[:, removed] mean[removed]``, which preserves the mean of its output.
+    The vectors are stored in a safetensors file next to the plan's JSON file, which records their hash.
     """
 
     query: tuple[torch.Tensor, ...]
@@ -51,7 +51,7 @@ class InputMeans:
 
     @cached_property
     def content_hash(self) -> str:
-        """A SHA-256 over the numbers and their places."""
+        """A SHA-256 of the vectors and their names."""
         return sha256_json({name: sha256_bytes(row.numpy().tobytes()) for name, row in self._rows().items()})
 
     def __eq__(self, other: object) -> bool:
@@ -61,7 +61,7 @@ class InputMeans:
         return hash(self.content_hash)
 
     def save(self, path: Path) -> None:
-        """Write the vectors; readers see the old file or the new one, never a part."""
+        """Write the vectors atomically."""
         partial = path.with_name(f".{path.name}.partial")
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,17 +70,17 @@ class InputMeans:
 
     @classmethod
     def load(cls, path: Path, content_hash: str) -> InputMeans:
-        """Read vectors back.
+        """Read the vectors that ``save`` wrote.
 
         Raises:
-            UserError: the file is missing, damaged, or not the one with this hash.
+            UserError: the file is missing or damaged, or does not have this hash.
         """
         try:
             means = cls._from_rows(load_file(path))
         except (FileNotFoundError, SafetensorError, KeyError):
             means = None
         if means is None or means.content_hash != content_hash:
-            raise UserError(f"{path}, which belongs to the plan beside it, is missing or damaged; plan again.")
+            raise UserError(f"{path}, which belongs to the plan next to it, is missing or damaged; plan again.")
         return means
 
     def _rows(self) -> dict[str, torch.Tensor]:

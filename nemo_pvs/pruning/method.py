@@ -1,4 +1,4 @@
-"""What a pruning method is: its name, what it may be asked, and how it prunes."""
+"""The description of a pruning method: its name, its options and how it prunes."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ class Expected(NamedTuple):
 
     shape: Shape
     exact: bool
-    """Whether numbers alone decide it; else scores decide layer by layer, and this is about their average."""
+    """Whether the options alone determine it; otherwise scores decide layer by layer, and this is the average."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to prune. Another package adds one by an entry point in the group ``nemo_pvs.methods``."""
+    """A pruning method. Another package adds one by an entry point in the group ``nemo_pvs.methods``."""
 
     name: str
-    """As ``pvs prune --method`` and a recipe's ``targets.<name>.method`` have it."""
+    """Its name in ``pvs prune --method`` and in a recipe's ``targets.<name>.method``."""
     removes: str
-    """What is removed and by what it is chosen, in a few words."""
+    """What it removes and by which criterion, in a few words."""
     options: type[Options]
     prune: Callable[[PruneRequest[Any]], Pruned]
     expected: Callable[[Any, Shape], Expected] | None = None
-    """Takes the options and the parent's shape, and returns the shape to expect; absent where only training shows."""
+    """From the options and the parent's shape to the expected shape; None if it is known only after training."""
     paper: str = ""
     """Its arXiv number."""
     scored: bool = False
-    """It reads the scores of one calibration (``pvs calibrate``), which targets and ratios share."""
+    """It reads the scores of a calibration (``pvs calibrate``), which targets and ratios share."""
     gradients: bool = False
-    """Its scores are measured with gradients."""
+    """Its scores need gradients."""
     scans: bool = False
     """It runs the model once for each candidate."""
     reads_text: bool = True
-    """What it decides depends on the calibration text."""
+    """Its result depends on the calibration text."""
     rounds: bool = False
     """A recipe may reach its target in rounds of pruning and training (``stages``)."""
     trains: bool = False
-    """It decides while the model is trained, which a stage of ``pvs run`` does."""
+    """It prunes during training, in a stage of ``pvs run``."""
 
     @property
     def sparse(self) -> bool:
-        """It sets single weights to zero and leaves the shape as it is."""
+        """It sets single weights to zero and keeps the shape."""
         return "sparsity" in self.options.amounts

@@ -1,4 +1,4 @@
-"""What a plan keeps of an optimizer's state, so that training behind it need not begin it anew."""
+"""Slice an optimizer's state by a plan, so that training after pruning need not start it from zero."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from nemo_pvs.pruning.plan import Plan
 
 
 def slice_optimizer_state(checkpoint: str | Path, plan: Plan | None) -> Mapping[str, WeightSource]:
-    """Return AdamW's moments, and its fp32 weights where there are any, sliced by the plan as the weights are.
+    """Return AdamW's moments, and its fp32 weights if there are any, sliced by the plan like the weights.
 
-    AdamW moves a weight by that weight's own moments, so what is kept is what the unpruned training had.
+    AdamW updates a weight from that weight's own moments only, so the kept weights continue with the moments that
+    they had in the unpruned training.
 
     Args:
-        checkpoint: A NeMo checkpoint of training with its optimizer, of the model that the plan was made for.
-        plan: What stays; None where everything does.
+        checkpoint: A NeMo checkpoint with its optimizer state, of the model that the plan was made for.
+        plan: The plan; None keeps everything.
 
     Returns:
-        By the state's name in Megatron, a source whose tensors are named and sized like the pruned model's.
+        For each state, by its name in Megatron, a source whose tensors have the names and sizes of the pruned model's.
 
     Raises:
-        UserError: the checkpoint lacks the moments, the plan was made for another model, or it adds biases.
+        UserError: the checkpoint lacks the moments, or the plan was made for another model or adds biases.
     """
     trained = NemoSource(checkpoint)
     states = {state: OptimizerStateSource(checkpoint, state) for state in states_in(trained)}
@@ -35,11 +36,11 @@ def slice_optimizer_state(checkpoint: str | Path, plan: Plan | None) -> Mapping[
         return states
     if plan.input_means is not None:
         raise UserError(
-            "The plan adds biases, for which the optimizer has no state yet; choose a plan without, or restart the "
-            "optimizer."
+            "The plan adds biases, for which the optimizer has no state yet; choose a plan without biases, or restart "
+            "the optimizer."
         )
     PrunedSource(trained, plan)  # refuses a plan that was made for another model
-    # A fingerprint is of weights, so a state would not pass for the same model.
+    # A fingerprint identifies weights, so the check of a state against it would fail.
     rest = {name: value for name, value in plan.provenance.items() if name != "model_fingerprint"}
     slices = replace(plan, provenance=rest)
     return {name: PrunedSource(state, slices) for name, state in states.items()}

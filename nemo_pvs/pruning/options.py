@@ -1,7 +1,7 @@
 """The options of a pruning method, declared once: commands, recipes, help and documents are derived from here.
 
-A method has a subclass of ``Options`` with a field for each of its options: its type, its default, the range that it
-may have, and one line that says what it is. Several methods share an option by a common base class.
+A method has a subclass of ``Options`` with a field for each of its options: type, default, bounds, and one line of
+help. Methods share an option through a common base class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 
 
 class Options(BaseModel):
-    """What a user may ask of a method; an option that is not given has the method's default."""
+    """Options of a method; an option that is not given has the method's default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +34,7 @@ class Options(BaseModel):
 
     @classmethod
     def parse(cls: type[OptionsT], method: str, values: dict[str, Any], spelling: str = "{}") -> OptionsT:
-        """Check the values that a user gave.
+        """Validate the values that a user gave.
 
         Args:
             method: The method's name, for messages.
@@ -42,7 +42,7 @@ class Options(BaseModel):
             spelling: How messages spell an option; ``--{}`` for a command.
 
         Raises:
-            UserError: the method has no such option, or it cannot have such a value.
+            UserError: the method has no such option, or the value is invalid.
         """
         given = {name: value for name, value in values.items() if value is not None}
         foreign = [name for name in given if name not in cls.model_fields]
@@ -140,7 +140,7 @@ class Units(Multiples):
 
 
 def _pattern(value: Any) -> Any:
-    """Undo YAML, which takes 2:4 without quotes for 2 minutes and 4 seconds; no sparsity is 60 or more."""
+    """Undo YAML's reading of an unquoted 2:4 as the sexagesimal number 124; no sparsity is 60 or more."""
     if isinstance(value, int) and value >= 60:
         return f"{value // 60}:{value % 60}"
     return str(value) if isinstance(value, float) else value

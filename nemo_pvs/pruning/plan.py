@@ -1,4 +1,4 @@
-"""Plan: which layers, channels and heads of a model stay; small, readable, and made without a model in memory."""
+"""Plan: which layers, channels and heads of a model are kept; small, readable, and made without a model in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_pvs.system.files import read_json, sha256_json, write_json
 Indices = tuple[int, ...]
 
 _MEANS = ".input_means"
-"""End of the name of the file with a plan's vectors."""
+"""Suffix of the file with a plan's vectors."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class Plan:
     target: Shape
     keep_layers: Indices
     keep_hidden: Indices
-    """One set for the whole model: the residual stream runs through all of it."""
+    """One set for the whole model, because all layers share the residual stream."""
     keep_ffn: tuple[Indices, ...]
     """FFN channels of each kept layer, in the order of ``keep_layers``."""
     keep_kv_groups: tuple[Indices, ...]
-    """KV groups of each kept layer; a group's query heads stay or go with it."""
+    """KV groups of each kept layer; a group's query heads are kept or removed with it."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the plan was made from: ``model_fingerprint``, hashes of scores or tokens, and settings."""
     input_means: InputMeans | None = None
-    """Of the removed inputs of ``o_proj`` and ``down_proj``, where biases make up for them: the pruned model then has
-    attention_bias and mlp_bias (Llama's own switches), and biases of other modules that the parent lacks are zero."""
+    """Means of the removed inputs of ``o_proj`` and ``down_proj``, if biases compensate for them. The pruned model
+    then has attention_bias and mlp_bias (Llama's own switches); other biases that these add are zero."""
 
     def __post_init__(self) -> None:
         """Raise UserError unless the indices are in order and add up to the target."""
@@ -86,26 +86,26 @@ class Plan:
             return tuple(range(self.parent.axis(axis)))
         if axis == "ffn":
             return self.keep_ffn[layer]
-        # Heads of a group lie side by side, so a group is one run of channels: g*h for queries, h for keys and values.
+        # A group's heads are contiguous, so a group is one run of channels: g*h for queries, h for keys and values.
         parent = self.parent.at(self.keep_layers[layer])
         run = parent.axis(axis) // parent.kv_groups
         return tuple(group * run + channel for group in self.keep_kv_groups[layer] for channel in range(run))
 
     def removed(self, axis: str, layer: int) -> Indices:
-        """Return the positions that go along a Layout axis (query or ffn), of the parent's layer kept as ``layer``."""
+        """Return the positions removed along a Layout axis (query or ffn) of the parent's layer kept as ``layer``."""
         kept = set(self.kept(axis, layer))
         size = self.parent.at(self.keep_layers[layer]).axis(axis)
         return tuple(position for position in range(size) if position not in kept)
 
     def kept_parameters(self, layout: Layout) -> int:
-        """Return how many parameters the pruned model has by its tensors; ``target.parameters`` if all is well."""
+        """Count the pruned model's parameters tensor by tensor; must equal ``target.parameters``."""
         return sum(
             math.prod(len(self.kept(axis, entry.layer)) for axis in part.axes)
             for part, entry in layout.parts(self.target).values()
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values; indices become ranges, one line a layer, so that plans can be compared."""
+        """Return the plan as JSON values; indices become ranges, one line per layer, so that plans can be diffed."""
 
         def by_layer(rows: Iterable[Indices]) -> dict[str, str]:
             return {str(layer): format_ranges(row) for layer, row in zip(self.keep_layers, rows, strict=True)}
@@ -124,14 +124,14 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], input_means: InputMeans | None = None) -> Plan:
-        """Rebuild a plan from ``to_json``, and from the vectors that this mentions by their hash alone.
+        """Rebuild a plan from ``to_json`` and from the vectors, of which the JSON holds only the hash.
 
         Raises:
             UserError: something is missing, malformed or contradictory.
         """
         try:
             if values.get("input_means") != (input_means and input_means.content_hash):
-                raise UserError("The plan's input means are not those that it names; plan again.")
+                raise UserError("The plan's input means do not have the hash that it records; plan again.")
             layers = parse_ranges(values["keep_layers"])
             for name in ("keep_ffn", "keep_kv_groups"):
                 if [int(layer) for layer in values[name]] != list(layers):
@@ -151,9 +151,10 @@ class Plan:
             raise UserError(f"This is not a plan of nemo_pvs ({type(error).__name__}: {error}); plan again.") from None
 
     def save(self, path: Path) -> None:
-        """Write the plan as a JSON file, and beside it the input means that it may have, as ``<name>.input_means``.
+        """Write the plan as a JSON file and, if it has any, its input means next to it as ``<name>.input_means``.
 
-        The latter is a safetensors file, but not by its name: loaders of models take all that are for weights.
+        The latter is a safetensors file under another suffix, because model loaders take every ``.safetensors`` file
+        in a folder for weights.
         """
         if self.input_means is not None:
             self.input_means.save(path.with_suffix(_MEANS))
@@ -161,10 +162,10 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Read a plan back.
+        """Read a plan that ``save`` wrote.
 
         Raises:
-            UserError: a file is missing, or it is not a valid plan.
+            UserError: a file is missing or is not a valid plan.
         """
         values = read_json(path)
         named = values.get("input_means") if isinstance(values, dict) else None
@@ -209,5 +210,5 @@ def parse_ranges(text: str) -> Indices:
 def _check(name: str, indices: Indices, size: int) -> None:
     if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= size:
         raise UserError(
-            f"The plan's {name} must be ascending, without repetition, not empty, and within 0-{size - 1}."
+            f"The plan's {name} must be ascending, without duplicates, not empty, and within 0-{size - 1}."
         )

@@ -26,21 +26,21 @@ class Preset:
     parent: Shape
     target: Shape
     parameters: int
-    """What the target must have, a number of its own so that a slip in the sizes is noticed."""
+    """Expected parameters of the target, recorded separately so that a mistake in the sizes is noticed."""
 
 
 @cache
 def presets() -> Mapping[str, Preset]:
     """Return every preset by its full name."""
     families = yaml.safe_load(resources.files("nemo_pvs.pruning").joinpath("presets.yaml").read_text())
-    found = {}
+    by_name = {}
     for family, values in families.items():
         parent = Shape(**values["parent"])
         for name, target in values["targets"].items():
             full = f"{family}/{name}"
             shape = parent.replace(**target["sizes"])
-            found[full] = Preset(full, target["method"], target.get("ratio"), parent, shape, target["parameters"])
-    return found
+            by_name[full] = Preset(full, target["method"], target.get("ratio"), parent, shape, target["parameters"])
+    return by_name
 
 
 def find_preset(name: str, parent: Shape) -> Preset:
@@ -61,7 +61,7 @@ def find_preset(name: str, parent: Shape) -> Preset:
         raise UserError(f"There is no preset {name!r}; {hint}")
     if len(matches) > 1:
         raise UserError(
-            f"The preset {name!r} exists as {' and '.join(one.name for one in matches)}; give one of them."
+            f"The preset {name!r} exists as {' and '.join(preset.name for preset in matches)}; give one of them."
         )
     preset = matches[0]
     if preset.parent != parent:

@@ -1,4 +1,4 @@
-"""Pruning in one place, for commands, recipes and the Python API: a method does a request, and what that cost."""
+"""The entry point of pruning for commands, recipes and the Python API: run a method on a request, with its cost."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from nemo_pvs.pruning.spent import spent
 
 
 class Finished(NamedTuple):
-    """A pruned model, not written yet, and what pruning it has cost."""
+    """A pruned model, not written yet, and what pruning it cost."""
 
     pruned: Pruned
     spent: dict[str, Any]
-    """``search`` and ``calibration``, where there was one (``pruning.spent``)."""
+    """``search`` and ``calibration``, if there was one (``pruning.spent``)."""
 
 
 def prune(method: str, request: PruneRequest[Any]) -> Finished:
-    """Prune a model; what is returned streams the result when it is read.
+    """Prune a model; the returned source computes its tensors when they are read.
 
     Args:
         method: A name in ``pruning.registry``.
-        request: With options of that method.
+        request: The model, with options of that method.
 
     Raises:
-        UserError: there is no such method, or the model cannot be pruned like that.
+        UserError: there is no such method, or the request does not suit the model.
     """
     read: list[TokenSet] = []
 

@@ -1,4 +1,4 @@
-"""Every pruning method by its name: ours, and those of other packages."""
+"""Every pruning method by its name: those of nemo_pvs, and those of other packages."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ _OURS = (
 
 @cache
 def methods() -> Mapping[str, Method]:
-    """Return every method by name, ours first; one of another package that cannot be used is left out, and named."""
+    """Return every method by name, built-in ones first; unusable ones of other packages are skipped with a message."""
     found = {module.METHOD.name: module.METHOD for module in _OURS}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         try:
             method = entry.load()
-        except Exception as error:  # whatever its code raises, it must not stop those who do not use it
+        except Exception as error:  # whatever its code raises, it must not stop users of other methods
             _leave_out(entry, f"it cannot be loaded ({type(error).__name__}: {error})")
             continue
         if not isinstance(method, Method):
-            _leave_out(entry, "it is no nemo_pvs.pruning.method.Method")
+            _leave_out(entry, "it is not a nemo_pvs.pruning.method.Method")
         elif method.name in found:
-            _leave_out(entry, f"there is a method {method.name} already")
+            _leave_out(entry, f"there already is a method {method.name}")
         else:
             found[method.name] = method
     return found
@@ -72,10 +72,10 @@ def _leave_out(entry: metadata.EntryPoint, why: str) -> None:
 
 
 def method_named(name: str) -> Method:
-    """Return a method.
+    """Return the method with this name.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no such method.
     """
     known = methods()
     if name not in known:
@@ -84,5 +84,5 @@ def method_named(name: str) -> Method:
 
 
 def at_once() -> list[str]:
-    """Return the names of the methods that ``pvs prune`` does by itself."""
+    """Return the names of the methods that ``pvs prune`` can run, without training."""
     return [name for name, method in methods().items() if not method.trains]

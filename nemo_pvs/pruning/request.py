@@ -1,4 +1,4 @@
-"""What a pruning method is asked: a model, options, and where text and importance come from."""
+"""The input of a pruning method: a model, options, and where text and scores come from."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ class PruneRequest(Generic[OptionsT]):
 
     source: WeightSource
     options: OptionsT
-    """The method's own."""
+    """Options of the method."""
     tokens: Callable[[], TokenSet]
     """Reads the calibration text when a method needs it."""
     scores: Callable[[], Scores]
     """Loads the scores, or measures them, when a method needs them."""
     check: Callable[[Shape], None]
-    """Raises UserError for a shape that is not wanted, before any work on it."""
+    """Raises UserError for an unacceptable target shape, before any work is done."""
     work_folder: Path
-    """Where a method keeps what it has finished, to go on from."""
+    """Where a method stores finished work, to resume from."""
     progress: Callable[..., Any]
-    """``progress.progress``, or something like it."""
+    """``progress.progress``, or a function with the same interface."""
     say: Callable[[str], None]
     overwrite: bool = False
     task_score: Callable[[], TaskScorer] | None = None
-    """Returns what measures models by ``options.task``, when a method needs it."""
+    """Returns a scorer of models by ``options.task``, when a method needs it."""
     draw: Callable[[int], TokenSet] | None = None
-    """Draws a text of its own for each iteration of a method that has such; by default all read the same."""
+    """Draws new text for each iteration of an iterative method; by default all iterations read the same."""
     compute: Mapping[str, Any] = field(default_factory=dict)
-    """Where and how layers run, as ``LayerwiseModel`` takes it: ``device``, ``dtype``, ``memory_limit``."""
+    """Keyword arguments of ``LayerwiseModel``: ``device``, ``dtype``, ``memory_limit``."""
 
 
 class Scored(NamedTuple):
-    """What one model achieved, and what it read for that."""
+    """A model's score, and how much it read to measure it."""
 
     score: float
-    """For example its accuracy at a task; higher is better."""
+    """For example its accuracy on a task; higher is better."""
     read: Mapping[int, int]
-    """How many sequences went through the model, by their length in tokens; for the ledger."""
+    """Number of sequences that went through the model, by their length in tokens; for the ledger."""
 
 
 TaskScorer = Callable[[WeightSource], Scored]
-"""Measures a model."""
+"""Scores a model."""

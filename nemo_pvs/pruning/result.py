@@ -1,4 +1,4 @@
-"""What a pruning method gives: a model that is not written yet, and how it is written with a record of its making."""
+"""The result of a pruning method: a model that is not written yet, and writing it with a record of how it was made."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
 from nemo_pvs.system.files import write_json
 
 PLAN = "pvs_plan.json"
-"""The file in a pruned checkpoint that says what was kept of the parent."""
+"""The file in a pruned checkpoint that records what was kept of the parent."""
 SETTINGS = "pvs_pruning.json"
-"""The file in a sparse checkpoint that says how it was made."""
+"""The file in a sparse checkpoint that records how it was made."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pruned:
 
     source: WeightSource
     plan: Plan | None
-    """Absent for sparse models: masks say it all."""
+    """None for sparse models, which are described by their masks."""
     settings: Mapping[str, Any]
 
 
@@ -41,13 +41,13 @@ def write(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write a pruned model with a record of how it was made, and remove what was kept to go on from.
+    """Write a pruned model with a record of how it was made, and remove the work folder kept for resuming.
 
     Args:
         pruned: The model.
-        target: The folder to make.
+        target: The folder to create.
         to: hf or nemo.
-        pad: Make uneven layers even by zeros, so that stock classes load the model.
+        pad: Pad uneven layers with zeros to even ones, so that stock classes load the model.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
 

@@ -1,4 +1,4 @@
-"""What a finished pruning had read and computed, by itself: a search for layers, a calibration layer by layer."""
+"""The cost of a finished pruning itself: a search for layers, or a layer-by-layer calibration."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
 
 
 def spent(pruned: Pruned, options: Options, parent: Shape, read: TokenSet | None) -> dict[str, Any]:
-    """Return what pruning spent beside the scores that it was given.
+    """Return the cost of pruning, without that of the scores that it was given.
 
     Args:
         pruned: The result.
-        options: What it was asked for.
-        parent: The dense model.
+        options: Options of the method.
+        parent: Shape of the dense model.
         read: The text that the method read; None if it read none.
 
     Returns:
-        ``search`` and ``calibration``, where there was one: ``tokens`` and ``flops``, of a search also the ``losses``
-        or ``scores`` of the candidates.
+        ``search`` and ``calibration``, if there was one, each with ``tokens`` and ``flops``; a search also has the
+        ``losses`` or ``scores`` of the candidates.
     """
     if pruned.plan is not None and "calibration" in pruned.plan.provenance:
         return {"calibration": dict(pruned.plan.provenance["calibration"])}
@@ -46,17 +46,17 @@ def spent(pruned: Pruned, options: Options, parent: Shape, read: TokenSet | None
 
 
 def _search(plan: Plan, options: Options) -> dict[str, Any]:
-    made = plan.provenance
-    if "tokens_read" in made:  # by a task
-        return {"search": {"tokens": made["tokens_read"], "flops": made["flops"], "scores": made["scores"]}}
-    if "layer_forwards" not in made or not isinstance(options, MinitronDepthOptions):
+    search = plan.provenance
+    if "tokens_read" in search:  # by a task
+        return {"search": {"tokens": search["tokens_read"], "flops": search["flops"], "scores": search["scores"]}}
+    if "layer_forwards" not in search or not isinstance(options, MinitronDepthOptions):
         return {}
     models = depth_scan_cost(options, plan.parent.layers, plan.parent.layers - plan.target.layers).models
     return {
         "search": {
-            "tokens": sweep_tokens(made["tokens"], models),
-            "flops": sweep_flops(plan.parent, made["tokens"], made["layer_forwards"], models),
-            "losses": made["losses"],
+            "tokens": sweep_tokens(search["tokens"], models),
+            "flops": sweep_flops(plan.parent, search["tokens"], search["layer_forwards"], models),
+            "losses": search["losses"],
         }
     }
 

@@ -1,4 +1,4 @@
-"""The size that a user asks for: by sizes, ``hidden=384,ffn=1024``, by the share to remove, or by a published name."""
+"""The target shape of pruning, given by sizes (``hidden=384,ffn=1024``), a ratio to remove, or a published name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nemo_pvs.pruning.presets import find_preset
 from nemo_pvs.system.files import read_json, write_json
 
 DENOMINATORS = ("body", "total")
-"""What a ratio is a share of: decoder layers with the final norm, or all parameters."""
+"""What a ratio is a share of: ``body``, the decoder layers with the final norm, or ``total``, all parameters."""
 
 _SEARCH = "search"
 _RATIO_AXES = {"minitron-depth": "depth", "shortgpt": "depth", "minitron-width": "width"}
 _TOLERANCE = 0.05
-"""How far the share that a target removes may be from the ratio."""
+"""Largest difference between the ratio and the share that a target removes."""
 
 
 def choose_target(
@@ -32,12 +32,12 @@ def choose_target(
     of: str = "body",
     preset: str | None = None,
 ) -> Shape:
-    """Return the Shape that sizes, a ratio or a preset asks for, exactly one of which must be given.
+    """Return the target Shape, given exactly one of sizes, a ratio and a preset.
 
     Args:
         parent: The model that is to be pruned.
         method: Name of the pruning method.
-        sizes: New sizes by name, of ``SIZES``; the others remain.
+        sizes: New sizes by name (one of ``SIZES``); the others stay as they are.
         ratio: Share to remove, between 0 and 1.
         of: What the ratio is a share of, ``body`` or ``total``.
         preset: Name of a published target.
@@ -84,7 +84,7 @@ def with_sizes(parent: Shape, sizes: Mapping[str, int]) -> Shape:
     """Return the parent's Shape with other sizes; query heads follow the KV groups.
 
     Raises:
-        UserError: a size is larger than the parent's, or would leave nothing.
+        UserError: a size is larger than the parent's, or less than 1.
     """
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
     for name, size in sizes.items():
@@ -101,20 +101,20 @@ def with_sizes(parent: Shape, sizes: Mapping[str, int]) -> Shape:
 def target_for_ratio(parent: Shape, ratio: float, method: str, of: str = "body") -> Shape:
     """Return the Shape that removes about ``ratio`` of a model.
 
-    By depth, the number of layers that comes nearest. By width, hidden and FFN channels shrink alike, and KV groups
-    stay, as in Minitron (2407.14679): first ``hidden``, of those multiples with which ``ffn`` in the parent's
-    proportion comes nearest; then ``ffn``, the multiple that comes nearest with this ``hidden``. Multiples are of the
-    largest power of two up to 128 that the parent's own sizes are multiples of. The publications' widths of the
-    same ratio were chosen by hand and differ in proportion: see the presets.
+    For depth, choose the number of layers whose count is nearest. For width, hidden and FFN channels shrink in
+    proportion and KV groups are kept, as in Minitron (2407.14679): first choose ``hidden`` with ``ffn`` in the
+    parent's proportion, then choose ``ffn`` for this ``hidden``, each time the multiple whose count is nearest. Sizes
+    are multiples of the largest power of two up to 128 that divides the parent's sizes. The published widths for the
+    same ratio were chosen by hand and have other proportions; see the presets.
 
     Args:
-        parent: The model that is to be pruned, its layers alike.
+        parent: The model that is to be pruned, with even layers.
         ratio: Share to remove, between 0 and 1.
         method: minitron-depth, shortgpt or minitron-width.
         of: What the ratio is a share of, ``body`` or ``total``.
 
     Raises:
-        UserError: the ratio leaves nothing or removes nothing, the method takes none, or none comes within 0.05.
+        UserError: the ratio leaves nothing or removes nothing, the method takes no ratio, or no shape is within 0.05.
     """
     if of not in DENOMINATORS:
         raise UserError(f"A ratio is a share of {' or '.join(DENOMINATORS)}, not of {of!r}.")
@@ -129,17 +129,17 @@ def target_for_ratio(parent: Shape, ratio: float, method: str, of: str = "body")
         shape = _narrower(parent, wanted, of)
     if shape == parent or abs(_count(shape, of) - wanted) > _TOLERANCE * _count(parent, of):
         raise UserError(
-            f"No {_RATIO_AXES[method]} of this model comes near a ratio of {ratio:g} of {of}; "
+            f"No {_RATIO_AXES[method]} of this model is close to a ratio of {ratio:g} of {of}; "
             f"the nearest is [{shape}]. Choose another ratio, or give the sizes with --target."
         )
     return shape
 
 
 def parameters_left(parent: Shape, ratio: float, of: str) -> int:
-    """Return how many parameters, embeddings and all, stay when a ratio of ``body`` or ``total`` goes from the body.
+    """Return the parameters, embeddings included, left after removing a ratio of ``body`` or ``total`` from the body.
 
     Raises:
-        UserError: the ratio leaves nothing or removes nothing, or is a share of something else.
+        UserError: the ratio leaves nothing or removes nothing, or ``of`` is neither.
     """
     if of not in DENOMINATORS:
         raise UserError(f"A ratio is a share of {' or '.join(DENOMINATORS)}, not of {of!r}.")
@@ -149,40 +149,40 @@ def parameters_left(parent: Shape, ratio: float, of: str) -> int:
 
 
 def describe_removal(parent: Shape, target: Shape) -> str:
-    """Return how much goes, with both denominators: ``43.5 % of all parameters, 50.0 % of the body``."""
+    """Describe how much is removed, with both denominators: ``43.5% of all parameters, 50.0% of the body``."""
     total, body = (1 - _count(target, of) / _count(parent, of) for of in ("total", "body"))
     return f"removes {total:.1%} of all parameters, {body:.1%} of the body (decoder layers and final norm)"
 
 
 def write_target(shape: Shape, path: Path, spent: Mapping[str, int] | None = None) -> None:
-    """Write the sizes as a JSON file, which ``--target`` takes; ``spent``: tokens and FLOPs of the search for them."""
+    """Write the sizes as a JSON file for ``--target``; ``spent`` is the cost of searching for them (tokens, FLOPs)."""
     sizes = {name: getattr(shape, name) for name in SIZES}
     write_json(path, {**sizes, _SEARCH: dict(spent)} if spent else sizes)
 
 
 class FoundSizes(NamedTuple):
-    """Sizes in a file of ``write_target``."""
+    """Sizes in a file that ``write_target`` wrote."""
 
     sizes: dict[str, int]
     spent: Mapping[str, int] | None
-    """Tokens and FLOPs of the search that found them, if one did."""
+    """Tokens and FLOPs of the search that found them, if there was one."""
 
 
 def read_sizes(path: Path) -> FoundSizes:
-    """Return what is in a file of ``write_target``.
+    """Read a file that ``write_target`` wrote.
 
     Raises:
-        UserError: it is no such file.
+        UserError: the file is not a valid target.
     """
-    found = read_json(path)
-    if not isinstance(found, dict) or not found:
+    sizes = read_json(path)
+    if not isinstance(sizes, dict) or not sizes:
         raise UserError(f"{path} is not a target; it should hold sizes such as {{'hidden': 384, 'ffn': 1024}}.")
-    spent = found.pop(_SEARCH, None)
-    for name, size in found.items():
+    spent = sizes.pop(_SEARCH, None)
+    for name, size in sizes.items():
         _check_name(name, str(path))
         if type(size) is not int:
             raise UserError(f"{path} needs a whole number for {name}, not {size!r}.")
-    return FoundSizes(found, spent)
+    return FoundSizes(sizes, spent)
 
 
 def _check_name(name: str, where: str) -> None:
@@ -206,7 +206,7 @@ def _narrower(parent: Shape, wanted: float, of: str) -> Shape:
 
 
 def _nearest(shapes: Iterable[Shape], wanted: float, of: str, default: Shape) -> Shape:
-    """Return the Shape whose count is nearest, the smallest of equals."""
+    """Return the Shape whose parameter count is nearest to ``wanted``; ties go to the smallest."""
     return min(shapes, key=lambda shape: (abs(_count(shape, of) - wanted), _count(shape, of)), default=default)
 
 
@@ -215,10 +215,10 @@ def _count(shape: Shape, of: str) -> int:
 
 
 def shrunk(parent: Shape, parameters: int) -> Shape:
-    """Return the even shape of about so many parameters whose KV groups and FFN channels shrank alike.
+    """Return the even shape of about ``parameters`` parameters with KV groups and FFN channels shrunk in proportion.
 
     Raises:
-        UserError: nothing would be left of the layers.
+        UserError: the layers would be empty.
     """
     share = 1 - (parent.parameters - parameters) / parent.matrix_parameters
     groups = max(1, round(parent.kv_groups * share))
@@ -226,6 +226,7 @@ def shrunk(parent: Shape, parameters: int) -> Shape:
     ffn = parent.ffn - round((fewer.parameters - parameters) / (3 * parent.hidden * parent.layers))
     if share <= 0 or ffn < 1:
         raise UserError(
-            f"{parameters:,} parameters leave nothing of the layers beside the embeddings; choose a lower ratio."
+            f"{parameters:,} parameters leave nothing for the layers in addition to the embeddings; choose a lower "
+            "ratio."
         )
     return fewer.replace(ffn=min(ffn, parent.ffn))

@@ -1,1 +1,1 @@
-"""What a run cost, what came out of it, and the report that shows both."""
+"""The results and costs of runs, and the report that shows them."""

@@ -1,4 +1,4 @@
-"""The numbers behind a report as plain data: ``report.json``, and the same as CSV tables."""
+"""The numbers of a report as plain data: ``report.json``, and CSV tables of the same."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Rows = list[dict[str, Any]]
 
 
 def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
-    """Return all that the page shows; what is not known is None, a number that is not finite is its name.
+    """Return all numbers that the page shows; unknown ones are None, those that are not finite are their names.
 
     Args:
-        runs: what to report.
-        reference: with the paper's points.
+        runs: The runs to report.
+        reference: Include the paper's points.
     """
     results = runs.results
     tasks = task_rows(runs)
@@ -63,26 +63,25 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
 
 
 def arm_rows(runs: SideBySide) -> Rows:
-    """Return a row an arm, losses and gaps in nats per token; missing arms have a row of nothing but their name."""
+    """Return one row per arm, losses and gaps in nats per token; rows of missing arms hold only their names."""
     rows = [_arm(runs, arm) for arm in runs.results.arms]
     empty: dict[str, Any] = dict.fromkeys(rows[0] if rows else ())
-    return rows + [
-        {**empty, "arm": f"{target}, {start}", "target": target, "initialisation": start, "runs": 0}
-        for target, start in runs.missing
-    ]
+    for target, start in runs.missing:
+        rows.append({**empty, "arm": f"{target}, {start}", "target": target, "initialisation": start, "runs": 0})
+    return rows
 
 
 def equal_terms(runs: SideBySide) -> Rows:
-    """Return a row for every pair of a pruned arm and one from scratch that cost the same under a setting."""
-    return [
-        {"pruned": arm.name, "scratch": one.scratch.name, "setting": one.setting, "gap": one.gap}
-        for arm in runs.results.arms
-        for one in runs.results.comparisons(arm)
-    ]
+    """Return one row per pair of a pruned arm and an arm from scratch of equal cost under a setting."""
+    rows = []
+    for arm in runs.results.arms:
+        for setting, scratch, gap in runs.results.comparisons(arm):
+            rows.append({"pruned": arm.name, "scratch": scratch.name, "setting": setting, "gap": gap})
+    return rows
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as CSV with a line of names; what is not known is an empty cell."""
+    """Return rows as CSV with a header; unknown values are empty cells."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -141,9 +140,9 @@ def _score(name: str, score: Score | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Replace NaN and infinity, for which JSON has no spelling."""
+    """Replace NaN and infinity, which JSON cannot represent, by their names."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The report of finished runs: one self-contained page, the same in short as Markdown, and the data behind both."""
+"""The report of finished runs: a self-contained page, a short version in Markdown, and their data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from nemo_pvs.reporting.tables.results import (
 from nemo_pvs.reporting.tables.tasks import TASK_HEADINGS, TASK_NOTES, TERMS_HEADINGS, task_cells, terms_cells
 from nemo_pvs.system.files import write_json, write_text
 
-_REPEAT = "pvs run recipe.yaml --out again"  # every run folder holds its recipe
+_REPEAT = "pvs run recipe.yaml --out again"  # every run folder contains its recipe
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,22 @@ def write_report(results: Results, folder: Path) -> None:
     """Write a finished run's ``results.json`` and its report into ``folder``, replacing older ones.
 
     Raises:
-        UserError: the folder cannot be written, or its ``evaluation`` is none.
+        UserError: the folder cannot be written, or its ``evaluation`` holds no evaluation.
     """
     results.save(folder / RESULTS)
     write_files(compare(read_runs([str(folder)])), folder)
 
 
 def write_files(runs: SideBySide, folder: Path, *, reference: bool = False) -> None:
-    """Write ``report.html``, and the same as ``report.md``, ``report.json`` and ``report.csv``, and ``loss.svg``.
+    """Write ``report.html``, its content as ``report.md``, ``report.json`` and ``report.csv``, and ``loss.svg``.
 
-    Where tasks were measured, ``tasks.csv`` has them. The page needs neither network nor scripts, follows the reader's
-    light or dark scheme, and prints on A4.
+    If tasks were measured, write ``tasks.csv`` too. The page needs neither network nor scripts, follows the reader's
+    light or dark colour scheme, and prints on A4.
 
     Args:
-        runs: what to report.
-        folder: where; it is made if need be.
-        reference: show the paper's points beside.
+        runs: The runs to report.
+        folder: Output folder; created if necessary.
+        reference: Also show the paper's points.
 
     Raises:
         UserError: the folder cannot be written.
@@ -85,14 +85,14 @@ def deviations_of(runs: SideBySide) -> dict[str, dict[int, float]]:
 
 
 def html_report(runs: SideBySide, *, reference: bool = False) -> str:
-    """Return the page as text; ``reference`` shows the paper's points beside the gaps."""
+    """Return the page as text; ``reference`` also shows the paper's points in the figures of gaps."""
     results, tasks = runs.results, task_rows(runs)
     table = results_rows(results, runs)
     gaps = {arm.name: runs.gap_deviation(arm) for arm in results.arms}
     template = resources.files("nemo_pvs.reporting").joinpath("template.html").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
-    # Safe: the figures are ours, and escape what they are given.
+    # Safe: our figures escape their inputs.
     def drawn(*figures: str) -> list[Markup]:
         return [Markup(figure) for figure in figures if figure]
 
@@ -126,7 +126,7 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
 
 
 def markdown_report(runs: SideBySide) -> str:
-    """Return the headline, the tables and how to repeat the runs, in GitHub's Markdown."""
+    """Return the headline, the tables and the command that repeats the runs, in GitHub's Markdown."""
     results, tasks = runs.results, task_rows(runs)
     parts = [
         f"# {results.title}\n",
@@ -155,7 +155,10 @@ def markdown_report(runs: SideBySide) -> str:
 def _command(runs: SideBySide) -> str:
     if len(runs.runs) == 1:
         return _REPEAT
-    return shlex.join(["pvs", "report", *(run.label for run in runs.runs), *["--force"] * bool(runs.differences)])
+    command = ["pvs", "report", *(run.label for run in runs.runs)]
+    if runs.differences:
+        command.append("--force")
+    return shlex.join(command)
 
 
 def _any_masked(results: Results) -> bool:
@@ -178,21 +181,16 @@ def _run_row(arm: ArmResult) -> list[str]:
 
 
 def _ledger_rows(ledger: Ledger) -> list[_LedgerRow]:
-    """Return the charges and their sums; an empty ledger has no sums, because nothing is known."""
-    rows = [
-        _LedgerRow(
-            charge.activity,
-            fixed(charge.tokens, 0),
-            scientific(charge.flops),
-            scientific(charge.flops if charge.flops_zeros_skipped is None else charge.flops_zeros_skipped),
-            charge.note,
-        )
-        for charge in ledger.charges
-    ]
+    """Return the charges and their sums; an empty ledger has no sums, because the costs are unknown."""
+    rows = []
+    for charge in ledger.charges:
+        skipped = charge.flops if charge.flops_zeros_skipped is None else charge.flops_zeros_skipped
+        tokens, flops = fixed(charge.tokens, 0), scientific(charge.flops)
+        rows.append(_LedgerRow(charge.activity, tokens, flops, scientific(skipped), charge.note))
     if rows:
-        tokens, flops = ledger.total
-        skipped = scientific(ledger.total_zeros_skipped.flops)
-        rows.append(_LedgerRow("total", fixed(tokens, 0), scientific(flops), skipped, "without evaluation"))
+        total, skipped = ledger.total, ledger.total_zeros_skipped.flops
+        tokens, flops = fixed(total.tokens, 0), scientific(total.flops)
+        rows.append(_LedgerRow("total", tokens, flops, scientific(skipped), "without evaluation"))
     return rows
 
 

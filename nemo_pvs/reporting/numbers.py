@@ -1,4 +1,4 @@
-"""How the report writes numbers: the same everywhere, a dash for what is not known."""
+"""Number formats of the report; a dash stands for unknown values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def fixed(value: float | None, decimals: int = 2, *, signed: bool = False) -> str:
-    """Write a number with so many decimals and thousands separators."""
+    """Format a number with ``decimals`` decimals and thousands separators."""
     if value is None:
         return DASH
     if not math.isfinite(value):
@@ -21,7 +21,7 @@ def fixed(value: float | None, decimals: int = 2, *, signed: bool = False) -> st
 
 
 def scientific(value: float | None) -> str:
-    """Write a number as three digits times a power of ten, e.g. FLOPs."""
+    """Format a number such as FLOPs as three digits times a power of ten."""
     if value is None or value == 0:
         return DASH if value is None else "0"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -29,18 +29,18 @@ def scientific(value: float | None) -> str:
 
 
 def perplexity(value: float | None) -> str:
-    """Write a perplexity: two decimals while they mean something, none where a model knows nothing yet."""
+    """Format a perplexity: with two decimals below 1000, without decimals from there on."""
     return fixed(value, 2 if value is None or value < 1000 else 0)
 
 
 def unit_of(values: list[float | int | None]) -> tuple[float, str]:
-    """Return the divisor and the prefix (k, M, B or T; "" for ones) that suit the largest of some counts."""
+    """Return the divisor and the prefix (k, M, B, T or "") that suit the largest of some counts."""
     largest = max((abs(value) for value in values if value is not None), default=0)
     return next(((size, prefix) for size, prefix in _PREFIXES if largest >= size), (1.0, ""))
 
 
 def scaled(value: float | int | None, unit: tuple[float, str]) -> str:
-    """Write a count in a unit that ``unit_of`` chose."""
+    """Format a count in a unit that ``unit_of`` returned."""
     if value is None:
         return DASH
     divisor, prefix = unit
@@ -48,7 +48,7 @@ def scaled(value: float | int | None, unit: tuple[float, str]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Write a wall-clock time as hours, minutes and seconds."""
+    """Format a wall-clock time as hours, minutes and seconds."""
     if seconds is None:
         return DASH
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""The published points of the paper, as reference series beside a user's own runs (``published.yaml``)."""
+"""The published points of the paper (``published.yaml``), for comparison with a user's own runs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import yaml
 from nemo_pvs.reporting.results import Point
 
 Granularity = Literal["depth", "width", "sparse"]
-"""How large the pieces are that pruning removes: layers, channels and heads, or single weights."""
+"""What pruning removes: layers, channels and heads, or single weights."""
 
 
 @dataclass(frozen=True)
 class PublishedCurve:
-    """Validation losses of one method and initialisation; every point is a run of its own, decayed to its end."""
+    """Validation losses of one method and initialisation; every point is the end of a separate, fully decayed run."""
 
     method: str
     granularity: Granularity
     initialisation: Literal["pruned", "random"]
     ratio: float
-    """The share of the parent that the paper says to remove; of all parameters it is less."""
+    """The paper's nominal share to remove; the share of all parameters is smaller."""
     parameters: int
     points: tuple[Point, ...]
-    """With the tokens that were really seen: steps x 4,194,304."""
+    """Points with the tokens actually seen: steps x 4,194,304."""
     source: str
 
     @property
@@ -60,14 +60,14 @@ class PublishedAdvantage:
 
 @dataclass(frozen=True)
 class Published:
-    """Everything that could be read from the paper."""
+    """All numbers that could be read from the paper."""
 
     parent_parameters: int
     parent_tokens: int
     parent_loss: float
     """Validation loss, nats per token."""
     better_parent: str
-    """What the paper says about a parent that was trained on far more tokens."""
+    """The paper's statement about a parent that was trained on far more tokens."""
     curves: tuple[PublishedCurve, ...]
     accuracies: tuple[PublishedAccuracy, ...]
     accuracy_tokens: int
@@ -77,7 +77,7 @@ class Published:
 
 @cache
 def published() -> Published:
-    """Return the paper's points, token counts exact."""
+    """Return the paper's points with exact token counts."""
     values = yaml.safe_load(resources.files("nemo_pvs.reporting").joinpath("published.yaml").read_text())
     paper, per_step, parent = values["paper"], values["tokens_per_step"], values["parent"]
 

@@ -1,4 +1,4 @@
-"""Results: what a finished run hands to its report, and the file ``results.json`` that keeps it."""
+"""The results of a finished run, which its report shows and ``results.json`` stores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_pvs.system.files import read_json, write_json
 
 @dataclass
 class Point:
-    """The loss at one moment of a training run."""
+    """The loss at one step of a training run."""
 
     step: int
     tokens: int
@@ -27,7 +27,7 @@ class Point:
     loss: float
     """Mean cross-entropy, nats per token."""
     learning_rate: float | None = None
-    """Of the step's update; None for a point of validation."""
+    """Learning rate of the step's update; None for a validation point."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class ArmResult:
     name: str
     """For people: ``width, pruned``."""
     target: str
-    """Arms of one target have one shape and are compared with each other: ``width``."""
+    """Arms of one target have the same shape and are compared with each other: ``width``."""
     method: str
     """How the shape was chosen, or the pruning method: ``minitron-width``."""
     initialisation: Literal["pruned", "random"]
@@ -59,11 +59,11 @@ class ArmResult:
     masked_parameters: int = 0
     """Weights that a sparsity mask holds at zero; 0 for a dense model."""
     setting: Setting | None = None
-    """What made its budget equal to that of a pruned arm; None where the recipe gives a number."""
+    """How its budget was made equal to that of a pruned arm; None if the recipe gives a number."""
     validation: list[Point] = field(default_factory=list)
     training: list[Point] = field(default_factory=list)
     test_perplexity_before: float | None = None
-    """Of the model that training starts from, pruned or random."""
+    """Perplexity of the model that training starts from, pruned or random."""
     test_perplexity_after: float | None = None
     ledger: Ledger = field(default_factory=Ledger)
     seconds: float | None = None
@@ -77,10 +77,10 @@ class ArmResult:
 
 
 class Comparison(NamedTuple):
-    """A pruned arm beside the one from scratch that has cost the same."""
+    """A pruned arm compared with the arm from scratch of equal cost."""
 
     setting: Setting
-    """What is the same."""
+    """Which cost is equal."""
     scratch: ArmResult
     gap: float | None
     """Scratch loss minus pruned loss, nats per token; None if they were not measured."""
@@ -88,7 +88,7 @@ class Comparison(NamedTuple):
 
 @dataclass
 class Results:
-    """Everything that the report shows. What was not measured is None or empty, never zero."""
+    """Everything that the report shows. A value that was not measured is None or empty, never zero."""
 
     title: str
     recipe_name: str
@@ -98,61 +98,60 @@ class Results:
     environment: dict[str, Any]
     hashes: dict[str, str]
     parent: ParentResult | None
-    """None where the arms are parents themselves: the run trained a model that was not pruned from another."""
+    """None if the run only trained models that were not pruned from another."""
     arms: list[ArmResult]
 
     @property
     def targets(self) -> dict[str, list[ArmResult]]:
-        """The arms by target, in the order in which they were given."""
+        """The arms by target, in their given order."""
         return {arm.target: [other for other in self.arms if other.target == arm.target] for arm in self.arms}
 
     def scratch_of(self, arm: ArmResult, setting: Setting = "equal-training-tokens") -> ArmResult | None:
-        """Return the arm from random weights that a pruned arm is to be compared with under a setting.
+        """Return the arm from random weights to compare a pruned arm with under a setting.
 
-        It is of the same target, and its training took what the pruned arm's did (``total``: what the pruned arm took
-        with its ancestors), to one optimizer step; the nearest if there are several. None if there is none, and for
-        an arm from random weights itself.
+        It has the same target, and its training cost equals the pruned arm's (in a ``total`` setting, that of the
+        pruned arm with its ancestors) to within one optimizer step; of several the nearest. None if there is none, and
+        for an arm from random weights.
         """
         if arm.initialisation == "random":
             return None
-        others = [other for other in self.targets[arm.target] if other.initialisation == "random"]
-        distances = [
-            (distance, rank) for rank, other in enumerate(others) if (distance := _apart(arm, other, setting)) <= 1
-        ]
-        return others[min(distances)[1]] if distances else None
+        candidates = []
+        for other in self.targets[arm.target]:
+            if other.initialisation == "random" and _distance(arm, other, setting) <= 1:
+                candidates.append(other)
+        return min(candidates, key=lambda other: _distance(arm, other, setting), default=None)
 
     def comparisons(self, arm: ArmResult) -> list[Comparison]:
-        """Return all that a pruned arm can be compared with on equal terms, an arm from scratch under one setting.
+        """Return a pruned arm's comparisons on equal terms, each arm from scratch under one setting only.
 
-        Arms of one shape that are equal in training tokens are so in training FLOPs, too: tokens come first.
+        Arms of one shape with equal training tokens also have equal training FLOPs; the setting for tokens is first.
         """
-        found: dict[str, Comparison] = {}
+        comparisons: dict[str, Comparison] = {}
         for setting in get_args(Setting):
             scratch = self.scratch_of(arm, setting)
             if scratch is not None:
-                found.setdefault(scratch.name, Comparison(setting, scratch, self.gap(arm, setting)))
-        return list(found.values())
+                comparisons.setdefault(scratch.name, Comparison(setting, scratch, self.gap(arm, setting)))
+        return list(comparisons.values())
 
     def gap(self, arm: ArmResult, setting: Setting = "equal-training-tokens") -> float | None:
-        """Return scratch loss minus this arm's, in nats per token: positive where the pruned start won.
+        """Return scratch loss minus this arm's loss, in nats per token: positive if the pruned start won.
 
-        Under equal training tokens both are validation losses after the same number of them, the largest at which both
-        were measured; under other settings both are the last. None if there are none.
+        At equal training tokens these are validation losses after the same number of tokens, the largest at which both
+        were measured; under other settings they are the last ones. None if there are none.
         """
         scratch = self.scratch_of(arm, setting)
         if scratch is None:
             return None
         if setting != "equal-training-tokens":
-            ours, theirs = arm.validation_loss, scratch.validation_loss
-            return None if ours is None or theirs is None else theirs - ours
-        pruned_losses, scratch_losses = (
-            {point.tokens: point.loss for point in run.validation} for run in (arm, scratch)
-        )
+            pruned_loss, scratch_loss = arm.validation_loss, scratch.validation_loss
+            return None if pruned_loss is None or scratch_loss is None else scratch_loss - pruned_loss
+        pruned_losses = {point.tokens: point.loss for point in arm.validation}
+        scratch_losses = {point.tokens: point.loss for point in scratch.validation}
         common = max(pruned_losses.keys() & scratch_losses.keys(), default=0)
         return scratch_losses[common] - pruned_losses[common] if common else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data; a loss that is not a finite number becomes its name (``nan``, ``inf``)."""
+        """Return plain data; a loss that is not finite becomes its name (``nan``, ``inf``)."""
         data = asdict(self)
         for arm, plain in zip(self.arms, data["arms"], strict=True):
             plain["ledger"] = arm.ledger.to_json()
@@ -170,9 +169,9 @@ class Results:
             results = _READER.validate_python(data)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the top level"
+            where = ".".join(map(str, first["loc"])) or "the top level"
             raise UserError(
-                f"The results are not those of a finished run: {place}: {first['msg']}; use the file that a run wrote."
+                f"The results are not those of a finished run: {where}: {first['msg']}; use the file that a run wrote."
             ) from None
         except (KeyError, TypeError) as error:
             raise UserError(
@@ -204,23 +203,23 @@ class Results:
 _READER = TypeAdapter(Results)
 
 
-def _apart(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float:
-    """Return how many optimizer steps of ``scratch`` two arms are from being equal; infinite where it is not known."""
+def _distance(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float:
+    """Return the difference in cost of two arms in optimizer steps of ``scratch``; infinite if unknown."""
     kind = "tokens" if setting.endswith("tokens") else "flops"
-    spent = pruned.ledger.training if setting.startswith("equal-training") else pruned.ledger.total
-    took = scratch.ledger.training if setting.startswith("equal-training") else scratch.ledger.total
-    ours, theirs = getattr(spent, kind), getattr(took, kind)
-    if ours == theirs and ours is not None:
+    pruned_sums = pruned.ledger.training if setting.startswith("equal-training") else pruned.ledger.total
+    scratch_sums = scratch.ledger.training if setting.startswith("equal-training") else scratch.ledger.total
+    pruned_cost, scratch_cost = getattr(pruned_sums, kind), getattr(scratch_sums, kind)
+    if pruned_cost == scratch_cost and pruned_cost is not None:
         return 0.0
     charges = [charge for charge in scratch.ledger.charges if charge.activity in ("training", "teacher")]
-    a_step = sum((getattr(charge, kind) or 0) / charge.steps for charge in charges if charge.steps)
-    if not ours or not theirs or not a_step:
+    step_cost = sum((getattr(charge, kind) or 0) / charge.steps for charge in charges if charge.steps)
+    if not pruned_cost or not scratch_cost or not step_cost:
         return math.inf
-    return float(abs(ours - theirs) / a_step)
+    return float(abs(pruned_cost - scratch_cost) / step_cost)
 
 
 def _names_for_non_finite(value: Any) -> Any:
-    """Replace NaN and infinity, for which JSON has no spelling, by strings that ``float`` reads back."""
+    """Replace NaN and infinity, which JSON cannot represent, by strings that ``float`` parses."""
     if isinstance(value, dict):
         return {key: _names_for_non_finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -231,7 +230,7 @@ def _names_for_non_finite(value: Any) -> Any:
 
 
 def at(values: Any, *keys: str) -> Any:
-    """Return what stands under nested keys; None where there is no such key."""
+    """Return the value under nested keys; None if there is none."""
     for key in keys:
         values = values.get(key) if isinstance(values, Mapping) else None
     return values

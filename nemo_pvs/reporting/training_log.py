@@ -1,4 +1,4 @@
-"""Validation losses out of a training log that TensorBoard or Weights & Biases has, of NeMo's runs and of ours."""
+"""Read validation losses from TensorBoard or Weights & Biases logs, of stock NeMo's runs and of nemo_pvs's."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from nemo_pvs.errors import UserError
 _LOSS = "val_loss"
 _TRAINED = "global_step"
 _STEP = "trainer/global_step"
-"""How Lightning's W&B logger calls the optimizer step; W&B's own ``Step`` counts calls of ``log``."""
+"""The optimizer step in Lightning's W&B logger; W&B's ``Step`` counts calls of ``log``."""
 
 
 def validation_losses(log: Path) -> dict[int, float]:
-    """Return the validation loss (nats per token) by the optimizer steps that were done when it was measured.
+    """Return the validation loss (nats per token) by the number of optimizer steps before its measurement.
 
-    Lightning numbers steps from zero, so what stands at step 99 was measured after 100. Where a resumed run has
-    measured a step again, the later measurement counts. A resumed run of stock NeMo numbers its validations one step
-    too low for every time it was resumed; that is put right for TensorBoard, and cannot be seen in a CSV export.
+    Lightning numbers steps from zero, so a value at step 99 was measured after 100 steps. If a resumed run measured a
+    step again, the later measurement counts. A resumed run of stock NeMo numbers its validations one step too low for
+    every time it was resumed; this is corrected for TensorBoard, but cannot be detected in a CSV export.
 
     Args:
         log: A folder with TensorBoard's ``events.out.tfevents.*``, or one of these files; or the CSV export of a W&B
-            run (a chart's, or ``run.history()``) with the columns ``trainer/global_step`` and ``val_loss``.
+            run (of a chart, or ``run.history()``) with the columns ``trainer/global_step`` and ``val_loss``.
 
     Raises:
-        UserError: it is neither, has no validation loss, or one that is no number.
+        UserError: it is neither, has no validation loss, or a loss is not finite.
     """
     if not log.exists():
         raise UserError(f"{log} does not exist; give a folder with TensorBoard's event files, or W&B's CSV export.")
-    found = _weights_and_biases(log) if log.is_file() and log.suffix == ".csv" else _tensorboard(log)
-    for steps, loss in found.items():
+    losses = _weights_and_biases(log) if log.is_file() and log.suffix == ".csv" else _tensorboard(log)
+    for steps, loss in losses.items():
         if not math.isfinite(loss):
             raise UserError(
-                f"{log} has a validation loss of {loss} after {steps:,} steps; a run that diverged is no curve."
+                f"{log} has a validation loss of {loss} after {steps:,} steps; use the log of a run that did not "
+                "diverge."
             )
-    return dict(sorted(found.items()))
+    return dict(sorted(losses.items()))
 
 
 def log_files(log: Path) -> list[Path]:
-    """Return the files that a log consists of; none if it is no log."""
+    """Return the files of a log; empty if there are none."""
     if log.is_file():
         return [log]
     return sorted(log.glob("**/events.out.tfevents.*"))
@@ -65,44 +66,45 @@ def _tensorboard(log: Path) -> dict[int, float]:
     for file in files:
         read = EventAccumulator(str(file), size_guidance={"scalars": 0})
         read.Reload()
-        found = read.Tags()["scalars"]
-        tags.update(found)
-        if _LOSS in found:
-            validations, training = read.Scalars(_LOSS), read.Scalars(_TRAINED) if _TRAINED in found else []
+        scalars = read.Tags()["scalars"]
+        tags.update(scalars)
+        if _LOSS in scalars:
+            validations, training = read.Scalars(_LOSS), read.Scalars(_TRAINED) if _TRAINED in scalars else []
             steps = _steps_done(validations, training)
-            measured += [(one.wall_time, done, one.value) for one, done in zip(validations, steps, strict=True)]
+            for event, done in zip(validations, steps, strict=True):
+                measured.append((event.wall_time, done, event.value))
     if not measured:
         raise UserError(f"{log} has no {_LOSS}, but {', '.join(sorted(tags)) or 'nothing'}; was the run validated?")
     return {done: loss for _, done, loss in sorted(measured)}
 
 
 def _steps_done(validations: list[Any], training: list[Any]) -> list[int]:
-    """Return how many steps were done at each validation that one process has logged.
+    """Return the number of steps before each validation that a process logged.
 
-    A checkpoint is saved before Lightning has counted the step in ``_batches_that_stepped``, by which it numbers
-    validations and chooses the steps whose training it logs, so after every resumption both fall one step behind. The
-    value of ``global_step`` does not: it is the number of steps before the one that was logged. Of n steps the one
-    with the number -1 modulo n is logged, so the validation's number modulo n says how many steps came after it.
+    A checkpoint is saved before Lightning counts the step in ``_batches_that_stepped``, by which it numbers
+    validations and chooses which training steps to log, so after every resumption both lag by one more step. The value
+    of ``global_step`` does not lag: it is the number of steps before the logged one. Every n steps, the step whose
+    number is -1 modulo n is logged, so the validation's number modulo n is the number of steps after it.
     """
-    interval = min((int(later.value - one.value) for one, later in pairwise(training)), default=0)
-    times = [one.wall_time for one in training]
-    found = []
-    for one in validations:
-        before = bisect_right(times, one.wall_time)
+    interval = min((int(later.value - event.value) for event, later in pairwise(training)), default=0)
+    times = [event.wall_time for event in training]
+    steps = []
+    for event in validations:
+        before = bisect_right(times, event.wall_time)
         if interval > 0 and before:
-            found.append(int(training[before - 1].value) + 1 + (one.step + 1) % interval)
+            steps.append(int(training[before - 1].value) + 1 + (event.step + 1) % interval)
         else:
-            found.append(one.step + 1)
-    return found
+            steps.append(event.step + 1)
+    return steps
 
 
 def _weights_and_biases(log: Path) -> dict[int, float]:
     try:
-        with open(log, newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel begins a file with a BOM
+        with open(log, newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel writes a BOM
             reader = csv.DictReader(file)
             columns, rows = reader.fieldnames or [], list(reader)
     except csv.Error as error:
-        raise UserError(f"{log} is no CSV table ({error}); export it again.") from None
+        raise UserError(f"{log} is not a CSV table ({error}); export it again.") from None
     losses = [name for name in columns if name == _LOSS or name.endswith(f" - {_LOSS}")]
     if len(losses) != 1 or _STEP not in columns:
         raise UserError(
@@ -115,4 +117,4 @@ def _weights_and_biases(log: Path) -> dict[int, float]:
     try:
         return {int(float(row[_STEP])) + 1: float(row[losses[0]]) for row in measured}
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{log} has a value that is no number ({error}); export it again.") from None
+        raise UserError(f"{log} has a value that is not a number ({error}); export it again.") from None

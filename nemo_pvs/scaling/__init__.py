@@ -1,1 +1,1 @@
-"""Scaling laws of retraining after pruning: fits of loss curves, what they predict, and the advice that follows."""
+"""Scaling laws of retraining after pruning: fits of loss curves, predictions from them, and advice."""

@@ -1,4 +1,4 @@
-"""Prune or train from scratch? A verdict for each way to count the parent, from the evidence that reaches it."""
+"""Prune or train from scratch? A verdict for each way to count the parent's tokens, from the applicable evidence."""
 
 from __future__ import annotations
 
@@ -16,35 +16,40 @@ Choice = Literal["prune", "scratch", "either", "unknown"]
 Sureness = Literal["likely", "tentative", "unknown"]
 
 NOISE = {"nats": 0.0355, "points": 1.0}
-"""Differences up to these are taken for none. Nats: the standard deviation of a difference of two published losses, as
-curves fitted to them leave it: 0.025 each over the 8 degrees of freedom that 20 points leave 12 parameters
-(tests/scaling). It is no interval of 95 %, which would be 0.08; a verdict is likely only where two comparisons agree.
+"""Differences up to these count as none. Nats: the standard deviation of a difference of two published losses,
+estimated from curves fitted to them: 0.025 each, with the 8 degrees of freedom of 20 points and 12 parameters
+(tests/scaling). It is not a 95 % interval, which would be 0.08; a verdict is likely only if two comparisons agree.
 Points: our choice; all published comparisons are single runs, and most differ by 0.4 to 1.4."""
 _FINEST_FIRST = ("sparse", "width", "depth")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer under one way to count the parent."""
+    """The answer for one way to count the parent's tokens."""
 
     setting: Setting
     choice: Choice
     sureness: Sureness
     granularity: str | None
-    """At which to prune; None where the advice is not to, or is unknown."""
+    """The recommended granularity of pruning; None if the choice is not to prune."""
     summary: str
     """One or two sentences."""
     evidence: list[Evidence]
-    """What the verdict rests on; where it is unknown, all that there is, with the reasons why it does not reach."""
+    """The evidence used; if the choice is unknown, all evidence, with the reasons why it does not apply."""
 
 
 def advise(question: Question, runs: Iterable[Results] = (), paper: Published | None = None) -> list[Verdict]:
     """Answer a question: at equal training tokens and, if the parent's tokens are given, at equal total tokens.
 
-    Own runs that reach the question decide alone; only without any the published points do.
+    If any of the user's own runs apply to the question, they alone decide; otherwise the published points do.
+
+    Args:
+        question: What to train.
+        runs: Results of the user's own finished runs.
+        paper: Published results; by default those of the package.
 
     Raises:
-        UserError: the question has no sense.
+        UserError: a number of the question is not positive, or the model is not smaller than its parent.
     """
     for name, value in (
         ("parameters", question.parameters),
@@ -63,13 +68,13 @@ def advise(question: Question, runs: Iterable[Results] = (), paper: Published | 
     settings: list[Setting] = ["equal training tokens"]
     if question.parent_tokens is not None:
         settings.append("equal total tokens")
-    verdicts = [_verdict(setting, [one for one in evidence if one.setting == setting]) for setting in settings]
+    verdicts = [_verdict(setting, [item for item in evidence if item.setting == setting]) for setting in settings]
     return [_with_remark(verdict, question, paper) for verdict in verdicts]
 
 
 def _with_remark(verdict: Verdict, question: Question, paper: Published) -> Verdict:
-    """Add what the paper says about a parent that was trained on far more than its own."""
-    published_parent = verdict.choice != "unknown" and not any(one.own for one in verdict.evidence)
+    """Add what the paper says about a parent that was trained on far more tokens than the paper's."""
+    published_parent = verdict.choice != "unknown" and not any(item.own for item in verdict.evidence)
     if not published_parent or (question.parent_tokens or 0) <= 2 * paper.parent_tokens:
         return verdict
     remark = f" That is for a parent of {written(paper.parent_tokens)} tokens; {paper.better_parent}."
@@ -77,8 +82,8 @@ def _with_remark(verdict: Verdict, question: Question, paper: Published) -> Verd
 
 
 def _verdict(setting: Setting, evidence: list[Evidence]) -> Verdict:
-    reaching = [one for one in evidence if one.reaches]
-    used = [one for one in reaching if one.own] or reaching
+    applicable = [item for item in evidence if item.reaches]
+    used = [item for item in applicable if item.own] or applicable
     if not used:
         return Verdict(
             setting,
@@ -89,22 +94,22 @@ def _verdict(setting: Setting, evidence: list[Evidence]) -> Verdict:
             "afford, and ask again with --runs.",
             evidence,
         )
-    choices = {name: _choice([one for one in used if one.granularity == name]) for name in _granularities(used)}
+    choices = {name: _choice([item for item in used if item.granularity == name]) for name in _granularities(used)}
     winners = [name for name, choice in choices.items() if choice == "prune"]
-    spoken = "; ".join(f"{name}: {_SPOKEN[choice]}" for name, choice in choices.items())
+    described = "; ".join(f"{name}: {_DESCRIPTIONS[choice]}" for name, choice in choices.items())
     if winners:
         choice: Choice = "prune"
         granularity = _best(used, winners)
     else:
-        choice = "scratch" if all(one == "scratch" for one in choices.values()) else "either"
+        choice = "scratch" if all(value == "scratch" for value in choices.values()) else "either"
         granularity = None
-    summary = f"By granularity: {spoken}."
+    summary = f"By granularity: {described}."
     if granularity == "sparse":
         summary += " Zeros among the weights save time only on hardware that skips them."
     return Verdict(setting, choice, _sureness(used, choice), granularity, summary, used)
 
 
-_SPOKEN = {
+_DESCRIPTIONS = {
     "prune": "pruned is better",
     "scratch": "scratch is better",
     "either": "no difference that single runs could tell from noise",
@@ -112,12 +117,12 @@ _SPOKEN = {
 
 
 def _granularities(evidence: Sequence[Evidence]) -> list[str]:
-    return [name for name in _FINEST_FIRST if any(one.granularity == name for one in evidence)]
+    return [name for name in _FINEST_FIRST if any(item.granularity == name for item in evidence)]
 
 
 def _choice(evidence: Sequence[Evidence]) -> Choice:
-    """Return what most of the comparisons at one granularity say."""
-    signs = [_sign(one) for one in evidence]
+    """Return the choice of the majority of comparisons at one granularity."""
+    signs = [_sign(item) for item in evidence]
     if signs.count(1) > len(signs) / 2:
         return "prune"
     return "scratch" if signs.count(-1) > len(signs) / 2 else "either"
@@ -130,16 +135,16 @@ def _sign(evidence: Evidence) -> int:
 
 
 def _best(evidence: Sequence[Evidence], winners: Sequence[str]) -> str:
-    """Return the granularity with the largest advantage in noises, which makes nats and points comparable."""
+    """Return the granularity with the largest advantage in units of ``NOISE``, so that nats and points compare."""
 
     def advantage(name: str) -> float:
-        return max(one.advantage / NOISE[one.unit] for one in evidence if one.granularity == name)
+        return max(item.advantage / NOISE[item.unit] for item in evidence if item.granularity == name)
 
     return max(winners, key=advantage)
 
 
 def _sureness(evidence: Sequence[Evidence], choice: Choice) -> Sureness:
-    """Return ``likely`` where two comparisons back a choice (one's own counts twice) and none speaks against it."""
-    signs = [_sign(one) for one in evidence for _ in range(2 if one.own else 1)]
+    """Return ``likely`` if two comparisons support a choice (own runs count twice) and none contradicts it."""
+    signs = [_sign(item) for item in evidence for _ in range(2 if item.own else 1)]
     sign = {"prune": 1, "scratch": -1}.get(choice, 0)
     return "likely" if sign and signs.count(sign) >= 2 and -sign not in signs else "tentative"

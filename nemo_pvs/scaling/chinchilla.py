@@ -19,23 +19,23 @@ class Chinchilla:
     of_tokens = "B"
 
     def curve(self, values: Sequence[float], at: Conditions) -> Curve:
-        """Return the loss curve of a model; needs its parameters."""
+        """Return the loss curve of a model, given its number of parameters."""
         alpha, beta, floor, a, b = values
         return Curve(floor + a * (at.parameters / BILLION) ** -alpha, b, beta)
 
     def check(self, series: Sequence[Series]) -> list[str]:
-        """Refuse what has one size or mixes pruned and scratch.
+        """Check that the series have at least two sizes and one kind of initialisation.
 
         Raises:
-            UserError: the series cannot be described by one such law.
+            UserError: they do not.
         """
-        sizes = {one.parameters for one in series}
+        sizes = {run.parameters for run in series}
         if len(sizes) < 2:
             raise UserError(
                 "The Chinchilla law needs models of at least 2 sizes, and there is 1; add runs or use --form per-run."
             )
-        starts = {one.initialisation for one in series}
-        if len(starts) > 1:
+        initialisations = {run.initialisation for run in series}
+        if len(initialisations) > 1:
             raise UserError(
                 "The Chinchilla law has no term for the start of training, and these are pruned and random; "
                 "choose one of them with --initialisation."

@@ -1,4 +1,4 @@
-"""A loss curve L(D) = floor + scale * D^-exponent: what every law here is for one model, and what follows from it."""
+"""A loss curve L(D) = floor + scale * D^-exponent: the form of every law for one model, and derived quantities."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Curve:
     """Loss in nats per token after D tokens; D is in billions in the formula, in tokens in every argument."""
 
     floor: Values
-    """What infinitely many tokens lead to."""
+    """The loss in the limit of infinitely many tokens."""
     scale: Values
-    """What is above the floor after a billion tokens."""
+    """The excess over the floor after a billion tokens."""
     exponent: Values
 
     def loss(self, tokens: Values) -> Values:
-        """Return the loss after so many tokens."""
+        """Return the loss after ``tokens`` tokens."""
         return self.floor + self.scale * (np.asarray(tokens) / BILLION) ** -self.exponent
 
     def slope(self, tokens: Values) -> Values:
@@ -31,9 +31,9 @@ class Curve:
         return -self.exponent * self.scale * (np.asarray(tokens) / BILLION) ** (-self.exponent - 1)
 
     def tokens_to(self, loss: float) -> float:
-        """Return the tokens after which the loss is reached; infinite where it is not above the floor.
+        """Return the tokens after which the loss is reached; infinite if it is not above the floor.
 
-        D = (scale / (loss - floor))^(1 / exponent), for the P2 law papers.md 2.3.
+        D = (scale / (loss - floor))^(1 / exponent).
         """
         above = loss - float(self.floor)
         if above <= 0:
@@ -41,24 +41,24 @@ class Curve:
         return BILLION * _power(float(self.scale) / above, 1 / float(self.exponent))
 
     def tokens_at_gain(self, gain: float) -> float:
-        """Return the tokens from which another billion gains less than ``gain`` nats: where -dL/dD equals it.
+        """Return the tokens after which another billion gains less than ``gain`` nats: where -dL/dD equals ``gain``.
 
-        D = (exponent * scale / gain)^(1 / (exponent + 1)), papers.md 2.3.
+        D = (exponent * scale / gain)^(1 / (exponent + 1)).
         """
         exponent = float(self.exponent)
         return BILLION * _power(exponent * float(self.scale) / gain, 1 / (exponent + 1))
 
     def overtakes(self, other: Curve, low: float, high: float, head_start: float = 0.0) -> float | None:
-        """Return the tokens between two bounds from which this curve is below another, and stays below up to ``high``.
+        """Return the tokens from which this curve stays below another up to ``high``.
 
         Args:
-            other: the curve to be overtaken.
-            low: where to begin to look, in tokens.
-            high: where to end.
-            head_start: tokens that this one sees in addition, where the other's ancestors were charged.
+            other: The curve to overtake.
+            low: Lower bound of the search, in tokens.
+            high: Upper bound of the search, in tokens.
+            head_start: Tokens that this model sees in addition, to account for the other's ancestors.
 
         Returns:
-            ``low`` if it is below from there on; None if it is not below at ``high``.
+            ``low`` if this curve is below from there on; None if it is not below at ``high``.
         """
 
         def lead(log_tokens: Values) -> Values:
@@ -83,8 +83,8 @@ def _power(base: float, exponent: float) -> float:
 
 
 Values = Any
-"""A float, or an array of float64 with an entry a point."""
+"""A float, or a float64 array with one entry per point."""
 
 
 BILLION = 1e9
-"""The unit of parameters and tokens in every formula, so that coefficients have the size of losses."""
+"""The unit of parameters and tokens in every formula, so that coefficients are of the order of losses."""

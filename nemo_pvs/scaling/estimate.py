@@ -17,8 +17,8 @@ from nemo_pvs.scaling.series import Conditions, Series
 Array = NDArray[np.float64]
 
 _HUBER = 0.01
-"""Residuals of ln(loss) beyond which a point counts linearly: 1 % of the loss. Hoffmann et al. (2203.15556) take
-0.001, which is a fit of medians and wastes points that are as good as validation losses are."""
+"""Residual of ln(loss) beyond which the cost is linear: 1 % of the loss. Hoffmann et al. (2203.15556) use 0.001, which
+amounts to a median fit and is inefficient for points as precise as validation losses."""
 _STARTS = 200
 _RIDGE = 1e-12
 _POLISHED = 5
@@ -26,15 +26,15 @@ _MOST_STEPS = 200
 _FIRST_DAMPING = 1e-3
 _MOST_DAMPING = 1e12
 _ENOUGH = 1e-8
-"""Share of the cost: a step that gains less is the last one."""
+"""Stop after a step that reduces the cost by less than this share."""
 _STEP = 1e-7
-"""Of the derivatives' differences; parameters have the size of losses and exponents."""
+"""Step of the finite differences; parameters are of the order of losses and exponents."""
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Points:
-    """The points of several series in one row."""
+    """The points of several series, concatenated."""
 
     tokens: Array
     losses: Array
@@ -42,21 +42,21 @@ class Points:
 
     @classmethod
     def of(cls, series: Sequence[Series]) -> Points:
-        """Collect the points of series, one after another."""
-        lengths = [len(one.tokens) for one in series]
-        columns = zip(*(one.conditions for one in series), strict=True)
+        """Concatenate the points of series."""
+        lengths = [len(run.tokens) for run in series]
+        columns = zip(*(run.conditions for run in series), strict=True)
         return cls(
-            np.concatenate([np.array(one.tokens, np.float64) for one in series]),
-            np.concatenate([np.array(one.losses, np.float64) for one in series]),
+            np.concatenate([np.array(run.tokens, np.float64) for run in series]),
+            np.concatenate([np.array(run.losses, np.float64) for run in series]),
             Conditions(*(np.repeat(np.array(column, np.float64), lengths) for column in columns)),
         )
 
 
 def estimate(law: Law, points: Points, *, seed: int = 0) -> Array:
-    """Return the parameters that fit best, exponents within their bounds and coefficients of 0 or more.
+    """Return the best-fitting parameters [parameters], with exponents within bounds and coefficients of 0 or more.
 
-    Exponents are drawn; the coefficients that suit them are a problem of linear least squares without negative
-    values. The best of these starts are polished with Huber's loss on ln(loss).
+    Exponents are sampled, and the coefficients for them found by non-negative linear least squares. The best of these
+    starts are polished with the Huber loss on ln(loss).
 
     Raises:
         UserError: there are not more points than parameters.
@@ -75,53 +75,53 @@ def estimate(law: Law, points: Points, *, seed: int = 0) -> Array:
 
 
 def polish(law: Law, points: Points, starts: Array, losses: Array | None = None) -> tuple[Array, Array]:
-    """Return the robust costs [fits] and the parameters [fits, parameters] of the minima next to ``starts``.
+    """Return the robust costs [fits] and the parameters [fits, parameters] of the minima near ``starts``.
 
-    All fits take their Levenberg-Marquardt steps together, which makes the hundreds of a bootstrap as fast as a few.
-    Huber's loss enters as weights, and a parameter at its bound stays there while the gradient points outwards.
+    All fits take their Levenberg-Marquardt steps together, so the hundreds of fits of a bootstrap are as fast as a
+    few. The Huber loss enters as weights, and a parameter at its bound stays there while the gradient points outwards.
 
-    Tokens are counted in their geometric mean meanwhile: in billions, the coefficient and the exponent of a run of a
-    million tokens can only move together, and the search stops half-way.
+    Tokens are temporarily measured in units of their geometric mean: in billions, the coefficient and the exponent of
+    a run of a million tokens would be strongly correlated, and the search would stop early.
 
     Args:
-        law: which law.
-        points: where it is fitted.
-        starts: parameters to start from, [fits, parameters].
-        losses: of every fit, [fits, points]; None: all are fitted to those of ``points``.
+        law: The law to fit.
+        points: Points to fit it to.
+        starts: Parameters to start from [fits, parameters].
+        losses: Losses of every fit [fits, points]; None fits all to the losses of ``points``.
     """
     low, high = _bounds(law)
     unit = float(np.exp(np.mean(np.log(points.tokens / BILLION))))
     points = replace(points, tokens=points.tokens / unit)
     measured = np.log(points.losses[None] if losses is None else losses)
     measured = np.broadcast_to(measured, (len(starts), len(points.tokens)))
-    values = np.clip(_counted_in(law, starts, unit), low, high)
-    off, slopes = _residuals(law, values, points, measured)
-    costs = _huber(off)
+    values = np.clip(_change_unit(law, starts, unit), low, high)
+    residuals, slopes = _residuals(law, values, points, measured)
+    costs = _huber(residuals)
     damping = np.full(len(starts), _FIRST_DAMPING)
     moving = np.arange(len(starts))
     for _ in range(_MOST_STEPS):
         now = values[moving]
-        weights = 1 / np.maximum(1, np.abs(off[moving]) / _HUBER)
-        gradient = np.einsum("mn,mnp->mp", weights * off[moving], slopes[moving])
+        weights = 1 / np.maximum(1, np.abs(residuals[moving]) / _HUBER)
+        gradient = np.einsum("mn,mnp->mp", weights * residuals[moving], slopes[moving])
         curvature = np.einsum("mn,mnp,mnq->mpq", weights, slopes[moving], slopes[moving])
         stuck = ((now <= low) & (gradient > 0)) | ((now >= high) & (gradient < 0))
         curvature[stuck[:, :, None] | stuck[:, None, :]] = 0
         diagonal = np.einsum("mpp->mp", curvature)
         diagonal += damping[moving, None] * diagonal + _TINY
         tried = np.clip(now - np.linalg.solve(curvature, np.where(stuck, 0, gradient)[:, :, None])[:, :, 0], low, high)
-        tried_off, tried_slopes = _residuals(law, tried, points, measured[moving])
-        tried_costs = _huber(tried_off)
+        tried_residuals, tried_slopes = _residuals(law, tried, points, measured[moving])
+        tried_costs = _huber(tried_residuals)
         gain = costs[moving] - tried_costs
         better = gain > 0
         taken = moving[better]
-        values[taken], off[taken], slopes[taken] = tried[better], tried_off[better], tried_slopes[better]
+        values[taken], residuals[taken], slopes[taken] = tried[better], tried_residuals[better], tried_slopes[better]
         costs[taken] = tried_costs[better]
         damping[moving] *= np.where(better, 0.2, 5.0)
         done = (better & (gain <= _ENOUGH * tried_costs)) | (damping[moving] > _MOST_DAMPING)
         moving = moving[~done]
         if not len(moving):
             break
-    return costs, _counted_in(law, values, 1 / unit)
+    return costs, _change_unit(law, values, 1 / unit)
 
 
 def _residuals(law: Law, values: Array, points: Points, measured: Array) -> tuple[Array, Array]:
@@ -130,23 +130,23 @@ def _residuals(law: Law, values: Array, points: Points, measured: Array) -> tupl
     def log_loss(moved: Array) -> Array:
         return np.asarray(np.log(law.curve(list(moved.T[:, :, None]), points.at).loss(points.tokens)), np.float64)
 
-    # Far from the data a curve may leave what a double holds; such a step is bad, not an error.
+    # Far from the data a curve may overflow; such a step is rejected, not an error.
     with np.errstate(all="ignore"):
-        here = log_loss(values)
+        fitted = log_loss(values)
         slopes = (
-            np.stack([log_loss(values + step) - here for step in _STEP * np.eye(values.shape[1])], axis=-1) / _STEP
+            np.stack([log_loss(values + step) - fitted for step in _STEP * np.eye(values.shape[1])], axis=-1) / _STEP
         )
-        off = here - measured
-    return np.nan_to_num(off, nan=1e3, posinf=1e3, neginf=-1e3), np.nan_to_num(slopes, nan=0, posinf=0, neginf=0)
+        residuals = fitted - measured
+    return np.nan_to_num(residuals, nan=1e3, posinf=1e3, neginf=-1e3), np.nan_to_num(slopes, nan=0, posinf=0, neginf=0)
 
 
-def _huber(off: Array) -> Array:
-    size = np.abs(off)
-    return np.sum(np.where(size <= _HUBER, off**2 / 2, _HUBER * (size - _HUBER / 2)), axis=-1)
+def _huber(residuals: Array) -> Array:
+    size = np.abs(residuals)
+    return np.sum(np.where(size <= _HUBER, residuals**2 / 2, _HUBER * (size - _HUBER / 2)), axis=-1)
 
 
-def _counted_in(law: Law, values: Array, unit: float) -> Array:
-    """Return the parameters [fits, parameters] of the same curves for tokens counted in another unit."""
+def _change_unit(law: Law, values: Array, unit: float) -> Array:
+    """Return the parameters [fits, parameters] of the same curves for tokens in another unit."""
     exponent, coefficient = names(law).index("beta"), names(law).index(law.of_tokens)
     moved = np.array(values, np.float64)
     moved[:, coefficient] *= unit ** -moved[:, exponent]
@@ -154,14 +154,14 @@ def _counted_in(law: Law, values: Array, unit: float) -> Array:
 
 
 def predict(law: Law, values: Array, points: Points) -> Array:
-    """Return the law's loss at every point."""
+    """Return the law's loss at every point [points]."""
     return np.asarray(law.curve(values.tolist(), points.at).loss(points.tokens), np.float64)
 
 
 def _starts(law: Law, points: Points, exponents: Array) -> tuple[Array, Array]:
-    """Return the errors [starts] and the parameters of the best coefficients for given exponents [starts, exponents].
+    """Return the errors [starts] and parameters [starts, parameters] with the best coefficients for given exponents.
 
-    There are two or three coefficients of 0 or more: the best are the least squares of one of their subsets.
+    Of two or three non-negative coefficients the best are the least-squares solution on one of their subsets.
     """
     given = list(exponents.T[:, :, None])
 
@@ -176,10 +176,10 @@ def _starts(law: Law, points: Points, exponents: Array) -> tuple[Array, Array]:
     wanted = (points.losses - offset) / points.losses
     best, errors = np.zeros((len(exponents), count)), np.sum(wanted**2, axis=1)
     for chosen in product((False, True), repeat=count):
-        some = features[:, :, chosen]
-        squares = np.swapaxes(some, 1, 2) @ some + _RIDGE * np.eye(some.shape[2])
-        solved = np.linalg.solve(squares, np.swapaxes(some, 1, 2) @ wanted[:, :, None])[:, :, 0]
-        error = np.sum((wanted - np.einsum("mnp,mp->mn", some, solved)) ** 2, axis=1)
+        subset = features[:, :, chosen]
+        squares = np.swapaxes(subset, 1, 2) @ subset + _RIDGE * np.eye(subset.shape[2])
+        solved = np.linalg.solve(squares, np.swapaxes(subset, 1, 2) @ wanted[:, :, None])[:, :, 0]
+        error = np.sum((wanted - np.einsum("mnp,mp->mn", subset, solved)) ** 2, axis=1)
         better = (error < errors) & (solved >= 0).all(axis=1)
         errors[better] = error[better]
         best[better] = 0

@@ -1,4 +1,4 @@
-"""Evidence on prune or scratch: own runs and the paper's points, each with its source and its reach."""
+"""Evidence on pruning against scratch: own runs and the paper's points, with sources and applicability."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.scaling.curve import BILLION
 
 Setting = Literal["equal training tokens", "equal total tokens"]
-"""Whether the parent is in hand, or its pretraining is charged to the pruned arm."""
+"""Whether the parent is free, or its pretraining is charged to the pruned arm."""
 
-_LIKE = 2.0
-"""Sizes and token counts within this factor are alike; our choice, as is the next."""
-_LIKE_RATIO = 0.1
+_SIMILAR = 2.0
+"""Sizes and token counts within this factor are similar; our choice, as is the next."""
+_SIMILAR_RATIO = 0.1
 _SLACK = 1.05
-"""Token counts within this factor are the same: the paper's labels are 4.86 % short of what was seen."""
+"""Token counts within this factor are equal: the paper's labels are 4.86 % lower than what was seen."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What somebody wants to train."""
+    """What a user wants to train."""
 
     parameters: float
-    """Of the small model."""
+    """Parameters of the small model."""
     train_tokens: float
     parent_parameters: float
     parent_tokens: float | None = None
-    """The parent's pretraining; None if it need not be counted."""
+    """Tokens of the parent's pretraining; None if they need not be counted."""
 
     @property
     def ratio(self) -> float:
-        """The share of the parent's parameters that would be removed."""
+        """The share of the parent's parameters to remove."""
         return 1 - self.parameters / self.parent_parameters
 
 
@@ -50,45 +50,45 @@ class Evidence:
     granularity: Granularity
     method: str
     advantage: float
-    """Of pruned over scratch: nats per token of loss, or points of accuracy. Negative where scratch is better."""
+    """Advantage of pruned over scratch: nats per token, or points of accuracy. Negative if scratch is better."""
     unit: Literal["nats", "points"]
     statement: str
     """For people: what was compared."""
     out_of_reach: str = ""
-    """Why it says little about the question; empty where it speaks about it."""
+    """Why it does not apply to the question; empty if it does."""
 
     @property
     def reaches(self) -> bool:
-        """Whether it speaks about the question."""
+        """Whether it applies to the question."""
         return not self.out_of_reach
 
 
 def granularity_of(arm: ArmResult) -> Granularity:
-    """Return how large the pieces are that an arm's method removed."""
+    """Return the granularity of an arm's pruning method."""
     if arm.masked_parameters:
         return "sparse"
     return "depth" if any(word in arm.method for word in ("depth", "shortgpt", "layer")) else "width"
 
 
 def own_evidence(question: Question, runs: Iterable[Results]) -> list[Evidence]:
-    """Return what finished runs say: pruned and scratch of one target at equal training and at equal total tokens."""
-    found = []
+    """Compare pruned and scratch arms of finished runs, for each target at equal training and equal total tokens."""
+    evidence = []
     for results in runs:
         for arm in results.arms:
             if arm.initialisation != "pruned" or results.parent is None:
                 continue
             gap = results.gap(arm)
             if gap is not None and math.isfinite(gap):
-                found.append(_own(question, results, results.parent, arm, gap, "equal training tokens"))
+                evidence.append(_own(question, results, results.parent, arm, gap, "equal training tokens"))
             for scratch in results.targets[arm.target]:
                 advantage = _advantage_at_equal_total(arm, scratch)
                 if advantage is not None:
-                    found.append(_own(question, results, results.parent, arm, advantage, "equal total tokens"))
-    return found
+                    evidence.append(_own(question, results, results.parent, arm, advantage, "equal total tokens"))
+    return evidence
 
 
 def _advantage_at_equal_total(pruned: ArmResult, scratch: ArmResult) -> float | None:
-    """Return scratch loss minus pruned loss if scratch was trained on all the tokens that pruned cost; else None."""
+    """Return scratch loss minus pruned loss if scratch was trained on pruned's total tokens; otherwise None."""
     total, seen = pruned.ledger.total.tokens, scratch.ledger.training.tokens
     losses = (scratch.validation_loss, pruned.validation_loss)
     if scratch.initialisation != "random" or not total or not seen or _unlike("", total, seen, _SLACK):
@@ -123,22 +123,22 @@ def _own(
 
 
 def published_evidence(question: Question, paper: Published) -> list[Evidence]:
-    """Return what the paper's points say; losses between two of them are interpolated over the logarithm of tokens."""
-    found = []
+    """Compare the paper's points; losses between two points are interpolated over the logarithm of tokens."""
+    evidence = []
     curves = {(curve.method, curve.initialisation): curve for curve in paper.curves}
     for (method, initialisation), pruned in curves.items():
         if initialisation == "pruned":
             scratch = curves[method, "random"]
-            found.append(_of_losses(question, paper, pruned, scratch, 0.0))
+            evidence.append(_of_losses(question, paper, pruned, scratch, 0.0))
             if question.parent_tokens is not None:
-                found.append(_of_losses(question, paper, pruned, scratch, question.parent_tokens))
+                evidence.append(_of_losses(question, paper, pruned, scratch, question.parent_tokens))
     for advantage in paper.advantages:
         reasons = [
             _unlike("parameters", question.parameters, advantage.parameters),
             _unlike("training tokens", question.train_tokens, paper.accuracy_tokens),
             _unlike_ratio(question.ratio, advantage.ratio),
         ]
-        found.append(
+        evidence.append(
             Evidence(
                 "equal training tokens",
                 advantage.source,
@@ -152,7 +152,7 @@ def published_evidence(question: Question, paper: Published) -> list[Evidence]:
             )
         )
     if question.parent_tokens is None:
-        return found
+        return evidence
     for accuracy in paper.accuracies:
         reasons = [
             _unlike("parameters", question.parameters, paper.curves[0].parameters),
@@ -160,7 +160,7 @@ def published_evidence(question: Question, paper: Published) -> list[Evidence]:
             _unlike("parent tokens", question.parent_tokens, paper.parent_tokens),
             _unlike_ratio(question.ratio, 0.5),
         ]
-        found.append(
+        evidence.append(
             Evidence(
                 "equal total tokens",
                 accuracy.source,
@@ -174,13 +174,13 @@ def published_evidence(question: Question, paper: Published) -> list[Evidence]:
                 "; ".join(filter(None, reasons)),
             )
         )
-    return found
+    return evidence
 
 
 def _of_losses(
     question: Question, paper: Published, pruned: PublishedCurve, scratch: PublishedCurve, head_start: float
 ) -> Evidence:
-    """Compare two published curves, the scratch arm ``head_start`` tokens further."""
+    """Compare two published curves, with scratch trained on ``head_start`` more tokens."""
     reasons = [
         _unlike("parameters", question.parameters, pruned.parameters),
         _unlike_ratio(question.ratio, pruned.ratio),
@@ -208,7 +208,7 @@ def _of_losses(
 
 
 def _published_loss(curve: PublishedCurve, tokens: float) -> tuple[float, float]:
-    """Return tokens and loss of the point there is, of the line between two, or of the end that is nearest."""
+    """Return tokens and loss of the point at ``tokens``, interpolated between two points, or of the nearest end."""
     seen = [float(point.tokens) for point in curve.points]
     losses = [point.loss for point in curve.points]
     for count, loss in zip(seen, losses, strict=True):
@@ -218,18 +218,18 @@ def _published_loss(curve: PublishedCurve, tokens: float) -> tuple[float, float]
     return tokens, float(np.interp(math.log(tokens), np.log(seen), losses))
 
 
-def _unlike(what: str, asked: float, known: float, factor: float = _LIKE) -> str:
+def _unlike(what: str, asked: float, known: float, factor: float = _SIMILAR) -> str:
     if max(asked, known) <= factor * min(asked, known):
         return ""
     return f"{written(asked)} {what} against its {written(known)}"
 
 
 def _unlike_ratio(asked: float, known: float) -> str:
-    return "" if abs(asked - known) <= _LIKE_RATIO + 1e-9 else f"ratio {asked:.2f} against its {known:.2f}"
+    return "" if abs(asked - known) <= _SIMILAR_RATIO + 1e-9 else f"ratio {asked:.2f} against its {known:.2f}"
 
 
 def written(count: float) -> str:
-    """Write a count of parameters or tokens for people: 4.5B, 135M, 15T."""
+    """Format a count of parameters or tokens for people: 4.5B, 135M, 15T."""
     for size, letter in ((1e12, "T"), (BILLION, "B"), (1e6, "M"), (1e3, "k")):
         if count >= 0.9995 * size:
             return f"{count / size:.3g}{letter}"

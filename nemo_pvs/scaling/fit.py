@@ -1,4 +1,4 @@
-"""A fitted law: parameters with calibrated intervals, how well it meets points it has not seen, and its file."""
+"""A fitted law: parameters with calibrated intervals, errors on held-out points, and its file."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _POINTS_A_PARAMETER = 3
 _EDGE = 1e-4
 
 DRAWS = 399
-"""With this many, an interval ends exactly at a draw (``interval``)."""
+"""With this many, an interval's bounds are exactly draws (``interval``)."""
 CONFIDENCE = 95.0
-"""Per cent of the intervals that hold the truth."""
+"""Coverage of the intervals in per cent."""
 FEWEST_DRAWS = 39
-"""With fewer, even the whole range of the draws is narrower than an interval of 95 % should be."""
+"""With fewer, even the full range of the draws is narrower than a 95 % interval should be."""
 _BLOCK = 100
 
 
@@ -43,26 +43,26 @@ class Fit:
     form: Form
     series: list[Series]
     values: list[float]
-    """Exponents, then coefficients, in the law's order; parameters and tokens in billions."""
+    """Exponents, then coefficients, in the law's order; for parameters and tokens in billions."""
     draws: list[list[float]]
-    """The same, each from losses drawn around the fitted law (``_draw``)."""
+    """Bootstrap draws of ``values``, each fitted to losses drawn around the fitted law (``_draw``)."""
     noise: list[float]
-    """The standard deviation of ln(loss) with which each draw's losses were drawn."""
+    """For each draw the standard deviation of ln(loss) with which its losses were drawn."""
     rmse: float
-    """Nats per token, over the points of the fit."""
+    """Nats per token, over the fitted points."""
     slope_difference: float | None
-    """ASD, nats per billion tokens: see ``held_out.slope_difference``; None without two points in a series."""
+    """ASD, nats per billion tokens (``held_out.slope_difference``); None if no series has two points."""
     held_out: list[HeldOut]
     warnings: list[str]
 
     @property
     def name(self) -> str:
-        """The name of its series, or how many there are."""
+        """The name of its series, or the number of series."""
         return self.series[0].name if len(self.series) == 1 else f"{len(self.series)} series"
 
     @property
     def law(self) -> Law:
-        """The law that was fitted."""
+        """The fitted law."""
         return LAWS[self.form]
 
     @property
@@ -78,14 +78,14 @@ class Fit:
 
     @property
     def scatter(self) -> float:
-        """The standard deviation of ln(loss) around the law, by the degrees of freedom that the fit has left."""
+        """The standard deviation of ln(loss) around the law, corrected for degrees of freedom."""
         points = Points.of(self.series)
         return _scatter(points, predict(self.law, np.array(self.values), points), len(self.values))
 
     @property
     def range(self) -> tuple[float, float]:
-        """The fewest and the most tokens of a point."""
-        tokens = [count for one in self.series for count in one.tokens]
+        """The fewest and the most tokens of any point."""
+        tokens = [count for series in self.series for count in series.tokens]
         return min(tokens), max(tokens)
 
 
@@ -100,12 +100,12 @@ def fit(
     """Fit a law to series.
 
     Args:
-        form: which law.
-        series: for ``per-run`` one, for the others several.
-        draws: for the intervals. Losses are drawn as if points were independent; those of one training run are not
-            quite, so its intervals are somewhat too narrow.
-        seed: of the starts and draws.
-        progress: called with draws done and in all.
+        form: The law's name.
+        series: One for ``per-run``, several for the others.
+        draws: Bootstrap draws for the intervals. Losses are drawn as if points were independent; those of one training
+            run are not quite, so its intervals are slightly too narrow.
+        seed: Seed of the starts and draws.
+        progress: Called with (draws done, their total).
 
     Raises:
         UserError: the series cannot determine the law's parameters, or there are too few draws for an interval.
@@ -113,7 +113,9 @@ def fit(
     if draws < FEWEST_DRAWS:
         raise UserError(f"{draws} draws give no interval of {CONFIDENCE:.0f} %; take at least {FEWEST_DRAWS}.")
     law = LAWS[form]
-    warnings = [*law.check(series), *(warning for one in series for warning in warnings_of(one))]
+    warnings = law.check(series)
+    for run in series:
+        warnings += warnings_of(run)
     points = Points.of(series)
     if len(points.tokens) < _POINTS_A_PARAMETER * len(names(law)):
         warnings.append(f"{len(points.tokens)} points for {len(names(law))} parameters: the intervals are rough")
@@ -146,17 +148,17 @@ def _draw(
     generator: np.random.Generator,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Array, Array]:
-    """Return parameters [draws, parameters] that are as far from ``values`` as these may be from the truth.
+    """Draw parameters from a parametric bootstrap around ``values`` whose noise level is itself uncertain.
 
-    A parametric bootstrap whose noise is itself uncertain: each draw has a standard deviation of its own, the
-    residuals' times sqrt(dof / chi^2_dof), draws losses around the fitted law with it, and fits them. For a linear law
-    the draws' percentiles are then Student's interval exactly. For the laws here they are still calibrated, where
-    those of resampled residuals cover 80 to 90 % on few points (tests/benchmarks/scaling_intervals.py). Percentiles
-    stay where they are when a quantity is transformed, so no scale has to be chosen: intervals of positive quantities
-    and of token counts, infinite ones too, come out as they would on a logarithm.
+    Each draw takes a standard deviation, the residuals' times sqrt(dof / chi^2_dof), draws losses around the fitted
+    law with it, and fits them. For a linear law the draws' percentiles are exactly Student's interval. For the laws
+    here they are still calibrated, whereas those of resampled residuals cover 80 to 90 % on few points
+    (tests/benchmarks/scaling_intervals.py). Percentiles are invariant under monotonic transformations, so no scale has
+    to be chosen: intervals of positive quantities and of token counts, even infinite ones, are the same as on a
+    logarithmic scale.
 
     Returns:
-        The standard deviation of ln(loss) in each draw, and the parameters.
+        The standard deviation of ln(loss) in each draw [draws], and the parameters [draws, parameters].
     """
     fitted = predict(law, values, points)
     freedom = len(fitted) - len(values)
@@ -179,8 +181,8 @@ def _scatter(points: Points, fitted: Array, parameters: int) -> float:
 def interval(draws: Array) -> tuple[Array, Array]:
     """Return the bounds of the 95 % interval from draws [draws, ...], which may be infinite.
 
-    As many draws are left out at each end as leave it the right probability when the truth is as likely to be at any
-    place among the draws: (draws + 1) x 2.5 %, the last of them being the bound.
+    The truth is equally likely to have any rank among the draws, so the bounds are the draws of rank
+    (draws + 1) x 2.5 % from each end.
     """
     ordered = np.sort(draws, axis=0)
     rank = max(1, int((len(ordered) + 1) * (100 - CONFIDENCE) / 200))
@@ -189,7 +191,7 @@ def interval(draws: Array) -> tuple[Array, Array]:
 
 def save_fits(fits: Sequence[Fit], path: Path) -> None:
     """Write fits as JSON."""
-    write_json(path, [asdict(one) for one in fits])
+    write_json(path, [asdict(fit) for fit in fits])
 
 
 def load_fits(path: Path) -> list[Fit]:
@@ -204,7 +206,7 @@ def load_fits(path: Path) -> list[Fit]:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
-            f"{path} is no file of pvs scaling-fit: {'.'.join(map(str, first['loc'])) or 'the top level'}: "
+            f"{path} is not a file of pvs scaling-fit: {'.'.join(map(str, first['loc'])) or 'the top level'}: "
             f"{first['msg']}; fit again."
         ) from None
 

@@ -1,4 +1,4 @@
-"""What a scaling law is to the fit: exponents within bounds, coefficients of 0 or more, and a curve for a model."""
+"""The interface of a scaling law: exponents within bounds, non-negative coefficients, and a curve for a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Bounds(NamedTuple):
-    """An exponent and where the fit looks for it."""
+    """An exponent and the range in which it is fitted."""
 
     name: str
     low: float
@@ -21,7 +21,7 @@ class Bounds(NamedTuple):
 
 
 class Law(Protocol):
-    """A law is linear in its coefficients once its exponents are given: that is where the fit starts from."""
+    """A law that is linear in its coefficients for given exponents; the fit relies on that."""
 
     name: str
     exponents: tuple[Bounds, ...]
@@ -33,13 +33,13 @@ class Law(Protocol):
         """Return the loss curve of a model.
 
         Args:
-            values: exponents, then coefficients.
-            at: the model; arrays give a curve of arrays.
+            values: Exponents, then coefficients.
+            at: The model; arrays give a curve of arrays.
         """
         ...
 
     def check(self, series: Sequence[Series]) -> list[str]:
-        """Return warnings where the series lie outside what the law was validated on.
+        """Return warnings about series outside the range in which the law was validated.
 
         Raises:
             UserError: the series cannot identify the law's parameters.

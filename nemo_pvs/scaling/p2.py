@@ -14,11 +14,11 @@ _MOST_TOKENS = 1e9
 
 
 class P2:
-    """L = L0 + rho^-gamma * N0^-delta * (N_C / N0^alpha + D_C / D^beta + E), papers.md 2.1.
+    """L = L0 + rho^-gamma * N0^-delta * (N_C / N0^alpha + D_C / D^beta + E).
 
     N0 is the parent's parameters and D the training tokens, both in billions, rho the pruning rate and L0 the parent's
-    loss. The loss rises with rho only where gamma is negative, so the fit looks there. The paper fitted 0.5 to 8 B
-    parents at rates of 0.15 to 0.35 over at most a billion tokens; it published no constants.
+    loss. The loss rises with rho only if gamma is negative, so gamma is fitted in that range. The paper fitted parents
+    of 0.5 to 8 B parameters at rates of 0.15 to 0.35 over at most a billion tokens; it published no constants.
     """
 
     name = "p2"
@@ -32,26 +32,26 @@ class P2:
     of_tokens = "D_C"
 
     def curve(self, values: Sequence[float], at: Conditions) -> Curve:
-        """Return the loss curve of a pruned model; needs the parent's parameters and loss, and the ratio."""
+        """Return the loss curve of a pruned model, given the parent's parameters and loss, and the ratio."""
         gamma, delta, alpha, beta, n_c, d_c, floor = values
         size = at.parent_parameters / BILLION
         factor = at.ratio**-gamma * size**-delta
         return Curve(at.parent_loss + factor * (n_c * size**-alpha + floor), factor * d_c, beta)
 
     def check(self, series: Sequence[Series]) -> list[str]:
-        """Refuse what has fewer than two parents or two ratios; warn beyond the paper's ratios and tokens.
+        """Check that the series have at least two parents and two ratios; warn beyond the paper's ratios and tokens.
 
         Raises:
             UserError: a series is not of a pruned model, or there are too few parents or ratios.
         """
-        for one in series:
-            if one.initialisation != "pruned" or one.parent_parameters is None or one.parent_loss is None:
+        for run in series:
+            if run.initialisation != "pruned" or run.parent_parameters is None or run.parent_loss is None:
                 raise UserError(
-                    f"{one.name} cannot be fitted by the P2 law, which needs a pruned model and its parent's "
+                    f"{run.name} cannot be fitted by the P2 law, which needs a pruned model and its parent's "
                     "parameters and loss; leave it out or use --form chinchilla or per-run."
                 )
-        parents = {one.parent_parameters for one in series}
-        ratios = {round(one.ratio or 0, 2) for one in series}
+        parents = {run.parent_parameters for run in series}
+        ratios = {round(run.ratio or 0, 2) for run in series}
         if len(parents) < 2 or len(ratios) < 2:
             raise UserError(
                 f"The P2 law needs at least 2 parents and 2 ratios, and there are {len(parents)} and {len(ratios)}; "
@@ -62,7 +62,7 @@ class P2:
             warnings.append(
                 f"ratios up to {max(ratios):.2f} are beyond the {_LARGEST_RATIO} up to which the P2 law was validated"
             )
-        most = max(max(one.tokens) for one in series)
+        most = max(max(run.tokens) for run in series)
         if most > _MOST_TOKENS:
             warnings.append(f"{most / BILLION:.3g} B tokens are beyond the 1 B up to which the P2 law was validated")
         if len(parents) < 3:

@@ -1,4 +1,4 @@
-"""A curve for one run alone: what the P2 law becomes for one model and one ratio."""
+"""The law of a single run: the P2 law reduced to one model and one ratio."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_pvs.scaling.series import Conditions, Series
 
 
 class PerRun:
-    """L = E + B / D^beta, D in billions of tokens (papers.md 2.3): knows nothing of sizes and ratios."""
+    """L = E + B / D^beta with D in billions of tokens; independent of sizes and ratios."""
 
     name = "per-run"
     exponents: tuple[Bounds, ...] = (Bounds("beta", 0.02, 2.0),)
@@ -18,7 +18,7 @@ class PerRun:
     of_tokens = "B"
 
     def curve(self, values: Sequence[float], at: Conditions) -> Curve:
-        """Return the run's loss curve; nothing about the model is needed."""
+        """Return the run's loss curve; ``at`` is not used."""
         beta, floor, scale = values
         return Curve(floor, scale, beta)
 

@@ -1,4 +1,4 @@
-"""The figure of a fit: measured losses on the fitted curves, and what is left between them."""
+"""The figure of a fit: measured losses with the fitted curves, and the residuals."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from nemo_pvs.scaling.estimate import Points, predict
 from nemo_pvs.scaling.fit import Fit
 from nemo_pvs.system.files import write_text
 
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), which colour-blind readers tell apart; markers differ too.
+# The colours of Okabe and Ito (jfly.uni-koeln.de/color), distinguishable by colour-blind readers; markers differ too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _CURVE_POINTS = 100
 
 
 def write_figure(fits: Sequence[Fit], path: Path) -> None:
-    """Write an SVG: on the left losses against tokens with their fitted curves, on the right residuals in per cent."""
+    """Write an SVG: losses against tokens with their fitted curves on the left, residuals in per cent on the right."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemo_pvs", "text.parse_math": False}):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        series = [(fit, one) for fit in fits for one in fit.series]
-        for index, (fit, one) in enumerate(series):
+        pairs = [(fit, series) for fit in fits for series in fit.series]
+        for index, (fit, series) in enumerate(pairs):
             colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-            points = Points.of([one])
+            points = Points.of([series])
             fitted = predict(fit.law, np.array(fit.values), points)
-            curve = fit.law.curve(fit.values, one.conditions)
+            curve = fit.law.curve(fit.values, series.conditions)
             tokens = np.geomspace(points.tokens[0], points.tokens[-1], _CURVE_POINTS)
             left.plot(tokens / BILLION, curve.loss(tokens), color=colour, linewidth=1.4)
-            left.plot(points.tokens / BILLION, points.losses, marker, color=colour, markersize=5, label=one.name)
-            off = 100 * (points.losses / fitted - 1)
-            right.plot(points.tokens / BILLION, off, marker, color=colour, markersize=5)
+            left.plot(points.tokens / BILLION, points.losses, marker, color=colour, markersize=5, label=series.name)
+            residuals = 100 * (points.losses / fitted - 1)
+            right.plot(points.tokens / BILLION, residuals, marker, color=colour, markersize=5)
         for axes in (left, right):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,4 +1,4 @@
-"""What a fitted law says about losses and tokens, each with its interval."""
+"""Predictions of losses and tokens from a fitted law, with intervals."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nemo_pvs.scaling.fit import Fit, interval
 from nemo_pvs.scaling.series import Conditions
 
 _FARTHEST = 10.0
-"""Times the most tokens of a fit: nothing is predicted beyond."""
+"""Largest multiple of a fit's most tokens for which losses are predicted."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval; infinite where a loss is never reached."""
+    """A value and its 95 % interval; infinite if a loss is never reached."""
 
     value: float
     low: float
@@ -32,22 +32,22 @@ class Overtaking:
     """The tokens from which scratch is better than pruned."""
 
     tokens: Estimate | None
-    """None where it never is, up to ``horizon``."""
+    """None if scratch is not better up to ``horizon``."""
     share: float
-    """Of the draws in which it is, up to ``horizon``."""
+    """Share of the draws in which scratch is better by ``horizon``."""
     low: float
-    """Tokens from which on the curves were compared: where both were measured."""
+    """Lower end of the comparison in tokens, from which both curves were measured."""
     horizon: float
-    """Tokens up to which the curves were compared."""
+    """Upper end of the comparison in tokens."""
 
 
 def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Estimate:
-    """Return the loss after so many tokens; the interval is for a measurement, its scatter included.
+    """Predict the loss after ``tokens`` tokens; the interval is that of a measurement, including its scatter.
 
     Args:
-        fit: the law.
-        tokens: training tokens.
-        at: the model, for laws over several; None for a fit of one run.
+        fit: The fitted law.
+        tokens: Training tokens.
+        at: The model, for laws over several models; None for a fit of one run.
 
     Raises:
         UserError: the tokens are too far beyond those of the fit, or the model is not given.
@@ -58,17 +58,17 @@ def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Estimate:
             f"A loss after {tokens:,.0f} tokens is out of reach of a fit of up to {most:,.0f}; "
             f"ask for at most {_FARTHEST:.0f} times as many, or train further."
         )
-    generator = np.random.default_rng([0, 1])  # whatever the fit's seed was, its stream was another
+    generator = np.random.default_rng([0, 1])  # a different stream from the fit's, whatever its seed
     draws = np.array([curve.loss(tokens) for curve in _drawn(fit, at)])
     noisy = draws * np.exp(np.array(fit.noise) * generator.standard_normal(len(draws)))
     return _estimate(float(curve_of(fit, at).loss(tokens)), noisy)
 
 
 def tokens_to(fit: Fit, loss: float, at: Conditions | None = None) -> Estimate:
-    """Return the tokens to a target loss; infinite where the law never gets there.
+    """Predict the tokens to a target loss (nats per token); infinite if the law never reaches it.
 
     Raises:
-        UserError: it is no loss.
+        UserError: the loss is not positive and finite.
     """
     if not 0 < loss < math.inf:
         raise UserError(f"A target loss of {loss:g} makes no sense; give nats per token above 0.")
@@ -76,10 +76,10 @@ def tokens_to(fit: Fit, loss: float, at: Conditions | None = None) -> Estimate:
 
 
 def tokens_at_gain(fit: Fit, gain: float, at: Conditions | None = None) -> Estimate:
-    """Return the tokens from which another billion gains less than ``gain`` nats.
+    """Predict the tokens after which another billion gains less than ``gain`` nats.
 
     Raises:
-        UserError: the gain is not positive.
+        UserError: the gain is not positive and finite.
     """
     if not 0 < gain < math.inf:
         raise UserError(f"A gain of {gain} nats per billion tokens is not above 0; give one such as 0.001.")
@@ -94,42 +94,42 @@ def overtaking(
     scratch_at: Conditions | None = None,
     pruned_at: Conditions | None = None,
 ) -> Overtaking:
-    """Return the tokens from which scratch is better than pruned.
+    """Predict the tokens from which scratch is better than pruned.
 
     Args:
-        scratch: law of models trained from scratch.
-        pruned: law of pruned models.
-        head_start: tokens that scratch gets in addition: the parent's, for a comparison at equal total tokens.
-        scratch_at: the model trained from scratch, for laws over several.
-        pruned_at: the pruned model.
+        scratch: Fitted law of models trained from scratch.
+        pruned: Fitted law of pruned models.
+        head_start: Tokens that scratch gets in addition: the parent's, for a comparison at equal total tokens.
+        scratch_at: The model trained from scratch, for laws over several models.
+        pruned_at: The pruned model, for laws over several models.
 
     Raises:
-        UserError: the head start is no number of tokens.
+        UserError: the head start is negative or infinite.
     """
     if not 0 <= head_start < math.inf:
         raise UserError(f"A head start of {head_start:g} tokens makes no sense; give 0 or more.")
     low = max(scratch.range[0], pruned.range[0])
     horizon = _FARTHEST * min(scratch.range[1], pruned.range[1])
     best = curve_of(scratch, scratch_at).overtakes(curve_of(pruned, pruned_at), low, horizon, head_start)
-    # Fits of the same seed were drawn from the same random numbers: only draws of different places are independent.
+    # Fits with the same seed used the same random numbers, so only draws with different indices are independent.
     of_scratch, of_pruned = _drawn(scratch, scratch_at), _drawn(pruned, pruned_at)
     pairs = zip(of_scratch, [*of_pruned[1:], of_pruned[0]], strict=False)
-    drawn = [one.overtakes(other, low, horizon, head_start) for one, other in pairs]
+    drawn = [curve.overtakes(other, low, horizon, head_start) for curve, other in pairs]
     share = sum(tokens is not None for tokens in drawn) / len(drawn)
     tokens = None
     if best is not None:
-        tokens = _estimate(best, np.array([math.inf if one is None else one for one in drawn]))
+        tokens = _estimate(best, np.array([math.inf if count is None else count for count in drawn]))
     return Overtaking(tokens, share, low, horizon)
 
 
 def extrapolation(fit: Fit, tokens: float, at: Conditions | None = None) -> list[str]:
-    """Return warnings where a question lies outside what the law was fitted to."""
+    """Return warnings if a question lies outside the range of the fit."""
     warnings = []
     low, high = fit.range
     if not low <= tokens <= high:
         warnings.append(f"{tokens:,.0f} tokens are outside the fitted {low:,.0f} to {high:,.0f}")
     for name, asked in (at or Conditions())._asdict().items():
-        seen = [getattr(one.conditions, name) for one in fit.series]
+        seen = [getattr(series.conditions, name) for series in fit.series]
         if np.isfinite(asked) and np.isfinite(seen).all() and not 0.99 * min(seen) <= asked <= 1.01 * max(seen):
             what = name.replace("_", " ")
             warnings.append(f"{what} {asked:,.4g} is outside the fitted {min(seen):,.4g} to {max(seen):,.4g}")
@@ -140,7 +140,7 @@ def curve_of(fit: Fit, at: Conditions | None = None) -> Curve:
     """Return the fitted curve of a model.
 
     Raises:
-        UserError: the law needs to know more about the model.
+        UserError: ``at`` lacks what the law needs to know about the model.
     """
     return _curve(fit, fit.values, at)
 

@@ -1,4 +1,4 @@
-"""Series: the losses of one training run, or of a ladder of runs, and the model that they belong to."""
+"""Series: the losses of one training run, or of several runs of one model, with the model's properties."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Series:
     """Losses against training tokens.
 
     Raises:
-        UserError: there is no point, or one that is no number of tokens above 0 or no finite loss above 0.
+        UserError: there are no points, or tokens or a loss are not positive and finite.
     """
 
     name: str
@@ -28,13 +28,13 @@ class Series:
     """Nats per token."""
     initialisation: Literal["pruned", "random"]
     parameters: int
-    """Of the trained model; weights that a mask holds at zero do not count."""
+    """Parameters of the trained model, without weights that a mask holds at zero."""
     parent_parameters: int | None = None
     parent_loss: float | None = None
     separate_runs: bool = False
-    """Every point is the end of a run of its own; else they were measured on the way of one run."""
+    """Whether every point is the end of a separate run; otherwise all were measured during one run."""
     planned_tokens: float | None = None
-    """Where the learning rate's schedule ends."""
+    """Tokens at which the learning-rate schedule ends."""
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -51,26 +51,22 @@ class Series:
 
     @property
     def ratio(self) -> float | None:
-        """The share of the parent's parameters that is gone; None without a parent."""
+        """The share of the parent's parameters that was removed; None without a parent."""
         return None if self.parent_parameters is None else 1 - self.parameters / self.parent_parameters
 
     @property
     def conditions(self) -> Conditions:
-        """What a law may know about the model."""
-        return Conditions(
-            *(
-                math.nan if value is None else float(value)
-                for value in (self.parameters, self.parent_parameters, self.ratio, self.parent_loss)
-            )
-        )
+        """The properties of the model that a law may depend on."""
+        values = (self.parameters, self.parent_parameters, self.ratio, self.parent_loss)
+        return Conditions(*(math.nan if value is None else float(value) for value in values))
 
     @property
     def cut_short(self) -> bool:
-        """Whether the run stopped before its schedule did: its last loss was not decayed."""
+        """Whether the run stopped before the end of its schedule, so that its last loss is not decayed."""
         return self.planned_tokens is not None and self.tokens[-1] < 0.99 * self.planned_tokens
 
     def where(self, kept: NDArray[np.bool_]) -> Series | None:
-        """Return the series with some of its points; None if none is left."""
+        """Return the series with the points where ``kept`` is true; None if there are none."""
         if not kept.any():
             return None
         values = {**self.__dict__, "tokens": tuple(np.array(self.tokens)[kept].tolist())}
@@ -78,7 +74,7 @@ class Series:
 
 
 def warnings_of(series: Series) -> list[str]:
-    """Return what makes a run's points less than a scaling law wants: each the end of a decayed run."""
+    """Return warnings about a run whose points are not the ends of fully decayed runs, as scaling laws assume."""
     if series.cut_short:
         done = series.tokens[-1] / (series.planned_tokens or 1)
         return [f"{series.name} was cut short at {done:.0%} of its cosine schedule: its losses are not decayed"]
@@ -88,13 +84,13 @@ def warnings_of(series: Series) -> list[str]:
 
 
 class Conditions(NamedTuple):
-    """What a law may know about a model; floats, or arrays with an entry a point. NaN where it is not known."""
+    """Properties of a model that a law may depend on; floats, or arrays with one entry per point. NaN if unknown."""
 
     parameters: Values = np.nan
-    """Of the trained model, weights that a mask holds at zero not counted."""
+    """Parameters of the trained model, without weights that a mask holds at zero."""
     parent_parameters: Values = np.nan
-    """N0: before pruning."""
+    """N0: parameters before pruning."""
     ratio: Values = np.nan
     """rho: the share of all parameters that was removed."""
     parent_loss: Values = np.nan
-    """L0: nats per token, before pruning."""
+    """L0: loss before pruning, nats per token."""

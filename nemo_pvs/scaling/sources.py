@@ -1,4 +1,4 @@
-"""Where series come from: finished runs, the paper's published points, a table."""
+"""Read series from finished runs, the paper's published points, or a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_pvs.scaling.series import Series
 PUBLISHED = "published"
 
 _WARM_UP = 0.1
-"""Share of a run whose losses are left out: its warm-up (5 % in the paper) and what still shows of it."""
+"""Share of a run whose losses are ignored: its warm-up (5 % in the paper) and the losses that it still affects."""
 _COLUMNS = ("name", "tokens", "loss", "parameters")
 _OPTIONAL = ("initialisation", "parent_parameters", "parent_loss")
 _LOG_COLUMNS = ("name", "log", "tokens_per_step", "parameters")
@@ -26,32 +26,32 @@ _LOG_COLUMNS = ("name", "log", "tokens_per_step", "parameters")
 def read_series(runs: Iterable[str], leave_out: Callable[[str], None] | None = None) -> list[Series]:
     """Read series from run folders (``results.json``), CSV tables or, by the name ``published``, the paper's Figure 1.
 
-    A table has the columns name, tokens, loss, parameters and, if they are known, initialisation (``pruned`` or
-    ``random``), parent_parameters and parent_loss; rows of one name are the ends of separate runs of one model. With
-    log and tokens_per_step instead of tokens and loss, a row is one run whose curve is in a training log
-    (``reporting.training_log``; relative to the table).
+    A table has the columns name, tokens, loss, parameters and, if known, initialisation (``pruned`` or ``random``),
+    parent_parameters and parent_loss; rows with the same name are the ends of separate runs of one model. With log and
+    tokens_per_step instead of tokens and loss, a row is one run whose curve is in a training log
+    (``reporting.training_log``; the path is relative to the table).
 
     Args:
-        runs: Where to read.
-        leave_out: Takes the sentence about an arm of a run that cannot be fitted, because it diverged or was hardly
-            validated, and the other arms are read; without it such a run is refused.
+        runs: Run folders, tables or ``published``.
+        leave_out: Called with a message for each arm of a run that cannot be fitted, because it diverged or was hardly
+            validated; the other arms are read. Without it such an arm raises its error.
 
     Raises:
-        UserError: one of them cannot be read, or a name comes twice.
+        UserError: one of them cannot be read, or two series have the same name.
     """
-    found: list[Series] = []
+    all_series: list[Series] = []
     for run in runs:
         if run == PUBLISHED:
-            found += _published()
+            all_series += _published()
         elif run.endswith(".csv"):
-            found += _table(Path(run))
+            all_series += _table(Path(run))
         else:
-            found += run_series(_results(Path(run)), run, leave_out)
-    names = [series.name for series in found]
+            all_series += run_series(_results(Path(run)), run, leave_out)
+    names = [series.name for series in all_series]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"There are two series named {name!r}; give each run once.")
-    return found
+    return all_series
 
 
 def _results(folder: Path) -> Results:
@@ -65,17 +65,17 @@ def _results(folder: Path) -> Results:
 
 
 def run_series(results: Results, source: str, leave_out: Callable[[str], None] | None = None) -> list[Series]:
-    """Return a series for every arm of a run that was validated; for ``leave_out`` see ``read_series``."""
-    found = []
+    """Return a series for every validated arm of a run; ``leave_out`` is that of ``read_series``."""
+    series = []
     for arm in results.arms:
         try:
             if any(point.tokens for point in arm.validation):
-                found.append(_arm(results, arm, source))
+                series.append(_arm(results, arm, source))
         except UserError as error:
             if leave_out is None:
                 raise
             leave_out(str(error))
-    return found
+    return series
 
 
 def _arm(results: Results, arm: ArmResult, source: str) -> Series:
@@ -96,17 +96,19 @@ def _arm(results: Results, arm: ArmResult, source: str) -> Series:
 
 
 def _last_stage(results: Results, arm: ArmResult) -> int:
-    """Return the tokens after which an arm was pruned for the last time: before that it was a larger model."""
+    """Return the tokens after which an arm was last pruned; before that it was a larger model."""
     if arm.initialisation == "random" or (at(results.recipe, "targets", arm.target, "stages") or 1) == 1:
         return 0
-    again = [one.tokens for one, other in pairwise(arm.validation) if one.tokens == other.tokens]
-    return max(again, default=0)
+    # A stage begins with a second validation at the same number of tokens.
+    stages = [point.tokens for point, following in pairwise(arm.validation) if point.tokens == following.tokens]
+    return max(stages, default=0)
 
 
 def _published() -> list[Series]:
     paper = published()
-    return [
-        Series(
+    all_series = []
+    for curve in paper.curves:
+        series = Series(
             name=curve.name,
             tokens=tuple(point.tokens for point in curve.points),
             losses=tuple(point.loss for point in curve.points),
@@ -117,14 +119,14 @@ def _published() -> list[Series]:
             separate_runs=True,
             source=curve.source,
         )
-        for curve in paper.curves
-    ]
+        all_series.append(series)
+    return all_series
 
 
 def _table(path: Path) -> list[Series]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the path.")
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel begins a file with a BOM
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel writes a BOM
         reader = csv.DictReader(file)
         logs = "log" in (reader.fieldnames or ())
         needed = _LOG_COLUMNS if logs else _COLUMNS
@@ -144,14 +146,13 @@ def _log_series(path: Path, row: dict[str, str]) -> Series:
     try:
         size = int(float(row["tokens_per_step"]))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {row['name']!r} has a value that is no number ({error}); correct it.") from None
+        raise UserError(f"{path}: {row['name']!r} has a value that is not a number ({error}); correct it.") from None
     losses = validation_losses(path.parent / row["log"])
     start = _WARM_UP * max(losses) * size
-    rows = [
-        {**row, "tokens": str(steps * size), "loss": str(loss)}
-        for steps, loss in losses.items()
-        if steps * size > start
-    ]
+    rows = []
+    for steps, loss in losses.items():
+        if steps * size > start:
+            rows.append({**row, "tokens": str(steps * size), "loss": str(loss)})
     return replace(_row_series(path, row["name"], rows), separate_runs=False)
 
 
@@ -179,4 +180,4 @@ def _row_series(path: Path, name: str, rows: list[dict[str, str]]) -> Series:
             source=str(path),
         )
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {name!r} has a value that is no number ({error}); correct it.") from None
+        raise UserError(f"{path}: {name!r} has a value that is not a number ({error}); correct it.") from None

@@ -107,7 +107,7 @@ def test_gradients_once_then_many_ratios(pvs, model, text, tmp_path):
         assert pvs("prune", model, target, *options, "--scores", tmp_path / "gradients")[0] == 0
         assert json.loads((target / "config.json").read_text())["intermediate_size"] == int(96 * (1 - ratio))
     refused = pvs("prune", model, tmp_path / "small", *options, "--scores", tmp_path / "plain")
-    _refused(refused, "measured without gradients; measure them again by pvs calibrate --gradients")
+    _refused(refused, "measured without gradients; measure them again with pvs calibrate --gradients")
     calibrate = ("calibrate", model, "--out", tmp_path / "x", *settings, "--tensor-parallel", 2)
     _refused(pvs(*calibrate), "add --gradients, or leave the parallelism out")
     _refused(pvs(*calibrate, "--gradients"), "need a multiple of 2 ranks, not 1; start them with torchrun")

@@ -169,7 +169,7 @@ def test_what_is_impossible_is_refused(path, value, sentence):
 IMPOSSIBLE = {
     "asks for hidden=577, but the model has 576": {"method": "sheared-llama", "hidden": 577},
     "has 97 stages but trains for 96 steps": {"method": "adapt-pruner", "ratio": 0.2, "stages": 97},
-    "leave nothing of the layers beside the embeddings": {"method": "adapt-pruner", "ratio": 0.99},
+    "leave nothing for the layers in addition to the embeddings": {"method": "adapt-pruner", "ratio": 0.99},
     "at which a layer would be pruned to nothing next": {
         "method": "efficient-llm",
         "pruning_aware": {"parameters": 1000, "tokens": 49152},

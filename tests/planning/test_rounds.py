@@ -123,7 +123,7 @@ def test_every_stage_is_charged_at_its_own_size() -> None:
         ({"method": "minitron-depth", "layers": 6, "stages": 3}, "stage [12] of 3 would remove nothing"),
         ({"method": "minitron-depth", "layers": 6, "stages": 2, "task": "continuation"}, "leave out task"),
         (adapt(stages=1, slice_optimizer_state=True), "between stages; say stages"),
-        (adapt(ratio=0.99), "leave nothing of the layers"),
+        (adapt(ratio=0.99), "leave nothing for the layers"),
     ],
 )
 def test_stages_that_cannot_be_are_refused(target: dict[str, Any], sentence: str) -> None:

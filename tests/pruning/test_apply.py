@@ -232,7 +232,7 @@ def test_a_weight_table_that_does_not_add_up_is_refused(monkeypatch: pytest.Monk
     layout = Layout.for_config(source.config)
     forgetful = Layout("llama", {**layout.table, "layer": layout.table["layer"][1:]})
     monkeypatch.setattr(apply.Layout, "for_config", lambda config: forgetful)
-    with pytest.raises(UserError, match="mend the table"):
+    with pytest.raises(UserError, match="fix the table"):
         PrunedSource(source, tiny_plan(source.model))
 
 

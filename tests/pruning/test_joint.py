@@ -46,5 +46,5 @@ def test_layers_go_in_the_order_that_is_given() -> None:
     scores = calibrate(StateSource(six_layers()), token_set())
     target = scores.shape.replace(layers=4, ffn=64)
     assert plan_joint(scores, target, layer_order=(5, 1, 0)).keep_layers == (0, 2, 3, 4)
-    with pytest.raises(UserError, match="has 1 layers, but 2 must go to leave 4"):
+    with pytest.raises(UserError, match="has 1 layers, but 2 must be removed to leave 4"):
         plan_joint(scores, target, layer_order=(5,))

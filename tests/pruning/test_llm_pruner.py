@@ -167,8 +167,8 @@ def mask(model: Any, plan: Plan) -> None:
         ({"metric": "WIFV"}, "Unknown metric 'WIFV'; choose param_first, param_second, param_mix, vectorize"),
         ({"protect_first": 2, "protect_last": 2}, "Cannot protect 4 of 4 layers; some must be left to prune"),
         ({"protect_first": -1}, "Cannot protect -1 of 4 layers"),
-        ({"protect_first": 1, "uniform": True}, "all cannot be alike; leave out one of the two"),
-        ({"protect_first": 3, "structure": "AL-AM"}, r"0\.5 cannot come out of 1 of 4 layers; choose a lower one"),
+        ({"protect_first": 1, "uniform": True}, "not all can be uniform; leave out one of the two"),
+        ({"protect_first": 3, "structure": "AL-AM"}, r"0\.5 cannot be removed from 1 of 4 layers; choose a lower one"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(settings: dict[str, Any], message: str) -> None:
@@ -179,5 +179,5 @@ def test_what_cannot_be_planned_is_one_sentence(settings: dict[str, Any], messag
 
 def test_scores_without_gradients_are_refused() -> None:
     scores = calibrate(StateSource(tiny_model()), token_set())
-    with pytest.raises(UserError, match="without gradients; measure them again by pvs calibrate --gradients"):
+    with pytest.raises(UserError, match="without gradients; measure them again with pvs calibrate --gradients"):
         plan_llm_pruner(scores, 0.3)

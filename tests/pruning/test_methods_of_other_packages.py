@@ -125,9 +125,9 @@ def test_a_recipe_has_it(toy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "why"),
     [
-        ("METHOD = 1", "it is no nemo_pvs.pruning.method.Method"),
+        ("METHOD = 1", "it is not a nemo_pvs.pruning.method.Method"),
         ("import nowhere", "it cannot be loaded (ModuleNotFoundError: No module named 'nowhere')"),
-        (TOY.replace('name="toy"', 'name="flap"'), "there is a method flap already"),
+        (TOY.replace('name="toy"', 'name="flap"'), "there already is a method flap"),
     ],
     ids=["another object", "it does not import", "the name of another"],
 )

@@ -161,10 +161,10 @@ def test_whole_layers_keep_everything_in_them() -> None:
         ({"keep_hidden": tuple(range(39))}, "keeps .*hidden 39.* target is .*hidden 40"),
         (
             {"keep_hidden": (*range(39), 64)},
-            "keep_hidden must be ascending, without repetition, not empty, and within 0-63",
+            "keep_hidden must be ascending, without duplicates, not empty, and within 0-63",
         ),
         ({"keep_hidden": (-1, *range(39))}, "within 0-63"),
-        ({"keep_hidden": (0, 0, *range(1, 39))}, "without repetition"),
+        ({"keep_hidden": (0, 0, *range(1, 39))}, "without duplicates"),
         ({"keep_layers": (2, 1, 0)}, "keep_layers must be ascending"),
         ({"keep_ffn": (tuple(range(50)),) * 2}, "keep_ffn has 2 layers, but 3 are kept"),
         ({"keep_ffn": (tuple(range(50)), tuple(range(49)), tuple(range(50)))}, "ffn 49 to 50"),
@@ -254,7 +254,7 @@ def test_means_that_are_not_the_plan_s_are_refused(damage: str, tmp_path: Path) 
         vectors.write_bytes(vectors.read_bytes()[:-5])
     else:
         with_means(make_plan(), seed=1).input_means.save(vectors)
-    with pytest.raises(UserError, match=r"plan\.input_means, which belongs to the plan beside it") as caught:
+    with pytest.raises(UserError, match=r"plan\.input_means, which belongs to the plan next to it") as caught:
         Plan.load(tmp_path / "plan.json")
     assert "\n" not in str(caught.value)
 
@@ -265,5 +265,5 @@ def test_means_must_fit_what_is_removed() -> None:
         replace(plan, input_means=with_means(make_plan(kv_groups=3)).input_means)
     with pytest.raises(UserError, match="its target is"):
         replace(plan, target=make_plan().target)
-    with pytest.raises(UserError, match="not those that it names"):
+    with pytest.raises(UserError, match="do not have the hash that it records"):
         Plan.from_json(plan.to_json())

@@ -311,7 +311,7 @@ def test_lost_states_mean_starting_again(tmp_path: Path) -> None:
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds something else than a pruning"):
+    with pytest.raises(UserError, match="holds something other than a pruning"):
         prune_layers(StateSource(tiny_model()), token_set(), METHODS[0], tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

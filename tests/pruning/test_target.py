@@ -94,8 +94,8 @@ def test_ratios_are_met(parent: Shape, of: str, ratio: float) -> None:
         (float("nan"), "minitron-depth", "body", "ratio nan"),
         (0.5, "minitron-width", "layers", "share of body or total, not of 'layers'"),
         (0.5, "wanda", "body", "wanda takes no ratio here; minitron-depth, shortgpt, minitron-width do"),
-        (0.001, "minitron-width", "body", "No width of this model comes near"),
-        (0.99, "minitron-depth", "total", "No depth of this model comes near a ratio of 0.99 of total"),
+        (0.001, "minitron-width", "body", "No width of this model is close to"),
+        (0.99, "minitron-depth", "total", "No depth of this model is close to a ratio of 0.99 of total"),
     ],
 )
 def test_impossible_ratios_get_one_sentence(ratio: float, method: str, of: str, message: str) -> None:

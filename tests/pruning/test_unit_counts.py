@@ -183,7 +183,7 @@ def test_neurons_make_up_for_rounded_groups(structure: str, uniform: bool) -> No
         (UnitRules(0.5, kv_groups_multiple=0), "kv_groups_multiple is 0"),
         (UnitRules(0.05, "UL-MM", remove_groups=3), "more than all FFN channels would stay"),
         (UnitRules(0.95, "UL-MM", remove_groups=0), "no FFN channels would stay"),
-        (UnitRules(0.99, "AL-AM"), "leaves less than the smallest layer"),
+        (UnitRules(0.99, "AL-AM"), "leaves every layer less than the smallest possible size"),
     ],
 )
 def test_rules_without_sense_are_refused(rules: UnitRules, message: str) -> None:

@@ -197,7 +197,7 @@ def test_a_fit_survives_its_file(drawn: Draw, tmp_path: Path) -> None:
     data = json.loads((tmp_path / "fit.json").read_text())
     data[0]["form"] = "astrology"
     (tmp_path / "fit.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"no file of pvs scaling-fit: 0\.form"):
+    with pytest.raises(UserError, match=r"not a file of pvs scaling-fit: 0\.form"):
         load_fits(tmp_path / "fit.json")
 
 

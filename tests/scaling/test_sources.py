@@ -89,7 +89,7 @@ def test_a_table_is_series(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("name,tokens\na,1\n", "lacks the columns loss, parameters"),
-        (HEADER + "a,1e9,low,1e9,pruned,,\n", "'a' has a value that is no number"),
+        (HEADER + "a,1e9,low,1e9,pruned,,\n", "'a' has a value that is not a number"),
         (HEADER + "a,1e9,2.5,1e9,warm,,\n", "initialisation is 'warm'; write pruned or random"),
         (HEADER + "a,1e9,2.5,1e9,pruned,,\na,2e9,2.4,2e9,pruned,,\n", "rows of 'a' are of different models"),
         (HEADER + "a,0,2.5,1e9,pruned,,\n", "give tokens above 0"),

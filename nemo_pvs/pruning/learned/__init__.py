@@ -1,1 +1,1 @@
-"""Methods that decide while the model trains: Sheared LLaMA, EfficientLLM."""
+"""Methods that prune during training: Sheared LLaMA, EfficientLLM."""

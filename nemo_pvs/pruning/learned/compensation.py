@@ -1,9 +1,9 @@
-"""Second-order compensation: what is left of a matrix makes up for columns that go (Optimal Brain Surgeon, 1992).
+"""Second-order compensation for removed columns of a matrix (Optimal Brain Surgeon, 1992).
 
-The output of a matrix W changes least, in squares over the tokens, if the weights that stay take over what the
-inputs that stay predict of those that go: with H the sum of ``x x^T``, ``W_kept += W_gone (H_kept^-1 H_kept,gone)^T``.
-For one column that is the step ``-w_c / [H^-1]_cc [H^-1]_c`` of SparseGPT (2301.00774), here of several at once.
-EfficientLLM (2502.06663) speaks of a local Hessian and gives no damping; few tokens want much of it.
+The squared error of the output of a matrix W over the tokens is least if the kept weights absorb what the kept inputs
+predict of the removed ones: with H the sum of ``x x^T``, ``W_kept += W_gone (H_kept^-1 H_kept,gone)^T``. For one
+column that is the step ``-w_c / [H^-1]_cc [H^-1]_c`` of SparseGPT (2301.00774); here it is taken for several at once.
+EfficientLLM (2502.06663) mentions a local Hessian but no damping; with few tokens H needs much of it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _LARGEST_DAMPING = 1000.0
 
 
 def predictors(hessian: torch.Tensor, gone: torch.Tensor, kept: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
-    """Return how inputs that stay predict those that go: float64 [inputs, gone], zero beside the kept ones.
+    """Return the coefficients by which kept inputs predict removed ones: float64 [inputs, gone], zero for others.
 
-    A matrix W [outputs, inputs] without its columns ``gone`` then gets ``W += W[:, gone] @ result.T``.
+    A matrix W [outputs, inputs] that loses the columns ``gone`` is compensated by ``W += W[:, gone] @ result.T``.
 
     Args:
         hessian: Sum of ``x x^T`` over tokens [inputs, inputs].
-        gone: Places of the inputs that go now, int64; none of them is kept.
-        kept: Which stay, bool [inputs].
-        damping: Share of the mean of the diagonal over the inputs that stay, added to it; grows tenfold for as long as
-            H is singular in float64.
+        gone: Indices of the inputs to remove now, int64 [gone]; none of them is kept.
+        kept: Which inputs are kept, bool [inputs].
+        damping: Share of the diagonal's mean over the kept inputs that is added to the diagonal; multiplied by ten
+            until H is positive definite in float64.
 
     Raises:
         UserError: no damping helps.

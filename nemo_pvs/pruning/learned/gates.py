@@ -1,4 +1,4 @@
-"""Gates: a factor for each unit of a model; what Sheared LLaMA learns, and what Megatron's models are run with."""
+"""Gates: a factor for each unit of a model, learned by Sheared LLaMA and applied while Megatron runs the model."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ UNITS = ("hidden", "groups", "ffn", "layers")
 
 @dataclass(frozen=True)
 class Gates:
-    """The factors of all units of a model with L even layers; fp32, or bool for units that are kept or not."""
+    """The factors of all units of a model with L even layers; fp32, or bool for kept units."""
 
     hidden: torch.Tensor
-    """[d]: one factor of a hidden channel, shared by all layers."""
+    """[d], for hidden channels; shared by all layers."""
     groups: torch.Tensor
-    """[L, G], of KV groups with the query heads that belong to them."""
+    """[L, G], for KV groups with their query heads."""
     ffn: torch.Tensor
-    """[L, f]"""
+    """[L, f], for FFN channels."""
     layers: torch.Tensor
-    """[L], of both blocks of a layer."""
+    """[L], for both blocks of a layer."""
 
     @cached_property
     def kept_hidden(self) -> tuple[torch.Tensor, float]:
-        """Which hidden channels take part in the norms, bool [d], and their share."""
+        """Hidden channels that the norms average over, bool [d], and their share of all."""
         kept = self.hidden != 0
         return kept, max(1, int(kept.sum())) / len(kept)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The four of them, in the order of ``UNITS``."""
+        """The four tensors in the order of ``UNITS``."""
         return self.hidden, self.groups, self.ffn, self.layers
 
     def requires_grad_(self) -> Gates:
-        """Let every factor collect its gradient; return self."""
+        """Enable gradients of all factors; return self."""
         for tensor in self.tensors:
             tensor.requires_grad_()
         return self
@@ -60,10 +60,10 @@ def gate_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def plan_of_gates(method: str, parent: Shape, gates: Gates, provenance: Mapping[str, Any]) -> Plan:
-    """Return the plan that keeps every unit whose gate is not zero; layers may become uneven.
+    """Return the plan that keeps every unit with a nonzero gate; layers may become uneven.
 
     Raises:
-        UserError: nothing is left of the hidden channels, or of a layer that is kept.
+        UserError: no layer or hidden channel is kept, or a kept layer has no KV group or FFN channel.
     """
 
     def kept(row: torch.Tensor) -> Indices:
@@ -74,15 +74,15 @@ def plan_of_gates(method: str, parent: Shape, gates: Gates, provenance: Mapping[
     groups = tuple(kept(gates.groups[layer]) for layer in layers)
     if not hidden or not layers:
         raise UserError(f"The gates leave no {'layers' if hidden else 'hidden channels'}; ask for less.")
-    for layer, channels, own in zip(layers, ffn, groups, strict=True):
-        if not channels or not own:
+    for layer, channels, heads in zip(layers, ffn, groups, strict=True):
+        if not channels or not heads:
             raise UserError(
                 f"The gates leave no {'KV groups' if channels else 'FFN channels'} in layer {layer}; ask for less."
             )
     even = parent.replace(layers=len(layers), hidden=len(hidden))
     sizes = [
-        size._replace(ffn=len(channels), kv_groups=len(own), heads=len(own) * parent.heads_per_group)
-        for size, channels, own in zip(even.layer_sizes, ffn, groups, strict=True)
+        size._replace(ffn=len(channels), kv_groups=len(heads), heads=len(heads) * parent.heads_per_group)
+        for size, channels, heads in zip(even.layer_sizes, ffn, groups, strict=True)
     ]
     return Plan(
         method=method,
@@ -97,16 +97,16 @@ def plan_of_gates(method: str, parent: Shape, gates: Gates, provenance: Mapping[
 
 
 class FoldedSource:
-    """A model with the gates multiplied into its weights: what is left after slicing computes what the gated one did.
+    """A model with the gates folded into its weights: slicing it computes the same function as the gated model.
 
-    Hidden gates go into the norms' weights and into the rows of ``o_proj`` and ``down_proj``, and into nothing else:
+    Hidden gates are multiplied into the norms' weights and the rows of ``o_proj`` and ``down_proj``, and nothing else:
     the published export also multiplies the embedding, which is not gated in training, and the output head, whose
-    input the last norm has gated already. A KV group's gate goes once into the rows of ``v_proj``; published code for
-    GQA multiplies q, k, v and o (spec Q-SH-2).
+    input the last norm has already gated. A KV group's gate is multiplied once, into the rows of ``v_proj``; published
+    code for GQA multiplies q, k, v and o.
     """
 
     def __init__(self, source: WeightSource, gates: Gates) -> None:
-        """Prepare; nothing is read yet. The gates of hidden channels that are zero make norms of zero weight."""
+        """Prepare without reading tensors; a hidden channel whose gate is zero gets a norm weight of zero."""
         self._source = source
         self._gates = gates
         self._shape = shape_of(source)
@@ -115,7 +115,7 @@ class FoldedSource:
         self.assets = source.assets
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, multiplied in fp32 and rounded once to its own dtype."""
+        """Return one tensor, multiplied in fp32 and rounded once to its dtype."""
         tensor = self._source.read(name)
         factors = self._factors(*self._parts[name])
         if factors is None:
@@ -124,7 +124,7 @@ class FoldedSource:
         return (tensor * factors.view(-1, *[1] * (tensor.ndim - 1))).to(tensor.dtype)
 
     def _factors(self, part: Part, entry: Entry) -> torch.Tensor | None:
-        """Return the factors of a tensor's rows; None if they are not gated."""
+        """Return the factors of a tensor's rows [rows]; None if it is not gated."""
         gates, layer, module = self._gates, part.layer, entry.megatron
         if module.endswith(("layer_norm_weight", "final_layernorm.weight")):
             return gates.hidden

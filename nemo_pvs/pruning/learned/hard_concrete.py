@@ -1,4 +1,4 @@
-"""Hard concrete gates: random factors between 0 and 1, exactly 0 with a probability that can be learned.
+"""Hard concrete gates: random factors in [0, 1] that are exactly 0 with a learnable probability.
 
 Louizos et al., "Learning Sparse Neural Networks through L0 Regularization" (arXiv 1712.01312), with the constants of
 Sheared LLaMA's published code (arXiv 2310.06694).
@@ -11,32 +11,32 @@ import math
 import torch
 
 LOW, HIGH = -0.1, 1.1
-"""What a concrete variable is stretched to before it is cut to [0, 1]."""
+"""The interval that a concrete variable is stretched to before it is clamped to [0, 1]."""
 TEMPERATURE = 2 / 3
 SMALLEST = 1e-6
-"""Distance of noise and probabilities from 0 and 1."""
+"""Smallest distance of noise and probabilities from 0 and 1."""
 LOG_ALPHA_RANGE = (math.log(0.01), math.log(100))
 LOG_ALPHA_START = 5.0
-"""Cut to the range before it is used: gates are 0 with a probability of 0.2 % at first."""
+"""Clamped to the range before it is used: gates start with a probability of 0.2 % of being 0."""
 _EXPORT_SCALE = 0.8
 
 
 def sample(log_alpha: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Return gates for noise ``uniform`` in (0, 1), differentiable in ``log_alpha`` where they are not cut."""
+    """Sample gates from noise ``uniform`` in (0, 1); differentiable in ``log_alpha`` except where clamped."""
     concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / TEMPERATURE)
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
 def zero_probability(log_alpha: torch.Tensor) -> torch.Tensor:
-    """Return the probability that ``sample`` gives 0."""
+    """Return the probability that ``sample`` returns 0."""
     threshold = TEMPERATURE * math.log(-LOW / HIGH)
     return torch.sigmoid(threshold - log_alpha).clamp(SMALLEST, 1 - SMALLEST)
 
 
 def deterministic(log_alpha: torch.Tensor, kept: int) -> torch.Tensor:
-    """Return gates without noise, of which exactly ``kept`` in each row [..., n] are not 0, the largest.
+    """Return gates without noise, with all but the ``kept`` largest of each row [..., n] set to 0.
 
-    Ties go to the lower index. Kept gates are not 1: 0.996 at most.
+    Ties go to the lower index. Kept gates are less than 1: 0.996 at most.
     """
     gates = torch.sigmoid(log_alpha / TEMPERATURE * _EXPORT_SCALE)
     order = log_alpha.argsort(dim=-1, descending=True, stable=True)

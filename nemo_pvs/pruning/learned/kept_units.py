@@ -1,4 +1,4 @@
-"""How far pruning while training has come: which units are left, and what has been summed up about them."""
+"""State of pruning during training: the units kept so far and their accumulated saliency."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from nemo_pvs.pruning.learned.unit_space import UnitSpace
 
 @dataclass
 class KeptUnits:
-    """The state beside weights and optimizer; the same on every rank."""
+    """Pruning state in addition to weights and optimizer; the same on every rank."""
 
     kept: torch.Tensor
-    """bool [size] of a ``UnitSpace``, on the CPU."""
+    """Kept units of a ``UnitSpace``, bool [size], on the CPU."""
     totals: torch.Tensor
-    """Averages over steps of the sums of ``w g`` and of ``(w g)^2`` of each unit, float64 [2, size]."""
+    """Averages over steps of each unit's sums of ``w g`` and of ``(w g)^2``, float64 [2, size]."""
     removals: list[dict[str, Any]] = field(default_factory=list)
-    """What has gone, in order: ``step``, ``kind``, ``units`` (how many), ``parameters`` left, ``saliency``."""
+    """Removals in order: ``step``, ``kind``, ``units`` (their number), ``parameters`` left, ``saliency``."""
 
     @classmethod
     def everything(cls, space: UnitSpace) -> KeptUnits:
-        """Return the state before anything was measured or removed."""
+        """Return the initial state, before anything is measured or removed."""
         return cls(space.everything(), torch.zeros(2, space.size, dtype=torch.float64))
 
     def save(self, path: Path) -> None:
-        """Write it whole or not at all, as safetensors."""
+        """Write the state atomically, as safetensors."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         tensors = {"kept": self.kept, "totals": self.totals.cpu()}
@@ -45,7 +45,7 @@ class KeptUnits:
         """Read what ``save`` wrote.
 
         Raises:
-            UserError: it is not there, or of another model.
+            UserError: the file is missing or damaged, or belongs to another model.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -58,10 +58,10 @@ class KeptUnits:
                 "start it again."
             ) from None
         if len(state.kept) != space.size:
-            raise UserError(f"{path} is about {len(state.kept)} units, but this model has {space.size}.")
+            raise UserError(f"{path} records {len(state.kept)} units, but this model has {space.size}.")
         return state
 
 
 def state_file(run: Path, steps: int) -> Path:
-    """Return the file that goes with the checkpoint after ``steps`` steps of the run in a folder."""
+    """Return the state file that belongs to the checkpoint after ``steps`` steps in a run's folder."""
     return run / "kept_units" / f"step={steps}.safetensors"

@@ -1,7 +1,7 @@
-"""Masks towards a target shape, learned together with the weights: the part of Sheared LLaMA that needs no model.
+"""Learn masks towards a target shape together with the weights: the part of Sheared LLaMA that needs no model.
 
-The gradient of the loss by the gates comes from whatever runs the model, the same on every rank; so masks are learned
-on every rank alike, in fp32 whatever the model's type, and need no sharding. Xia et al., arXiv 2310.06694.
+The gradient of the loss with respect to the gates comes from the caller, the same on every rank; so every rank learns
+the same masks, in fp32 whatever the model's dtype, and nothing is sharded. Xia et al., arXiv 2310.06694.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ _SPREAD = 0.01
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """How masks are learned; defaults are those of the paper's run of 3,200 steps."""
+    """Hyperparameters of mask learning; the defaults are those of the paper's run of 3,200 steps."""
 
     learning_rate: float = 1.0
-    """Of log alpha, at the peak of the schedule of the weights."""
+    """Learning rate of log alpha at the peak of the weights' schedule."""
     multiplier_learning_rate: float = 1.0
-    """Of the Lagrange multipliers, which go uphill."""
+    """Learning rate of the Lagrange multipliers, by gradient ascent."""
     target_warmup_steps: int = 640
-    """Steps in which the target sparsity grows from 0."""
+    """Steps over which the target sparsity grows linearly from 0."""
     seed: int = 0
 
 
 class MaskLearner:
-    """Log alpha of every unit that may go, the multipliers that hold them to the target shape, and their AdamW.
+    """Log alpha of every unit that may be removed, the Lagrange multipliers for the target shape, and their AdamW.
 
-    Axes of which the target keeps everything have gates of one and nothing to learn.
+    Kinds of units that the target keeps entirely have constant gates of one.
     """
 
     def __init__(
         self, parent: Shape, target: Shape, settings: MaskSettings, device: torch.device | str = "cpu"
     ) -> None:
-        """Start with masks that keep all but everything.
+        """Start with masks that keep nearly everything.
 
         Raises:
-            UserError: the target is not a smaller even shape, or the same.
+            UserError: a shape is uneven, or the target is not smaller than the parent.
         """
         if parent.uneven or target.uneven:
             raise UserError("Masks are learned for models with even layers, towards a shape with even layers.")
@@ -89,7 +89,7 @@ class MaskLearner:
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
 
     def draw(self, step: int) -> Gates:
-        """Return the random gates of a step, counted from 0: the same wherever and whenever it is taken."""
+        """Sample the gates of a step, counted from 0; depends only on the seed, the step and log alpha."""
         with torch.no_grad():
             return self._gates(self._sample(step))
 
@@ -103,20 +103,20 @@ class MaskLearner:
 
     @torch.no_grad()
     def deterministic(self) -> Gates:
-        """Return the gates of exactly the target shape."""
-        return self._gates({unit: deterministic(one, self._kept[unit]) for unit, one in self.log_alpha.items()})
+        """Return gates without noise that keep exactly the target shape."""
+        return self._gates({unit: deterministic(alpha, self._kept[unit]) for unit, alpha in self.log_alpha.items()})
 
     def _gates(self, learned: Mapping[str, torch.Tensor]) -> Gates:
         sizes = gate_sizes(self.parent)
         return Gates(**{u: learned[u] if u in learned else torch.ones(sizes[u], device=self._device) for u in UNITS})
 
     def learn(self, step: int, gradients: Gates, schedule: float = 1.0) -> None:
-        """Take a step: descent of the loss and the Lagrangian in the masks, ascent in the multipliers.
+        """Take an optimizer step: descent on loss plus Lagrangian in the masks, ascent in the multipliers.
 
         Args:
             step: The step whose gates were drawn.
-            gradients: Of the loss by those gates.
-            schedule: The learning rate of the weights as a share of its peak.
+            gradients: Gradient of the loss with respect to those gates.
+            schedule: The weights' learning rate as a share of its peak.
         """
         by_unit = dict(zip(UNITS, gradients.tensors, strict=True))
         total = torch.zeros((), device=self._device)
@@ -138,17 +138,17 @@ class MaskLearner:
 
     @torch.no_grad()
     def sparsities(self) -> dict[str, float]:
-        """Return the expected share of each kind of unit that is zero."""
-        return {unit: float(zero_probability(one).mean()) for unit, one in self.log_alpha.items()}
+        """Return the expected sparsity of each kind of unit."""
+        return {unit: float(zero_probability(alpha).mean()) for unit, alpha in self.log_alpha.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that an interrupted run needs to go on."""
-        tensors = {f"log_alpha.{unit}": one.detach().cpu() for unit, one in self.log_alpha.items()}
-        tensors |= {f"multipliers.{unit}": one.detach().cpu() for unit, one in self.multipliers.items()}
+        """Return all that an interrupted run needs to resume."""
+        tensors = {f"log_alpha.{unit}": alpha.detach().cpu() for unit, alpha in self.log_alpha.items()}
+        tensors |= {f"multipliers.{unit}": pair.detach().cpu() for unit, pair in self.multipliers.items()}
         return {"tensors": tensors, "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo ``state_dict``, for the same parent and target."""
+        """Restore what ``state_dict`` returned, for the same parent and target."""
         with torch.no_grad():
             for unit in self.log_alpha:
                 self.log_alpha[unit].copy_(state["tensors"][f"log_alpha.{unit}"])
@@ -157,5 +157,5 @@ class MaskLearner:
 
 
 def kept_units(target: Shape) -> dict[str, int]:
-    """Return how many units of a row of gates stay."""
+    """Return how many units of each row of gates the target keeps."""
     return {"hidden": target.hidden, "groups": target.kv_groups, "ffn": target.ffn, "layers": target.layers}

@@ -1,6 +1,6 @@
 """Which units EfficientLLM (2502.06663) may remove, how many at a time, and how far that can lead.
 
-Numbers only: recipes are checked with them before anything heavy is imported.
+Pure arithmetic, so that recipes can be checked before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from nemo_pvs.model.shape import Shape
 
 @dataclass(frozen=True)
 class RemovalRules:
-    """What may go, and how much of it at a time."""
+    """What may be removed, and how much at a time."""
 
     parameters: int
-    """The target: pruning ends when the model has no more than so many."""
+    """The target: pruning ends when the model has no more than this many."""
     uniform: bool = True
-    """Take as many groups or FFN channels from every layer at a time; else from the layer with the least saliency."""
+    """Remove the same number of groups or FFN channels from every layer at a time; otherwise only from the layer with
+    the least saliency."""
     groups_at_once: int = 1
-    """KV groups of a layer."""
+    """KV groups removed from a layer at a time."""
     ffn_at_once: int = 1
-    """FFN channels of a layer."""
+    """FFN channels removed from a layer at a time."""
     hidden_at_once: int = 1
-    """Hidden channels."""
+    """Hidden channels removed at a time."""
     least_groups: int = 1
     """KV groups that every layer keeps."""
     least_ffn: int = 1
@@ -32,11 +33,11 @@ class RemovalRules:
     least_hidden: int = 1
     """Hidden channels that are kept."""
     per_parameter: bool = True
-    """Compare what may go by its saliency per parameter; else by the whole of it."""
+    """Compare candidates by saliency per parameter; otherwise by total saliency."""
 
 
 def unit_parameters(shape: Shape, parent: Shape) -> dict[str, int]:
-    """Return the parameters that one unit of each kind has in a model of this shape, pruned from ``parent``."""
+    """Return the parameters of one unit of each kind in a model of this shape, pruned from ``parent``."""
     layer = parent.replace(layers=1, hidden=shape.hidden)
     costs = {"hidden": 0, "groups": 0, "ffn": 0}
     if shape.hidden > 1:
@@ -49,7 +50,7 @@ def unit_parameters(shape: Shape, parent: Shape) -> dict[str, int]:
 
 
 def smallest(shape: Shape, rules: RemovalRules) -> Shape:
-    """Return the shape at which nothing more may go."""
+    """Return the shape at which nothing more may be removed."""
     sizes = {"hidden": shape.hidden, "groups": shape.kv_groups, "ffn": shape.ffn}
     ends = {
         kind: sizes[kind] - at_once * max(0, (sizes[kind] - least) // at_once) for kind, at_once, least in kinds(rules)
@@ -58,13 +59,13 @@ def smallest(shape: Shape, rules: RemovalRules) -> Shape:
 
 
 def fewest_removals(shape: Shape, rules: RemovalRules) -> int:
-    """Return how many removals reach the target if the largest ones are chosen.
+    """Return a lower bound on the number of removals that reach the target.
 
-    A removal takes the most parameters from the dense model, where nothing that it crosses has gone yet; so with those
-    numbers the true number of removals is no less.
+    The bound takes the largest removals first, at their size in the dense model: later, the rows and columns that they
+    cross have fewer weights.
 
     Raises:
-        UserError: the target is no smaller than the model, or no removals reach it.
+        UserError: the target is not smaller than the model, or no removals reach it.
     """
     end = smallest(shape, rules)
     if not end.parameters <= rules.parameters < shape.parameters:

@@ -1,18 +1,18 @@
-"""Saliency of the minimal groups of EfficientLLM (2502.06663): what the loss changes by when a group goes.
+"""Saliency of the minimal groups of EfficientLLM (2502.06663): the change of the loss when a group is removed.
 
-A minimal group is a unit of ``unit_space`` with every weight in its rows and columns: matrices, norms, biases. With
-all of them zero the loss changes, to second order and with a diagonal Hessian h, by ``-sum w g + 1/2 sum h w^2``. The
-paper has no code; where it is silent this is our reading, and an option:
+A minimal group is a unit of ``unit_space`` with every weight in its rows and columns: matrices, norms, biases. Setting
+them to zero changes the loss, to second order and with a diagonal Hessian h, by ``-sum w g + 1/2 sum h w^2``. The
+paper has no code; where it leaves a choice open, we make one and often offer an option:
 
-- Its attention groups are heads. Ours are KV groups with their query heads, for a head cannot leave its group.
-- h is not said. Here it is the Gauss-Newton estimate ``n g^2`` from the mean gradient g of n tokens, as in Sophia
-  (2305.14342), which is exact in expectation where the gradients of tokens are independent; so ``h w^2 = n (w g)^2``
-  and one product of weights and gradients is all that a step costs.
-- Groups of all kinds are compared by saliency ``per_parameter``, or else what can go at a time by all of it, so that
-  FFN channels go long before a head; by its absolute value, unless it is to be ``signed``.
-- Accumulated means an exponential average over steps.
-- What goes at a time is one KV group, one hidden channel, or as many FFN channels as asked; ``uniform`` takes as many
-  from every layer, and leaves an even model such as those that the paper has published.
+- Its attention groups are heads. Ours are KV groups with their query heads, because a head cannot leave its group.
+- It does not define h. We use the Gauss-Newton estimate ``n g^2`` from the mean gradient g of n tokens, as in Sophia
+  (2305.14342), which is exact in expectation if the gradients of tokens are independent; so ``h w^2 = n (w g)^2``, and
+  a step costs only one product of weights and gradients.
+- Groups of all kinds are compared by saliency ``per_parameter``, or else by the total saliency of what is removed at a
+  time, by which FFN channels are removed long before a head. The absolute value counts, unless ``signed``.
+- "Accumulated" saliency is an exponential average over steps.
+- One KV group, one hidden channel, or a given number of FFN channels is removed at a time; ``uniform`` removes the
+  same number from every layer and leaves an even model, like those that the paper has published.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from nemo_pvs.pruning.learned.unit_space import UnitSpace
 
 @dataclass(frozen=True)
 class Removal:
-    """Units that go together."""
+    """Units that are removed together."""
 
     kind: str
     """hidden, groups or ffn."""
     units: torch.Tensor
-    """Places in the vector of units, int64, ascending."""
+    """Indices into the vector of units, int64, ascending."""
     parameters: int
-    """That go with them."""
+    """Number of parameters that they have."""
     saliency: float
-    """Of all of them together, per parameter if they are compared so."""
+    """Total saliency of the units, divided by ``parameters`` if the rules compare per parameter."""
 
 
 def add_terms(totals: torch.Tensor, product: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
-    """Add what the weights of a matrix contribute to the sums of their units; the product is overwritten.
+    """Add a matrix's contribution to the sums of its units, in place; ``product`` is overwritten.
 
     Args:
-        totals: float64 [2, size]: for every unit the sums of ``w g`` and of ``(w g)^2``.
+        totals: Every unit's sums of ``w g`` and of ``(w g)^2``, float64 [2, size].
         product: Weights times gradients [r, c].
         rows: Unit of each row [r].
         columns: Unit of each column [c].
@@ -60,50 +60,50 @@ def saliency(first: torch.Tensor, second: torch.Tensor, *, signed: bool = False)
     """Return the estimated change of the loss without each unit: ``|-first + second / 2|``.
 
     Args:
-        first: The sums of ``w g``.
-        second: The sums of ``h w^2``.
-        signed: Without the absolute value: a unit without which the loss is expected to fall goes first.
+        first: Sums of ``w g`` [size].
+        second: Sums of ``h w^2`` [size].
+        signed: Omit the absolute value: units whose removal is expected to lower the loss are removed first.
     """
     change = second / 2 - first
     return change if signed else change.abs()
 
 
 def next_removal(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rules: RemovalRules) -> Removal:
-    """Return what goes next: of all kinds (and layers) the units of least saliency, per parameter or in all.
+    """Choose the next removal: the units of least saliency, per parameter or in total, of all kinds and layers.
 
     Ties go to hidden channels before KV groups before FFN channels, to the first layer and to the lowest index.
 
     Args:
         scores: Saliency of the units [size].
-        kept: Which are still there, bool [size].
-        space: Of the model.
-        rules: What may go.
+        kept: Units not removed yet, bool [size].
+        space: Unit space of the model.
+        rules: What may be removed.
 
     Raises:
-        UserError: nothing may go, the target is not reached.
+        UserError: nothing more may be removed, although the target is not reached.
     """
-    found = min(_candidates(scores, kept, space, rules), key=lambda removal: removal.saliency, default=None)
-    if found is None:
+    removal = min(_candidates(scores, kept, space, rules), key=lambda candidate: candidate.saliency, default=None)
+    if removal is None:
         shape = space.kept_shape(kept)
         raise UserError(
-            f"Nothing more can be removed from [{shape}] without pruning a layer to nothing, but {rules.parameters:,} "
-            "parameters were asked for; ask for more of them, or let less go at once."
+            f"Nothing more can be removed from [{shape}] without pruning a layer to nothing, but the target is "
+            f"{rules.parameters:,} parameters; choose a larger target, or remove fewer units at once."
         )
-    return found
+    return removal
 
 
 def _candidates(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rules: RemovalRules) -> Iterator[Removal]:
     costs = unit_parameters(space.kept_shape(kept), space.shape)
-    places = torch.arange(space.size, device=scores.device)
+    indices = torch.arange(space.size, device=scores.device)
     for kind, at_once, least in kinds(rules):
         part = getattr(space, kind)
-        matrices = [part(vector).view(-1, part(vector).shape[-1]) for vector in (scores, kept, places)]
+        matrices = [part(vector).view(-1, part(vector).shape[-1]) for vector in (scores, kept, indices)]
         parameters = at_once * costs[kind]
         rows: list[tuple[float, torch.Tensor]] = []
-        for own, there, units in zip(*matrices, strict=True):
-            left = units[there]
+        for row_scores, row_kept, units in zip(*matrices, strict=True):
+            left = units[row_kept]
             if len(left) - at_once >= least:
-                lowest = own[there].sort(stable=True)
+                lowest = row_scores[row_kept].sort(stable=True)
                 rows.append((float(lowest.values[:at_once].sum()), left[lowest.indices[:at_once]]))
         if rules.uniform and len(rows) == len(matrices[0]):
             together = torch.cat([units for _, units in rows])

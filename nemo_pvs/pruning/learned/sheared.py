@@ -23,17 +23,17 @@ from nemo_pvs.system.files import disk_errors
 
 METHOD = "sheared-llama"
 TOLERANCE = 0.02
-"""How far the expected sparsity of a kind of unit may be from its target in the end, as a share of all units."""
-_ABOUT = "sheared"
+"""Largest final difference between the expected sparsity of a kind of unit and its target."""
+_HEADER = "sheared"
 
 
 def save_masks(path: Path, masks: MaskLearner) -> None:
-    """Write the deterministic gates, and how far the masks got, as a safetensors file, whole or not at all."""
-    about = {"target": masks.target.to_dict(), "sparsities": masks.sparsities(), "targets": masks.targets}
+    """Write the deterministic gates and the sparsities reached to a safetensors file, atomically."""
+    header = {"target": masks.target.to_dict(), "sparsities": masks.sparsities(), "targets": masks.targets}
     gates = zip(UNITS, masks.deterministic().tensors, strict=True)
     partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
-        save_file({unit: tensor.cpu().contiguous() for unit, tensor in gates}, partial, {_ABOUT: json.dumps(about)})
+        save_file({unit: tensor.cpu().contiguous() for unit, tensor in gates}, partial, {_HEADER: json.dumps(header)})
         os.replace(partial, path)
 
 
@@ -41,39 +41,41 @@ def load_gates(path: Path, target: Shape) -> Gates:
     """Read the gates that ``save_masks`` wrote.
 
     Raises:
-        UserError: the file is not there or another, the masks are of another target, or they did not come near it.
+        UserError: the file is missing or of another kind, the masks have another target, or they did not reach it.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()[_ABOUT])
+            header = json.loads(file.metadata()[_HEADER])
             gates = Gates(**{unit: file.get_tensor(unit) for unit in UNITS})
-        learned_for = Shape.from_dict(about["target"])
+        learned_for = Shape.from_dict(header["target"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not hold learned masks ({type(error).__name__}: {error}).") from None
     if learned_for != target:
         raise UserError(f"The masks in {path} were learned for [{learned_for}], not for [{target}].")
-    check_reached(about["sparsities"], about["targets"])
+    check_reached(header["sparsities"], header["targets"])
     return gates
 
 
 def check_reached(sparsities: Mapping[str, float], targets: Mapping[str, float]) -> None:
-    """Raise UserError, saying how far the masks got, if a kind of unit is not near its target."""
+    """Raise UserError with the sparsities reached unless every kind of unit is within ``TOLERANCE`` of its target."""
     missed = [unit for unit, target in targets.items() if abs(sparsities[unit] - target) > TOLERANCE]
     if missed:
-        found = ", ".join(f"{sparsities[one]:.1%} of the {NAMES[one]} instead of {targets[one]:.1%}" for one in missed)
+        shares = ", ".join(
+            f"{sparsities[unit]:.1%} of the {NAMES[unit]} instead of {targets[unit]:.1%}" for unit in missed
+        )
         raise UserError(
-            f"The masks did not reach the target shape: they would remove {found}; learn them for more tokens, or "
+            f"The masks did not reach the target shape: they would remove {shares}; learn them for more tokens, or "
             "with a higher multiplier_learning_rate."
         )
 
 
 def sheared_plan(source: WeightSource, gates: Gates, provenance: Mapping[str, Any]) -> tuple[PrunedSource, Plan]:
-    """Return the pruned model and its plan: gates folded into the weights, and what they closed left out.
+    """Return the pruned model and its plan: the gates folded into the weights, units with a zero gate removed.
 
     Args:
         source: The weights that were trained together with the masks.
         gates: The deterministic gates.
-        provenance: What goes into the plan beside the model's fingerprint.
+        provenance: Entries of the plan's provenance in addition to the model's fingerprint.
     """
     folded = FoldedSource(source, gates)
     plan = plan_of_gates(METHOD, shape_of(source), gates, {"model_fingerprint": fingerprint(folded), **provenance})

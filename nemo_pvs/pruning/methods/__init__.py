@@ -1,4 +1,4 @@
-"""The pruning methods: what each is called, what it may be asked, and how it prunes; the algorithms are beside it.
+"""The pruning methods: name, options and how each prunes; the algorithms are in the sibling packages.
 
-Nothing here imports PyTorch before a model is pruned, so that commands and recipes know every option at once.
+Nothing here imports PyTorch before a model is pruned, so that commands and recipes can list every option quickly.
 """

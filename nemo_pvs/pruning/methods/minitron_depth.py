@@ -48,7 +48,7 @@ def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
         request.say(f"the best shorter model scores {best:.4f}, the dense one {by_task.dense_score:.4f}")
         return plan_task(by_task, compat=options.compat)
     if options.task_limit is not None:
-        raise UserError("--task-limit is about --task; give both, or neither.")
+        raise UserError("--task-limit needs --task; give both, or neither.")
     text: dict[str, Any] = {**request.compute}
     with request.progress(f"scan layers ({options.search})", "layer passes") as show:
         if options.search in GREEDY:

@@ -1,4 +1,4 @@
-"""Steps that several methods share, from what a user asked for to a pruned model."""
+"""Steps that several methods share, from a request to a pruned model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def to_shape(method: str, plan: Callable[[PruneRequest[Any], Shape], Plan]) -> Callable[[PruneRequest[Any]], Pruned]:
-    """Return how a method prunes that is told the shape to reach."""
+    """Return the ``prune`` function of a method that prunes to a given shape."""
 
     def prune(request: PruneRequest[Any]) -> Pruned:
         from nemo_pvs.checkpoints.source import shape_of
@@ -31,10 +31,10 @@ def to_shape(method: str, plan: Callable[[PruneRequest[Any], Shape], Plan]) -> C
 
 
 def by_scores(plan: Callable[..., Plan]) -> Callable[[PruneRequest[Any]], Pruned]:
-    """Return how a method prunes that is told a ratio and chooses units by the scores of a calibration.
+    """Return the ``prune`` function of a method that removes a given ratio by the scores of a calibration.
 
     Args:
-        plan: Takes the scores, the ratio and the other options that were given.
+        plan: Takes the scores, the ratio and the other options that were given, and returns the plan.
     """
 
     def prune(request: PruneRequest[Any]) -> Pruned:
@@ -47,7 +47,7 @@ def by_scores(plan: Callable[..., Plan]) -> Callable[[PruneRequest[Any]], Pruned
 
 
 def planned(request: PruneRequest[Any], plan: Plan) -> Pruned:
-    """Return the model that a plan leaves, after a look at its shape."""
+    """Check the shape that a plan leaves and return the pruned model."""
     from nemo_pvs.checkpoints.source import shape_of
 
     _announce(request, shape_of(request.source), plan.target)
@@ -69,7 +69,7 @@ def _pruned(request: PruneRequest[Any], plan: Plan) -> Pruned:
 
 
 def expected_sizes(method: str) -> Callable[[SizesOrPreset, Shape], Expected]:
-    """Return what says which shape the sizes, the ratio or the preset of a method lead to."""
+    """Return the ``expected`` function of a method whose target is given by sizes, a ratio or a preset."""
 
     def expected(options: SizesOrPreset, parent: Shape) -> Expected:
         from nemo_pvs.pruning.target import choose_target
@@ -83,7 +83,7 @@ def expected_sizes(method: str) -> Callable[[SizesOrPreset, Shape], Expected]:
 
 
 def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
-    """Return the shape after units were counted; where layers compete for them, about the average layer's."""
+    """Return the shape after units are removed by a ratio; approximate if layers compete for units."""
     import torch
 
     from nemo_pvs.model.shape import LayerSizes
@@ -103,7 +103,7 @@ def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
     )
     given = options.given(*(name for name in names if name in type(options).model_fields))
     structure = options.structure if exact else "UL-MM"
-    # Where all layers that are pruned are alike the counts do not depend on the scores.
+    # If all pruned layers get the same size, the counts do not depend on the scores.
     counts = unit_counts(
         torch.zeros(parent.layers, parent.kv_groups),
         torch.zeros(parent.layers, parent.ffn),
@@ -117,7 +117,11 @@ def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
 
 
 def expected_masked(options: Sparse, parent: Shape) -> Expected:
-    """Return the parent's shape, which stays, after a look whether the pattern divides its matrices."""
+    """Return the parent's shape, which sparsity does not change, after checking that the pattern divides its matrices.
+
+    Raises:
+        UserError: the pattern does not divide a matrix, or the sparsity is malformed.
+    """
     from nemo_pvs.pruning.sparse.sparsity import Sparsity
 
     if options.sparsity is not None:
@@ -128,10 +132,10 @@ def expected_masked(options: Sparse, parent: Shape) -> Expected:
 
 
 def sparsity_of(request: PruneRequest[Any]) -> Any:
-    """Return the ``Sparsity`` that is asked for.
+    """Return the requested ``Sparsity``.
 
     Raises:
-        UserError: nothing says how sparse.
+        UserError: no sparsity is given, or it is malformed.
     """
     from nemo_pvs.pruning.sparse.sparsity import Sparsity
 
@@ -141,7 +145,7 @@ def sparsity_of(request: PruneRequest[Any]) -> Any:
 
 
 def layer_by_layer(request: PruneRequest[Any], method: Any) -> Pruned:
-    """Prune every matrix by its inputs, each layer after the ones before it have been pruned."""
+    """Prune every matrix by its inputs, layer by layer."""
     from nemo_pvs.pruning.result import Pruned
     from nemo_pvs.pruning.sparse.sequential import prune_layers
 
@@ -161,7 +165,7 @@ def layer_by_layer(request: PruneRequest[Any], method: Any) -> Pruned:
 
 
 def in_training(method: str) -> Callable[[PruneRequest[Any]], Pruned]:
-    """Return how a method answers that decides while the model is trained, which a stage of ``pvs run`` does."""
+    """Return the ``prune`` function of a method that prunes during training, in a stage of ``pvs run``: an error."""
 
     def prune(request: PruneRequest[Any]) -> Pruned:
         raise UserError(

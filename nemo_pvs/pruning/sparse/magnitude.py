@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of every matrix go. It needs no data and no memory beyond one matrix."""
+"""Magnitude pruning: remove the smallest weights of every matrix; needs no data and one matrix in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nemo_pvs.pruning.sparse.sparsity import Sparsity, lowest, lowest_in_groups,
 
 
 def magnitude_mask(weight: torch.Tensor, sparsity: Sparsity, *, compat: bool = False) -> torch.Tensor:
-    """Return which weights stay, bool [outputs, inputs]: all but the smallest of the matrix, or of each N:M group.
+    """Return the mask of kept weights, bool [outputs, inputs]: all but the smallest of the matrix or N:M group.
 
     Args:
         weight: [outputs, inputs].
-        sparsity: How many go; exactly ``int(outputs * inputs * ratio)``, or N of M.
-        compat: Prune up to a threshold as the script of Wanda (2306.11695, locuslab/wanda) does; that removes one
-            weight more, and all that tie with it.
+        sparsity: How many to remove; exactly ``int(outputs * inputs * ratio)``, or N of M.
+        compat: Prune up to a threshold as the script of Wanda (2306.11695, locuslab/wanda) does, which removes one
+            more weight and all that tie with it.
     """
     scores = weight.abs()
     if sparsity.pattern:
@@ -30,13 +30,13 @@ def magnitude_mask(weight: torch.Tensor, sparsity: Sparsity, *, compat: bool = F
 
 
 class MagnitudeSource:
-    """A model without its smallest weights; each matrix is pruned when it is read."""
+    """A model pruned by magnitude; each matrix is pruned when it is read."""
 
     def __init__(self, source: WeightSource, sparsity: Sparsity, *, compat: bool = False) -> None:
-        """Prepare; nothing is read yet.
+        """Prepare without reading tensors.
 
         Raises:
-            UserError: a matrix cannot have the pattern.
+            UserError: the pattern does not divide a matrix.
         """
         self._source = source
         self._sparsity = sparsity
@@ -54,12 +54,12 @@ class MagnitudeSource:
         return self._source.assets
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in the parent's dtype, pruned if it is a matrix of a decoder layer."""
+        """Return one tensor in the parent's dtype, pruned if it is a decoder layer's matrix."""
         weight = self._source.read(name)
         return weight.masked_fill(~self._mask(weight), 0) if name in self.masks.names else weight
 
     def mask(self, name: str) -> torch.Tensor:
-        """Return the mask of one matrix; True is a weight that stays."""
+        """Return the mask of one matrix; true for kept weights."""
         return self._mask(self._source.read(name))
 
     def _mask(self, weight: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A model that was pruned layer by layer: its matrices from a folder, and all else from the parent."""
+"""A model that was pruned layer by layer: its matrices come from a folder, everything else from the parent."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from nemo_pvs.model.layout import Layout
 from nemo_pvs.system.files import whole_folder
 
 PrunedMatrices = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""The pruned matrix and its mask (bool, True is a weight that stays) by Hugging Face name."""
+"""The pruned matrix and its mask (bool, true for kept weights) by Hugging Face name."""
 
 _WEIGHTS = "weights.safetensors"
 _MASKS = "masks.safetensors"
 
 
 class SparseSource:
-    """A sparse model as a source of tensors and masks; nothing but file headers is held in memory."""
+    """A sparse model as a source of tensors and masks; holds only file headers in memory."""
 
     def __init__(self, source: WeightSource, folder: Path, record: Mapping[str, Any]) -> None:
-        """Read from ``folder`` what ``write_layer`` wrote there, and the rest from ``source``.
+        """Read pruned matrices that ``write_layer`` wrote from ``folder``, and the rest from ``source``.
 
         Args:
             source: The dense model.
-            folder: Has the pruned matrices of every layer; remove it when the model has been written elsewhere.
-            record: How they were made.
+            folder: Holds the pruned matrices of every layer; remove it when the model has been written elsewhere.
+            record: Record of how they were made.
         """
         self.folder = folder
         self.record = record
@@ -66,7 +66,7 @@ class SparseSource:
         return SafetensorsReader(layer_folder(self.folder, self._layers[name]) / _WEIGHTS).read(name)
 
     def read_mask(self, name: str) -> torch.Tensor:
-        """Return the mask of a pruned matrix, bool, of its size."""
+        """Return the mask of a pruned matrix, bool [outputs, inputs]."""
         layer = self._layers[name]
         return MaskFile(layer_folder(self.folder, layer) / _MASKS, self._sizes[layer]).read(name)
 
@@ -80,15 +80,15 @@ class _LayerMasks:
 
 
 def layer_folder(folder: Path, layer: int) -> Path:
-    """Return where the matrices of a layer are."""
+    """Return the folder with the matrices of a layer."""
     return folder / f"layer-{layer:05d}"
 
 
 def write_layer(folder: Path, layer: int, matrices: PrunedMatrices) -> None:
-    """Write the pruned matrices of a layer and their masks, whole or not at all.
+    """Write the pruned matrices of a layer and their masks, atomically.
 
     Raises:
-        UserError: the disk does not take them.
+        UserError: they cannot be written.
     """
     with whole_folder(layer_folder(folder, layer), overwrite=True) as partial:
         weights, masks = (SafetensorsWriter(partial / file, matrices) for file in (_WEIGHTS, _MASKS))

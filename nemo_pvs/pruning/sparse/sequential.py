@@ -1,8 +1,8 @@
-"""Prune layer by layer, each layer from what it reads in the model that is pruned so far.
+"""Prune layer by layer, each layer by its inputs in the model pruned so far.
 
-The engine of SparseGPT (2301.00774) and Wanda (2306.11695): all sequences go through the dense layer, its matrices
-are pruned from what they read there, and the sequences go once more through the pruned layer, whose outputs are the
-inputs of the next one.
+The engine of SparseGPT (2301.00774) and Wanda (2306.11695): all sequences go through the dense layer, its matrices are
+pruned by their inputs there, and the sequences go through the pruned layer again, whose outputs are the inputs of the
+next layer.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from nemo_pvs.system import ranks
 from nemo_pvs.system.files import sha256_bytes
 
 MatrixPruner = Callable[[Sequence[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]
-"""From matrices [outputs, inputs] to the pruned ones, each in its dtype with its mask (bool, True stays)."""
+"""From matrices [outputs, inputs] to the pruned ones, each in its dtype with its mask (bool, true if kept)."""
 
 
 _LAST_MATRIX = "mlp.down_proj"
-"""The one that a layer multiplies by last, in every family that there is."""
+"""The last matrix of a layer's forward pass, in every supported family."""
 
 
 class InputStatistic(Protocol):
-    """A sum over tokens of what some matrices read."""
+    """A sum over tokens of the input of some matrices."""
 
     def update(self, activations: torch.Tensor) -> None:
         """Add a batch of activations [n, S, channels]."""
@@ -52,17 +52,17 @@ class Method(Protocol):
 
     @property
     def sparsity(self) -> Sparsity:
-        """How many weights go."""
+        """How many weights to remove."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What distinguishes one run of the method from another, as JSON."""
+        """All settings that the result depends on, as JSON."""
 
     def statistic(self, channels: int) -> InputStatistic:
-        """Return an empty statistic of an input with so many channels."""
+        """Return an empty statistic of an input with ``channels`` channels."""
 
     def pruner(self, total: torch.Tensor, sequences: int, warn: Callable[[str], None]) -> MatrixPruner:
-        """Return what prunes all matrices that read an input, from the input's statistic over so many sequences."""
+        """Return the pruner of all matrices that read an input, given its statistic over ``sequences`` sequences."""
 
 
 def prune_layers(
@@ -80,29 +80,29 @@ def prune_layers(
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> SparseSource:
-    """Prune every matrix of the decoder layers; memory is one layer and its statistics, the rest is mapped from files.
+    """Prune every matrix of the decoder layers; holds one layer and its statistics in memory, and maps the rest.
 
-    If it is killed, the same call goes on behind the last finished layer, and the result is the same to the bit. On
-    several ranks (``torch.distributed``) each reads its share of the sequences, all prune alike, and one writes.
+    If it is killed, the same call resumes after the last finished layer, with a bit-identical result. With several
+    ranks (``torch.distributed``) each reads its share of the sequences, all prune alike, and one writes.
 
     Args:
         source: The dense model.
-        tokens: What it reads.
+        tokens: The calibration text.
         method: ``Wanda`` or ``SparseGPT``.
-        folder: Where the pruned layers go (``work_folder``); the result reads them from there.
-        calibration: ``sequential``, or ``dense``: every layer sees what it sees in the dense model, which is one pass
-            a layer less and not what the papers do.
-        batch_size: Sequences a batch; changes speed and memory, and the result by rounding only.
-        dtype: Computing type of the layers; statistics are at least fp32.
+        folder: Where the pruned layers are written (``work_folder``); the result reads them from there.
+        calibration: ``sequential``, or ``dense``: every layer gets its inputs in the dense model, which saves one pass
+            per layer and is not what the papers do.
+        batch_size: Sequences per batch; affects speed and memory, and the result only by rounding.
+        dtype: Compute dtype of the layers; statistics are at least fp32.
         device: Where layers run.
         memory_limit: Bytes of embedded text at once.
-        overwrite: Start anew where ``folder`` belongs to a pruning with other settings.
-        progress: Called with (sequences passed through a layer, in all), of this rank.
+        overwrite: Start over if ``folder`` belongs to a pruning with other settings.
+        progress: Called with (sequences passed through a layer, their total), for this rank.
         warn: Called with one sentence that begins with the layer.
 
     Raises:
-        UserError: the tokens do not fit the model, a matrix cannot have the pattern, activations are not finite
-            (says where), or ``folder`` belongs to another pruning.
+        UserError: the tokens do not fit the model, the pattern does not divide a matrix, activations are not finite
+            (names the layer), or ``folder`` belongs to another pruning.
     """
     model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
     inputs: dict[int, list[Entry]] = {layer: [] for layer in range(model.shape.layers)}
@@ -150,7 +150,7 @@ def _embed(model: LayerwiseModel, ids: torch.Tensor, states: torch.Tensor) -> No
 
 
 class _Passes:
-    """Runs sequences through layers, and counts them."""
+    """Runs sequences through layers and counts them."""
 
     def __init__(
         self,
@@ -165,12 +165,12 @@ class _Passes:
         self._model = model
         self._batch_size = batch_size
         self._done = sequences * passes * layers_done
-        # Nobody reads what the last layer, once pruned, puts out.
+        # The outputs of the last layer, once pruned, are not needed.
         self._total = sequences * (passes * model.shape.layers - (passes - 1))
         self._progress = progress
 
     def run(self, layer: nn.Module, before: torch.Tensor, after: torch.Tensor | None) -> None:
-        """Put the layer's outputs for the states ``before`` it into ``after``, or drop them."""
+        """Run the layer on the states ``before`` it, and write its outputs to ``after``, if given."""
         for start in range(0, len(before), self._batch_size):
             batch = slice(start, start + self._batch_size)
             states = before[batch].clone()
@@ -187,9 +187,9 @@ class _Passes:
 def _watching(
     layer: nn.Module, inputs: list[Entry], method: Method, shape: Shape, *, stop: bool
 ) -> Iterator[list[InputStatistic]]:
-    """Yield a statistic for each input of the layer's matrices, fed for as long as the block lasts.
+    """Yield a statistic for each input of the layer's matrices, updated by forward passes within the context.
 
-    With ``stop`` a forward pass ends in front of the last matrix: nobody needs what the dense layer puts out.
+    With ``stop`` a forward pass ends before the last matrix, because the dense layer's outputs are not needed.
     """
     statistics, hooks = [], []
     for entry in inputs:
@@ -208,7 +208,7 @@ def _watching(
 
 
 class _AllSeenError(Exception):
-    """Every matrix of a layer has seen its input."""
+    """Every matrix of a layer has received its input."""
 
 
 def _all_seen(*_: object) -> None:
@@ -239,7 +239,7 @@ def _prune(
 
 
 def _replace(layer: nn.Module, index: int, matrices: PrunedMatrices) -> None:
-    """Give a loaded layer its pruned matrices, rounded as they will be stored."""
+    """Replace a loaded layer's matrices by the pruned ones, rounded as they will be stored."""
     for name, (weight, _) in matrices.items():
         module = layer.get_submodule(_module_name(name, index))
         module.weight = nn.Parameter(weight.to(next(module.parameters()).dtype), requires_grad=False)

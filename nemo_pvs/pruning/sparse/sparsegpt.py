@@ -1,8 +1,9 @@
-"""SparseGPT: prune a matrix column by column and let the columns to the right make up for it (2301.00774).
+"""SparseGPT: prune a matrix column by column, compensated by the columns to the right (2301.00774).
 
-Removing w_i of a row of W [outputs, inputs] changes the weights to its right by ``-(w_i / A_00) A[:, 0]``: the step of
-Optimal Brain Surgeon, with A the inverse of the Hessian H of the layer's squared error without what is left of i. All
-those inverses are in one triangular factor U, ``U^T U = H^-1``: ``A_00 = U_ii^2`` and ``A[:, 0] = U_ii U[i, i:]``.
+Removing w_i from a row of W [outputs, inputs] changes the weights from i on by ``-(w_i / A_00) A[:, 0]``: the step of
+Optimal Brain Surgeon, where A is the inverse of ``H[i:, i:]`` and H the Hessian of the layer's squared error. One
+triangular factor U with ``U^T U = H^-1`` holds all those inverses: ``A_00 = U_ii^2`` and ``A[:, 0] = U_ii U[i, i:]``.
+Names follow the paper's code, which calls U ``Hinv`` and the weighted errors ``w_i / U_ii`` ``err``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.sparse.sparsity import Sparsity, lowest, lowest_in_groups, up_to_threshold
 
-_STRIP = 256  # rows of the Hessian computed at once: only the upper triangle of blocks, half of the work
-_STEP = 16  # columns of an unstructured block that are made up for together
-_LARGEST_DAMPING = 1000.0  # times the mean diagonal: then H is as good as diagonal
+_STRIP = 256  # rows of the Hessian computed at once: only the upper triangle of blocks, which halves the work
+_STEP = 16  # columns of an unstructured block between two updates of the columns ahead
+_LARGEST_DAMPING = 1000.0  # times the mean of the diagonal: then H is practically diagonal
 
 
 class Hessian:
-    """The sum of ``x x^T`` over all tokens, fp32 (or fp64, if the activations are), on the activations' device."""
+    """The sum of ``x x^T`` over all tokens, in fp32 (fp64 for fp64 activations), on the activations' device."""
 
     def __init__(self, channels: int) -> None:
         self._channels = channels
@@ -35,7 +36,7 @@ class Hessian:
         tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
         if self._upper is None:
             self._upper = tokens.new_zeros(self._channels, self._channels)
-        # Products of bf16 numbers are exact in bf16 arithmetic, which adds them up in fp32.
+        # A bf16 matrix product multiplies bf16 numbers exactly and accumulates in fp32.
         exact_in_bf16 = activations.dtype == torch.bfloat16 and activations.device.type == "cpu"
         with _full_precision("medium" if exact_in_bf16 else "highest"):
             for start in range(0, self._channels, _STRIP):
@@ -51,26 +52,26 @@ class Hessian:
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """What a Hessian knows about pruning, for every matrix that reads the same input."""
+    """The factorised inverse Hessian of an input, shared by all matrices that read it."""
 
     upper: torch.Tensor
     """U, upper triangular [inputs, inputs]: ``U^T U`` is the inverse of the damped Hessian."""
     dead: torch.Tensor
-    """Inputs that are always zero, bool [inputs]."""
+    """Input channels that are always zero, bool [inputs]."""
 
 
 def inverse_factor(
     hessian: torch.Tensor, damping: float = 0.01, warn: Callable[[str], None] = lambda _: None
 ) -> InverseFactor:
-    """Factorise the inverse of a Hessian; the diagonal gets ``damping`` times its mean, dead inputs a one before.
+    """Factorise the inverse of a Hessian, after setting the diagonal of dead inputs to one and damping all of it.
 
-    Reversing rows and columns turns the upper factor of the inverse into the inverse of a lower factor:
-    ``J H J = L L^T`` gives ``U = J L^-1 J``. One Cholesky, and the inverse of H is never formed.
+    With J the reversal of rows and columns, ``J H J = L L^T`` gives ``U = J L^-1 J``: this takes one Cholesky
+    factorisation and never forms the inverse of H.
 
     Args:
-        hessian: [inputs, inputs].
-        damping: Share of the mean of the diagonal; grows tenfold, with a warning, for as long as H is not positive
-            definite in this precision (fewer tokens than inputs).
+        hessian: H [inputs, inputs].
+        damping: Share of the diagonal's mean that is added to the diagonal; multiplied by ten, with a warning, until H
+            is positive definite in this precision (it may not be with fewer tokens than inputs).
         warn: Called with one sentence.
 
     Raises:
@@ -87,11 +88,11 @@ def inverse_factor(
                 return InverseFactor(upper, dead)
         damping = 10 * damping if damping else 0.01
         warn(f"the Hessian is not positive definite; trying again with damping {damping:g}")
-    raise UserError("The Hessian of the calibration data cannot be inverted; calibrate with more and other text.")
+    raise UserError("The Hessian of the calibration data cannot be inverted; calibrate with more or other text.")
 
 
 def _reversed(hessian: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """Return a copy in reverse order with something added to the diagonal (given in the order of the Hessian)."""
+    """Return a copy with rows and columns reversed and ``added`` [inputs], in original order, on the diagonal."""
     damped = hessian.flip(0, 1)
     damped.diagonal().add_(added.flip(0))
     return damped
@@ -106,20 +107,21 @@ def sparsegpt(
     compat: bool = False,
     fixed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the pruned matrix in its own dtype, and which weights stay, bool [outputs, inputs].
+    """Return the pruned matrix in its own dtype and the mask of kept weights, bool [outputs, inputs].
 
-    The weights of least ``w^2 / U_ii^2`` go: of an unstructured ratio exactly ``int(n * ratio)`` of the n weights of
-    each block of columns, chosen when the block begins; of N:M the N least of each row's M, chosen when the group
-    begins, after everything to its left has been made up for. Ties go to the first weight of the first row.
+    The weights with the least ``w^2 / U_ii^2`` are removed. For an unstructured ratio these are exactly
+    ``int(n * ratio)`` of the n weights of each block of columns, chosen when the block begins; for N:M the N least of
+    each row's M, chosen when the group begins, after compensation for everything to its left. Of equal scores the
+    first in row-major order is removed.
 
     Args:
-        weight: [outputs, inputs].
-        factor: From the inputs' Hessian; its dtype is the computing type.
-        sparsity: How many go.
-        block: Columns that choose together; also those after which the rest of the matrix is updated.
-        compat: Choose the unstructured weights up to a threshold as IST-DASLab/sparsegpt does; that removes one
-            weight more a block, and all that tie with it.
-        fixed: Prune where this is true instead of choosing, bool [outputs, inputs].
+        weight: W [outputs, inputs].
+        factor: Factor of the inputs' Hessian; its dtype is the compute dtype.
+        sparsity: How many weights to remove.
+        block: Columns over which weights are chosen together, and after which the rest of the matrix is updated.
+        compat: Choose unstructured weights up to a threshold as IST-DASLab/sparsegpt does, which removes one more
+            weight per block and all that tie with it.
+        fixed: Remove the weights where this is true instead of choosing, bool [outputs, inputs].
     """
     ((pruned, kept),) = sparsegpt_all([weight], factor, sparsity, block=block, compat=compat, fixed=fixed)
     return pruned, kept
@@ -134,56 +136,58 @@ def sparsegpt_all(
     compat: bool = False,
     fixed: torch.Tensor | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return what ``sparsegpt`` does for each of several matrices that read the same input, in one go.
+    """Prune several matrices that read the same input together; return what ``sparsegpt`` does for each.
 
-    Rows do not depend on each other but for the choice, and that is made for each matrix alone.
+    Rows are independent except for the choice of weights, which is made for each matrix separately.
 
     Args:
-        weights: Matrices [outputs, inputs].
-        factor: As there, and so all others.
-        sparsity: How many go of each matrix.
-        block: Columns that choose together.
-        compat: Choose up to a threshold.
-        fixed: Prune where this is true, bool [outputs of all matrices, inputs].
+        weights: Matrices [outputs, inputs]; outputs may differ.
+        factor: Factor of the inputs' Hessian; its dtype is the compute dtype.
+        sparsity: How many weights to remove from each matrix.
+        block: Columns over which weights are chosen together, and after which the rest of the matrices is updated.
+        compat: Choose unstructured weights up to a threshold.
+        fixed: Remove the weights where this is true instead of choosing, bool [outputs of all matrices, inputs].
     """
     outputs = [len(weight) for weight in weights]
-    # A transposed copy, so that a column of W is contiguous.
-    work = factor.upper.new_empty(len(factor.upper), sum(outputs))
-    torch.cat([weight.T.to(work) for weight in weights], dim=1, out=work)
-    work[factor.dead] = 0
-    removed = torch.empty_like(work, dtype=torch.bool) if fixed is None else fixed.T.contiguous()
+    Hinv = factor.upper  # [inputs, inputs]
+    # W is held transposed, so that its columns, the inputs, are contiguous.
+    W = Hinv.new_empty(len(Hinv), sum(outputs))  # [inputs, outputs of all matrices]
+    torch.cat([weight.T.to(W) for weight in weights], dim=1, out=W)
+    W[factor.dead] = 0
+    removed = torch.empty_like(W, dtype=torch.bool) if fixed is None else fixed.T.contiguous()  # as W
     group = sparsity.pattern[1] if sparsity.pattern else block
     width = max(group, block // group * group)
     step = group if sparsity.pattern else min(_STEP, block)
     with _full_precision():
-        for start in range(0, len(work), width):
-            columns, goes = work[start : start + width], removed[start : start + width]
-            end = start + len(columns)
-            upper = factor.upper[start:end, start:end]
-            # An error weighted by U is subtracted from a column only when the turn of its step comes.
-            errors = torch.zeros_like(columns)
-            for first in range(0, len(columns), step):
+        for start in range(0, len(W), width):
+            # Views of one block of w <= width inputs.
+            W1, removed1 = W[start : start + width], removed[start : start + width]  # [w, outputs of all matrices]
+            end = start + len(W1)
+            Hinv1 = Hinv[start:end, start:end]  # [w, w]
+            err = torch.zeros_like(W1)  # w_i / U_ii where removed, otherwise 0 [w, outputs of all matrices]
+            for first in range(0, len(W1), step):
+                # Updates are lazy: a column receives the errors of earlier steps when its own step begins.
                 ahead = slice(first, first + step)
-                columns[ahead].addmm_(upper[:first, ahead].T, errors[:first], alpha=-1)
+                W1[ahead].addmm_(Hinv1[:first, ahead].T, err[:first], alpha=-1)
                 if fixed is None and first % group == 0:
-                    chooses = slice(first, first + group)
-                    scores = (columns[chooses] / upper.diagonal()[chooses, None]).square()
-                    for place, own in zip(goes[chooses].split(outputs, 1), scores.split(outputs, 1), strict=True):
-                        place.copy_(_choose(own.T, sparsity, compat).T)
-                shares = goes[ahead] / upper.diagonal()[ahead, None]
-                for i, share in enumerate(shares, start=first):
-                    columns[i].addmv_(errors[first:i].T, upper[first:i, i], alpha=-1)
-                    torch.mul(columns[i], share, out=errors[i])
-            columns.masked_fill_(goes, 0)
-            work[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
-    return [
-        (pruned.T.to(weight.dtype).contiguous(), ~gone.T.contiguous())
-        for weight, pruned, gone in zip(weights, work.split(outputs, 1), removed.split(outputs, 1), strict=True)
-    ]
+                    choice = slice(first, first + group)
+                    scores = (W1[choice] / Hinv1.diagonal()[choice, None]).square()
+                    for mask, score in zip(removed1[choice].split(outputs, 1), scores.split(outputs, 1), strict=True):
+                        mask.copy_(_choose(score.T, sparsity, compat).T)
+                factors = removed1[ahead] / Hinv1.diagonal()[ahead, None]  # 1 / U_ii where removed, otherwise 0
+                for i, row in enumerate(factors, start=first):
+                    W1[i].addmv_(err[first:i].T, Hinv1[first:i, i], alpha=-1)
+                    torch.mul(W1[i], row, out=err[i])
+            W1.masked_fill_(removed1, 0)
+            W[end:].addmm_(Hinv[start:end, end:].T, err, alpha=-1)
+    results = []
+    for weight, pruned, mask in zip(weights, W.split(outputs, 1), removed.split(outputs, 1), strict=True):
+        results.append((pruned.T.to(weight.dtype).contiguous(), ~mask.T.contiguous()))
+    return results
 
 
 def _choose(scores: torch.Tensor, sparsity: Sparsity, compat: bool) -> torch.Tensor:
-    """Return which weights go, bool [outputs, columns]."""
+    """Return the mask of weights to remove, bool [outputs, columns]."""
     if sparsity.pattern:
         return lowest_in_groups(scores, sparsity.pattern)
     if compat:
@@ -197,15 +201,15 @@ class SparseGPT:
 
     sparsity: Sparsity
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a share of its mean; the value of the paper's code."""
+    """Share of the diagonal's mean that is added to the Hessian's diagonal; the value of the paper's code."""
     block: int = 128
-    """Columns that choose together; the paper's B_s."""
+    """Columns over which weights are chosen together; the paper's B_s."""
     compat: bool = False
     """Prune up to thresholds, as the paper's code does."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What distinguishes one run of the method from another."""
+        """All settings that the result depends on."""
         return {
             "method": "sparsegpt",
             "sparsity": str(self.sparsity),
@@ -215,17 +219,17 @@ class SparseGPT:
         }
 
     def statistic(self, channels: int) -> Hessian:
-        """Return an empty statistic of an input with so many channels."""
+        """Return an empty Hessian of an input with ``channels`` channels."""
         return Hessian(channels)
 
     def pruner(
         self, total: torch.Tensor, sequences: int, warn: Callable[[str], None]
     ) -> Callable[[Sequence[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Return a function from all matrices that read one input to (the pruned matrix, its mask) of each.
+        """Return a function from all matrices that read one input to (pruned matrix, mask) of each.
 
         Args:
             total: Sum of ``x x^T`` over all tokens [inputs, inputs]; it is overwritten.
-            sequences: Number of calibration sequences (N); the paper's code has ``H = 2 / N`` times the sum.
+            sequences: Number of calibration sequences (N); in the paper's code H is ``2 / N`` times the sum.
             warn: Called with one sentence when the Hessian needs more damping.
 
         Raises:
@@ -237,7 +241,7 @@ class SparseGPT:
 
 @contextmanager
 def _full_precision(precision: str = "highest") -> Iterator[None]:
-    """Multiply fp32 matrices as fp32: neither TF32 nor bf16 behind the scenes, unless ``medium`` allows it."""
+    """Multiply fp32 matrices in full fp32, not TF32 or bf16, unless ``precision`` is ``medium``."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

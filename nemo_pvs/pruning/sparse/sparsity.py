@@ -1,6 +1,6 @@
-"""How many weights a sparse model loses, and which: exact counts, and the first of equals goes.
+"""How many weights a sparse model loses, and which: counts are exact, and of equal scores the first is removed.
 
-Only the matrices of the decoder layers lose weights; embedding, output head and all vectors stay dense.
+Only the matrices of the decoder layers are pruned; embedding, output head and all vectors stay dense.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Entry, Layout
 
-# Above this many scores a row, counting who is smaller than whom costs more than finding the threshold.
+# For rows longer than this, comparing all pairs costs more than finding the threshold.
 _COMPARE_ALL_PAIRS = 16
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The share of its weights that every matrix loses, anywhere or in a pattern."""
+    """The share of weights that every matrix loses, unstructured or in an N:M pattern."""
 
     ratio: float
     """Share of the weights that are set to zero, between 0 and 1."""
     pattern: tuple[int, int] | None = None
-    """N:M, (zeros, group): in every M consecutive inputs of an output row N weights are zero. None is unstructured."""
+    """N:M as (zeros, group): of every M consecutive weights of an output row N are zero. None is unstructured."""
 
     @classmethod
     def parse(cls, text: str) -> Sparsity:
-        """Read ``0.5`` (unstructured) or ``2:4`` (zeros : group).
+        """Parse ``0.5`` (unstructured) or ``2:4`` (zeros : group).
 
         Raises:
             UserError: it is neither, or it removes nothing or everything.
@@ -49,11 +49,11 @@ class Sparsity:
         return cls(zeros / whole, (int(zeros), whole) if group else None)
 
     def count(self, weights: int) -> int:
-        """Return how many of so many weights go; the guard keeps 100 * 0.29 from being 28."""
+        """Return how many of ``weights`` weights to remove; the guard keeps 100 * 0.29 from rounding down to 28."""
         return int(weights * self.ratio + 1e-9)
 
     def check(self, name: str, size: tuple[int, ...]) -> None:
-        """Refuse a matrix [outputs, inputs] whose rows are not whole groups.
+        """Check that the rows of a matrix [outputs, inputs] consist of whole groups.
 
         Raises:
             UserError: the pattern's group does not divide the inputs.
@@ -72,7 +72,7 @@ def prunable(source: WeightSource, sparsity: Sparsity) -> Iterator[Entry]:
     """Yield the matrices of the decoder layers; the parts of an entry read the same input (q, k, v; gate, up).
 
     Raises:
-        UserError: one of them cannot have the pattern.
+        UserError: the pattern does not divide one of them.
     """
     shape = shape_of(source)
     for entry in Layout.for_config(source.config).entries(shape):
@@ -83,7 +83,7 @@ def prunable(source: WeightSource, sparsity: Sparsity) -> Iterator[Entry]:
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a bool tensor that is true at the ``count`` lowest scores along the last axis, the first of equals.
+    """Return a bool mask of the ``count`` lowest scores along the last axis; ties go to the first.
 
     Args:
         scores: [..., n], finite.
@@ -100,21 +100,21 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def lowest_in_groups(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
-    """Return a bool tensor that is true at the N lowest scores of each M neighbours along the last axis [..., n]."""
+    """Return a bool mask of the N lowest scores of every M consecutive ones along the last axis [..., n]."""
     zeros, group = pattern
     return lowest(scores.unflatten(-1, (-1, group)), zeros).flatten(-2)
 
 
 def up_to_threshold(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a bool tensor that is true up to and including the score of rank ``count`` (from 0) of all scores.
+    """Return a bool mask of all scores up to and including the one of rank ``count`` (from 0).
 
-    The rule of the published scripts: it takes ``count + 1`` scores and everything that ties with the last.
+    This is the rule of the published scripts: it selects ``count + 1`` scores and all that tie with the last.
     """
     return scores <= scores.flatten().kthvalue(count + 1).values
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Return the place of each score [..., n] among its row in ascending order, equals in their own order."""
+    """Return the rank of each score [..., n] in its row, from 0 in ascending order; equal scores keep their order."""
     columns = scores.unbind(-1)
     ranks = [torch.zeros_like(column, dtype=torch.int8) for column in columns]
     for later in range(len(columns)):

@@ -1,7 +1,7 @@
-"""Adapt-Pruner: layers that change their input least lose most, a little at a time, by Taylor importance (2502.03460).
+"""Adapt-Pruner: prune in small steps by Taylor importance, most in layers that change their input least (2502.03460).
 
-One call is one stage: from a model to one of at most so many parameters. Training between stages is
-``nemo_pvs.planning.rounds``'s.
+One call is one stage: it prunes a model to at most a given number of parameters. ``nemo_pvs.planning.rounds`` plans
+the training between stages.
 """
 
 from __future__ import annotations
@@ -26,54 +26,54 @@ from nemo_pvs.pruning.plan import Indices, Plan
 from nemo_pvs.pruning.structured.width import most_important
 
 _MOST = 0.99
-"""Sparsity that no layer goes beyond."""
+"""Largest sparsity of a layer."""
 _GUARD = 1e-9
 """Against rounding: 100 * (1 - 0.06) must not become 93."""
 _HALVINGS = 40
-"""Of the last iteration's step, until it just reaches the target."""
+"""Bisection steps for the share of the last iteration's step that just reaches the target."""
 
 
 @dataclass(frozen=True)
 class AdaptPrunerSettings:
-    """How a stage removes units, whatever their scores. The numbers are those of the published scripts."""
+    """How a stage removes units, regardless of their scores. The defaults are those of the published scripts."""
 
     iterations: int = 50
-    """T: each iteration removes 1 / T of the stage's own start on average, and T of them all of it."""
+    """T: each iteration removes on average 1 / T of the stage's starting model, so T iterations would remove all."""
     amplitude: float = 0.02
-    """A: how far the most important layer's sparsity stays behind the average at each iteration."""
+    """A: how much less the most important layer's sparsity grows than the average at each iteration."""
     metric: str = "param_first"
-    """Of ``calibration.taylor.METRICS``."""
+    """One of ``calibration.taylor.METRICS``."""
     ffn_multiple: int = 1
-    """FFN channels go from each layer in multiples of this."""
+    """FFN channels are removed from each layer in multiples of this."""
     kv_groups_multiple: int = 1
-    """KV groups, too."""
+    """KV groups are removed from each layer in multiples of this."""
     compat: bool = False
-    """Take the last iteration's step whole, as the published script does: below the target by up to a 1 / T. And round
-    counts without a guard, so that half of 2,560 channels may be 1,279 where sparsities were added up."""
+    """Take the last iteration's full step, as the published script does, which overshoots the target by up to 1 / T;
+    and round counts without a guard, so that half of 2,560 channels may be 1,279 after sparsities are summed."""
 
     def check(self) -> None:
         """Raise UserError unless the numbers make sense."""
         if self.iterations < 1 or min(self.ffn_multiple, self.kv_groups_multiple) < 1:
-            raise UserError("Adapt-Pruner's iterations and multiples count from 1; mend the one that is less.")
+            raise UserError("Adapt-Pruner's iterations and multiples must be at least 1; raise the one that is less.")
         if self.amplitude < 0:
             raise UserError(f"An amplitude of {self.amplitude:g} would prune important layers most; choose 0 or more.")
 
 
 class Measured(NamedTuple):
-    """What one iteration reads off a model."""
+    """What one iteration measures of a model."""
 
     similarity: torch.Tensor
-    """Mean over tokens of the cosine between what each layer reads and what it puts out [L]."""
+    """Mean over tokens of the cosine between each layer's input and output [L]."""
     groups: list[torch.Tensor]
-    """Importance of each KV group, layer by layer [G of the layer]."""
+    """For each layer, the importance of its KV groups [G of the layer]."""
     ffn: list[torch.Tensor]
-    """Importance of each FFN channel, layer by layer [f of the layer]."""
+    """For each layer, the importance of its FFN channels [f of the layer]."""
 
 
 def layer_importance(similarity: torch.Tensor) -> torch.Tensor:
-    """Return how much each layer matters, from -1 to 1 with mean 0 [L]: it is dissimilarity, centred and scaled.
+    """Return each layer's importance, from -1 to 1 with mean 0 [L]: its dissimilarity, centred and scaled.
 
-    Layers that are all alike matter 0.
+    If all layers are equally similar, their importance is 0.
     """
     importance = similarity.double().neg()
     importance -= importance.mean()
@@ -82,9 +82,10 @@ def layer_importance(similarity: torch.Tensor) -> torch.Tensor:
 
 
 def next_sparsity(sparsity: torch.Tensor, importance: torch.Tensor, settings: AdaptPrunerSettings) -> torch.Tensor:
-    """Return each layer's sparsity behind one more iteration [L]: ``clip(s + 1 / T - A I, 0, 0.99)``.
+    """Return each layer's sparsity after one more iteration [L]: ``clip(s + 1 / T - A I, 0, 0.99)``.
 
-    A layer may lose sparsity, but what is removed stays so; it waits until its sparsity has come back to that.
+    A layer's sparsity may fall, but removed units are not restored; the layer loses no more until its sparsity exceeds
+    its earlier maximum.
     """
     return (sparsity + 1 / settings.iterations - settings.amplitude * importance).clamp(0, _MOST)
 
@@ -92,16 +93,16 @@ def next_sparsity(sparsity: torch.Tensor, importance: torch.Tensor, settings: Ad
 def kept_sizes(
     start: Shape, current: Shape, sparsity: torch.Tensor, settings: AdaptPrunerSettings
 ) -> list[LayerSizes]:
-    """Return the sizes of each layer at a sparsity of the stage's start.
+    """Return the sizes of each layer at a sparsity relative to the stage's start.
 
-    Of the ``n`` FFN channels or key channels of the start ``int(n (1 - s))`` stay; a KV group goes when as many
-    channels as it has are due.
+    Of ``n`` FFN channels or key channels at the start ``int(n (1 - s))`` are kept; a KV group is removed when as many
+    key channels as it has are due.
 
     Args:
-        start: What the stage began with.
-        current: What is left of it.
-        sparsity: Of each layer [L].
-        settings: For the multiples.
+        start: Shape at the stage's start.
+        current: Shape now.
+        sparsity: Sparsity of each layer [L].
+        settings: Multiples and rounding.
 
     Raises:
         UserError: a layer would be left without KV groups or FFN channels.
@@ -128,20 +129,20 @@ def plan_adapt_pruner(
     settings: AdaptPrunerSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Prune a model, bit by bit, until it has at most so many parameters.
+    """Prune a model in small steps until it has at most ``parameters`` parameters.
 
-    Each iteration measures what is left, raises the layers' sparsities, and removes the least important units of
-    each. The step of the last one is cut to what the target needs, or all models would be of other sizes.
+    Each iteration measures the remaining model, raises the layers' sparsities, and removes the least important units
+    of each layer. The last step is shortened to what the target needs, so that models get comparable sizes.
 
     Args:
-        source: The model, its layers even or not.
-        parameters: All parameters that may stay, embeddings too, a tied one once.
-        measure: Called with what is left of the model and the number of the iteration, from 0.
-        settings: How units go.
-        progress: Called with (parameters gone, parameters that are to go).
+        source: The model, with even or uneven layers.
+        parameters: Parameters to keep at most, including embeddings (tied ones counted once).
+        measure: Called with the remaining model and the iteration's number, from 0.
+        settings: How units are removed.
+        progress: Called with (parameters removed, parameters to remove).
 
     Raises:
-        UserError: the settings make no sense, the model is as small already, a layer would be pruned to nothing, or
+        UserError: the settings are invalid, the model is already small enough, a layer would be pruned to nothing, or
             the iterations end before the target is reached.
     """
     settings = settings or AdaptPrunerSettings()
@@ -162,8 +163,8 @@ def plan_adapt_pruner(
         plan = _plan(start, [_best(plan, layer, size, measured) for layer, size in enumerate(sizes)])
         history.append(sparsity.tolist())
         if progress:
-            gone = min(start.parameters - plan.target.parameters, start.parameters - parameters)
-            progress(gone, start.parameters - parameters)
+            removed = min(start.parameters - plan.target.parameters, start.parameters - parameters)
+            progress(removed, start.parameters - parameters)
     if plan.target.parameters > parameters:
         raise UserError(
             f"Adapt-Pruner's {settings.iterations} iterations ended at {plan.target.parameters:,} parameters, above "
@@ -178,7 +179,7 @@ def plan_adapt_pruner(
 
 
 def _left(first: int, now: int, sparsity: float, multiple: int, guard: float) -> int:
-    """Return how many of ``now`` channels stay, of ``first`` at the start; they go in multiples."""
+    """Return how many of ``now`` channels are kept, of ``first`` at the start; they are removed in multiples."""
     due = now - int(first * (1 - min(sparsity, _MOST)) + guard)
     return now - max(0, due) // multiple * multiple
 
@@ -191,9 +192,9 @@ def _share_needed(
     parameters: int,
     settings: AdaptPrunerSettings,
 ) -> float:
-    """Return the share of a step that is enough to reach the target, or 1 if all of it is not.
+    """Return the least share of a step that reaches the target, or 1 if the full step does not.
 
-    Layers only lose units as the share grows, so halving finds the least one.
+    Layers only lose units as the share grows, so bisection finds it.
     """
 
     def reaches(share: float) -> bool:
@@ -215,7 +216,7 @@ def _everything(shape: Shape, layer: int) -> tuple[Indices, Indices]:
 
 
 def _best(plan: Plan, layer: int, sizes: LayerSizes, measured: Measured) -> tuple[Indices, Indices]:
-    """Return which of the groups and channels that a plan keeps are still kept: positions in the stage's start."""
+    """Return the groups and channels of a layer that are still kept, as indices at the stage's start."""
     groups, ffn = plan.keep_kv_groups[layer], plan.keep_ffn[layer]
     return (
         tuple(groups[position] for position in most_important(measured.groups[layer], sizes.kv_groups)),
@@ -242,35 +243,35 @@ def _plan(start: Shape, kept: list[tuple[Indices, Indices]], provenance: Mapping
 
 
 class LayerMeasure:
-    """Measures layers and units by gradients, layer by layer from the checkpoint: no model in memory, no Megatron.
+    """Measures layers and units by gradients, layer by layer from the checkpoint, without Megatron.
 
-    ``calibration.gradients`` runs layers of any sizes, and in several ranks the same; its scores are those of
-    Megatron's ranks.
+    ``calibration.gradients`` handles uneven layers and any number of ranks; its scores equal those measured in
+    Megatron.
     """
 
     def __init__(self, draw: Callable[[int], TokenSet], metric: str, compute: Mapping[str, Any]) -> None:
         """Prepare.
 
         Args:
-            draw: Returns the text of each iteration, from 0.
-            metric: Of ``calibration.taylor.METRICS``.
-            compute: Where and how layers run, as ``layerwise.LayerwiseModel`` takes it.
+            draw: Returns the text of an iteration, from 0.
+            metric: One of ``calibration.taylor.METRICS``.
+            compute: Keyword arguments of ``LayerwiseModel``.
 
         Raises:
-            UserError: there is no such metric.
+            UserError: the metric is unknown.
         """
         if metric not in METRICS:
             raise UserError(f"Unknown metric {metric!r}; choose {', '.join(METRICS)}.")
         self.tokens = 0
-        """Read so far, repetitions counted."""
+        """Tokens read so far, counted each time they are read."""
         self.flops = 0
-        """Forward and back, so far."""
+        """FLOPs of forward and backward passes so far."""
         self._draw = draw
         self._metric = metric
         self._compute = compute
 
     def __call__(self, source: WeightSource, iteration: int) -> Measured:
-        """Measure a model on the text of an iteration."""
+        """Measure a model on the iteration's text."""
         tokens = self._draw(iteration)
         model = LayerwiseModel(source, **self._compute)
         layers, similarity = layer_taylor_scores(model, tokens)

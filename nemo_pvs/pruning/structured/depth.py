@@ -1,4 +1,4 @@
-"""Depth pruning: remove the layers whose loss the model feels least (Minitron, 2407.14679)."""
+"""Depth pruning: remove the layers whose removal raises the loss least (Minitron, 2407.14679)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nemo_pvs.pruning.structured.sweep import LayerSweep
 
 METHOD = "minitron-depth"
 SEARCHES = ("contiguous", "greedy", "sleb", "individual")
-"""Ways to find the layers by loss: ``scan_windows``, ``greedy.scan_greedy`` twice, ``scan_windows`` of one layer."""
+"""Searches by loss: ``scan_windows``, ``greedy.scan_greedy`` (two settings), and ``scan_windows`` of one layer."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The loss of a model without each run of ``removed`` neighbouring layers."""
+    """The loss of a model without each run of ``removed`` consecutive layers."""
 
     shape: Shape
     """The dense model."""
@@ -38,18 +38,18 @@ class Scan:
     """Loss (nats per token) without layers i to i + removed - 1, for i = 0 .. L - removed."""
     dense_loss: float
     layer_forwards: int
-    """How often the whole token set went through a decoder layer."""
+    """Number of passes of the whole token set through a decoder layer."""
 
     @property
     def start(self) -> int:
-        """First layer of the best run: the lowest loss, the first of equals."""
+        """First layer of the run with the lowest loss; ties go to the first."""
         return self.losses.index(min(self.losses))
 
     @property
     def nearest_start(self) -> int:
         """First layer of the run whose perplexity is nearest to the dense model's: llm-pruning-collection's choice.
 
-        It passes over a model that is better than the dense one.
+        This rule can reject a candidate that is better than the dense model.
         """
         dense = _perplexity(self.dense_loss)
         distances = [abs(_perplexity(loss) - dense) for loss in self.losses]
@@ -67,7 +67,7 @@ class Scan:
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs of the scan: the layers that were really run, and the output head for every model."""
+        """Forward FLOPs of the scan: the layers that were actually run, and the output head for every model."""
         return sweep_flops(self.shape, self.tokens, self.layer_forwards, self.models)
 
     @property
@@ -97,15 +97,15 @@ def scan_windows(
         source: The dense model.
         tokens: Text to predict.
         remove: Layers to remove (k), 1 to L - 1.
-        batch_size: Sequences a batch.
-        dtype: Computing type.
+        batch_size: Sequences per batch.
+        dtype: Compute dtype.
         device: Where layers run.
-        memory_limit: Bytes for hidden states, of which there is a copy per candidate; more text than fits is read in
+        memory_limit: Bytes for hidden states, of which there is a copy per candidate; text that exceeds it is read in
             several sweeps.
-        progress: Called with (layer forwards done, in all).
+        progress: Called with (layer forwards done, their total).
 
     Raises:
-        UserError: there is nothing to remove or nothing would be left, or a loss is not finite.
+        UserError: ``remove`` is out of range, or a loss is not finite.
     """
     layers = shape_of(source).layers
     check_removal(layers, remove)
@@ -137,7 +137,7 @@ def plan_depth(scan: Scan, *, compat: bool = False) -> Plan:
     """Remove the run of layers with the lowest loss.
 
     Args:
-        scan: What ``scan_windows`` measured.
+        scan: Result of ``scan_windows``.
         compat: Take the run whose perplexity is nearest to the dense model's instead, as llm-pruning-collection does.
     """
     start = scan.nearest_start if compat else scan.start
@@ -146,19 +146,19 @@ def plan_depth(scan: Scan, *, compat: bool = False) -> Plan:
 
 
 def plan_individual(scan: Scan, remove: int, *, protect_first: int = 0, protect_last: int = 0) -> Plan:
-    """Remove the layers that the model misses least when each is missing alone (Shortened LLaMA, 2402.02834).
+    """Remove the layers whose individual removal raises the loss least (Shortened LLaMA, 2402.02834).
 
     Args:
         scan: A scan of single layers (``removed`` is 1).
         remove: Layers to remove (k).
-        protect_first: Layers at the input that stay in any case; Shortened LLaMA keeps 4 where it scores by weights.
-        protect_last: Layers at the output that stay in any case; Shortened LLaMA keeps 2 there.
+        protect_first: Layers at the input that are always kept; Shortened LLaMA keeps 4 when it scores by weights.
+        protect_last: Layers at the output that are always kept; Shortened LLaMA keeps 2 when it scores by weights.
 
     Raises:
         UserError: fewer than ``remove`` layers are unprotected, or the scan is not of single layers.
     """
     if scan.removed != 1:
-        raise UserError(f"A choice of single layers needs a scan of single layers, not of runs of {scan.removed}.")
+        raise UserError(f"Choosing single layers needs a scan of single layers, not of runs of {scan.removed}.")
     free = unprotected(scan.shape.layers, remove, protect_first, protect_last)
     chosen = sorted(free, key=lambda layer: scan.losses[layer])[:remove]
     settings = {"removed": remove, "protect_first": protect_first, "protect_last": protect_last}
@@ -166,30 +166,30 @@ def plan_individual(scan: Scan, remove: int, *, protect_first: int = 0, protect_
 
 
 def layers_to_remove(parent: Shape, target: Shape) -> int:
-    """Return how many layers separate the two Shapes.
+    """Return how many layers to remove from ``parent`` to reach ``target``.
 
     Raises:
-        UserError: they differ in width.
+        UserError: the two differ in width.
     """
     if parent.replace(layers=target.layers) != target:
         raise UserError(
             f"Depth pruning removes whole layers, but the target [{target}] differs from [{parent}] in width; "
-            "prune the width as a step of its own."
+            "prune the width in a separate step."
         )
     return parent.layers - target.layers
 
 
 def check_removal(layers: int, remove: int) -> None:
-    """Raise UserError unless something is removed and something stays."""
+    """Raise UserError unless at least one layer is removed and one is kept."""
     if not 1 <= remove < layers:
         raise UserError(f"Cannot remove {remove} of {layers} layers; choose from 1 to {layers - 1}.")
 
 
 def unprotected(layers: int, remove: int, protect_first: int, protect_last: int) -> range:
-    """Return the layers that may go.
+    """Return the layers that may be removed.
 
     Raises:
-        UserError: there are not ``remove`` of them, or ``remove`` makes no sense.
+        UserError: there are fewer than ``remove`` of them, or ``remove`` is out of range.
     """
     check_removal(layers, remove)
     if min(protect_first, protect_last) < 0 or layers - protect_first - protect_last < remove:
@@ -219,4 +219,4 @@ def _provenance(scan: Scan, **settings: Any) -> dict[str, Any]:
 
 
 def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # past that it is no float any more
+    return math.exp(min(loss, 700.0))  # larger exponents overflow

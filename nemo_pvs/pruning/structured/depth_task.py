@@ -1,4 +1,4 @@
-"""Depth pruning by a task: remove the run of layers without which a model still does best at something."""
+"""Depth pruning by a task: remove the run of layers without which the model scores best on the task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_pvs.pruning.structured.depth import METHOD, check_removal, layer_plan
 
 @dataclass(frozen=True)
 class TaskScan:
-    """The score of a model without each run of ``removed`` neighbouring layers."""
+    """The score of a model without each run of ``removed`` consecutive layers."""
 
     shape: Shape
     """The dense model."""
@@ -28,9 +28,9 @@ class TaskScan:
     """Score without layers i to i + removed - 1, for i = 0 .. L - removed."""
     dense_score: float
     tokens: int = 0
-    """That went through all these models."""
+    """Tokens that went through all these models."""
     flops: int = 0
-    """Of their forward passes."""
+    """FLOPs of their forward passes."""
 
 
 def scan_task(
@@ -38,16 +38,16 @@ def scan_task(
 ) -> TaskScan:
     """Score the dense model and the model without each run of ``remove`` layers (Minitron, 2408.11796).
 
-    A scorer is a closed box, so there is no shared work here: it sees ``L - remove + 2`` models one after the other.
+    A scorer is a black box, so candidates share no work: it is called for each of ``L - remove + 2`` models.
 
     Args:
         source: The dense model.
         remove: Layers to remove (k), 1 to L - 1.
-        score: Measures a model.
-        progress: Called with (models done, in all).
+        score: Scores a model.
+        progress: Called with (models done, their total).
 
     Raises:
-        UserError: there is nothing to remove or nothing would be left, or a score is not a number.
+        UserError: ``remove`` is out of range, or a score is not a number.
     """
     shape = shape_of(source)
     check_removal(shape.layers, remove)
@@ -56,11 +56,11 @@ def scan_task(
     scores: list[float] = []
     tokens = flops = 0
     for model in models:
-        found = score(model)
-        for length, sequences in found.read.items():
+        scored = score(model)
+        for length, sequences in scored.read.items():
             tokens += sequences * length
             flops += sequences * length * shape_of(model).flops_per_token(sequence_length=length, training=False)
-        scores.append(float(found.score))
+        scores.append(float(scored.score))
         if math.isnan(scores[-1]):
             raise UserError("The task's score is not a number; check the task on the dense model.")
         if progress:
@@ -69,12 +69,12 @@ def scan_task(
 
 
 def plan_task(scan: TaskScan, *, compat: bool = False) -> Plan:
-    """Remove the run of layers with the highest score, the first of equals.
+    """Remove the run of layers with the highest score; ties go to the first.
 
     Args:
-        scan: What ``scan_task`` measured.
-        compat: Take the score nearest to the dense model's instead, as llm-pruning-collection does; it passes over a
-            model that is better than the dense one.
+        scan: Result of ``scan_task``.
+        compat: Take the score nearest to the dense model's instead, as llm-pruning-collection does, which can reject a
+            candidate that is better than the dense model.
     """
     merits = [-abs(score - scan.dense_score) for score in scan.scores] if compat else list(scan.scores)
     start = merits.index(max(merits))

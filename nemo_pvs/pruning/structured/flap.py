@@ -1,4 +1,4 @@
-"""FLAP: remove the units whose inputs fluctuate least around their mean, and keep the mean as a bias (2312.11983)."""
+"""FLAP: remove the units whose inputs fluctuate least, and replace their mean contribution by a bias (2312.11983)."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def plan_flap(
     """Choose KV groups and FFN channels layer by layer, or over all layers.
 
     Args:
-        scores: What ``calibrate`` measured.
-        ratio: Share of the weights in the decoder layers' matrices that goes (``pruning.unit_counts``).
-        metric: Of an input channel j of ``o_proj`` or ``down_proj`` (W): WIFV ``var_j sum_i W_ij^2``, IFV ``var_j``,
-            or WIFN ``mean_i |W_ij| sqrt(sum x_j^2)``.
-        structure: UL-UM, UL-MM, AL-MM or AL-AM (``pruning.unit_counts.STRUCTURES``). AL compares scores that are
+        scores: Result of ``calibrate``.
+        ratio: Share of the weights in the decoder layers' matrices to remove (``structured.unit_counts``).
+        metric: Score of an input channel j of ``o_proj`` or ``down_proj`` (W): WIFV ``var_j sum_i W_ij^2``, IFV
+            ``var_j``, or WIFN ``mean_i |W_ij| sqrt(sum x_j^2)``.
+        structure: UL-UM, UL-MM, AL-MM or AL-AM (``structured.unit_counts.STRUCTURES``). AL compares scores that are
             standardised over the channels of each layer.
-        remove_groups: KV groups removed per layer, for UL-MM and AL-MM; by default the ratio of them.
+        remove_groups: KV groups to remove per layer, for UL-MM and AL-MM; by default the ratio of them.
         bias: Add ``W[:, removed] mean[removed]`` to the biases of ``o_proj`` and ``down_proj``.
         square_attention: Square the metric of ``o_proj``, as in the published runs (CASIA-IVA-Lab/FLAP).
-        uniform: Same counts in every layer, so that the result is a plain Llama.
-        ffn_multiple: Multiples in which a layer's FFN channels stay, e.g. 128 for fast kernels.
-        kv_groups_multiple: Multiples in which its KV groups stay, e.g. the tensor-parallel size.
-        compat: The published script's order-dependent variance and its budgets for multi-head attention.
+        uniform: Keep the same counts in every layer, so that the result is a plain Llama.
+        ffn_multiple: Keep FFN channels of a layer in multiples of this, e.g. 128 for fast kernels.
+        kv_groups_multiple: Keep KV groups of a layer in multiples of this, e.g. the tensor-parallel size.
+        compat: Use the published script's order-dependent variance and its budgets for multi-head attention.
 
     Raises:
-        UserError: an argument makes no sense for this model, or the scores lack what it needs.
+        UserError: an argument is invalid for this model, or the scores lack a statistic that it needs.
     """
     if metric not in METRICS:
         raise UserError(f"Unknown metric {metric!r}; choose {', '.join(METRICS)}.")

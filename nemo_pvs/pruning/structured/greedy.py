@@ -1,4 +1,4 @@
-"""Greedy depth pruning: remove the layer that is missed least, measure again, repeat.
+"""Greedy depth pruning: remove the layer whose removal raises the loss least, measure again, repeat.
 
 SLEB (2402.09025) is this with the first and the last layer protected.
 """
@@ -23,13 +23,13 @@ from nemo_pvs.pruning.structured.depth import METHOD, layer_plan, unprotected
 from nemo_pvs.pruning.structured.sweep import LayerSweep
 
 GREEDY = {"greedy": 0, "sleb": 1}
-"""Searches that remove layers one by one, and how many stay at each end unless something else is asked for: SLEB's
-code never tries the first layer that is left, nor the last (``early_barrier``, ``latter_barrier``)."""
+"""Searches that remove layers one by one, with the default number of layers protected at each end: SLEB's code never
+tries to remove the first or the last layer (``early_barrier``, ``latter_barrier``)."""
 
 
 @dataclass(frozen=True)
 class GreedyScan:
-    """Layers in the order in which they went, and what the model would have lost without each of the others."""
+    """Layers in order of removal, and the loss without each candidate at each step."""
 
     shape: Shape
     """The dense model."""
@@ -37,12 +37,12 @@ class GreedyScan:
     tokens: dict[str, Any]
     """Manifest of the token set."""
     removed: Indices
-    """Layers in order of removal: the first of them are what a scan for fewer would have found."""
+    """Layers in order of removal; a scan for k layers removes the first k of them."""
     losses: tuple[dict[int, float], ...]
-    """For each step the loss (nats per token) without each layer that might have gone."""
+    """For each step the loss (nats per token) without each candidate layer."""
     dense_loss: float
     layer_forwards: int
-    """How often the whole token set went through a decoder layer."""
+    """Number of passes of the whole token set through a decoder layer."""
 
     @property
     def models(self) -> int:
@@ -56,20 +56,20 @@ class GreedyScan:
 
     @property
     def flops(self) -> int:
-        """Forward FLOPs: the layers that were really run, and the output head for every model."""
+        """Forward FLOPs: the layers that were actually run, and the output head for every model."""
         return sweep_flops(self.shape, self.tokens, self.layer_forwards, self.models)
 
     @property
     def reference_layer_forwards(self) -> int:
         """Layer forwards if the dense model and every candidate ran from its first layer, as SLEB's code does."""
         layers = self.shape.layers
-        return layers + sum(len(step) * (layers - gone - 1) for gone, step in enumerate(self.losses))
+        return layers + sum(len(step) * (layers - removed - 1) for removed, step in enumerate(self.losses))
 
     def first(self, remove: int) -> GreedyScan:
-        """Return the scan that would have stopped after ``remove`` layers.
+        """Return the scan as it was after ``remove`` layers.
 
         Raises:
-            UserError: this one stopped before.
+            UserError: this scan removed fewer layers.
         """
         if not 1 <= remove <= len(self.removed):
             raise UserError(f"This scan removed {len(self.removed)} layers, not {remove}; scan for more.")
@@ -81,7 +81,7 @@ class GreedyScan:
 
 
 def protected_ends(search: str, protect_first: int | None, protect_last: int | None) -> tuple[int, int]:
-    """Return how many layers at the input and at the output a search of ``GREEDY`` leaves alone."""
+    """Return how many layers at the input and at the output a search of ``GREEDY`` protects."""
     default = GREEDY[search]
     return default if protect_first is None else protect_first, default if protect_last is None else protect_last
 
@@ -99,27 +99,27 @@ def scan_greedy(
     memory_limit: int = MEMORY_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> GreedyScan:
-    """Remove ``remove`` layers one by one, each time the one without which the loss is lowest, the first of equals.
+    """Remove ``remove`` layers one by one, each time the one without which the loss is lowest; ties go to the first.
 
-    Every step is one sweep over the layers that are left, in which all candidates share the layers in front of the
-    missing one. What one step computed is of no use to the next but for the states in front of the removed layer,
-    about one part in L of the work, which would have to be kept for the whole text.
+    Every step is one sweep over the remaining layers, in which all candidates share the layers before the removed one.
+    The next step could reuse only the states before the removed layer, about 1 / L of the work, and they would have to
+    be stored for the whole text, so steps share nothing.
 
     Args:
         source: The dense model.
         tokens: Text to predict.
         remove: Layers to remove (k), 1 to L - 1.
-        protect_first: Layers at the input that stay in any case; SLEB keeps 1.
-        protect_last: Layers at the output that stay in any case; SLEB keeps 1.
-        batch_size: Sequences a batch.
-        dtype: Computing type.
+        protect_first: Layers at the input that are always kept; SLEB keeps 1.
+        protect_last: Layers at the output that are always kept; SLEB keeps 1.
+        batch_size: Sequences per batch.
+        dtype: Compute dtype.
         device: Where layers run.
-        memory_limit: Bytes for hidden states, of which there is a copy per candidate; more text than fits is read in
-            several sweeps a step.
-        progress: Called with (layer forwards done, in all).
+        memory_limit: Bytes for hidden states, of which there is a copy per candidate; text that exceeds it is read in
+            several sweeps per step.
+        progress: Called with (layer forwards done, their total).
 
     Raises:
-        UserError: there is nothing to remove, too little would be left, or a loss is not finite.
+        UserError: ``remove`` is out of range, too few layers are unprotected, or a loss is not finite.
     """
     count = shape_of(source).layers
     free = unprotected(count, remove, protect_first, protect_last)
@@ -138,9 +138,7 @@ def scan_greedy(
     steps: list[dict[int, float]] = []
     dense_loss = 0.0
     for step in range(remove):
-        # Positions of the unprotected layers: there is one fewer each time, and the protected ones keep their places.
-        starts = range(free.start, free.stop - step)
-        losses, whole_loss = sweep.losses(layers, 1, starts, whole=not removed)
+        losses, whole_loss = sweep.losses(layers, 1, candidates[step], whole=not removed)
         dense_loss = dense_loss if whole_loss is None else whole_loss
         steps.append({layers[start]: loss for start, loss in losses.items()})
         removed.append(min(steps[-1], key=steps[-1].__getitem__))
@@ -157,11 +155,11 @@ def scan_greedy(
 
 
 def plan_greedy(scan: GreedyScan, search: str = "greedy") -> Plan:
-    """Remove the layers that a greedy scan found; ``scan.first(k)`` for fewer of them.
+    """Remove the layers that a greedy scan chose; use ``scan.first(k)`` for fewer of them.
 
     Args:
-        scan: What ``scan_greedy`` measured.
-        search: What it is called, of ``GREEDY``.
+        scan: Result of ``scan_greedy``.
+        search: Name of the search, one of ``GREEDY``.
     """
     provenance = {
         "model_fingerprint": scan.model_fingerprint,

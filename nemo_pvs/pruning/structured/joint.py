@@ -1,4 +1,4 @@
-"""Width and depth at once, from one set of scores: what a search over architectures prunes to."""
+"""Prune width and depth together by one set of scores, as a search over architectures does."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nemo_pvs.pruning.structured.width import plan_width
 def plan_joint(
     scores: Scores, target: Shape, aggregation: str = "energy", layer_order: Sequence[int] | None = None
 ) -> Plan:
-    """Choose layers, channels and KV groups of the same dense model, in one step as ModelOpt's search does.
+    """Choose layers, channels and KV groups of the dense model in one step, as ModelOpt's search does.
 
-    Channels are chosen as by ``plan_width``; that other layers go at the same time changes nothing for them.
+    Channels are chosen as in ``plan_width``, regardless of which layers are removed.
 
     Args:
-        scores: What ``calibrate`` measured.
+        scores: Result of ``calibrate``.
         target: The Shape to reach.
-        aggregation: As for ``plan_width``.
+        aggregation: ``energy`` or ``meanabs_l2``, as in ``plan_width``.
         layer_order: Layers in order of removal, such as ``GreedyScan.removed``; by ascending block influence if None.
 
     Raises:
-        UserError: as ``plan_width``, or the target needs more layers removed than ``layer_order`` has.
+        UserError: the aggregation is unknown, or the target removes more layers than ``layer_order`` has.
     """
     parent = scores.shape
     width = plan_width(scores, target.replace(layers=parent.layers), aggregation)
@@ -37,8 +37,8 @@ def plan_joint(
     removed = order[: parent.layers - target.layers]
     if len(removed) < parent.layers - target.layers:
         raise UserError(
-            f"The order of removal has {len(order)} layers, but {parent.layers - target.layers} must go to leave "
-            f"{target.layers}; scan for more."
+            f"The order of removal has {len(order)} layers, but {parent.layers - target.layers} must be removed to "
+            f"leave {target.layers}; scan for more."
         )
     kept = tuple(layer for layer in range(parent.layers) if layer not in removed)
     settings = {**width.provenance["settings"], "removed": list(removed)}

@@ -1,4 +1,4 @@
-"""LLM-Pruner: remove the units without which the loss changes least, by its gradients (2305.11627)."""
+"""LLM-Pruner: remove the units whose removal changes the loss least, estimated from gradients (2305.11627)."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def plan_llm_pruner(
     protect_first: int = 0,
     protect_last: int = 0,
 ) -> Plan:
-    """Keep the KV groups and FFN channels of the largest Taylor importance; nothing makes up for the rest.
+    """Keep the KV groups and FFN channels with the largest Taylor importance, without compensating for the rest.
 
-    Importances are estimates of a change of the loss, so those of different layers may be compared (AL). There a unit
-    counts by its importance per weight: by the sum a KV group, which has hundreds of times the weights of an FFN
-    channel, would never go.
+    Importances estimate a change of the loss, so those of different layers are comparable (AL). AL compares importance
+    per weight: by the sum, a KV group, which has hundreds of times the weights of an FFN channel, would never be
+    removed.
 
     Args:
-        scores: What ``calibrate`` measured, with gradients.
-        ratio: Share of the weights in the decoder layers' matrices that goes; with the published structure, UL-UM,
-            of the FFN channels of every layer that is not protected ``int(n (1 - ratio))`` stay, and of its KV groups
-            go as many as the key channels that are to go fill.
+        scores: Result of ``calibrate`` with gradients.
+        ratio: Share of the weights in the decoder layers' matrices to remove. With the published structure, UL-UM,
+            every unprotected layer keeps ``int(n (1 - ratio))`` of its n FFN channels, and the same share of its key
+            channels decides how many whole KV groups it loses.
         metric: param_first, param_second, param_mix or vectorize (``calibration.taylor.METRICS``).
-        structure: UL-UM, UL-MM, AL-MM or AL-AM (``pruning.unit_counts.STRUCTURES``).
-        remove_groups: KV groups removed per layer, for UL-MM and AL-MM; by default the ratio of them.
-        uniform: Same counts in every layer, so that the result is a plain Llama.
-        ffn_multiple: Multiples in which a layer's FFN channels stay.
-        kv_groups_multiple: Multiples in which its KV groups stay.
-        protect_first: Layers at the input that stay as they are; 4 in the published runs, of 32.
-        protect_last: Layers at the output that stay as they are; 2 in the published runs.
+        structure: UL-UM, UL-MM, AL-MM or AL-AM (``structured.unit_counts.STRUCTURES``).
+        remove_groups: KV groups to remove per layer, for UL-MM and AL-MM; by default the ratio of them.
+        uniform: Keep the same counts in every layer, so that the result is a plain Llama.
+        ffn_multiple: Keep FFN channels of a layer in multiples of this.
+        kv_groups_multiple: Keep KV groups of a layer in multiples of this.
+        protect_first: Layers at the input that are not pruned; 4 of 32 in the published runs.
+        protect_last: Layers at the output that are not pruned; 2 of 32 in the published runs.
 
     Raises:
-        UserError: an argument makes no sense for this model, or the scores were measured without gradients.
+        UserError: an argument is invalid for this model, or the scores were measured without gradients.
     """
     if metric not in METRICS:
         raise UserError(f"Unknown metric {metric!r}; choose {', '.join(METRICS)}.")
@@ -52,7 +52,7 @@ def plan_llm_pruner(
         groups, ffn = (scores.tensors[f"{site}.{metric}"] for site in ("groups", "ffn"))
     except KeyError:
         raise UserError(
-            "These scores were measured without gradients; measure them again by pvs calibrate --gradients."
+            "These scores were measured without gradients; measure them again with pvs calibrate --gradients."
         ) from None
     shape = scores.shape
     rules = UnitRules(
@@ -67,6 +67,6 @@ def plan_llm_pruner(
         protect_last=protect_last,
     )
     if structure.startswith("AL"):
-        # A group has the weights of so many FFN channels.
+        # Importance per weight, relative to an FFN channel: a group has the weights of this many of them.
         groups = groups / (2 * (shape.heads_per_group + 1) * shape.head_dim / 3)
     return plan_units(scores, "llm-pruner", groups, ffn, rules, settings={"metric": metric})

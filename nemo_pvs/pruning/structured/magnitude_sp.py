@@ -22,16 +22,16 @@ def plan_magnitude_sp(
     The scores' activations are not used, so any calibration set will do.
 
     Args:
-        scores: What ``calibrate`` measured.
-        ratio: Share of the weights in the decoder layers' matrices that goes; with the published structure, UL-UM,
-            the share of KV groups and of FFN channels of every layer, each rounded down.
+        scores: Result of ``calibrate``.
+        ratio: Share of the weights in the decoder layers' matrices to remove; with the published structure, UL-UM, the
+            share of KV groups and of FFN channels of every layer, each rounded down.
         structure: UL-UM or UL-MM; scores of different layers are not comparable.
-        remove_groups: KV groups removed per layer, for UL-MM; by default the ratio of them.
-        ffn_multiple: Multiples in which FFN channels stay.
-        kv_groups_multiple: Multiples in which KV groups stay.
+        remove_groups: KV groups to remove per layer, for UL-MM; by default the ratio of them.
+        ffn_multiple: Keep FFN channels in multiples of this.
+        kv_groups_multiple: Keep KV groups in multiples of this.
 
     Raises:
-        UserError: an argument makes no sense for this model, or the scores lack what it needs.
+        UserError: an argument is invalid for this model, or the scores lack a statistic that it needs.
     """
     attention, ffn = (scores.channels(site, "weight_energy").sqrt() for site in ("attention", "ffn"))
     rules = UnitRules(

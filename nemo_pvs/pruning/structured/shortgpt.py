@@ -1,4 +1,4 @@
-"""ShortGPT: the layers that turn their input least go (2403.03853); needs scores only, no further pass."""
+"""ShortGPT: remove the layers that rotate their input least (2403.03853); needs scores only, no further pass."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from nemo_pvs.pruning.structured.depth import layer_plan, unprotected
 def plan_shortgpt(scores: Scores, remove: int, *, protect_first: int = 0, protect_last: int = 0) -> Plan:
     """Remove the layers with the smallest block influence, ``1 - cos(input, output)`` averaged over all tokens.
 
-    The influences are fp32 cosines; llm-pruning-collection takes them in bf16, where middle layers tie.
+    The cosines are computed in fp32; llm-pruning-collection computes them in bf16, where middle layers tie.
 
     Args:
-        scores: What ``calibrate`` measured.
+        scores: Result of ``calibrate``.
         remove: Layers to remove (k), 1 to L - 1.
-        protect_first: Layers at the input that stay in any case.
-        protect_last: Layers at the output that stay in any case.
+        protect_first: Layers at the input that are always kept.
+        protect_last: Layers at the output that are always kept.
 
     Raises:
-        UserError: there is nothing to remove, or too little would be left.
+        UserError: ``remove`` is out of range, or too few layers are unprotected.
     """
     free = unprotected(scores.shape.layers, remove, protect_first, protect_last)
     influence = scores.tensors["block_influence"].tolist()
@@ -34,6 +34,6 @@ def plan_shortgpt(scores: Scores, remove: int, *, protect_first: int = 0, protec
 
 
 def removal_order(scores: Scores) -> Indices:
-    """Return all layers by ascending block influence; of equals the later one goes first."""
+    """Return all layers by ascending block influence; of equal ones the later layer comes first."""
     influence = scores.tensors["block_influence"].tolist()
     return tuple(sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer)))

@@ -1,4 +1,4 @@
-"""Losses of a model without some of its layers, many candidates in one pass that share the layers in front."""
+"""Losses of a model without some of its layers: one pass for many candidates, which share the layers before those."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nemo_pvs.system import ranks
 
 
 class LayerSweep:
-    """One model and one text, swept from the first layer to the last as often as ``losses`` is asked for.
+    """Measures losses of one model on one text; each call of ``losses`` sweeps from the first layer to the last.
 
-    On several ranks (``torch.distributed``) each reads its share of the text, and all get the losses of the whole.
+    With several ranks (``torch.distributed``) each reads its share of the text, and all get the losses on the whole.
 
-    A candidate leaves out a run of neighbouring layers. It shares the whole model's states up to its run, waits there
-    while the run passes, and then moves on with all others: every layer is read once for all candidates, and their
-    losses cost about half of running them one by one.
+    A candidate omits a run of consecutive layers. It shares the whole model's states up to its run, skips the run, and
+    then advances with all others: every layer is loaded once for all candidates, and their losses cost about half as
+    much as running them one by one.
     """
 
     def __init__(
@@ -36,21 +36,21 @@ class LayerSweep:
         memory_limit: int = MEMORY_LIMIT,
         on_forward: Callable[[float], None] | None = None,
     ) -> None:
-        """Prepare; nothing is computed yet.
+        """Prepare without computing anything.
 
         Args:
             source: The dense model.
             tokens: Text to predict.
-            batch_size: Sequences a batch.
-            dtype: Computing type.
+            batch_size: Sequences per batch.
+            dtype: Compute dtype.
             device: Where layers run.
-            memory_limit: Bytes for hidden states, of which there is a copy per candidate; more text than fits is read
+            memory_limit: Bytes for hidden states, of which there is a copy per candidate; text that exceeds it is read
                 in several passes over the layers.
-            on_forward: Called with ``layer_forwards`` after each.
+            on_forward: Called with ``layer_forwards`` after each layer forward.
         """
         self.model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
         self.layer_forwards = 0.0
-        """How often the text (of this rank) went through a decoder layer so far; a part of it counts as its share."""
+        """Passes of this rank's text through a decoder layer so far; a part of the text counts as a fraction."""
         self._ids = ranks.split(tokens.ids)
         self._batch_size = batch_size
         self._on_forward = on_forward
@@ -61,13 +61,13 @@ class LayerSweep:
         """Measure the loss without each of several runs of layers.
 
         Args:
-            layers: The layers that there are, in order: what earlier steps have left.
-            width: Neighbours in ``layers`` that a candidate leaves out.
-            starts: Position in ``layers`` of the first that each candidate leaves out.
+            layers: Indices of the model's remaining layers, in order.
+            width: Consecutive elements of ``layers`` that a candidate omits.
+            starts: For each candidate, the position in ``layers`` of the first layer that it omits.
             whole: Also measure the model of all ``layers``.
 
         Returns:
-            The loss (nats per token) of each candidate by its start, and that of ``layers`` as they are, or None.
+            The loss (nats per token) of each candidate by its start, and the loss of all ``layers``, or None.
 
         Raises:
             UserError: a loss is not finite.
@@ -91,7 +91,7 @@ class LayerSweep:
     def _run(
         self, ids: torch.Tensor, layers: Sequence[int], width: int, starts: list[int], whole: bool, share: float
     ) -> Mapping[int | None, torch.Tensor]:
-        """Return the last hidden states of every candidate, and under None those of the whole model if wanted."""
+        """Return the last hidden states of every candidate by its start, and under None those of the whole model."""
         dense = self.model.embed(ids[:, :-1])
         pruned: dict[int | None, torch.Tensor] = {}
         for position, index in enumerate(layers):

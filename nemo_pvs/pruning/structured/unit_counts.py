@@ -1,7 +1,7 @@
-"""How many KV groups and FFN channels each layer keeps under a ratio, by FLAP's rules (2312.11983).
+"""How many KV groups and FFN channels each layer keeps at a ratio, by FLAP's rules (2312.11983).
 
 A unit is a KV group with its query heads, or an FFN channel (neuron). Ratios are shares of the weights in the matrices
-of the decoder layers (``Shape.matrix_parameters``): norms, biases, embedding and output head do not count.
+of the decoder layers (``Shape.matrix_parameters``), without norms, biases, embedding and output head.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 
 STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
-"""FLAP's names: every layer alike (UL) or all layers compared (AL); the same share of groups and of neurons (UM),
-groups by their own number and neurons by what is left of the budget (MM), or both compared with each other (AM)."""
+"""FLAP's names: uniform over layers (UL) or all layers compared (AL); the same share of groups and of neurons (UM), a
+given number of groups and neurons for the rest of the budget (MM), or groups and neurons compared (AM)."""
 
 # Rounding guard: 0.29 * 100 must not become 28.
 _GUARD = 1e-9
@@ -24,38 +24,39 @@ _GUARD = 1e-9
 
 @dataclass(frozen=True)
 class UnitRules:
-    """How many units stay, whatever their scores."""
+    """How many units to keep, regardless of their scores."""
 
     ratio: float
-    """Share of the weights that goes."""
+    """Share of the weights to remove."""
     structure: str = "UL-UM"
     remove_groups: int | None = None
-    """KV groups removed per layer, in AL-MM on average; by default the ratio of them, rounded down. UL-UM and AL-AM
-    have no such choice."""
+    """KV groups to remove per layer (on average in AL-MM); by default the ratio of them, rounded down. Not for UL-UM
+    and AL-AM."""
     uniform: bool = False
-    """The same counts in every layer, whatever the structure."""
+    """Keep the same counts in every layer, whatever the structure."""
     ffn_multiple: int = 1
-    """FFN channels of each layer stay in multiples of this, rounded to the nearest, and at least one multiple."""
+    """Keep FFN channels of each layer in multiples of this, rounded to the nearest, and at least one multiple."""
     kv_groups_multiple: int = 1
     """The same for KV groups."""
     compat: bool = False
     """Count a KV group as one head of multi-head attention, as FLAP's published script does."""
     round_kept: bool = False
-    """UL-UM rounds down what stays, as LLM-Pruner's code does, and not what goes, as FLAP's does: ``_kept_counts``."""
+    """In UL-UM round down the number of kept units, as LLM-Pruner's code does (``_kept_counts``), not that of removed
+    units, as FLAP's does."""
     protect_first: int = 0
-    """Layers at the input that keep all units. In UL-UM the ratio is that of each other layer, as LLM-Pruner's is;
-    else the others lose more, so that the ratio of all is reached."""
+    """Layers at the input that keep all units. In UL-UM the ratio applies to each other layer, as in LLM-Pruner;
+    otherwise the others lose more, so that the whole model reaches the ratio."""
     protect_last: int = 0
     """The same at the output."""
 
     def within_layers(self, method: str) -> UnitRules:
-        """Return the rules, and raise UserError if they compare layers, which the method's scores do not allow."""
+        """Return the rules; raise UserError if they compare layers, for methods whose scores are not comparable."""
         if self.structure not in {"UL-UM", "UL-MM"}:
             raise UserError(f"The scores of {method} are not comparable between layers; choose UL-UM or UL-MM.")
         return self
 
     def check(self, shape: Shape) -> None:
-        """Raise UserError unless the rules make sense for a model."""
+        """Raise UserError unless the rules are valid for a model."""
         if self.structure not in STRUCTURES:
             raise UserError(f"Unknown structure {self.structure!r}; choose {', '.join(STRUCTURES)}.")
         if not 0 < self.ratio < 1:
@@ -80,15 +81,15 @@ class UnitRules:
         if min(self.protect_first, self.protect_last) < 0 or protected >= shape.layers:
             raise UserError(f"Cannot protect {protected} of {shape.layers} layers; some must be left to prune.")
         if protected and self.uniform:
-            raise UserError("Protected layers keep their sizes, so all cannot be alike; leave out one of the two.")
+            raise UserError("Protected layers keep their sizes, so not all can be uniform; leave out one of the two.")
         if self.structure != "UL-UM" and self.ratio * shape.layers >= shape.layers - protected:
             raise UserError(
-                f"A ratio of {self.ratio} cannot come out of {shape.layers - protected} of {shape.layers} layers; "
+                f"A ratio of {self.ratio} cannot be removed from {shape.layers - protected} of {shape.layers} layers; "
                 "choose a lower one, or protect fewer."
             )
 
     def of_the_rest(self, shape: Shape) -> tuple[Shape, UnitRules]:
-        """Return the model of the layers that are not protected, and what to reach in it."""
+        """Return the shape of the unprotected layers alone, and the rules that apply to them."""
         rest = shape.layers - self.protect_first - self.protect_last
         share = 1.0 if self.structure == "UL-UM" else shape.layers / rest
         return shape.replace(layers=rest), replace(self, ratio=self.ratio * share, protect_first=0, protect_last=0)
@@ -96,23 +97,23 @@ class UnitRules:
 
 @dataclass(frozen=True)
 class _Budget:
-    """The weights that may go, in neurons: a neuron is a row of gate and of up and a column of down, 3 d weights."""
+    """Weights to remove, in neurons: a neuron is a row of gate and of up and a column of down, 3 d weights."""
 
     shape: Shape
     rules: UnitRules
 
     @property
     def group(self) -> float:
-        """The weight of a KV group: (2 g + 2) h / 3 neurons; in compat 512 / 3 for h = 128, cut to a whole number."""
+        """Weights of a KV group in neurons: (2 g + 2) h / 3; in compat ``4 h / 3``, rounded down."""
         shape = self.shape
         if self.rules.compat:
             return 4 * shape.head_dim // 3
         return (2 * shape.heads_per_group + 2) * shape.head_dim / 3
 
     def neurons(self, groups: int) -> float:
-        """Return how many neurons must go in all layers besides so many groups."""
+        """Return how many neurons to remove from all layers together in addition to ``groups`` KV groups."""
         shape, ratio = self.shape, self.rules.ratio
-        if self.rules.compat:  # attention of 4 d^2 weights a layer, of which a query head has 4 d h
+        if self.rules.compat:  # attention with 4 d^2 weights per layer, of which a query head has 4 d h
             weights = shape.layers * shape.hidden * (3 * shape.ffn + 4 * shape.hidden)
             groups_weights = 4 * shape.hidden * shape.head_dim * shape.heads_per_group * groups
             return (ratio * weights - groups_weights) / (3 * shape.hidden)
@@ -125,13 +126,13 @@ def unit_counts(
     """Return how many KV groups and how many neurons each layer keeps.
 
     Args:
-        groups: Score of each KV group [L, G]; where layers are compared, comparable ones.
+        groups: Score of each KV group [L, G]; comparable between layers if the structure compares them.
         ffn: Score of each neuron [L, f].
-        shape: The parent, even.
-        rules: What to reach.
+        shape: The parent's shape, with even layers.
+        rules: How many units to keep.
 
     Raises:
-        UserError: the rules make no sense for this model, or leave a layer without groups or neurons.
+        UserError: the rules are invalid for this model, or leave a layer without groups or neurons.
     """
     rules.check(shape)
     budget = _Budget(*rules.of_the_rest(shape))
@@ -145,7 +146,7 @@ def unit_counts(
 
 
 def _counts(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[list[int], list[int]]:
-    """Return how many groups and neurons each layer keeps before any rounding to multiples."""
+    """Return how many groups and neurons each layer keeps, before rounding to multiples."""
     rules, shape = budget.rules, budget.shape
     layers = shape.layers
     if rules.structure == "AL-AM":
@@ -170,8 +171,8 @@ def _counts(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[l
 def _kept_counts(shape: Shape, rules: UnitRules) -> tuple[int, int]:
     """Return how many groups and neurons of a layer LLM-Pruner's code keeps (``prune_local`` of its MetaPruner).
 
-    Of n channels ``int(n (1 - ratio))`` stay, in Python's floats and without a guard: of 100 at a ratio of 0.34 these
-    are 65. Keys are counted by channel, too, and a group goes for every ``head_dim`` of them that are to go.
+    Of n channels it keeps ``int(n (1 - ratio))``, in Python's floats without a guard: 65 of 100 at a ratio of 0.34.
+    Key channels are counted in the same way, and a group is removed for every ``head_dim`` of them to remove.
     """
     keys = shape.kv_groups * shape.head_dim
     due = keys - int(keys * (1 - rules.ratio))
@@ -179,7 +180,7 @@ def _kept_counts(shape: Shape, rules: UnitRules) -> tuple[int, int]:
 
 
 def _groups(budget: _Budget, layers: int) -> int:
-    """Return how many KV groups go from so many layers together."""
+    """Return how many KV groups to remove from ``layers`` layers together."""
     rules, groups = budget.rules, budget.shape.kv_groups
     if rules.remove_groups is not None:
         return rules.remove_groups * layers
@@ -187,7 +188,7 @@ def _groups(budget: _Budget, layers: int) -> int:
 
 
 def _neurons(budget: _Budget, groups: int, parts: int) -> int:
-    """Return how many neurons go besides so many groups, in each of equal parts."""
+    """Return how many neurons to remove from each of ``parts`` equal parts, if ``groups`` groups are also removed."""
     neurons = int(budget.neurons(groups) / parts + _GUARD)
     available = budget.shape.ffn * budget.shape.layers // parts
     if not 0 <= neurons < available:
@@ -199,7 +200,7 @@ def _neurons(budget: _Budget, groups: int, parts: int) -> int:
 
 
 def _best_overall(scores: torch.Tensor, count: int, at_least: int) -> list[int]:
-    """Return how many of the ``count`` best of all units [L, n] each layer has; its own best ones always stay."""
+    """Return how many of the ``count`` best of all units [L, n] are in each layer, at least ``at_least`` in each."""
     _check_room(count, at_least * len(scores))
     protected = _protect(scores, at_least)
     order = protected.flatten().sort(descending=True, stable=True).indices[:count]
@@ -207,9 +208,9 @@ def _best_overall(scores: torch.Tensor, count: int, at_least: int) -> list[int]:
 
 
 def _compare_all(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[list[int], list[int]]:
-    """Rank groups and neurons in one list, and keep from its head what comes nearest to the weight that stays.
+    """Rank groups and neurons together, and keep the best ones whose total weight is nearest to what the ratio leaves.
 
-    The published script then drops the last of these, whose score is its threshold; so does compat.
+    The published script, and so compat, then drops the last of these, whose score is its threshold.
     """
     rules, layers = budget.rules, budget.shape.layers
     floors = (rules.kv_groups_multiple, rules.ffn_multiple)
@@ -230,18 +231,18 @@ def _compare_all(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tu
 
 
 def _protect(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return scores [L, n] with the ``count`` best of each layer at infinity."""
+    """Return scores [L, n] with the ``count`` best of each layer set to infinity."""
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return scores.scatter(1, best, torch.inf)
 
 
 def _check_room(count: int, needed: int) -> None:
     if count < needed:
-        raise UserError("The ratio leaves less than the smallest layer possible in every layer; choose a lower one.")
+        raise UserError("The ratio leaves every layer less than the smallest possible size; choose a lower one.")
 
 
 def _settle(groups: list[int], ffn: list[int], budget: _Budget) -> tuple[list[int], list[int]]:
-    """Round the counts to multiples, or to equal ones; neurons make up for what groups gain or lose by it."""
+    """Round the counts to multiples, or to equal counts; neurons absorb the rounding error of groups."""
     rules, shape = budget.rules, budget.shape
     even = rules.uniform or rules.structure.startswith("UL")
     settled = _round(groups, sum(groups), rules.kv_groups_multiple, shape.kv_groups, even)
@@ -255,7 +256,7 @@ def _settle(groups: list[int], ffn: list[int], budget: _Budget) -> tuple[list[in
 def _round(counts: Sequence[int], total: float, multiple: int, most: int, even: bool) -> list[int]:
     """Return multiples near ``counts``, at least one multiple and at most ``most`` each, with a sum near ``total``.
 
-    Shares are rounded down, and the largest remainders up (the method of Hamilton) until the total is reached.
+    Shares are rounded down, and those with the largest remainders up until the total is reached (Hamilton's method).
     """
     layers, largest = len(counts), most // multiple
     if even:

@@ -1,8 +1,8 @@
-"""What FLAP, Wanda-sp, magnitude-sp and LLM-Pruner share: from scores of channels to a plan that keeps whole units."""
+"""Shared by FLAP, Wanda-sp, magnitude-sp and LLM-Pruner: from scores of channels to a plan that keeps whole units."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.model.shape import LayerSizes
 from nemo_pvs.pruning.input_means import FEATURES, InputMeans
-from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.plan import Indices, Plan
 from nemo_pvs.pruning.structured.unit_counts import UnitRules, unit_counts
 from nemo_pvs.pruning.structured.width import most_important
 
@@ -26,28 +26,25 @@ def plan_units(
     bias: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Keep the best units of every layer; exact counts, of equals the lower index.
+    """Keep the best units of every layer; counts are exact, and ties go to the lower index.
 
     Args:
-        scores: Where the channel scores come from; gives the model, and the means for the biases.
+        scores: Where the channel scores come from; identifies the model and has the means for the biases.
         method: Name of the method.
-        attention: Score of each KV group [L, G], or of each input channel of ``o_proj`` [L, H*h], whose mean over a
-            group's channels is the group's.
+        attention: Score of each KV group [L, G], or of each input channel of ``o_proj`` [L, H*h], averaged over a
+            group's channels.
         ffn: Score of each input channel of ``down_proj`` [L, f].
-        rules: How many units stay.
-        bias: Make up for the mean contribution of what goes.
-        settings: Of the method, for the plan's provenance.
+        rules: How many units to keep.
+        bias: Compensate for the mean contribution of removed units.
+        settings: The method's settings, for the plan's provenance.
 
     Raises:
-        UserError: the rules make no sense for this model, or leave a layer without groups or neurons.
+        UserError: the rules are invalid for this model, or leave a layer without groups or neurons.
     """
     parent = scores.shape
     groups = attention.unflatten(1, (parent.kv_groups, -1)).mean(dim=2)
     counts = unit_counts(groups, ffn, parent, rules)
-    keep_groups, keep_ffn = (
-        tuple(most_important(row, count) for row, count in zip(rows, kept, strict=True))
-        for rows, kept in zip((groups, ffn), counts, strict=True)
-    )
+    keep_groups, keep_ffn = _best(groups, counts[0]), _best(ffn, counts[1])
     target = parent.with_layers(
         LayerSizes(neurons, kept * parent.heads_per_group, kept) for kept, neurons in zip(*counts, strict=True)
     )
@@ -69,18 +66,24 @@ def plan_units(
     return _with_biases(plan, scores) if bias else plan
 
 
+def _best(scores: torch.Tensor, counts: Sequence[int]) -> tuple[Indices, ...]:
+    """Return the indices of the best units of each layer, given scores [L, n] and the number to keep [L]."""
+    return tuple(most_important(row, count) for row, count in zip(scores, counts, strict=True))
+
+
 def standardised(scores: torch.Tensor) -> torch.Tensor:
-    """Return scores [L, n] with mean 0 and unbiased variance 1 in each layer; equal scores become 0."""
+    """Return scores [L, n] scaled to mean 0 and unbiased variance 1 in each layer; equal scores become 0."""
     centred = scores - scores.mean(dim=1, keepdim=True)
     deviation = centred.square().sum(dim=1, keepdim=True).div(max(1, scores.shape[1] - 1)).sqrt()
     return torch.where(deviation > 0, centred / deviation, torch.zeros_like(centred))
 
 
 def _with_biases(plan: Plan, scores: Scores) -> Plan:
-    """Return the plan with biases that make up for the mean of what it removes."""
-    query, ffn = (
-        [row[list(plan.removed(axis, layer))] for layer, row in enumerate(scores.channels(site, "mean"))]
-        for site, axis in (("attention", "query"), ("ffn", "ffn"))
-    )
+    """Return the plan with biases that compensate for the mean contribution of what it removes."""
+    query, ffn = [], []
+    means = zip(scores.channels("attention", "mean"), scores.channels("ffn", "mean"), strict=True)
+    for layer, (query_means, ffn_means) in enumerate(means):
+        query.append(query_means[list(plan.removed("query", layer))])
+        ffn.append(ffn_means[list(plan.removed("ffn", layer))])
     features = tuple(sorted({*plan.target.features, *FEATURES}))
     return replace(plan, target=plan.target.replace(features=features), input_means=InputMeans.of(query, ffn))

@@ -18,22 +18,22 @@ def plan_wanda_sp(
     ffn_multiple: int = 1,
     kv_groups_multiple: int = 1,
 ) -> Plan:
-    """Keep the units whose channels have the largest ``mean_i |W_ij| sqrt(sum x_j^2)``; no bias makes up for the rest.
+    """Keep the units whose channels have the largest ``mean_i |W_ij| sqrt(sum x_j^2)``, without compensating biases.
 
     All inputs are those of the dense model, so that one calibration serves every ratio. The published script (in
-    CASIA-IVA-Lab/FLAP) measures each layer behind pruned ones instead, anew for each ratio.
+    CASIA-IVA-Lab/FLAP) instead measures each layer after pruned ones, again for each ratio.
 
     Args:
-        scores: What ``calibrate`` measured.
-        ratio: Share of the weights in the decoder layers' matrices that goes; with the published structure, UL-UM,
-            the share of KV groups and of FFN channels of every layer, each rounded down.
+        scores: Result of ``calibrate``.
+        ratio: Share of the weights in the decoder layers' matrices to remove; with the published structure, UL-UM, the
+            share of KV groups and of FFN channels of every layer, each rounded down.
         structure: UL-UM or UL-MM; scores of different layers are not comparable.
-        remove_groups: KV groups removed per layer, for UL-MM; by default the ratio of them.
-        ffn_multiple: Multiples in which FFN channels stay.
-        kv_groups_multiple: Multiples in which KV groups stay.
+        remove_groups: KV groups to remove per layer, for UL-MM; by default the ratio of them.
+        ffn_multiple: Keep FFN channels in multiples of this.
+        kv_groups_multiple: Keep KV groups in multiples of this.
 
     Raises:
-        UserError: an argument makes no sense for this model, or the scores lack what it needs.
+        UserError: an argument is invalid for this model, or the scores lack a statistic that it needs.
     """
     attention, ffn = (channel_scores(scores, site, "WIFN") for site in ("attention", "ffn"))
     rules = UnitRules(

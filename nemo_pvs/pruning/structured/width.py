@@ -1,4 +1,4 @@
-"""Width pruning: the most active hidden channels, FFN channels and KV groups stay (Minitron, 2407.14679)."""
+"""Width pruning: keep the most active hidden channels, FFN channels and KV groups (Minitron, 2407.14679)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nemo_pvs.pruning.plan import Indices, Plan
 
 
 def plan_width(scores: Scores, target: Shape, aggregation: str = "energy") -> Plan:
-    """Choose what stays of every layer.
+    """Choose the channels and KV groups to keep.
 
     Hidden channels are chosen once for the whole model, FFN channels and KV groups layer by layer; a group's
-    importance is the sum over its query heads, which follow it. Exact counts; of equals the lower index stays. Kept
-    units stay in their original order, which computes the same function as the order of importance that
+    importance is the sum over its query heads, which are kept with it. Counts are exact, and ties go to the lower
+    index. Kept units stay in their original order, which computes the same function as the order of importance that
     llm-pruning-collection and ModelOpt use, and keeps checkpoints comparable.
 
     Args:
-        scores: What ``calibrate`` measured.
-        target: The Shape to reach; its layers are the parent's.
+        scores: Result of ``calibrate``.
+        target: The Shape to reach, with as many layers as the parent.
         aggregation: ``energy`` (llm-pruning-collection, the paper's runs) or ``meanabs_l2`` (ModelOpt).
 
     Raises:
@@ -33,7 +33,7 @@ def plan_width(scores: Scores, target: Shape, aggregation: str = "energy") -> Pl
     if target.layers != parent.layers:
         raise UserError(
             f"Width pruning keeps all {parent.layers} layers, but the target has {target.layers}; "
-            "remove layers with depth pruning, as a step of its own."
+            "remove layers with depth pruning in a separate step."
         )
     hidden = scores.tensors[f"hidden.{aggregation}"]
     ffn = scores.tensors[f"ffn.{aggregation}"]

@@ -1,1 +1,1 @@
-"""Runs side by side: whether they may be compared, their gaps and curves."""
+"""Runs side by side: whether they are comparable, their gaps and curves."""

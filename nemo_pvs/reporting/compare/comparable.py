@@ -1,4 +1,4 @@
-"""Whether finished runs may be compared: what they must share, and the field in which they do not."""
+"""Check whether finished runs are comparable, and name the fields in which they differ."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
 
 
 def differences_of(runs: Sequence[Run]) -> list[str]:
-    """Return a clause for every field in which a run must not differ from the first that says something of it."""
-    found = []
-    said: dict[tuple[str, str], tuple[Run, Any]] = {}
+    """Return a clause for every field in which a run differs from the first run that records it, but must not."""
+    differences = []
+    recorded: dict[tuple[str, str], tuple[Run, Any]] = {}
     for run in runs:
         for field, value in _fields(run.results).items():
-            first, one = said.setdefault(field, (run, value)) if value is not None else (run, value)
-            if one != value:
+            first, expected = recorded.setdefault(field, (run, value)) if value is not None else (run, value)
+            if expected != value:
                 what, name = field
-                found.append(
-                    f"{what} differs, {name} is {_short(one)} in {first.label} and {_short(value)} in {run.label}"
+                differences.append(
+                    f"{what} differs, {name} is {_short(expected)} in {first.label} and {_short(value)} in {run.label}"
                 )
     recipes: dict[str, list[Run]] = {}
     for run in runs:
         recipes.setdefault(run.identity, []).append(run)
-    ours, *others = recipes.values()
-    if theirs := next((group for group in others if _seeds(group) != _seeds(ours)), None):
-        found.append(
-            f"data order differs, its seed is {_listed(ours)} and {_listed(theirs)}, and they are not one recipe "
-            "repeated with the same seeds"
+    first_group, *others = recipes.values()
+    if other := next((group for group in others if _seeds(group) != _seeds(first_group)), None):
+        differences.append(
+            f"data order differs, its seed is {_listed(first_group)} and {_listed(other)}, and they are not one "
+            "recipe repeated with the same seeds"
         )
-    return found
+    return differences
 
 
 def _seeds(runs: Sequence[Run]) -> set[Any]:
@@ -44,7 +44,7 @@ def _listed(runs: Sequence[Run]) -> str:
 
 
 def _fields(results: Results) -> dict[tuple[str, str], Any]:
-    """Return what two runs must share, by kind and name; None where a run does not say."""
+    """Return what runs must have in common, by kind and name; None if a run does not record it."""
     recipe, hashes = results.recipe, results.hashes
     order = ("train.sequence_length", "train.global_batch_size", "data.seed", "data.token_ranges")
     windows = ("train.validation_samples", "train.sequence_length")

@@ -1,4 +1,4 @@
-"""Several finished runs side by side: whether they may be compared, seeds as repetitions, arms that are missing."""
+"""Put several finished runs side by side: check that they are comparable, and average over seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_pvs.reporting.results import ArmResult, Point, Results
 
 RESULTS = "results.json"
 EVALUATIONS = ("tasks", "evaluation")
-"""Folders in a run folder with scores of its models: what the recipe asked for, and what ``pvs evaluate`` measured."""
+"""Folders in a run folder with scores of its models: those of the recipe's tasks, and those of ``pvs evaluate``."""
 
 
 def read_runs(folders: Sequence[str], evaluations: Sequence[str] = ()) -> list[Run]:
@@ -32,29 +32,27 @@ def read_runs(folders: Sequence[str], evaluations: Sequence[str] = ()) -> list[R
             raise UserError(f"{path} is given twice; give each run once.")
     runs = []
     for path in paths:
-        own = [path / name for name in EVALUATIONS if (path / name / RESULTS).is_file()]
-        places = [*own, *map(Path, evaluations)]
+        in_run = [path / name for name in EVALUATIONS if (path / name / RESULTS).is_file()]
         scores: TaskScores = {}
-        for place in places:
-            for model, measured in read_scores(place).items():
+        for folder in [*in_run, *map(Path, evaluations)]:
+            for model, measured in read_scores(folder).items():
                 scores.setdefault(model, {}).update(measured)
         runs.append(Run(str(path), Results.load(path / RESULTS), scores))
     return runs
 
 
 def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
-    """Put runs side by side: repetitions with other seeds become means, equal targets one panel.
+    """Put runs side by side: repetitions with other seeds are averaged, and equal targets share a panel.
 
-    Arms of one target in different runs stand together, so that pruned and scratch may be separate runs; where two
-    runs have the same arm of it, the target of the later carries the name of its run.
+    Arms of one target in different runs are compared, so that pruned and scratch may be separate runs; if two runs
+    have the same arm of a target, the target of the later run gets the run's name.
 
     Args:
-        runs: at least one.
-        force: put runs together that are not comparable, and say so.
+        runs: At least one run.
+        force: Accept runs that are not comparable, and record their differences.
 
     Raises:
-        UserError: they are not comparable (the field that differs is named), or one is the repetition of another
-            with the same seed.
+        UserError: they are not comparable (names a field that differs), or one repeats another with the same seed.
     """
     differences = differences_of(runs)
     if differences and not force:
@@ -64,7 +62,8 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
         groups.setdefault(run.identity, []).append(run)
     for group in groups.values():
         for run, other in pairwise(group):
-            if (run.seed, run.data_seed) in [(one.seed, one.data_seed) for one in group if one is not run]:
+            others = [(repetition.seed, repetition.data_seed) for repetition in group if repetition is not run]
+            if (run.seed, run.data_seed) in others:
                 raise UserError(
                     f"{run.label} and {other.label} are one recipe with one seed ({run.seed}), so no spread can come "
                     "from them; give one of them, or run it with another train.seed."
@@ -72,9 +71,9 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
     arms: list[ArmResult] = []
     repetitions: dict[str, list[tuple[Run, ArmResult]]] = {}
     for group in groups.values():
-        for arm, found in _arms_of(group, {_slot(arm) for arm in arms}, {arm.name for arm in arms}):
+        for arm, repeated in _arms_of(group, {_slot(arm) for arm in arms}, {arm.name for arm in arms}):
             arms.append(arm)
-            repetitions[arm.name] = found
+            repetitions[arm.name] = repeated
     first = runs[0].results
     titles = list(dict.fromkeys(run.results.title for run in runs))
     parent = next((run.results.parent for run in runs if run.results.parent), None)
@@ -86,21 +85,21 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
 def _arms_of(
     group: list[Run], taken: set[tuple[Any, ...]], names: set[str]
 ) -> list[tuple[ArmResult, list[tuple[Run, ArmResult]]]]:
-    """Return the arms of runs that differ in their seed, and what each is the mean of."""
+    """Return the arms of runs that differ only in their seeds, each with the arms that it is the mean of."""
     collected: dict[str, list[tuple[Run, ArmResult]]] = {}
     for run in group:
         for arm in run.results.arms:
             collected.setdefault(arm.name, []).append((run, arm))
-    clashing = {found[0][1].target for found in collected.values() if _slot(found[0][1]) in taken}
+    clashing = {repeated[0][1].target for repeated in collected.values() if _slot(repeated[0][1]) in taken}
     arms = []
-    for name, found in collected.items():
-        arm = _mean([one for _, one in found])
+    for name, repeated in collected.items():
+        arm = _mean([arm for _, arm in repeated])
         if arm.target in clashing or name in names:
             label = group[0].label
             arm = replace(arm, name=f"{name} ({label})")
             if arm.target in clashing:
                 arm = replace(arm, target=f"{arm.target} ({label})")
-        arms.append((arm, found))
+        arms.append((arm, repeated))
     return arms
 
 
@@ -109,7 +108,7 @@ def _slot(arm: ArmResult) -> tuple[Any, ...]:
 
 
 def _mean(arms: list[ArmResult]) -> ArmResult:
-    """Return the mean of repetitions, at the token counts that all of them have."""
+    """Return the mean of repetitions, at the token counts that they have in common."""
     if len(arms) == 1:
         return arms[0]
     return replace(

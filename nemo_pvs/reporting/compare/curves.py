@@ -1,4 +1,4 @@
-"""Arms of a report that were trained elsewhere: their curves come from training logs."""
+"""Take the curves of arms that were trained elsewhere from training logs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 def take_curves(runs: Sequence[Run], curves: Sequence[str]) -> None:
-    """Replace validation curves by what training logs say, for arms that were trained elsewhere.
+    """Replace validation curves by those in training logs, for arms that were trained elsewhere.
 
-    The loss before training stays; the log's hash joins those of the run.
+    The loss before training is kept; the log's hash is added to the run's hashes.
 
     Args:
-        runs: Some runs.
-        curves: ``ARM=LOG`` each, the arm as the report calls it (``width, pruned``), or ``RUN: ARM`` where several
-            runs have one of that name; for LOG see ``training_log.validation_losses``.
+        runs: The runs; changed in place.
+        curves: ``ARM=LOG`` each, with the arm's name in the report (``width, pruned``), or ``RUN: ARM`` if several
+            runs have an arm of that name; LOG is the argument of ``training_log.validation_losses``.
 
     Raises:
         UserError: there is no such arm, or the log cannot be that of its run.
     """
     for text in curves:
         wanted, _, log = text.rpartition("=")
-        named = [
-            (run, arm) for run in runs for arm in run.results.arms if wanted in (arm.name, f"{run.label}: {arm.name}")
-        ]
+        named = []
+        for run in runs:
+            named += [(run, arm) for arm in run.results.arms if wanted in (arm.name, f"{run.label}: {arm.name}")]
         if len(named) != 1:
             known = ", ".join(f"'{run.label}: {arm.name}'" for run in runs for arm in run.results.arms)
             raise UserError(f"--curve {text!r} names {len(named)} arms; write ARM=LOG, with one of {known}.")
@@ -40,7 +40,7 @@ def take_curves(runs: Sequence[Run], curves: Sequence[str]) -> None:
         losses = validation_losses(Path(log))
         size = at(run.results.recipe, "train", "global_batch_size"), at(run.results.recipe, "train", "sequence_length")
         if not all(size):
-            raise UserError(f"{run.label} does not say how many tokens a step has, so {log} cannot be its log.")
+            raise UserError(f"{run.label} does not record how many tokens a step has, so {log} cannot be its log.")
         points = [Point(steps, steps * size[0] * size[1], loss) for steps, loss in losses.items()]
         trained = arm.ledger.training.tokens
         if trained is not None and points[-1].tokens > trained:

@@ -1,4 +1,4 @@
-"""Finished runs, read to be compared."""
+"""Finished runs, and what a report shows of them."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Run:
     """A finished run."""
 
     label: str
-    """For people: its folder."""
+    """Its folder, for display."""
     results: Results
     scores: TaskScores = field(default_factory=dict)
-    """Of its models on tasks, by fingerprint."""
+    """Scores of its models on tasks, by fingerprint."""
 
     @property
     def seed(self) -> Any:
-        """Of the draw of the random weights."""
+        """Seed of the random weights."""
         return at(self.results.recipe, "train", "seed")
 
     @property
     def data_seed(self) -> Any:
-        """Of the order of the training data."""
+        """Seed of the order of the training data."""
         given = at(self.results.recipe, "train", "data_seed")
         return self.seed if given is None else given
 
     @property
     def identity(self) -> str:
-        """Equal for runs that differ in nothing but their seeds.
+        """A hash that is equal for runs that differ only in their seeds.
 
-        A key that is null may as well be absent: an older run does not have the keys that recipes have learned since.
+        Null keys count as absent, because older runs lack keys that recipes have gained since.
         """
         recipe = {key: value for key, value in self.results.recipe.items() if key not in ("name", "title")}
         if isinstance(train := recipe.get("train"), Mapping):
@@ -55,49 +55,53 @@ def _without_nulls(values: Any) -> Any:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """What a report shows: one run, or several whose arms stand side by side."""
+    """The content of a report: one run, or several with their arms side by side."""
 
     results: Results
     """All arms; one that was repeated with several seeds is the mean of its repetitions."""
     runs: tuple[Run, ...]
     repetitions: Mapping[str, Sequence[tuple[Run, ArmResult]]]
-    """What is behind each arm of ``results``, by its name there."""
+    """The runs and arms that each arm of ``results`` is the mean of, by its name there."""
     differences: tuple[str, ...] = ()
-    """What would have made these runs incomparable, had nobody insisted."""
+    """Differences that make these runs incomparable, if the comparison was forced."""
 
     def loss_deviations(self, arm: ArmResult) -> dict[int, float]:
-        """Return the standard deviation of the validation loss over the seeds by tokens; empty for one run."""
-        curves = [{point.tokens: point.loss for point in one.validation} for _, one in self.repetitions[arm.name]]
-        found = {point.tokens: deviation([curve[point.tokens] for curve in curves]) for point in arm.validation}
-        return {tokens: spread for tokens, spread in found.items() if spread is not None}
+        """Return the standard deviation of the validation loss over seeds, by tokens; empty for one run."""
+        curves = [{point.tokens: point.loss for point in run.validation} for _, run in self.repetitions[arm.name]]
+        deviations = {}
+        for point in arm.validation:
+            spread = deviation([curve[point.tokens] for curve in curves])
+            if spread is not None:
+                deviations[point.tokens] = spread
+        return deviations
 
     def final_loss_deviation(self, arm: ArmResult) -> float | None:
         """Return the standard deviation of the last validation loss over the seeds."""
-        found = [one.validation_loss for _, one in self.repetitions[arm.name]]
-        return deviation([value for value in found if value is not None])
+        losses = [repeated.validation_loss for _, repeated in self.repetitions[arm.name]]
+        return deviation([loss for loss in losses if loss is not None])
 
     def gap_deviation(self, arm: ArmResult) -> float | None:
-        """Return the standard deviation of the gap over the seeds, each gap between two arms of one run."""
-        gaps = [run.results.gap(one) for run, one in self.repetitions[arm.name]]
+        """Return the standard deviation over the seeds of the gap between two arms of the same run."""
+        gaps = [run.results.gap(repeated) for run, repeated in self.repetitions[arm.name]]
         return deviation([gap for gap in gaps if gap is not None])
 
     def perplexity_deviation(self, arm: ArmResult) -> float | None:
         """Return the standard deviation over the seeds of the test perplexity after training."""
-        found = [one.test_perplexity_after for _, one in self.repetitions[arm.name]]
-        return deviation([value for value in found if value is not None])
+        perplexities = [repeated.test_perplexity_after for _, repeated in self.repetitions[arm.name]]
+        return deviation([value for value in perplexities if value is not None])
 
     @property
     def seeds(self) -> int:
-        """The most runs that any arm is the mean of."""
+        """The largest number of runs that an arm is the mean of."""
         return max((len(runs) for runs in self.repetitions.values()), default=1)
 
     @property
     def missing(self) -> list[tuple[str, str]]:
-        """Target and initial weights (``pruned``, ``random``) of the arms that a comparison needs and nobody ran.
+        """Target and initial weights (``pruned``, ``random``) of arms that a recipe requests but no run has.
 
-        What no recipe asks for (``arms``) is not among them.
+        Arms that no recipe requests (``arms``) are not included.
         """
-        return [(target, start) for target, start in self._absent if self._asked(target, start)]
+        return [(target, start) for target, start in self._absent if self._requested(target, start)]
 
     @property
     def _absent(self) -> list[tuple[str, str]]:
@@ -111,50 +115,49 @@ class SideBySide:
             if all(arm.initialisation != start for arm in arms)
         ]
 
-    def _asked(self, target: str, start: str) -> bool:
-        """Whether a recipe asks for an arm; of a target that no recipe knows, both are."""
-        asked = [
-            at(run.results.recipe, "targets", target, "arms") or at(run.results.recipe, "arms")
-            for run in self.runs
-            if at(run.results.recipe, "targets", target) is not None
-        ]
-        return not asked or any(arms is None or start in arms for arms in asked)
+    def _requested(self, target: str, start: str) -> bool:
+        """Whether a recipe requests an arm; true if no recipe has the target."""
+        requests = []
+        for run in self.runs:
+            if at(run.results.recipe, "targets", target) is not None:
+                requests.append(at(run.results.recipe, "targets", target, "arms") or at(run.results.recipe, "arms"))
+        return not requests or any(arms is None or start in arms for arms in requests)
 
     def _method(self, target: str) -> Any:
-        return next(
-            (found for run in self.runs if (found := at(run.results.recipe, "targets", target, "method"))), None
-        )
+        methods = [at(run.results.recipe, "targets", target, "method") for run in self.runs]
+        return next(filter(None, methods), None)
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences on what a reader must know before believing the numbers."""
-        found = [
-            f"These runs are not comparable, and were put together all the same: {one}." for one in self.differences
-        ]
+        """Caveats that a reader must know, one sentence each."""
+        warnings = []
+        for difference in self.differences:
+            warnings.append(f"These runs are not comparable, and were put together all the same: {difference}.")
         for start, words in (("pruned", "the pruned parent"), ("random", "random weights")):
-            gone = [target for target, one in self.missing if one == start]
-            if gone:
-                many = "arms" if len(gone) > 1 else "arm"
-                be, it = ("are", "them") if len(gone) > 1 else ("is", "it")
-                found.append(f"The {many} from {words} on {_and(gone)} {be} missing: nothing is known of {it}.")
-            unasked = [target for target, one in self._absent if one == start and (target, one) not in self.missing]
-            if unasked:
-                found.append(f"No arm from {words} was asked for on {_and(unasked)}, so there is no gap.")
+            missing = [target for target, weights in self.missing if weights == start]
+            if missing:
+                many = "arms" if len(missing) > 1 else "arm"
+                be, it = ("are", "them") if len(missing) > 1 else ("is", "it")
+                warnings.append(f"The {many} from {words} on {_and(missing)} {be} missing: nothing is known of {it}.")
+            absent = [target for target, weights in self._absent if weights == start]
+            unrequested = [target for target in absent if target not in missing]
+            if unrequested:
+                warnings.append(f"No arm from {words} was asked for on {_and(unrequested)}, so there is no gap.")
         for arm in self.results.arms:
             alone = arm.initialisation == "pruned" and not self.results.comparisons(arm)
             if alone and (arm.target, "random") not in self._absent and arm.method != DENSE:
-                found.append(f"“{arm.name}” has no counterpart from random weights that cost the same.")
+                warnings.append(f"“{arm.name}” has no counterpart from random weights that cost the same.")
             have = {run.label for run, _ in self.repetitions[arm.name]}
             group = {run.label for run in self.runs if run.identity == self.repetitions[arm.name][0][0].identity}
             if lacking := sorted(group - have):
-                found.append(f"“{arm.name}” is missing in {', '.join(lacking)}; its mean is over the other seeds.")
+                warnings.append(f"“{arm.name}” is missing in {', '.join(lacking)}; its mean is over the other seeds.")
             diverged = next((point for point in arm.validation if not math.isfinite(point.loss)), None)
             if diverged is not None:
-                found.append(
+                warnings.append(
                     f"The validation loss of “{arm.name}” is not a finite number after {diverged.tokens:,} tokens: it "
                     "diverged, and such points are left out of the figures."
                 )
-        return found
+        return warnings
 
 
 def _and(names: Sequence[str]) -> str:

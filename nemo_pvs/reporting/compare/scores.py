@@ -1,4 +1,4 @@
-"""Scores of tasks, as evaluations have written them."""
+"""Read scores on tasks from evaluations."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ class Score:
     documents: int
     higher_is_better: bool | None
     by_document: tuple[float, ...] | None = None
-    """The metric of every question, where it was kept."""
+    """The metric for every question, if it was stored."""
     content: str | None = None
-    """The hash of the questions: two models with equal ones were asked the same, in the same order."""
+    """Identifies the questions: models with equal values were asked the same questions in the same order."""
     cut: str | None = None
-    """How a text was cut into windows, without which a loss means nothing: ``chunks of 8192``; None for questions."""
+    """How a text was split into windows, on which a loss depends: ``chunks of 8192``; None for questions."""
 
 
 TaskScores = dict[str, dict[str, Score]]
-"""By the model's fingerprint and by ``arc_easy/0-shot/acc_norm``."""
+"""Scores by the model's fingerprint and by metric, e.g. ``arc_easy/0-shot/acc_norm``."""
 
 
 def read_scores(folder: Path) -> TaskScores:
-    """Read the folder of ``pvs evaluate``: ``results.json``, and single questions from ``measured/`` where they are.
+    """Read a folder of ``pvs evaluate``: ``results.json``, and single questions from ``measured/`` if stored.
 
-    Of a model that was asked all and only the first so many questions of a task, all count.
+    If a model was evaluated on a task with several limits on the number of questions, the largest limit counts.
 
     Raises:
-        UserError: it holds no evaluation.
+        UserError: the folder holds no evaluation.
     """
     data = read_json(folder / "results.json")
     try:
-        found: TaskScores = {}
+        by_model: TaskScores = {}
         for model in sorted(data["models"], key=lambda model: model["limit"] or math.inf):
-            scores = {name: _score(folder, model, name, about) for name, about in model["measured"].items()}
-            for name in {model["fingerprint"], model.get("earlier_fingerprint", model["fingerprint"])}:
-                found.setdefault(name, {}).update(scores)
-        return found
+            scores = {name: _score(folder, model, name, metric) for name, metric in model["measured"].items()}
+            for fingerprint in {model["fingerprint"], model.get("earlier_fingerprint", model["fingerprint"])}:
+                by_model.setdefault(fingerprint, {}).update(scores)
+        return by_model
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no evaluation ({error!r}); give the --out folder of pvs evaluate.") from None
 
 
-def _score(folder: Path, model: Mapping[str, Any], name: str, about: Mapping[str, Any]) -> Score:
+def _score(folder: Path, model: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> Score:
     plain = Score(
-        about["value"], about["stderr"], about["documents"], about["higher_is_better"], cut=about.get("windows")
+        entry["value"], entry["stderr"], entry["documents"], entry["higher_is_better"], cut=entry.get("windows")
     )
     task, _, metric = name.rpartition("/")
     for file in sorted((folder / "measured" / model["fingerprint"][:16]).glob("*.json")):
-        kept = read_json(file)
-        settings, found = kept["settings"], kept["metrics"].get(metric, {})
-        questions = found.get("by_document")
+        record = read_json(file)
+        settings, measured = record["settings"], record["metrics"].get(metric, {})
+        questions = measured.get("by_document")
         if (
-            kept["name"] == task
+            record["name"] == task
             and settings["model"] == model["fingerprint"]
             and settings.get("limit") == model["limit"]
-            and found.get("value") == plain.value
+            and measured.get("value") == plain.value
             and questions
-            and all(isinstance(one, (int, float)) for one in questions)
+            and all(isinstance(value, (int, float)) for value in questions)
         ):
             content = f"{settings['task']} {settings['limit']}"
             return replace(plain, by_document=tuple(map(float, questions)), content=content)

@@ -1,4 +1,4 @@
-"""Pruned and scratch on benchmark tasks: what ``pvs evaluate`` measured of a run's models, and which of it differs."""
+"""Compare pruned and scratch models on benchmark tasks, by the scores of ``pvs evaluate``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from nemo_pvs.reporting.compare.runs import Run, SideBySide
 
 SURE = 2.0
-"""A difference counts if it exceeds so many of its standard errors: a level of about 5 %."""
+"""A difference is significant if it exceeds this many of its standard errors: a level of about 5 %."""
 AVERAGE = "average"
 _ACCURACIES = ("acc_norm", "acc")
-"""Which metric of a task the average takes, where nobody has named a preset: the first that there is."""
+"""Metrics that the average may use; of each task the first that was measured."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TaskRow:
     def difference(self) -> float | None:
         """Scratch minus pruned (S − P in arXiv 2606.14150, Figure 1).
 
-        None if one of them was not measured, or on windows of another kind.
+        None if one of them was not measured, or both were measured on different windows.
         """
         if self.pruned is None or self.scratch is None or self.pruned.cut != self.scratch.cut:
             return None
@@ -45,32 +45,32 @@ class TaskRow:
 
     @property
     def cut(self) -> str | None:
-        """How the text was cut, both sides' where they differ; None for questions."""
-        cuts = [one.cut for one in (self.pruned, self.scratch) if one is not None and one.cut is not None]
+        """How the text was split into windows, for both models if they differ; None for questions."""
+        cuts = [score.cut for score in (self.pruned, self.scratch) if score is not None and score.cut is not None]
         return " and ".join(dict.fromkeys(cuts)) or None
 
     @property
     def paired(self) -> bool:
         """Whether the difference was taken question by question."""
-        one, other = self.pruned, self.scratch
-        if one is None or other is None or one.by_document is None or other.by_document is None:
+        pruned, scratch = self.pruned, self.scratch
+        if pruned is None or scratch is None or pruned.by_document is None or scratch.by_document is None:
             return False
-        return one.content is not None and one.content == other.content and len(one.by_document) > 1
+        return pruned.content is not None and pruned.content == scratch.content and len(pruned.by_document) > 1
 
     @property
     def stderr(self) -> float | None:
         """The standard error of the difference: of the differences by question, or of two independent scores."""
-        one, other = self.pruned, self.scratch
-        if one is None or other is None or self.difference is None:
+        pruned, scratch = self.pruned, self.scratch
+        if pruned is None or scratch is None or self.difference is None:
             return None
         if self.paired:
-            assert one.by_document is not None
-            assert other.by_document is not None
-            gaps = [theirs - ours for ours, theirs in zip(one.by_document, other.by_document, strict=True)]
-            return statistics.stdev(gaps) / math.sqrt(len(gaps))
-        if one.stderr is None or other.stderr is None:
+            assert pruned.by_document is not None
+            assert scratch.by_document is not None
+            differences = [s - p for p, s in zip(pruned.by_document, scratch.by_document, strict=True)]
+            return statistics.stdev(differences) / math.sqrt(len(differences))
+        if pruned.stderr is None or scratch.stderr is None:
             return None
-        return math.hypot(one.stderr, other.stderr)
+        return math.hypot(pruned.stderr, scratch.stderr)
 
     @property
     def winner(self) -> str:
@@ -96,14 +96,14 @@ class AverageRow(TaskRow):
 
     @property
     def stderr(self) -> float | None:
-        """Of the mean of the tasks' differences, which are independent of each other."""
+        """The standard error of the mean of the tasks' differences, taken as independent."""
         errors = [row.stderr for row in self.rows]
         known = [error for error in errors if error is not None]
         return math.hypot(*known) / len(errors) if len(known) == len(errors) else None
 
 
 def task_rows(runs: SideBySide) -> list[TaskRow]:
-    """Return a row for every pruned arm and metric; seeds are averaged, what was not measured is None.
+    """Return one row per pruned arm and metric; seeds are averaged, and scores that were not measured are None.
 
     Empty if no model of these runs was evaluated.
     """
@@ -114,30 +114,25 @@ def task_rows(runs: SideBySide) -> list[TaskRow]:
         if arm.initialisation != "pruned":
             continue
         scratch = results.scratch_of(arm)
-        ours = _scores_of(runs.repetitions[arm.name])
-        theirs = _scores_of(runs.repetitions[scratch.name]) if scratch else {}
-        rows += [
-            TaskRow(
-                task,
-                arm.name,
-                scratch.name if scratch else f"{arm.target}, random (missing)",
-                _if_alike(parent.get(task), ours.get(task) or theirs.get(task)),
-                ours.get(task),
-                theirs.get(task),
+        scratch_name = scratch.name if scratch else f"{arm.target}, random (missing)"
+        pruned_scores = _scores_of(runs.repetitions[arm.name])
+        scratch_scores = _scores_of(runs.repetitions[scratch.name]) if scratch else {}
+        for task in dict.fromkeys([*pruned_scores, *scratch_scores]):
+            ours, theirs = pruned_scores.get(task), scratch_scores.get(task)
+            rows.append(
+                TaskRow(task, arm.name, scratch_name, _if_comparable(parent.get(task), ours or theirs), ours, theirs)
             )
-            for task in dict.fromkeys([*ours, *theirs])
-        ]
     return rows
 
 
-def _if_alike(parent: Score | None, arm: Score | None) -> Score | None:
+def _if_comparable(parent: Score | None, arm: Score | None) -> Score | None:
     return parent if parent is None or arm is None or parent.cut == arm.cut else None
 
 
 def averages(rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """Return the mean accuracy of each pruned arm over the tasks that both sides have; errors of tasks independent.
+    """Return the mean accuracy of each pruned arm and its counterpart over tasks, with errors of tasks independent.
 
-    The tasks of one arm are those of all arms with a counterpart, so that bars of different methods can be compared.
+    The average is over the tasks that all arms with a counterpart have, so that different methods can be compared.
     """
     names = list(dict.fromkeys(row.pruned_name for row in rows))
     complete = {
@@ -148,17 +143,17 @@ def averages(rows: Sequence[TaskRow]) -> list[TaskRow]:
     if not compared:
         return []
     common = [task for task in compared[0] if all(task in tasks for tasks in compared)]
-    chosen = _one_metric_a_task(common)
+    chosen = _one_metric_per_task(common)
     return [_average([tasks[task] for task in chosen]) for tasks in compared if chosen]
 
 
-def _one_metric_a_task(names: Sequence[str]) -> list[str]:
+def _one_metric_per_task(names: Sequence[str]) -> list[str]:
     by_task: dict[str, dict[str, str]] = {}
     for name in names:
         task, _, metric = name.rpartition("/")
         if metric in _ACCURACIES:
             by_task.setdefault(task, {})[metric] = name
-    return [next(found[metric] for metric in _ACCURACIES if metric in found) for found in by_task.values()]
+    return [next(metrics[name] for name in _ACCURACIES if name in metrics) for metrics in by_task.values()]
 
 
 def _average(rows: list[TaskRow]) -> TaskRow:
@@ -180,15 +175,15 @@ def _average(rows: list[TaskRow]) -> TaskRow:
     )
 
 
-def _scores_of(found: Sequence[tuple[Run, ArmResult]]) -> dict[str, Score]:
-    """Return the scores of an arm, the mean over its seeds; a metric that one seed lacks is left out."""
-    measured = [run.scores.get(_fingerprint(run, arm), {}) for run, arm in found]
-    common = [name for name in measured[0] if all(name in one for one in measured)]
-    return {name: _mean_score([one[name] for one in measured], measured[0][name].documents) for name in common}
+def _scores_of(repetitions: Sequence[tuple[Run, ArmResult]]) -> dict[str, Score]:
+    """Return an arm's scores, averaged over its seeds; metrics that a seed lacks are omitted."""
+    by_seed = [run.scores.get(_fingerprint(run, arm), {}) for run, arm in repetitions]
+    common = [name for name in by_seed[0] if all(name in scores for scores in by_seed)]
+    return {name: _mean_score([scores[name] for scores in by_seed], by_seed[0][name].documents) for name in common}
 
 
 def _fingerprint(run: Run, arm: ArmResult) -> str:
-    """Return the hash of an arm's trained model, which ``Results.hashes`` keeps by the arm's name in its recipe."""
+    """Return the hash of an arm's trained model, stored in ``Results.hashes`` under the arm's name in its recipe."""
     hashes = {_plain(name): value for name, value in run.results.hashes.items()}
     return hashes.get(_plain(f"model {arm.name}"), "")
 

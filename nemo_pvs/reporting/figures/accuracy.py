@@ -1,4 +1,4 @@
-"""Average accuracy of pruned and scratch as pairs of bars, S − P above each (Figure 1 right of arXiv 2606.14150)."""
+"""Average accuracy of pruned and scratch as pairs of bars with S − P (as in Figure 1 right of arXiv 2606.14150)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ _WIDTH = 0.36
 
 
 def accuracy_figure(rows: Sequence[TaskRow]) -> str:
-    """Draw what ``compare_tasks.averages`` returned; bars carry their standard errors, scratch is hatched.
+    """Draw the averages as bars with their standard errors, scratch hatched.
+
+    Args:
+        rows: Rows that ``compare.tasks.averages`` returned.
 
     Returns:
-        An ``<svg>`` element; empty if there is nothing to draw.
+        An ``<svg>`` element; empty if there are no rows.
     """
     if not rows:
         return ""
@@ -26,14 +29,14 @@ def accuracy_figure(rows: Sequence[TaskRow]) -> str:
         figure = Figure(figsize=(max(4.0, 1.3 + 1.5 * len(rows)), 3.9), layout="constrained")
         axes = figure.subplots()
         top = 0.0
-        for place, row in enumerate(rows):
+        for position, row in enumerate(rows):
             assert row.pruned is not None
             assert row.scratch is not None
             assert row.difference is not None
             sides = ((row.pruned, -1, PRUNED[0], ""), (row.scratch, 1, SCRATCH, "///"))
             for score, side, colour, hatch in sides:
                 axes.bar(
-                    place + side * _WIDTH / 2,
+                    position + side * _WIDTH / 2,
                     100 * score.value,
                     _WIDTH,
                     yerr=None if score.stderr is None else 100 * score.stderr,
@@ -42,13 +45,13 @@ def accuracy_figure(rows: Sequence[TaskRow]) -> str:
                     ecolor=TEXT,
                     hatch=hatch,
                     capsize=4,
-                    label=("pruned" if side < 0 else "random weights") if place == 0 else None,
+                    label=("pruned" if side < 0 else "random weights") if position == 0 else None,
                 )
             height = 100 * max(score.value + (score.stderr or 0) for score in (row.pruned, row.scratch))
             top = max(top, height)
             axes.annotate(
                 f"S − P {fixed(100 * row.difference, 1, signed=True)}",
-                (place, height),
+                (position, height),
                 (0, 4),
                 textcoords="offset points",
                 ha="center",
@@ -72,5 +75,5 @@ def accuracy_figure(rows: Sequence[TaskRow]) -> str:
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.legend(loc="upper right", ncols=2, frameon=False, fontsize=9, labelcolor=TEXT)
-        said = "; ".join(f"{row.pruned_name}: {fixed(100 * (row.difference or 0), 1, signed=True)}" for row in rows)
-        return to_svg(figure, f"Average accuracy, scratch minus pruned in points: {said}.", prefix="accuracy")
+        values = "; ".join(f"{row.pruned_name}: {fixed(100 * (row.difference or 0), 1, signed=True)}" for row in rows)
+        return to_svg(figure, f"Average accuracy, scratch minus pruned in points: {values}.", prefix="accuracy")

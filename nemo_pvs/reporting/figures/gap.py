@@ -1,4 +1,4 @@
-"""The gap between scratch and pruned, in two figures: against training tokens, and against what was removed."""
+"""Two figures of the gap between scratch and pruned: against training tokens, and against the share removed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ _PUBLISHED_MARKERS = ("X", "*")
 
 
 def gap_curve(results: Results, arm: ArmResult) -> list[tuple[int, float]]:
-    """Return training tokens and the gap, in nats per token, wherever both were measured and are finite numbers."""
+    """Return training tokens and the gap (nats per token) wherever both losses were measured and are finite."""
     scratch = results.scratch_of(arm)
     if scratch is None:
         return []
-    losses = {point.tokens: point.loss for point in scratch.validation}
-    ours = {point.tokens: point.loss for point in arm.validation}
-    gaps = ((tokens, losses[tokens] - loss) for tokens, loss in sorted(ours.items()) if tokens and tokens in losses)
-    return [(tokens, gap) for tokens, gap in gaps if math.isfinite(gap)]
+    scratch_losses = {point.tokens: point.loss for point in scratch.validation}
+    pruned_losses = {point.tokens: point.loss for point in arm.validation}
+    curve = []
+    for tokens, loss in sorted(pruned_losses.items()):
+        if tokens and tokens in scratch_losses:
+            gap = scratch_losses[tokens] - loss
+            if math.isfinite(gap):
+                curve.append((tokens, gap))
+    return curve
 
 
 def removed_share(results: Results, arm: ArmResult) -> float | None:
-    """Return the share of the parent's parameters that an arm does not have; masked weights do not count as had.
+    """Return the share of the parent's parameters that an arm lacks, counting masked weights as removed.
 
-    None where there is no parent.
+    None if there is no parent.
     """
     if results.parent is None:
         return None
@@ -42,28 +47,28 @@ def removed_share(results: Results, arm: ArmResult) -> float | None:
 
 
 def published_gaps() -> dict[str, list[tuple[int, float, float]]]:
-    """Return the paper's gaps by method: training tokens, nats per token, and the share that was removed."""
+    """Return the paper's gaps by method: training tokens, nats per token, and the share removed."""
     paper = published()
 
-    def of(start: str) -> dict[str, PublishedCurve]:
-        return {curve.method: curve for curve in paper.curves if curve.initialisation == start}
+    def curves_from(initialisation: str) -> dict[str, PublishedCurve]:
+        return {curve.method: curve for curve in paper.curves if curve.initialisation == initialisation}
 
-    scratch = of("random")
-    return {
-        f"{method} ({curve.source.split(',')[0]})": [
-            (point.tokens, other.loss - point.loss, 1 - curve.parameters / paper.parent_parameters)
-            for point, other in zip(curve.points, scratch[method].points, strict=True)
-        ]
-        for method, curve in of("pruned").items()
-    }
+    scratch = curves_from("random")
+    gaps: dict[str, list[tuple[int, float, float]]] = {}
+    for method, curve in curves_from("pruned").items():
+        removed = 1 - curve.parameters / paper.parent_parameters
+        points = gaps.setdefault(f"{method} ({curve.source.split(',')[0]})", [])
+        for point, other in zip(curve.points, scratch[method].points, strict=True):
+            points.append((point.tokens, other.loss - point.loss, removed))
+    return gaps
 
 
 def gap_against_tokens(results: Results, *, reference: bool = False) -> str:
     """Draw the gap of every pruned arm against its training tokens; empty if there is none.
 
     Args:
-        results: the arms.
-        reference: draw the paper's points too; the axis of tokens is logarithmic then.
+        results: The arms.
+        reference: Also draw the paper's points, on a logarithmic axis of tokens.
     """
     curves = {arm.name: gap_curve(results, arm) for arm in results.arms}
     curves = {name: curve for name, curve in curves.items() if curve}
@@ -103,24 +108,23 @@ def gap_against_tokens(results: Results, *, reference: bool = False) -> str:
         axes.set_xlabel(f"training tokens ({unit})" if unit else "training tokens")
         axes.set_title("gap against tokens", loc="left", fontweight="bold")
 
-    spoken = {name: curve[-1][1] for name, curve in curves.items()}
-    return _figure("tokens", "Gap against training tokens, at the end", spoken, draw)
+    last_gaps = {name: curve[-1][1] for name, curve in curves.items()}
+    return _figure("tokens", "Gap against training tokens, at the end", last_gaps, draw)
 
 
 def gap_against_ratio(results: Results, deviations: Mapping[str, float | None], *, reference: bool = False) -> str:
     """Draw the last gap of every pruned arm against the share of the parent's parameters that was removed.
 
     Args:
-        results: the arms.
-        deviations: standard deviation over seeds by arm; None for a single run.
-        reference: draw the paper's points too.
+        results: The arms.
+        deviations: Standard deviation over seeds by arm; None for a single run.
+        reference: Also draw the paper's points.
     """
-    found = ((arm.name, removed_share(results, arm), results.gap(arm)) for arm in results.arms)
-    points = {
-        name: (100 * share, gap)
-        for name, share, gap in found
-        if share is not None and gap is not None and math.isfinite(gap)
-    }
+    points = {}
+    for arm in results.arms:
+        share, gap = removed_share(results, arm), results.gap(arm)
+        if share is not None and gap is not None and math.isfinite(gap):
+            points[arm.name] = (100 * share, gap)
     if not points:
         return ""
 
@@ -149,17 +153,17 @@ def gap_against_ratio(results: Results, deviations: Mapping[str, float | None], 
         axes.set_xlabel("parameters removed (%)")
         axes.set_title("gap against what was removed", loc="left", fontweight="bold")
 
-    spoken = {name: gap for name, (_, gap) in points.items()}
-    return _figure("ratio", "Gap against the share of parameters removed", spoken, draw)
+    gaps = {name: gap for name, (_, gap) in points.items()}
+    return _figure("ratio", "Gap against the share of parameters removed", gaps, draw)
 
 
 def _short(tokens: float) -> str:
-    """Return 10M for 10,000,000."""
+    """Format a count of tokens: 10M for 10,000,000."""
     divisor, unit = unit_of([tokens])
     return f"{tokens / divisor:g}{unit}"
 
 
-def _figure(prefix: str, what: str, spoken: dict[str, float], draw: Callable[[Axes], None]) -> str:
+def _figure(prefix: str, description: str, gaps: dict[str, float], draw: Callable[[Axes], None]) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.9), layout="constrained")
         axes = figure.subplots()
@@ -170,5 +174,5 @@ def _figure(prefix: str, what: str, spoken: dict[str, float], draw: Callable[[Ax
         axes.grid(axis="y", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.legend(loc="best", frameon=False, fontsize=9, labelcolor=TEXT, handlelength=3)
-        said = ", ".join(f"{name} {fixed(gap, signed=True)}" for name, gap in spoken.items())
-        return to_svg(figure, f"{what}: {said} nats per token.", prefix=prefix)
+        values = ", ".join(f"{name} {fixed(gap, signed=True)}" for name, gap in gaps.items())
+        return to_svg(figure, f"{description}: {values} nats per token.", prefix=prefix)

@@ -1,4 +1,4 @@
-"""The figure of the report: validation loss against training tokens, as SVG that takes the colours of its page."""
+"""The main figure of the report: validation loss against training tokens, as SVG in the colours of its page."""
 
 from __future__ import annotations
 
@@ -19,38 +19,37 @@ Deviations = Mapping[str, Mapping[int, float]]
 """Standard deviation of the validation loss over seeds, by arm and tokens."""
 Missing = Collection[tuple[str, str]]
 _SCRATCH_MARKERS = ("s", "v", "P")
-_PANELS_A_ROW = 2
-# A random start has a loss of ln(vocabulary): with it on the axis, the differences at the end would be invisible. The
-# axis is made for what comes after this share of the tokens; what lies above is said in words.
+_PANELS_PER_ROW = 2
+# A random start has a loss of ln(vocabulary), which would make the differences at the end invisible. The axis covers
+# losses after this share of the tokens; a higher initial loss is given in the legend.
 _IGNORED_SHARE = 0.1
 
 
 def loss_figure(results: Results, deviations: Deviations | None = None, missing: Missing | None = None) -> str:
-    """Draw one panel a target: pruned solid, scratch dashed, parent dotted, the gap at the end in nats per token.
+    """Draw one panel per target: pruned solid, scratch dashed, parent dotted, the gap at the end in nats per token.
 
-    Markers and dashes differ too, so that the figure can be read in black and white; bars are standard deviations.
+    Markers and dashes differ too, so that the figure is readable in black and white; bars are standard deviations.
 
     Args:
-        results: the arms.
-        deviations: of their losses, over seeds.
-        missing: target and initial weights of the arms to be called missing; all that are not there, by default.
+        results: The arms.
+        deviations: Standard deviations of their losses over seeds.
+        missing: Target and initial weights of the arms to label as missing; by default all absent ones.
 
     Returns:
-        An ``<svg>`` element to put into a page. Text takes the page's colour, lines the CSS variables ``--series-1``,
-        ``--series-2``, ``--series-3``, ``--series-scratch`` and ``--figure-grid`` where the page sets them. Empty if
-        no validation loss was measured.
+        An ``<svg>`` element to insert into a page. Text has the page's colour, lines the CSS variables ``--series-1``,
+        ``--series-2``, ``--series-3``, ``--series-scratch`` and ``--figure-grid`` if the page sets them. Empty if no
+        validation loss was measured.
     """
     targets = _drawn(results)
-    return _draw(results, targets, deviations or {}, missing, _PANELS_A_ROW) if targets else ""
+    return _draw(results, targets, deviations or {}, missing, _PANELS_PER_ROW) if targets else ""
 
 
 def loss_panels(results: Results, deviations: Deviations | None = None, missing: Missing | None = None) -> list[str]:
-    """Return the panels of ``loss_figure`` one by one, on one scale, for a page that wraps them itself."""
-    targets = _drawn(results)
-    return [
-        _draw(results, {name: arms}, deviations or {}, missing, 1, prefix=f"loss-{index}")
-        for index, (name, arms) in enumerate(targets.items())
-    ]
+    """Return the panels of ``loss_figure`` as separate elements on one scale, for a page that arranges them itself."""
+    panels = []
+    for index, (name, arms) in enumerate(_drawn(results).items()):
+        panels.append(_draw(results, {name: arms}, deviations or {}, missing, 1, prefix=f"loss-{index}"))
+    return panels
 
 
 def _drawn(results: Results) -> dict[str, list[ArmResult]]:
@@ -84,7 +83,7 @@ def _draw(
 
 
 def standalone(figure: str) -> str:
-    """Return ``loss_figure``'s element as a file of its own, readable on light and on dark pages."""
+    """Return the element of ``loss_figure`` as a standalone file, readable on light and dark pages."""
     style = "svg { color: #1d1f23; background: #ffffff; }"
     return figure.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(
         ">", f"><style>{style}</style>", 1
@@ -96,7 +95,7 @@ def _finite(points: list[Point]) -> list[Point]:
 
 
 def _parent_loss(results: Results) -> float | None:
-    """Return the parent's validation loss, if it was measured and is a finite number."""
+    """Return the parent's validation loss if it was measured and is finite."""
     loss = results.parent.validation_loss if results.parent else None
     return loss if loss is not None and math.isfinite(loss) else None
 
@@ -170,7 +169,7 @@ def _draw_panel(
 
 
 def _annotate_gap(axes: Axes, results: Results, arm: ArmResult, divisor: float, last: float) -> None:
-    """Mark the distance between scratch and pruned at the last token count that both have."""
+    """Mark the gap between scratch and pruned at the last token count that both have."""
     gap, scratch = results.gap(arm), results.scratch_of(arm)
     if gap is None or scratch is None or not math.isfinite(gap):
         return

@@ -1,4 +1,4 @@
-"""How figures of the report take the colours of their page, and what tells their lines apart without colour."""
+"""Style of the report's figures: colours set by the page's CSS, and markers to tell lines apart without colour."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Matplotlib wants fixed colours, the page brings its own: each of these stands for a CSS colour. The fallbacks are
-# from the palette of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind readers tell apart.
+# Matplotlib needs fixed colours, but the page defines its own: each of these is a placeholder for a CSS colour. The
+# fallbacks are based on the palette of Okabe and Ito (jfly.uni-koeln.de/color), which colour-blind readers can
+# distinguish.
 TEXT = "#000001"
 GRID = "#000002"
 SCRATCH = "#000003"
@@ -43,27 +44,27 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": TEXT,
     "ytick.labelcolor": TEXT,
 }
-_PIXELS_AN_INCH = 102  # two panels fill a page of 72 rem, and one is no larger than one of them
+_PIXELS_PER_INCH = 102  # two panels fill a page of 72 rem, and a single one has the size of one of them
 
 
 def to_svg(figure: Figure, description: str, *, prefix: str = "") -> str:
-    """Return a figure that was drawn under ``STYLE`` as an ``<svg>`` element.
+    """Return a figure drawn with ``STYLE`` as an ``<svg>`` element.
 
     Args:
-        figure: with the colours above.
-        description: for screen readers.
-        prefix: goes before every id, so that a page can hold several figures.
+        figure: The figure, in the colours above.
+        description: Text for screen readers.
+        prefix: Prefix of every id, so that a page can contain several figures.
     """
     image = io.StringIO()
     FigureCanvasSVG(figure).print_svg(image, metadata={"Date": None})
-    svg = _themed(image.getvalue(), description, pixels=_PIXELS_AN_INCH * figure.get_figwidth())
+    svg = _themed(image.getvalue(), description, pixels=_PIXELS_PER_INCH * figure.get_figwidth())
     if prefix:
         svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     return svg
 
 
 def _themed(svg: str, description: str, *, pixels: float) -> str:
-    """Reduce Matplotlib's file to one element for a page: CSS colours, the page's font, a text for screen readers."""
+    """Reduce Matplotlib's file to one element with CSS colours, the page's font and text for screen readers."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = (

@@ -1,4 +1,4 @@
-"""The outcome in words and the results table: one set of rows for the page, the Markdown file and the terminal."""
+"""The outcome in words and the results table: the same rows for the page, the Markdown file and the terminal."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from nemo_pvs.reporting.compare.runs import SideBySide
 
 _NOT_FINITE = "NaN/∞"
-"""In the terminal, where a wider cell takes the last column away."""
+"""The short form for the terminal, where a wider cell would push out the last column."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the results table, units in its headings."""
+    """A column of the results table, with units in its headings."""
 
     group: str
-    """Heading that neighbouring columns share; empty for none."""
+    """Heading shared by adjacent columns; empty for none."""
     heading: str
     """Heading below the group's."""
     plain: str
-    """The heading of the same column where there are no groups."""
+    """Heading in tables without groups."""
     terminal: str | None = None
-    """Heading in the terminal; None leaves the column out there."""
+    """Heading in the terminal; None omits the column there."""
 
 
 @dataclass(frozen=True)
 class ResultsTable:
-    """Formatted cells; the first of a row is its name, all others are numbers or a dash."""
+    """Formatted cells; the first of a row is its name, all others are numbers or dashes."""
 
     columns: list[Column]
     rows: list[list[str]]
-    """The parent first, if there is one, then the arms in order."""
+    """The parent, if there is one, then the arms in order."""
 
 
 _GAP = (
@@ -85,18 +85,20 @@ _PAPER_STEPS = (
 
 
 def _of_training(runs: SideBySide) -> list[str]:
-    """Return how random weights were drawn, and what budgets count, as far as the recipes say."""
+    """Return notes on the initialisation of random weights and on the unit of budgets, as given by the recipes."""
     trained = [train for run in runs.runs if isinstance(train := run.results.recipe.get("train"), Mapping)]
     drawn = any(arm.initialisation == "random" for run in runs.runs for arm in run.results.arms)
     schemes = dict.fromkeys(str(train.get("initialisation", "megatron")) for train in trained) if drawn else {}
     notes = [f"Random weights are drawn {_INITIALISATIONS[scheme]}." for scheme in schemes]
-    return [*notes, *[_PAPER_STEPS] * any(train.get("paper_steps") for train in trained)]
+    if any(train.get("paper_steps") for train in trained):
+        notes.append(_PAPER_STEPS)
+    return notes
 
 
 def outcome(results: Results) -> str:
-    """Return the headline: at equal training tokens, which arm won on each target, and by how many nats per token.
+    """Return the headline: which arm won on each target at equal training tokens, and by how many nats per token.
 
-    Of a run that trained models which are no pruned ones, where they have come to.
+    For a run without pruned models, return their final losses.
     """
     if results.parent is None:
         ends = [f"{arm.name} ended at {fixed(arm.validation_loss)} nats per token" for arm in results.arms]
@@ -122,7 +124,7 @@ def _verdict(gap: float | None, pruned: str) -> str:
 
 
 def total_cost(results: Results) -> str:
-    """Return one sentence on what the comparison costs once the parent is charged, the paper's second budget."""
+    """Return a sentence on the total cost, with the parent charged as in the paper's second budget."""
     if results.parent is None:
         spent = [(arm.name, arm.ledger.total) for arm in results.arms]
         costs = [
@@ -132,10 +134,10 @@ def total_cost(results: Results) -> str:
     ratios = []
     for arm in results.arms:
         if scratch := results.scratch_of(arm):
-            ours, theirs = arm.ledger.total.flops, scratch.ledger.total.flops
-            ratio = ours / theirs if ours and theirs else None
-            known = fixed(ratio) if ratio is None or ratio < 1000 else scientific(ratio)
-            ratios.append(f"{'unknown' if ratio is None else known} ({arm.name})")
+            pruned_flops, scratch_flops = arm.ledger.total.flops, scratch.ledger.total.flops
+            ratio = pruned_flops / scratch_flops if pruned_flops and scratch_flops else None
+            text = fixed(ratio) if ratio is None or ratio < 1000 else scientific(ratio)
+            ratios.append(f"{'unknown' if ratio is None else text} ({arm.name})")
     if not ratios:
         return "No pruned model here has a counterpart to compare its cost with."
     return (
@@ -145,11 +147,11 @@ def total_cost(results: Results) -> str:
 
 
 def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTable:
-    """Return the main table of the report, cells formatted, units in the headings.
+    """Return the main table of the report, with formatted cells and units in the headings.
 
     Args:
-        results: the arms.
-        runs: what they are the means of, for standard deviations and for the rows of missing arms.
+        results: The arms.
+        runs: The runs that they are the means of, for standard deviations and for the rows of missing arms.
     """
     parent = results.parent
     shapes = [*([parent.shape] if parent else []), *(arm.shape for arm in results.arms)]
@@ -220,12 +222,12 @@ def _perplexity_cell(arm: ArmResult, runs: SideBySide | None) -> str:
 
 
 def with_deviation(text: str, spread: float | None, decimals: int = 2) -> str:
-    """Return a number with its standard deviation or standard error, if there is one: ``2.54 ± 0.03``."""
+    """Append a standard deviation or standard error to a number, if there is one: ``2.54 ± 0.03``."""
     return text if spread is None else f"{text}\u00a0±\u00a0{fixed(spread, decimals)}"
 
 
 def results_table(results: Results) -> Table:
-    """Return the results as a table for the terminal, without the columns on cost (the report has them)."""
+    """Return the results as a table for the terminal, without the cost columns, which the report has."""
     rows = results_rows(results)
     shown = [(index, column.terminal) for index, column in enumerate(rows.columns) if column.terminal is not None]
     table = Table(
@@ -240,7 +242,7 @@ def results_table(results: Results) -> Table:
         pad_edge=False,
     )
     for index, heading in shown:
-        # A name may be folded; a number that is cut short would be another number.
+        # A name may be folded; a truncated number would be wrong.
         if index:
             table.add_column(heading, justify="right", no_wrap=True)
         else:
@@ -257,7 +259,7 @@ def markdown_table(results: Results, runs: SideBySide | None = None) -> str:
 
 
 def markdown_rows(headings: list[str], rows: list[list[str]]) -> str:
-    """Return a table in GitHub's Markdown, all but the first column to the right."""
+    """Return a table in GitHub's Markdown, with all but the first column right-aligned."""
     ruler = ["-", *["-:"] * (len(headings) - 1)]
     return "\n".join(f"| {' | '.join(map(_escape_bars, cells))} |" for cells in [headings, ruler, *rows]) + "\n"
 

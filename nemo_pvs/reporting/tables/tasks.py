@@ -1,4 +1,4 @@
-"""Two further tables of the report: pruned and scratch on tasks, and on equal terms; cells for page and Markdown."""
+"""Further tables of the report, for page and Markdown: pruned and scratch on tasks, and on equal terms."""
 
 from __future__ import annotations
 
@@ -23,28 +23,25 @@ _TRAINING = "equal-training-tokens"
 
 
 def task_cells(rows: Sequence[TaskRow]) -> list[list[str]]:
-    """Return formatted cells of ``compare_tasks.task_rows``."""
-    return [
-        [
-            row.task if row.cut is None else f"{row.task}, {row.cut}",
-            row.pruned_name,
-            *(_score(row.task, score) for score in (row.parent, row.pruned, row.scratch)),
-            _difference(row),
-            DASH if row.difference is None else row.winner,
-        ]
-        for row in rows
-    ]
+    """Return the formatted cells of ``compare.tasks.task_rows``."""
+    cells = []
+    for row in rows:
+        task = row.task if row.cut is None else f"{row.task}, {row.cut}"
+        scores = [_score(row.task, score) for score in (row.parent, row.pruned, row.scratch)]
+        winner = DASH if row.difference is None else row.winner
+        cells.append([task, row.pruned_name, *scores, _difference(row), winner])
+    return cells
 
 
 def terms_cells(results: Results) -> list[list[str]]:
-    """Return every comparison on equal terms, if any is of another setting than the main table's."""
-    found = [(arm.name, one) for arm in results.arms for one in results.comparisons(arm)]
-    if all(one.setting == _TRAINING for _, one in found):
-        return []
-    return [
-        [name, one.scratch.name, one.setting.removeprefix("equal-").replace("-", " "), fixed(one.gap, signed=True)]
-        for name, one in found
-    ]
+    """Return every comparison on equal terms; empty if all have the main table's setting."""
+    cells, settings = [], set()
+    for arm in results.arms:
+        for comparison in results.comparisons(arm):
+            settings.add(comparison.setting)
+            terms = comparison.setting.removeprefix("equal-").replace("-", " ")
+            cells.append([arm.name, comparison.scratch.name, terms, fixed(comparison.gap, signed=True)])
+    return cells if settings - {_TRAINING} else []
 
 
 def _score(task: str, score: Score | None) -> str:
@@ -65,6 +62,6 @@ def _difference(row: TaskRow) -> str:
 
 
 def _scale(task: str) -> tuple[int, int]:
-    """Return the factor and the decimals of a metric: shares become per cent."""
+    """Return the factor and the number of decimals for a metric: shares are shown in per cent."""
     metric = task.rpartition("/")[2].partition(",")[0]
     return (100, 1) if metric.startswith(("acc", "average", "exact_match", "f1")) else (1, 2)
