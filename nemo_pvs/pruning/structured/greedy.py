@@ -138,7 +138,9 @@ def scan_greedy(
     steps: list[dict[int, float]] = []
     dense_loss = 0.0
     for step in range(remove):
-        losses, whole_loss = sweep.losses(layers, 1, candidates[step], whole=not removed)
+        # One position fewer after each step; the protected layers keep their places.
+        candidates = range(free.start, free.stop - step)
+        losses, whole_loss = sweep.losses(layers, 1, candidates, whole=not removed)
         dense_loss = dense_loss if whole_loss is None else whole_loss
         steps.append({layers[start]: loss for start, loss in losses.items()})
         removed.append(min(steps[-1], key=steps[-1].__getitem__))
