@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> int:
     """Train every job that is named, one after the other; return the first exit code that is not 0."""
     if arguments == ["-"]:
         return _serve()
-    if arguments[:1] == ["--slurm"]:
-        arguments = arguments[1:]
-        _take_rank_from_slurm()
     try:
+        if arguments[:1] == ["--slurm"]:
+            arguments = arguments[1:]
+            _take_rank_from_slurm()
         jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
         return next((code for job in jobs if (code := _run(job))), 0)
     except UserError as error:
@@ -58,16 +58,23 @@ def _run(job: TrainingJob) -> int:
 
 
 def _take_rank_from_slurm() -> None:
-    """Set the environment of torchrun from that of srun; MASTER_ADDR comes from the batch script."""
+    """Set the environment of torchrun from that of srun; MASTER_ADDR comes from the batch script.
+
+    Raises:
+        UserError: srun did not start this process.
+    """
     of_slurm = {
         "RANK": "SLURM_PROCID",
         "LOCAL_RANK": "SLURM_LOCALID",
         "GROUP_RANK": "SLURM_NODEID",
         "WORLD_SIZE": "SLURM_NTASKS",
+        "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
         "TORCHELASTIC_RUN_ID": "SLURM_JOB_ID",  # tells Lightning that the processes exist already
     }
+    missing = [variable for variable in of_slurm.values() if variable not in os.environ]
+    if missing:
+        raise UserError(f"--slurm is for a task that srun starts, but {missing[0]} is not set; leave --slurm out.")
     os.environ.update({name: os.environ[variable] for name, variable in of_slurm.items()})
-    os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
     os.environ.setdefault("MASTER_PORT", "29500")
 
 

@@ -229,6 +229,15 @@ def test_slurm_ranks_know_their_place(monkeypatch):
     assert [os.environ[name] for name in ours] == ["11", "3", "1", "16", "8", "7", "29500"]
 
 
+def test_a_task_that_srun_did_not_start_is_told_so(monkeypatch, capsys):
+    from nemo_pvs.megatron.launch import main
+
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    assert main(["--slurm", "job.json"]) == 2
+    said = "pvs: --slurm is for a task that srun starts, but SLURM_PROCID is not set; leave --slurm out.\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.slow
 def test_every_launch_command_of_the_documents_works_as_a_dry_run(tmp_path, monkeypatch, capsys):
     from nemo_pvs.cli.main import main
