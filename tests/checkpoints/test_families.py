@@ -164,12 +164,12 @@ def test_a_family_that_nemo_lacks_stays_in_the_hugging_face_format(family):
         ("qwen2", {"use_sliding_window": True}, "qwen2 has use_sliding_window False, not True"),
         ("qwen3", {"use_sliding_window": True}, "qwen3 has use_sliding_window False, not True"),
         ("mistral", {"hidden_act": "gelu"}, "mistral has hidden_act silu, not gelu"),
-        ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "is yarn, which NeMo's qwen2 does not have"),
-        ("mistral", {"rope_scaling": {"rope_type": "llama3"}}, "is llama3, which NeMo's mistral does not have"),
+        ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "is yarn, which NeMo's qwen2 lacks"),
+        ("mistral", {"rope_scaling": {"rope_type": "llama3"}}, "is llama3, which NeMo's mistral lacks"),
         ("llama", {"rope_scaling": {"type": "dynamic"}}, "is dynamic, .* only llama3 or no scaling can be converted"),
-        ("llama", {"attention_bias": True}, "has attention_bias alone"),
-        ("llama", {"mlp_bias": True}, "has mlp_bias alone"),
-        ("qwen3", {"attention_bias": True}, "has attention_bias alone"),
+        ("llama", {"attention_bias": True}, "has only attention_bias"),
+        ("llama", {"mlp_bias": True}, "has only mlp_bias"),
+        ("qwen3", {"attention_bias": True}, "has only attention_bias"),
     ],
 )
 def test_what_nemo_cannot_express_is_refused(family, change, message, tmp_path):
