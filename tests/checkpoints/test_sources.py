@@ -583,7 +583,7 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub, hf, tmp_path, sa
         (hf / extra).write_bytes(b"not needed")
     script = (
         "from pathlib import Path; from nemo_pvs.checkpoints.fetch import local_checkpoint, prepare_parent;"
-        "from nemo_pvs.checkpoints.open import open_source; from nemo_pvs.checkpoints.source import fingerprint\n"
+        "from nemo_pvs.checkpoints.open import open_source; from nemo_pvs.checkpoints.fingerprint import fingerprint\n"
         "with local_checkpoint('hf://some/model') as folder: print(fingerprint(open_source(folder)))\n"
         f"made = prepare_parent('hf://some/model@main', Path({str(tmp_path / 'made')!r}))\n"
         "print(fingerprint(open_source(made)))"
@@ -601,7 +601,7 @@ def ask_the_hub(tmp_path, script: str, **environment: str) -> subprocess.Complet
     """Run a script with a cache of its own; what it prints of UserErrors is one line each."""
     start = (
         "from pathlib import Path; from nemo_pvs.checkpoints.fetch import local_checkpoint, prepare_parent\n"
-        "from nemo_pvs.checkpoints.open import open_source; from nemo_pvs.checkpoints.source import fingerprint\n"
+        "from nemo_pvs.checkpoints.open import open_source; from nemo_pvs.checkpoints.fingerprint import fingerprint\n"
         "from nemo_pvs.errors import UserError\n"
         "def attempt(model):\n"
         "    try: local_checkpoint(model).__enter__()\n"
