@@ -164,10 +164,9 @@ class _Backward:
             self._model.replace_by_loss_gradient(self._gradient, next_tokens(self._ids))
             self._gradient /= self._ids.shape[1] - 1
             self._model.drop_head()
-        gradients = [
-            _MatrixGradient(part.axes, layer.get_submodule(_module_name(part)))
-            for part in matrices(Layout.for_config(self._model.source.config), self._model.shape, index)
-        ]
+        gradients = []
+        for part in matrices(Layout.for_config(self._model.source.config), self._model.shape, index):
+            gradients.append(_MatrixGradient(part.axes, layer.get_submodule(_module_name(part))))
         self.similarity[index] = torch.zeros((), dtype=torch.float64)
         layer.register_forward_hook(partial(self._add_similarity, index))
         self._model.back_through_layer(layer, states, self._gradient, self._batch_size)

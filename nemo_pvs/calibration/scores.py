@@ -67,14 +67,11 @@ class Scores:
     @property
     def content_hash(self) -> str:
         """A SHA-256 of tensors, model and tokens, independent of versions and folder."""
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            tensors[name] = sha256_bytes(tensor.contiguous().numpy().tobytes())
         return sha256_json(
-            {
-                "model_fingerprint": self.model_fingerprint,
-                "tokens": self.manifest["tokens"],
-                "tensors": {
-                    name: sha256_bytes(tensor.contiguous().numpy().tobytes()) for name, tensor in self.tensors.items()
-                },
-            }
+            {"model_fingerprint": self.model_fingerprint, "tokens": self.manifest["tokens"], "tensors": tensors}
         )
 
     def save(self, folder: Path, *, overwrite: bool = False) -> None:

@@ -79,10 +79,8 @@ class PrunedSource:
         if self._plan.input_means is None or inputs not in AXES:
             return bias
         matrix = self._source.read(weight.name)
-        rows, removed = (
-            torch.tensor(positions, dtype=torch.long, device=matrix.device)
-            for positions in (self._plan.kept(outputs, layer), self._plan.removed(inputs, layer))
-        )
+        rows = torch.tensor(self._plan.kept(outputs, layer), dtype=torch.long, device=matrix.device)
+        removed = torch.tensor(self._plan.removed(inputs, layer), dtype=torch.long, device=matrix.device)
         means = self._plan.input_means.at(inputs, layer).to(matrix.device)
         lost = matrix.index_select(1, removed).index_select(0, rows).float() @ means
         return (bias.to(matrix.device).float() + lost).to(bias.dtype)

@@ -74,7 +74,7 @@ class Plan:
                 )
 
     def kept(self, axis: str, layer: int | None) -> Indices:
-        """Return the positions that stay along a Layout axis.
+        """Return the positions kept along a Layout axis.
 
         Args:
             axis: hidden, ffn, query, key, head_dim or vocab.
@@ -99,10 +99,10 @@ class Plan:
 
     def kept_parameters(self, layout: Layout) -> int:
         """Count the pruned model's parameters tensor by tensor; must equal ``target.parameters``."""
-        return sum(
-            math.prod(len(self.kept(axis, entry.layer)) for axis in part.axes)
-            for part, entry in layout.parts(self.target).values()
-        )
+        count = 0
+        for part, entry in layout.parts(self.target).values():
+            count += math.prod(len(self.kept(axis, entry.layer)) for axis in part.axes)
+        return count
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values; indices become ranges, one line per layer, so that plans can be diffed."""

@@ -44,7 +44,7 @@ def presets() -> Mapping[str, Preset]:
 
 
 def find_preset(name: str, parent: Shape) -> Preset:
-    """Return a preset by its full name or, where only one family has it, by its last part.
+    """Return a preset by its full name or, if only one family has it, by its last part.
 
     Args:
         name: ``llama31_8b/4b-depth`` or ``4b-depth``.

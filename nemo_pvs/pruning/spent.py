@@ -62,7 +62,7 @@ def _search(plan: Plan, options: Options) -> dict[str, Any]:
 
 
 def depth_scan_cost(options: MinitronDepthOptions, layers: int, removed: int) -> ScanCost:
-    """Return what a scan for layers by the loss takes, by the search that is asked for."""
+    """Return the cost of the options' search for ``removed`` layers by the loss."""
     if options.search in GREEDY:
         first, last = protected_ends(options.search, options.protect_first, options.protect_last)
         return greedy_scan_cost(layers, removed, protect_first=first, protect_last=last)

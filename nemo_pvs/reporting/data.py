@@ -27,37 +27,38 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
     """
     results = runs.results
     tasks = task_rows(runs)
-    data = {
-        "title": results.title,
-        "created": results.created,
-        "runs": [
+    run_rows = []
+    for run in runs.runs:
+        run_rows.append(
             {
                 "folder": run.label,
                 "seed": run.seed,
                 "data_seed": run.data_seed,
                 "results": run.results.to_json(),
             }
-            for run in runs.runs
-        ],
+        )
+    gap_rows = []
+    for arm in results.arms:
+        gap_rows += [{"arm": arm.name, "tokens": tokens, "gap": gap} for tokens, gap in gap_curve(results, arm)]
+    data = {
+        "title": results.title,
+        "created": results.created,
+        "runs": run_rows,
         "not_comparable": list(runs.differences),
         "warnings": runs.warnings,
         "parent": asdict(results.parent) if results.parent else None,
         "arms": arm_rows(runs),
         "equal_terms": equal_terms(runs),
-        "gap_against_tokens": [
-            {"arm": arm.name, "tokens": tokens, "gap": gap}
-            for arm in results.arms
-            for tokens, gap in gap_curve(results, arm)
-        ],
+        "gap_against_tokens": gap_rows,
         "tasks": [_task(row) for row in tasks],
         "averages": [_task(row) for row in averages(tasks)],
     }
     if reference:
-        data["published"] = [
-            {"method": method, "tokens": tokens, "gap": gap, "removed": removed}
-            for method, points in published_gaps().items()
-            for tokens, gap, removed in points
-        ]
+        published_rows = []
+        for method, points in published_gaps().items():
+            for tokens, gap, removed in points:
+                published_rows.append({"method": method, "tokens": tokens, "gap": gap, "removed": removed})
+        data["published"] = published_rows
     plain: dict[str, Any] = _plain(data)
     return plain
 

@@ -85,28 +85,26 @@ def published() -> Published:
         return {**entry, "source": f"{paper}, {entry['source']}"}
 
     initialisations: tuple[Literal["pruned", "random"], ...] = ("pruned", "random")
-    curves = tuple(
-        PublishedCurve(
-            method=entry["method"],
-            granularity=entry["granularity"],
-            initialisation=initialisation,
-            ratio=entry["ratio"],
-            parameters=entry["parameters"],
-            points=tuple(
-                Point(steps, steps * per_step, loss)
-                for steps, loss in zip(entry["steps"], entry[initialisation], strict=True)
-            ),
-            source=f"{paper}, {entry['source']}",
-        )
-        for entry in values["losses"]
-        for initialisation in initialisations
-    )
+    curves = []
+    for entry in values["losses"]:
+        for initialisation in initialisations:
+            losses = zip(entry["steps"], entry[initialisation], strict=True)
+            curve = PublishedCurve(
+                method=entry["method"],
+                granularity=entry["granularity"],
+                initialisation=initialisation,
+                ratio=entry["ratio"],
+                parameters=entry["parameters"],
+                points=tuple(Point(steps, steps * per_step, loss) for steps, loss in losses),
+                source=f"{paper}, {entry['source']}",
+            )
+            curves.append(curve)
     return Published(
         parent_parameters=parent["parameters"],
         parent_tokens=parent["steps"] * per_step,
         parent_loss=parent["validation_loss"],
         better_parent=values["better_parent"],
-        curves=curves,
+        curves=tuple(curves),
         accuracies=tuple(PublishedAccuracy(**sourced(entry)) for entry in values["accuracies"]),  # type: ignore[arg-type]
         accuracy_tokens=12500 * per_step,
         advantages=tuple(PublishedAdvantage(**sourced(entry)) for entry in values["advantages"]),  # type: ignore[arg-type]

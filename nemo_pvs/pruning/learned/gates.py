@@ -74,16 +74,16 @@ def plan_of_gates(method: str, parent: Shape, gates: Gates, provenance: Mapping[
     groups = tuple(kept(gates.groups[layer]) for layer in layers)
     if not hidden or not layers:
         raise UserError(f"The gates leave no {'layers' if hidden else 'hidden channels'}; ask for less.")
-    for layer, channels, heads in zip(layers, ffn, groups, strict=True):
-        if not channels or not heads:
+    for layer, channels, kept_groups in zip(layers, ffn, groups, strict=True):
+        if not channels or not kept_groups:
             raise UserError(
                 f"The gates leave no {'KV groups' if channels else 'FFN channels'} in layer {layer}; ask for less."
             )
     even = parent.replace(layers=len(layers), hidden=len(hidden))
-    sizes = [
-        size._replace(ffn=len(channels), kv_groups=len(heads), heads=len(heads) * parent.heads_per_group)
-        for size, channels, heads in zip(even.layer_sizes, ffn, groups, strict=True)
-    ]
+    sizes = []
+    for size, channels, kept_groups in zip(even.layer_sizes, ffn, groups, strict=True):
+        heads = len(kept_groups) * parent.heads_per_group
+        sizes.append(size._replace(ffn=len(channels), kv_groups=len(kept_groups), heads=heads))
     return Plan(
         method=method,
         parent=parent,

@@ -52,10 +52,9 @@ def unit_parameters(shape: Shape, parent: Shape) -> dict[str, int]:
 def smallest(shape: Shape, rules: RemovalRules) -> Shape:
     """Return the shape at which nothing more may be removed."""
     sizes = {"hidden": shape.hidden, "groups": shape.kv_groups, "ffn": shape.ffn}
-    ends = {
-        kind: sizes[kind] - at_once * max(0, (sizes[kind] - least) // at_once) for kind, at_once, least in kinds(rules)
-    }
-    return shape.replace(hidden=ends["hidden"], kv_groups=ends["groups"], ffn=ends["ffn"])
+    for kind, at_once, least in kinds(rules):
+        sizes[kind] -= at_once * max(0, (sizes[kind] - least) // at_once)
+    return shape.replace(hidden=sizes["hidden"], kv_groups=sizes["groups"], ffn=sizes["ffn"])
 
 
 def fewest_removals(shape: Shape, rules: RemovalRules) -> int:

@@ -73,12 +73,11 @@ class UnitSpace:
         A vector counts as a matrix with one column, which belongs to no unit.
         """
         local = self.shape.replace(kv_groups=self.shape.kv_groups // ranks)
-        rows, columns = [], torch.empty(0)
+        rows, columns = [], torch.tensor([self.fixed])
         for part in entry.parts:
-            part_rows, columns = (
-                self.along(axis, part.layer) if axis else torch.tensor([self.fixed])
-                for axis in (part.axes[0], part.axes[1] if len(part.axes) > 1 else "")
-            )
+            part_rows = self.along(part.axes[0], part.layer)
+            if len(part.axes) > 1:
+                columns = self.along(part.axes[1], part.layer)
             if entry.tensor_parallel_axis == 0:
                 part_rows = part_rows.chunk(ranks)[rank]
             rows.append(part_rows)

@@ -41,7 +41,10 @@ class MagnitudeSource:
         self._source = source
         self._sparsity = sparsity
         self._compat = compat
-        self.masks = _MagnitudeMasks(self, tuple(p.name for e in prunable(source, sparsity) for p in e.parts))
+        names: list[str] = []
+        for entry in prunable(source, sparsity):
+            names += [part.name for part in entry.parts]
+        self.masks = _MagnitudeMasks(self, tuple(names))
 
     @property
     def config(self) -> Mapping[str, Any]:

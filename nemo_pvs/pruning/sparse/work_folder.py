@@ -65,11 +65,8 @@ class WorkFolder:
         if record["settings"] == self._settings:
             return record
         if record["layers_done"] and not overwrite:
-            differing = sorted(
-                key
-                for key in self._settings.keys() | record["settings"].keys()
-                if record["settings"].get(key) != self._settings.get(key)
-            )
+            names = sorted(self._settings.keys() | record["settings"].keys())
+            differing = [name for name in names if record["settings"].get(name) != self._settings.get(name)]
             raise UserError(
                 f"{self.path} holds an interrupted pruning with another {', '.join(differing)}; "
                 "finish it with its original command, remove the folder, or pass --overwrite."

@@ -226,10 +226,10 @@ def _best(plan: Plan, layer: int, sizes: LayerSizes, measured: Measured) -> tupl
 
 def _plan(start: Shape, kept: list[tuple[Indices, Indices]], provenance: Mapping[str, object] | None = None) -> Plan:
     groups, ffn = zip(*kept, strict=True)
-    sizes = [
-        LayerSizes(len(channels), len(heads) * start.at(layer).heads_per_group, len(heads))
-        for layer, (heads, channels) in enumerate(kept)
-    ]
+    sizes = []
+    for layer, (kept_groups, kept_ffn) in enumerate(kept):
+        heads = len(kept_groups) * start.at(layer).heads_per_group
+        sizes.append(LayerSizes(len(kept_ffn), heads, len(kept_groups)))
     return Plan(
         method="adapt-pruner",
         parent=start,

@@ -137,12 +137,12 @@ def unit_counts(
     rules.check(shape)
     budget = _Budget(*rules.of_the_rest(shape))
     rest = slice(rules.protect_first, shape.layers - rules.protect_last)
-    kept = _settle(*_counts(groups[rest], ffn[rest], budget), budget)
-    kept_groups, kept_ffn = (
-        [size] * rules.protect_first + counts + [size] * rules.protect_last
-        for counts, size in zip(kept, (shape.kv_groups, shape.ffn), strict=True)
-    )
-    return kept_groups, kept_ffn
+    kept_groups, kept_ffn = _settle(*_counts(groups[rest], ffn[rest], budget), budget)
+
+    def with_protected(counts: list[int], size: int) -> list[int]:
+        return [size] * rules.protect_first + counts + [size] * rules.protect_last
+
+    return with_protected(kept_groups, shape.kv_groups), with_protected(kept_ffn, shape.ffn)
 
 
 def _counts(groups: torch.Tensor, ffn: torch.Tensor, budget: _Budget) -> tuple[list[int], list[int]]:

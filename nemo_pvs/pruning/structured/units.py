@@ -45,9 +45,10 @@ def plan_units(
     groups = attention.unflatten(1, (parent.kv_groups, -1)).mean(dim=2)
     counts = unit_counts(groups, ffn, parent, rules)
     keep_groups, keep_ffn = _best(groups, counts[0]), _best(ffn, counts[1])
-    target = parent.with_layers(
-        LayerSizes(neurons, kept * parent.heads_per_group, kept) for kept, neurons in zip(*counts, strict=True)
-    )
+    sizes = []
+    for kept, neurons in zip(*counts, strict=True):
+        sizes.append(LayerSizes(neurons, kept * parent.heads_per_group, kept))
+    target = parent.with_layers(sizes)
     plan = Plan(
         method=method,
         parent=parent,

@@ -124,11 +124,11 @@ def _mean(arms: list[ArmResult]) -> ArmResult:
 
 def _mean_points(curves: list[list[Point]]) -> list[Point]:
     by_tokens = [{point.tokens: point for point in curve} for curve in curves]
-    return [
-        replace(point, loss=statistics.fmean(curve[tokens].loss for curve in by_tokens))
-        for tokens, point in by_tokens[0].items()
-        if all(tokens in curve for curve in by_tokens)
-    ]
+    means = []
+    for tokens, point in by_tokens[0].items():
+        if all(tokens in curve for curve in by_tokens):
+            means.append(replace(point, loss=statistics.fmean(curve[tokens].loss for curve in by_tokens)))
+    return means
 
 
 def _mean_known(values: list[float | None]) -> float | None:

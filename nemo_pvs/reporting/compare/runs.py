@@ -105,15 +105,19 @@ class SideBySide:
 
     @property
     def _absent(self) -> list[tuple[str, str]]:
-        planned = {name for run in self.runs for name in at(run.results.recipe, "targets") or {}}
+        """Target and initial weights of all arms that no run has, requested or not."""
+        planned: set[str] = set()
+        for run in self.runs:
+            planned.update(at(run.results.recipe, "targets") or {})
         targets = {**self.results.targets, **{name: [] for name in sorted(planned - self.results.targets.keys())}}
-        return [
-            (target, start)
-            for target, arms in targets.items()
-            if all(arm.method != DENSE for arm in arms) and self._method(target) != DENSE
-            for start in ("pruned", "random")
-            if all(arm.initialisation != start for arm in arms)
-        ]
+        absent = []
+        for target, arms in targets.items():
+            if self._method(target) == DENSE or any(arm.method == DENSE for arm in arms):
+                continue
+            for start in ("pruned", "random"):
+                if all(arm.initialisation != start for arm in arms):
+                    absent.append((target, start))
+        return absent
 
     def _requested(self, target: str, start: str) -> bool:
         """Whether a recipe requests an arm; true if no recipe has the target."""

@@ -135,11 +135,11 @@ def averages(rows: Sequence[TaskRow]) -> list[TaskRow]:
     The average is over the tasks that all arms with a counterpart have, so that different methods can be compared.
     """
     names = list(dict.fromkeys(row.pruned_name for row in rows))
-    complete = {
-        name: {row.task: row for row in rows if row.pruned_name == name and row.difference is not None}
-        for name in names
-    }
-    compared = [tasks for tasks in complete.values() if tasks]
+    compared = []
+    for name in names:
+        tasks = {row.task: row for row in rows if row.pruned_name == name and row.difference is not None}
+        if tasks:
+            compared.append(tasks)
     if not compared:
         return []
     common = [task for task in compared[0] if all(task in tasks for tasks in compared)]
