@@ -109,7 +109,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(finished, launcher, tmp_path,
     done = metrics.read(job.metrics).training[-1]["step"]
     assert 6 <= done < STEPS
     assert _names(job)[0] == f"step={done - 1}-last", "the step at which it stopped was not saved"
-    assert "asked to stop" in job.log.read_text()
+    assert "stop requested" in job.log.read_text()
     assert launcher.train(job) == 0, job.log.read_text()[-3000:]
     assert job.log.read_text().count(f"step {done}/{STEPS}") == 1, "it did not go on where it stopped"
     assert _losses(job) == pytest.approx(_losses(finished), abs=1e-6)
