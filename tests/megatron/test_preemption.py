@@ -128,7 +128,7 @@ def test_the_checkpoint_before_a_truncated_one_is_used_and_that_is_said(finished
     assert not is_finished(job)
     assert launcher.train(job) == 0, job.log.read_text()[-3000:]
     problem = f"{data.name} cut short or missing, 1 in all"
-    said = f"Checkpoint {newest.name} is broken ({problem}); going on at {before.name}."
+    said = f"Checkpoint {newest.name} is broken ({problem}); resuming from {before.name}."
     assert job.log.read_text().count(said) == 1
     assert job.log.read_text().count("step 15/16") == 1
     assert job.log.read_text().count("step 16/16  tokens") == 2
