@@ -1,1 +1,1 @@
-"""Launch profiles: where a recipe runs; see README.md."""
+"""Launch profiles, which define where a recipe runs; see README.md."""

@@ -1,1 +1,1 @@
-"""Launch profiles, and runs as NeMo-Run experiments on Slurm."""
+"""Launch profiles, and runs as NeMo-Run experiments, locally or on Slurm."""

@@ -1,7 +1,7 @@
-"""From a recipe and a launch profile to a NeMo-Run experiment: prepare, train every arm, evaluate and report.
+"""Build a NeMo-Run experiment from a recipe and a launch profile: prepare, train every arm, evaluate and report.
 
-Each stage is a command that a person could type; NeMo-Run's executors make batch scripts of them, submit those with
-their dependencies, and start them again.
+Each stage is a command that a person could type; NeMo-Run's executors turn them into batch scripts, submit these with
+their dependencies, and requeue them.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from nemo_pvs.system.folder_lock import locked_folder
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a run, and what must have ended well before it starts."""
+    """One command of a run, and the commands in ``after`` that must have succeeded before it starts."""
 
     name: str
     module: str
     arguments: list[str]
     after: list[str]
     layout: Parallelism | None = None
-    """Of a training; all other stages are one process."""
+    """Parallelism of a training; None for all other stages, which are one process."""
 
 
 def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile | SlurmProfile) -> list[Command]:
-    """Return the stages of ``pvs run`` as commands: prepare, each arm, report.
+    """Return the stages of ``pvs run`` as commands: prepare, train each arm, report.
 
-    Before that, masks that are learned, and the trainings between the stages of targets: those behind the first
-    stages, then those behind the second, each prepared when the ones before are done.
+    Mask learning comes before these, and so does the training between the pruning stages of targets: after the first
+    stages, then after the second, and so on, each prepared when the previous ones are done.
 
     Args:
         recipe: The recipe.
-        recipe_name: What ``pvs run`` calls it: a packaged name or a path.
+        recipe_name: Its name in ``pvs run``: a packaged name or a path.
         folder: Run folder; every stage must see it under this absolute path.
-        profile: Where to run; trainings follow one another on one machine, and run at once on a cluster.
+        profile: Where to run; trainings run one after another on one machine, and at the same time on a cluster.
     """
     from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
     from nemo_pvs.planning.learned import first_of_each_training
@@ -59,7 +59,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     ends: list[str] = []
 
     def train(prepare: str, jobs: Mapping[str, tuple[Path, Parallelism]]) -> None:
-        """Add a stage that prepares, and one for each job."""
+        """Add a stage that prepares jobs, and a stage for each job."""
         todo.append(Command(prepare, "nemo_pvs.cli", [*command, "--prepare-only"], list(ends)))
         ends.clear()
         for stage, (job, layout) in jobs.items():
@@ -91,19 +91,19 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
 
 
 def scripts(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> dict[str, str]:
-    """Return what would be submitted for each stage, by its name; nothing is started or left behind.
+    """Return what would be submitted for each stage, by its name, without starting or writing anything.
 
     Raises:
-        UserError: a run does not fill the nodes of the profile, or a container would not see the folder.
+        UserError: a run does not fill whole nodes of the profile, or a container would not see the folder.
     """
     if profile.kind == "local":
         return {stage.name: shlex.join(_command(stage, profile)) for stage in todo}
     with (
         tempfile.TemporaryDirectory() as scratch,
         contextlib.redirect_stdout(io.StringIO()),
-        _experiment(todo, title, folder, profile, scratch) as made,
+        _experiment(todo, title, folder, profile, scratch) as experiment,
     ):
-        made.dryrun(log=False, delete_exp_dir=False)
+        experiment.dryrun(log=False, delete_exp_dir=False)
         files = {stage.name: next(Path(scratch).rglob(f"{stage.name}_sbatch.sh")) for stage in todo}
         return {name: file.read_text() for name, file in files.items()}
 
@@ -112,18 +112,18 @@ def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile 
     """Run the stages here and wait, or submit them all to the cluster and return.
 
     Raises:
-        UserError: as ``scripts``, or another command is at work in the folder.
+        UserError: as ``scripts``, or another command is using the folder.
         TrainingError: a stage that ran here failed.
     """
     base = str(folder.resolve() / "nemo_run")
     if profile.kind == "slurm":
-        # Without a lock, for the first job may start, and take it, while the others are still being submitted.
-        with _experiment(todo, title, folder, profile, base) as made:
-            made.run(detach=True)
+        # No lock here: the first job may start and take it while the others are still being submitted.
+        with _experiment(todo, title, folder, profile, base) as experiment:
+            experiment.run(detach=True)
         return
-    with locked_folder(folder), _experiment(todo, title, folder, profile, base) as made:
-        made.run(detach=False)
-    status = made.status(return_dict=True)
+    with locked_folder(folder), _experiment(todo, title, folder, profile, base) as experiment:
+        experiment.run(detach=False)
+    status = experiment.status(return_dict=True)
     failed = [stage.name for stage in todo if str(status[stage.name]["status"]) != "SUCCEEDED"]
     if failed:
         raise TrainingError(f"Stage {failed[0]} failed; its output is under {folder / 'nemo_run'}.")
@@ -132,19 +132,18 @@ def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile 
 def _experiment(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile, base: str) -> Any:
     import nemo_run as run
 
-    made = run.Experiment(title, base_dir=base, log_level="WARNING")
-    with made:
+    experiment = run.Experiment(title, base_dir=base, log_level="WARNING")
+    with experiment:
         for stage in todo:
             python, *_ = command = _command(stage, profile)
-            made.add(
-                run.Script(
-                    path=stage.module, m=True, entrypoint=python, args=[shlex.quote(one) for one in command[3:]]
-                ),
+            arguments = [shlex.quote(argument) for argument in command[3:]]
+            experiment.add(
+                run.Script(path=stage.module, m=True, entrypoint=python, args=arguments),
                 executor=profile.executor(stage.layout, folder.resolve()),
                 name=stage.name,
                 dependencies=stage.after,
             )
-    return made
+    return experiment
 
 
 def _command(stage: Command, profile: LocalProfile | SlurmProfile) -> list[str]:

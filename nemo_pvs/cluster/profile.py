@@ -1,4 +1,4 @@
-"""Launch profiles (``launch/*.yaml``): where the processes of a run start, and NeMo-Run's executors for that."""
+"""Launch profiles (``launch/*.yaml``): where the processes of a run start, and NeMo-Run's executors for them."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 class _Profile(Block):
     python: str
-    """Interpreter that nemo_pvs is installed in, where the stages run."""
+    """Python interpreter with nemo_pvs, on the machine where the stages run."""
     environment: dict[str, str] = Field(default={})
-    """Variables of every process."""
+    """Environment variables of every process."""
 
 
 class LocalProfile(_Profile):
-    """This machine, or the one that a person is logged in to."""
+    """This machine."""
 
     kind: Literal["local"]
     python: str = sys.executable
 
     def executor(self, layout: Parallelism | None, folder: Path) -> Any:
-        """Return NeMo-Run's executor of a stage; the ranks of a training are started by its command."""
+        """Return NeMo-Run's executor for a stage, whose command starts the ranks of a training itself."""
         import nemo_run as run
 
         return run.LocalExecutor(env_vars=dict(self.environment))
 
     def function_executor(self, folder: Path) -> Any:
-        """Return NeMo-Run's executor of a function that every rank calls: one a GPU, or one; torchrun starts them."""
+        """Return NeMo-Run's executor for a function on every rank: torchrun starts one per GPU, or a single one."""
         import nemo_run as run
         import torch
 
@@ -58,42 +58,46 @@ class LocalProfile(_Profile):
 
 
 class SlurmProfile(_Profile):
-    """A Slurm cluster, with a container (Pyxis) or an environment that all nodes see."""
+    """A Slurm cluster, with a container (Pyxis) or a Python environment that all nodes can access."""
 
     kind: Literal["slurm"]
     python: str = "python"
     account: str
     partition: str | None = None
     time: str = "04:00:00"
-    """Limit of one allocation; a run that needs longer is requeued."""
+    """Time limit of one allocation; a run that needs longer is requeued."""
     gpus_per_node: Positive = 8
     requeues: Annotated[int, Field(ge=0)] = 100
-    """How often a stage that reached its limit or was preempted is queued again, and goes on."""
+    """How often a stage that reached its time limit or was preempted is requeued to resume."""
     failures: Annotated[int, Field(ge=0)] = 2
-    """How often it is queued again after it has failed; what a user has to mend (exit code 2) never is."""
+    """How often a stage is requeued after a failure; never after one that a user has to fix (exit code 2)."""
     seconds_to_save: Positive = 300
-    """How long before the limit the ranks are told: a step, a validation and a save must fit."""
+    """Seconds before the time limit at which ranks are signalled; enough for a step, a validation and a save."""
     container_image: str | None = None
     container_mounts: list[str] = Field(default=[])
     """``host:container``; the run folder must be visible under the same path in both."""
     srun_args: list[str] = Field(default=[])
     sbatch: dict[str, Any] = Field(default={})
-    """More options of sbatch: ``qos: high``."""
+    """More options of sbatch, such as ``qos: high``."""
     host: str | None = None
-    """Login node to submit from, by ssh; None where sbatch is here."""
+    """Login node to submit from, by ssh; None if this machine has sbatch."""
     user: str | None = None
 
     def executor(self, layout: Parallelism | None, folder: Path) -> Any:
-        """Return NeMo-Run's executor: one task a GPU for a training, one task on one node for all other stages."""
+        """Return NeMo-Run's executor: one task per GPU for a training, one task on one node for all other stages.
+
+        Raises:
+            UserError: the ranks do not fill whole nodes, or a container would not see the folder.
+        """
         import nemo_run as run
 
         from nemo_pvs.cluster.slurm_tunnel import JobFreeTunnel
 
         ranks = layout.processes if layout else 1
-        here = min(ranks, self.gpus_per_node)
-        if ranks % here:
+        per_node = min(ranks, self.gpus_per_node)
+        if ranks % per_node:
             raise UserError(f"{ranks} ranks do not fill nodes of {self.gpus_per_node} GPUs; change data_parallel.")
-        # Relative paths of a recipe mean what they mean here; NeMo-Run would start in a folder of its own.
+        # A recipe's relative paths must mean the same in the job; NeMo-Run would start it in its own folder.
         work = "--container-workdir" if self.container_image else "--chdir"
         for path in (folder, Path.cwd()):
             self._check_mounted(path)
@@ -107,39 +111,43 @@ class SlurmProfile(_Profile):
             account=self.account,
             partition=self.partition,
             time=self.time,
-            nodes=ranks // here,
-            ntasks_per_node=here,
-            gpus_per_node=here if layout else self.gpus_per_node,
+            nodes=ranks // per_node,
+            ntasks_per_node=per_node,
+            gpus_per_node=per_node if layout else self.gpus_per_node,
             exclusive=True,
-            mem="0",  # all of the node
+            mem="0",  # all memory of the node
             signal=f"USR1@{self.seconds_to_save}",
             container_image=self.container_image or None,
             container_mounts=list(self.container_mounts),
-            # NeMo-Run's --kill-on-bad-exit would let the first rank that has saved take down those that are at it.
+            # With NeMo-Run's --kill-on-bad-exit, the first rank that has saved would kill those that are still saving.
             srun_args=["--wait=120", "--kill-on-bad-exit=0", f"{work}={Path.cwd()}", *self.srun_args],
             setup_lines=_requeue_only(self.failures, jobs),
             additional_parameters={"requeue": True, **self.sbatch},
             env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": "29500", **self.environment},
             retries=self.requeues,
             tunnel=tunnel,
-            packager=run.Packager(),  # nemo_pvs is installed where it runs
+            packager=run.Packager(),  # no code is copied: nemo_pvs is installed where it runs
         )
 
     def function_executor(self, folder: Path) -> Any:
-        """Return NeMo-Run's executor of a function that every rank calls: srun starts one a GPU, on one node."""
+        """Return NeMo-Run's executor for a function on every rank: srun starts one per GPU, on one node.
+
+        Raises:
+            UserError: the profile sets both ``python`` and a container, or as ``executor``.
+        """
         executor = self.executor(Parallelism(data_parallel=self.gpus_per_node), folder)
         if os.sep in self.python:
-            # NeMo-Run starts functions with whatever python comes first.
+            # NeMo-Run starts functions with the first python in PATH.
             if self.container_image:
                 raise UserError(
-                    f"The profile's python is {self.python}, but under nemo the container's own is started; leave "
-                    "python (PVS_PYTHON) out, and take an image that nemo_pvs is installed in."
+                    f"The profile's python is {self.python}, but the nemo command starts the container's own; leave "
+                    "python (PVS_PYTHON) out, and use an image in which nemo_pvs is installed."
                 )
             executor.env_vars["PATH"] = f"{Path(self.python).parent}:$PATH"
         return executor
 
     def training(self, job: Path) -> list[str]:
-        """Return the arguments of ``python -m nemo_pvs.megatron.launch``, which srun starts once a rank."""
+        """Return the arguments of ``python -m nemo_pvs.megatron.launch``, which srun starts once per rank."""
         return ["--slurm", str(job)]
 
     def _check_mounted(self, folder: Path) -> None:
@@ -165,16 +173,19 @@ def packaged_profiles() -> list[str]:
 def load_profile(name_or_path: str, environment: Mapping[str, str] = os.environ) -> LocalProfile | SlurmProfile:
     """Read a profile by path (``my/cluster.yaml``) or by the name of a packaged one (``slurm_h100``).
 
-    ``${NAME}`` stands for a variable of the environment, ``${NAME:-value}`` for one that may be unset.
+    ``${NAME}`` is replaced by an environment variable, ``${NAME:-value}`` by one that may be unset.
 
     Raises:
-        UserError: there is no such profile, it says something that a profile cannot say, or a variable is not set.
+        UserError: there is no such profile, it has an invalid key or value, or a variable is not set.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = Path(str(resources.files("nemo_pvs.launch").joinpath(f"{name_or_path}.yaml")))
     if not path.is_file():
-        raise UserError(f"There is no launch profile {name_or_path}; known names: {', '.join(packaged_profiles())}.")
+        raise UserError(
+            f"There is no launch profile {name_or_path}; give the path of a YAML file or one of "
+            f"{', '.join(packaged_profiles())}."
+        )
     values = expand_home(_substituted(read_yaml(path), environment, str(path)))
     try:
         profile: LocalProfile | SlurmProfile = TypeAdapter(Profile).validate_python(values)
@@ -186,18 +197,19 @@ def load_profile(name_or_path: str, environment: Mapping[str, str] = os.environ)
 
 
 def _requeue_only(failures: int, folder: str) -> str:
-    """Return bash that keeps NeMo-Run's batch script, which requeues whatever has gone wrong, from wasting nodes.
+    """Return bash code that keeps NeMo-Run's batch script from requeuing a job after every failure.
 
-    The script calls ``scontrol requeue`` when ``exitcode`` is not 0; a function of that name comes before the program.
+    The script calls ``scontrol requeue`` whenever ``exitcode`` is not 0; a bash function of this name shadows the
+    program.
     """
     return f"""
-# Queued again: what has saved because its time was up ({PREEMPTED}), and {failures} times what has failed otherwise.
+# Requeue a job that has saved because its time was up ({PREEMPTED}); after other failures at most {failures} times.
 scontrol() {{
   if [ "$1" = requeue ] && [ "$exitcode" -ne {PREEMPTED} ]; then
     failed={shlex.quote(folder)}/failures-$SLURM_JOB_ID
     echo "$exitcode" >> "$failed"
     if [ "$exitcode" -eq 2 ] || [ "$(wc -l < "$failed")" -gt {failures} ]; then
-      echo "not queued again: exit code $exitcode"
+      echo "not requeued: exit code $exitcode"
       return 0
     fi
   fi
@@ -207,7 +219,7 @@ scontrol() {{
 
 
 def _substituted(value: Any, environment: Mapping[str, str], where: str) -> Any:
-    """Return a profile's values with variables replaced; an entry of a list that becomes empty is left out."""
+    """Return a profile's values with variables replaced; list entries that become empty are left out."""
     if isinstance(value, Mapping):
         return {key: _substituted(entry, environment, where) for key, entry in value.items()}
     if isinstance(value, list):
@@ -216,12 +228,12 @@ def _substituted(value: Any, environment: Mapping[str, str], where: str) -> Any:
     if not isinstance(value, str):
         return value
 
-    def replace(found: re.Match[str]) -> str:
-        name, default = found.groups()
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
         text = environment.get(name, default)
         if text is None:
             raise UserError(
-                f"{where} needs the variable {name}; set it, or copy the profile and write the value in it."
+                f"{where} needs the variable {name}; set it, or copy the profile and write the value into it."
             )
         return text
 

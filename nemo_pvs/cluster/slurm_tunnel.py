@@ -1,4 +1,4 @@
-"""Submit to Slurm from anywhere, also from inside a job: what describes that job stays with it."""
+"""Submit to Slurm from anywhere, even inside a job: variables that describe this job are not passed on."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import nemo_run as run
 _OF_A_JOB = re.compile(
     r"(SLURM|SLURMD|SRUN|PMI|PMIX|TORCHELASTIC)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
 )
-"""What Slurm sets in an allocation, and srun, MPI and torchrun for each rank."""
+"""Variables that Slurm sets in an allocation, and srun, MPI and torchrun for each rank."""
 _OF_THE_SITE = {"SLURM_CONF", "SLURM_ACCOUNT", "SLURM_PARTITION", "SLURM_TIMELIMIT"}
-"""What Slurm itself never sets there, but sites and users do; launch profiles read the last three."""
+"""Variables that Slurm itself never sets, but sites and users do; launch profiles read the last three."""
 
 
 @dataclass(kw_only=True)
 class JobFreeTunnel(run.LocalTunnel):
-    """NeMo-Run's commands on this machine, without the variables of the job that this process may be part of.
+    """Runs NeMo-Run's commands on this machine, without the variables of the job that this process may be part of.
 
-    ``sbatch`` hands its environment on to the job. There srun takes ``SLURM_CPU_BIND``, ``SLURM_MEM_PER_NODE`` and the
-    like of an allocation that somebody submitted from for options: ranks would be bound to a few cores, or refused.
+    ``sbatch`` passes its environment on to the job, where srun treats variables such as ``SLURM_CPU_BIND`` and
+    ``SLURM_MEM_PER_NODE`` as options. If they came from the allocation in which sbatch was called, ranks would be
+    bound to a few cores, or refused.
     """
 
     def run(self, command: str, hide: bool = True, warn: bool = False, **options: Any) -> Any:
-        """Run a command in the clean environment; otherwise as ``LocalTunnel``."""
+        """Run a command as ``LocalTunnel`` does, but in the clean environment."""
         return super().run(command, hide, warn, env=without_job(os.environ), replace_env=True, **options)
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what Slurm, srun and torchrun have set for a job; outside of one, as it is."""
+    """Return an environment without the variables of a Slurm job, and without ``PVS_HELD_LOCKS``."""
     kept = {name: value for name, value in environment.items() if name != "PVS_HELD_LOCKS"}
     if not {"SLURM_JOB_ID", "SLURM_JOBID"} & kept.keys():
         return kept

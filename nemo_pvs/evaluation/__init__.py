@@ -1,1 +1,1 @@
-"""Evaluation: how good a checkpoint is."""
+"""Evaluation of checkpoints: tasks and perplexity."""

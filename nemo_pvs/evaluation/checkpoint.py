@@ -1,4 +1,4 @@
-"""A checkpoint that is being evaluated: what it is, and the measurements that can be made of it."""
+"""A checkpoint under evaluation: its properties, and how to measure it."""
 
 from __future__ import annotations
 
@@ -37,19 +37,23 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Compute:
-    """What runs a model."""
+    """Hardware, precision and parallelism with which a model runs."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     memory_limit: int = 8_000_000_000
-    """Bytes of hidden states, for perplexity."""
+    """Bytes of hidden states kept in memory, for perplexity."""
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     batch_size: int | None = None
-    """Sequences a batch of requests; None finds out."""
+    """Sequences per batch of requests; None chooses by the available memory."""
 
     def check_ranks(self) -> None:
-        """Raise UserError unless the ranks that were started hold a whole number of copies of a model."""
+        """Check that the ranks hold a whole number of copies of a model.
+
+        Raises:
+            UserError: their number is not a multiple of TP x PP.
+        """
         parts = self.tensor_parallel * self.pipeline_parallel
         if parts < 1 or ranks.world_size() % parts:
             raise UserError(
@@ -60,17 +64,17 @@ class Compute:
 
 
 class Checkpoint:
-    """One checkpoint, of any format, opened and not yet loaded."""
+    """A checkpoint of any format, opened but not loaded yet."""
 
     def __init__(self, path: str, backend: Backend | None = None) -> None:
-        """Open it.
+        """Open a checkpoint.
 
         Args:
             path: Its folder.
-            backend: What runs it; None takes Megatron for a NeMo checkpoint and ``transformers`` for the rest.
+            backend: What runs the model; by default Megatron for NeMo checkpoints and ``transformers`` for all others.
 
         Raises:
-            UserError: it is no checkpoint, or it has no tokenizer.
+            UserError: the folder is not a checkpoint, or has no tokenizer.
         """
         self.path = path
         self.source: WeightSource = open_source(path)
@@ -85,20 +89,20 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
+        """The model's tokenizer."""
         return load_tokenizer(tokenizer_folder(Path(self.path)))
 
     @property
     def context(self) -> int:
-        """Tokens that the model reads at most."""
+        """Maximum number of tokens that the model reads."""
         return int(self.source.config["max_position_embeddings"])
 
     def about(self) -> dict[str, Any]:
-        """Return what a report says of it."""
+        """Return the fields that identify the model in reports."""
         return {
             "checkpoint": self.path,
             "fingerprint": self.fingerprint,
-            "earlier_fingerprint": self.fingerprint.earlier(),  # what run folders of earlier versions call it
+            "earlier_fingerprint": self.fingerprint.earlier(),  # in run folders of earlier versions
             "tokenizer_sha256": self.tokenizer_sha256,
             "parameters": self.shape.parameters,
         }
@@ -106,7 +110,21 @@ class Checkpoint:
     def measure_text(
         self, name: str, tokens: TokenSet, store: Store, compute: Compute, progress: Progress, *, force: bool = False
     ) -> dict[str, dict[str, Any]]:
-        """Return the perplexity of a text's windows, layer by layer, so the model need not fit any memory."""
+        """Return loss and perplexity on a text's windows.
+
+        The model is run layer by layer, so it need not fit into memory.
+
+        Args:
+            name: Name of the measurement.
+            tokens: The windows.
+            store: Earlier measurements, which are reused.
+            compute: What runs the model.
+            progress: Called with (layers done, layers in all).
+            force: Measure again even if the store has the result.
+
+        Returns:
+            For ``loss`` (nats per token) and ``perplexity``: value, standard error and what was measured.
+        """
         settings = {
             "model": self.fingerprint,
             "tokens": {key: value for key, value in tokens.manifest.items() if key != "data_set"},
@@ -114,7 +132,7 @@ class Checkpoint:
         }
 
         def measure() -> dict[str, dict[str, Any]]:
-            found = perplexity(
+            result = perplexity(
                 self.source,
                 tokens,
                 stride=tokens.manifest["stride"],
@@ -123,18 +141,18 @@ class Checkpoint:
                 memory_limit=compute.memory_limit,
                 progress=progress,
             )
-            more = {"documents": len(tokens.ids), "tokens": found["tokens"], "windows": tokens.manifest["cut"]}
+            size = {"documents": len(tokens.ids), "tokens": result["tokens"], "windows": tokens.manifest["cut"]}
             return {
                 metric: {
-                    "value": found[metric],
-                    "stderr": found[f"{metric}_stderr"],
+                    "value": result[metric],
+                    "stderr": result[f"{metric}_stderr"],
                     "higher_is_better": False,
-                    **more,
+                    **size,
                 }
                 for metric in ("loss", "perplexity")
             }
 
-        return _kept(store, name, settings, measure, force=force)
+        return _measure_once(store, name, settings, measure, force=force)
 
     def measure_task(
         self,
@@ -147,7 +165,20 @@ class Checkpoint:
         limit: int | None = None,
         force: bool = False,
     ) -> dict[str, dict[str, Any]]:
-        """Return a task's metrics; ``model`` loads the weights when they are first needed."""
+        """Return a task's metrics.
+
+        Args:
+            task: The task.
+            store: Earlier measurements, which are reused, and journals of unfinished ones.
+            compute: What runs the model.
+            model: Returns the language model; called only if the task has to be measured.
+            progress: Called with (requests done, requests in all).
+            limit: Maximum number of documents.
+            force: Measure again even if the store has the result.
+
+        Returns:
+            The metrics by name, as ``tasks.measure_task`` returns them.
+        """
         from nemo_pvs.evaluation.tasks import measure_task
 
         settings = {
@@ -169,11 +200,11 @@ class Checkpoint:
                 language_model.journal.remove()
             return measure_task(task, language_model, limit)
 
-        return _kept(store, task.name, settings, measure, force=force)
+        return _measure_once(store, task.name, settings, measure, force=force)
 
     @contextmanager
     def language_model(self, compute: Compute) -> Iterator[Callable[[], CheckpointLM]]:
-        """Yield a function that loads the model on its first call and returns it; it is freed after the block."""
+        """Yield a function that loads the model on its first call and returns it; the block's end frees the model."""
         from nemo_pvs.evaluation.language_model import CheckpointLM
 
         loaded: list[CheckpointLM] = []
@@ -195,18 +226,18 @@ class Checkpoint:
 
     @contextmanager
     def _scorer(self, compute: Compute) -> Iterator[TokenScorer]:
-        how: dict[str, Any] = {"dtype": compute.dtype, "device": compute.device}
+        options: dict[str, Any] = {"dtype": compute.dtype, "device": compute.device}
         if self.backend == "transformers":
-            yield TransformersScorer(self.source, **how, rank=ranks.rank(), ranks=ranks.world_size())
+            yield TransformersScorer(self.source, **options, rank=ranks.rank(), ranks=ranks.world_size())
             return
         import_megatron()
         from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
 
         with megatron_ranks(compute.tensor_parallel, compute.pipeline_parallel):
-            yield MegatronScorer(self.source, **how)
+            yield MegatronScorer(self.source, **options)
 
 
-def _kept(
+def _measure_once(
     store: Store,
     name: str,
     settings: dict[str, Any],
@@ -214,10 +245,10 @@ def _kept(
     *,
     force: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Return an earlier measurement with equal settings, or make one and keep it."""
+    """Return an earlier measurement with the same settings, or measure and store the result."""
     known = None if force else from_main(lambda: store.find(name, settings))
     if known is not None:
-        return {metric: {**about, "measured": "before"} for metric, about in known.items()}
+        return {metric: {**result, "measured": "before"} for metric, result in known.items()}
     metrics = measure()
     if ranks.is_main():
         store.write(name, settings, metrics)

@@ -1,7 +1,8 @@
-"""A task out of any text: which of four continuations follows? In the form of lm-eval, like HellaSwag without people.
+"""A multiple-choice task from any text: which of four continuations follows? Like HellaSwag, without human writers.
 
-It needs no download, so a run can ask it of the text that it held out. Chance is 25 %. It says more of small models on
-little data than the public tasks do, and nothing that can be compared with anybody else's text.
+It has lm-eval's format and needs no download, so a run can build it from its held-out text. Chance is 25 %. It
+separates small models trained on little data better than the public tasks do, but its results on different texts
+cannot be compared.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CHOICES = 4
 CONTEXT_TOKENS = 32
 ENDING_TOKENS = 16
 _BROKEN = "\ufffd"
-"""What a window that begins or ends within a character decodes to."""
+"""Replacement character, to which a tokenizer decodes part of a character."""
 
 
 def write_continuations(
@@ -32,28 +33,28 @@ def write_continuations(
 ) -> None:
     """Write the task ``continuation`` as a folder for ``pvs evaluate --tasks``.
 
-    A question is a window of the text that crosses no end of a document: 32 tokens, the 16 that follow them, and
-    three times 16 that follow elsewhere. Windows are spread evenly over the text and do not overlap.
+    A question is a window within one document: 32 tokens of context, the 16 tokens that follow as the right ending,
+    and three endings from other windows. Windows are spread evenly over the text and do not overlap.
 
     Args:
         text: Prefix of a Megatron token file.
-        tokenizer: What the text was tokenised with.
-        folder: Where to; it is replaced.
-        questions: How many.
-        seed: Draws the wrong endings and the place of the right one.
+        tokenizer: The tokenizer of the token file.
+        folder: Folder to write; an existing one is replaced.
+        questions: Number of questions.
+        seed: Seed for the choice of wrong endings and the position of the right one.
 
     Raises:
-        UserError: the text is too short for so many.
+        UserError: the text is too short for this number of questions.
     """
     pairs = list(_pairs(text, tokenizer))
     _check_enough(text, len(pairs), questions)
     chosen = [pairs[number * len(pairs) // questions] for number in range(questions)]
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     documents = []
     for context, ending in chosen:
         others = sorted({other for _, other in pairs} - {ending})
-        choices = draw.sample(others, CHOICES - 1)
-        answer = draw.randrange(CHOICES)
+        choices = generator.sample(others, CHOICES - 1)
+        answer = generator.randrange(CHOICES)
         choices.insert(answer, ending)
         documents.append({"context": context, "choices": choices, "answer": answer})
     definition = {
@@ -76,25 +77,25 @@ def write_continuations(
 
 
 def check_continuations(text: Path, tokenizer: PreTrainedTokenizerBase, questions: int) -> None:
-    """Refuse a text that is too short for so many questions, as ``write_continuations`` would.
+    """Check that a text is long enough for a number of questions, as ``write_continuations`` does.
 
     Raises:
-        UserError: saying for how many it is long enough.
+        UserError: the text is too short; the message says for how many questions it has enough text.
     """
     enough = itertools.islice(_pairs(text, tokenizer), max(questions, CHOICES))
     _check_enough(text, sum(1 for _ in enough), questions)
 
 
-def _check_enough(text: Path, found: int, questions: int) -> None:
-    if found < max(questions, CHOICES):
+def _check_enough(text: Path, available: int, questions: int) -> None:
+    if available < max(questions, CHOICES):
         raise UserError(
-            f"{text} has text for {found} questions of the task {NAME}, not for {max(questions, CHOICES)}; lower "
+            f"{text} has text for {available} questions of the task {NAME}, not for {max(questions, CHOICES)}; lower "
             "task_limit, or hold out more text."
         )
 
 
 def _pairs(text: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """Yield context and ending of every window that makes a question."""
+    """Yield (context, ending) of every window that can be a question."""
     windows = TokenSet.from_token_file(text, sequence_length=CONTEXT_TOKENS + ENDING_TOKENS).ids.tolist()
     for window in windows:
         if tokenizer.eos_token_id not in window:
@@ -104,7 +105,7 @@ def _pairs(text: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, window: list[int]) -> tuple[str, str] | None:
-    """Return context and ending as text, or None where the cut falls into a character."""
+    """Return (context, ending) as text, or None if a cut splits a character or the ending is blank."""
     text, context = tokenizer.decode(window), tokenizer.decode(window[:CONTEXT_TOKENS])
     ending = text[len(context) :]
     if _BROKEN in text or not text.startswith(context) or not ending.strip():

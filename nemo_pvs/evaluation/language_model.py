@@ -1,7 +1,7 @@
-"""A checkpoint as lm-eval's language model: requests tokenised, put into batches, scored, and added up.
+"""A checkpoint as a language model of lm-eval: tokenise requests, batch and score them, and sum log-likelihoods.
 
-One class for every checkpoint: a ``TokenScorer`` runs the model. Tokenisation, prefix token, truncation and rolling
-windows are those of lm-eval's own ``HFLM``, and the tests compare the numbers with its.
+The same class serves every format of checkpoint: a ``TokenScorer`` runs the model. Tokenisation, prefix token,
+truncation and rolling windows are those of lm-eval's own ``HFLM``; tests compare the results with it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from nemo_pvs.system import ranks
 
 class _Request(NamedTuple):
     ids: list[int]
-    """Context and continuation, cut from the left to the model's context and the last token."""
+    """Context and continuation, truncated on the left to the model's context plus the last, only predicted token."""
     scored: int
-    """Tokens of the continuation."""
+    """Number of tokens in the continuation."""
 
 
 class CheckpointLM(TemplateLM):
-    """A scorer and a tokenizer with lm-eval's interface; every rank asks the same and gets the same answers."""
+    """A scorer and a tokenizer with lm-eval's interface; all ranks make the same requests and get the same answers."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class CheckpointLM(TemplateLM):
         journal: Journal | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Put them together.
+        """Combine a model and its tokenizer.
 
         Args:
             scorer: The model.
-            tokenizer: Its tokenizer.
-            context: Tokens that the model reads at most; longer requests lose their beginning.
-            batch_size: Sequences a batch; None puts as many tokens into one as the memory holds.
-            journal: Keeps the answers of each batch, and knows those of a run that was killed.
+            tokenizer: The model's tokenizer.
+            context: Maximum number of tokens that the model reads; longer requests are truncated on the left.
+            batch_size: Sequences per batch; None fits the number of tokens per batch to memory.
+            journal: Records the answers of each batch, and has those of an interrupted run.
             progress: Called with (requests done, requests in all).
         """
         super().__init__()
@@ -57,7 +57,7 @@ class CheckpointLM(TemplateLM):
         self.journal = journal
         self.progress = progress
         self.read: Counter[int] = Counter()
-        """How many sequences the model has read, by their length in tokens; padding is not counted."""
+        """Number of sequences that the model has read, by their length in tokens without padding."""
         self._scorer = scorer
         self._context = context
         self._batch_size = batch_size
@@ -71,7 +71,7 @@ class CheckpointLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> Any:
-        """What stands in front of a text without context: the beginning-of-text token, or the end-of-text one.
+        """Token that precedes a text without context: the beginning-of-text token, or else the end-of-text one.
 
         Raises:
             UserError: the tokenizer has neither.
@@ -80,12 +80,12 @@ class CheckpointLM(TemplateLM):
             if token is not None:
                 return token
         raise UserError(
-            f"The tokenizer in {self.tokenizer.name_or_path} names neither a beginning nor an end of text, with which "
-            "texts without context start; set eos_token in its config."
+            f"The tokenizer in {self.tokenizer.name_or_path} has neither a beginning-of-text nor an end-of-text "
+            "token, one of which must precede texts without context; set eos_token in its config."
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokenise; the tokenizer adds its special tokens, but no second beginning of text."""
+        """Tokenise with the tokenizer's special tokens, but without a second beginning-of-text token."""
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         settings: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -93,12 +93,12 @@ class CheckpointLM(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
-        """Return log-likelihood and greediness of each (context, continuation)."""
+        """Return the answer to each (context, continuation): log-likelihood, and whether it is the greedy one."""
         answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Return the log-likelihood of whole texts: windows as long as the context, each token predicted once."""
+        """Return the log-likelihood of whole texts, in windows as long as the context that predict each token once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         counts: list[int] = []
         for request in requests:
@@ -110,21 +110,21 @@ class CheckpointLM(TemplateLM):
         return [sum(next(answers)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Refuse: nothing here generates text.
+        """Refuse to generate text, which is not supported.
 
         Raises:
             UserError: always.
         """
-        raise UserError("pvs evaluate has no tasks that generate text; convert the model to hf and use lm-eval.")
+        raise UserError("pvs evaluate has no tasks that generate text; convert the model to hf and run lm-eval on it.")
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **ignored: Any
     ) -> list[Answer]:
-        """Answer (anything, context ids, continuation ids), the longest first."""
-        wanted = [self._request(context, continuation) for _, context, continuation in requests]
-        keys = [Journal.key(*request) for request in wanted]
+        """Answer requests (ignored, context ids, continuation ids), the longest first."""
+        prepared = [self._request(context, continuation) for _, context, continuation in requests]
+        keys = [Journal.key(*request) for request in prepared]
         known = dict(self.journal.read()) if self.journal else {}
-        new = {key: request for key, request in zip(keys, wanted, strict=True) if key not in known}
+        new = {key: request for key, request in zip(keys, prepared, strict=True) if key not in known}
         pending = sorted(new.items(), key=lambda item: (-len(item[1].ids), item[0]))
         row = {key: index for index, (key, _) in enumerate(pending)}
         self.read.update(len(request.ids) - 1 for _, request in pending)  # the last token is only predicted
@@ -132,11 +132,11 @@ class CheckpointLM(TemplateLM):
         answered = torch.zeros(len(pending), 2, dtype=torch.float64)
         for done, batch in self._batches(pending):
             if (scores := self._score([request for _, request in batch])) is not None:
-                found = {key: _answer(scores, index, one) for index, (key, one) in enumerate(batch)}
-                for key, answer in found.items():
+                answers = {key: _answer(scores, index, request) for index, (key, request) in enumerate(batch)}
+                for key, answer in answers.items():
                     answered[row[key]] = torch.tensor(answer, dtype=torch.float64)
                 if self.journal:
-                    self.journal.add(found)
+                    self.journal.add(answers)
             if self.progress:
                 self.progress(len(known) + done, len(known) + len(pending))
         ranks.all_reduce(answered)
@@ -153,7 +153,7 @@ class CheckpointLM(TemplateLM):
         return _Request((context + continuation)[-(self._context + 1) :], len(continuation))
 
     def _batches(self, pending: list[tuple[str, _Request]]) -> Iterator[tuple[int, list[tuple[str, _Request]]]]:
-        """Yield this copy's batches, with the number of requests that all copies have done after it."""
+        """Yield this copy's batches, each with the number of requests that all copies have done after it."""
         if not pending:
             return
         longest = len(pending[0][1].ids)
@@ -162,7 +162,7 @@ class CheckpointLM(TemplateLM):
             self._batch_tokens = find_batch_tokens(self._scorer, longest, lambda length: torch.zeros(1, length).long())
         batches, begin = [], 0
         while begin < len(pending):
-            # Requests come in order of their length, so the first of a batch says how wide it is.
+            # Requests are sorted by length, so the first of a batch determines its width.
             tokens = self._batch_tokens or 0
             size = self._batch_size or max(1, tokens // len(pending[begin][1].ids))
             batches.append((begin + size, pending[begin : begin + size]))
@@ -178,7 +178,7 @@ class CheckpointLM(TemplateLM):
 
 
 def _answer(scores: TokenScores, index: int, request: _Request) -> Answer:
-    """Add up one request's continuation in float64."""
+    """Sum the log-probabilities of one request's continuation in float64."""
     end = len(request.ids) - 1
     scored = slice(end - request.scored, end)
     return float(scores.logprobs[index, scored].double().sum()), bool(scores.greedy[index, scored].all())

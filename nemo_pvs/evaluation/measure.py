@@ -1,4 +1,4 @@
-"""Measure checkpoints on tasks and texts, each measurement kept, and put down what was found."""
+"""Measure checkpoints on tasks and texts, store each measurement, and write a summary."""
 
 from __future__ import annotations
 
@@ -31,22 +31,25 @@ def measure(
     limit: int | None = None,
     force: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure what is not measured yet, write ``results.json`` beside it, and return what was asked of each model.
+    """Measure models on tasks and texts, reusing earlier measurements, and write ``results.json``.
 
-    What earlier commands measured into the same folder stays in ``results.json``.
+    The file is in the store's folder, and results of earlier commands with the same folder remain in it.
 
     Args:
-        models: What to measure.
+        models: The checkpoints to measure.
         request: The tasks and texts to measure them on.
-        store: Where every measurement is kept.
+        store: Stores every measurement.
         compute: What runs the models.
-        task_data: Folder of downloaded data sets, ``<owner>/<name>`` each.
-        limit: Take only the first so many documents of each task.
-        force: Measure again what has been measured.
+        task_data: Folder of downloaded data sets, each in ``<owner>/<name>``.
+        limit: Maximum number of documents per task.
+        force: Measure again even if the store has the result.
+
+    Returns:
+        The requested results of each model.
 
     Raises:
-        UserError: a task or a text is not there, or does not suit a model, or ``results.json`` is not an evaluation's;
-            nothing was measured then.
+        UserError: a task or a text is missing or does not suit a model, or ``results.json`` belongs to something other
+            than an evaluation; nothing is measured then.
     """
     file = store.folder / RESULTS
     measured_before(file)
@@ -57,13 +60,13 @@ def measure(
         measured: dict[str, Any] = {}
         for name, tokens in texts[model.path].items():
             with progress(f"{name} of {model.path}", "layers") as show:
-                found = model.measure_text(name, tokens, store, compute, show, force=force)
-            measured.update({f"{name}/{metric}": about for metric, about in found.items()})
+                metrics = model.measure_text(name, tokens, store, compute, show, force=force)
+            measured.update({f"{name}/{metric}": result for metric, result in metrics.items()})
         with model.language_model(compute) as load:
             for task in loaded:
                 with progress(f"{task.name} of {model.path}", "requests") as show:
-                    found = model.measure_task(task, store, compute, load, show, limit=limit, force=force)
-                measured.update({f"{task.name}/{metric}": about for metric, about in found.items()})
+                    metrics = model.measure_task(task, store, compute, load, show, limit=limit, force=force)
+                measured.update({f"{task.name}/{metric}": result for metric, result in metrics.items()})
         measured.update(request.averages(measured))
         results.append({**model.about(), "backend": model.backend, "limit": limit, "measured": measured})
     if ranks.is_main():
@@ -89,7 +92,7 @@ def _windows(request: EvaluationRequest, model: Checkpoint, data: Path) -> dict[
 
 
 def _load_tasks(requests: Sequence[TaskRequest], data: Path) -> list[Any]:
-    """Load tasks, if any are wanted: lm-eval takes seconds to import."""
+    """Load tasks, and import lm-eval only if there are any, because that takes seconds."""
     if not requests:
         return []
     from nemo_pvs.evaluation.tasks import load_tasks

@@ -1,4 +1,4 @@
-"""What a user asks to have measured: presets, tasks, texts, and how texts are cut. Imports no lm-eval."""
+"""What a user requests to measure: presets, tasks, texts, and the size of their windows. Does not import lm-eval."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _TEXT = "wikipedia-sample"
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """One task as a user asked for it."""
+    """One task as a user requested it."""
 
     task: str
-    """Name in lm-eval, or in the folder."""
+    """Task name in lm-eval, or in ``folder``."""
     shots: int | None = None
-    """Examples in the prompt; None for the task's own number."""
+    """Number of examples in the prompt; None for the task's default."""
     metric: str | None = None
-    """The one to report; None for all."""
+    """The metric to report; None for all."""
     folder: Path | None = None
-    """Folder whose YAML file defines it."""
+    """Folder with the YAML file that defines the task; None for lm-eval's own tasks."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What ``presets.yaml`` says of one name."""
+    """One preset of ``presets.yaml``."""
 
     tasks: dict[str, str]
-    """Task and the metric to report."""
+    """The metric to report, by task."""
     perplexity: list[str]
     samples: int
     sequence_length: int
@@ -51,15 +51,17 @@ def presets() -> dict[str, Preset]:
 
 
 def parse_tasks(text: str) -> list[TaskRequest]:
-    """Return what ``--tasks`` asks for: presets, folders, names with or without ``:shots``, a comma between them.
+    """Parse ``--tasks``: presets, folders, and task names with or without ``:shots``, separated by commas.
 
     Raises:
-        UserError: a number of shots is none, or a folder defines no task.
+        UserError: a number of shots is not a number, a folder defines no task, or there is no task at all.
     """
     requests: list[TaskRequest] = []
     items = [item.strip() for item in text.split(",") if item.strip()]
-    of_folders = [request for item in items if Path(item).is_dir() for request in _tasks_of_folder(Path(item))]
-    defined = {request.task: request.folder for request in of_folders}
+    defined: dict[str, Path | None] = {}
+    for item in items:
+        if Path(item).is_dir():
+            defined.update({request.task: request.folder for request in _tasks_of_folder(Path(item))})
     for item in items:
         if item in presets():
             requests += [TaskRequest(task, 0, metric) for task, metric in presets()[item].tasks.items()]
@@ -76,24 +78,24 @@ def parse_tasks(text: str) -> list[TaskRequest]:
 
 
 def _tasks_of_folder(folder: Path) -> list[TaskRequest]:
-    names = [about["task"] for about in _definitions(folder).values()]
+    names = [definition["task"] for definition in _definitions(folder).values()]
     if not names:
         raise UserError(f"{folder} has no .yaml file with a task: line; write one as lm-eval's task guide explains.")
     return [TaskRequest(name, folder=folder) for name in names]
 
 
 def _definitions(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the task definitions in a folder; functions in them (``!function``) are not loaded here."""
-    found = {}
+    """Return the task definitions in a folder by file; functions in them (``!function``) are not loaded."""
+    definitions = {}
     for path in sorted(folder.rglob("*.yaml")):
-        about = read_yaml(path, PlainLoader)
-        if isinstance(about, dict) and isinstance(about.get("task"), str):
-            found[path] = about
-    return found
+        definition = read_yaml(path, PlainLoader)
+        if isinstance(definition, dict) and isinstance(definition.get("task"), str):
+            definitions[path] = definition
+    return definitions
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Reads ``!function module.name`` as nothing."""
+    """A YAML loader that reads ``!function module.name`` as None."""
 
 
 PlainLoader.add_constructor("!function", lambda loader, node: None)
@@ -101,12 +103,12 @@ PlainLoader.add_constructor("!function", lambda loader, node: None)
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """All that one command measures of each checkpoint."""
+    """Everything that one command measures for each checkpoint."""
 
     tasks: Sequence[TaskRequest]
     texts: Sequence[str]
     presets: Sequence[str]
-    """Names of the presets among the tasks, whose averages are reported."""
+    """Names of the presets that were requested; their averages are reported."""
     samples: int
     sequence_length: int
     stride: int | None = None
@@ -123,21 +125,21 @@ class EvaluationRequest:
         stride: int | None = None,
         train_split: bool = False,
     ) -> EvaluationRequest:
-        """Return what the options of ``pvs evaluate`` ask for.
+        """Parse the options of ``pvs evaluate``.
 
-        Without tasks and texts it is the perplexity of the Wikipedia sample; a preset brings its own texts and sizes
-        of windows unless others are given; the text ``none`` asks for none.
+        Without tasks and texts this is the perplexity of the Wikipedia sample. A preset includes texts and window
+        sizes, unless others are given. The text ``none`` stands for no text.
 
         Raises:
             UserError: as ``parse_tasks``.
         """
-        wanted = parse_tasks(tasks) if tasks is not None else []
+        task_requests = parse_tasks(tasks) if tasks is not None else []
         named = [name for name in presets() if tasks is not None and name in map(str.strip, tasks.split(","))]
         preset = presets()[named[0]] if named else None
         if texts is None:
-            texts = preset.perplexity if preset else [] if wanted else [_TEXT]
+            texts = preset.perplexity if preset else [] if task_requests else [_TEXT]
         return cls(
-            wanted,
+            task_requests,
             [text for text in dict.fromkeys(texts) if text != "none"],
             named,
             (preset.samples if preset else _SAMPLES) if samples is None else samples,
@@ -148,10 +150,10 @@ class EvaluationRequest:
 
     def averages(self, measured: Measured) -> Measured:
         """Return the mean over the tasks of each preset, as ``paper/average``."""
-        found = {
-            f"{name}/average": average(
-                measured, [f"{task}/0-shot/{metric}" for task, metric in presets()[name].tasks.items()]
-            )
-            for name in self.presets
-        }
-        return {name: value for name, value in found.items() if value is not None}
+        averages = {}
+        for name in self.presets:
+            metrics = [f"{task}/0-shot/{metric}" for task, metric in presets()[name].tasks.items()]
+            value = average(measured, metrics)
+            if value is not None:
+                averages[f"{name}/average"] = value
+        return averages

@@ -1,4 +1,4 @@
-"""Log-probabilities of the next token: what every likelihood task needs of a model, whatever runs it."""
+"""Log-probabilities of the next token, which every likelihood task needs, independent of what runs the model."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from nemo_pvs.model.layout import Layout
 
 
 class TokenScorer(Protocol):
-    """A loaded model, perhaps spread over several ranks."""
+    """A loaded model, possibly sharded over several ranks."""
 
     device: torch.device
     vocab: int
-    """Columns of logits that a rank holds for each token: what batches are sized by."""
+    """Logits that a rank holds for each token, which determine the size of batches."""
     replica: int
     """Which copy of the model this rank belongs to; each copy scores its share of the batches."""
     replicas: int
 
     def score(self, ids: torch.Tensor) -> TokenScores | None:
-        """Score token ids [N, S]; every rank of a copy calls it with the same ids, and one of them gets the answer."""
+        """Score token ids [N, S]; every rank of a copy calls it with the same ids, and one of them gets the scores."""
 
 
 class TransformersScorer:
-    """A checkpoint of any format in its ``transformers`` class (ours where layers are uneven), whole on each rank."""
+    """A checkpoint of any format in its ``transformers`` class (ours for uneven layers), whole on each rank."""
 
     def __init__(
         self, source: WeightSource, *, dtype: torch.dtype, device: str, rank: int = 0, ranks: int = 1
@@ -39,9 +39,9 @@ class TransformersScorer:
         Args:
             source: The checkpoint.
             dtype: Type of weights and arithmetic.
-            device: Where the model lives.
-            rank: This copy's number among ``ranks`` copies.
-            ranks: Copies in all.
+            device: Device of the model.
+            rank: Number of this copy, from 0.
+            ranks: Number of copies.
         """
         self.device = torch.device(device)
         self.replica, self.replicas = rank, ranks
@@ -56,13 +56,13 @@ class TransformersScorer:
         self.model.load_state_dict(weights, strict=False, assign=True)
         if shape.tied:
             self.model.tie_weights()
-        # Not stored, and on the meta device still.
+        # Not in checkpoints, so still on the meta device.
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=config).to(self.device)
         assert not any(parameter.is_meta for parameter in self.model.parameters())
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor) -> TokenScores:
-        """Score token ids [N, S]; padding goes behind, where a causal model cannot see it."""
+        """Score token ids [N, S]; padding is on the right, where a causal model cannot see it."""
         ids = ids.to(self.device)
         return next_token_scores(self.model(ids[:, :-1], use_cache=False).logits, ids[:, 1:])
 
@@ -72,16 +72,16 @@ _SHARE_OF_FREE_MEMORY = 0.8
 
 
 def find_batch_tokens(scorer: TokenScorer, longest: int, probe: Callable[[int], torch.Tensor]) -> int:
-    """Return how many tokens fit a batch, the same number on every rank.
+    """Return how many tokens fit into a batch, the same number on every rank.
 
-    On a GPU one sequence of the longest length is scored and the memory that it took is measured; nothing is tried
-    until it fails, because a rank that runs out of memory leaves its partners waiting in a collective for ever. On a
-    CPU larger batches gain little, so the logits of a batch are kept to 1 GiB.
+    On a GPU, one sequence of the longest length is scored to measure the memory that it takes. Larger batches are not
+    tried until one fails, because a rank that runs out of memory leaves its partners waiting in a collective forever.
+    On a CPU, larger batches gain little, so the logits of a batch are limited to 1 GiB.
 
     Args:
         scorer: The model.
-        longest: Tokens of the longest sequence.
-        probe: Makes token ids [1, S] of a length.
+        longest: Number of tokens in the longest sequence.
+        probe: Returns token ids [1, S] for a length S.
     """
     if scorer.device.type != "cuda":
         return max(longest, _CPU_LOGITS_BYTES // (4 * scorer.vocab))

@@ -1,4 +1,4 @@
-"""What has been measured, one JSON file a measurement, found again by everything that decides its numbers."""
+"""Stored measurements: one JSON file per measurement, identified by everything that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Store:
     folder: Path
 
     def find(self, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the metrics of an equal measurement, if there is one.
+        """Return the metrics of a measurement with the same settings, if there is one.
 
         Args:
-            name: What is measured.
-            settings: All that its numbers depend on: fingerprint of the model, tokenizer, content of the task, ...
+            name: Name of the measurement.
+            settings: Everything that its numbers depend on: model fingerprint, tokenizer, content of the task, ...
         """
         path = self._path(name, settings)
         known = read_json(path) if path.is_file() else None
         return known["metrics"] if known and known["settings"] == settings else None
 
     def write(self, name: str, settings: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """Keep a measurement; its journal is no longer needed."""
+        """Store a measurement, and remove its journal."""
         write_json(self._path(name, settings), {"name": name, "settings": settings, "metrics": metrics})
         self.journal(name, settings).remove()
 
@@ -53,23 +53,23 @@ Answer = tuple[float, bool]
 
 
 class Journal:
-    """A folder with one growing file of answers a rank; what a killed rank left torn is not read."""
+    """A folder with one file of answers per rank; lines that a killed rank left incomplete are ignored."""
 
     def __init__(self, folder: Path) -> None:
-        """Prepare; nothing is read or written yet.
+        """Store the folder, without reading or writing anything yet.
 
         Args:
-            folder: Where the files are; its name must stand for the model, the task and every setting.
+            folder: Folder of the files; its name must identify the model, the task and all settings.
         """
         self._folder = folder
 
     @staticmethod
     def key(ids: Sequence[int], scored: int) -> str:
-        """Return the name of a request: the tokens, of which the last ``scored`` are predicted."""
+        """Return the key of a request: a hash of its tokens, of which the last ``scored`` are predicted."""
         return sha256_json([list(ids), scored])[:32]
 
     def read(self) -> Mapping[str, Answer]:
-        """Return what earlier runs answered, the same on every rank (the first one reads)."""
+        """Return the answers of earlier runs, the same on every rank (rank 0 reads)."""
         files = sorted(self._folder.glob("*.jsonl"))
         return from_main(lambda: {key: answer for file in files for key, answer in _lines(file).items()})
 
@@ -83,12 +83,12 @@ class Journal:
                 file.write(b"".join(json.dumps([key, *answer]).encode() + b"\n" for key, answer in answers.items()))
 
     def remove(self) -> None:
-        """Forget all answers, after the task's result has been written."""
+        """Remove all answers, after the task's result has been written."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _torn(descriptor: int) -> bool:
-    """Whether a file's last line was never finished."""
+    """Return whether a file's last line is incomplete."""
     return os.pread(descriptor, 1, os.fstat(descriptor).st_size - 1) != b"\n"
 
 

@@ -1,4 +1,4 @@
-"""Everything that was measured into one folder, as one JSON file and as a table with a column a model."""
+"""All measurements in one folder, as one JSON file and as a table with one column per model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json
 
 Measured = dict[str, dict[str, Any]]
-"""``arc_challenge/25-shot/acc_norm``: value, stderr and what they rest on."""
+"""By name (``arc_challenge/25-shot/acc_norm``): value, standard error and what was measured."""
 
 
 def average(measured: Measured, names: list[str]) -> dict[str, Any] | None:
-    """Return the mean of several metrics with its standard error, the tasks independent; None if one is missing."""
+    """Return the mean of several metrics, with the standard error for independent tasks; None if one is missing."""
     if not names or any(name not in measured for name in names):
         return None
     errors = [measured[name]["stderr"] for name in names]
@@ -31,28 +31,28 @@ def average(measured: Measured, names: list[str]) -> dict[str, Any] | None:
 
 
 def measured_before(file: Path) -> list[dict[str, Any]]:
-    """Return what ``results.json`` says of models; nothing if it is not there.
+    """Return the models in ``results.json``; an empty list if the file does not exist.
 
     Raises:
-        UserError: the file is of something else, such as a run, and would be lost.
+        UserError: the file belongs to something else, such as a run, and would be overwritten.
     """
     if not file.is_file():
         return []
     known = read_json(file)
     if not isinstance(known, dict) or not isinstance(known.get("models"), list):
         raise UserError(
-            f"{file} is no evaluation's and would be overwritten; choose a folder of its own with --out, such as "
-            f"{file.parent / 'evaluation'}."
+            f"{file} does not belong to an evaluation and would be overwritten; choose another folder with --out, "
+            f"such as {file.parent / 'evaluation'}."
         )
     models: list[dict[str, Any]] = known["models"]
     return models
 
 
 def with_earlier(models: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return models with what was measured of them before, and then the other models that were.
+    """Return models with their earlier measurements added, followed by all other earlier models.
 
-    A model is the same by its weights, the backend that ran it and the limit of documents; of the same metric the new
-    measurement counts.
+    Two entries are the same model if fingerprint, backend and document limit are equal. If both have the same metric,
+    the new measurement counts.
     """
     known = {_identity(model): model for model in earlier}
     joined = [
@@ -68,15 +68,15 @@ def _identity(model: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def summary(models: list[dict[str, Any]], compute: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``results.json`` holds; the metrics of single documents stay in the files of ``measured/``."""
+    """Return the content of ``results.json``; metrics of single documents are only in the files of ``measured/``."""
     packages = ("nemo_pvs", "lm_eval", "torch", "transformers")
     return {
         "models": [
             {
                 **model,
                 "measured": {
-                    name: {key: value for key, value in about.items() if key != "by_document"}
-                    for name, about in model["measured"].items()
+                    name: {key: value for key, value in result.items() if key != "by_document"}
+                    for name, result in model["measured"].items()
                 },
             }
             for model in models
@@ -87,30 +87,30 @@ def summary(models: list[dict[str, Any]], compute: dict[str, Any]) -> dict[str, 
 
 
 def summary_table(models: list[dict[str, Any]]) -> Table:
-    """Return a row a metric and a column a model: value, plus or minus one standard error."""
+    """Return a table with one row per metric and one column per model: value ± standard error."""
     table = Table("", "on", *(model["checkpoint"] for model in models))
     for column in table.columns:
-        column.overflow = "fold"  # a path is cut over lines,
+        column.overflow = "fold"  # wrap long paths,
     for column, model in zip(table.columns[2:], models, strict=True):
-        column.min_width = max(len(_cell(*one)) for one in model["measured"].items())  # a number is not
+        column.min_width = max(len(_cell(*item)) for item in model["measured"].items())  # but not numbers
     table.add_row("parameters (M)", "", *(f"{model['parameters'] / 1e6:,.1f}" for model in models), end_section=True)
     for name in dict.fromkeys(name for model in models for name in model["measured"]):
         cells = [model["measured"].get(name) for model in models]
         first = next(cell for cell in cells if cell)
-        table.add_row(name, _on(first), *("" if cell is None else _cell(name, cell) for cell in cells))
+        table.add_row(name, _size(first), *("" if cell is None else _cell(name, cell) for cell in cells))
     return table
 
 
-def _on(about: dict[str, Any]) -> str:
-    """Return how much was measured, and for texts how it was cut."""
-    if "windows" in about:
-        return f"{about['tokens']:,} tokens, {about['windows']}"
-    return f"{about['documents']:,} questions"
+def _size(result: dict[str, Any]) -> str:
+    """Return how much was measured, and for texts the kind of windows."""
+    if "windows" in result:
+        return f"{result['tokens']:,} tokens, {result['windows']}"
+    return f"{result['documents']:,} questions"
 
 
-def _cell(name: str, about: dict[str, Any]) -> str:
-    """Return a share as a percentage, anything else as it is."""
+def _cell(name: str, result: dict[str, Any]) -> str:
+    """Format value and standard error; accuracies are shown in percent."""
     share = name.rpartition("/")[2].partition(",")[0] in ("acc", "acc_norm", "average")
     scale, digits = (100, 2) if share else (1, 4 if name.endswith("loss") else 3)
-    shown = [about["value"]] if about["stderr"] is None else [about["value"], about["stderr"]]
-    return " ± ".join(f"{scale * one:,.{digits}f}" if one < 1e6 else f"{one:.3g}" for one in shown)
+    numbers = [result["value"]] if result["stderr"] is None else [result["value"], result["stderr"]]
+    return " ± ".join(f"{scale * number:,.{digits}f}" if number < 1e6 else f"{number:.3g}" for number in numbers)

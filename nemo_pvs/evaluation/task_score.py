@@ -1,4 +1,4 @@
-"""One number for a model: its result in lm-eval tasks, for searches that compare many models."""
+"""A model's result on lm-eval tasks as one number, for searches that compare many models."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def task_score(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> TaskScorer:
-    """Return a function that measures a model, higher is better: the mean over tasks of the first metric of each.
+    """Return a function that scores a model by the mean over tasks of each task's first metric; higher is better.
 
-    A metric of which less is better, such as a perplexity, counts with a minus sign.
+    A metric that is better when lower, such as perplexity, is negated.
 
     Args:
-        tasks: As for ``pvs evaluate --tasks``.
+        tasks: Tasks, in the syntax of ``pvs evaluate --tasks``.
         checkpoint: Folder whose tokenizer all models share.
         data: Folder of downloaded data sets.
-        limit: Take only the first so many documents of each task.
+        limit: Maximum number of documents per task.
         dtype: Type of weights and arithmetic.
-        device: Where the model lives; all of it.
+        device: Device of the whole model.
 
     Raises:
-        UserError: a task is not known or has no data here.
+        UserError: a task is unknown, or its data are not available locally.
     """
     loaded = load_tasks(parse_tasks(tasks), data)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint))

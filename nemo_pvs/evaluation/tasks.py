@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: what a user asks for, loaded from local data, and measured under names that cannot collide."""
+"""Tasks of lm-eval: load the requested ones from local data, and measure them under unique names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nemo_pvs.system.files import read_yaml, sha256_json
 # lm-eval's own seed for the choice of few-shot examples.
 _FEWSHOT_SEED = 1234
 _LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
-# Where the data lie says nothing about what is asked.
+# Where the data are stored does not change the questions.
 _PLACES = ("dataset_path", "dataset_kwargs", "metadata")
 
 
@@ -36,67 +36,68 @@ class LoadedTask:
     request: TaskRequest
     task: Task
     name: str = field(init=False)
-    """``arc_challenge/25-shot``: what results are filed under, so that none overwrites another."""
+    """Name of its results, such as ``arc_challenge/25-shot``."""
 
     def __post_init__(self) -> None:
-        """Name it."""
+        """Set the name."""
         self.name = f"{self.task.config.task}/{self.task.config.num_fewshot}-shot"
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the definition and of every document, wherever they lie: equal hashes, equal questions."""
-        about = {key: value for key, value in self.task.dump_config().items() if key not in _PLACES}
+        """SHA-256 of the definition and all documents, wherever they are stored: equal hashes mean equal questions."""
+        definition = {key: value for key, value in self.task.dump_config().items() if key not in _PLACES}
         documents = [dict(document) for document in self.task.eval_docs]
         examples = [dict(document) for document in self.task.fewshot_docs()] if self.task.config.num_fewshot else []
         version = str((self.task.config.metadata or {}).get("version"))
-        return sha256_json(_plain([about, version, documents, examples]))
+        return sha256_json(_plain([definition, version, documents, examples]))
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it; what JSON does not know as text."""
+    """Return a value that JSON can represent; objects that it cannot become strings."""
     if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(entry) for entry in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def load_tasks(requests: Sequence[TaskRequest], data: Path) -> list[LoadedTask]:
-    """Load tasks and their documents, without the network.
+    """Load tasks and their documents, without network access.
 
-    Documents come from ``data/<owner>/<name>`` (a data set as ``hf download`` leaves it), from the cache of
-    ``datasets``, or, for tasks of a folder, from the files that the task's YAML names relative to itself.
+    Documents come from ``data/<owner>/<name>`` (a data set as ``hf download`` stores it), from the cache of
+    ``datasets``, or, for a task defined in a folder, from files that its YAML names relative to itself.
 
     Args:
-        requests: What to load.
+        requests: The tasks to load.
         data: Folder of downloaded data sets.
 
     Raises:
-        UserError: lm-eval knows no such task, its data are not here, it generates text, or two have one name.
+        UserError: a task is unknown, its data are not available locally, it generates text, it lacks the requested
+            metric, or different tasks have the same name.
     """
     loaded: list[LoadedTask] = []
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a definition leaves to it
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every option that a definition leaves out
     with _offline():
         for request in requests:
             for task in _load(request, _known_tasks(request.folder), data):
                 if task.OUTPUT_TYPE == "generate_until":
                     raise UserError(
-                        f"The task {task.config.task} generates text, which pvs evaluate does not do; leave it out, "
-                        "or convert the model to hf and use lm-eval."
+                        f"The task {task.config.task} generates text, which pvs evaluate does not support; leave it "
+                        "out, or convert the model to hf and run lm-eval on it."
                     )
                 task.set_config(
-                    key="num_fewshot", value=request.shots if request.shots is not None else _own_shots(task)
+                    key="num_fewshot", value=request.shots if request.shots is not None else _default_shots(task)
                 )
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)
                 loaded.append(LoadedTask(request, task))
     for task in loaded:
         _refuse_missing_metric(task)
-    _refuse_one_name_for_two(loaded)
+    _refuse_name_collisions(loaded)
     return loaded
 
 
 def _known_tasks(folder: Path | None) -> TaskManager:
-    """Return lm-eval's index of a folder's tasks, or of its own: some 14,000 files, so once a process."""
+    """Return lm-eval's index of a folder's tasks, or of its own (some 14,000 files, so read once per process)."""
     return _own_tasks() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
 
@@ -105,7 +106,7 @@ def _own_tasks() -> TaskManager:
     return TaskManager()
 
 
-def _own_shots(task: Task) -> int:
+def _default_shots(task: Task) -> int:
     return task.config.num_fewshot or 0
 
 
@@ -115,46 +116,49 @@ def _refuse_missing_metric(task: LoadedTask) -> None:
         raise UserError(f"The task {task.name} has no metric {task.request.metric} (it has {', '.join(known)}).")
 
 
-def _refuse_one_name_for_two(tasks: Sequence[LoadedTask]) -> None:
+def _refuse_name_collisions(tasks: Sequence[LoadedTask]) -> None:
     named: dict[str, LoadedTask] = {}
     for task in tasks:
         first = named.setdefault(task.name, task)
         if first is not task and first.content_hash != task.content_hash:
-            places = " and ".join(str(one.request.folder or "lm-eval") for one in (first, task))
-            raise UserError(f"{places} have different tasks named {task.name}; rename one, or ask for one at a time.")
+            sources = " and ".join(str(other.request.folder or "lm-eval") for other in (first, task))
+            raise UserError(
+                f"{sources} have different tasks named {task.name}; rename one, or evaluate one at a time."
+            )
 
 
 def _load(request: TaskRequest, manager: TaskManager, data: Path) -> list[Task]:
     if request.task not in manager.task_index:
         raise UserError(
-            f"lm-eval has no task {request.task}; lm-eval ls tasks lists them, and a folder of YAML files defines "
-            "others."
+            f"lm-eval has no task {request.task}; choose one that lm-eval ls tasks lists, or define it in a folder of "
+            "YAML files."
         )
-    about, place = _definition(request, manager)
-    repository = about.get("dataset_path")
-    local = place.parent if repository in _LOCAL_FORMATS else data / str(repository)
+    definition, path = _definition(request, manager)
+    repository = definition.get("dataset_path")
+    local = path.parent if repository in _LOCAL_FORMATS else data / str(repository)
     overrides: dict[str, Any] = {}
     if repository in _LOCAL_FORMATS:
-        overrides = {"dataset_kwargs": _absolute_files(about.get("dataset_kwargs") or {}, place.parent)}
+        overrides = {"dataset_kwargs": _absolute_files(definition.get("dataset_kwargs") or {}, path.parent)}
     elif repository and local.is_dir():
         overrides = {"dataset_path": str(local.resolve())}
     try:
-        # lm-eval merges overrides into a known task only inside a group.
+        # lm-eval applies overrides to a known task only inside a group.
         group = {"group": "request", "task": [{"task": request.task, **overrides}]}
         tasks = manager.load([group if overrides else request.task])["tasks"]
-    except Exception as error:  # each kind of data set fails in its own way where its files are missing
+    except Exception as error:  # each kind of data set raises other errors if its files are missing
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if repository in _LOCAL_FORMATS or local.is_dir():
-            raise UserError(f"The task {request.task} cannot be loaded from {local} ({reason}); mend it.") from error
+            raise UserError(f"The task {request.task} cannot be loaded from {local} ({reason}); fix it.") from error
         raise UserError(
-            f"The data of the task {request.task} are not here ({reason}); run hf download {repository} --repo-type "
-            f"dataset --local-dir {local} where there is a network, or name the folder that has it as task data."
+            f"The data of the task {request.task} are not available locally ({reason}); run hf download {repository} "
+            f"--repo-type dataset --local-dir {local} on a machine with network access, or give the folder that has "
+            "them as task data."
         ) from error
     return list(tasks.values())
 
 
 def _definition(request: TaskRequest, manager: TaskManager) -> tuple[dict[str, Any], Path]:
-    """Return a task's definition, what it includes among it, and the file that it stands in."""
+    """Return a task's definition, with the files that it includes merged in, and its YAML file."""
     entry = manager.task_index[request.task]
     if entry.yaml_path is None:
         return {}, Path()
@@ -162,16 +166,16 @@ def _definition(request: TaskRequest, manager: TaskManager) -> tuple[dict[str, A
 
 
 def _with_included(path: Path) -> dict[str, Any]:
-    about = read_yaml(path, PlainLoader) or {}
-    names = about.get("include") or []
+    definition = read_yaml(path, PlainLoader) or {}
+    names = definition.get("include") or []
     included: dict[str, Any] = {}
     for name in [names] if isinstance(names, str) else names:
         included.update(_with_included(path.parent / name))
-    return {**included, **about}
+    return {**included, **definition}
 
 
 def _absolute_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return ``dataset_kwargs`` whose data files are relative to the task's folder, not to where the command runs."""
+    """Return ``dataset_kwargs`` with data files resolved against the task's folder, not the working directory."""
 
     def absolute(files: Any) -> Any:
         if isinstance(files, dict):
@@ -185,7 +189,7 @@ def _absolute_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep ``datasets`` from asking the network, and from drawing bars."""
+    """Keep ``datasets`` from accessing the network, and from drawing progress bars."""
     before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
     bars = datasets.are_progress_bars_disabled()
     datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -201,18 +205,18 @@ def _offline() -> Iterator[None]:
 def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = None) -> dict[str, dict[str, Any]]:
     """Answer a task's requests and return its metrics by name.
 
-    Each has ``value``, ``stderr`` (None where lm-eval has none), ``higher_is_better``, ``documents``, and
-    ``by_document``, the metric of every single document, for comparisons of two models on the same questions.
+    Each has ``value``, ``stderr`` (None if lm-eval has none), ``higher_is_better``, ``documents``, and
+    ``by_document``, the metric of every single document, to compare two models on the same questions.
 
     Args:
         loaded: The task.
         model: The language model.
-        limit: Take only the first so many documents.
+        limit: Maximum number of documents.
     """
     name = loaded.task.config.task
-    # A fresh list of requests: those of an earlier model keep its answers.
+    # Build the requests again: those of an earlier model contain its answers.
     loaded.task._instances = None
-    # lm-eval draws bars of its own on standard error, for what takes no time; what fails is raised.
+    # lm-eval draws progress bars on standard error for steps that take no time; errors are still raised.
     with redirect_stderr(StringIO()):
         results = evaluate(lm=model, task_dict={"tasks": {name: loaded.task}}, limit=limit, bootstrap_iters=1000)
     assert results is not None
@@ -220,11 +224,11 @@ def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = No
     samples = results["samples"][name]
     measured = {}
     for key, value in scores.items():
-        metric, _, which = key.partition(",")
-        if not which or metric.endswith("_stderr") or (loaded.request.metric or metric) != metric:
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or (loaded.request.metric or metric) != metric:
             continue
-        error = scores.get(f"{metric}_stderr,{which}")
-        label = metric if which == "none" else f"{metric},{which}"
+        error = scores.get(f"{metric}_stderr,{filter_name}")
+        label = metric if filter_name == "none" else f"{metric},{filter_name}"
         measured[label] = {
             "value": float(value),
             "stderr": float(error) if isinstance(error, (int, float)) else None,

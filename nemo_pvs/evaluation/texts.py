@@ -1,4 +1,4 @@
-"""The texts that perplexity is reported on, cut into windows that are stated with the number."""
+"""The texts on which perplexity is reported, cut into windows whose kind is reported with the number."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nemo_pvs.system.files import sha256_bytes, sha256_file
 
 @dataclass(frozen=True)
 class NamedText:
-    """A text of the Hugging Face Hub, as ``hf download`` leaves it on the disk."""
+    """A text from the Hugging Face Hub, as ``hf download`` stores it."""
 
     repository: str
     file: str
-    """Held-out text."""
+    """File of held-out text."""
     train_file: str
-    """What the published evaluation of arXiv 2606.14150 reads instead: its first file of training text."""
+    """First file of training text, which the published evaluation of arXiv 2606.14150 reads instead."""
     separator: str
-    """Goes between rows."""
+    """Text inserted between rows."""
     rows: int | None = None
-    """Rows that are read from the start; all where None."""
+    """Number of rows to read from the start; None for all."""
     train_rows: int | None = None
     text_key: str = "text"
 
@@ -53,7 +53,7 @@ TEXTS = {
         "article",
     ),
 }
-"""By the names that ``pvs evaluate --perplexity`` takes."""
+"""Texts by their names in ``pvs evaluate --perplexity``."""
 
 
 def windows_of(
@@ -68,21 +68,21 @@ def windows_of(
 ) -> TokenSet:
     """Tokenise a text as a whole and cut windows from its start.
 
-    Windows are consecutive (``stride`` None), or begin every ``stride`` tokens and so overlap. The manifest says
-    which, under ``cut``.
+    Windows are consecutive (``stride`` None), or begin every ``stride`` tokens and so overlap. The manifest records
+    this under ``cut``.
 
     Args:
-        text: A name in ``TEXTS``, or files as ``read_documents`` takes them (documents joined by blank lines), or a
-            ``.bin`` of Megatron's token files.
-        tokenizer_folder: The model's tokenizer; it adds the special tokens that it likes, once, at the beginning.
-        samples: Windows at most.
-        sequence_length: Tokens a window.
-        stride: Tokens from the beginning of a window to that of the next.
-        train_split: Read the training text, as the published evaluation does, so that its numbers can be compared.
-        data: Folder with the named texts, one folder a repository.
+        text: A name in ``TEXTS``, or files as ``read_documents`` takes them (documents joined by blank lines), or the
+            ``.bin`` file of a Megatron token file.
+        tokenizer_folder: The model's tokenizer; it adds its special tokens once, at the beginning of the text.
+        samples: Maximum number of windows.
+        sequence_length: Tokens per window.
+        stride: Tokens from the start of one window to the start of the next.
+        train_split: Read the training text, as the published evaluation does, to compare with its numbers.
+        data: Folder with the named texts, one subfolder per repository.
 
     Raises:
-        UserError: the text is not there or shorter than one window, or the numbers make no sense.
+        UserError: the text is missing or shorter than one window, or a number is invalid.
     """
     check_size(samples, sequence_length)
     if stride is not None and not 1 <= stride < sequence_length:
@@ -94,11 +94,10 @@ def windows_of(
     if text.endswith(".bin"):
         stream, source = read_token_file(Path(text.removesuffix(".bin"))), sha256_file(Path(text))
     else:
-        joined = (
-            _named_text(TEXTS[text], data, train_split)
-            if text in TEXTS
-            else "\n\n".join(one.text for one in read_documents(text))
-        )
+        if text in TEXTS:
+            joined = _named_text(TEXTS[text], data, train_split)
+        else:
+            joined = "\n\n".join(document.text for document in read_documents(text))
         stream, source = (
             load_tokenizer(tokenizer_folder)(joined, verbose=False)["input_ids"],
             sha256_bytes(joined.encode()),
@@ -107,7 +106,7 @@ def windows_of(
     starts = range(0, len(stream) - sequence_length + 1, step)[:samples]
     if not starts:
         raise UserError(
-            f"The text {text} has {len(stream):,} tokens, fewer than one window of {sequence_length}; take more text "
+            f"The text {text} has {len(stream):,} tokens, fewer than one window of {sequence_length}; use more text "
             "or a shorter sequence_length."
         )
     return TokenSet.from_windows(
@@ -122,17 +121,17 @@ def windows_of(
 
 
 def description(sequence_length: int, stride: int | None, *, train_split: bool = False) -> str:
-    """Return what windows are, in the words that go beside a number."""
+    """Describe windows in the words that are reported with a number."""
     cut = f"chunks of {sequence_length}" if stride is None else f"windows of {sequence_length} every {stride}"
     return f"{cut}, training split" if train_split else cut
 
 
-def _named_text(about: NamedText, data: Path, train_split: bool) -> str:
-    file, rows = (about.train_file, about.train_rows) if train_split else (about.file, about.rows)
-    path = data / about.repository / file
+def _named_text(named: NamedText, data: Path, train_split: bool) -> str:
+    file, rows = (named.train_file, named.train_rows) if train_split else (named.file, named.rows)
+    path = data / named.repository / file
     if not path.is_file():
         raise UserError(
-            f"There is no {path}; run hf download {about.repository} {file} --repo-type dataset --local-dir "
-            f"{data / about.repository} where there is a network, or name the folder that has it with --task-data."
+            f"There is no {path}; run hf download {named.repository} {file} --repo-type dataset --local-dir "
+            f"{data / named.repository} on a machine with network access, or set --task-data to a folder that has it."
         )
-    return about.separator.join(islice(read_rows(path, about.text_key), rows))
+    return named.separator.join(islice(read_rows(path, named.text_key), rows))

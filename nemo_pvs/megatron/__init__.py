@@ -1,1 +1,1 @@
-"""Training on NeMo and Megatron-Core: with ``nemo_cli``, the only code that imports them."""
+"""Training on NeMo and Megatron-Core; only this package and ``nemo_cli`` import them."""

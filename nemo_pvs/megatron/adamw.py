@@ -51,7 +51,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             if not weights:
                 continue
             states = [self.state[weight] for weight in weights]
-            # The kernel counts the step up itself, in a tensor per weight that nobody keeps.
+            # The kernel increments the step itself, in one tensor per weight; these tensors are then discarded.
             before = torch.tensor(float(group["step"] - 1))
             adamw(
                 weights,

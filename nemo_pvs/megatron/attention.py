@@ -1,7 +1,7 @@
-"""Megatron layers without Transformer Engine: causal attention by PyTorch's SDPA and an RMSNorm for sequence parallel.
+"""Megatron layers without Transformer Engine: causal SDPA attention and an RMSNorm that allows sequence parallelism.
 
 Used on CPUs and on GPUs where Transformer Engine is not installed. Megatron's own local attention builds the full
-score matrix and a mask; this one is fused, needs no mask and shards over tensor parallel ranks by heads.
+score matrix and a mask; this one is fused, needs no mask and shards heads over tensor parallel ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_pvs.errors import UserError
 
-# Kernels of Transformer Engine and Apex that NeMo's Llama configs ask for; without them Megatron refuses the config.
+# Kernels of Transformer Engine and Apex that NeMo's Llama configs enable; where these libraries are not installed,
+# Megatron rejects a config that enables them.
 FUSED_KERNELS = (
     "apply_rope_fusion",
     "masked_softmax_fusion",
@@ -33,8 +34,8 @@ FUSED_KERNELS = (
 class SdpaCausalAttention(MegatronModule):
     """Megatron's core attention on ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Takes the place of ``DotProductAttention`` and equals it for causal self-attention without packing: same
-    arguments, same ``[s, b, heads * head_dim]`` result. Heads are the local ones of a tensor parallel rank.
+    Replaces ``DotProductAttention`` and is equivalent to it for causal self-attention without packing: same
+    arguments, same ``[s, b, heads * head_dim]`` result. ``heads`` counts those of this tensor parallel rank.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class SdpaCausalAttention(MegatronModule):
     ):
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal or config.context_parallel_size != 1:
-            raise ValueError("SdpaCausalAttention is causal and knows no context parallelism; use Transformer Engine.")
+            raise ValueError(
+                "SdpaCausalAttention is only for causal attention without context parallelism; use Transformer Engine."
+            )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.window = config.window_size[0] if config.window_size else None
@@ -67,7 +70,7 @@ class SdpaCausalAttention(MegatronModule):
     ):
         """Attend causally: query ``[s, b, heads, h]``, key and value ``[s, b, groups, h]`` -> ``[s, b, heads * h]``.
 
-        ``attention_mask`` is not read: the causal one is all that pretraining uses.
+        ``attention_mask`` is ignored: pretraining uses no mask other than the causal one.
 
         Raises:
             UserError: the sequence is longer than the model's sliding window (``window_size``).
@@ -76,8 +79,8 @@ class SdpaCausalAttention(MegatronModule):
             raise ValueError("SdpaCausalAttention takes neither packed sequences nor an attention bias.")
         if self.window is not None and key.shape[0] > self.window:
             raise UserError(
-                f"Sequences of {key.shape[0]} tokens do not fit the model's attention window of {self.window}, which "
-                "only Transformer Engine has; install it or choose a shorter sequence_length."
+                f"Sequences of {key.shape[0]} tokens do not fit the model's attention window of {self.window}, and "
+                "only Transformer Engine supports longer ones; install it or choose a shorter sequence_length."
             )
         context = scaled_dot_product_attention(
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
@@ -90,9 +93,9 @@ class SdpaCausalAttention(MegatronModule):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's RMSNorm with the mark by which Megatron sums its gradient over sequence parallel ranks.
+    """PyTorch's RMSNorm with the attribute that makes Megatron sum its gradient over sequence parallel ranks.
 
-    Megatron's ``WrappedTorchNorm`` refuses sequence parallelism because it lacks this mark.
+    Megatron's ``WrappedTorchNorm`` does not set this attribute and so refuses sequence parallelism.
     """
 
     def __init__(self, config, hidden_size, eps=1e-5, **_):
@@ -101,7 +104,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def sdpa_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Return the decoder block of this pipeline stage: Megatron's local layers with the two modules above."""
+    """Return the decoder block of this pipeline stage: Megatron's local layers with SDPA and our RMSNorm."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -115,13 +118,13 @@ def sdpa_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> Transform
 
 
 def layer_spec(config: GPTConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return NeMo's own choice where Transformer Engine is installed, else the SDPA block."""
+    """Return NeMo's default layers where Transformer Engine is installed, otherwise the SDPA block."""
     return default_layer_spec(config, vp_stage) if HAVE_TE else sdpa_layer_spec(config, vp_stage)
 
 
 def causal_data_step(dataloader_iter, use_mtp: bool = False) -> dict[str, torch.Tensor | None]:
-    """NeMo's data step for attention that is causal by itself: the mask is absent rather than built.
+    """Return NeMo's micro-batch with ``attention_mask`` None, for attention that is always causal.
 
-    Without Transformer Engine NeMo's forward step insists on the key ``attention_mask`` and passes on its value.
+    Without Transformer Engine, NeMo's forward step requires the key ``attention_mask`` and passes its value on.
     """
     return {"attention_mask": None, **gpt_data_step(dataloader_iter, use_mtp)}

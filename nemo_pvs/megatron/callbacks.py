@@ -1,4 +1,4 @@
-"""Callbacks of a run: metrics that people and reports read, and a context beside every checkpoint."""
+"""Callbacks of a run: metrics for people and reports, and checkpoints that include their context."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nemo_pvs.training.checkpoints import KEPT, newest_sound, saved_checkpoints,
 
 
 class MetricsLog(pl.Callback, IOMixin):
-    """Write each step's metrics as a line of JSON and a readable line of text, on rank 0 only.
+    """Write each step's metrics as a line of JSON and print them as a line of text, on rank 0 only.
 
-    Takes the place of NeMo's ProgressPrinter, whose timers run a collective on rank 0 alone and so deadlock. Only
-    values that are on rank 0 already are read: no collective runs here.
+    Replaces NeMo's ProgressPrinter, whose timers run a collective on rank 0 alone and so deadlock. This callback only
+    reads values that rank 0 already has; it runs no collective.
     """
 
     def __init__(self, path: str, tokens_per_step: int, total_steps: int) -> None:
@@ -34,11 +34,11 @@ class MetricsLog(pl.Callback, IOMixin):
         self._speeds: deque[float] = deque(maxlen=metrics.PACE_STEPS)
 
     def on_train_start(self, trainer, pl_module):
-        """Start the clock after set-up and loading."""
+        """Start the clock, after setup and loading."""
         self._step_began = self._run_began = time.monotonic()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """Remember the learning rate: at the end of a step the schedule has moved to the next one's."""
+        """Remember the learning rate: at the end of the step the schedule has already moved on to the next one."""
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -57,8 +57,8 @@ class MetricsLog(pl.Callback, IOMixin):
             "tokens_per_second": self.tokens_per_step / (now - self._step_began),
             "seconds": now - self._run_began,
         }
-        lessons = {"kl": KL, "hidden_loss": HIDDEN, "embedding_loss": EMBEDDINGS}
-        record.update({key: float(values[name]) for key, name in lessons.items() if name in values})
+        distillation = {"kl": KL, "hidden_loss": HIDDEN, "embedding_loss": EMBEDDINGS}
+        record.update({key: float(values[name]) for key, name in distillation.items() if name in values})
         metrics.append(self.path, record)
         self._speeds.append(record["tokens_per_second"])
         left = metrics.time_left((self.total_steps - record["step"]) * self.tokens_per_step, self._speeds)
@@ -73,11 +73,11 @@ class MetricsLog(pl.Callback, IOMixin):
         self._step_began = now
 
     def on_validation_batch_start(self, trainer, *args, **kwargs):
-        """Give every validation step the same weight; to Lightning, which sees no batch yet, the first is one of 1."""
+        """Give every validation step the same weight; Lightning would assume a batch size of 1 for the first."""
         trainer._results.batch_size = 1
 
     def on_validation_end(self, trainer, pl_module):
-        """Record the validation loss; the time it took is not charged to the next step."""
+        """Record the validation loss and restart the clock, so that validation does not count as part of a step."""
         if trainer.is_global_zero and not trainer.sanity_checking:
             loss = float(trainer.callback_metrics["val_loss"])
             metrics.append(
@@ -94,12 +94,12 @@ class MetricsLog(pl.Callback, IOMixin):
 
 
 class Checkpoint(nl.ModelCheckpoint):
-    """NeMo's checkpoint callback that puts the initial checkpoint's ``context/`` beside the weights.
+    """NeMo's checkpoint callback, which also copies the initial checkpoint's ``context/`` into every checkpoint.
 
-    The architecture never changes during a run, and that context names stock NeMo classes only, so every checkpoint
-    of the run can be read without this package; NeMo's own would name our layer and data classes. It is copied before
-    the save is declared finished, because resuming needs it. Two are kept, the newest (``run_checkpoints``). What
-    Megatron saves of the optimizer is corrected (``optimizer_offsets``).
+    The architecture never changes during a run, and that context names only stock NeMo classes, so every checkpoint
+    of the run can be read without this package; NeMo's own context would name our layer and data classes. It is copied
+    before the save is declared finished, because resuming needs it. The two newest checkpoints are kept
+    (``training.checkpoints``). The optimizer state that Megatron saves is corrected (``optimizer_offsets``).
     """
 
     def __init__(self, initial: str, **kwargs):
@@ -107,7 +107,7 @@ class Checkpoint(nl.ModelCheckpoint):
         self.initial = initial
 
     def setup(self, trainer, *args, **kwargs):
-        """Free the names of broken checkpoints; every rank has chosen what to resume from before it comes here."""
+        """Move broken checkpoints out of the way; by now every rank has chosen what to resume from."""
         if trainer.is_global_zero:
             set_aside(newest_sound(Path(self.dirpath))[1])
         correct_saved_offsets()
@@ -121,7 +121,7 @@ class Checkpoint(nl.ModelCheckpoint):
             self._remove_checkpoint(trainer, str(path))
 
     def _should_remove_checkpoint(self, trainer, previous, current):
-        return False  # what is old enough goes after each save
+        return False  # _save_last_checkpoint removes old checkpoints
 
     def _get_finalize_save_checkpoint_callback(self, trainer, filepath, global_step):
         finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)

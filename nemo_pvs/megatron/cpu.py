@@ -1,8 +1,8 @@
-"""Megatron on a CPU: the few names of torch, Megatron and NeMo that assume CUDA, redirected for as long as asked.
+"""Megatron on a CPU: temporarily redirect the few names of torch, Megatron and NeMo that assume CUDA.
 
-Nothing here runs on import; `megatron_on_cpu` is entered by the launcher when no CUDA device is there, and leaving
-it puts every name back. Each redirection carries its reason. Most are plain configuration of ``torch.cuda`` names that
-Megatron calls unconditionally; only the modules that spell out ``device="cuda"`` get a stand-in for ``torch``.
+Importing this module changes nothing. The launcher enters `megatron_on_cpu` on a machine without CUDA; leaving it
+restores every name. A comment gives the reason for each redirection. Most replace ``torch.cuda`` functions that
+Megatron calls unconditionally; only the modules that hard-code ``device="cuda"`` get a stand-in for ``torch``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemo_pvs.system.processes import die_with_parent
 _HOST = torch.device("cpu")
 _INHERITED = object()
 
-# Modules that write device="cuda" or .to("cuda") in code that training on a CPU reaches.
+# Modules that hard-code device="cuda" or .to("cuda") in code that training on a CPU reaches.
 _MODULES_WITH_LITERAL_CUDA = (
     "megatron.core.pipeline_parallel.schedules",  # the token count of a step
     "megatron.core.optimizer.clip_grads",  # the gradient norm
@@ -37,10 +37,10 @@ _MODULES_WITH_LITERAL_CUDA = (
 
 @contextmanager
 def megatron_on_cpu() -> Iterator[None]:
-    """Let NeMo and Megatron train on the CPU inside the block; outside of it nothing is changed.
+    """Let NeMo and Megatron train on the CPU inside the block; outside it nothing changes.
 
     Raises:
-        RuntimeError: a CUDA device is there, so redirecting would silently train on the wrong device.
+        RuntimeError: a CUDA device is present, so redirecting would silently train on the wrong device.
     """
     if torch.cuda.is_available():
         raise RuntimeError("megatron_on_cpu is for machines without CUDA; this one has a CUDA device.")
@@ -59,13 +59,13 @@ def megatron_on_cpu() -> Iterator[None]:
 
 
 def _redirections() -> Iterator[tuple[Any, str, Any]]:
-    """Yield (owner, attribute, replacement) of every redirected name."""
+    """Yield (owner, attribute, replacement) for every redirected name."""
     yield from ((torch.cuda, name, replacement) for name, replacement in _cuda_names().items())
 
-    # Megatron and NeMo move modules and batches with .cuda(); on a host they are already where they belong.
+    # Megatron and NeMo move modules and batches with .cuda(); here they are already on the right device.
     yield torch.Tensor, "cuda", lambda self, *args, **kwargs: self
     yield torch.nn.Module, "cuda", lambda self, *args, **kwargs: self
-    # The mixed-precision optimizers tell half from full precision by the legacy type string "torch.cuda.*Tensor".
+    # Mixed-precision optimizers distinguish half from full precision by the legacy type string "torch.cuda.*Tensor".
     yield torch.Tensor, "type", _legacy_cuda_type(torch.Tensor.type)
 
     for module in _MODULES_WITH_LITERAL_CUDA:
@@ -76,12 +76,12 @@ def _redirections() -> Iterator[tuple[Any, str, Any]]:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     yield random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()
     yield random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # NeMo seeds that tracker only when it counts a CUDA device.
+    # NeMo seeds the tracker only if there is a CUDA device.
     megatron_init = importlib.import_module("nemo.lightning.megatron_init")
     yield megatron_init, "_set_random_seed", _seed_tracker_too(megatron_init._set_random_seed)
 
-    # Without Apex and Transformer Engine Megatron takes PyTorch's AdamW, whose state its distributed optimizer cannot
-    # save; ours has FusedAdam's interface, so it is announced as Apex's.
+    # Without Apex and Transformer Engine, Megatron uses PyTorch's AdamW, whose state its distributed optimizer cannot
+    # save; ours has FusedAdam's interface, so it is presented as Apex's.
     optimizer = importlib.import_module("megatron.core.optimizer")
     distributed_optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     yield optimizer, "Adam", GroupStepAdamW
@@ -93,8 +93,8 @@ def _redirections() -> Iterator[tuple[Any, str, Any]]:
     restore = distributed_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
     yield distributed_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", torch.no_grad()(restore)
 
-    # The checkpoint writer spawns a helper process that imports the main module again, and that would outlive a killed
-    # rank for ever, 200 MB each. Ours is forked, as the writer's own workers are, and dies with its rank.
+    # The checkpoint writer spawns a helper process of 200 MB that imports the main module again and would never exit if
+    # its rank were killed. Ours is forked, as the writer's own workers are, and dies with its rank.
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     yield writer, "_get_write_results_queue", _write_results_queue
 
@@ -111,23 +111,23 @@ def _writer_helper() -> SyncManager:
 
 def _become_helper() -> None:
     die_with_parent()
-    gc.disable()  # what the rank has thrown away is for the rank to clean up
+    gc.disable()  # objects inherited from the rank are the rank's to clean up
 
 
 @cache
 def _write_results_queue() -> Any:
-    """Return the queue of Megatron's checkpoint writer, one a process, held by a helper that dies with us."""
+    """Return the queue of Megatron's checkpoint writer, one per process, held by a helper that dies with it."""
     return _writer_helper().Queue()
 
 
 def _cuda_names() -> dict[str, Any]:
-    """Return the torch.cuda names that Megatron calls without asking whether CUDA is there."""
+    """Return replacements for the torch.cuda names that Megatron uses without checking for CUDA."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
     return {
-        "current_device": lambda: _HOST,  # passed on as device= wherever a buffer is made
+        "current_device": lambda: _HOST,  # passed as device= wherever a buffer is created
         "synchronize": nothing,
         "empty_cache": nothing,
         "set_device": nothing,
@@ -143,7 +143,7 @@ def _cuda_names() -> dict[str, Any]:
 
 
 class _NoStream:
-    """A stream or event on a device that has one queue only: everything it could wait for is done."""
+    """A stream or event on a device with a single queue: everything it could wait for is already done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -162,7 +162,7 @@ class _NoStream:
 
 
 class _TorchOnHost:
-    """Stand-in for the name ``torch`` in a module that spells out the CUDA device; all else is torch itself."""
+    """Stand-in for ``torch`` in a module that hard-codes the CUDA device; everything else is torch itself."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -176,7 +176,7 @@ class _TorchOnHost:
 
 
 class _StaysOnHost(torch.Tensor):
-    """A scalar that NeMo pins and moves with ``.to("cuda")`` before logging it; it stays and becomes plain again."""
+    """A scalar that NeMo pins and moves with ``.to("cuda")`` before logging; here that returns a plain tensor."""
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.as_subclass(torch.Tensor)

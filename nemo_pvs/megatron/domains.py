@@ -1,8 +1,8 @@
 """Dynamic batch loading in NeMo's training loop: batches of several domains, whose shares follow their losses.
 
-Validation, as Megatron does it, has the same number of windows of each domain, whole global batches of them, so every
-validation step is about one domain, and no pass over any text is added. What is read in a step depends on the losses
-before it; so nothing may be read ahead, and no worker process loads data.
+Validation reads the same number of windows of each domain, in whole global batches. So every validation step measures
+one domain, and no extra pass over any text is needed. What a step reads depends on earlier losses; so nothing may be
+prefetched, and no worker process loads data.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from nemo_pvs.training.job import TrainingJob
 
 
 class DomainData(PretrainingData):
-    """NeMo's data module for text in domains, each with its own seeded order, of which nothing is read twice.
+    """NeMo's data module for text in domains; each has its own seeded order and is never read twice.
 
-    Shares and places are saved with every checkpoint.
+    The shares and the position in each domain are saved with every checkpoint.
     """
 
     def __init__(self, domains: dict, shares: dict, samples: dict, **kwargs):
-        """Prepare.
+        """Store the domains and where to start.
 
         Args:
-            domains: Prefixes of training and validation files, by domain.
-            shares: At first, by domain.
-            samples: Of each domain that were read before this run.
-            **kwargs: See ``PretrainingData``.
+            domains: Prefixes of the training and validation files, by domain.
+            shares: Initial share of each domain in a batch.
+            samples: Number of samples of each domain that were read before this run.
+            **kwargs: Arguments of ``PretrainingData``.
         """
         super().__init__(**kwargs)
         self.domains = domains
@@ -49,15 +49,15 @@ class DomainData(PretrainingData):
         self.samples = samples
 
     def build(self, trainer_max_steps: int, *args, **kwargs) -> None:
-        """Build an epoch of every domain.
+        """Build one epoch of every domain.
 
         Raises:
-            UserError: the run goes on with shares that are not known yet.
+            UserError: the run starts from shares that are not known yet.
         """
         if not self.shares:
             raise UserError(
-                "This run begins with the shares that learning its masks ends with, which is yet to be done; start it "
-                "by pvs run, or give train.dynamic_loading.proportions."
+                "This run starts from the domain shares at the end of mask learning, which has not run yet; start it "
+                "with pvs run, or set train.dynamic_loading.proportions."
             )
         train, validation = zip(*(self._datasets(*prefixes) for prefixes in self.domains.values()), strict=True)
         sizes = {name: len(dataset) for name, dataset in zip(self.domains, train, strict=True)}
@@ -69,21 +69,23 @@ class DomainData(PretrainingData):
     def _datasets(self, train, validation):
         files = [([train], None), ([validation], None), None]
         config = replace(self.gpt_dataset_config, blend_per_split=files)
-        made = BlendedMegatronDatasetBuilder(self.dataset_cls, [None] * 3, lambda: True, config).build()
-        return made[:2]
+        train_validation_test = BlendedMegatronDatasetBuilder(
+            self.dataset_cls, [None] * 3, lambda: True, config
+        ).build()
+        return train_validation_test[:2]
 
     def state_dict(self):
-        """Return what goes into a checkpoint."""
+        """Return the state to checkpoint: NeMo's, and the shares and positions of the domains."""
         return {**super().state_dict(), "domains": self.order.state(self.trainer.global_step)}
 
     def load_state_dict(self, state_dict):
-        """Go on where a checkpoint was written."""
+        """Continue from the position in a checkpoint."""
         super().load_state_dict(state_dict)
         self.order.restore(state_dict["domains"])
 
 
 class _Mixture(Dataset):
-    """The samples of a training, whose domains are decided when they are read."""
+    """The samples of a training run, whose domains are decided when they are read."""
 
     def __init__(self, datasets, order, length):
         self.datasets = datasets
@@ -94,16 +96,16 @@ class _Mixture(Dataset):
         return self.length
 
     def __getitem__(self, index):
-        domain, place = self.order.sample(int(index))
-        return self.datasets[domain][place]
+        domain, position = self.order.sample(int(index))
+        return self.datasets[domain][position]
 
 
 def domains_of(job: TrainingJob) -> dict[str, object]:
-    """Return what ``DomainData`` needs to know of the text of ``job``."""
+    """Return the arguments of ``DomainData`` that describe the text of ``job``."""
     train, validation = job.data["train"], job.data["validation"]
     windows = list(validation.values())
     return {
-        "paths": {"train": list(train.values()), "validation": windows, "test": windows},  # NeMo wants all three
+        "paths": {"train": list(train.values()), "validation": windows, "test": windows},  # NeMo requires all three
         "domains": {name: [train[name], validation[name]] for name in train},
         "shares": job.loading.shares,
         "samples": job.loading.samples,
@@ -111,7 +113,7 @@ def domains_of(job: TrainingJob) -> dict[str, object]:
 
 
 def follow_losses(job: TrainingJob) -> list[run.Config]:
-    """Return the callback of a run that reads domains; none for another."""
+    """Return the callback of a run with dynamic batch loading; an empty list for other runs."""
     how = job.training.dynamic_loading
     if job.loading is None or how is None:
         return []
@@ -124,16 +126,16 @@ def follow_losses(job: TrainingJob) -> list[run.Config]:
 
 
 class FollowLosses(pl.Callback, IOMixin):
-    """Put down the loss of every domain at each validation, and change the domains' shares by it."""
+    """Record the loss of every domain at each validation, and update the domains' shares from it."""
 
     def __init__(self, how: dict, initial: str, path: str, parameters: float | None = None) -> None:
-        """Prepare.
+        """Store the options.
 
         Args:
             how: The recipe's block ``dynamic_loading``.
             initial: Checkpoint of the model.
             path: Metrics file.
-            parameters: For how large a model losses are extrapolated; by default as large as this one.
+            parameters: Model size to which target losses are extrapolated; by default that of ``initial``.
         """
         self.how = DynamicLoading.model_validate(how)
         self.initial = initial
@@ -142,9 +144,9 @@ class FollowLosses(pl.Callback, IOMixin):
         self._losses: list[torch.Tensor] = []
 
     def on_train_start(self, trainer, pl_module):
-        """Find out what the losses should come to; and validate where a checkpoint was written just before that.
+        """Compute the target losses, and validate on resuming if the checkpoint was written just before a validation.
 
-        NeMo leaves that validation out of a run that goes on, and Lightning would read a part of the windows.
+        NeMo skips that validation in a resumed run, and Lightning would read only part of the windows.
         """
         trainer.fit_loop.epoch_loop.skip_val_on_restart = False
         trainer.fit_loop.epoch_loop.val_loop.restarting = False
@@ -152,18 +154,18 @@ class FollowLosses(pl.Callback, IOMixin):
         self._targets = self.how.targets(trainer.datamodule.order.names, parameters)
 
     def on_validation_start(self, trainer, pl_module):
-        """Begin anew."""
+        """Discard the losses of the last validation."""
         self._losses = []
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, *args, **kwargs):
-        """Keep the loss of a global batch of windows, all of one domain."""
+        """Keep the loss of one global batch of windows, all from the same domain."""
         self._losses.append(outputs.detach())
 
     def on_validation_end(self, trainer, pl_module):
-        """Change the shares, on every rank to the same ones."""
+        """Update the shares, to the same values on every rank."""
         order, step = trainer.datamodule.order, trainer.global_step
         measured = torch.stack(self._losses).float().view(len(order.names), -1).mean(1)
-        # Stages of a pipeline other than the last have zeros; and ranks must not differ in the last bit.
+        # Pipeline stages other than the last have zeros; and ranks must not differ even in the last bit.
         torch.distributed.all_reduce(measured, op=torch.distributed.ReduceOp.MAX)
         losses, shares = measured.tolist(), list(order.shares.values())
         if self._targets is not None:
@@ -171,8 +173,14 @@ class FollowLosses(pl.Callback, IOMixin):
             shares = update_proportions(shares, losses, self._targets, **options)
         order.change(step, dict(zip(order.names, shares, strict=True)))
         if trainer.is_global_zero:
-            found = dict(zip(order.names, losses, strict=True))
-            record = {"kind": "domains", "step": step, "losses": found, "shares": order.shares, "samples": order.taken}
+            by_name = dict(zip(order.names, losses, strict=True))
+            record = {
+                "kind": "domains",
+                "step": step,
+                "losses": by_name,
+                "shares": order.shares,
+                "samples": order.taken,
+            }
             metrics.append(self.path, record)
-            words = ", ".join(f"{name} {share:.4f} (loss {found[name]:.4f})" for name, share in order.shares.items())
+            words = ", ".join(f"{name} {share:.4f} (loss {by_name[name]:.4f})" for name, share in order.shares.items())
             print(f"step {step}/{trainer.max_steps}  shares from here on: {words}", flush=True)

@@ -1,6 +1,6 @@
-"""A checkpoint on real Megatron, to be asked and not trained: NeMo's model at any TP x PP, filled from a WeightSource.
+"""Inference on Megatron: NeMo's model at any TP x PP, with weights loaded from any WeightSource.
 
-The weights come through the safe readers of ``nemo_pvs.checkpoints`` and the model's description is written anew, so
+Weights are read by the safe readers of ``nemo_pvs.checkpoints`` and the model's configuration is written afresh, so
 nothing that a stranger pickled or configured is executed, no optimizer state is read, and the source need not be a
 NeMo checkpoint.
 """
@@ -31,7 +31,7 @@ from nemo_pvs.megatron.cpu import megatron_on_cpu
 from nemo_pvs.model.layout import Entry, Layout
 from nemo_pvs.training.machine import has_transformer_engine
 
-# Transformer Engine keeps a norm in the linear layer behind it; Megatron's local layers have it on its own.
+# Transformer Engine fuses a norm into the linear layer that follows; in Megatron's local layers it is a module itself.
 _LOCAL_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -40,11 +40,11 @@ _LOCAL_NORMS = {
 
 @contextmanager
 def megatron_ranks(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Iterator[None]:
-    """Let Megatron work inside the block: on the ranks that have joined already, or on this process alone.
+    """Initialise Megatron's parallel state inside the block, on the ranks of this job or on this process alone.
 
     Args:
         tensor_parallel: Ranks that share each matrix.
-        pipeline_parallel: Ranks that share the layers; what the world has beyond both are copies of the model.
+        pipeline_parallel: Ranks that share the layers. All further ranks hold copies of the model (DP).
     """
     alone = not distributed.is_initialized()
     with nullcontext() if torch.cuda.is_available() else megatron_on_cpu():
@@ -52,7 +52,7 @@ def megatron_ranks(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Iter
             distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
         try:
             parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
-            model_parallel_cuda_manual_seed(1)  # building a layer forks this generator, whatever initialises it
+            model_parallel_cuda_manual_seed(1)  # building a layer forks this generator even if nothing is initialised
             yield
         finally:
             parallel_state.destroy_model_parallel()
@@ -61,10 +61,10 @@ def megatron_ranks(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Iter
 
 
 class LoadedModel:
-    """A model on Megatron's ranks, its weights loaded; use it where ``parallel_state`` is initialised."""
+    """A model on Megatron's ranks, with its weights loaded; needs an initialised ``parallel_state``."""
 
     layer_spec: Callable[..., Any] | None = None
-    """What layers are made of; by default NeMo's choice, or ours where there is no Transformer Engine."""
+    """Layer spec of the model; by default NeMo's, or ours without Transformer Engine."""
 
     def __init__(
         self, source: WeightSource, *, dtype: torch.dtype, device: str | torch.device, sequence_parallel: bool = False
@@ -75,10 +75,10 @@ class LoadedModel:
             source: The checkpoint, of any format.
             dtype: Type of weights and arithmetic.
             device: ``cpu`` or ``cuda:<n>``.
-            sequence_parallel: Shard what is between the tensor parallel parts by sequence.
+            sequence_parallel: Shard activations outside the tensor parallel layers along the sequence.
 
         Raises:
-            UserError: the model cannot be sharded so, or NeMo does not have its family.
+            UserError: the model cannot be sharded this way, or NeMo does not support its family.
         """
         source = with_both_biases(source)
         self.device = torch.device(device)
@@ -101,12 +101,12 @@ class LoadedModel:
         self._load(source)
 
     def _build(self, source: WeightSource) -> torch.nn.Module:
-        """Build NeMo's model of this rank's layers, weights not yet set."""
-        about = Layout.for_config(source.config).config(shape_of(source), source.config)  # every size explicit
-        about["torch_dtype"] = dtype_name(self._dtype)
+        """Build NeMo's model of this rank's layers, without weights."""
+        hf_config = Layout.for_config(source.config).config(shape_of(source), source.config)  # every size explicit
+        hf_config["torch_dtype"] = dtype_name(self._dtype)
         with tempfile.TemporaryDirectory() as folder:
             context = Path(folder, "context")
-            write_context(context, about, (), vocab_rows=self.vocab * self._tensor_ranks)
+            write_context(context, hf_config, (), vocab_rows=self.vocab * self._tensor_ranks)
             config = io.load_context(context, subpath="model", build=False).config
         settings = {
             "params_dtype": self._dtype,
@@ -132,8 +132,8 @@ class LoadedModel:
 
     @torch.no_grad()
     def _load(self, source: WeightSource) -> None:
-        """Fill every parameter of this rank from the tensors that the family's table says it consists of."""
-        empty = dict(self.model.named_parameters())
+        """Fill every parameter of this rank from the source, as the family's weight table maps them."""
+        unfilled = dict(self.model.named_parameters())
         layers = {layer.layer_number - 1: index for index, layer in enumerate(self.model.decoder.layers)}
         for entry in Layout.for_config(source.config).entries(shape_of(source)):
             if entry.layer is not None and entry.layer not in layers:
@@ -142,12 +142,12 @@ class LoadedModel:
             names = [prefix + entry.megatron, prefix + _LOCAL_NORMS.get(entry.megatron, entry.megatron)]
             if entry.parts[0].name == "model.embed_tokens.weight" and shape_of(source).tied:
                 names.append("output_layer.weight")  # the last stage's own copy
-            wanted = [empty.pop(name) for name in dict.fromkeys(names) if name in empty]
-            if wanted:
+            parameters = [unfilled.pop(name) for name in dict.fromkeys(names) if name in unfilled]
+            if parameters:
                 shard = self._shard(entry, source)
-                for parameter in wanted:
+                for parameter in parameters:
                     parameter.copy_(shard)
-        assert not empty, f"no weights for {sorted(empty)}"
+        assert not unfilled, f"no weights for {sorted(unfilled)}"
 
     def _shard(self, entry: Entry, source: WeightSource) -> torch.Tensor:
         """Return this rank's part of one Megatron tensor."""
@@ -164,11 +164,11 @@ class LoadedModel:
 
 
 class MegatronScorer(LoadedModel):
-    """A model on Megatron's ranks that is asked for the probabilities of texts; use it inside ``megatron_ranks``."""
+    """A model on Megatron's ranks that scores texts; use it inside ``megatron_ranks``."""
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor) -> TokenScores | None:
-        """Score token ids [N, S]; the answer is on the first tensor rank of the last pipeline stage."""
+        """Score token ids [N, S]; return the scores on the first tensor rank of the last stage, elsewhere None."""
         ids = ids.to(self.device, torch.int64)
         inputs, targets = ids[:, :-1], ids[:, 1:]
         positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)

@@ -1,9 +1,9 @@
 """Save the right part of the distributed optimizer's state for every weight.
 
-Megatron-Core 0.15 gathers the state of all buckets of a gradient buffer without the padding at their ends, and then
-looks for each weight where it is with that padding; behind a padded bucket that is the wrong place, and the checkpoint
-holds other numbers, or zeros, as moments and fp32 weights (Megatron-LM pull request 5077). Tied embeddings at PP > 1
-have a bucket of their own, and overlapped reduction makes more of them.
+Megatron-Core 0.15 gathers the state of all buckets of a gradient buffer without the padding at their ends, but then
+looks up each weight at its offset with that padding. After a padded bucket this offset is wrong, and the checkpoint
+gets other weights' numbers, or zeros, as moments and fp32 weights (Megatron-LM pull request 5077). Tied embeddings at
+PP > 1 have their own bucket, and overlapped reduction creates more buckets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MARK = "reads_without_padding"
 
 
 def correct_saved_offsets() -> None:
-    """Make every distributed optimizer of this process save so, from now on; once is enough."""
+    """Make every distributed optimizer of this process save with correct offsets; calling it again has no effect."""
     save = DistributedOptimizer.sharded_param_state_fully_reshardable
     if hasattr(save, _MARK):
         return
@@ -31,15 +31,15 @@ def correct_saved_offsets() -> None:
                 buffer.param_index_map = without_padding(buffer)
             return save(self, *args, **kwargs)
         finally:
-            for buffer, places in zip(self.buffers, padded, strict=True):
-                buffer.param_index_map = places
+            for buffer, index_map in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = index_map
 
     setattr(corrected, _MARK, True)
     DistributedOptimizer.sharded_param_state_fully_reshardable = corrected
 
 
 def without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
-    """Return first, end and bucket of every weight of a buffer when nothing lies between its buckets."""
+    """Return (start, end, bucket) of every weight of a buffer, counted without the padding between its buckets."""
     starts = accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
     gaps = [bucket.offset - start for bucket, start in zip(buffer.buckets, starts, strict=False)]
     return {

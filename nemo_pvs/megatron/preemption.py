@@ -1,4 +1,4 @@
-"""Save and exit when the cluster asks for it, from inside NeMo's training loop; and resume from what is whole."""
+"""Save and exit on a signal from the cluster, in NeMo's training loop; resume from the newest intact checkpoint."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ from nemo_pvs.training.preemption import PREEMPTED, SIGNALS
 class SaveOnSignal(pl.Callback, IOMixin):
     """After a SIGTERM or SIGUSR1 to any rank: finish the step, save, and exit with ``PREEMPTED``.
 
-    NeMo's own PreemptionCallback listens to one signal on rank 0 only and exits with 0, which Slurm takes for the end
-    of the job. Ranks agree by one reduction of one number a step.
+    NeMo's own PreemptionCallback listens for one signal on rank 0 only and exits with 0, which tells Slurm that the
+    job is done. Ranks agree through an all-reduce of one number per step.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
         self._handlers: dict[int, object] = {}
 
     def on_train_start(self, trainer, pl_module):
-        """Listen from now on; before there is nothing to save, and a signal ends the process as usual."""
-        self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        """Install signal handlers; before this there is nothing to save, and a signal ends the process as usual."""
+        self._handlers = {number: signal.signal(number, self._request) for number in SIGNALS}
 
     def on_train_end(self, trainer, pl_module):
-        """Stop listening."""
+        """Restore the previous signal handlers."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Save and exit, all ranks at the same step."""
-        asked = torch.tensor(float(self._asked), device=torch.cuda.current_device())
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        if not asked.item() or trainer.global_step >= trainer.max_steps:
+        """Save and exit if any rank was signalled, all ranks at the same step."""
+        requested = torch.tensor(float(self._requested), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
+        if not requested.item() or trainer.global_step >= trainer.max_steps:
             return
         if trainer.is_global_zero:
-            print(f"step {trainer.global_step}: asked to stop; saving, the same command goes on from here", flush=True)
+            print(
+                f"step {trainer.global_step}: stop requested; saving, the same command resumes from here", flush=True
+            )
         checkpoint = trainer.checkpoint_callback
         if checkpoint._last_global_step_saved != trainer.global_step:
             checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
@@ -53,18 +55,18 @@ class SaveOnSignal(pl.Callback, IOMixin):
         torch.distributed.barrier()
         sys.exit(PREEMPTED)
 
-    def _ask(self, number, frame):
-        self._asked = True
+    def _request(self, number, frame):
+        self._requested = True
 
 
 class Resume(nl.AutoResume):
-    """NeMo's AutoResume that takes the newest checkpoint that is whole, and says so when that is not the newest one.
+    """NeMo's AutoResume, but from the newest intact checkpoint; prints a message about newer ones that are broken.
 
-    NeMo's takes the one whose folder changed last, and raises where only unfinished ones are there.
+    NeMo's own takes the one whose folder changed last, and raises an error if all of them are unfinished.
     """
 
     def setup(self, trainer, model=None):
-        """Choose what to go on from, and say which newer checkpoints are of no use."""
+        """Choose the checkpoint to resume from, and print which newer ones are broken."""
         if os.environ.get("RANK", "0") == "0":
             for sentence in say_broken(*newest_sound(Path(self.resume_from_directory))):
                 print(sentence, flush=True)

@@ -1,8 +1,8 @@
-"""From a TrainingJob to NeMo: one `run.Partial` of `llm.pretrain` for parent, pruned and scratch alike.
+"""Translate a TrainingJob to NeMo: one `run.Partial` of `llm.pretrain` for parent, pruned and scratch alike.
 
 The architecture comes from the initial checkpoint, so it cannot differ from the weights; everything else comes from
-the job. The same object trains on a CPU and on a cluster: without Transformer Engine the fused kernels are switched
-off and attention is PyTorch's.
+the job. The same object trains on a CPU and on a cluster: without Transformer Engine, fused kernels are switched off
+and attention is PyTorch's.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def pretrain_recipe(
     """Return NeMo's pretraining of ``job``, ready to be built and called on every rank.
 
     Args:
-        job: The run.
-        machine: What to build for; this machine by default.
-        described: The model, where the job's initial checkpoint is not there yet.
+        job: The training job.
+        machine: The machine to build for; by default this one.
+        described: The model's configuration, if the job's initial checkpoint does not exist yet.
 
     Raises:
-        UserError: the machine cannot do what the job asks.
+        UserError: the machine cannot run the job's layout or precision.
     """
     machine = machine or Machine.here()
     machine.check(job.layout)
@@ -84,7 +84,7 @@ def pretrain_recipe(
 
 
 def model(job: TrainingJob, precision: str, machine: Machine, described: run.Config | None = None) -> run.Config:
-    """Return the model of the initial checkpoint, set up for the kernels that the machine has."""
+    """Return the model of the initial checkpoint, configured for the kernels that the machine has."""
     stored = described or io.load_context(job.initial / "context", subpath="model", build=False)
     config = fiddle.cast(run.Config, stored.config)
     config.seq_length = job.training.sequence_length
@@ -95,20 +95,20 @@ def model(job: TrainingJob, precision: str, machine: Machine, described: run.Con
             setattr(config, kernel, False)
         config.transformer_layer_spec = layer_spec
         config.data_step_fn = causal_data_step
-        # Initialisation must not ask for a CUDA generator; the restored weights replace it in any case.
+        # Initialisation must not need a CUDA generator; the restored weights overwrite it in any case.
         config.use_cpu_initialization = not machine.gpu
     if job.masks or job.pruning:
         config.transformer_layer_spec = gated_layer_spec
     if job.layout.virtual_pipeline:
-        # Of two ranks each is before and behind the other: messages sent in one batch would be taken for each other.
+        # With two stages each is both the previous and the next one of the other: batched messages would be mixed up.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
-        # gloo reads what it sends after Megatron would have freed it.
+        # gloo still reads a sent tensor after Megatron would have freed it.
         config.deallocate_pipeline_outputs = machine.gpu
     return run.Config(fiddle.get_callable(stored), config=config)
 
 
 def data(job: TrainingJob, machine: Machine) -> run.Config:
-    """Return the data module: the job's tokens in an order that depends on the seed alone."""
+    """Return the data module: the job's tokens in an order that depends only on the seed."""
     training = job.training
     module, text = (DomainData, domains_of(job)) if job.loading else (PretrainingData, text_of(job))
     return run.Config(
@@ -127,7 +127,7 @@ def data(job: TrainingJob, machine: Machine) -> run.Config:
 
 
 def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
-    """Return the trainer: Megatron's strategy in the job's layout, validation at equal distances."""
+    """Return the trainer: Megatron's strategy in the job's layout, with validation at equal intervals."""
     layout, training = job.layout, job.training
     overlap = machine.gpu and layout.distributed_optimizer
     strategy = run.Config(
@@ -167,7 +167,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         run.Config(SaveOnSignal),
     ]
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:
-        # Data parallel exchanges overlap by the settings above; this is for those of layers and stages.
+        # The settings above overlap data parallel communication; this callback overlaps that of TP and PP.
         overlapped = layout.sequence_parallel and machine.transformer_engine
         callbacks.append(run.Config(MegatronCommOverlapCallback, tp_comm_overlap=overlapped))
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(layout.processes, machine.processes_per_node)))
@@ -181,7 +181,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         plugins=mixed_precision(precision),
         val_check_interval=interval(training.steps, training.validations),
         check_val_every_n_epoch=None,  # count steps over the whole run, so that resuming does not shift validations
-        limit_val_batches=1.0,  # one whole epoch of the validation windows, each time the same
+        limit_val_batches=1.0,  # one whole epoch of the same validation windows each time
         limit_test_batches=0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -193,10 +193,10 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
 
 
 def mixed_precision(precision: str) -> run.Config:
-    """Return NeMo's precision plugin for bf16, fp32, or FP8 with scales of the step itself."""
+    """Return NeMo's precision plugin for bf16, fp32, or FP8 with current scaling."""
     if precision == "fp8":
         plugin = bf16_with_fp8_current_scaling_mixed()
-        plugin.fp8_param_gather = False  # weights that exist in FP8 alone cannot hold a mask
+        plugin.fp8_param_gather = False  # weights that exist only in FP8 cannot be masked
         return plugin
     return run.Config(
         MegatronMixedPrecision,
@@ -209,19 +209,21 @@ def mixed_precision(precision: str) -> run.Config:
 
 
 def weights_and_biases(job: TrainingJob) -> run.Config | None:
-    """Return the logger of Weights & Biases if its own variable WANDB_PROJECT asks for it."""
+    """Return the Weights & Biases logger if the environment variable WANDB_PROJECT is set, otherwise None."""
     project = os.environ.get("WANDB_PROJECT")
     if not project:
         return None
-    # Arms of other runs have the same names; a run that goes on is the one in the same folder.
+    # Arms of different runs have the same names, so the folder is part of the id; it is the same on resuming.
     identity = f"{job.name}-{sha256_json(str(job.folder))[:12]}"
     return run.Config(WandbLogger, project=project, name=job.name, id=identity, save_dir=str(job.folder))
 
 
 def hold_masks(job: TrainingJob, *, sparse: bool = False) -> list[run.Config]:
-    """Return the callback that holds the masks of the initial checkpoint; none for a dense model.
+    """Return the callback that holds the masks of the initial checkpoint; an empty list for a dense model.
 
-    A run that is known to be ``sparse`` has it before its checkpoint is there.
+    Args:
+        job: The training job.
+        sparse: Whether the model is known to be sparse although its initial checkpoint may not exist yet.
     """
     if not sparse and not (job.initial / "context" / MASKS_FILE).is_file():
         return []
@@ -237,22 +239,22 @@ def hold_masks(job: TrainingJob, *, sparse: bool = False) -> list[run.Config]:
 
 
 def checkpointing(job: TrainingJob) -> run.Config:
-    """Return the checkpoint callback: the two newest, with optimizer state."""
+    """Return the checkpoint callback, which keeps the two newest checkpoints with optimizer state."""
     return run.Config(
         Checkpoint,
         initial=str(job.initial),
         dirpath=str(job.checkpoints),
         filename="{step}",
         save_last=True,
-        save_top_k=0,  # best-so-far copies besides the newest ones would double every save
-        save_on_train_epoch_end=True,  # and not after every validation
+        save_top_k=0,  # also keeping the best checkpoints would double every save
+        save_on_train_epoch_end=True,  # rather than after every validation
         every_n_train_steps=interval(job.training.steps, job.training.checkpoints),
         save_optim_on_train_end=True,
     )
 
 
 def optimizer(job: TrainingJob, precision: str) -> run.Config:
-    """Return AdamW with the job's schedule; norms and biases are not decayed unless the job says so."""
+    """Return AdamW with the job's schedule; norms and biases have no weight decay unless the job enables it."""
     training = job.training
     return run.Config(
         nl.MegatronOptimizerModule,
@@ -276,7 +278,11 @@ def optimizer(job: TrainingJob, precision: str) -> run.Config:
 
 
 def schedule(job: TrainingJob) -> run.Config:
-    """Return the learning rate: NeMo's, linear up and cosine down, the paper's, WSD, or part of a longer schedule."""
+    """Return the learning-rate schedule.
+
+    By default this is NeMo's linear warm-up and cosine decay; the job may instead choose quadratic warm-up, a linear
+    decay over its last steps (WSD), or a part of a longer schedule.
+    """
     training = job.training
     if job.all_steps is not None or training.decay_steps is not None:
         steps = job.all_steps or training.steps
@@ -307,7 +313,7 @@ def schedule(job: TrainingJob) -> run.Config:
 
 
 def interval(steps: int, times: int) -> int:
-    """Return the distance in steps at which something happens ``times`` times in ``steps``, the end included."""
+    """Return every how many steps an event occurs if it occurs ``times`` times in ``steps``, including at the end."""
     return max(1, steps // times)
 
 

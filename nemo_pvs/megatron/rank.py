@@ -1,4 +1,4 @@
-"""Be one rank of a training job."""
+"""Run one rank of a training job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_pvs.training.job import TrainingJob
 
 
 def train(job: TrainingJob) -> None:
-    """Train, or go on training, as one of the ranks that the environment describes."""
+    """Start or resume training as one rank, which environment variables identify."""
     if not torch.cuda.is_available():
         train_on_cpu(job)
         return
@@ -25,13 +25,13 @@ def train(job: TrainingJob) -> None:
 def pretrain_on_cpu(
     model: Any, data: Any, trainer: Any, log: Any = None, resume: Any = None, optim: Any = None
 ) -> Path:
-    """Be NeMo's ``llm.pretrain`` on a machine without CUDA, for objects that NeMo-Run has built."""
+    """Run NeMo's ``llm.pretrain`` on a machine without CUDA, with objects that NeMo-Run has built."""
     with megatron_on_cpu():
         return llm.pretrain(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim)
 
 
 def train_on_cpu(job: TrainingJob) -> None:
-    """Train as one rank on this machine's CPU, the cores shared out among the ranks."""
+    """Train as one rank on this machine's CPU, with an equal share of its cores."""
     torch.set_num_threads(max(1, torch.get_num_threads() // job.layout.processes))
     with megatron_on_cpu():
         fiddle.build(pretrain_recipe(job))()

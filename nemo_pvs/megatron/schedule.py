@@ -1,4 +1,4 @@
-"""Learning-rate schedules that NeMo lacks, and the paper's weight decay, as parts of a NeMo recipe."""
+"""Learning-rate schedules and a weight-decay option that NeMo lacks, as parts of a NeMo recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_pvs.training.learning_rate import linear_warmup, quadratic_warmup_cosi
 
 
 class QuadraticWarmupCosine(LRSchedulerModule):
-    """``learning_rate.quadratic_warmup_cosine`` beside NeMo's own schedulers, stepped once an optimizer step."""
+    """``learning_rate.quadratic_warmup_cosine`` as a NeMo scheduler, stepped once per optimizer step."""
 
     def __init__(self, max_steps: int, warmup_steps: int, min_ratio: float) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class QuadraticWarmupCosine(LRSchedulerModule):
         self.min_ratio = min_ratio
 
     def scheduler(self, model, optimizer):
-        """Return what Lightning asks for."""
+        """Return the optimizer and its scheduler in Lightning's format."""
         share = partial(
             quadratic_warmup_cosine, steps=self.max_steps, warmup_steps=self.warmup_steps, min_ratio=self.min_ratio
         )
@@ -28,9 +28,9 @@ class QuadraticWarmupCosine(LRSchedulerModule):
 
 
 class PartOfSchedule(LRSchedulerModule):
-    """Part of a schedule of ``nemo_pvs.training.learning_rate``, from a step of the whole on.
+    """Part of a schedule of ``nemo_pvs.training.learning_rate``, starting at ``first_step`` of the whole schedule.
 
-    NeMo puts the run's own steps into whatever a scheduler calls ``max_steps``; so nothing here is called that.
+    NeMo overwrites any scheduler attribute named ``max_steps`` with the run's own steps; so this class has none.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PartOfSchedule(LRSchedulerModule):
         self.decay_steps = decay_steps
 
     def scheduler(self, model, optimizer):
-        """Return what Lightning asks for."""
+        """Return the optimizer and its scheduler in Lightning's format."""
         numbers = {"steps": self.all_steps, "warmup_steps": self.warmup_steps, "min_ratio": self.min_ratio}
         whole = (
             partial(quadratic_warmup_cosine, **numbers)
@@ -62,7 +62,7 @@ class PartOfSchedule(LRSchedulerModule):
 
 
 def _stepped(optimizer, share):
-    """Return a schedule that moves once an optimizer step, as Lightning asks for it."""
+    """Return a schedule that advances once per optimizer step, in Lightning's format."""
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step", "frequency": 1},
@@ -71,5 +71,5 @@ def _stepped(optimizer, share):
 
 
 def decays_everything(name, parameter) -> bool:
-    """Tell Megatron of no parameter that weight decay should spare it, norms and biases included."""
+    """Return False for every parameter: Megatron exempts none from weight decay, not even norms and biases."""
     return False

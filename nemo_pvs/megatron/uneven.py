@@ -1,4 +1,4 @@
-"""NeMo's Llama with uneven layers: FFN width, query heads and KV groups may differ from layer to layer.
+"""NeMo's Llama with uneven layers: FFN width, query heads and KV groups may differ between layers.
 
 A checkpoint of such a model names one of these classes in its ``context/io.json``, so ``io.load_context`` of stock
 NeMo reads it where this package is installed. For NeMo without it, pad the model (``checkpoints/pad.py``).
@@ -14,10 +14,10 @@ from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 
 @dataclass
 class UnevenLayers:
-    """Sizes of each layer, the first one first; beside them, the config's own sizes are their common bounds.
+    """Sizes of each layer, in order; the config's usual sizes are the maxima over all layers.
 
-    Megatron asks a config with ``heterogeneous_block_specs`` for the config of each layer, and then stores layers
-    under names of their own. Its own class of this kind has no query heads by layer.
+    If ``heterogeneous_block_specs`` is set, Megatron asks the config for the config of each layer and stores each
+    layer under its own name. Megatron's own class for this does not support different numbers of query heads.
     """
 
     ffn_hidden_size_by_layer: list[int] = field(default_factory=list)
@@ -40,7 +40,7 @@ class UnevenLayers:
         return config
 
     def _by_layer(self) -> dict[str, list[int]]:
-        return {one.name.removesuffix("_by_layer"): getattr(self, one.name) for one in fields(UnevenLayers)}
+        return {item.name.removesuffix("_by_layer"): getattr(self, item.name) for item in fields(UnevenLayers)}
 
 
 @dataclass
@@ -50,4 +50,4 @@ class PrunedLlamaConfig(UnevenLayers, LlamaConfig):
 
 @dataclass
 class PrunedLlama31Config(UnevenLayers, Llama31Config):
-    """Llama31Config, whose rotary embedding is scaled, with uneven layers."""
+    """Llama31Config, which scales rotary frequencies, with uneven layers."""

@@ -1,1 +1,1 @@
-"""What the package adds to NeMo's own command: verbs, factories, executors."""
+"""Plugin of NeMo's own command: verbs, factories and executors."""

@@ -1,9 +1,9 @@
-"""Factories for NeMo's own command: every recipe, with its runs as arguments, and every pruning method.
+"""Factories for NeMo's own command: every recipe, with arguments that select a run, and every pruning method.
 
 ``nemo llm pretrain --factory "pvs_smollm2_135m_demo(target=width,init=pruned)"`` trains what ``pvs run`` has prepared
-with ``--prepare-only``; for ``--dryrun`` nothing need be there yet. ``nemo llm prune --factory pvs_flap source=...
-target_folder=...`` runs our pruning: a factory may return a Partial of another function than the verb's, which
-NeMo-Run then calls.
+with ``--prepare-only``; with ``--dryrun`` nothing has to be prepared. ``nemo llm prune --factory pvs_flap source=...
+target_folder=...`` runs our pruning: a factory may return a Partial of a function other than the verb's, and NeMo-Run
+calls that.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import H100, Machine, h100_layout
 
 _UNLISTED = f"{get_type_namespace(llm.pretrain)}."
-"""Where NeMo-Run looks up factories of arguments of pretrain. It looks up pretrain's own there, too, but does not list
-them: 251 names of single runs, from when each had one, would hide NeMo's own."""
+"""Namespace of factories for pretrain's arguments. NeMo-Run also finds pretrain's own factories there, but does not
+list them: the 251 names of single runs, kept from earlier versions, would hide NeMo's own factories."""
 
 _MACHINES: dict[str, Callable[[], Machine]] = {"h100": lambda: H100, "here": Machine.here}
 
 
 def register() -> None:
-    """Register all factories; NeMo-Run finds them by target and name."""
+    """Register all factories, which NeMo-Run finds by target and name."""
     for name in packaged_recipes():
         recipe = settled(load_recipe(name))
         run.cli.factory(_pretrain(recipe), target=llm.pretrain, name=factory_name(name))
@@ -66,12 +66,13 @@ def pretrain_arm(
     Args:
         recipe: The recipe.
         arm: One of its runs.
-        folder: The run folder, as ``--out`` of ``pvs run``; ``runs/<recipe name>`` by default.
-        num_nodes: Of eight H100s, for a layout that suits them; 0 for the recipe's own layout.
-        machine: ``h100``, or ``here`` for the machine that this runs on.
+        folder: The run folder, as for ``--out`` of ``pvs run``; by default ``runs/<recipe name>``.
+        num_nodes: Number of nodes with eight H100s for which to choose a layout; 0 for the recipe's own layout.
+        machine: ``h100``, or ``here`` for this machine.
 
     Raises:
-        UserError: there is no such machine, nothing fits on it, or the model is neither described nor there.
+        UserError: there is no such machine, no layout fits, or the model is neither described in the recipe nor
+            prepared.
     """
     if machine not in _MACHINES:
         raise UserError(f"machine is {machine!r}; choose {' or '.join(_MACHINES)}.")
@@ -82,19 +83,19 @@ def pretrain_arm(
         layout, reasons = h100_layout(_shape(recipe, arm), job.training, gpus, _teacher(recipe, arm))
         job = replace(job, layout=layout)
         console.print(*reasons, sep="\n")
-    wanted = _MACHINES[machine]()
-    made = pretrain_recipe(job, wanted, described)
+    chosen = _MACHINES[machine]()
+    pretraining = pretrain_recipe(job, chosen, described)
     if described and is_sparse(recipe.targets[arm.target]):
-        made.trainer.callbacks[1:1] = hold_masks(job, sparse=True)
-    return made if wanted.gpu else run.Partial(pretrain_on_cpu, **made.__arguments__)
+        pretraining.trainer.callbacks[1:1] = hold_masks(job, sparse=True)
+    return pretraining if chosen.gpu else run.Partial(pretrain_on_cpu, **pretraining.__arguments__)
 
 
 def _shape(recipe: Recipe, arm: Arm) -> Shape:
     config = recipe.parent.normal_config
     if config is None:
         raise UserError(
-            f"Recipe {recipe.name} does not state its parent's config, so {arm.name} is known only when it is "
-            f"prepared; run pvs run --prepare-only first, or add parent.config."
+            f"Recipe {recipe.name} has no parent.config, so the shape of {arm.name} is unknown until it is prepared; "
+            f"run pvs run --prepare-only first, or add parent.config."
         )
     parent = WeightLayout.for_config(config).shape(config)
     return expected_shape(recipe.targets[arm.target], parent).shape
@@ -108,9 +109,9 @@ def _teacher(recipe: Recipe, arm: Arm) -> Shape | None:
 
 
 def _describe(recipe: Recipe, arm: Arm, job: TrainingJob) -> run.Config:
-    """Return the model of an arm before it is pruned, as the prune stage will describe it.
+    """Return the configuration that an arm's model will have after the prune stage.
 
-    Where scores decide how large each layer is, all have about their average until then.
+    If scores determine the size of each layer, all layers have about the average size until then.
     """
     shape = _shape(recipe, arm)
     parent = {"torch_dtype": "bfloat16", **(recipe.parent.normal_config or {})}
@@ -132,8 +133,8 @@ def _pretrain(recipe: Recipe) -> Callable[..., run.Partial]:
         arm = choose_arm(recipe, target, init, tokens)
         return pretrain_arm(recipe, arm, folder=folder, num_nodes=num_nodes, machine=machine)
 
-    factory.__doc__ = f"{recipe.title}. Say which run: target, init, tokens."
-    factory.__annotations__ = typing.get_type_hints(factory)  # NeMo-Run reads types, not their names
+    factory.__doc__ = f"{recipe.title}. Choose the run with target, init and tokens."
+    factory.__annotations__ = typing.get_type_hints(factory)  # NeMo-Run needs types, not strings
     return factory
 
 
@@ -141,7 +142,7 @@ def _pretrain_arm(recipe: Recipe, arm: Arm) -> Callable[..., run.Partial]:
     def factory(folder: str = "", num_nodes: int = 0, machine: str = "h100") -> run.Partial:
         return pretrain_arm(recipe, arm, folder=folder, num_nodes=num_nodes, machine=machine)
 
-    factory.__annotations__ = typing.get_type_hints(factory)  # NeMo-Run reads types, not their names
+    factory.__annotations__ = typing.get_type_hints(factory)  # NeMo-Run needs types, not strings
     return factory
 
 

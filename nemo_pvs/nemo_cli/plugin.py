@@ -1,6 +1,6 @@
-"""What this package adds to NeMo's own command, which loads this module (entry point group ``nemo_run.cli``).
+"""The plugin of NeMo's own command, which loads this module through the entry point group ``nemo_run.cli``.
 
-``nemo pvs VERB`` for all verbs, ``nemo llm pretrain --factory pvs_...`` for the runs of our recipes,
+It adds ``nemo pvs VERB`` for all verbs, ``nemo llm pretrain --factory pvs_...`` for the runs of our recipes,
 ``nemo llm prune --factory pvs_...`` for our pruning methods, and ``run.executor=pvs_...`` for our launch profiles.
 """
 
@@ -24,14 +24,15 @@ from nemo_pvs.nemo_cli import executors, factories  # noqa: E402
 
 
 def _register(verb: Callable[..., None]) -> None:
-    """Register a verb; NeMo-Run wants plain types, and each argument's help in the docstring."""
+    """Register a verb; NeMo-Run needs plain types, and the help of each argument in the docstring."""
     annotated = typing.get_type_hints(verb, include_extras=True)
     helps = {name: hint.__metadata__[0].help for name, hint in annotated.items() if hasattr(hint, "__metadata__")}
     summary = verb.__doc__ or ""
     verb.__doc__ = "\n".join([summary, "", "Args:", *(f"    {name}: {text}" for name, text in helps.items())])
     plain: dict[str, Any] = typing.get_type_hints(verb)
     verb.__annotations__ = plain
-    parameters = [one.replace(annotation=plain[one.name]) for one in inspect.signature(verb).parameters.values()]
+    annotated_parameters = inspect.signature(verb).parameters.values()
+    parameters = [parameter.replace(annotation=plain[parameter.name]) for parameter in annotated_parameters]
     verb.__signature__ = inspect.Signature(parameters, return_annotation=None)
     nemo_run.cli.entrypoint(verb, namespace="pvs", name=verb.__name__, help=summary)
 
@@ -39,7 +40,7 @@ def _register(verb: Callable[..., None]) -> None:
 for verb in VERBS:
     _register(verb)
 if sys.argv[1:2] == ["pvs"]:
-    sys.argv[2:] = [expand_home(word) for word in sys.argv[2:]]  # a shell does it for out=~/x, but not all do
+    sys.argv[2:] = [expand_home(word) for word in sys.argv[2:]]  # not every shell expands out=~/x
 
 factories.register()
 executors.register()

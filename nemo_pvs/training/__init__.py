@@ -1,1 +1,1 @@
-"""Training on NeMo and Megatron-Core: the only rooms that import NeMo."""
+"""Training jobs, their metrics, launcher and checkpoints. Imports no NeMo: ``nemo_pvs.megatron`` does."""

@@ -1,7 +1,8 @@
-"""The checkpoints of a run: which there are, and the newest that can be trusted. Imports no NeMo.
+"""The checkpoints of a run: list them, and find the newest intact one. Imports no NeMo.
 
 A run keeps two. A save is declared finished only when every rank has written its part, but a file system that fills
-up, or loses what it had promised to keep, can still leave the newest one cut short; then the one before goes on.
+up, or loses data that it had acknowledged, can still leave the newest checkpoint truncated; then the run resumes from
+the previous one.
 """
 
 from __future__ import annotations
@@ -13,26 +14,26 @@ from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
 from nemo_pvs.errors import UserError
 
 KEPT = 2
-"""Checkpoints on disk, the newest ones; while one is being written there is one more."""
+"""Number of checkpoints kept, the newest ones; while one is being written there is one more."""
 
 _NAME = re.compile(r"step=(\d+)-last")
-_UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
+_UNFINISHED = "-unfinished"  # NeMo's marker, next to a checkpoint that is being written or removed
 
 
 def checkpoint_name(steps: int) -> str:
-    """Return the folder of the checkpoint after ``steps`` steps; Lightning names it by the last step, from 0."""
+    """Return the folder name of the checkpoint after ``steps`` steps; Lightning counts steps from 0."""
     return f"step={steps - 1}-last"
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints in a run's folder of checkpoints, the newest first."""
+    """Return the finished checkpoints in a run's checkpoint folder, newest first."""
     steps = {path: int(name[1]) for path in folder.glob("step=*") if (name := _NAME.fullmatch(path.name))}
     finished = [path for path in steps if not path.with_name(path.name + _UNFINISHED).exists()]
     return sorted(finished, key=lambda path: steps[path], reverse=True)
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return what keeps a checkpoint from being read, or None. Compares sizes; the data themselves are not read."""
+    """Return why a checkpoint cannot be read, or None if it is intact; compares file sizes, reads no weights."""
     for part in ("context/io.json", "weights/common.pt", "weights/metadata.json"):
         file = checkpoint / part
         if not file.is_file() or not file.stat().st_size:
@@ -45,7 +46,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest checkpoint that is whole, and the newer ones that are not, each with what is wrong."""
+    """Return the newest intact checkpoint, if any, and the newer ones that are broken, each with what is wrong."""
     broken: dict[Path, str] = {}
     for checkpoint in saved_checkpoints(folder):
         problem = damage(checkpoint)
@@ -56,32 +57,32 @@ def newest_sound(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def state_to_carry(folder: Path) -> Path:
-    """Return the checkpoint whose optimizer state another run goes on with.
+    """Return the checkpoint from which another run takes its optimizer state, the newest intact one.
 
     Raises:
-        UserError: there is none that is whole.
+        UserError: there is no intact checkpoint.
     """
     checkpoint, _ = newest_sound(folder)
     if checkpoint is None:
         target, stage = folder.parents[2].name.removesuffix("-stages"), folder.parents[1].name
         raise UserError(
-            f"There is no checkpoint in {folder} to take the optimizer's state from; train that stage again (--force "
+            f"There is no intact checkpoint in {folder} to take optimizer state from; train that stage again (--force "
             f"train/{target}/stage-{stage}), or leave slice_optimizer_state out."
         )
     return checkpoint
 
 
 def say_broken(chosen: Path | None, broken: dict[Path, str]) -> list[str]:
-    """Return a sentence for each broken checkpoint and where the run goes on instead."""
-    instead = f"at {chosen.name}" if chosen else "at its initial weights"
-    return [f"Checkpoint {path.name} is broken ({problem}); going on {instead}." for path, problem in broken.items()]
+    """Return a message for each broken checkpoint, which names the one that the run resumes from instead."""
+    instead = f"resuming from {chosen.name}" if chosen else "starting again from the initial weights"
+    return [f"Checkpoint {path.name} is broken ({problem}); {instead}." for path, problem in broken.items()]
 
 
 def set_aside(broken: dict[Path, str]) -> None:
-    """Rename broken checkpoints so that their names are free for good ones; the latest of them is kept to look at."""
+    """Rename broken checkpoints so that intact ones can take their names; the last is kept, in ``broken/``."""
     import shutil
 
     for path in broken:
-        place = path.with_name("broken")
-        shutil.rmtree(place, ignore_errors=True)
-        path.rename(place)
+        aside = path.with_name("broken")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)

@@ -18,19 +18,19 @@ METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 MASKS_FILE = "masks.safetensors"
 CHECKPOINTS = Path("nemo") / "checkpoints"
-"""Inside the folder that NeMo tidies up itself when it resumes."""
+"""Inside the folder that NeMo itself cleans up when it resumes."""
 
 
 @dataclass(frozen=True)
 class LearnedMasks:
-    """What a run learns beside its weights."""
+    """Masks that a run learns together with the weights (Sheared LLaMA, 2310.06694)."""
 
     target: Shape
-    """What the masks are to leave of the model."""
+    """Shape of the model that the masks keep."""
     how: MaskLearning
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the settings as plain data."""
         return {"target": self.target.to_dict(), "how": self.how.model_dump()}
 
     @classmethod
@@ -41,15 +41,15 @@ class LearnedMasks:
 
 @dataclass(frozen=True)
 class CarriedState:
-    """Where a run takes its optimizer's first state from: the training that came before a pruning."""
+    """Source of a run's initial optimizer state: the training before the pruning."""
 
     checkpoints: Path
-    """Folder of checkpoints of that training."""
+    """Checkpoint folder of that training."""
     plan: Path | None
-    """The plan of the pruning; None where nothing was removed."""
+    """The pruning plan; None if nothing was removed."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the paths as plain data."""
         return {"checkpoints": str(self.checkpoints), "plan": self.plan and str(self.plan)}
 
     @classmethod
@@ -60,16 +60,16 @@ class CarriedState:
 
 @dataclass(frozen=True)
 class Loading:
-    """Where a run that reads domains begins; ``training.dynamic_loading`` says how it goes on."""
+    """State in which a run with several domains begins; ``training.dynamic_loading`` controls how it changes."""
 
     shares: dict[str, float]
-    """Of the domains, by name."""
+    """Initial share of each domain, by name."""
     samples: dict[str, int]
-    """Samples of each domain that were read before."""
+    """Number of samples of each domain that were read before."""
 
     @classmethod
     def at_the_start(cls, training: Training) -> Loading | None:
-        """Return where a training begins by the recipe alone; None for one text."""
+        """Return the state that the recipe sets for a first run; None without domains."""
         how = training.dynamic_loading
         if how is None:
             return None
@@ -81,46 +81,46 @@ class TrainingJob:
     """Everything that the ranks of one run need to know."""
 
     name: str
-    """What progress and messages call the run."""
+    """Name of the run in progress bars and messages."""
     folder: Path
-    """Where checkpoints, metrics and the log go; also where an interrupted run is resumed from."""
+    """Folder for checkpoints, metrics and the log, from which an interrupted run is resumed."""
     initial: Path
-    """NeMo checkpoint with the initial weights: pruned, or drawn at random. Fixes the architecture too."""
+    """NeMo checkpoint with the initial weights, pruned or random; it also determines the architecture."""
     data: dict[str, Any]
-    """Megatron .bin/.idx prefixes of ``train`` (one, a list, or a list of weights and prefixes by turns) and
+    """Megatron .bin/.idx prefixes of ``train`` (one, a list, or a list of alternating weights and prefixes) and
     ``validation``, which holds exactly the fixed windows; both by domain for a run with ``loading``."""
     layout: Parallelism
     training: Training
     first_token: int = 0
-    """Where in the training data, in the order of training, the run begins to read; whole sequences."""
+    """First token to read, counted in training order; a multiple of the sequence length."""
     first_step: int = 0
-    """Steps of other jobs that this one goes on from, for the learning rate."""
+    """Steps of earlier jobs that this one continues, for the learning-rate schedule."""
     all_steps: int | None = None
-    """Steps that the learning rate's schedule runs over, where they are more than this job's."""
+    """Length of the learning-rate schedule in steps, if longer than this job."""
     teacher: Path | None = None
-    """The checkpoint, of any format, that a run with ``training.distill`` learns from."""
+    """Checkpoint of the teacher, of any format, for ``training.distill``."""
     pruning: PruningAware | None = None
-    """What is removed while the run trains."""
+    """Options of a run that prunes while training."""
     masks: LearnedMasks | None = None
-    """Of a run that learns masks (Sheared LLaMA); its initial checkpoint is the model that they are for."""
+    """Options of a run that learns masks; its initial checkpoint is the model to mask."""
     carried: CarriedState | None = None
-    """Of a run that goes on with the optimizer's state of another, which has taken ``first_step`` steps."""
+    """Source of the optimizer state if the run starts with that of another, which has taken ``first_step`` steps."""
     loading: Loading | None = None
-    """Of a run whose text is in domains; ``first_token`` does not count then."""
+    """Initial state of a run whose text is in domains; ``first_token`` is ignored then."""
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: what was measured at which step."""
+        """Metrics file, with one JSON object per line and step."""
         return self.folder / METRICS_FILE
 
     @property
     def log(self) -> Path:
-        """Everything that NeMo and Megatron print."""
+        """Log file, with everything that NeMo and Megatron print."""
         return self.folder / LOG_FILE
 
     @property
     def masks_file(self) -> Path:
-        """The learned masks, when the run is finished."""
+        """File of the learned masks, written at the end of the run."""
         return self.folder / MASKS_FILE
 
     @property
@@ -129,7 +129,7 @@ class TrainingJob:
         return self.folder / CHECKPOINTS
 
     def save(self) -> Path:
-        """Write the job into its folder and return the file."""
+        """Write the job into its folder and return the file's path."""
         path = self.folder / JOB_FILE
         write_json(path, self.to_json())
         return path

@@ -1,4 +1,4 @@
-"""``python -m nemo_pvs.training.launch``: the earlier name of ``nemo_pvs.megatron.launch``, kept for batch scripts."""
+"""``python -m nemo_pvs.training.launch``: former name of ``nemo_pvs.megatron.launch``, kept for old batch scripts."""
 
 from __future__ import annotations
 

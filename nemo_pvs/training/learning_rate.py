@@ -1,4 +1,4 @@
-"""Learning-rate schedules as shares of the peak: of "Small LLMs: Pruning vs. Training from Scratch", NeMo's, WSD."""
+"""Learning rates relative to the peak: schedules of "Small LLMs: Pruning vs. Training from Scratch", of NeMo, WSD."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 
 
 def quadratic_warmup_cosine(step: int, *, steps: int, warmup_steps: int, min_ratio: float) -> float:
-    """Return the share of the peak learning rate at a step, the first of which is 0 and has 0.
+    """Return the fraction of the peak learning rate at a step, with quadratic warm-up and cosine decay.
 
-    ``min(1 - (1 - min(t, w) / w)^2, m + (1 - m) / 2 (1 + cos(pi t / T)))``, and 0 behind the end, as in the training
-    code of the paper (``create_fms_style_schedule``): the cosine runs over all steps, not shifted by the warm-up.
+    It is ``min(1 - (1 - min(t, w) / w)^2, m + (1 - m) / 2 (1 + cos(pi t / T)))`` and 0 after the end, as in the
+    paper's training code (``create_fms_style_schedule``): the cosine runs over all steps, not shifted by the warm-up.
 
     Args:
-        step: Optimizer steps done (t).
+        step: Optimizer steps done (t), 0 in the first step.
         steps: Optimizer steps of the run (T).
-        warmup_steps: Steps until the parabola has reached the peak (w); 0 for none.
-        min_ratio: Share of the peak at the end (m).
+        warmup_steps: Steps until the parabola reaches the peak (w); 0 for none.
+        min_ratio: Fraction of the peak at the end (m).
     """
     if step > steps:
         return 0.0
@@ -25,17 +25,18 @@ def quadratic_warmup_cosine(step: int, *, steps: int, warmup_steps: int, min_rat
 
 
 def linear_warmup(step: int, *, steps: int, warmup_steps: int, min_ratio: float, decay_steps: int | None) -> float:
-    """Return the share of the peak learning rate at a step, the first of which is 0, behind a linear warm-up.
+    """Return the fraction of the peak learning rate at a step, with linear warm-up and cosine or linear decay.
 
-    ``(t + 1) / (w + 1)`` up to step w; then NeMo's cosine over the rest, or with ``decay_steps`` the peak, until the
-    last so many steps go down to the minimum in a line (warm-up, stable, decay: Adapt-Pruner, 2502.03460).
+    It is ``(t + 1) / (w + 1)`` up to step w, then NeMo's cosine over the remaining steps. With ``decay_steps`` it is
+    the peak until the last ``decay_steps`` steps, in which it falls linearly to the minimum (warm-up, stable, decay:
+    Adapt-Pruner, 2502.03460).
 
     Args:
-        step: Optimizer steps done (t).
+        step: Optimizer steps done (t), 0 in the first step.
         steps: Optimizer steps of the run (T).
         warmup_steps: Steps of the warm-up (w); 0 for none.
-        min_ratio: Share of the peak at the end.
-        decay_steps: Steps of the decay in a line; None for a cosine.
+        min_ratio: Fraction of the peak at the end.
+        decay_steps: Steps of the linear decay; None for a cosine.
     """
     if warmup_steps and step <= warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -1,4 +1,4 @@
-"""The machine that a run is built for: this one, or a cluster's node that this one prepares work for. No NeMo."""
+"""The machine that a run is built for: this one, or a node of the cluster that it is submitted to. Imports no NeMo."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def has_transformer_engine() -> bool:
 
 @dataclass(frozen=True)
 class Machine:
-    """What NeMo's objects depend on, beyond the run itself."""
+    """Properties of the hardware on which NeMo's configuration depends."""
 
     gpu: bool
     transformer_engine: bool
     bf16: bool
-    """Whether it computes in bf16; elsewhere bf16 is slower than fp32."""
+    """Whether it has bf16 arithmetic; without it bf16 is slower than fp32."""
     processes_per_node: int = 1_000_000
-    """Ranks that a node holds; a run without a cluster is on one node, however many there are."""
+    """Ranks per node; without a cluster all ranks of a run are on one node."""
 
     @classmethod
     def here(cls) -> Machine:
-        """Return this machine."""
+        """Detect the properties of this machine."""
         import torch
 
         if torch.cuda.is_available():
@@ -47,23 +47,23 @@ class Machine:
             bf16=bf16,
         )
 
-    def precision(self, wanted: str) -> str:
-        """Return bf16, fp32 or fp8: ``auto`` is bf16 where it is fast, else fp32.
+    def precision(self, setting: str) -> str:
+        """Return bf16, fp32 or fp8 for a recipe's ``precision``; ``auto`` is bf16 where it is fast, otherwise fp32.
 
         Raises:
-            UserError: fp8 without the kernels for it.
+            UserError: the setting is fp8, and the machine has no kernels for it.
         """
-        if wanted == "fp8" and not (self.gpu and self.transformer_engine):
+        if setting == "fp8" and not (self.gpu and self.transformer_engine):
             raise UserError("precision is fp8, which needs a GPU and Transformer Engine; choose bf16.")
-        if wanted != "auto":
-            return wanted
+        if setting != "auto":
+            return setting
         return "bf16" if self.bf16 else "fp32"
 
     def check(self, layout: Parallelism) -> None:
-        """Refuse a layout whose kernels this machine has not.
+        """Check that this machine has the kernels that a layout needs.
 
         Raises:
-            UserError: sequences are to be shared among ranks without Transformer Engine.
+            UserError: the layout has context parallelism, and Transformer Engine is missing.
         """
         if layout.context_parallel > 1 and not self.transformer_engine:
             raise UserError(
@@ -73,25 +73,32 @@ class Machine:
 
 
 H100 = Machine(gpu=True, transformer_engine=True, bf16=True, processes_per_node=8)
-"""A node of H100s with Transformer Engine, as in NVIDIA's containers; described, not looked at."""
+"""A node of H100s with Transformer Engine, as in NVIDIA's containers; fixed values, not detected."""
 
 H100_BYTES = 80e9
-"""Memory of one GPU."""
-_USABLE = 0.9  # the rest goes to NCCL's buffers, kernels' workspaces and fragmentation
+"""Memory of one GPU in bytes."""
+_USABLE = 0.9  # the rest is for NCCL buffers, kernel workspaces and fragmentation
 _SIZES = (1, 2, 4, 8)
-_PIECES = (4, 3, 2)  # of a pipeline stage; more make the bubble smaller and the exchanges more
+_PIECES = (4, 3, 2)  # chunks per pipeline stage; more chunks mean a smaller bubble and more communication
 
 
 def h100_layout(
     shape: Shape, training: Training, gpus: int, teacher: Shape | None = None
 ) -> tuple[Parallelism, list[str]]:
-    """Return a layout for H100s and a line for each of its choices.
+    """Return a layout for H100s and a line that explains each of its choices.
 
-    The least communication that fits: data parallelism alone, then sequences shared within a node (context), then
-    layers shared within a node (tensor, with sequence parallelism), then stages across nodes (pipeline).
+    It is the layout with the least communication that fits into memory. In this order it adds to data parallelism:
+    context parallelism within a node, tensor parallelism (with sequence parallelism) within a node, and pipeline
+    parallelism across nodes.
+
+    Args:
+        shape: Shape of the model.
+        training: Options of the training.
+        gpus: Number of GPUs.
+        teacher: Shape of the teacher of a distilled run.
 
     Raises:
-        UserError: nothing fits on so many GPUs.
+        UserError: no layout fits on this number of GPUs.
     """
     for pipeline, tensor, context in itertools.product(_SIZES, repeat=3):
         model = pipeline * tensor * context
@@ -119,12 +126,12 @@ def h100_layout(
             return layout, _reasons(layout, needed)
     raise UserError(
         f"{shape} with batches of {training.global_batch_size} x {training.sequence_length} tokens does not fit on "
-        f"{gpus} H100s in any layout; take another number of GPUs."
+        f"{gpus} H100s in any layout; choose another number of GPUs."
     )
 
 
 def _pieces(shape: Shape, pipeline: int) -> int | None:
-    """Return into how many pieces the layers of a stage are cut; None where there is one stage."""
+    """Return the number of chunks of a stage for a virtual pipeline; None if there is one stage or none divides it."""
     layers = shape.layers // pipeline
     return next((pieces for pieces in _PIECES if pipeline > 1 and layers % pieces == 0), None)
 
@@ -134,10 +141,10 @@ def _reasons(layout: Parallelism, needed: float) -> list[str]:
         return f"{name} {size or 1}: {alone if (size or 1) == 1 else shared}"
 
     return [
-        line("TP", layout.tensor_parallel, "no layer need be cut", "a layer is cut, its norms by sequence"),
+        line("TP", layout.tensor_parallel, "no layer has to be sharded", "layers are sharded, norms by sequence"),
         line("PP", layout.pipeline_parallel, "the layers fit, so no bubble", "the layers do not fit on fewer GPUs"),
         line("VPP", layout.virtual_pipeline, "nothing to interleave", "stages take turns, for a smaller bubble"),
         line("CP", layout.context_parallel, "a sequence fits", "the activations of one sequence are too large"),
-        f"DP {layout.data_parallel}: the rest; gradients and the optimizer's state go over all of it",
-        f"about {needed / 1e9:.0f} of {H100_BYTES / 1e9:.0f} GB a GPU",
+        f"DP {layout.data_parallel}: the rest; gradients are reduced and optimizer state is sharded over it",
+        f"about {needed / 1e9:.0f} of {H100_BYTES / 1e9:.0f} GB per GPU",
     ]

@@ -1,4 +1,7 @@
-"""Metrics of a run: one JSON object a line, written by rank 0, read by progress bars, curves and reports. No NeMo."""
+"""Metrics of a run: one JSON object per line, written by rank 0, read by progress bars, curves and reports.
+
+Imports no NeMo.
+"""
 
 from __future__ import annotations
 
@@ -10,73 +13,77 @@ from statistics import median
 from typing import Any
 
 PACE_STEPS = 20
-"""The last steps, whose pace says how long the rest takes."""
+"""Number of recent steps from whose speed the remaining time is estimated."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a run measured, in step order, each step once."""
+    """The metrics of a run, in the order of steps, each step once."""
 
     training: list[dict[str, Any]]
     """step, tokens, loss (nats per token), learning_rate (of this step's update), grad_norm, tokens_per_second,
-    seconds; of a distilled run also kl, its divergence from the teacher (nats per token, scaled as
-    ``vocabulary_parallel_kl`` says), and hidden_loss and embedding_loss if its hidden states are compared."""
+    seconds; for a distilled run also kl, its divergence from the teacher (nats per token, scaled as in
+    ``vocabulary_parallel_kl``), and hidden_loss and embedding_loss if hidden states are compared."""
     validation: list[dict[str, Any]]
     """step, tokens, loss (nats per token)."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)
-    """step, zero_fraction (of the weights of masked matrices); empty for a dense model."""
+    """step, zero_fraction (of the weights in masked matrices); empty for a dense model."""
     pruning: list[dict[str, Any]] = field(default_factory=list)
-    """step, parameters (left after it); of a run during which units are removed, the steps that removed some."""
+    """step, parameters (that remain after it); only steps that removed units of a run that prunes while training."""
     masks: list[dict[str, Any]] = field(default_factory=list)
-    """Of a run that learns masks: step, sparsities (expected, by kind of unit), targets and multipliers."""
+    """step, sparsities (expected, by kind of unit), targets and multipliers; for a run that learns masks."""
     domains: list[dict[str, Any]] = field(default_factory=list)
-    """Of a run that reads domains: step, and by domain losses, shares (from that step on) and samples (read before
-    it, also by earlier runs of the same weights)."""
+    """step, and for each domain losses, shares (from that step on) and samples (read before it, also by earlier runs
+    of the same weights); for a run with dynamic batch loading."""
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one record; a single write, so that a reader never sees half of one as a whole line."""
+    """Append one record in a single write, so that a reader never takes half a record for a whole line."""
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read(path: Path) -> Metrics:
-    """Read a metrics file; where an interrupted run repeated steps after resuming, the later record counts.
+    """Read a metrics file; if a resumed run repeated steps, the later record counts.
 
-    Half a line at the end, left by a killed run, is ignored.
+    An incomplete line at the end, left by a killed run, is ignored.
     """
-    found: dict[str, dict[int, dict[str, Any]]] = {one.name: {} for one in fields(Metrics)}
+    by_kind: dict[str, dict[int, dict[str, Any]]] = {kind.name: {} for kind in fields(Metrics)}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[record.pop("kind")][record["step"]] = record
-    return Metrics(**{kind: [records[step] for step in sorted(records)] for kind, records in found.items()})
+        by_kind[record.pop("kind")][record["step"]] = record
+    return Metrics(**{kind: [records[step] for step in sorted(records)] for kind, records in by_kind.items()})
 
 
 def joined(parts: Iterable[tuple[Path, int]], tokens_per_step: int) -> Metrics:
-    """Read the files of trainings that are parts of one, as one curve.
+    """Read the metrics files of consecutive training runs as one curve.
 
     Args:
-        parts: The file of each part, and the steps of all parts before it, by which its own are counted on.
-        tokens_per_step: Of every part.
+        parts: File of each part, and the number of steps of all parts before it.
+        tokens_per_step: Tokens per step, the same in all parts.
     """
     whole = Metrics([], [])
     for path, before in parts:
         for kind, records in vars(read(path)).items():
             for record in records:
-                moved = {"step": record["step"] + before}
+                shifted = {"step": record["step"] + before}
                 if "tokens" in record:
-                    moved["tokens"] = record["tokens"] + before * tokens_per_step
-                getattr(whole, kind).append({**record, **moved})
+                    shifted["tokens"] = record["tokens"] + before * tokens_per_step
+                getattr(whole, kind).append({**record, **shifted})
     return whole
 
 
 def time_left(tokens: float, speeds: Iterable[float]) -> str:
-    """Return how long so many tokens take, as 12 s, 3 min or 4.5 h, at the pace of the last steps (tokens/s).
+    """Return how long a number of tokens takes, as 12 s, 3 min or 4.5 h.
 
-    A resumed run has done steps that its clock knows nothing about, and validation pauses it: the median step counts.
+    The median speed counts, because resuming and validation distort that of single steps.
+
+    Args:
+        tokens: Tokens that remain.
+        speeds: Speeds of recent steps, in tokens per second.
     """
     seconds = tokens / median(speeds)
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):

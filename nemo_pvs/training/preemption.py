@@ -1,7 +1,8 @@
-"""Ending in good order when a cluster wants its nodes back: the signals, the exit code, and handing them on. No NeMo.
+"""Graceful exit when a cluster reclaims its nodes: the signals, the exit code, and forwarding signals to ranks.
 
-Slurm announces the end of a job by a signal (``--signal``, or SIGTERM on preemption), a person by ``kill``. The ranks
-then save after the step they are in and exit with ``PREEMPTED``; starting the same command again goes on from there.
+Slurm announces the end of a job with a signal (``--signal``, or SIGTERM on preemption), a person with ``kill``. The
+ranks then finish the current step, save, and exit with ``PREEMPTED``; running the same command again resumes from
+there. Imports no NeMo.
 """
 
 from __future__ import annotations
@@ -16,33 +17,33 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 PREEMPTED = os.EX_TEMPFAIL
-"""Exit code of a run that was asked to stop and has saved: 75, "try again later" in sysexits.h."""
+"""Exit code of a run that has saved and stopped on a signal: 75, a temporary failure in sysexits.h."""
 
 
 @contextmanager
 def handing_on(send: Callable[[int], None]) -> Iterator[list[int]]:
-    """Call ``send`` with each such signal that this process gets inside the block; yields those that came."""
-    came: list[int] = []
+    """Call ``send`` with each of ``SIGNALS`` that this process receives inside the block; yield the list of these."""
+    received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        came.append(number)
+        received.append(number)
         send(number)
 
     handlers = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process has started and that still run (Linux)."""
+    """Return the ids of a process's running children (Linux)."""
     return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
 
 
 def send_to_each(pids: list[int], number: int) -> None:
-    """Send a signal to processes; one that has ended meanwhile does not matter."""
+    """Send a signal to processes; ignore those that have ended already."""
     for pid in pids:
         try:
             os.kill(pid, number)

@@ -1,4 +1,4 @@
-"""From a checkpoint and token files that a user names to a TrainingJob."""
+"""Prepare a TrainingJob from a checkpoint and token files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nemo_pvs.system.progress import console, progress
 from nemo_pvs.training.job import TrainingJob
 
 _SPARSE = 0.1
-"""Share of zeros in a matrix from which on they are hardly chance."""
+"""Share of zeros in a matrix above which they are unlikely to be chance."""
 
 
 def prepare_job(
@@ -48,24 +48,25 @@ def prepare_job(
 ) -> TrainingJob:
     """Write initial weights and validation windows into ``out``, unless an earlier call did, and return the job.
 
-    Random weights of a sparse model are zero under its masks, which training then holds as it does those of the model.
+    Random weights of a sparse model are zero where its masks prune them, and training holds these masks too.
 
     Args:
-        initial: Checkpoint with the initial weights, or with the architecture and the masks of random ones.
+        initial: Checkpoint with the initial weights; with ``random_init`` only its architecture and masks are used.
         out: Run folder.
         data: Folder with the token files ``train`` and ``validation``.
-        layout: How the run is spread over processes.
-        training: What to train.
-        random_init: Draw the weights.
-        keep_parent_embeddings: Of ``random_init``: draw no embedding and no norms, as the published baseline.
-        first_token: Where in the training data, in the order of training, to begin; rounded up to whole steps.
-        before: What the initial weights were trained on, and must not be trained on again.
+        layout: Parallelism of the run.
+        training: Options of the training.
+        random_init: Draw random weights.
+        keep_parent_embeddings: With ``random_init``, keep the embeddings and norms of ``initial``, as the published
+            baseline does.
+        first_token: First token to read, counted in training order; rounded up to whole steps.
+        before: Token ranges that the initial weights were trained on, and must not be trained on again.
 
     Raises:
-        UserError: the layout does not fit the model or the batch, sequences are longer than its context, it has no
-            masks to clip before, its masks are those of another one, the data are too short, were made with another
-            tokenizer or were read before, the teacher of ``training.distill`` cannot teach this model, or ``out``
-            holds another run.
+        UserError: the layout does not fit the model or the batch, sequences are longer than the model's context,
+            ``clip_before_mask`` is set for a model without masks, masks do not belong to the model, the data are too
+            short, were made with another tokenizer or were read before, the teacher of ``training.distill`` cannot
+            teach this model, or ``out`` holds another run.
     """
     source: WeightSource = open_source(initial)
     shape = shape_of(source)
@@ -81,14 +82,14 @@ def prepare_job(
         check_teacher_context(str(teacher), training.sequence_length, "--sequence-length")
         check_tokens(teacher, Path(initial))
     tokenizer = tokenizer_hash(tokenizer_folder(Path(initial)))
-    described = describe_token_file(data / "train", tokenizer, shape.vocab)
+    train_file = describe_token_file(data / "train", tokenizer, shape.vocab)
     describe_token_file(data / "validation", tokenizer, shape.vocab)
-    read = tokens_read(described["bin_sha256"], training, _whole_steps(first_token, training))
-    if read.end >= described["tokens"]:  # one more token, which the last one predicts
-        behind = f" from token {read.first:,} on" if read.first else ""
+    read = tokens_read(train_file["bin_sha256"], training, _whole_steps(first_token, training))
+    if read.end >= train_file["tokens"]:  # one more token is needed, the label of the last one
+        start = f" from token {read.first:,} on" if read.first else ""
         raise UserError(
-            f"The run reads {int(training.tokens):,} tokens{behind}, but {data / 'train'}.bin has "
-            f"{described['tokens']:,}; tokenise more text or train on fewer tokens."
+            f"The run reads {int(training.tokens):,} tokens{start}, but {data / 'train'}.bin has "
+            f"{train_file['tokens']:,}; tokenise more text or train on fewer tokens."
         )
     read.check_new(before)
     windows = validation_windows(
@@ -100,10 +101,10 @@ def prepare_job(
         masks = masks_of(source)
         scheme = training.initialisation
         source = RandomSource(source.config, training.seed, source.assets, torch.bfloat16, masks, keep, scheme)
-        # What decides the draw, because drawing a large model only to compare it takes minutes.
-        drawn = {"initialisation": scheme} if scheme != "megatron" else {}
-        decides = sha256_json({"random": training.seed, "model": name, **drawn})
-        name = Fingerprint(decides[: len(name)], partial(earlier_fingerprint, source))
+        # Hash what determines the random weights: drawing a large model only to hash it takes minutes.
+        initialisation = {"initialisation": scheme} if scheme != "megatron" else {}
+        digest = sha256_json({"random": training.seed, "model": name, **initialisation})
+        name = Fingerprint(digest[: len(name)], partial(earlier_fingerprint, source))
     settings = {
         "initial": name,
         "training": training.model_dump(mode="json"),
@@ -115,7 +116,7 @@ def prepare_job(
     if settings_file.exists() and not same_inputs(read_json(settings_file), settings):
         raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
     if settings_file.exists():
-        write_json(settings_file, settings)  # with the fingerprints of today
+        write_json(settings_file, settings)  # with fingerprints of the current version
     else:
         check_masks(source)
         _say_unmasked_zeros(initial, source)
@@ -137,12 +138,12 @@ def prepare_job(
 
 
 def _whole_steps(first_token: int, training: Training) -> int:
-    """Return the first token of the first whole step that begins there or later, as recipes round their ranges."""
+    """Round a token position up to whole steps, as recipes do with their ranges."""
     return -(-first_token // training.tokens_per_step) * training.tokens_per_step
 
 
 def _say_unmasked_zeros(initial: str, source: WeightSource) -> None:
-    """Tell of a model that looks sparse but has no masks, as other tools leave it: training will fill its zeros."""
+    """Warn if a model looks sparse but has no masks, as when another tool pruned it: training fills its zeros."""
     first = next(matrix_sparsity(source))
     share = first.zeros / first.weights
     if not masks_of(source).names and share > _SPARSE:

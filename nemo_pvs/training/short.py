@@ -1,4 +1,7 @@
-"""Short retraining of candidates of an architecture search, each from the weights that its plan keeps. No NeMo."""
+"""Short retraining of the candidates of an architecture search, from the weights that each plan keeps.
+
+Imports no NeMo.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,21 @@ from nemo_pvs.training.trainer import Trainer
 def short_training(
     source: WeightSource, folder: Path, data: Path, layout: Parallelism, training: Training
 ) -> Iterator[Callable[[Plan], float]]:
-    """Yield a function that trains what a plan keeps and returns its validation loss (nats per token).
+    """Yield a function that prunes by a plan, trains the result and returns its validation loss (nats per token).
 
-    The step that Minitron's search ends with (2407.14679, 3.3): the order of the candidates right after pruning is not
-    the order after some training. All are trained alike, in processes that import NeMo once; an interrupted training
-    goes on at its last checkpoint.
+    This is the last step of Minitron's search (2407.14679, section 3.3): candidates rank differently right after
+    pruning and after some training. All are trained with the same options, in processes that import NeMo once; an
+    interrupted training resumes from its last checkpoint.
 
     Args:
         source: The dense model.
-        folder: Where runs go, one a candidate.
+        folder: Folder for the runs, with a subfolder for each candidate.
         data: Folder with ``train`` and ``validation`` token files.
-        layout: Of every run.
-        training: Of every run.
+        layout: Parallelism of every run.
+        training: Training options of every run.
+
+    Raises:
+        UserError: raised by the function if ``prepare_job`` refuses a run, or a run has no validation loss.
     """
     with Trainer(folder / "launcher.log") as trainer:
 

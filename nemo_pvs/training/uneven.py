@@ -1,6 +1,6 @@
-"""The earlier place of ``nemo_pvs.megatron.uneven``: checkpoints of earlier versions name it, and NeMo imports it.
+"""Former name of ``nemo_pvs.megatron.uneven``; NeMo imports it to read checkpoints that earlier versions wrote.
 
-It is imported by name, because this package stands below ``nemo_pvs.megatron`` and imports no NeMo itself.
+The module is imported lazily by name, because this package may not depend on ``nemo_pvs.megatron`` or import NeMo.
 """
 
 from __future__ import annotations

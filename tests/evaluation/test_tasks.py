@@ -195,6 +195,6 @@ def test_data_that_are_not_here_are_named_with_the_command_that_gets_them(tmp_pa
     with pytest.raises(UserError) as refused:
         load_tasks([TaskRequest("winogrande")], tmp_path)
     sentence = str(refused.value)
-    assert "The data of the task winogrande are not here" in sentence
+    assert "The data of the task winogrande are not available locally" in sentence
     assert f"hf download allenai/winogrande --repo-type dataset --local-dir {tmp_path}/allenai/winogrande" in sentence
     assert "\n" not in sentence

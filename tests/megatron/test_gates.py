@@ -114,7 +114,7 @@ def _measure(folders: list[Path], tensor_parallel: int, pipeline_parallel: int, 
             gates = Gates(*factors()).requires_grad_()
             result["factors"] = score(gates)
             for sequence in IDS.tensor_split(model.replicas)[model.replica]:
-                model._forward_and_back(sequence[None].long())
+                model._forward_and_backward(sequence[None].long())
             found = gate_gradients(gates, sequence_parallel=sequence_parallel)
             shares = len(IDS) // model.replicas
             result["gradients"] = [(tensor / shares).numpy() for tensor in found.tensors]

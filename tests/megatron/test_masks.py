@@ -426,9 +426,9 @@ def _check_refusals(job: TrainingJob) -> None:
         # What Transformer Engine says of its own parameters; it cannot be installed without CUDA.
         monkeypatch = pytest.MonkeyPatch()
         monkeypatch.setattr(masks_optimizer, "is_float8tensor", lambda parameter: parameter is model.weight)
-        with pytest.raises(UserError, match="FP8 parameters are quantised out of our sight"):
+        with pytest.raises(UserError, match="FP8 parameters are quantised inside Transformer Engine"):
             masks_optimizer.refuse_unfit(optimizer, masked)
         monkeypatch.undo()
         optimizer.__class__ = type("LayerwiseOptimizer", (MegatronOptimizer,), {"__abstractmethods__": frozenset()})
-        with pytest.raises(UserError, match="LayerwiseOptimizer is none that we know"):
+        with pytest.raises(UserError, match="LayerwiseOptimizer is not supported"):
             masks_optimizer.refuse_unfit(optimizer, {})

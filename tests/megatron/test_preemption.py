@@ -109,7 +109,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(finished, launcher, tmp_path,
     done = metrics.read(job.metrics).training[-1]["step"]
     assert 6 <= done < STEPS
     assert _names(job)[0] == f"step={done - 1}-last", "the step at which it stopped was not saved"
-    assert "asked to stop" in job.log.read_text()
+    assert "stop requested" in job.log.read_text()
     assert launcher.train(job) == 0, job.log.read_text()[-3000:]
     assert job.log.read_text().count(f"step {done}/{STEPS}") == 1, "it did not go on where it stopped"
     assert _losses(job) == pytest.approx(_losses(finished), abs=1e-6)
@@ -128,7 +128,7 @@ def test_the_checkpoint_before_a_truncated_one_is_used_and_that_is_said(finished
     assert not is_finished(job)
     assert launcher.train(job) == 0, job.log.read_text()[-3000:]
     problem = f"{data.name} cut short or missing, 1 in all"
-    said = f"Checkpoint {newest.name} is broken ({problem}); going on at {before.name}."
+    said = f"Checkpoint {newest.name} is broken ({problem}); resuming from {before.name}."
     assert job.log.read_text().count(said) == 1
     assert job.log.read_text().count("step 15/16") == 1
     assert job.log.read_text().count("step 16/16  tokens") == 2

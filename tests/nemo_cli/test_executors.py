@@ -74,7 +74,7 @@ def test_slurm_starts_a_rank_a_gpu_in_the_profiles_environment(monkeypatch, tmp_
     assert "requeue" in options
     assert "export MASTER_ADDR=$head_node_ip" in script
     assert "export PATH=/shared/venv/bin:$PATH" in script
-    assert "# Queued again: what has saved because its time was up (75)" in script
+    assert "# Requeue a job that has saved because its time was up (75)" in script
     (command,) = re.findall(r"^srun .*fdl_runner.*$", script, re.MULTILINE)
     assert command.rindex("--kill-on-bad-exit=0") > command.rindex("--kill-on-bad-exit=1"), "the last one counts"
     assert command.rindex(f"--chdir={tmp_path}") > command.index("--chdir ")
@@ -100,7 +100,7 @@ def test_what_cannot_run_so_is_refused_with_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PVS_SHARED", "/")
     assert _executor("executor=pvs_slurm_h100").container_image == "/images/pvs.sqsh"
     monkeypatch.setenv("PVS_PYTHON", "/shared/venv/bin/python")
-    with pytest.raises(UserError, match=r"under nemo the container's own is started"):
+    with pytest.raises(UserError, match=r"the nemo command starts the container's own"):
         _executor("executor=pvs_slurm_h100")
     monkeypatch.delenv("SLURM_ACCOUNT")
     with pytest.raises(UserError, match="needs the variable SLURM_ACCOUNT"):

@@ -125,10 +125,10 @@ def test_text_that_must_be_tokenised_first(values, tmp_path):
     ("path", "value", "sentence"),
     [
         ("evaluate.tasks", ["arc_esay"], "lm-eval has no task arc_esay"),
-        ("evaluate.tasks", ["arc_easy"], "The data of the task arc_easy are not here"),
+        ("evaluate.tasks", ["arc_easy"], "The data of the task arc_easy are not available locally"),
         ("evaluate.task_limit", 10_000, "questions of the task continuation, not for 10000"),
         ("evaluate.samples", 10_000, "too few for 10000 consecutive windows"),
-        ("targets.depth.task", "winogrande", "The data of the task winogrande are not here"),
+        ("targets.depth.task", "winogrande", "The data of the task winogrande are not available locally"),
         ("targets.depth.task", "continuation", None),
     ],
 )

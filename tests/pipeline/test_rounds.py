@@ -89,7 +89,7 @@ def test_stages_are_one_training(whole):
 
     # One schedule over both stages, data where the first has ended, what is left of its moments.
     last = folder / "train" / "one-pruned"
-    assert "optimizer state of step=7-last after 8 steps is carried on" in (last / "log.txt").read_text()
+    assert "optimizer state of step=7-last after 8 steps is carried over" in (last / "log.txt").read_text()
     rates = [point["learning_rate"] for run in (first, last) for point in metrics.read(run / METRICS_FILE).training]
     whole = {"steps": 16, "warmup_steps": 3, "decay_steps": 4, "min_ratio": 0.1}
     assert rates == pytest.approx([3e-3 * linear_warmup(step, **whole) for step in range(16)])

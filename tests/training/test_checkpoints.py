@@ -54,7 +54,7 @@ def test_damage_is_seen_and_the_one_before_taken(folder, part, keep, word):
     assert chosen == folder / "step=9-last"
     assert list(broken) == [newest]
     (sentence,) = say_broken(chosen, broken)
-    assert sentence.endswith("going on at step=9-last.")
+    assert sentence.endswith("resuming from step=9-last.")
     set_aside(broken)
     assert newest_sound(folder) == (folder / "step=9-last", {})
     assert (folder / "broken").is_dir()

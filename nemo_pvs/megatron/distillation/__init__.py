@@ -1,1 +1,1 @@
-"""Distillation on Megatron: the teacher, the losses, hidden states."""
+"""Distillation on Megatron: teacher, losses and hidden states."""

@@ -1,9 +1,9 @@
-"""The callback that trains a student on what its teacher says, inside NeMo's training loop.
+"""The callback that distils a teacher into a student, inside NeMo's training loop.
 
-NeMo has a distillation of its own (2.7.3, ``llm.modelopt.distill``). Its divergence is ours at a temperature of 1. But
-its teacher is a NeMo checkpoint and never a Hugging Face folder, the hidden states of a pair must both be on the last
-pipeline stage, virtual pipelines are refused, and what configures it knows no temperature, no top-k and no embedding
-of a first stage. It is a model class of its own besides, which what we do to models in training would have to know.
+NeMo has its own distillation (2.7.3, ``llm.modelopt.distill``), whose divergence equals ours at temperature 1. But its
+teacher must be a NeMo checkpoint, not a Hugging Face folder; paired hidden states must both be on the last pipeline
+stage; virtual pipelines are not supported; and its options include no temperature, no top-k and no loss of embeddings.
+It also has its own model class, which our other training callbacks (masks, gates, pruning) would have to support.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from nemo_pvs.training.job import TrainingJob
 
 KL = "train_kl"
 HIDDEN, EMBEDDINGS = "train_hidden", "train_embedding"
-"""What the divergence and the losses of hidden states are called among Lightning's metrics."""
+"""Names of the divergence and of the losses of hidden states among Lightning's metrics."""
 
 
 def distill(job: TrainingJob) -> list[run.Config]:
-    """Return the callback of a distilled run; none for one that is trained on labels alone."""
+    """Return the distillation callback of a job; an empty list if it trains on labels alone."""
     how = job.training.distill
     if how is None:
         return []
@@ -57,9 +57,9 @@ def distill(job: TrainingJob) -> list[run.Config]:
 class Distill(pl.Callback, IOMixin):
     """Train on ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student)``, each a mean over the tokens.
 
-    The student's model computes both per token where it would have computed the first, in training only: what is
-    validated, and what is logged as loss, is the LM loss of any other run. The KL is logged beside it. On top
-    come losses of hidden states, if they have a weight (``HiddenStates``).
+    In training, the student's model computes both losses per token where it would have computed the LM loss.
+    Validation, and what is logged as loss, remain the LM loss as in any other run; the KL is logged separately.
+    Losses of hidden states are added if they have a weight (``HiddenStates``).
     """
 
     def __init__(
@@ -77,21 +77,21 @@ class Distill(pl.Callback, IOMixin):
         betas: list[float] | None = None,
         seed: int = 0,
     ) -> None:
-        """Prepare.
+        """Store the options.
 
         Args:
-            teacher: Checkpoint of any format.
-            temperature: See ``vocabulary_parallel_kl``.
-            top_k: See there.
-            lm_weight: Of the LM loss; 0 for distillation alone.
-            kl_weight: Of the divergence.
-            hidden_weight: Of the loss of hidden states, see ``HiddenStates``.
-            embedding_weight: See there.
-            layer_pairs: ``[student, teacher]``, see there.
-            hidden_loss: See there.
-            dynamic_weight: See there.
-            betas: See there.
-            seed: See there.
+            teacher: Checkpoint of the teacher, of any format.
+            temperature: T of ``vocabulary_parallel_kl``.
+            top_k: How many of the teacher's tokens count; None for all (``vocabulary_parallel_kl``).
+            lm_weight: Weight of the LM loss; 0 for distillation alone.
+            kl_weight: Weight of the divergence.
+            hidden_weight: Weight of the summed losses of ``layer_pairs`` (``HiddenStates``).
+            embedding_weight: Weight of the loss of the embeddings' outputs.
+            layer_pairs: ``[student, teacher]`` layers whose outputs are compared, counted from 1.
+            hidden_loss: ``cosine`` or ``mse``, as in ``losses.hidden_loss``.
+            dynamic_weight: Scale the losses of hidden states to the size of the divergence.
+            betas: Betas of the Adam that trains the projection to the teacher's width.
+            seed: Seed for the initial projection.
         """
         self.teacher = teacher
         self.temperature = temperature
@@ -110,14 +110,16 @@ class Distill(pl.Callback, IOMixin):
         self._states: HiddenStates | None = None
 
     def on_train_start(self, trainer, pl_module):
-        """Load the teacher, and put its loss in the place of the student's."""
+        """Load the teacher, and replace the student's loss."""
+        places = [EMBEDDING] if self.embedding_weight > 0 else []
+        if self.hidden_weight:
+            places += [theirs for _, theirs in self.layer_pairs]
         self._model = Teacher(
             open_source(self.teacher),
             dtype=pl_module.config.params_dtype,
             device=torch.device(torch.cuda.current_device()),
             sequence_parallel=pl_module.config.sequence_parallel,
-            places=[EMBEDDING] * (self.embedding_weight > 0)
-            + [theirs for _, theirs in self.layer_pairs if self.hidden_weight],
+            places=places,
         )
         self._reduction = _WeightedLosses(self.lm_weight, self.kl_weight)
         students = []
@@ -143,24 +145,24 @@ class Distill(pl.Callback, IOMixin):
                 self._states.load_state_dict(self._restored)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """Note the learning rate of the step."""
+        """Remember the learning rate of the step."""
         self._rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Teach the projection, before the checkpoint of the step is written; Lightning calls that last."""
+        """Update the projection before the step's checkpoint is written; Lightning runs checkpoint callbacks last."""
         if self._states:
             self._states.learn(self._rate)
 
     def state_dict(self):
-        """Return what hidden states have beside the model; the same on every rank."""
+        """Return the state of ``HiddenStates``, which is the same on every rank."""
         return self._states.state_dict() if self._states else {}
 
     def load_state_dict(self, state_dict):
-        """Keep what a checkpoint held until training starts."""
+        """Keep the state from a checkpoint until training starts."""
         self._restored = state_dict
 
     def on_megatron_microbatches_start(self, step):
-        """Show the micro-batches of a training step to the teacher; the student reads the same ones."""
+        """Give the micro-batches of a training step to the teacher; the student reads the same ones."""
         self._training = not step.forward_only
         if self._training:
             batches = list(islice(step.data, step.num_microbatches))
@@ -175,19 +177,23 @@ class Distill(pl.Callback, IOMixin):
             step.data = iter(batches)
 
     def on_megatron_step_end(self, step):
-        """Log the divergence, which the last pipeline stage knows."""
+        """Log the divergence, which only the last pipeline stage has, and the losses of hidden states."""
         if self._training:
             kl = self._reduction.kl.clone()
             _sync_from_last_pipeline_stage(kl, broadcast=self.dynamic_weight)  # to all ranks, else to rank 0 alone
             step.trainer.lightning_module.log(KL, kl, batch_size=1)
             if self._states:
-                found = self._states.end(self.kl_weight * float(kl))
-                for name, loss in zip((HIDDEN, EMBEDDINGS), found, strict=True):
+                losses = self._states.end(self.kl_weight * float(kl))
+                for name, loss in zip((HIDDEN, EMBEDDINGS), losses, strict=True):
                     step.trainer.lightning_module.log(name, loss, batch_size=1)
         self._training = False
 
     def _losses(self, lm_loss):
-        """Return what takes the place of a model's ``lm_loss``: of labels [b, s] and logits [s, b, V / TP]."""
+        """Return the replacement of a model's ``lm_loss``.
+
+        From labels [b, s] and logits [s, b, V / TP] it returns LM loss and KL [2, b, s] in training, otherwise the LM
+        loss [b, s].
+        """
         group = parallel_state.get_tensor_model_parallel_group()
 
         def losses(labels, logits):
@@ -201,31 +207,31 @@ class Distill(pl.Callback, IOMixin):
                 group=group if group.size() > 1 else None,
             )
             with torch.set_grad_enabled(self.lm_weight > 0):
-                lm = lm_loss(labels, logits)  # the last to see the logits: it computes in their place
+                lm = lm_loss(labels, logits)  # last, because it overwrites the logits
             return torch.stack([lm, kl.transpose(0, 1)])
 
         return losses
 
 
 def _loss_mask(batch):
-    """Return the mask [b, s] of a micro-batch; a data step gives it to the last stage alone."""
+    """Return the loss mask [b, s] of a micro-batch; NeMo's data step gives it to the last stage only."""
     return (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"]
 
 
 class _WeightedLosses(MaskedTokenLossReduction):
-    """Makes one loss of the two of each token [2, b, s]; reports the LM loss, and keeps the divergence."""
+    """Combines the two losses of each token [2, b, s] to one; reports the LM loss and stores the divergence."""
 
     def __init__(self, lm_weight: float, kl_weight: float) -> None:
         super().__init__()
         self.weights = lm_weight, kl_weight
         self.kl = torch.zeros((), device=torch.cuda.current_device())
-        """Of the last step, on the last pipeline stage."""
+        """Mean divergence of the last step, on the last pipeline stage."""
 
     def forward(self, batch, forward_out):
         mask = batch["loss_mask"].float()
         lm, kl = (forward_out.float() * mask).sum((1, 2))
         report = torch.stack([lm.detach(), kl.detach(), mask.sum()])
-        # Without a weight the LM loss has no gradient, and may not be finite: 0 * inf would spoil what has.
+        # At weight 0 the LM loss has no gradient and may be infinite: 0 * inf would make the total NaN.
         loss = self.weights[1] * kl + (self.weights[0] * lm if self.weights[0] else 0)
         return loss, mask.sum().int(), {"sums": report}
 

@@ -1,4 +1,4 @@
-"""What a student learns from its teacher's hidden states, on the ranks that have them, inside a training step."""
+"""Distillation of the teacher's hidden states, on the ranks that hold the student's, inside a training step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from nemo_pvs.megatron.distillation.teacher import EMBEDDING, Teacher, places_of
 
 
 class HiddenStates:
-    """Adds the loss of paired places of student and teacher to the gradient of the student's states there.
+    """Adds the gradient of losses between hidden states of student and teacher to that of the student's states.
 
-    The loss of a place is computed where the student has it: its gradient joins the one that comes from above, so
-    Megatron's schedules, its optimizer and its loss know nothing of it. What the teacher says there is sent to that
-    stage if it was said on another. Each is a mean over the tokens of a micro-batch, as the LM loss is.
+    A "place" is where hidden states are compared: 0 is the output of the embedding, n that of layer n, from 1.
 
-    With a dynamic weight they are scaled by Minitron's ``alpha = L_logits / L_is`` (2407.14679, section 3.2), which is
-    a number and has no gradient. It is that of the losses of the step before, over all ranks: a stage is done with its
-    part of a step before the last one knows the divergence. So the first step of a run has none.
+    The loss of a place is computed on the pipeline stage where the student has this place. Its gradient is added to
+    the one that flows back from the layers above, so Megatron's schedules, optimizer and loss need no change. The
+    teacher's states are sent to this stage if they are computed on another. Each loss is a mean over the tokens of a
+    micro-batch, as the LM loss is.
 
-    The projection is no part of the model. Every rank holds it whole in fp32 with an Adam of its own, at the learning
-    rate of the weights and without decay, and takes the same step by a gradient that is summed over all ranks; so an
-    interrupted run goes on at another TP x PP x DP. The norm of the weights' gradient does not count it.
+    With a dynamic weight the losses are scaled by Minitron's ``alpha = L_logits / L_is`` (2407.14679, section 3.2), a
+    constant without gradient. It comes from the losses of the previous step, over all ranks, because a stage finishes
+    its part of a step before the last stage knows the divergence. So it is 0 in the first step of a run.
+
+    The projection is not part of the model. Every rank holds all of it in fp32 with its own Adam, at the learning rate
+    of the weights and without decay, and takes the same step with a gradient summed over all ranks; so an interrupted
+    run can resume at another TP x PP x DP. The reported gradient norm does not include it.
     """
 
     def __init__(
@@ -43,18 +46,21 @@ class HiddenStates:
         betas: tuple[float, float],
         seed: int,
     ) -> None:
-        """Watch the student's places on this rank.
+        """Install hooks at the student's places on this rank.
 
         Args:
-            teacher: Which has been told the places that are asked for.
-            students: GPTModel of this rank, or its pieces in a virtual pipeline.
-            pairs: Layers of student and teacher behind which states are compared, counted from 1.
-            hidden_weight: Of the sum over ``pairs``.
-            embedding_weight: Of the same loss behind the embedding.
-            kind: See ``hidden_loss``.
-            dynamic: Scale all of it to the size of the divergence.
-            betas: Of the projection's Adam.
-            seed: Of its initial values.
+            teacher: Built with all ``places`` that ``pairs`` and ``embedding_weight`` need.
+            students: The GPTModel of this rank, or its chunks in a virtual pipeline.
+            pairs: (student, teacher) layers whose outputs are compared, counted from 1.
+            hidden_weight: Weight of the sum over ``pairs``.
+            embedding_weight: Weight of the loss of the embeddings' outputs.
+            kind: Kind of ``hidden_loss``.
+            dynamic: Scale the losses to the size of the divergence.
+            betas: Betas of the projection's Adam.
+            seed: Seed for the projection's initial values.
+
+        Raises:
+            RuntimeError: the model's config has per-token losses or full recomputation.
         """
         self._teacher, self._kind = teacher, kind
         self._alpha = 0.0 if dynamic else 1.0
@@ -64,7 +70,9 @@ class HiddenStates:
         self._pairs = {ours: theirs for ours, theirs in [(EMBEDDING, EMBEDDING), *pairs] if self._weights[ours]}
         config = students[0].config
         if config.calculate_per_token_loss or config.recompute_granularity == "full":
-            raise RuntimeError("Losses of hidden states are means, of layers that run once a step; switch it off.")
+            raise RuntimeError(
+                "Losses of hidden states do not support calculate_per_token_loss or full recomputation; switch it off."
+            )
         self._sequence_parallel = config.sequence_parallel
         device = torch.device(torch.cuda.current_device())
         width, theirs = config.hidden_size, teacher.model.config.hidden_size
@@ -74,13 +82,13 @@ class HiddenStates:
             self._optimizer = torch.optim.Adam([self.projection], betas=betas)
         self._masks: dict[int, Iterator[torch.Tensor]] = {}
         self._sums = torch.zeros(2, device=device)
-        here = {place: module for student in students for place, module in places_of(student).items()}
-        for place in self._pairs.keys() & here.keys():
-            here[place].register_forward_hook(self._hook(place))
-        teacher.deliver({self._pairs[place] for place in self._pairs.keys() & here.keys()})
+        local = {place: module for student in students for place, module in places_of(student).items()}
+        for place in self._pairs.keys() & local.keys():
+            local[place].register_forward_hook(self._hook(place))
+        teacher.deliver({self._pairs[place] for place in self._pairs.keys() & local.keys()})
 
     def begin(self, masks: list[torch.Tensor]) -> None:
-        """Take the loss masks [b, s] of the micro-batches of a step, after the teacher has read them."""
+        """Start a step with the loss masks [b, s] of its micro-batches, after the teacher has read these."""
         ready = [mask.to(self._sums.device).float().transpose(0, 1) / mask.sum().clamp(min=1) for mask in masks]
         if self._sequence_parallel:
             ranks, rank = _tensor_ranks(), parallel_state.get_tensor_model_parallel_rank()
@@ -90,10 +98,13 @@ class HiddenStates:
         self._sums.zero_()
 
     def end(self, divergence: float) -> tuple[float, float]:
-        """Return the step's losses of layers (their sum) and of the embedding; later passes are not compared.
+        """End the step; forward passes until the next ``begin`` are not compared.
 
         Args:
-            divergence: Of the step, as it is weighted; the same on every rank.
+            divergence: Weighted divergence of the step, the same on every rank.
+
+        Returns:
+            The step's loss summed over layers, and that of the embedding.
         """
         self._masks = {}
         layers, embedding = self._over_ranks(self._sums.clone()).tolist()
@@ -103,7 +114,7 @@ class HiddenStates:
         return layers, embedding
 
     def learn(self, rate: float) -> None:
-        """Take the projection's own step, all ranks together."""
+        """Update the projection at a learning rate; call it on all ranks."""
         if self.projection is None:
             return
         gradient = self.projection.grad
@@ -113,14 +124,14 @@ class HiddenStates:
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of alpha, the projection and its moments, the same on every rank; nothing without them."""
+        """Return a copy of alpha, the projection and its moments, as far as they exist; the same on every rank."""
         state: dict[str, Any] = {"alpha": self._alpha} if self._dynamic else {}
         if self.projection is not None:
             state |= {"projection": self.projection.detach(), "optimizer": self._optimizer.state_dict()}
         return deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what an interrupted run has saved."""
+        """Restore the state that an interrupted run has saved."""
         if self._dynamic:
             self._alpha = state["alpha"]
         if self.projection is not None:
@@ -132,13 +143,13 @@ class HiddenStates:
         weight = self._weights[place]
 
         def compare(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            if place not in self._masks:  # validation, or the pass of a model that is not trained
+            if place not in self._masks:  # not a training step
                 return
             states = output[0] if isinstance(output, tuple) else output
-            mask, wanted = next(self._masks[place]), self._teacher.states(self._pairs[place])
+            mask, theirs = next(self._masks[place]), self._teacher.states(self._pairs[place])
             ours = states.detach().requires_grad_()
             with torch.enable_grad():
-                losses = hidden_loss(ours, wanted, self.projection, kind=self._kind)
+                losses = hidden_loss(ours, theirs, self.projection, kind=self._kind)
                 loss = (losses * mask).sum() / self._micro_batches
             self._sums[int(place == EMBEDDING)] += loss.detach()
             (self._alpha * weight * loss).backward()  # type: ignore[no-untyped-call]
@@ -148,7 +159,7 @@ class HiddenStates:
         return compare
 
     def _over_ranks(self, parts: torch.Tensor) -> torch.Tensor:
-        """Sum over stages and parts of sequences, average over replicas; copies on tensor ranks count once."""
+        """Sum over stages and sequence shards, average over replicas; copies on tensor ranks count once."""
         if not self._sequence_parallel:
             parts /= _tensor_ranks()
         distributed.all_reduce(parts)

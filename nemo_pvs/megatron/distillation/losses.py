@@ -1,7 +1,8 @@
-"""The loss of distillation: forward KL divergence between the logits of a teacher and a student, token by token.
+"""Distillation losses per token: forward KL divergence between logits, and the distance of hidden states.
 
 Logits may be sharded by vocabulary over tensor parallel ranks, as Megatron leaves them: two reductions of a few
-numbers per token make maxima and sums those of the whole vocabulary, and no rank ever holds a row of it. No Megatron.
+numbers per token give maxima and sums over the whole vocabulary, and no rank ever holds all logits of a token. This
+module does not import Megatron.
 """
 
 from __future__ import annotations
@@ -25,42 +26,42 @@ def vocabulary_parallel_kl(
 
     Hinton et al. (1503.02531, section 2) scale by ``T^2`` so that the gradient ``T (q - p)`` with respect to the
     student's logits keeps its size at any temperature. Muralidharan et al. (2407.14679, section 3.2) distil pruned
-    models so, at T = 1.
+    models with this loss at T = 1.
 
-    With ``top_k`` the teacher's p is nothing but its k most likely tokens, renormalised: ``p_i`` is proportional to
+    With ``top_k``, p is restricted to the teacher's k most likely tokens and renormalised: ``p_i`` is proportional to
     ``exp(t_i / T)`` where ``t_i`` is at least the k-th largest logit of the whole vocabulary, and 0 elsewhere. All
-    tokens that tie with the k-th are kept, so that the answer does not depend on an order of tokens or ranks. q stays
-    a distribution over the whole vocabulary: what the student gives to other tokens costs it.
+    tokens that tie with the k-th are kept, so that the result does not depend on the order of tokens or ranks. q
+    remains a distribution over the whole vocabulary: the student's probability of other tokens adds to the loss.
 
     Args:
         student: Logits [..., V / ranks] of this rank's part of the vocabulary; gradients flow to it alone.
         teacher: The teacher's logits for the same tokens and columns.
         temperature: T, above 0.
         top_k: How many of the teacher's tokens count; None for all.
-        group: Ranks that share the vocabulary out in equal parts; None for a whole one.
+        group: Ranks that share the vocabulary in equal parts; None if it is not sharded.
 
     Returns:
-        Nats [...], at least fp32, the same on all ranks of the group.
+        Divergence in nats [...], at least fp32, the same on all ranks of the group.
 
     Raises:
-        ValueError: the two have not the same tokens and columns.
+        ValueError: student and teacher logits differ in shape.
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"Logits {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher are not "
-            "those of the same tokens and columns."
+            f"Logits {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher do not "
+            "have the same tokens and columns."
         )
     divergence: torch.Tensor = _ForwardKL.apply(student, teacher, temperature, top_k, group)
     return divergence
 
 
 _TOKENS_AT_ONCE = 512
-"""Of which exponentials in full precision are held: 0.26 GB each for 128,256 columns. What backward needs is kept in
-the dtype of the logits, as their gradient will be."""
+"""Number of tokens whose exponentials are held in fp32 at a time: 0.26 GB per tensor for 128,256 columns. The gradient
+saved for backward has the dtype of the logits."""
 
 
 class _ForwardKL(torch.autograd.Function):
-    """Computes the gradient ``T (q - p)`` while the exponentials are there."""
+    """Computes the gradient ``T (q - p)`` in the forward pass, where the exponentials are available."""
 
     @staticmethod
     def forward(
@@ -113,7 +114,7 @@ def _kl_and_gradient(
 
 
 def _kth_largest(logits: torch.Tensor, k: int, group: distributed.ProcessGroup | None) -> torch.Tensor:
-    """Return the k-th largest logit [..., 1] of the whole vocabulary; the smallest where there are fewer than k."""
+    """Return the k-th largest logit [..., 1] of the whole vocabulary; the smallest if there are fewer than k."""
     largest = logits.topk(min(k, logits.shape[-1])).values
     if group is not None:
         of_ranks = [torch.empty_like(largest) for _ in range(group.size())]
@@ -134,23 +135,24 @@ _EPS = 1e-6
 def hidden_loss(
     student: torch.Tensor, teacher: torch.Tensor, projection: torch.Tensor | None = None, *, kind: str = "cosine"
 ) -> torch.Tensor:
-    """Return how far the student's residual stream is from the teacher's at each token.
+    """Return the distance between the residual streams of student and teacher at each token.
 
-    Minitron (2407.14679, section 3.2) compares normalised states, the student's brought to the teacher's width by one
-    linear map that all places share, and finds the cosine best. Both are divided by their root mean square, an RMSNorm
-    without weight: those of the models are fused into other layers, and stretch channels that carry nothing.
+    Minitron (2407.14679, section 3.2) compares normalised states, the student's projected to the teacher's width by
+    one linear map that all layers share, and finds the cosine best. Both are divided by their root mean square, an
+    RMSNorm without weight: the models' own norms are fused into other layers, and amplify channels that carry no
+    information.
 
     Args:
         student: States [..., d].
         teacher: States of the same tokens [..., D].
-        projection: [d, D]; None where both have the same width.
-        kind: ``cosine`` for 1 - cos, which is in [0, 2]; ``mse`` for the squared difference, a mean over channels.
+        projection: Map [d, D]; None if both have the same width.
+        kind: ``cosine`` for 1 - cos, in [0, 2]; ``mse`` for the mean squared difference over channels.
 
     Returns:
         The loss [...], at least fp32.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: ``kind`` is neither.
     """
     precise = torch.promote_types(student.dtype, torch.float32)
     ours, theirs = (_normalised(states.to(precise)) for states in (student, teacher))
@@ -160,11 +162,11 @@ def hidden_loss(
         return 1 - cosine_similarity(ours, theirs, dim=-1)
     if kind == "mse":
         return (ours - theirs).square().mean(-1)
-    raise ValueError(f"There is no hidden loss {kind!r}; cosine and mse are.")
+    raise ValueError(f"There is no hidden loss {kind!r}; choose cosine or mse.")
 
 
 def initial_projection(student: int, teacher: int, seed: int) -> torch.Tensor:
-    """Return the map [student, teacher] of a run that begins: random, and of about the size that it is given."""
+    """Return a random map [student, teacher] between widths that about preserves the root mean square of its input."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(student, teacher, generator=generator) / student**0.5
 

@@ -1,7 +1,7 @@
-"""Hold masks in Megatron's optimizers: a pruned weight has no gradient, no moments and stays zero.
+"""Hold masks in Megatron's optimizers: a pruned weight has zero gradient and moments, and stays zero.
 
-The masks are applied where the optimizer works, to the fp32 weights and gradients that it owns: whole tensors, or with
-the distributed optimizer a data parallel rank's range of each flattened tensor.
+The masks are applied to the fp32 weights and gradients that the optimizer updates: whole tensors, or with the
+distributed optimizer a data parallel rank's range of each flattened tensor.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ class MaskedShard:
     """The weights of one masked tensor that this rank updates."""
 
     name: str
-    """Megatron name, with the layer counted over all pipeline stages: ``decoder.layers.3.mlp.linear_fc1.weight``."""
+    """Megatron name, with layers counted over all pipeline stages: ``decoder.layers.3.mlp.linear_fc1.weight``."""
     mask: PackedMask
     main: torch.Tensor
-    """What the optimizer updates, fp32."""
+    """The fp32 weights that the optimizer updates."""
     model: torch.Tensor
-    """The same weights in the model, in its dtype; ``main`` itself where the model is fp32."""
+    """The same weights in the model, in its dtype; ``main`` itself if the model is fp32."""
 
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """What a rank finds in its shards."""
+    """Result of a rank's check of its shards."""
 
     weights: int
-    """In masked matrices."""
+    """Number of weights in masked matrices."""
     zeros: int
-    """Of these in the model, whether pruned or by chance."""
+    """Number of these that are zero in the model, pruned or by chance."""
     broken: tuple[str, ...]
     """Names of tensors with a pruned weight that is not zero."""
 
 
 class MaskedOptimizer:
-    """Masks installed in the optimizers of a rank, from now on until the process ends.
+    """Masks installed in the optimizers of a rank, until the process ends.
 
-    Gradients are masked when they have been reduced and before their norm is clipped, so that dead weights have no
-    part in it. ``clip_before_mask`` masks them after clipping, as the code published with 2606.14150 does.
+    Gradients are masked after their reduction and before their norm is clipped, so that pruned weights do not count in
+    the norm. ``clip_before_mask`` masks them after clipping, as the code published with 2606.14150 does.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class MaskedOptimizer:
         *,
         clip_before_mask: bool = False,
     ) -> None:
-        """Install masks; moments that an optimizer has already are cleared under them.
+        """Install masks; existing moments of pruned weights are set to zero.
 
         Args:
-            optimizers: Megatron's, chained or not.
+            optimizers: Megatron's optimizers, chained or not.
             model: The model chunks of this rank.
-            masks: Those of this tensor parallel rank.
-            clip_before_mask: Clip the norm of the dense gradient first.
+            masks: The masks of this tensor parallel rank.
+            clip_before_mask: Clip the norm of the dense gradient, before it is masked.
 
         Raises:
             UserError: an optimizer cannot hold masks.
@@ -86,7 +86,7 @@ class MaskedOptimizer:
             _install(optimizer, shards, clip_before_mask=clip_before_mask)
 
     def check(self) -> ShardCheck:
-        """Look for pruned weights that are not zero, in the optimizer and in the model."""
+        """Check for pruned weights that are not zero, in the optimizer and in the model."""
         return ShardCheck(
             weights=sum(shard.mask.weights for shard in self.shards),
             zeros=sum(shard.mask.weights - int(shard.model.count_nonzero()) for shard in self.shards),
@@ -97,19 +97,20 @@ class MaskedOptimizer:
 
 
 def _masked_parameters(model: torch.nn.Module, masks: RankMasks) -> dict[torch.nn.Parameter, Entry]:
-    """Return the parameters of this rank that have a mask; Megatron counts layers from 1 over all stages."""
-    found = {}
+    """Return the parameters of this rank that have a mask, with their entries of the weight table."""
+    masked = {}
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
             for name, parameter in layer.named_parameters():
+                # Megatron counts layers from 1 over all stages.
                 entry = masks.entries.get((layer.layer_number - 1, name))
                 if entry is not None:
-                    found[parameter] = entry
-    return found
+                    masked[parameter] = entry
+    return masked
 
 
 def unchained(optimizers: Iterable[MegatronOptimizer]) -> Iterator[MegatronOptimizer]:
-    """Yield the optimizers that work, one by one."""
+    """Yield the actual optimizers, without chains and stubs."""
     for optimizer in optimizers:
         if isinstance(optimizer, ChainedOptimizer):
             yield from unchained(optimizer.chained_optimizers)
@@ -123,7 +124,16 @@ def refuse_unfit(
     *,
     refusal: str = "Masks cannot be held",
 ) -> None:
-    """Raise UserError, with the reason behind ``refusal``, where no fp32 weights and gradients lie open."""
+    """Raise UserError if an optimizer does not expose its fp32 weights and gradients.
+
+    Args:
+        optimizer: One of Megatron's optimizers, not a chain.
+        masked: The parameters that are to be masked, as keys.
+        refusal: Start of the message; the reason follows.
+
+    Raises:
+        UserError: the optimizer hides its weights or gradients, or is of an unknown class.
+    """
     reasons = {
         "the precision-aware optimizer keeps the weights inside its kernel; set use_precision_aware_optimizer=False": (
             optimizer.config.use_precision_aware_optimizer
@@ -134,10 +144,10 @@ def refuse_unfit(
         "Megatron-FSDP shards weights in its own way; use the distributed optimizer": (
             getattr(getattr(optimizer, "ddp_config", None), "use_megatron_fsdp", False)
         ),
-        "FP8 parameters are quantised out of our sight; keep the parameters in bf16, FP8 in the products alone": any(
+        "FP8 parameters are quantised inside Transformer Engine; keep them in bf16 and use FP8 only in matmuls": any(
             is_float8tensor(parameter) for parameter in masked
         ),
-        f"{type(optimizer).__name__} is none that we know; use Megatron's plain or distributed optimizer": not (
+        f"{type(optimizer).__name__} is not supported; use Megatron's plain or distributed optimizer": not (
             isinstance(optimizer, DistributedOptimizer | Float16OptimizerWithFloat16Params | FP32Optimizer)
         ),
     }
@@ -152,17 +162,17 @@ def _shards(
     for parameter, main, start in owned(optimizer):
         if parameter in masked:
             entry = masked[parameter]
-            own = slice(start, start + main.numel())
+            local_range = slice(start, start + main.numel())
             yield MaskedShard(
                 name=f"decoder.layers.{entry.layer}.{entry.megatron}",
-                mask=PackedMask(masks.read(entry).flatten()[own], main.device),
+                mask=PackedMask(masks.read(entry).flatten()[local_range], main.device),
                 main=main,
-                model=parameter.detach().view(-1)[own],
+                model=parameter.detach().view(-1)[local_range],
             )
 
 
 def owned(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
-    """Yield every parameter that a rank updates, the fp32 tensor that it updates, and where in the parameter it is."""
+    """Yield (parameter, fp32 tensor that this rank updates, its offset in the flattened parameter)."""
     if isinstance(optimizer, FP32Optimizer):
         yield from ((parameter, parameter, 0) for parameter in optimizer.get_parameters())
     elif isinstance(optimizer, DistributedOptimizer):
@@ -182,7 +192,7 @@ def _pairs(parameters: list[list[Any]], mains: list[list[Any]]) -> Iterator[tupl
 
 
 def _install(optimizer: MegatronOptimizer, shards: list[MaskedShard], *, clip_before_mask: bool) -> None:
-    """Make an optimizer mask gradients and weights in every step, and clear its moments under the masks."""
+    """Make an optimizer mask gradients and weights in every step, and zero the moments of pruned weights."""
     inner = optimizer.optimizer
     for shard in shards:
         for moment in inner.state.get(shard.main, {}).values():
@@ -209,5 +219,5 @@ def _install(optimizer: MegatronOptimizer, shards: list[MaskedShard], *, clip_be
             return overflow
 
         optimizer.prepare_grads = prepare_and_mask
-    # Without gradient and moments the update is zero already; this holds whatever else an optimizer may do.
+    # Without gradient and moments the update is already zero; this hook covers anything else an optimizer may do.
     inner.register_step_post_hook(mask_weights)

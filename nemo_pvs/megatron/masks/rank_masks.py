@@ -1,7 +1,7 @@
-"""Masks as a training rank needs them: a bit for each weight that it holds, cut out of the masks of the whole model.
+"""Masks as a training rank needs them: one bit per weight that it holds, sliced from the masks of the whole model.
 
-The masks are those of the initial checkpoint, under Hugging Face names and of whole matrices, whatever the layout; so
-a run that goes on at another tensor, pipeline or data parallelism cuts them anew and there is nothing to re-shard.
+The masks come from the initial checkpoint, under Hugging Face names and for whole matrices, whatever the layout; so a
+run that resumes at another tensor, pipeline or data parallelism slices them again, and nothing has to be re-sharded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Entry, Layout
 
-# Bytes of a mask that are spelled out at a time: 2 Mi weights, so that this takes 8 MiB however large a matrix is.
+# Bytes of a mask that are unpacked at a time: 2 Mi weights, so that this takes 8 MiB however large a matrix is.
 _CHUNK = 1 << 18
 
 
 class PackedMask:
-    """Which weights of a flat fp32 tensor are kept, a bit each."""
+    """One bit for each weight of a flat fp32 tensor: 1 if it is kept."""
 
     def __init__(self, kept: torch.Tensor, device: torch.device | str = "cpu") -> None:
         """Pack ``kept``, bool of any size on the CPU, read in row-major order, and hold it on ``device``."""
@@ -29,9 +29,15 @@ class PackedMask:
         self.weights = kept.numel()
 
     def zero_pruned(self, values: torch.Tensor) -> None:
-        """Set the pruned ones among ``values`` to +0, in place: fp32, contiguous, as many as weights.
+        """Set the pruned ones among ``values`` to +0 in place.
 
-        A bitwise and with all ones or all zeros. It also clears what is not finite, which a product would keep.
+        This is a bitwise AND with all ones or all zeros. Unlike a product, it also clears infinities and NaNs.
+
+        Args:
+            values: Contiguous fp32 tensor with one value per weight.
+
+        Raises:
+            ValueError: ``values`` has another number of elements.
         """
         for part, words in self._chunks(values):
             part.view(torch.int32).bitwise_and_(words)
@@ -41,7 +47,7 @@ class PackedMask:
         return sum(int(((words == 0) & (part != 0)).sum()) for part, words in self._chunks(values))
 
     def _chunks(self, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield pieces of ``values`` beside int32 words: -1, all ones, where a weight is kept, and 0 elsewhere."""
+        """Yield pieces of ``values`` with int32 words: -1 (all ones) where a weight is kept, and 0 elsewhere."""
         flat = values.detach().view(-1)
         if flat.numel() != self.weights:
             raise ValueError(f"A mask of {self.weights} weights does not fit {flat.numel()} values.")
@@ -54,7 +60,7 @@ class PackedMask:
 
 @cache
 def _words_of_bytes(device: torch.device) -> torch.Tensor:
-    """Return int32 [256, 8]: for every byte of packed bits the words of its eight weights."""
+    """Return int32 [256, 8]: the words of the eight weights of every possible byte of packed bits."""
     return -unpack(torch.arange(256, dtype=torch.uint8).unsqueeze(1), 8).int().to(device)
 
 
@@ -62,7 +68,7 @@ class RankMasks:
     """The masks of the Megatron tensors of one tensor parallel rank."""
 
     def __init__(self, source: WeightSource, *, rank: int = 0, ranks: int = 1) -> None:
-        """Find the masked tensors of a model; no mask is read yet.
+        """Find the masked tensors of a model, without reading masks yet.
 
         Args:
             source: The model, with masks.
@@ -70,7 +76,7 @@ class RankMasks:
             ranks: Tensor parallel size; it divides KV groups and ffn (``Shape.check_parallel``).
 
         Raises:
-            UserError: something else than a matrix of a decoder layer has a mask.
+            UserError: a tensor that is not a matrix of a decoder layer has a mask.
         """
         self._masks = masks_of(source)
         self._names = frozenset(self._masks.names)
@@ -83,15 +89,15 @@ class RankMasks:
             part, entry = parts[name]
             if entry.layer is None or len(part.axes) != 2:
                 raise UserError(
-                    f"{name} has a mask, but training holds masks of the matrices of decoder layers only; "
+                    f"{name} has a mask, but training supports masks only for the matrices of decoder layers; "
                     "leave embeddings, output head, norms and biases dense."
                 )
             self.entries[entry.layer, entry.megatron] = entry
 
     def read(self, entry: Entry) -> torch.Tensor:
-        """Return the mask of this rank's slice of a Megatron tensor, bool; True is a weight that is kept.
+        """Return the mask of this rank's slice of a Megatron tensor, bool; True for weights that are kept.
 
-        Parts without a mask are kept whole.
+        Parts without a mask are all True.
         """
         parts = [
             self._masks.read(part.name) if part.name in self._names else torch.ones(part.size(self._shape)).bool()

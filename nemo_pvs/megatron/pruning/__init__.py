@@ -1,1 +1,1 @@
-"""Pruning during training on Megatron: learned masks, units that are removed, optimizer states."""
+"""Pruning during training on Megatron: learned masks, removal of units, carried-over optimizer states."""

@@ -1,7 +1,7 @@
-"""Go on with the optimizer state of the training before a pruning: what the plan keeps of moments and fp32 weights.
+"""Carry optimizer state over a pruning step: keep the moments and fp32 weights of the weights that the plan keeps.
 
-What is kept of AdamW's moments belongs to the very weights that are kept, so a run that prunes nothing goes on as if
-it had not been interrupted. Adapt-Pruner (2502.03460) begins them anew in each stage; so does a recipe by default.
+Each kept weight keeps its own AdamW moments, so a run that prunes nothing continues as if it had not been interrupted.
+Adapt-Pruner (2502.03460) resets the moments in each stage; so does a recipe by default.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nemo_pvs.training.job import TrainingJob
 
 
 def carry_optimizer_state(job: TrainingJob) -> list[run.Config]:
-    """Return the callback of a job that goes on with another's state; none for all others."""
+    """Return the callback of a job that starts from another job's optimizer state; an empty list for other jobs."""
     if job.carried is None:
         return []
     plan = job.carried.plan and str(job.carried.plan)
@@ -38,22 +38,22 @@ def carry_optimizer_state(job: TrainingJob) -> list[run.Config]:
 
 
 class CarryOptimizerState(pl.Callback, IOMixin):
-    """Fill the optimizer, before the first step of a run, with what a plan keeps of another run's last state."""
+    """Fill the optimizer before a run's first step with the part of another run's last state that a plan keeps."""
 
     def __init__(self, checkpoints: str, plan: str | None, steps: int) -> None:
-        """Prepare.
+        """Store where the state comes from.
 
         Args:
-            checkpoints: The folder of checkpoints of the run before.
-            plan: The plan that made this run's initial weights of that run's; None where nothing was removed.
-            steps: Updates that the state has seen, which AdamW corrects its moments by.
+            checkpoints: Checkpoint folder of the previous run.
+            plan: The plan by which that run's weights became this run's initial weights; None if nothing was removed.
+            steps: Updates that the state has seen, for AdamW's bias correction.
         """
         self.checkpoints = checkpoints
         self.plan = plan
         self.steps = steps
 
     def on_train_start(self, trainer, pl_module):
-        """Load, unless the run goes on from a checkpoint of its own, which has its optimizer's state."""
+        """Load the state, unless the run resumes from its own checkpoint, which includes optimizer state."""
         if trainer.global_step:
             return
         checkpoint = state_to_carry(Path(self.checkpoints))
@@ -64,7 +64,7 @@ class CarryOptimizerState(pl.Callback, IOMixin):
             self.steps,
         )
         if trainer.is_global_zero:
-            print(f"optimizer state of {checkpoint.name} after {self.steps} steps is carried on", flush=True)
+            print(f"optimizer state of {checkpoint.name} after {self.steps} steps is carried over", flush=True)
 
 
 def load_optimizer_state(
@@ -73,16 +73,16 @@ def load_optimizer_state(
     states: Mapping[str, WeightSource],
     steps: int,
 ) -> None:
-    """Put whole states into the optimizers of a rank: of each only what the rank updates, in any layout.
+    """Load the part of unsharded states that a rank updates into its optimizers, in any layout.
 
     Args:
-        optimizers: Megatron's, chained or not, before their first step.
+        optimizers: Megatron's optimizers, chained or not, before their first step.
         models: The model chunks of this rank.
-        states: By Megatron's name of a state, its tensors under the names of the model's weights.
+        states: For each of Megatron's names of a state, its tensors under the names of the model's weights.
         steps: Updates that the states have seen.
 
     Raises:
-        UserError: an optimizer hides its weights, or a weight is in no table.
+        UserError: an optimizer hides its weights, or a weight is not in the weight table.
     """
     first = states[MOMENTS[0]]
     shape = shape_of(first)
@@ -90,21 +90,21 @@ def load_optimizer_state(
     entries = {parameter: entry for _, parameter, entry in parameter_entries(models, layout, shape)}
     masters = next((states[name] for name in MASTERS if name in states), None)
     for optimizer in unchained(optimizers):
-        refuse_unfit(optimizer, dict.fromkeys(entries), refusal="The optimizer's state cannot be carried on")
+        refuse_unfit(optimizer, dict.fromkeys(entries), refusal="The optimizer's state cannot be carried over")
         inner = optimizer.optimizer
         for parameter, main, start in owned(optimizer):
-            entry, own = entries[parameter], slice(start, start + main.numel())
+            entry, local_range = entries[parameter], slice(start, start + main.numel())
             for name in MOMENTS:
-                moment = _of_rank(states[name], entry, parameter).flatten()[own].view_as(main)
+                moment = _of_rank(states[name], entry, parameter).flatten()[local_range].view_as(main)
                 inner.state[main][name] = moment.to(main.device, torch.float32)
             if masters is not None and main is not parameter:
-                main.data.copy_(_of_rank(masters, entry, parameter).flatten()[own].view_as(main))
+                main.data.copy_(_of_rank(masters, entry, parameter).flatten()[local_range].view_as(main))
         for group in inner.param_groups:
             group["step"] = steps
 
 
 def _of_rank(source: WeightSource, entry: Entry, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return this tensor parallel rank's slice of a Megatron tensor; rows that pad the vocabulary have state 0."""
+    """Return this tensor parallel rank's slice of a Megatron tensor; the state of vocabulary padding is 0."""
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     parts = [source.read(part.name) for part in entry.parts]
     if entry.parts[0].axes[0] == "vocab":

@@ -1,9 +1,9 @@
 """Pruning while training on Megatron's ranks (EfficientLLM, 2502.06663): saliency, compensation and masks in a step.
 
-All of it happens where gradients have been reduced and before the optimizer steps: there the fp32 weights and
-gradients lie open, each on the rank that updates it, and what is changed reaches the model as any update does. A
-removed unit has no weights, no gradients and no moments, and the norms count the channels that are left; so the model
-computes what a smaller one would, in tensors that never change their shapes.
+All of it happens after the gradients are reduced and before the optimizer steps. At this point the fp32 weights and
+gradients are accessible, each on the rank that updates it, and changes reach the model as any update does. The
+weights, gradients and moments of a removed unit are zero, and the norms count only the remaining channels; so the
+model computes what a smaller one would, in tensors whose shapes never change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_pvs.recipe.training import Training
 
 
 class Pruner:
-    """Removes units of a model while it trains; every rank has one, and they decide alike."""
+    """Removes units of a model while it trains; every rank has one, and all make the same decisions."""
 
     def __init__(
         self,
@@ -42,29 +42,29 @@ class Pruner:
         train: Training,
         state: KeptUnits,
     ) -> None:
-        """Hook into the optimizers from now on.
+        """Hook into the optimizers.
 
         Args:
-            optimizers: Megatron's, as NeMo calls them: one, which may be a chain.
-            chunks: The pieces of the model that this rank has.
-            layout: The model's table of weights.
+            optimizers: Megatron's optimizers as NeMo holds them: one, which may be a chain.
+            chunks: The model chunks of this rank.
+            layout: The model's weight table.
             space: The model's units.
-            how: What to remove when.
-            train: The training during which it happens.
-            state: Nothing removed yet, or what an interrupted run had come to.
+            how: What to remove, and when.
+            train: Training options of the run.
+            state: The units kept so far: all of them, or those of an interrupted run.
 
         Raises:
             UserError: an optimizer hides its weights, or a weight is not in the table.
         """
         self.space, self.how, self.train, self.state = space, how, train, state
         self.step = 0
-        """The step, from 0, whose gradients come next."""
+        """The current step, from 0."""
         self._terms = train.tokens_per_step if how.curvature == "tokens" else train.global_batch_size
         self._device = torch.device(torch.cuda.current_device())
         models = gpt_models(chunks)
         tensors = dict(unit_tensors(models, layout, space, self._device))
         self._shards = list(unit_shards(optimizers, tensors))
-        # Replicas that share the weights out, or None where each has them all.
+        # Replicas among which the weights are sharded, or None if each updates all of them.
         sharded = any(isinstance(optimizer, DistributedOptimizer) for optimizer in unchained(optimizers))
         self._owners = parallel_state.get_data_parallel_group(with_context_parallel=True) if sharded else None
         modules = linear_layers(models, space)
@@ -89,11 +89,11 @@ class Pruner:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model that is left."""
+        """Number of parameters of the remaining model."""
         return self.space.kept_shape(self.state.kept).parameters
 
     def begin(self, step: int) -> None:
-        """Prepare for a step, from 0, before its forward passes."""
+        """Start a step, counted from 0, before its forward passes."""
         self.step = step
         self._inputs.clear()
         self._inputs.active = self.how.compensate and self._is_due()
@@ -103,7 +103,7 @@ class Pruner:
 
     @torch.no_grad()
     def _after_reduction(self) -> None:
-        self._sum_up()
+        self._accumulate()
         if self._is_due():
             self._remove()
         self._inputs.clear()
@@ -112,8 +112,8 @@ class Pruner:
             if shard.tensor.masks and shard.main.grad is not None:
                 shard.zero_removed(shard.main.grad)
 
-    def _sum_up(self) -> None:
-        """Take this step's weights and gradients into the averages, the same on every rank then."""
+    def _accumulate(self) -> None:
+        """Add this step's weights and gradients to the moving averages, which are then the same on every rank."""
         terms = torch.zeros(2, self.space.size, dtype=torch.float64, device=self._device)
         for shard in self._shards:
             if shard.tensor.counts and shard.main.grad is not None:
@@ -150,44 +150,51 @@ class Pruner:
                 return
 
     def _compensate(self, removal: Removal) -> None:
-        """Let the weights that read other channels make up for those that read what goes."""
+        """Adjust the weights that read kept channels to compensate for those that read removed ones."""
         names = {"groups": ROW_PARALLEL[:1], "ffn": ROW_PARALLEL[1:], "hidden": COLUMN_PARALLEL}[removal.kind]
-        gone = torch.zeros_like(self.state.kept)
-        gone[removal.units] = True
+        removed = torch.zeros_like(self.state.kept)
+        removed[removal.units] = True
         for site, tensor in self._sites.items():
             part = tensor.entry.parts[0]
             units = self.space.along(part.axes[1], part.layer)
-            if site[1] not in names or not bool(gone[units].any()):
+            if site[1] not in names or not bool(removed[units].any()):
                 continue
-            places = gone[units].nonzero().flatten().to(self._device)
+            columns = removed[units].nonzero().flatten().to(self._device)
             kept = self.state.kept[units].to(self._device)
-            self._take_over(site, tensor, places, kept)
+            self._compensate_matrix(site, tensor, columns, kept)
 
-    def _take_over(self, site: Site, tensor: UnitTensor, gone: torch.Tensor, kept: torch.Tensor) -> None:
-        """Add to a matrix what its columns ``gone`` [k] gave, as far as the ``kept`` [inputs] ones predict it."""
-        shares = predictors(self._inputs.hessian(site), gone, kept, self.how.damping)
+    def _compensate_matrix(self, site: Site, tensor: UnitTensor, removed: torch.Tensor, kept: torch.Tensor) -> None:
+        """Add the output of a matrix's ``removed`` columns [k] to its ``kept`` ones, as far as these predict it.
+
+        Args:
+            site: The linear layer.
+            tensor: Its weight on this rank.
+            removed: Indices of the removed columns [k], over all tensor ranks.
+            kept: Which columns are kept, bool [inputs].
+        """
+        shares = predictors(self._inputs.hessian(site), removed, kept, self.how.damping)
         rows = site[1] in ROW_PARALLEL
         first = 0
         if rows:
             first = len(tensor.columns) * parallel_state.get_tensor_model_parallel_rank()
         shards = [shard for shard in self._shards if shard.tensor is tensor]
-        lost = torch.zeros(len(tensor.rows), len(gone), dtype=torch.float64, device=self._device)
+        lost = torch.zeros(len(tensor.rows), len(removed), dtype=torch.float64, device=self._device)
         for shard in shards:
-            for weight, own, columns in shard.views(shard.main):
-                for place, column in enumerate((gone - first).tolist()):
+            for weight, local_rows, columns in shard.views(shard.main):
+                for index, column in enumerate((removed - first).tolist()):
                     if columns.start <= column < columns.stop:
-                        lost[own, place] = weight[:, column - columns.start].double()
+                        lost[local_rows, index] = weight[:, column - columns.start].double()
         if self._owners is not None:
             distributed.all_reduce(lost, group=self._owners)
         if rows:
             distributed.all_reduce(lost, group=parallel_state.get_tensor_model_parallel_group())
-        own_shares = shares[first : first + len(tensor.columns)]
+        local_shares = shares[first : first + len(tensor.columns)]
         for shard in shards:
-            for weight, own, columns in shard.views(shard.main):
-                weight += (lost[own] @ own_shares[columns].T).to(weight.dtype)
+            for weight, local_rows, columns in shard.views(shard.main):
+                weight += (lost[local_rows] @ local_shares[columns].T).to(weight.dtype)
 
     def _refresh(self) -> None:
-        """Set weights and moments of removed units to zero, and let the norms know which channels are left."""
+        """Set weights and moments of removed units to zero, and update the channels that the norms count."""
         kept = self.state.kept.to(self._device)
         for shard in self._shards:
             tensor = shard.tensor

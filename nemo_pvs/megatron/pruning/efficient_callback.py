@@ -23,22 +23,22 @@ from nemo_pvs.training.job import JOB_FILE, TrainingJob
 
 
 def prune_while_training(job: TrainingJob) -> list[run.Config]:
-    """Return the callback of a run during which units go; none for another."""
+    """Return the callback of a run that prunes while training; an empty list for other runs."""
     return [run.Config(PruneWhileTraining, job=str(job.folder / JOB_FILE))] if job.pruning else []
 
 
 class PruneWhileTraining(pl.Callback, IOMixin):
-    """Sum up saliency in every step, remove units when it is time, and hold what is removed at zero.
+    """Accumulate saliency in every step, remove units when a removal is due, and hold removed units at zero.
 
-    What is kept is saved with every checkpoint, under its step; so an interrupted run goes on at any layout.
+    The kept units are saved with every checkpoint, under its step; so an interrupted run can resume in any layout.
     """
 
     def __init__(self, job: str) -> None:
-        """Prepare; ``job`` is the file of the run, which says what to remove when."""
+        """Store ``job``, the path of the job file, which defines what to remove and when."""
         self.job = job
 
     def on_train_start(self, trainer, pl_module):
-        """Hook into the optimizers and norms, once initial weights or an interrupted run's are restored."""
+        """Hook into optimizers and norms, after the initial weights or those of an interrupted run are restored."""
         job = self._job = TrainingJob.load(Path(self.job))
         source = NemoSource(job.initial)
         space = UnitSpace(shape_of(source))
@@ -55,51 +55,55 @@ class PruneWhileTraining(pl.Callback, IOMixin):
             job.training,
             state,
         )
-        self._of = None, None
+        self._current = None, None
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, GatedRMSNorm):
                     module.current = self._gates
 
     def _gates(self):
-        """Return gates of hidden channels; weights of all other units are zero, and need none."""
-        kept, gates = self._of
+        """Return the gates of hidden channels; all other removed units need none, because their weights are zero."""
+        kept, gates = self._current
         if kept is not self.pruner.hidden:
             kept = self.pruner.hidden
             none = torch.empty(0, device=kept.device)
             gates = None if bool(kept.all()) else Gates(kept, none, none, none)
-            self._of = kept, gates
+            self._current = kept, gates
         return gates
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """Say which step comes."""
+        """Tell the pruner which step begins."""
         self.pruner.begin(trainer.global_step)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Log what a step has removed; stop before the last checkpoint if the target is not reached."""
+        """Log what a step has removed; stop before the last checkpoint if the target is not reached.
+
+        Raises:
+            UserError: the training ends above the target size.
+        """
         pruner, step = self.pruner, trainer.global_step
-        gone = [removal for removal in pruner.state.removals if removal["step"] == step - 1]
-        if gone and trainer.is_global_zero:
+        removals = [removal for removal in pruner.state.removals if removal["step"] == step - 1]
+        if removals and trainer.is_global_zero:
             shape = pruner.space.kept_shape(pruner.state.kept)
             metrics.append(self._job.metrics, {"kind": "pruning", "step": step, "parameters": shape.parameters})
-            print(f"step {step}/{trainer.max_steps}  {len(gone)} removals  left: {shape}", flush=True)
+            print(f"step {step}/{trainer.max_steps}  {len(removals)} removals  left: {shape}", flush=True)
         if step == trainer.max_steps and pruner.parameters > pruner.how.parameters:
             raise UserError(_not_reached(pruner, step))
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        """Save what is kept before the weights of the same step."""
+        """Save the kept units before the weights of the same step."""
         if trainer.is_global_zero:
             self.pruner.state.save(state_file(self._job.folder, trainer.global_step))
 
 
 def _not_reached(pruner: Pruner, steps: int) -> str:
-    """Return how far pruning has come, and how many steps more it would take at the pace that it had."""
+    """Return the error message: how far pruning has come, and how many more steps it would take at the same pace."""
     whole, left, target = pruner.space.shape.parameters, pruner.parameters, int(pruner.how.parameters)
     removals = len(pruner.state.removals)
     each = max(1, (whole - left) // max(1, removals))
     more = -(-(left - target) // each)
     return (
         f"After all {steps:,} steps and {removals:,} removals the model has {left:,} parameters, not {target:,}; at "
-        f"this pace it takes about {more:,} removals more, so {more * pruner.how.every:,} steps. Give more tokens, "
-        "remove more at once, or say pace: linear."
+        f"this pace it needs about {more:,} more removals, or {more * pruner.how.every:,} more steps; train on more "
+        "tokens, remove more at once, or set pace: linear."
     )

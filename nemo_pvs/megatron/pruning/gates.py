@@ -1,9 +1,9 @@
 """Gates on a Megatron model: factors of its KV groups, FFN channels, layers and hidden channels.
 
-A gate of zero takes its unit out of the computation as if the weights were gone, the norms included; a gate of one
+A gate of zero removes its unit from the computation as if its weights did not exist, also in the norms; a gate of one
 changes nothing, not even the rounding. So a method that learns what to keep, or removes units while it trains, works
-on a model whose tensors never change their shapes. The gates lie outside of the model: plain tensors of all units of
-the whole model on every rank, of which each rank uses its part.
+on a model whose tensors never change shape. The gates are not part of the model: they are plain tensors for all units
+of the whole model on every rank, and each rank uses its part.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if HAVE_TE:
 class GatedRMSNorm(RMSNorm):
     """An RMSNorm over the hidden channels that are kept, as in Sheared LLaMA (arXiv 2310.06694).
 
-    The variance is the mean over channels whose gate is not zero, ``eps`` beside it as ever, and the output is
-    multiplied by the gates; which channels are kept has no gradient.
+    The mean square, to which ``eps`` is added as usual, is taken over the channels whose gate is not zero, and the
+    output is multiplied by the gates. Which channels are kept has no gradient.
     """
 
     def __init__(self, config, hidden_size, eps=1e-5, **_):
@@ -42,8 +42,8 @@ class GatedRMSNorm(RMSNorm):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Normalise ``states`` [..., d].
 
-        With k of d channels, sum/k + eps = (sum/d + eps k/d) d/k: PyTorch's own norm of the channels that are left,
-        with a smaller eps and a factor sqrt(k/d) in its weight.
+        With k of d channels, sum/k + eps = (sum/d + eps k/d) d/k: this is PyTorch's norm of the states with removed
+        channels set to zero, with eps k/d for eps and its weight multiplied by sqrt(k/d).
         """
         gates = self.current()
         if gates is None:
@@ -54,9 +54,9 @@ class GatedRMSNorm(RMSNorm):
 
 
 def gated_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Return the layers of this stage with norms that can be gated, not fused into the linear layers behind them.
+    """Return the layers of this stage with norms that can be gated, not fused into the linear layers that follow.
 
-    For ``transformer_layer_spec`` of a config; checkpoints have the names that they always have.
+    This is for ``transformer_layer_spec`` of a config; the names in checkpoints do not change.
     """
     if HAVE_TE:
         layer = transformer_engine_layer_spec(config)
@@ -76,12 +76,12 @@ def gated_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> Transfor
 
 
 def install_gates(model: torch.nn.Module, current: Callable[[], Gates | None]) -> None:
-    """Let the gates act on every forward pass of a model from now on.
+    """Apply gates in every forward pass of a model from now on.
 
     Args:
-        model: The GPTModel of a pipeline stage, or of a piece of one, whose config had ``gated_layer_spec``; before it
-            is wrapped for data parallelism or after that.
-        current: Returns the gates to be used by a pass; None for the dense model.
+        model: The GPTModel of a pipeline stage, or of a chunk of one, built with ``gated_layer_spec``; it may or may
+            not be wrapped for data parallelism yet.
+        current: Returns the gates to use in a pass; None for the dense model.
 
     Raises:
         UserError: the model was built with other norms.
@@ -89,7 +89,7 @@ def install_gates(model: torch.nn.Module, current: Callable[[], Gates | None]) -
     layers = list(model.decoder.layers)
     norms = [module for module in model.modules() if isinstance(module, GatedRMSNorm)]
     if len(norms) < 2 * len(layers):
-        raise UserError("Gates need norms of their own; build the model with transformer_layer_spec=gated_layer_spec.")
+        raise UserError("Gates need unfused norms; build the model with transformer_layer_spec=gated_layer_spec.")
     for norm in norms:
         norm.current = current
     for layer in layers:
@@ -108,7 +108,7 @@ def install_gates(model: torch.nn.Module, current: Callable[[], Gates | None]) -
 
 @dataclass
 class _Sites:
-    """Hooks of the places in one layer where gates act."""
+    """Hooks that apply the gates in one layer."""
 
     current: Callable[[], Gates | None]
     layer: int
@@ -120,34 +120,35 @@ class _Sites:
         gates = self.current()
         if gates is None:
             return None
-        own = self._own(gates.groups)
-        factors = own.repeat_interleave(inputs[0].shape[-1] // len(own))
+        groups = self._local(gates.groups)
+        factors = groups.repeat_interleave(inputs[0].shape[-1] // len(groups))
         return (inputs[0] * factors.to(inputs[0].dtype), *inputs[1:])
 
     def intermediate(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Multiply silu(gate) * up, [s, b, f / TP]."""
+        """Multiply silu(gate) * up [s, b, f / TP] by the gates of its FFN channels."""
         gates = self.current()
         if gates is None:
             return None
-        return (inputs[0] * self._own(gates.ffn).to(inputs[0].dtype), *inputs[1:])
+        return (inputs[0] * self._local(gates.ffn).to(inputs[0].dtype), *inputs[1:])
 
     def output(self, module: torch.nn.Module, inputs: Any, outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Multiply what a block adds to the residual stream, [s, b, d] or a part of s, and its bias."""
+        """Multiply what a block adds to the residual stream, [s, b, d] or this rank's part of s, and its bias."""
         gates = self.current()
         if gates is None:
             return None
         factors = gates.layers[self.layer] * gates.hidden
         return tuple(part if part is None else part * factors.to(part.dtype) for part in outputs)
 
-    def _own(self, gates: torch.Tensor) -> torch.Tensor:
+    def _local(self, gates: torch.Tensor) -> torch.Tensor:
         return gates[self.layer].chunk(self.ranks)[self.rank]
 
 
 def gate_gradients(gates: Gates, *, sequence_parallel: bool) -> Gates:
-    """Return the gradients that gates have collected on all ranks, summed over layers and shards, averaged over DP.
+    """Return the gates' gradients from all ranks, summed over stages and shards and averaged over DP.
 
-    A tensor rank has only its own KV groups and FFN channels, and a stage its own layers. Gradients of hidden channels
-    and layers are whole on every tensor rank, unless sequence parallelism gave each a part of the tokens.
+    A tensor rank has gradients only for its own KV groups and FFN channels, and a stage only for its own layers.
+    Gradients of hidden channels and layers are complete on every tensor rank, unless sequence parallelism gives each
+    rank a part of the tokens.
     """
     tensors = gates.tensors
     parts = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]

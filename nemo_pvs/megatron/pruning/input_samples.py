@@ -1,4 +1,4 @@
-"""Samples of what the linear layers of a Megatron model read while it trains, and the Hessians made of them."""
+"""Samples of the inputs of a Megatron model's linear layers while it trains, and Hessians computed from them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import distributed
 from nemo_pvs.pruning.sparse.sparsegpt import Hessian
 
 ROW_PARALLEL = ("self_attention.linear_proj", "mlp.linear_fc2")
-"""Layers of which a tensor rank reads some channels of all tokens."""
+"""Layers whose inputs on a tensor rank are some of the channels, for all tokens."""
 COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1", "output_layer")
-"""Layers of which a tensor rank reads all channels, of all tokens or, with sequence parallelism, of some."""
+"""Layers whose inputs on a tensor rank are all channels, for all tokens or, with sequence parallelism, for some."""
 
 Site = tuple[int | None, str]
-"""Decoder layer, from 0 over all stages, and the name of the linear layer in it; None for the output head."""
+"""Decoder layer, counted from 0 over all stages (None for the output head), and name of the linear layer in it."""
 
 
 class InputSamples:
-    """Inputs of every linear layer of a rank, at evenly spread positions of every sequence.
+    """Inputs of every linear layer of a rank, at evenly spaced positions of every sequence.
 
-    The positions depend on the step's tokens alone, so that every layout samples the same ones.
+    The positions depend only on the step's tokens, so that every layout samples the same ones.
     """
 
     def __init__(self, modules: dict[Site, torch.nn.Module], stride: int, *, sequence_parallel: bool) -> None:
-        """Watch modules from now on; nothing is kept until ``active`` is set.
+        """Install hooks on the modules; nothing is kept until ``active`` is set.
 
         Args:
             modules: Linear layers of this rank.
-            stride: Every how many positions of a sequence one is kept.
-            sequence_parallel: Whether tensor ranks share the tokens out between their column parallel layers.
+            stride: Distance between the positions of a sequence that are kept.
+            sequence_parallel: Whether each tensor rank has only a part of the tokens at column parallel layers.
         """
         self.active = False
         self._stride = stride
@@ -44,22 +44,22 @@ class InputSamples:
         def keep(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
             if self.active and module.training:
                 states = inputs[0].detach()
-                before = 0
+                first = 0
                 if self._sequence_parallel and site[1] in COLUMN_PARALLEL:
-                    before = len(states) * parallel_state.get_tensor_model_parallel_rank()
-                self._kept[site].append(states[-before % self._stride :: self._stride].flatten(0, 1))
+                    first = len(states) * parallel_state.get_tensor_model_parallel_rank()
+                self._kept[site].append(states[-first % self._stride :: self._stride].flatten(0, 1))
 
         return keep
 
     def clear(self) -> None:
-        """Forget the samples of a step."""
+        """Discard the samples of a step."""
         for kept in self._kept.values():
             kept.clear()
 
     def hessian(self, site: Site) -> torch.Tensor:
         """Return the sum of ``x x^T`` over the sampled tokens of all ranks, fp32 [inputs, inputs].
 
-        Every rank that has the layer calls this at the same time.
+        This is a collective over the ranks that have the layer.
         """
         states = torch.cat(self._kept[site])
         group = parallel_state.get_tensor_model_parallel_group()

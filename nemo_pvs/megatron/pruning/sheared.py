@@ -1,4 +1,4 @@
-"""The callback that learns masks together with the weights, inside NeMo's training loop."""
+"""The callback that learns masks together with the weights (Sheared LLaMA, 2310.06694), in NeMo's training loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_pvs.training.job import TrainingJob
 
 
 def learn_masks(job: TrainingJob) -> list[run.Config]:
-    """Return the callback of a run that learns masks; none for any other."""
+    """Return the callback of a run that learns masks; an empty list for other runs."""
     if job.masks is None:
         return []
     how = job.masks.how
@@ -44,13 +44,13 @@ def learn_masks(job: TrainingJob) -> list[run.Config]:
 
 
 class LearnMasks(pl.Callback, IOMixin):
-    """Run every step with gates drawn for it, and teach the masks by the gates' gradients.
+    """Draw gates for every step, and train the masks with the gates' gradients.
 
-    Masks are no parameters of Megatron's model: every rank holds all of them (some megabytes for 70 B parameters),
-    draws the same noise, and takes the same step by gradients that are summed over all ranks. So they are fp32 beside
-    bf16 weights, have learning rates of their own, and an interrupted run goes on at another TP x PP x DP. The
-    optimizer of the weights, its gradient norm and its clipping know nothing of them. All micro-batches of a step
-    have the same gates. Validation has the gates that would be exported, of exactly the target shape.
+    Masks are not parameters of Megatron's model: every rank holds all of them (a few megabytes for 70 B parameters),
+    draws the same noise, and takes the same step with gradients summed over all ranks. So they are fp32 even if the
+    weights are bf16, have their own learning rates, and an interrupted run can resume at another TP x PP x DP. They
+    take no part in the weights' optimizer, gradient norm and clipping. All micro-batches of a step use the same gates.
+    Validation uses the gates that would be exported, of exactly the target shape.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class LearnMasks(pl.Callback, IOMixin):
         target_warmup_steps: int = 640,
         seed: int = 0,
     ) -> None:
-        """Prepare.
+        """Store the options.
 
         Args:
-            initial: Checkpoint of the model that is masked.
-            target: Its shape afterwards, as ``Shape.to_dict``.
-            file: Where the masks go when the run has ended.
+            initial: Checkpoint of the model to mask.
+            target: Shape to reach, as ``Shape.to_dict`` returns it.
+            file: File for the masks, written at the end of the run.
             path: Metrics file.
-            peak: Learning rate of the weights at the peak of the schedule that masks follow too.
-            mask_learning_rate: See ``MaskSettings``.
-            multiplier_learning_rate: See there.
-            target_warmup_steps: See there.
-            seed: See there.
+            peak: Peak learning rate of the weights; the masks' learning rate follows the same schedule.
+            mask_learning_rate: Peak learning rate of the masks.
+            multiplier_learning_rate: Learning rate of the Lagrange multipliers.
+            target_warmup_steps: Steps over which the target sparsity rises to its final value.
+            seed: Seed for the mask noise.
         """
         self.initial = initial
         self.target = target
@@ -90,9 +90,13 @@ class LearnMasks(pl.Callback, IOMixin):
         self._rate = 0.0
 
     def on_train_start(self, trainer, pl_module):
-        """Make the masks, or those of the interrupted run, and let gates act on the model."""
+        """Create the masks, or restore those of an interrupted run, and install gates in the model.
+
+        Raises:
+            RuntimeError: the model's config has per-token losses.
+        """
         if pl_module.config.calculate_per_token_loss:
-            raise RuntimeError("Gradients of gates are those of a mean loss; switch calculate_per_token_loss off.")
+            raise RuntimeError("Gates need the gradient of a mean loss; switch calculate_per_token_loss off.")
         parent, device = shape_of(NemoSource(self.initial)), torch.device(torch.cuda.current_device())
         self._masks = MaskLearner(parent, Shape.from_dict(self.target), self.settings, device)
         if self._restored:
@@ -103,13 +107,13 @@ class LearnMasks(pl.Callback, IOMixin):
             install_gates(model, lambda: self._gates)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """Draw the gates of a step; they depend on its number alone."""
+        """Draw the gates of a step; their noise depends only on the step's number."""
         self._step = trainer.global_step
         self._rate = trainer.optimizers[0].param_groups[0]["lr"]
         self._gates = self._masks.draw(self._step).requires_grad_()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Take the masks' own step, before the checkpoint of the step is written; Lightning calls that last."""
+        """Update the masks before the checkpoint of the step is written; Lightning runs checkpoint callbacks last."""
         gradients = gate_gradients(self._gates, sequence_parallel=self._sequence_parallel)
         self._masks.learn(self._step, gradients, self._rate / self.peak)
         self._gates = None
@@ -122,7 +126,7 @@ class LearnMasks(pl.Callback, IOMixin):
                     "step": trainer.global_step,
                     "sparsities": sparsities,
                     "targets": self._masks.targets,
-                    "multipliers": {unit: one.tolist() for unit, one in self._masks.multipliers.items()},
+                    "multipliers": {unit: pair.tolist() for unit, pair in self._masks.multipliers.items()},
                 },
             )
             closed = ", ".join(f"{unit} {share:.2%}" for unit, share in sparsities.items())
@@ -136,13 +140,13 @@ class LearnMasks(pl.Callback, IOMixin):
             self._gates = self._masks.deterministic()
 
     def on_validation_end(self, trainer, pl_module):
-        """Go back to drawn gates."""
+        """Return to the dense model until the next step draws gates."""
         self._gates = None
 
     def state_dict(self):
-        """Return what goes into every checkpoint; it is the same on every rank."""
+        """Return the masks' state for a checkpoint; it is the same on every rank."""
         return {} if self._masks is None else deepcopy(self._masks.state_dict())
 
     def load_state_dict(self, state_dict):
-        """Keep what a checkpoint held until training starts."""
+        """Keep the state from a checkpoint until training starts."""
         self._restored = state_dict

@@ -1,4 +1,4 @@
-"""The tensors of a Megatron rank by the units of their rows and columns, and what the rank updates of them."""
+"""The tensors of a Megatron rank with the units of their rows and columns, and the ranges that the rank updates."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class UnitTensor:
     rows: torch.Tensor
     columns: torch.Tensor
     counts: bool
-    """Whether no other rank has the same weights."""
+    """Whether this rank counts these weights; of ranks with the same weights only one does."""
     masks: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Which rows and columns are kept; None as long as all are."""
+    """Which rows and columns are kept; None while all are."""
 
 
 @dataclass
@@ -42,13 +42,13 @@ class UnitShard:
     rectangles: list[tuple[slice, slice, slice]] = field(default_factory=list)
 
     def views(self, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice, slice]]:
-        """Yield the rectangles of a tensor that has the shard's size, with their rows and columns."""
+        """Yield the rectangles of a tensor of the shard's size, with their rows and columns."""
         flat = values.detach().view(-1)
-        for rows, columns, place in self.rectangles:
-            yield flat[place].view(rows.stop - rows.start, columns.stop - columns.start), rows, columns
+        for rows, columns, flat_range in self.rectangles:
+            yield flat[flat_range].view(rows.stop - rows.start, columns.stop - columns.start), rows, columns
 
     def zero_removed(self, values: torch.Tensor) -> None:
-        """Set what values of the shard's size have of removed units to zero; some of the tensor's are."""
+        """Set the entries of removed units in a tensor of the shard's size to zero; ``masks`` must not be None."""
         assert self.tensor.masks
         kept_rows, kept_columns = self.tensor.masks
         for part, rows, columns in self.views(values):
@@ -56,13 +56,22 @@ class UnitShard:
 
     @property
     def moments(self) -> list[torch.Tensor]:
-        """What the optimizer remembers of each weight."""
+        """The optimizer's moments of the shard's weights."""
         states = self.optimizer.optimizer.state.get(self.main, {}).values()
         return [state for state in states if isinstance(state, torch.Tensor) and state.numel() == self.main.numel()]
 
 
 def rectangles(start: int, count: int, width: int) -> list[tuple[slice, slice, slice]]:
-    """Return the at most three rectangles of a range of a flattened matrix: rows, columns, and where in the range."""
+    """Split a range of a flattened matrix into at most three rectangles.
+
+    Args:
+        start: First element of the range.
+        count: Number of elements.
+        width: Columns of the matrix.
+
+    Returns:
+        For each rectangle its rows, its columns, and its part of the range.
+    """
     end = start + count
     first, last = -(-start // width), end // width
     if first > last:
@@ -89,8 +98,9 @@ def unit_tensors(
         rows, columns = space.of_tensor(entry, rank=rank, ranks=ranks)
         if (len(rows), len(columns)) != (len(parameter), parameter[0].numel()):
             raise UserError(
-                f"{name} is {tuple(parameter.shape)}, not {(len(rows), len(columns))} as its units are; the "
-                "vocabulary may be padded, which pruning while training does not know."
+                f"{name} has the shape {tuple(parameter.shape)}, but its units need {(len(rows), len(columns))}; if "
+                "the vocabulary is padded, choose a tensor parallel size that divides it, as pruning while training "
+                "does not support padding."
             )
         copied = getattr(parameter, "shared", False) or (entry.tensor_parallel_axis is None and rank > 0)
         yield parameter, UnitTensor(entry, rows.to(device), columns.to(device), not copied)
@@ -99,7 +109,7 @@ def unit_tensors(
 def unit_shards(
     optimizers: Sequence[MegatronOptimizer], tensors: dict[torch.nn.Parameter, UnitTensor]
 ) -> Iterator[UnitShard]:
-    """Yield what this rank updates of each tensor.
+    """Yield the range of each tensor that this rank updates.
 
     Raises:
         UserError: an optimizer hides its weights.
@@ -118,13 +128,13 @@ def unit_shards(
 def linear_layers(models: list[GPTModel], space: UnitSpace) -> dict[Site, torch.nn.Module]:
     """Return the linear layers of this rank, in the order of the layers.
 
-    A tied output head is left out: what would make up for a channel in it would change the embedding.
+    A tied output head is left out: compensating for a channel in it would change the embedding.
     """
-    found: dict[Site, torch.nn.Module] = {}
+    linear: dict[Site, torch.nn.Module] = {}
     for model in models:
         for layer in model.decoder.layers:
             for name in (*COLUMN_PARALLEL[:2], *ROW_PARALLEL):
-                found[layer.layer_number - 1, name] = layer.get_submodule(name)
+                linear[layer.layer_number - 1, name] = layer.get_submodule(name)
         if model.post_process and not space.shape.tied:
-            found[None, "output_layer"] = model.output_layer
-    return found
+            linear[None, "output_layer"] = model.output_layer
+    return linear
