@@ -93,8 +93,8 @@ def _redirections() -> Iterator[tuple[Any, str, Any]]:
     restore = distributed_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
     yield distributed_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", torch.no_grad()(restore)
 
-    # The checkpoint writer spawns a helper process of 200 MB that imports the main module again and would never exit if
-    # its rank were killed. Ours is forked, as the writer's own workers are, and dies with its rank.
+    # The checkpoint writer spawns a helper process of 200 MB that imports the main module again and would never exit
+    # if its rank were killed. Ours is forked, as the writer's own workers are, and dies with its rank.
     writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     yield writer, "_get_write_results_queue", _write_results_queue
 
