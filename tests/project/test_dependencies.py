@@ -36,3 +36,13 @@ def test_every_import_is_declared() -> None:
     owners = packages_distributions()
     missing = {name: owners.get(name) for name in imported if declared.isdisjoint(map(_plain, owners.get(name, [])))}
     assert not missing
+
+
+def test_every_package_is_in_the_wheel():
+    """Setuptools takes them from a list, because recipes, conversions and launch lie outside of nemo_pvs/."""
+    block = re.search(r"^packages = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert block
+    listed = re.findall(r'"([\w.]+)"', block[1])
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "nemo_pvs").rglob("*.py")}
+    data = {"nemo_pvs.recipes", "nemo_pvs.conversions", "nemo_pvs.launch"}
+    assert set(listed) == data | {".".join(folder.parts) for folder in folders}
