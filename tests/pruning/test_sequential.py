@@ -275,7 +275,7 @@ def test_another_pruning_in_the_folder(tmp_path: Path) -> None:
         ("block, compat, damping, method", (source, tokens, SparseGPT(Sparsity(0.5)))),
     ]
     for differing, arguments in others:
-        with pytest.raises(UserError, match=f"interrupted, with another {differing};"):
+        with pytest.raises(UserError, match=f"an interrupted pruning with another {differing};"):
             prune_layers(*arguments, folder)
     replaced = state(prune_layers(*others[2][1], folder, overwrite=True))
     assert_same(replaced, state(prune_layers(*others[2][1], tmp_path / "fresh")))
