@@ -1,9 +1,9 @@
-"""Start the ranks of training jobs: forked here on a CPU, by torchrun on GPUs, or as whatever launched us.
+"""Start the ranks of training jobs: forked on a CPU, by torchrun on GPUs; or run as a rank that was started already.
 
-Run as ``python -m nemo_pvs.megatron.launch JOB...``; with ``--slurm`` before the jobs, as each task that srun starts;
-or with ``-`` to read job files from standard input, one a line, and answer each with a line that holds its exit code.
-SIGTERM and SIGUSR1 go on to the ranks, which save and end with ``PREEMPTED``. Importing this module is cheap on
-purpose: Megatron's checkpoint writer spawns a helper that imports the main module again.
+Run it as ``python -m nemo_pvs.megatron.launch JOB...``; with ``--slurm`` before the jobs in each srun task,
+or with ``-`` to read paths of job files from standard input, one per line, and answer each with its exit code. SIGTERM
+and SIGUSR1 are forwarded to the ranks, which save and exit with ``PREEMPTED``. Importing this module is cheap: NeMo is
+imported only to train.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_t
 
 
 def main(arguments: list[str]) -> int:
-    """Train every job that is named, one after the other; return the first exit code that is not 0."""
+    """Train the jobs in order until one fails; return its exit code, or 0."""
     if arguments == ["-"]:
         return _serve()
     try:
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(job: TrainingJob) -> int:
-    """Be one of the ranks of a job, or start them; one process has the lock of the job's folder."""
+    """Run one rank of a job, or start all of them; a single process holds the lock of the job's folder."""
     found = rank_environment()
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         with locked_folder(job.folder):
@@ -58,7 +58,7 @@ def _run(job: TrainingJob) -> int:
 
 
 def _take_rank_from_slurm() -> None:
-    """Set the environment of torchrun from that of srun; MASTER_ADDR comes from the batch script.
+    """Set torchrun's environment variables from srun's; MASTER_ADDR comes from the batch script.
 
     Raises:
         UserError: srun did not start this process.
@@ -79,7 +79,7 @@ def _take_rank_from_slurm() -> None:
 
 
 def _serve() -> int:
-    """Train the jobs that standard input names; the libraries' own output must not mix with the answers."""
+    """Train the jobs that standard input names; libraries' output goes to standard error, apart from the answers."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -96,7 +96,7 @@ def _start(job: TrainingJob) -> int:
 def _training() -> ModuleType:
     """Import NeMo, and return the module that trains with it.
 
-    The garbage collector would go through all of NeMo again and again while it is imported, and once in each rank.
+    The garbage collector would traverse all of NeMo repeatedly during the import, and once more in each rank.
     """
     gc.disable()
     import_megatron()
@@ -108,7 +108,7 @@ def _training() -> ModuleType:
 
 
 def _torchrun(job: TrainingJob) -> int:
-    """Run the job's ranks under torchrun; their output goes to the job's log."""
+    """Run the job's ranks under torchrun, with their output in the job's log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(job.layout.processes), "-m", "nemo_pvs.megatron.launch", str(job.save())]
     with (
@@ -122,7 +122,7 @@ def _torchrun(job: TrainingJob) -> int:
 
 
 def _fork_ranks(job: TrainingJob) -> int:
-    """Fork the job's ranks from this process, which imports NeMo once for all jobs and ranks."""
+    """Fork the job's ranks from this process, so that NeMo is imported once for all jobs and ranks."""
     train_on_cpu = _training().train_on_cpu
     context = multiprocessing.get_context("fork")
     port = _free_port()
@@ -145,7 +145,7 @@ def _fork_ranks(job: TrainingJob) -> int:
 
 
 def _wait(ranks: list[multiprocessing.Process]) -> int:
-    """Wait until every rank has ended, or one has failed; return its exit code."""
+    """Wait until one rank fails, and return its exit code, or until all have ended, and return 0."""
     waiting = {process.sentinel: process for process in ranks}
     while waiting:
         for sentinel in multiprocessing.connection.wait(list(waiting)):
@@ -157,7 +157,7 @@ def _wait(ranks: list[multiprocessing.Process]) -> int:
 
 
 def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
-    """Be one rank: environment as torchrun sets it, output into the job's log, dead as soon as the launcher is."""
+    """Run one rank: with torchrun's environment variables, output to the job's log, killed when the launcher dies."""
     die_with_parent()
     os.environ.update(
         MASTER_ADDR="127.0.0.1",

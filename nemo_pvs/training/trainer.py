@@ -1,4 +1,4 @@
-"""Run training jobs from the light process: keep a launcher, show progress, hand over the trained checkpoint."""
+"""Run training jobs without importing NeMo: start a launcher, show progress, return the trained checkpoint."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class PreemptedError(TrainingError):
-    """A training run was asked to stop and has saved."""
+    """A training run has saved and stopped on a signal."""
 
     exit_code = PREEMPTED
 
 
 class Trainer:
-    """Trains jobs one after the other in processes of their own, which import NeMo once for all of them.
+    """Trains jobs one after another in child processes, which import NeMo once for all jobs.
 
-    The launcher starts with the first job and ends with the ``with`` block, its ranks with it.
+    The launcher starts with the first job; it and its ranks end with the ``with`` block.
     """
 
     def __init__(self, log: Path) -> None:
-        """Prepare; ``log`` takes what the launcher prints while it imports NeMo."""
+        """Store ``log``, the file for the launcher's own output, such as warnings while it imports NeMo."""
         self._log = log
         self._launcher: subprocess.Popen[str] | None = None
         self._answers: SimpleQueue[str] = SimpleQueue()
@@ -55,13 +55,13 @@ class Trainer:
             self._launcher.wait()
 
     def train(self, job: TrainingJob) -> Path:
-        """Train ``job``, going on where an earlier attempt stopped, and return its last checkpoint.
+        """Train ``job``, resuming an earlier attempt, and return its last checkpoint.
 
         Raises:
-            PreemptedError: SIGTERM or SIGUSR1 came, and the ranks have saved.
+            PreemptedError: the ranks have saved and stopped on SIGTERM or SIGUSR1.
             TrainingError: a rank failed.
-            UserError: the optimizer's state that it begins with is gone, its initial weights are damaged, or another
-                command trains the job.
+            UserError: the optimizer state to start from is missing, the initial weights or the teacher are damaged,
+                or another command is training the job.
         """
         with locked_folder(job.folder):
             return _with_manifest(last_checkpoint(job) if is_finished(job) else self._train(job))
@@ -108,7 +108,7 @@ class Trainer:
 
 
 def _launch(log: Path) -> subprocess.Popen[str]:
-    """Start a launcher, which reads job files and writes exit codes; ``log`` takes what it says besides."""
+    """Start a launcher, which reads paths of job files and writes exit codes; ``log`` receives its other output."""
     with open(log, "a") as errors:
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "nemo_pvs.megatron.launch", "-"],
@@ -121,16 +121,16 @@ def _launch(log: Path) -> subprocess.Popen[str]:
 
 
 def is_finished(job: TrainingJob) -> bool:
-    """Return whether the checkpoint of the job's last step is there and whole, wherever it was trained."""
+    """Return whether the checkpoint of the job's last step exists and is intact."""
     newest, _ = newest_sound(job.checkpoints)
     return newest is not None and newest.name == checkpoint_name(job.training.steps)
 
 
 def last_checkpoint(job: TrainingJob) -> Path:
-    """Return the newest checkpoint of a job that is finished and whole.
+    """Return the newest intact checkpoint of a job.
 
     Raises:
-        TrainingError: there is none.
+        TrainingError: there is no intact checkpoint.
     """
     newest, _ = newest_sound(job.checkpoints)
     if newest is None:
@@ -139,7 +139,7 @@ def last_checkpoint(job: TrainingJob) -> Path:
 
 
 def _check_weights(job: TrainingJob) -> None:
-    """Read what Megatron is about to read, which compares it with its manifest, because Megatron does not."""
+    """Read the checkpoints that Megatron is about to load, to verify their checksums, because Megatron does not."""
     models = {"initial weights": job.initial, "teacher": job.teacher}
     for name, path in models.items():
         if path is not None:
@@ -148,10 +148,10 @@ def _check_weights(job: TrainingJob) -> None:
 
 
 def _with_manifest(checkpoint: Path) -> Path:
-    """Give a trained checkpoint the manifest that those have which we write ourselves; return the checkpoint.
+    """Write the manifest of a trained checkpoint, unless it has one, and return the checkpoint.
 
-    It is what the run hands on. Checkpoints on the way are not read back; damage to them is noticed by the checksums
-    that PyTorch keeps in their files.
+    Only the final checkpoint is used after the run. Intermediate ones get no manifest; the checksums that PyTorch
+    stores in their files reveal damage.
     """
     if Manifest.read(checkpoint) is None:
         with progress(f"checksums of {checkpoint.name}", "parameters") as show:
@@ -171,7 +171,7 @@ def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]
 
 
 def latest(curve: metrics.Metrics) -> str:
-    """Return what was measured last: loss and speed, and validation loss and zeros where there are any."""
+    """Format the latest loss and speed, and the latest validation loss and share of zeros if there are any."""
     last = curve.training[-1]
     note = f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s"
     if curve.validation:
