@@ -56,7 +56,7 @@ def test_every_candidate_has_the_loss_of_its_own_model(model: Any) -> None:
     for candidate in found:
         expected = loss_by_transformers(source, plan_joint(scores, candidate.shape), tokens.ids)
         assert candidate.loss == pytest.approx(expected, rel=1e-5)
-        assert candidate.latency == FLOPS(candidate.shape)
+        assert candidate.flops_per_token == FLOPS(candidate.shape)
     assert ranking.tokens_read == 4 * 25 * len(shapes)
     assert ranking.flops == sum(round(4 * 25 * FLOPS(shape)) for shape in shapes)
 
