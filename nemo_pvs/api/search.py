@@ -112,10 +112,10 @@ def search(
         >>> import nemo_pvs as pvs
         >>> scores = pvs.calibrate(model, folder / "scores", data=text, samples=2, sequence_length=16)
         >>> best = pvs.search(
-        ...     model, folder / "scores", folder / "best.json", parameters=1.3e5, layers_step=1, hidden_step=0
+        ...     model, folder / "scores", folder / "best.json", parameters=1.5e5, tolerance=0.1, hidden_step=0, ffn_step=16
         ... )
-        >>> best.shape.parameters <= 1.05 * 1.3e5, best.candidates[0].loss <= best.candidates[-1].loss
-        (True, True)
+        >>> [candidate.shape.ffn for candidate in best.candidates], best.shape.ffn == best.candidates[0].shape.ffn
+        ([80, 64], True)
     """
     out = Path(out)
     check_new_file(out, overwrite=overwrite)

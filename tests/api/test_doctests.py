@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 import nemo_pvs as pvs
+from nemo_pvs.system.progress import console
 
 FUNCTIONS = [name for name in pvs.__all__ if inspect.isfunction(getattr(pvs, name))]
 TRAINS = {"train", "run"}
+TALKS = {"prune"}
+"""They say what they do while they work; the others print nothing in a log but progress, after 20 seconds."""
 
 
 def examples_of(name: str, namespace: dict[str, Any]) -> doctest.DocTest:
@@ -25,7 +28,10 @@ def examples_of(name: str, namespace: dict[str, Any]) -> doctest.DocTest:
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in TRAINS])
-def test_the_example_in_a_docstring_runs(name: str, namespace: dict[str, Any]) -> None:
+def test_the_example_in_a_docstring_runs(
+    name: str, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "quiet", name in TALKS)
     said: list[str] = []
     runner = doctest.DocTestRunner()
     runner.run(examples_of(name, namespace), out=said.append)
