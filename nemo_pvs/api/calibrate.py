@@ -43,7 +43,7 @@ def calibrate(
         sequence_length: Tokens per sequence.
         seed: Which windows of the text; -1 for consecutive ones.
         loader: Read the text as a reference implementation does (``data.reference_sets.LOADERS``).
-        gradients: Run the backward pass, too, which ``llm-pruner`` and ``adapt-pruner`` need.
+        gradients: Run the backward pass, too, which ``llm-pruner`` needs.
         tensor_parallel: For gradients on Megatron: ranks that share each matrix.
         pipeline_parallel: For gradients on Megatron: ranks that share the layers.
         device: ``cpu`` or ``cuda``; the GPU if there is one.

@@ -112,7 +112,8 @@ def search(
         >>> import nemo_pvs as pvs
         >>> scores = pvs.calibrate(model, folder / "scores", data=text, samples=2, sequence_length=16)
         >>> best = pvs.search(
-        ...     model, folder / "scores", folder / "best.json", parameters=1.5e5, tolerance=0.1, hidden_step=0, ffn_step=16
+        ...     model, folder / "scores", folder / "best.json", parameters=1.5e5, tolerance=0.1, hidden_step=0,
+        ...     ffn_step=16,
         ... )
         >>> [candidate.shape.ffn for candidate in best.candidates], best.shape.ffn == best.candidates[0].shape.ffn
         ([80, 64], True)

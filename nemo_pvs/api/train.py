@@ -93,8 +93,8 @@ def train(
         random_init: Keep the architecture and draw the weights: the baseline.
         keep_parent_embeddings: With ``random_init``: keep embedding and norms, as the published sparse baseline does.
         initialisation: With ``random_init``: ``megatron`` (the default), ``maxtext`` or ``normal``.
-        clip_before_mask: For a sparse model: clip by a norm that counts the gradients of pruned weights, as the
-            published runs did.
+        clip_before_mask: For a sparse model: clip by a norm that includes the gradients of pruned weights,
+            as the published runs did.
         seed: Seed for random weights, and for the order of the data unless ``data_seed`` is given.
         data_seed: Seed for the order of the data alone.
         first_token: Where in that order to begin, such as after what the parent has read; rounded up to whole steps.

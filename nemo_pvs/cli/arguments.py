@@ -42,7 +42,7 @@ Device = Annotated[
 ActivationMemory = Annotated[
     str,
     typer.Option(
-        help="hidden states held at once; more text is read in several sweeps over the layers",
+        help="hidden states held at once; more text takes several sweeps over the layers",
         rich_help_panel=RESOURCES,
     ),
 ]

@@ -44,7 +44,7 @@ def _version(version: bool = typer.Option(False, "--version", help="print the ve
 
 
 def main() -> None:
-    """Run the command line; exit with 2 for a mistake that the user can mend, 1 for a run that failed."""
+    """Run the command line; exit with 2 for a mistake that the user can fix, 1 for a run that failed."""
     # PyTorch warns on import about a package that NeMo pins and nothing here calls; Megatron about optional kernels.
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")

@@ -87,7 +87,7 @@ def train(
     clip_before_mask: Annotated[
         bool,
         typer.Option(
-            help="for a sparse model: clip by a norm that counts the gradients of pruned weights, as published runs did",
+            help="for a sparse model: clip by a norm that includes pruned weights, as the published runs did",
             rich_help_panel=TRAINING,
         ),
     ] = False,

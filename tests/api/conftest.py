@@ -43,7 +43,13 @@ def namespace(model: Path, text: Path, results: Any, tmp_path: Path) -> dict[str
                 "targets": {"width": {"method": "minitron-width", "ffn": 48}},
                 "calibrate": {"samples": 2, "sequence_length": 16},
                 "evaluate": {"samples": 2, "sequence_length": 16},
-                "train": {"tokens": 64, "sequence_length": 16, "global_batch_size": 2, "validation_samples": 2},
+                "train": {
+                    "tokens": 64,
+                    "sequence_length": 16,
+                    "global_batch_size": 2,
+                    "validation_samples": 2,
+                    "learning_rate": 1e-3,
+                },
             }
         )
     )
