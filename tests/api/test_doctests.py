@@ -47,7 +47,7 @@ def test_the_example_of_what_trains_runs_from_a_notebook(name: str, namespace: d
     wanted = []
     for example in examples_of(name, namespace).examples:
         shown = bool(example.want)
-        lines += [f"print(repr({example.source.strip()}))"] if shown else example.source.splitlines()
+        lines += [f"print(repr(({example.source.strip()})))"] if shown else example.source.splitlines()
         wanted += [example.want.strip()] if shown else []
     body = "\n".join(f"    {line}" for line in lines)
     script = f"import asyncio, pathlib\nasync def cell():\n{body}\nasyncio.run(cell())\n"
