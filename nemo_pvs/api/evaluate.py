@@ -66,7 +66,7 @@ def evaluate(
     ignore_manifest: bool = False,
     force: bool = False,
 ) -> Measurements:
-    """Measure checkpoints on zero-shot and few-shot tasks and by perplexity; what was measured before is not again.
+    """Measure checkpoints on zero-shot and few-shot tasks and by perplexity; what has been measured is not repeated.
 
     Args:
         paths: Checkpoints of any format, one or several.

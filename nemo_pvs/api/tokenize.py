@@ -22,7 +22,7 @@ def tokenize(
     seed: int = 0,
     workers: int = 1,
 ) -> dict[str, dict[str, Any]]:
-    """Turn text into Megatron token files, split by document; an interrupted call goes on, file by file.
+    """Turn text into Megatron token files, split by document; an interrupted call is resumed, file by file.
 
     Args:
         inputs: Text files or folders of them, or ``wikipedia-sample``.
