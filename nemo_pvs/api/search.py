@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_pvs.api.values import compute_of, parse_bytes
+from nemo_pvs.api.values import compute_of, parse_bytes, scores_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import check_new_file
 from nemo_pvs.system.folder_lock import locked_target
 from nemo_pvs.system.progress import progress
 
 if TYPE_CHECKING:
+    from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.model.shape import Shape
     from nemo_pvs.pruning.search.search import Candidate
 
@@ -39,7 +40,7 @@ class SearchResult:
 
 def search(
     source: str | Path,
-    scores: str | Path,
+    scores: str | Path | Scores,
     out: str | Path,
     *,
     parameters: float | None = None,
@@ -73,7 +74,7 @@ def search(
 
     Args:
         source: Checkpoint folder.
-        scores: Folder of ``calibrate``.
+        scores: What ``calibrate`` returned, or its folder.
         out: The JSON file for the best sizes.
         parameters: Budget in parameters.
         memory: Budget for bf16 weights and KV cache, such as ``10GB``.
@@ -112,7 +113,7 @@ def search(
         >>> import nemo_pvs as pvs
         >>> scores = pvs.calibrate(model, folder / "scores", data=text, samples=2, sequence_length=16)
         >>> best = pvs.search(
-        ...     model, folder / "scores", folder / "best.json", parameters=1.5e5, tolerance=0.1, hidden_step=0,
+        ...     model, scores, folder / "best.json", parameters=1.5e5, tolerance=0.1, hidden_step=0,
         ...     ffn_step=16,
         ... )
         >>> [candidate.shape.ffn for candidate in best.candidates], best.shape.ffn == best.candidates[0].shape.ffn
@@ -120,7 +121,6 @@ def search(
     """
     out = Path(out)
     check_new_file(out, overwrite=overwrite)
-    from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
@@ -160,7 +160,7 @@ def search(
         pipeline_parallel=pipeline_parallel,
         fp8=fp8,
     )
-    known = Scores.load(Path(scores), model)
+    known = scores_of(scores, model)
     find = partial(
         rank,
         model,

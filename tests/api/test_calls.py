@@ -13,6 +13,7 @@ import pytest
 import nemo_pvs as pvs
 from nemo_pvs.api.evaluate import Measurement
 from nemo_pvs.checkpoints.source import shape_of
+from tests.conftest import make_tiny_llama
 
 CELL = """\
 import asyncio, sys
@@ -90,6 +91,18 @@ def test_one_path_or_several_of_either_kind(model: Path, text: Path, tmp_path: P
     assert all(rows == found[0] for rows in found)
     assert [row["task"] for row in found[0]] == [f"perplexity/{text}"] * 2
     assert found[0].models[0]["measured"][f"perplexity/{text}/loss"]["value"] == found[0][0]["value"]
+
+
+def test_scores_are_given_as_they_are_or_by_their_folder(model: Path, text: Path, tmp_path: Path) -> None:
+    scores = pvs.calibrate(model, tmp_path / "scores", data=text, samples=2, sequence_length=16)
+    plans = [
+        pvs.prune(model, tmp_path / str(index), "minitron-width", ffn=64, scores=known).plan
+        for index, known in enumerate((scores, tmp_path / "scores"))
+    ]
+    assert plans[0] == plans[1] is not None
+    other = make_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(pvs.UserError, match="measured on another model"):
+        pvs.prune(other, tmp_path / "x", "minitron-width", ffn=64, scores=scores)
 
 
 def test_a_checkpoint_is_opened_whatever_it_is(model: Path, tmp_path: Path) -> None:
