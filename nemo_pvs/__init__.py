@@ -1,3 +1,65 @@
-"""Prune a Llama-family model, keep training it on Megatron, and compare it with training from scratch."""
+"""Prune a Llama-family model, keep training it on Megatron, and compare it with training from scratch.
+
+The Python API: ``import nemo_pvs as pvs``, then ``pvs.prune(...)``. Each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_pvs.api.calibrate import calibrate as calibrate
+    from nemo_pvs.api.convert import convert as convert
+    from nemo_pvs.api.evaluate import evaluate as evaluate
+    from nemo_pvs.api.open_checkpoint import open_checkpoint as open_checkpoint
+    from nemo_pvs.api.prune import prune as prune
+    from nemo_pvs.api.report import report as report
+    from nemo_pvs.api.run import run as run
+    from nemo_pvs.api.search import search as search
+    from nemo_pvs.api.tokenize import tokenize as tokenize
+    from nemo_pvs.api.train import train as train
+    from nemo_pvs.calibration.scores import Scores as Scores
+    from nemo_pvs.errors import UserError as UserError
+    from nemo_pvs.ledger.ledger import Ledger as Ledger
+    from nemo_pvs.model.layout import Layout as Layout
+    from nemo_pvs.model.shape import Shape as Shape
+    from nemo_pvs.pruning.plan import Plan as Plan
+    from nemo_pvs.recipe.load import load_recipe as load_recipe
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Layout": "model.layout",
+    "Ledger": "ledger.ledger",
+    "Plan": "pruning.plan",
+    "Scores": "calibration.scores",
+    "Shape": "model.shape",
+    "UserError": "errors",
+    "calibrate": "api.calibrate",
+    "convert": "api.convert",
+    "evaluate": "api.evaluate",
+    "load_recipe": "recipe.load",
+    "open_checkpoint": "api.open_checkpoint",
+    "prune": "api.prune",
+    "report": "api.report",
+    "run": "api.run",
+    "search": "api.search",
+    "tokenize": "api.tokenize",
+    "train": "api.train",
+}
+"""The module that defines each public name."""
+
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

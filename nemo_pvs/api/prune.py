@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.api.values import compute_of, one_of, tokens_of
+from nemo_pvs.api.values import compute_of, one_of, scores_of, tokens_of
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.convert import describe
@@ -51,7 +51,7 @@ def prune(
     method: str,
     *,
     target: str | Path | None = None,
-    scores: str | Path | None = None,
+    scores: str | Path | Scores | None = None,
     data: str | Path = "wikipedia-sample",
     samples: int = 32,
     sequence_length: int = 256,
@@ -77,7 +77,7 @@ def prune(
         target_folder: The folder to write.
         method: A name that ``pvs methods`` lists.
         target: Sizes as a text, ``hidden=288,ffn=768``, or the file of ``pvs search``; instead of sizes as options.
-        scores: Folder of ``calibrate``; without it a method that needs scores measures them now.
+        scores: What ``calibrate`` returned, or its folder; without it a method that needs scores measures them now.
         data: The calibration text: ``.txt``, ``.jsonl``, ``.parquet``, a folder of them, a token file (``.bin``), or
             ``wikipedia-sample``.
         samples: Sequences of it.
@@ -141,7 +141,7 @@ def prune(
         @cache
         def known_scores() -> Scores:
             if scores:
-                return Scores.load(Path(scores), model)
+                return scores_of(scores, model)
             with progress("calibrate", "layers") as show:
                 return calibrate(model, read_tokens(), gradients=chosen.gradients, **compute, progress=show)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_pvs.errors import UserError
+
+if TYPE_CHECKING:
+    from nemo_pvs.calibration.scores import Scores
+    from nemo_pvs.checkpoints.source import WeightSource
 
 
 def tokens_of(
@@ -44,6 +48,20 @@ def tokens_of(
         tokenizer_sha256=tokenizer_hash(folder),
         **settings,
     )
+
+
+def scores_of(scores: str | Path | Scores, model: WeightSource) -> Scores:
+    """Return scores, or those in a folder, once it is sure that they were measured on ``model``.
+
+    Raises:
+        UserError: they were measured on another model, or the folder holds none.
+    """
+    from nemo_pvs.calibration.scores import Scores
+
+    if isinstance(scores, Scores):
+        scores.check_model(model)
+        return scores
+    return Scores.load(Path(scores), model)
 
 
 def compute_of(device: str | None, activation_memory: str) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-import nemo_pvs
 from nemo_pvs.calibration.gradients import taylor_scores
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.calibration.statistics import ChannelStatistic, CosineDistance, Energy, MeanAbsL2, Moments
@@ -93,7 +93,7 @@ def calibrate(
         "tokens": tokens.manifest,
         "dtype": str(dtype),
         "versions": {
-            "nemo_pvs": nemo_pvs.__version__,
+            "nemo_pvs": version("nemo_pvs"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

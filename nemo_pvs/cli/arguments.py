@@ -9,7 +9,8 @@ import typer
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
 
-TEXT, OUTPUT, PARALLEL, RESOURCES = "Calibration text", "Output", "Parallelism", "Resources"
+TEXT, TRAINING, OUTPUT = "Calibration text", "Training", "Output"
+PARALLEL, RESOURCES = "Parallelism", "Resources"
 """Panels of --help that several verbs have."""
 
 Source = Annotated[
@@ -30,7 +31,7 @@ Loader = Annotated[
 IgnoreManifest = Annotated[
     bool,
     typer.Option(
-        help="read weights that differ from the manifest: changed on purpose by another program",
+        help="read weights that differ from the manifest, because another program changed them on purpose",
         rich_help_panel=RESOURCES,
     ),
 ]
@@ -41,14 +42,14 @@ Device = Annotated[
 ActivationMemory = Annotated[
     str,
     typer.Option(
-        help="hidden states held at once; more text is read in several sweeps over the layers",
+        help="hidden states held at once; more text takes several sweeps over the layers",
         rich_help_panel=RESOURCES,
     ),
 ]
 ParentTokens = Annotated[
     Optional[float],
     typer.Option(
-        help="tokens that the weights were pretrained on, e.g. 15e12, if no ledger says it", rich_help_panel=OUTPUT
+        help="tokens that the weights were pretrained on, e.g. 15e12, if no ledger says so", rich_help_panel=OUTPUT
     ),
 ]
 Text = Annotated[

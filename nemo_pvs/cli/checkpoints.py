@@ -2,116 +2,85 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from nemo_pvs.api.values import one_of, parse_bytes, parse_dtype, tokens_of
-from nemo_pvs.cli.arguments import Destination, IgnoreManifest, Overwrite, Source
-from nemo_pvs.errors import UserError
-from nemo_pvs.system.files import check_new_folder
-from nemo_pvs.system.folder_lock import locked_target
+from nemo_pvs.cli.arguments import OUTPUT, Destination, IgnoreManifest, Overwrite, Source
 from nemo_pvs.system.progress import console, progress
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
 
+INPUT, VERIFICATION = "Input", "Verification"
+"""Panels of --help."""
+
 
 def convert(
     source: Source,
     target: Destination,
-    to: Annotated[Optional[str], typer.Option(help="hf or nemo; the other one of the source by default")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32; as stored by default")] = None,
-    verify: Annotated[str, typer.Option(help="checksum (read back), logits (and run both) or none")] = "checksum",
-    max_shard_size: Annotated[str, typer.Option(help="of a Hugging Face weights file, e.g. 5GB or 500MB")] = "5GB",
-    uneven: Annotated[str, typer.Option(help="keep layers of different sizes, or pad them with zeros")] = "keep",
-    text: Annotated[str, typer.Option(help="for --verify logits: as --data of pvs calibrate")] = "wikipedia-sample",
-    config: Annotated[Optional[str], typer.Option(help="config.json for a bare Megatron-LM folder")] = None,
-    pad_vocab_to_multiple: Annotated[int, typer.Option(help="for NeMo: of the tensor-parallel size")] = 1,
-    allow_nonfinite: Annotated[bool, typer.Option(help="copy NaN and infinite weights instead of refusing")] = False,
+    to: Annotated[
+        Optional[str],
+        typer.Option(help="hf or nemo; by default nemo for a Hugging Face source, else hf", rich_help_panel=OUTPUT),
+    ] = None,
+    dtype: Annotated[
+        Optional[str], typer.Option(help="bf16, fp16 or fp32; as stored by default", rich_help_panel=OUTPUT)
+    ] = None,
+    verify: Annotated[
+        str,
+        typer.Option(
+            help="checksum (read the target back), logits (also run both models) or none", rich_help_panel=VERIFICATION
+        ),
+    ] = "checksum",
+    max_shard_size: Annotated[
+        str,
+        typer.Option(help="largest weights file of a Hugging Face target, e.g. 5GB or 500MB", rich_help_panel=OUTPUT),
+    ] = "5GB",
+    uneven: Annotated[
+        str, typer.Option(help="keep layers of different sizes, or pad them with zeros", rich_help_panel=OUTPUT)
+    ] = "keep",
+    text: Annotated[
+        str, typer.Option(help="text for --verify logits, as --data of pvs calibrate", rich_help_panel=VERIFICATION)
+    ] = "wikipedia-sample",
+    config: Annotated[
+        Optional[str], typer.Option(help="config.json for a bare Megatron-LM folder", rich_help_panel=INPUT)
+    ] = None,
+    pad_vocab_to_multiple: Annotated[
+        int,
+        typer.Option(
+            help="pad the vocabulary of a NeMo target to a multiple of this, such as the tensor-parallel size",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = 1,
+    allow_nonfinite: Annotated[
+        bool, typer.Option(help="copy NaN and infinite weights instead of refusing them", rich_help_panel=INPUT)
+    ] = False,
     ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert between Hugging Face and NeMo, as a stream."""
-    one_of("--verify", verify, ("checksum", "logits", "none"))
-    one_of("--uneven", uneven, ("keep", "pad"))
-    shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
-    check_new_folder(Path(target), overwrite=overwrite)
-    from nemo_pvs.checkpoints.convert import convert as convert_stream
+    from nemo_pvs.api.convert import convert as convert_checkpoint
+
+    converted = convert_checkpoint(
+        source,
+        target,
+        to=to,
+        dtype=dtype,
+        verify=verify,
+        max_shard_size=max_shard_size,
+        uneven=uneven,
+        text=text,
+        config=config,
+        pad_vocab_to_multiple=pad_vocab_to_multiple,
+        allow_nonfinite=allow_nonfinite,
+        ignore_manifest=ignore_manifest,
+        overwrite=overwrite,
+    )
     from nemo_pvs.checkpoints.convert import describe
-    from nemo_pvs.checkpoints.fetch import local_checkpoint
-    from nemo_pvs.checkpoints.open import open_source
-    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 
-    with (
-        ignoring_manifests(ignore_manifest),
-        locked_target(Path(target)),
-        local_checkpoint(source, Path(target)) as folder,
-    ):
-        found = describe(folder, config=config)["format"]
-        wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))
-        reference = _reference(folder, config, text) if verify == "logits" else None
-        with progress(f"convert to {wanted}", "parameters") as show:
-            convert_stream(
-                folder,
-                target,
-                to=wanted,
-                dtype=parse_dtype(dtype),
-                max_shard_bytes=shard_bytes,
-                pad_vocab_to_multiple=pad_vocab_to_multiple,
-                allow_nonfinite=allow_nonfinite,
-                uneven=one_of("--uneven", uneven, ("keep", "pad")),
-                config=config,
-                verify="none" if verify == "none" else "checksum",
-                overwrite=overwrite,
-                progress=show,
-            )
-        console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True)
-        if reference is not None:
-            from nemo_pvs.layerwise.agreement import compare
-
-            model, ids = reference
-            with progress("run both on the same tokens", "layers") as show:
-                agreement = compare(model, open_source(target), ids, progress=show)
-            console.print(f"source and target, {agreement}", soft_wrap=True)
-
-
-def _reference(folder: Path, config: str | None, text: str) -> tuple[Any, Any]:
-    """Return what the logits of a conversion's target are compared with, before there is a target.
-
-    Returns:
-        The source, as Transformers loads it if that is its format, and token ids [4, S] of the text, S being 256 or
-        the context if that is shorter. They are random where the source has no tokenizer.
-
-    Raises:
-        UserError: the source cannot be run, or not on this text.
-    """
-    import torch
-
-    from nemo_pvs.checkpoints.huggingface.as_transformers_loads import AsTransformersLoads
-    from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
-    from nemo_pvs.checkpoints.open import open_source
-    from nemo_pvs.data.assets import tokenizer_among
-
-    source = open_source(folder, config)
-    # The layers run without a mask, so a text is no longer than the attention window either.
-    limits = [source.config.get(name) for name in ("max_position_embeddings", "sliding_window")]
-    length = min([256, *(limit for limit in limits if limit is not None)])
-    vocab = source.config["vocab_size"]
-    tokenizer = tokenizer_among(source.assets)
-    if tokenizer is None and not text.endswith(".bin"):
-        console.print("The source has no tokenizer, so the logits are compared on random tokens.", soft_wrap=True)
-        ids = torch.randint(vocab, (4, length), generator=torch.Generator().manual_seed(0))
-    else:
-        ids = tokens_of(tokenizer or folder, text, samples=4, sequence_length=length, seed=0).ids
-    if int(ids.max()) >= vocab:
-        raise UserError(
-            f"The text {text} has the token {int(ids.max())}, but the model's vocabulary has {vocab} entries; for "
-            "--verify logits give a --text that was tokenised for this model, or use --verify checksum."
-        )
-    model = AsTransformersLoads(folder) if isinstance(source, HuggingFaceSource) else source
-    return model, ids
+    console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True)
+    if converted.agreement is not None:
+        console.print(f"source and target, {converted.agreement}", soft_wrap=True)
 
 
 def inspect(

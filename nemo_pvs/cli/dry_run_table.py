@@ -95,7 +95,7 @@ def _targets_table(plan: DryRun) -> Table:
 
 
 def _ranks(layout: Parallelism) -> str:
-    """Return TP x PP x DP, and behind it what else is not as usual."""
+    """Return TP x PP x DP, followed by whatever else is not the default."""
     more = {
         "VPP": layout.virtual_pipeline,
         "first stage": layout.first_stage_layers,

@@ -7,83 +7,105 @@ from typing import Annotated, Optional
 
 import typer
 
-from nemo_pvs.api.values import compute_of, one_of, parse_dtype
-from nemo_pvs.cli.arguments import ActivationMemory, Device, IgnoreManifest
-from nemo_pvs.errors import UserError
-from nemo_pvs.system.folder_lock import locked_folder
-from nemo_pvs.system.output_paths import check_folder
+from nemo_pvs.cli.arguments import OUTPUT, ActivationMemory, Device, IgnoreManifest
 from nemo_pvs.system.progress import console
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
 
-_BACKENDS = ("auto", "transformers", "megatron")
+TASKS, TEXTS, ENGINE = "Tasks", "Perplexity", "Engine"
+"""Panels of --help."""
 
 
 def evaluate(
-    paths: Annotated[list[str], typer.Argument(help="checkpoints of any format, also ones that training left")],
+    paths: Annotated[list[str], typer.Argument(help="checkpoints of any format, also those that training left")],
     tasks: Annotated[
         Optional[str],
         typer.Option(
-            help="paper, names of lm-eval's tasks (winogrande:5 for five shots) or a folder of its YAML files"
+            help="paper, names of lm-eval's tasks (winogrande:5 for five shots) or a folder of its YAML files",
+            rich_help_panel=TASKS,
         ),
     ] = None,
     perplexity: Annotated[
         Optional[list[str]],
-        typer.Option(help="c4, wikitext, cnn_dailymail, wikipedia-sample, a text of your own, or none; repeatable"),
+        typer.Option(
+            help="c4, wikitext, cnn_dailymail, wikipedia-sample, a text of your own, or none; repeatable",
+            rich_help_panel=TEXTS,
+        ),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="take only the first so many documents of each task")] = None,
-    samples: Annotated[Optional[int], typer.Option(help="windows of each text at most; 64, or the preset's")] = None,
-    sequence_length: Annotated[Optional[int], typer.Option(help="tokens a window; 512, or the preset's")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="maximum documents per task", rich_help_panel=TASKS)] = None,
+    samples: Annotated[
+        Optional[int], typer.Option(help="maximum windows per text; 64, or the preset's", rich_help_panel=TEXTS)
+    ] = None,
+    sequence_length: Annotated[
+        Optional[int], typer.Option(help="tokens per window; 512, or the preset's", rich_help_panel=TEXTS)
+    ] = None,
     stride: Annotated[
-        Optional[int], typer.Option(help="sliding windows this many tokens apart, instead of chunks")
+        Optional[int],
+        typer.Option(help="sliding windows this many tokens apart, instead of chunks", rich_help_panel=TEXTS),
     ] = None,
-    task_data: Annotated[str, typer.Option(help="folder of downloaded data sets, <owner>/<name> each")] = "task_data",
-    out: Annotated[str, typer.Option(help="folder for results.json and every measurement")] = "runs/evaluation",
+    task_data: Annotated[
+        str, typer.Option(help="folder of downloaded data sets, <owner>/<name> each", rich_help_panel=TASKS)
+    ] = "task_data",
+    out: Annotated[
+        str, typer.Option(help="folder for results.json and every measurement", rich_help_panel=OUTPUT)
+    ] = "runs/evaluation",
     backend: Annotated[
-        str, typer.Option(help="what answers tasks: megatron, transformers; auto is megatron for NeMo checkpoints")
+        str,
+        typer.Option(
+            help="what answers tasks: megatron, transformers; auto is megatron for NeMo checkpoints",
+            rich_help_panel=ENGINE,
+        ),
     ] = "auto",
     device: Device = None,
-    dtype: Annotated[Optional[str], typer.Option(help="bf16, fp16 or fp32")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="requests a batch; found out by default")] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="Megatron ranks that share each matrix")] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="Megatron ranks that share the layers")] = 1,
+    dtype: Annotated[
+        Optional[str], typer.Option(help="bf16, fp16 or fp32; that of the device by default", rich_help_panel=ENGINE)
+    ] = None,
+    batch_size: Annotated[
+        Optional[int], typer.Option(help="requests per batch; found by default", rich_help_panel=ENGINE)
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Megatron ranks that share each matrix", rich_help_panel=ENGINE)
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(help="Megatron ranks that share the layers", rich_help_panel=ENGINE)
+    ] = 1,
     activation_memory: ActivationMemory = "8GB",
     compat: Annotated[
-        bool, typer.Option(help="perplexity on training text, as the paper's code has it, to compare with its numbers")
+        bool,
+        typer.Option(
+            help="perplexity on training text, as the paper's code has it, to compare with its numbers",
+            rich_help_panel=TEXTS,
+        ),
     ] = False,
     ignore_manifest: IgnoreManifest = False,
-    force: Annotated[bool, typer.Option(help="measure again what has been measured")] = False,
+    force: Annotated[bool, typer.Option(help="measure again what has been measured", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Measure checkpoints on zero-shot and few-shot tasks and by perplexity, on transformers or on Megatron."""
-    check_folder(Path(out))
-    one_of("--backend", backend, _BACKENDS)
-    for option, value in (("--limit", limit), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}; give 1 or more.")
-    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
-    from nemo_pvs.evaluation.measure import measure
-    from nemo_pvs.evaluation.requests import EvaluationRequest
-    from nemo_pvs.evaluation.store import Store
-    from nemo_pvs.evaluation.summary import summary_table
-    from nemo_pvs.system import ranks
-    from nemo_pvs.system.ranks import joined
+    from nemo_pvs.api.evaluate import evaluate as measure
 
-    chosen = compute_of(device, activation_memory)
-    compute = Compute(
-        **{**chosen, "dtype": parse_dtype(dtype) or chosen["dtype"]},
+    found = measure(
+        paths,
+        tasks=tasks,
+        perplexity=perplexity,
+        limit=limit,
+        samples=samples,
+        sequence_length=sequence_length,
+        stride=stride,
+        task_data=task_data,
+        out=out,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
-        batch_size=batch_size,
+        activation_memory=activation_memory,
+        compat=compat,
+        ignore_manifest=ignore_manifest,
+        force=force,
     )
-    request = EvaluationRequest.parse(
-        tasks, perplexity, samples=samples, sequence_length=sequence_length, stride=stride, train_split=compat
-    )
-    store = Store(Path(out))
-    with ignoring_manifests(ignore_manifest), joined(on_gpus=True), ranks.held_by_main(locked_folder(store.folder)):
-        compute.check_ranks()
-        models = [Checkpoint(path, None if backend == "auto" else backend) for path in paths]  # type: ignore[arg-type]
-        results = measure(models, request, store, compute, task_data=Path(task_data), limit=limit, force=force)
-    console.print(summary_table(results))
-    console.print(f"Results: {(store.folder / 'results.json').resolve()}", soft_wrap=True)
+    from nemo_pvs.evaluation.summary import summary_table
+
+    console.print(summary_table(found.models))
+    console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True)

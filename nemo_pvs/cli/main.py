@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
 import warnings
@@ -44,11 +43,9 @@ def _version(version: bool = typer.Option(False, "--version", help="print the ve
 
 
 def main() -> None:
-    """Run the command line; exit with 2 for a mistake that the user can mend, 1 for a run that failed."""
-    # PyTorch warns on import about a package that NeMo pins and nothing here calls; Megatron about optional kernels.
+    """Run the command line; exit with 2 for a mistake that the user can fix, 1 for a run that failed."""
+    # PyTorch warns on import about a package that NeMo pins and nothing here calls.
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A streamed tensor is fresh memory; in huge pages it costs a third of the time (tests/benchmarks/README.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

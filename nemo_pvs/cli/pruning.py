@@ -7,7 +7,6 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from nemo_pvs.api.values import compute_of, tokens_of
 from nemo_pvs.cli.arguments import (
     OUTPUT,
     TEXT,
@@ -25,63 +24,59 @@ from nemo_pvs.cli.arguments import (
     Text,
 )
 from nemo_pvs.cli.checkpoints import sentence
-from nemo_pvs.cli.megatron_gradients import check_ranks, with_gradients
 from nemo_pvs.cli.method_options import AMOUNT, with_method_options
-from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import check_new_folder
-from nemo_pvs.system.folder_lock import locked_target
-from nemo_pvs.system.progress import console, progress
+from nemo_pvs.system.progress import console
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
 
+GRADIENTS = "Gradients"
+"""Panel of --help."""
+
 
 def calibrate(
     source: Source,
-    out: Annotated[str, typer.Option(help="folder for the scores")],
+    out: Annotated[str, typer.Option(help="folder for the scores; must not exist")],
     data: Text = "wikipedia-sample",
     samples: Samples = 128,
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     loader: Loader = None,
-    gradients: Annotated[bool, typer.Option(help="go back through the layers, too, for llm-pruner")] = False,
-    tensor_parallel: Annotated[int, typer.Option(help="gradients on Megatron: ranks that share each matrix")] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="gradients on Megatron: ranks that share the layers")] = 1,
+    gradients: Annotated[
+        bool, typer.Option(help="run the backward pass, too, which llm-pruner needs", rich_help_panel=GRADIENTS)
+    ] = False,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="on Megatron: ranks that share each matrix", rich_help_panel=GRADIENTS)
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(help="on Megatron: ranks that share the layers", rich_help_panel=GRADIENTS)
+    ] = 1,
     device: Device = None,
     activation_memory: ActivationMemory = "8GB",
     ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure importance once, for every width target."""
-    check_new_folder(Path(out), overwrite=overwrite)
-    from nemo_pvs.calibration.engine import calibrate as measure
-    from nemo_pvs.checkpoints.fetch import local_checkpoint
-    from nemo_pvs.checkpoints.open import open_source
-    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.system import ranks
+    """Measure importance once, for every width target; under torchrun the ranks share the text."""
+    from nemo_pvs.api.calibrate import calibrate as measure
 
-    compute = compute_of(device, activation_memory)
-    megatron = (tensor_parallel, pipeline_parallel) != (1, 1)
-    if megatron and not gradients:
-        raise UserError("Only gradients are measured on Megatron; add --gradients, or leave the parallelism out.")
-    with (
-        ignoring_manifests(ignore_manifest),
-        ranks.joined(on_gpus=megatron),
-        ranks.held_by_main(locked_target(Path(out))),
-        local_checkpoint(source) as folder,
-    ):
-        if megatron:
-            check_ranks(tensor_parallel, pipeline_parallel)
-        model = open_source(folder)
-        tokens = tokens_of(folder, data, samples, sequence_length, seed, loader)
-        with progress("calibrate", "layers") as show:
-            scores = measure(model, tokens, gradients=gradients and not megatron, **compute, progress=show)
-        if megatron:
-            scores = with_gradients(model, scores, compute, tensor_parallel, pipeline_parallel)
-        if not ranks.is_main():
-            return
-        scores.save(Path(out), overwrite=overwrite)
-        console.print(f"{out}: scores of {tokens.ids.numel():,} tokens, {scores.content_hash[:12]}")
+    scores = measure(
+        source,
+        out,
+        data=data,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        loader=loader,
+        gradients=gradients,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        device=device,
+        activation_memory=activation_memory,
+        ignore_manifest=ignore_manifest,
+        overwrite=overwrite,
+    )
+    console.print(f"{out}: scores of {scores.tokens.ids.numel():,} tokens, {scores.content_hash[:12]}")
 
 
 _CHECK = "Refuse a shape that does not suit"

@@ -7,9 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from nemo_pvs.api.values import compute_of
 from nemo_pvs.cli.arguments import IgnoreManifest
-from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.output_paths import check_folder
 from nemo_pvs.system.progress import console
 
@@ -18,15 +16,15 @@ from nemo_pvs.system.progress import console
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="path of a recipe, or the name of one of ours: smollm2_135m/demo")],
+    recipe: Annotated[str, typer.Argument(help="path of a recipe, or name of a packaged one: smollm2_135m/demo")],
     out: Annotated[Optional[str], typer.Option(help="run folder; runs/<recipe name> by default")] = None,
     force: Annotated[
-        Optional[list[str]], typer.Option(help="do this stage again: calibrate, prune/width, train, ...")
+        Optional[list[str]], typer.Option(help="do this stage again: calibrate, prune/width, train, ...; repeatable")
     ] = None,
     prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
-    dry_run: Annotated[bool, typer.Option(help="print all that would be done, and do nothing")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print what would be done, and do nothing")] = False,
     launch: Annotated[
-        Optional[str], typer.Option(help="profile that says where: local_cpu, local_gpu, slurm_h100, or a path")
+        Optional[str], typer.Option(help="profile of where to run: local_cpu, local_gpu, slurm_h100, or a path")
     ] = None,
     ignore_manifest: IgnoreManifest = False,
 ) -> None:
@@ -46,30 +44,17 @@ def run(
 
         show(plan_of(checked), executor_here())
         return
-    with locked_folder(folder):
-        _run(checked, folder, tuple(force or ()), prepare_only=prepare_only, ignore_manifest=ignore_manifest)
+    from nemo_pvs.api.run import prepare
+    from nemo_pvs.api.run import run as run_recipe
 
-
-def _run(checked: Any, folder: Path, force: tuple[str, ...], *, prepare_only: bool, ignore_manifest: bool) -> None:
-    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.pipeline.pipeline import Pipeline
-    from nemo_pvs.pipeline.results import assemble
-    from nemo_pvs.reporting.html import write_report
-
-    pipeline = Pipeline(checked, folder, force, compute_of(None, "8GB"))
     if prepare_only:
-        with ignoring_manifests(ignore_manifest):
-            jobs = pipeline.prepare_only()
-        for job in jobs:
+        for job in prepare(checked, folder, force=force or (), ignore_manifest=ignore_manifest):
             console.print(f"ready to train: {job}", soft_wrap=True)
         return
-    with ignoring_manifests(ignore_manifest):
-        pipeline.run()
+    results = run_recipe(checked, folder, force=force or (), ignore_manifest=ignore_manifest)
     if checked.parent.source is None:  # what was trained is the parent of other recipes
-        for arm in pipeline.recipe.runs:
-            console.print(f"trained: {pipeline.model(arm.name)}", soft_wrap=True)
-    results = assemble(pipeline)
-    write_report(results, folder)
+        for arm in checked.runs:
+            console.print(f"trained: {folder / 'models' / arm.name}", soft_wrap=True)
     _show(results, folder)
 
 
@@ -103,23 +88,17 @@ def report(
         Optional[list[str]],
         typer.Option(help="ARM=LOG: its validation losses are in TensorBoard's folder, or in a CSV export of W&B"),
     ] = None,
-    published: Annotated[bool, typer.Option(help="show the paper's points beside the gaps")] = False,
+    published: Annotated[bool, typer.Option(help="show the paper's points next to the gaps")] = False,
     force: Annotated[bool, typer.Option(help="compare what is not comparable, and mark the page")] = False,
 ) -> None:
     """Write the report of finished runs, as page, Markdown, JSON and CSV, and show its table."""
-    place = Path(out or (folders[0] if len(folders) == 1 else "runs/report"))
-    check_folder(place)
-    from nemo_pvs.reporting.compare.compare import compare, read_runs
-    from nemo_pvs.reporting.compare.curves import take_curves
-    from nemo_pvs.reporting.html import write_files
+    from nemo_pvs.api.report import report as write
+    from nemo_pvs.api.report import report_folder
 
-    read = read_runs(folders, evaluation or ())
-    take_curves(read, curve or ())
-    runs = compare(read, force=force)
-    write_files(runs, place, reference=published)
+    runs = write(folders, out, evaluation=evaluation or (), curve=curve or (), published=published, force=force)
     for warning in runs.warnings:
         console.print(warning, soft_wrap=True, markup=False)
-    _show(runs.results, place)
+    _show(runs.results, report_folder(folders, out))
 
 
 def _show(results: Any, folder: Path) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
 
+QUESTIONS, MODEL = "Questions", "Model"
+"""Panels of --help."""
+
 _START = {"p2": "pruned", "chinchilla": "random", "per-run": "both"}
 _SHOWN = 4
 
@@ -62,9 +65,11 @@ def scaling_fit(
     initialisation: Annotated[
         Optional[str], typer.Option(help="pruned, random or both; what the form describes by default")
     ] = None,
-    out: Annotated[str, typer.Option(help="file for the fit; the residual plot goes beside it, as .svg")] = "fit.json",
-    draws: Annotated[int, typer.Option(help="of the bootstrap, for the intervals; at least 39")] = 399,
-    seed: Annotated[int, typer.Option(help="of the starts and draws")] = 0,
+    out: Annotated[
+        str, typer.Option(help="file for the fit; the residual plot goes next to it, as .svg")
+    ] = "fit.json",
+    draws: Annotated[int, typer.Option(help="bootstrap draws for the intervals; at least 39")] = 399,
+    seed: Annotated[int, typer.Option(help="for the starting points and the draws")] = 0,
 ) -> None:
     """Fit a scaling law to the validation losses of runs, and test it on points that it has not seen."""
     start = initialisation or _START[one_of("--form", form, tuple(_START))]
@@ -97,23 +102,44 @@ def scaling_fit(
 def scaling_predict(
     fits: Annotated[str, typer.Argument(help="file of pvs scaling-fit")],
     tokens: Annotated[
-        float, typer.Option(help="loss after so many training tokens, e.g. 50e9; 0 to leave it out")
+        float,
+        typer.Option(
+            help="predict the loss after this many training tokens, e.g. 50e9; 0 to skip", rich_help_panel=QUESTIONS
+        ),
     ] = 0.0,
-    target_loss: Annotated[float, typer.Option(help="tokens to this loss; 0 to leave it out")] = 0.0,
+    target_loss: Annotated[
+        float, typer.Option(help="predict the tokens to this loss; 0 to skip", rich_help_panel=QUESTIONS)
+    ] = 0.0,
     gain: Annotated[
-        float, typer.Option(help="tokens from which another billion gains fewer nats than this; 0 to leave it out")
+        float,
+        typer.Option(
+            help="predict the tokens after which another billion gains fewer nats than this; 0 to skip",
+            rich_help_panel=QUESTIONS,
+        ),
     ] = 0.0,
     against: Annotated[
         Optional[str],
-        typer.Option(help="name of a scratch run in the file, or the file of its fit: when it catches up"),
+        typer.Option(
+            help="predict when scratch catches up: name of a scratch run in the file, or the file of its fit",
+            rich_help_panel=QUESTIONS,
+        ),
     ] = None,
     parent_tokens: Annotated[
-        float, typer.Option(help="with --against: what scratch gets in addition, for equal total tokens")
+        float,
+        typer.Option(
+            help="with --against: what scratch gets in addition, for equal total tokens", rich_help_panel=QUESTIONS
+        ),
     ] = 0.0,
     run: Annotated[Optional[str], typer.Option(help="only this run of the file")] = None,
-    params: Annotated[float, typer.Option(help="of the model; for p2 and chinchilla")] = 0.0,
-    parent_params: Annotated[float, typer.Option(help="before pruning; for p2")] = 0.0,
-    parent_loss: Annotated[float, typer.Option(help="before pruning, nats per token; for p2")] = 0.0,
+    params: Annotated[
+        float, typer.Option(help="parameters of the model; for p2 and chinchilla", rich_help_panel=MODEL)
+    ] = 0.0,
+    parent_params: Annotated[
+        float, typer.Option(help="parameters before pruning; for p2", rich_help_panel=MODEL)
+    ] = 0.0,
+    parent_loss: Annotated[
+        float, typer.Option(help="loss before pruning, nats per token; for p2", rich_help_panel=MODEL)
+    ] = 0.0,
 ) -> None:
     """Predict losses and tokens from a fit, each with its interval of 95 %."""
     if not (tokens or target_loss or gain or against):
@@ -167,12 +193,15 @@ def scaling_predict(
 
 def advise(
     params: Annotated[float, typer.Option(help="parameters of the small model, e.g. 4e9")],
-    train_tokens: Annotated[float, typer.Option(help="training tokens that you can afford for it, e.g. 50e9")],
+    train_tokens: Annotated[float, typer.Option(help="training tokens that you can afford, e.g. 50e9")],
     parent_tokens: Annotated[
-        float, typer.Option(help="what the parent was pretrained on, e.g. 15e12; answers for its cost too")
+        float,
+        typer.Option(help="tokens that the parent was pretrained on, e.g. 15e12; adds an answer that charges them"),
     ] = 0.0,
     parent_params: Annotated[float, typer.Option(help="parameters of the parent; twice --params by default")] = 0.0,
-    runs: Annotated[Optional[list[str]], typer.Option(help="run folders of your own, the best evidence")] = None,
+    runs: Annotated[
+        Optional[list[str]], typer.Option(help="run folders of your own, the best evidence; repeatable")
+    ] = None,
 ) -> None:
     """Say whether to prune or to train from scratch, with the evidence and how sure it is."""
     from nemo_pvs.reporting.results import Results

@@ -22,6 +22,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import disk_errors, read_json, sha256_file, sha256_json, whole_folder, write_json
 from nemo_pvs.system.megatron_import import import_megatron
 from nemo_pvs.system.output_paths import check_folder
+from nemo_pvs.system.processes import hidden_main_module
 
 _SHARDS = ".shards"
 _MANIFEST = "shard.json"
@@ -165,7 +166,8 @@ def _write_shards(
         min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_single_threaded
     )
     with pool:
-        futures = [pool.submit(_write_shard, file, shard, settings) for file, shard in missing]
+        with hidden_main_module():
+            futures = [pool.submit(_write_shard, file, shard, settings) for file, shard in missing]
         try:
             for future in as_completed(futures):
                 future.result()

@@ -20,11 +20,16 @@ _BASE = "base.yaml"
 """The name of a file that other recipes of its folder extend and that is no recipe itself."""
 
 
-def load_recipe(name_or_path: str) -> Recipe:
+def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read a recipe by path (``my/recipe.yaml``) or by the name of a packaged one (``smollm2_135m/demo``).
 
     Raises:
         UserError: there is no such recipe, or it says something that a recipe cannot say.
+
+    Example:
+        >>> import nemo_pvs as pvs
+        >>> [arm.name for arm in pvs.load_recipe("smollm2_135m/demo").runs]
+        ['width-pruned', 'width-random', 'depth-pruned', 'depth-random']
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):

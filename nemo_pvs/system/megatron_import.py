@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import warnings
 
 
 def import_megatron() -> None:
@@ -10,8 +12,11 @@ def import_megatron() -> None:
 
     On import, Megatron 0.15 compiles a CUDA memory allocator if PyTorch finds a toolkit, and PyTorch then fails with
     an IndexError when it queries the absent devices for their architecture. Hiding the toolkit during the import makes
-    Megatron take its path for machines without one. If there is a device, nothing is hidden.
+    Megatron take its path for machines without one. If there is a device, nothing is hidden. Warnings about
+    optional kernels are silenced.
     """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
     import torch
     from torch.utils import cpp_extension
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _SECONDS_TO_CLEAN_UP = 5.0
@@ -40,6 +41,20 @@ def heeding_interrupts() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def hidden_main_module() -> Iterator[None]:
+    """Let processes that are spawned within the block import only what they need, not the program's main module.
+
+    Otherwise each of them runs the user's script again, unless all of it stands behind ``if __name__ == "__main__"``.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def is_running(pid: int, started: int | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,14 @@ PREEMPTED = os.EX_TEMPFAIL
 
 @contextmanager
 def handing_on(send: Callable[[int], None]) -> Iterator[list[int]]:
-    """Call ``send`` with each of ``SIGNALS`` that this process receives inside the block; yield the list of these."""
+    """Call ``send`` with each of ``SIGNALS`` that this process receives inside the block; yield the list of these.
+
+    Python lets only the main thread handle signals; in any other thread they keep their effect, and the list is empty.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)

@@ -42,11 +42,11 @@ def main() -> None:
     scores = calibrate(source, scored_on)
     grid = Grid.of(scores.shape, max_width_pruning=0.5)
     shapes = legal_shapes(scores.shape, grid, SizeLimit(parameters=given.parameters))
-    latency = flops_at(given.sequence_length)
+    flops = flops_at(given.sequence_length)
     with tempfile.TemporaryDirectory() as state, progress("search", "layers") as show:
         settings = {"state": Path(state) / "search.json", "dtype": torch.bfloat16, "progress": show}
-        estimated = search(source, scores, measured_on, shapes, latency, shortlist=1, **settings)
-        every = search(source, scores, measured_on, shapes, latency, shortlist=None, **settings)
+        estimated = search(source, scores, measured_on, shapes, flops, shortlist=1, **settings)
+        every = search(source, scores, measured_on, shapes, flops, shortlist=None, **settings)
     estimates = {candidate.shape: candidate.estimated_loss for candidate in estimated.candidates}
     kept = kept_importance(scores)
     table = Table("layers", "hidden", "ffn", "loss", "estimated", "importance kept", box=None)

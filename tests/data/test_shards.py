@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -33,7 +35,14 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_the_number_of_workers_changes_nothing(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_changes_nothing(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called from a script without a main guard, which the workers do not run again."""
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    Path(script.__file__).write_text("raise SystemExit('the script runs again')")
+    monkeypatch.setitem(sys.modules, "__main__", script)
     made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "one", SHARES)
     again = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "two", SHARES, workers=2)
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import typer
 
-import nemo_pvs
 from nemo_pvs.cli.main import app, main
 from nemo_pvs.cli.verbs import VERBS
 from nemo_pvs.pruning.method import Method
@@ -59,7 +58,6 @@ def test_one_liners_run_as_they_stand(small_parent, monkeypatch, capsys):
     assert "SMALLER-nemo" in said[3]
 
 
-@pytest.mark.skipif(not hasattr(nemo_pvs, "prune"), reason="the Python API is not there yet")
 def test_the_python_example_runs_as_it_stands(small_parent):
     (example,) = blocks(ROOT / "README.md", "python")
     exec(compile(example.replace("smollm2-135m", "MODEL"), "README.md", "exec"), {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from nemo_pvs.errors import UserError
@@ -70,19 +72,17 @@ def test_memory_is_weights_and_kv_cache() -> None:
     assert min(shape.parameters for shape in longer) > min(shape.parameters for shape in shapes)
 
 
-def test_latency_bounds_what_is_left() -> None:
+def test_a_bound_of_flops_per_token_leaves_the_cheaper_shapes() -> None:
     grid, budget = Grid.of(LLAMA_8B), SizeLimit(parameters=6e9)
     every = legal_shapes(LLAMA_8B, grid, budget)
     flops = flops_at(4096)
     assert flops(LLAMA_8B) == LLAMA_8B.flops_per_token(sequence_length=4096, training=False)
     bound = sorted(map(flops, every))[len(every) // 2]
-    fast = legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=6e9, latency=bound))
+    fast = legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=6e9, flops_per_token=bound))
     assert fast == [shape for shape in every if flops(shape) <= bound]
-    # A latency of one's own: layers.
-    shallow = legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=6e9, latency=28), latency=lambda shape: shape.layers)
-    assert {shape.layers for shape in shallow} == {26, 28}
-    with pytest.raises(UserError, match="is below the latency 25; the fastest has 26"):
-        legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=6e9, latency=25), latency=lambda shape: shape.layers)
+    least = min(map(flops, every))
+    with pytest.raises(UserError, match=re.escape(f"at most 1e+09 FLOPs per token; the least is {least:g}.")):
+        legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=6e9, flops_per_token=1e9))
 
 
 def test_nothing_to_choose_from_gets_one_sentence() -> None:

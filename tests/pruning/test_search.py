@@ -20,6 +20,7 @@ from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.search.grid import Grid, SizeLimit, flops_at, legal_shapes
 from nemo_pvs.pruning.search.search import Candidate, search
 from nemo_pvs.pruning.structured.joint import plan_joint
+from nemo_pvs.system.files import sha256_json
 from tests.pruning.test_depth import six_layers, token_set
 from tests.pruning.test_width import make_scores
 from tests.state_source import StateSource, as_transformers
@@ -56,7 +57,7 @@ def test_every_candidate_has_the_loss_of_its_own_model(model: Any) -> None:
     for candidate in found:
         expected = loss_by_transformers(source, plan_joint(scores, candidate.shape), tokens.ids)
         assert candidate.loss == pytest.approx(expected, rel=1e-5)
-        assert candidate.latency == FLOPS(candidate.shape)
+        assert candidate.flops_per_token == FLOPS(candidate.shape)
     assert ranking.tokens_read == 4 * 25 * len(shapes)
     assert ranking.flops == sum(round(4 * 25 * FLOPS(shape)) for shape in shapes)
 
@@ -161,6 +162,20 @@ def test_an_interrupted_search_goes_on(model: Any, tmp_path: Path) -> None:
     assert source.reads.count("model.embed_tokens.weight") == missing
     assert search(source, scores, tokens, shapes, FLOPS, shortlist=1, state=state) == wanted
     assert source.reads.count("model.embed_tokens.weight") == missing
+
+
+def test_the_state_has_the_keys_that_earlier_versions_wrote(model: Any, tmp_path: Path) -> None:
+    """A search that an earlier version began goes on with them."""
+    source, scores, tokens, shapes = model
+    state = tmp_path / "search.json"
+    search(source, scores, tokens, shapes[:1], FLOPS, state=state, retrain=lambda plan: 1.0, retrained="so")
+    written = json.loads(state.read_text())
+    shape = shapes[0]
+    key = f"layers={shape.layers},hidden={shape.hidden},ffn={shape.ffn},kv_groups={shape.kv_groups}"
+    assert written.keys() == {"settings_sha256", "settings", "loss", "retrained_loss so"}
+    assert written["settings"].keys() == {"scores", "tokens", "aggregation", "layer_order", "dtype"}
+    assert written["settings_sha256"] == sha256_json(written["settings"])
+    assert written["loss"].keys() == written["retrained_loss so"].keys() == {key}
 
 
 def test_the_file_of_another_search_is_refused(model: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from nemo_pvs.training.preemption import children, handing_on, send_to_each
 
@@ -15,6 +16,18 @@ def test_a_signal_is_handed_on_and_noted_and_handlers_are_put_back():
         os.kill(os.getpid(), signal.SIGUSR1)
     assert sent == came == [signal.SIGTERM, signal.SIGUSR1]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_another_thread_leaves_signals_alone():
+    """As a server does that trains in a thread; only the main thread may handle signals."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work():
+        with handing_on(print) as came:
+            return came, signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == ([], before)
 
 
 def test_children_get_a_signal_that_their_parent_does_not():

@@ -78,13 +78,13 @@ class SizeLimit:
     """Tokens a sequence, for the KV cache and for FLOPs."""
     batch_size: int = 1
     """Sequences that are decoded at once."""
-    latency: float | None = None
-    """Upper bound, in the unit of the ``latency`` that a search is given."""
+    flops_per_token: float | None = None
+    """Upper bound of the forward FLOPs per token, in a sequence of ``context`` tokens."""
 
     def __post_init__(self) -> None:
         if self.parameters is None and self.memory_bytes is None:
             raise UserError("A search needs a budget; give a number of parameters or of bytes.")
-        given = (self.parameters, self.memory_bytes, self.latency, self.context, self.batch_size)
+        given = (self.parameters, self.memory_bytes, self.flops_per_token, self.context, self.batch_size)
         if not 0 <= self.tolerance < 1 or any(value is not None and value <= 0 for value in given):
             raise UserError("A search's budget needs numbers above 0 and a tolerance from 0 to below 1.")
 
@@ -102,7 +102,6 @@ def legal_shapes(
     grid: Grid,
     budget: SizeLimit,
     *,
-    latency: Callable[[Shape], float] | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     fp8: bool = False,
@@ -113,8 +112,6 @@ def legal_shapes(
         parent: The model that is to be pruned, its layers alike.
         grid: Sizes to combine.
         budget: What a model may cost.
-        latency: Measures or estimates what ``budget.latency`` bounds; ``flops_per_token`` at the budget's context if
-            None.
         tensor_parallel: As for ``Shape.check_parallel``.
         pipeline_parallel: As for ``Shape.check_parallel``.
         fp8: As for ``Shape.check_parallel``.
@@ -134,14 +131,17 @@ def legal_shapes(
             f"{tensor_parallel} and pipeline parallelism {pipeline_parallel}{' in FP8' if fp8 else ''}; "
             "take fewer ranks or other steps."
         )
-    measure = latency or flops_at(budget.context)
-    fast = [shape for shape in legal if budget.latency is None or measure(shape) <= budget.latency]
-    if not fast:
+    bound = budget.flops_per_token
+    if bound is None:
+        return legal
+    flops = flops_at(budget.context)
+    cheap = [shape for shape in legal if flops(shape) <= bound]
+    if not cheap:
         raise UserError(
-            f"None of the {len(legal)} legal shapes within the budget is below the latency {budget.latency:g}; "
-            f"the fastest has {min(map(measure, legal)):g}."
+            f"None of the {len(legal)} legal shapes within the budget takes at most {bound:g} FLOPs per token; "
+            f"the least is {min(map(flops, legal)):g}."
         )
-    return fast
+    return cheap
 
 
 def inference_bytes(shape: Shape, context: int, batch_size: int = 1) -> int:
@@ -154,7 +154,7 @@ def inference_bytes(shape: Shape, context: int, batch_size: int = 1) -> int:
 
 
 def flops_at(context: int) -> Callable[[Shape], float]:
-    """Return a stand-in for latency: forward FLOPs per token of a sequence of ``context`` tokens."""
+    """Return a function from a shape to its forward FLOPs per token, in a sequence of ``context`` tokens."""
     return lambda shape: float(shape.flops_per_token(sequence_length=context, training=False))
 
 

@@ -33,8 +33,8 @@ class Candidate:
     """One architecture and what is known about it."""
 
     shape: Shape
-    latency: float
-    """In the unit of the search's ``latency``."""
+    flops_per_token: float
+    """Forward FLOPs, as the search's ``flops_per_token`` counts them."""
     estimated_loss: float | None = None
     """What its sizes cost one by one, added up; None where every candidate was run anyway."""
     loss: float | None = None
@@ -78,7 +78,7 @@ def search(
     scores: Scores,
     tokens: TokenSet,
     shapes: Sequence[Shape],
-    latency: Callable[[Shape], float],
+    flops_per_token: Callable[[Shape], float],
     *,
     aggregation: str = "energy",
     layer_order: Sequence[int] | None = None,
@@ -107,7 +107,7 @@ def search(
         scores: What ``calibrate`` measured on it.
         tokens: Text to predict: the calibration tokens, or better a validation set.
         shapes: What ``grid.legal_shapes`` returned.
-        latency: Measures or estimates a shape's latency, for the table; ``grid.flops_at(context)`` is a stand-in.
+        flops_per_token: What a candidate costs to run, for the table: ``grid.flops_at(context)``.
         aggregation: As for ``plan_width``.
         layer_order: As for ``plan_joint``.
         shortlist: How many candidates are run, those of the lowest estimate; all if None.
@@ -164,7 +164,7 @@ def search(
             progress(len(run) * parent.layers, total)
         return loss
 
-    candidates = [Candidate(shape, latency(shape)) for shape in shapes]
+    candidates = [Candidate(shape, flops_per_token(shape)) for shape in shapes]
     if probes:
         estimate = _estimate(parent, {probe: loss_of(probe) for probe in probes})
         candidates = [replace(candidate, estimated_loss=estimate(candidate.shape)) for candidate in candidates]

@@ -1,4 +1,4 @@
-"""What ``pvs calibrate`` needs to measure gradients on Megatron's ranks."""
+"""What ``calibrate`` needs to measure gradients on Megatron's ranks."""
 
 from __future__ import annotations
 

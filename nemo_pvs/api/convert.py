@@ -1,0 +1,156 @@
+"""Converting a checkpoint between Hugging Face and NeMo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_pvs.api.values import one_of, parse_bytes, parse_dtype, tokens_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.system.files import check_new_folder
+from nemo_pvs.system.folder_lock import locked_target
+from nemo_pvs.system.progress import console, progress
+
+if TYPE_CHECKING:
+    from nemo_pvs.checkpoints.manifest import Manifest
+    from nemo_pvs.layerwise.agreement import Agreement
+
+
+@dataclass(frozen=True)
+class ConvertedModel:
+    """A converted checkpoint on disk."""
+
+    path: Path
+    """Its folder."""
+    manifest: Manifest
+    """Every tensor with its checksum, and what the checkpoint was made from."""
+    agreement: Agreement | None
+    """How far its logits are from those of the source; None unless ``verify="logits"``."""
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    dtype: str | None = None,
+    verify: str = "checksum",
+    max_shard_size: str = "5GB",
+    uneven: str = "keep",
+    text: str | Path = "wikipedia-sample",
+    config: str | Path | None = None,
+    pad_vocab_to_multiple: int = 1,
+    allow_nonfinite: bool = False,
+    ignore_manifest: bool = False,
+    overwrite: bool = False,
+) -> ConvertedModel:
+    """Convert between Hugging Face and NeMo, as a stream of tensors: a few of them are in memory at a time.
+
+    Args:
+        source: Checkpoint folder of any format, ``.gguf`` file, ``smollm2-135m`` or ``hf://owner/name``.
+        target: The folder to write.
+        to: ``hf`` or ``nemo``; by default ``nemo`` for a Hugging Face source and ``hf`` for any other.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; as stored by default.
+        verify: ``checksum`` reads the target back and compares every tensor, ``logits`` also runs both models,
+            ``none`` does neither.
+        max_shard_size: Largest weights file of a Hugging Face target, such as ``5GB`` or ``500MB``.
+        uneven: ``keep`` layers of different sizes, or ``pad`` them with zeros.
+        text: The text for ``verify="logits"``, as ``data`` of ``calibrate``.
+        config: ``config.json`` for a bare Megatron-LM folder.
+        pad_vocab_to_multiple: Pad the vocabulary of a NeMo target to a multiple of this.
+        allow_nonfinite: Copy NaN and infinite weights instead of refusing them.
+        ignore_manifest: Read weights that differ from the source's manifest.
+        overwrite: Replace ``target``.
+
+    Returns:
+        The converted checkpoint.
+
+    Raises:
+        UserError: the source cannot be read, the target exists, or it reads back differently.
+
+    Example:
+        >>> import nemo_pvs as pvs
+        >>> converted = pvs.convert(model, folder / "nemo", verify="logits", text=text)
+        >>> converted.manifest.format, converted.agreement.max_difference
+        ('nemo', 0.0)
+    """
+    target = Path(target)
+    one_of("--verify", verify, ("checksum", "logits", "none"))
+    one_of("--uneven", uneven, ("keep", "pad"))
+    shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
+    check_new_folder(target, overwrite=overwrite)
+    # Imported after the checks, which are answered at once: these take seconds.
+    from nemo_pvs.checkpoints.convert import convert as convert_stream
+    from nemo_pvs.checkpoints.convert import describe
+    from nemo_pvs.checkpoints.fetch import local_checkpoint
+    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+    from nemo_pvs.layerwise.agreement import compare
+
+    with (
+        ignoring_manifests(ignore_manifest),
+        locked_target(target),
+        local_checkpoint(str(source), target) as folder,
+    ):
+        found = describe(folder, config=config)["format"]
+        wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))
+        reference = _reference(folder, config, str(text)) if verify == "logits" else None
+        with progress(f"convert to {wanted}", "parameters") as show:
+            manifest = convert_stream(
+                folder,
+                target,
+                to=wanted,
+                dtype=parse_dtype(dtype),
+                max_shard_bytes=shard_bytes,
+                pad_vocab_to_multiple=pad_vocab_to_multiple,
+                allow_nonfinite=allow_nonfinite,
+                uneven=one_of("--uneven", uneven, ("keep", "pad")),
+                config=config,
+                verify="none" if verify == "none" else "checksum",
+                overwrite=overwrite,
+                progress=show,
+            )
+        agreement = None
+        if reference is not None:
+            model, ids = reference
+            with progress("run both on the same tokens", "layers") as show:
+                agreement = compare(model, open_source(target), ids, progress=show)
+    return ConvertedModel(target, manifest, agreement)
+
+
+def _reference(folder: Path, config: str | Path | None, text: str) -> tuple[Any, Any]:
+    """Return what the logits of a conversion's target are compared with, before there is a target.
+
+    Returns:
+        The source, as Transformers loads it if that is its format, and token ids [4, S] of the text, S being 256 or
+        the context if that is shorter. They are random where the source has no tokenizer.
+
+    Raises:
+        UserError: the source cannot be run, or not on this text.
+    """
+    import torch
+
+    from nemo_pvs.checkpoints.huggingface.as_transformers_loads import AsTransformersLoads
+    from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.data.assets import tokenizer_among
+
+    source = open_source(folder, config)
+    # The layers run without a mask, so a text is no longer than the attention window either.
+    limits = [source.config.get(name) for name in ("max_position_embeddings", "sliding_window")]
+    length = min([256, *(limit for limit in limits if limit is not None)])
+    vocab = source.config["vocab_size"]
+    tokenizer = tokenizer_among(source.assets)
+    if tokenizer is None and not text.endswith(".bin"):
+        console.print("The source has no tokenizer, so the logits are compared on random tokens.", soft_wrap=True)
+        ids = torch.randint(vocab, (4, length), generator=torch.Generator().manual_seed(0))
+    else:
+        ids = tokens_of(tokenizer or folder, text, samples=4, sequence_length=length, seed=0).ids
+    if int(ids.max()) >= vocab:
+        raise UserError(
+            f"The text {text} has the token {int(ids.max())}, but the model's vocabulary has {vocab} entries; for "
+            "--verify logits give a --text that was tokenised for this model, or use --verify checksum."
+        )
+    model = AsTransformersLoads(folder) if isinstance(source, HuggingFaceSource) else source
+    return model, ids

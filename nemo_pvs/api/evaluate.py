@@ -1,0 +1,167 @@
+"""Measuring checkpoints on tasks and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from nemo_pvs.api.values import compute_of, one_of, parse_dtype
+from nemo_pvs.errors import UserError
+from nemo_pvs.system.folder_lock import locked_folder
+from nemo_pvs.system.output_paths import check_folder
+
+_BACKENDS = ("auto", "transformers", "megatron")
+
+
+class Measurement(TypedDict):
+    """One number that was measured of one model."""
+
+    model: str
+    """Its path, as given."""
+    task: str
+    """The task with its shots (``arc_easy/0-shot``), the text (``perplexity/wikitext``) or the preset (``paper``)."""
+    metric: str
+    """``acc``, ``acc_norm``, ``perplexity``, ``loss`` (nats per token), ``average``, ..."""
+    value: float
+    stderr: float | None
+    """Standard error; None where there is none, as for a single question."""
+    higher_is_better: bool
+    documents: int
+    """Questions of the task, or windows of the text."""
+    parameters: int
+    """Of the model."""
+    backend: str
+    """What answered the tasks: ``transformers`` or ``megatron``."""
+
+
+class Measurements(list[Measurement]):
+    """Measurements as flat rows, which ``pandas.DataFrame`` takes; ``models`` has them nested, with all details."""
+
+    def __init__(self, models: list[dict[str, Any]]) -> None:
+        """Flatten what ``evaluation.measure`` returned, which stays in ``models``."""
+        super().__init__(_row(model, name, about) for model in models for name, about in model["measured"].items())
+        self.models = models
+
+
+def evaluate(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    tasks: str | None = None,
+    perplexity: str | Path | Sequence[str | Path] | None = None,
+    limit: int | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    task_data: str | Path = "task_data",
+    out: str | Path = "runs/evaluation",
+    backend: str = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    activation_memory: str = "8GB",
+    compat: bool = False,
+    ignore_manifest: bool = False,
+    force: bool = False,
+) -> Measurements:
+    """Measure checkpoints on zero-shot and few-shot tasks and by perplexity; what has been measured is not repeated.
+
+    Args:
+        paths: Checkpoints of any format, one or several.
+        tasks: ``paper``, names of lm-eval's tasks (``winogrande:5`` for five shots) or a folder of its YAML files,
+            separated by commas.
+        perplexity: Texts: ``c4``, ``wikitext``, ``cnn_dailymail``, ``wikipedia-sample``, files of your own, or
+            ``none``. Without tasks it is ``wikipedia-sample``.
+        limit: Maximum documents per task.
+        samples: Maximum windows per text; 64, or the preset's.
+        sequence_length: Tokens per window; 512, or the preset's.
+        stride: Sliding windows this many tokens apart, instead of chunks.
+        task_data: Folder of downloaded data sets, ``<owner>/<name>`` each.
+        out: The folder for ``results.json`` and every measurement.
+        backend: What answers tasks: ``megatron``, ``transformers``, or ``auto``, which is Megatron for NeMo
+            checkpoints.
+        device: ``cpu`` or ``cuda``; the GPU if there is one.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; that of the device by default.
+        batch_size: Requests per batch; found out by default.
+        tensor_parallel: Megatron ranks that share each matrix.
+        pipeline_parallel: Megatron ranks that share the layers.
+        activation_memory: Hidden states that are held at once, such as ``8GB``.
+        compat: Perplexity on training text, as the paper's code has it, to compare with its numbers.
+        ignore_manifest: Read weights that differ from their manifest.
+        force: Measure again what has been measured.
+
+    Returns:
+        A row per model, task and metric.
+
+    Raises:
+        UserError: a checkpoint, a task or a text cannot be read, or they do not suit each other.
+
+    Example:
+        >>> import nemo_pvs as pvs
+        >>> rows = pvs.evaluate(
+        ...     [model], perplexity=text, samples=2, sequence_length=16, out=folder / "evaluation"
+        ... )
+        >>> [(row["metric"], row["value"] > 1, row["documents"]) for row in rows]
+        [('loss', True, 2), ('perplexity', True, 2)]
+    """
+    out = Path(out)
+    check_folder(out)
+    one_of("--backend", backend, _BACKENDS)
+    for option, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}; give 1 or more.")
+    # Imported after the checks, which are answered at once: these take seconds.
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+    from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
+    from nemo_pvs.evaluation.measure import measure
+    from nemo_pvs.evaluation.requests import EvaluationRequest
+    from nemo_pvs.evaluation.store import Store
+    from nemo_pvs.system import ranks
+
+    chosen = compute_of(device, activation_memory)
+    compute = Compute(
+        **{**chosen, "dtype": parse_dtype(dtype) or chosen["dtype"]},
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        batch_size=batch_size,
+    )
+    request = EvaluationRequest.parse(
+        tasks,
+        None if perplexity is None else _texts(perplexity),
+        samples=samples,
+        sequence_length=sequence_length,
+        stride=stride,
+        train_split=compat,
+    )
+    store = Store(out)
+    chosen_backend: Any = None if backend == "auto" else backend
+    with (
+        ignoring_manifests(ignore_manifest),
+        ranks.joined(on_gpus=True),
+        ranks.held_by_main(locked_folder(store.folder)),
+    ):
+        compute.check_ranks()
+        models = [Checkpoint(path, chosen_backend) for path in _texts(paths)]
+        found = measure(models, request, store, compute, task_data=Path(task_data), limit=limit, force=force)
+    return Measurements(found)
+
+
+def _texts(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(paths)] if isinstance(paths, (str, Path)) else [str(path) for path in paths]
+
+
+def _row(model: dict[str, Any], name: str, about: dict[str, Any]) -> Measurement:
+    task, _, metric = name.rpartition("/")
+    return {
+        "model": model["checkpoint"],
+        "task": task,
+        "metric": metric,
+        "value": about["value"],
+        "stderr": about["stderr"],
+        "higher_is_better": about["higher_is_better"],
+        "documents": about["documents"],
+        "parameters": model["parameters"],
+        "backend": model["backend"],
+    }

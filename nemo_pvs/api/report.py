@@ -1,0 +1,67 @@
+"""Reporting finished runs, one or several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_pvs.system.output_paths import check_folder
+
+if TYPE_CHECKING:
+    from nemo_pvs.reporting.compare.runs import SideBySide
+
+
+def report(
+    folders: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    evaluation: str | Path | Sequence[str | Path] = (),
+    curve: Sequence[str] = (),
+    published: bool = False,
+    force: bool = False,
+) -> SideBySide:
+    """Write the report of finished runs, as page, Markdown, JSON and CSV.
+
+    Args:
+        folders: Run folders with ``results.json``; several are compared.
+        out: The folder to write to; the run's own by default, or ``runs/report`` for several.
+        evaluation: Folders that ``evaluate`` wrote, for the tasks of these runs' models.
+        curve: ``ARM=LOG``: the arm's validation losses are in TensorBoard's folder, or in a CSV export of W&B.
+        published: Show the paper's points next to the gaps.
+        force: Compare what is not comparable, and mark the page.
+
+    Returns:
+        The runs side by side: ``results`` as the page shows them, and ``warnings``.
+
+    Raises:
+        UserError: a folder holds no finished run, or the runs are not comparable.
+
+    Example:
+        >>> import nemo_pvs as pvs
+        >>> comparison = pvs.report(finished, folder / "report")
+        >>> arm = comparison.results.arms[0]
+        >>> arm.name, round(comparison.results.gap(arm), 2)
+        ('depth, pruned', 0.1)
+    """
+    runs = _list(folders)
+    place = report_folder(runs, out)
+    check_folder(place)
+    from nemo_pvs.reporting.compare.compare import compare, read_runs
+    from nemo_pvs.reporting.compare.curves import take_curves
+    from nemo_pvs.reporting.html import write_files
+
+    read = read_runs(runs, _list(evaluation))
+    take_curves(read, curve)
+    found = compare(read, force=force)
+    write_files(found, place, reference=published)
+    return found
+
+
+def report_folder(folders: Sequence[str | Path], out: str | Path | None) -> Path:
+    """Return where the report of runs goes."""
+    return Path(out or (folders[0] if len(folders) == 1 else "runs/report"))
+
+
+def _list(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(paths)] if isinstance(paths, (str, Path)) else [str(path) for path in paths]

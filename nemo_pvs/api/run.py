@@ -1,0 +1,100 @@
+"""Running a recipe: a whole comparison of pruning with training from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_pvs.api.values import compute_of
+from nemo_pvs.recipe.load import load_recipe
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.system.folder_lock import locked_folder
+from nemo_pvs.system.output_paths import check_folder
+
+if TYPE_CHECKING:
+    from nemo_pvs.pipeline.pipeline import Pipeline
+    from nemo_pvs.reporting.results import Results
+
+
+def run(
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
+    *,
+    force: Sequence[str] = (),
+    ignore_manifest: bool = False,
+) -> Results:
+    """Run a recipe: calibrate, prune, train every arm, evaluate, report; an interrupted run is resumed.
+
+    Args:
+        recipe: Path of a recipe, name of a packaged one (``smollm2_135m/demo``), or what ``load_recipe`` returned.
+        out: The run folder; ``runs/<recipe name>`` by default.
+        force: Stages to do again: ``calibrate``, ``prune/width``, ``train``, ...
+        ignore_manifest: Read weights that differ from their manifest.
+
+    Returns:
+        What the report in the run folder shows.
+
+    Raises:
+        UserError: the recipe asks for something that is not possible, which is said before any work is done.
+        TrainingError: a rank failed, or a training was asked to stop; it names the log.
+
+    Example:
+        >>> import nemo_pvs as pvs
+        >>> results = pvs.run(recipe, folder / "comparison")
+        >>> [(arm.name, arm.ledger.training.tokens) for arm in results.arms]
+        [('width, pruned', 64), ('width, random', 64)]
+    """
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    folder = Path(out or f"runs/{checked.name}")
+    check_folder(folder)
+    with locked_folder(folder):
+        pipeline = _pipeline(checked, folder, force)
+        from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+        from nemo_pvs.pipeline.results import assemble
+        from nemo_pvs.reporting.html import write_report
+
+        with ignoring_manifests(ignore_manifest):
+            pipeline.run()
+        results = assemble(pipeline)
+        write_report(results, folder)
+    return results
+
+
+def prepare(
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
+    *,
+    force: Sequence[str] = (),
+    ignore_manifest: bool = False,
+) -> list[Path]:
+    """Do every stage before training, for ranks that something else starts, such as Slurm.
+
+    Args:
+        recipe: As for ``run``.
+        out: As for ``run``.
+        force: As for ``run``.
+        ignore_manifest: As for ``run``.
+
+    Returns:
+        The job files to train. Where masks are to be learned, or targets are trained between their stages, these are
+        the first jobs; call it again when they are done.
+
+    Raises:
+        UserError: as for ``run``.
+    """
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    folder = Path(out or f"runs/{checked.name}")
+    check_folder(folder)
+    with locked_folder(folder):
+        pipeline = _pipeline(checked, folder, force)
+        from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+
+        with ignoring_manifests(ignore_manifest):
+            return pipeline.prepare_only()
+
+
+def _pipeline(recipe: Recipe, folder: Path, force: Sequence[str]) -> Pipeline:
+    from nemo_pvs.pipeline.pipeline import Pipeline  # takes seconds; what was checked before is answered at once
+
+    return Pipeline(recipe, folder, tuple(force), compute_of(None, "8GB"))

@@ -1,0 +1,211 @@
+"""Finding the best architecture within a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_pvs.api.values import compute_of, parse_bytes, scores_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.system.files import check_new_file
+from nemo_pvs.system.folder_lock import locked_target
+from nemo_pvs.system.progress import progress
+
+if TYPE_CHECKING:
+    from nemo_pvs.calibration.scores import Scores
+    from nemo_pvs.model.shape import Shape
+    from nemo_pvs.pruning.search.search import Candidate
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found."""
+
+    path: Path
+    """The file with the best sizes, which ``prune`` takes as its target."""
+    candidates: tuple[Candidate, ...]
+    """Every architecture within the budget, the best first."""
+    tokens: int
+    """Tokens that went through all models that were run or trained."""
+    flops: int
+    """What that took."""
+
+    @property
+    def shape(self) -> Shape:
+        """The best architecture."""
+        return self.candidates[0].shape
+
+
+def search(
+    source: str | Path,
+    scores: str | Path | Scores,
+    out: str | Path,
+    *,
+    parameters: float | None = None,
+    memory: str | None = None,
+    tolerance: float = 0.05,
+    context: int = 4096,
+    flops_per_token: float | None = None,
+    layers_step: int = 2,
+    hidden_step: int | None = None,
+    ffn_step: int | None = None,
+    kv_groups_step: int = 0,
+    max_width_pruning: float = 0.4,
+    max_depth_pruning: float = 0.2,
+    shortlist: int = 10,
+    retrain_tokens: float = 0,
+    retrain_data: str | Path | None = None,
+    retrain_best: int = 3,
+    global_batch_size: int = 64,
+    sequence_length: int = 2048,
+    learning_rate: float = 1e-4,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    data_parallel: int = 1,
+    fp8: bool = False,
+    device: str | None = None,
+    activation_memory: str = "8GB",
+    ignore_manifest: bool = False,
+    overwrite: bool = False,
+) -> SearchResult:
+    """Find the best architecture within a budget; an interrupted search is resumed.
+
+    Args:
+        source: Checkpoint folder.
+        scores: What ``calibrate`` returned, or its folder.
+        out: The JSON file for the best sizes.
+        parameters: Budget in parameters.
+        memory: Budget for bf16 weights and KV cache, such as ``10GB``.
+        tolerance: Largest relative distance from the budget, both ways.
+        context: Tokens per sequence, for KV cache and FLOPs.
+        flops_per_token: Upper bound of the forward FLOPs per token at that context.
+        layers_step: Grid of layers; 0 keeps all.
+        hidden_step: Grid of hidden channels; 0 keeps all.
+        ffn_step: Grid of FFN channels; 0 keeps all.
+        kv_groups_step: Grid of KV groups; 0 keeps all.
+        max_width_pruning: Largest share of a width to remove.
+        max_depth_pruning: Largest share of layers to remove.
+        shortlist: Candidates whose loss is measured.
+        retrain_tokens: Train the best candidates for this many tokens; 0 for no training.
+        retrain_data: Folder of ``tokenize`` to train them on.
+        retrain_best: Candidates that are trained.
+        global_batch_size: Sequences per optimizer step of that training.
+        sequence_length: Tokens per sequence of that training.
+        learning_rate: Peak learning rate of that training.
+        tensor_parallel: Only shapes that can be split over this many ranks.
+        pipeline_parallel: Only shapes whose layers can be split over this many stages.
+        data_parallel: Replicas of a candidate that is trained.
+        fp8: Only shapes whose shards suit FP8.
+        device: ``cpu`` or ``cuda``; the GPU if there is one.
+        activation_memory: Hidden states that are held at once, such as ``8GB``.
+        ignore_manifest: Read weights that differ from the source's manifest.
+        overwrite: Replace ``out``.
+
+    Returns:
+        The candidates, best first. Under torchrun every rank gets them, and the first one writes the file.
+
+    Raises:
+        UserError: no shape is within the budget, the scores are of another model, or ``out`` exists.
+
+    Example:
+        >>> import nemo_pvs as pvs
+        >>> scores = pvs.calibrate(model, folder / "scores", data=text, samples=2, sequence_length=16)
+        >>> best = pvs.search(
+        ...     model, scores, folder / "best.json", parameters=1.5e5, tolerance=0.1, hidden_step=0,
+        ...     ffn_step=16,
+        ... )
+        >>> [candidate.shape.ffn for candidate in best.candidates], best.shape.ffn == best.candidates[0].shape.ffn
+        ([80, 64], True)
+    """
+    out = Path(out)
+    check_new_file(out, overwrite=overwrite)
+    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.checkpoints.source import shape_of
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+    from nemo_pvs.pruning.search.grid import Grid, SizeLimit, flops_at, legal_shapes
+    from nemo_pvs.pruning.search.search import search as rank
+    from nemo_pvs.pruning.target import write_target
+    from nemo_pvs.recipe.load import parse_layout, parse_training
+    from nemo_pvs.system import ranks
+    from nemo_pvs.training.short import short_training
+
+    if retrain_tokens and not retrain_data:
+        raise UserError("--retrain-tokens needs text to train on; give --retrain-data, a folder from pvs tokenize.")
+    compute = compute_of(device, activation_memory)
+    with ignoring_manifests(ignore_manifest):
+        model = open_source(source)
+    budget = SizeLimit(
+        parameters=parameters,
+        memory_bytes=None if memory is None else parse_bytes("--memory", memory),
+        tolerance=tolerance,
+        context=context,
+        flops_per_token=flops_per_token,
+    )
+    grid = Grid.of(
+        shape_of(model),
+        layers_step=layers_step,
+        hidden_step=hidden_step,
+        ffn_step=ffn_step,
+        kv_groups_step=kv_groups_step,
+        max_width_pruning=max_width_pruning,
+        max_depth_pruning=max_depth_pruning,
+    )
+    shapes = legal_shapes(
+        shape_of(model),
+        grid,
+        budget,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        fp8=fp8,
+    )
+    known = scores_of(scores, model)
+    find = partial(
+        rank,
+        model,
+        known,
+        known.tokens,
+        shapes,
+        flops_at(context),
+        shortlist=shortlist,
+        state=out.with_suffix(".search.json"),
+        **compute,
+    )
+    with ranks.joined(), ranks.held_by_main(locked_target(out)):
+        if retrain_tokens and ranks.world_size() > 1:
+            raise UserError(
+                "Candidates are trained on ranks of their own (--tensor-parallel, --pipeline-parallel, "
+                "--data-parallel); leave --retrain-tokens out under torchrun, and train them by the same command "
+                "without torchrun and with --overwrite: what is measured stays so."
+            )
+        with progress("search", "layers") as show:
+            ranking = find(progress=show)
+        if retrain_tokens:
+            training = parse_training(
+                {
+                    "tokens": retrain_tokens,
+                    "sequence_length": sequence_length,
+                    "global_batch_size": global_batch_size,
+                    "validation_samples": global_batch_size,
+                    "learning_rate": learning_rate,
+                }
+            )
+            layout = parse_layout(
+                {
+                    "tensor_parallel": tensor_parallel,
+                    "pipeline_parallel": pipeline_parallel,
+                    "data_parallel": data_parallel,
+                }
+            )
+            runs, data = out.with_suffix(".runs"), Path(retrain_data or "")
+            with short_training(model, runs, data, layout, training) as retrain:
+                ranking = find(retrain=retrain, retrain_best=retrain_best, retrained=f"{data}: {training}")
+        tokens, flops = ranking.tokens_read, ranking.flops
+        for shape in [one.shape for one in ranking.candidates if one.retrained_loss is not None]:
+            trained = training.steps * training.tokens_per_step
+            tokens += trained
+            flops += trained * shape.flops_per_token(sequence_length=sequence_length, training=True)
+        if ranks.is_main():
+            write_target(ranking.candidates[0].shape, out, {"tokens": tokens, "flops": flops})
+    return SearchResult(out, ranking.candidates, tokens, flops)

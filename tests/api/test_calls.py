@@ -1,0 +1,111 @@
+"""Calls from Python: in a notebook, twice in one process, with paths of either kind, and what they return."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+import nemo_pvs as pvs
+from nemo_pvs.api.evaluate import Measurement
+from nemo_pvs.checkpoints.source import shape_of
+from tests.conftest import make_tiny_llama
+
+CELL = """\
+import asyncio, sys
+import nemo_pvs as pvs
+from nemo_pvs.system.progress import console
+console.quiet = True
+model, text, out = sys.argv[1:]
+
+async def cell(number):
+    folder = f"{out}/{number}"
+    small = pvs.prune(model, f"{folder}/small", "minitron-width", ffn=64, data=text, samples=2, sequence_length=16)
+    pvs.convert(small.path, f"{folder}/nemo")
+    rows = pvs.evaluate([small.path, f"{folder}/nemo"], perplexity=text, samples=2, sequence_length=16, out=folder)
+    return [(row["metric"], row["value"]) for row in rows]
+
+found = [asyncio.run(cell(number)) for number in (1, 2)]
+assert found[0] == found[1], found
+print(found[0])
+"""
+
+
+def test_a_notebook_calls_everything_twice(model: Path, text: Path, tmp_path: Path) -> None:
+    """A running event loop, no main guard, one process."""
+    done = subprocess.run(
+        [sys.executable, "-", model, text, tmp_path], input=CELL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = ast.literal_eval(done.stdout)
+    assert [metric for metric, _ in rows] == ["loss", "perplexity"] * 2
+    assert rows[:2] == rows[2:], "a model in two formats"
+
+
+def test_three_lines(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of the README, on a model that takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    small = pvs.prune(str(model), "SMALLER", method="flap", ratio=0.2, data=text, samples=2, sequence_length=16)
+    pvs.convert("SMALLER", "SMALLER-nemo")
+    rows = pvs.evaluate(["SMALLER", "SMALLER-nemo"], perplexity=text, samples=2, sequence_length=16)
+
+    assert small.path == Path("SMALLER")
+    assert small.shape.uneven
+    assert small.shape == shape_of(pvs.open_checkpoint("SMALLER-nemo"))
+    table = pandas.DataFrame(rows)
+    assert list(table.columns) == [*Measurement.__annotations__]
+    assert list(table["model"]) == ["SMALLER"] * 2 + ["SMALLER-nemo"] * 2
+    assert table.pivot(index="model", columns="metric", values="value").nunique().to_list() == [1, 1]
+
+
+def test_mistakes_are_user_errors_and_write_nothing(model: Path, text: Path, tmp_path: Path) -> None:
+    for call in (
+        lambda: pvs.prune(model, tmp_path / "x", "flap", ratio=2.0, data=text, samples=2, sequence_length=16),
+        lambda: pvs.prune(model, tmp_path / "x", "flap", sparsity="2:4"),
+        lambda: pvs.convert(model, tmp_path / "x", to="gguf"),
+        lambda: pvs.convert(model, tmp_path / "x", verify="maybe"),
+        lambda: pvs.calibrate(model, tmp_path / "x", data=text, samples=2, sequence_length=16, device="tpu"),
+        lambda: pvs.search(model, tmp_path / "absent", tmp_path / "x", parameters=1e5),
+        lambda: pvs.tokenize(text, model, tmp_path / "x", split="half"),
+        lambda: pvs.train(model, tmp_path / "x", tmp_path / "absent", tokens=-1),
+        lambda: pvs.evaluate(model, out=tmp_path / "x", limit=0),
+        lambda: pvs.run("nothing", tmp_path / "x"),
+        lambda: pvs.report(tmp_path / "absent", tmp_path / "x"),
+        lambda: pvs.open_checkpoint(tmp_path / "absent"),
+    ):
+        with pytest.raises(pvs.UserError):
+            call()
+        assert not list(tmp_path.iterdir())
+
+
+def test_one_path_or_several_of_either_kind(model: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"samples": 2, "sequence_length": 16, "out": tmp_path}
+    found = [
+        pvs.evaluate(paths, perplexity=texts, **settings)  # type: ignore[arg-type]
+        for paths, texts in ((model, text), (str(model), str(text)), ([model], [str(text)]), ((model,), (text,)))
+    ]
+    assert all(rows == found[0] for rows in found)
+    assert [row["task"] for row in found[0]] == [f"perplexity/{text}"] * 2
+    assert found[0].models[0]["measured"][f"perplexity/{text}/loss"]["value"] == found[0][0]["value"]
+
+
+def test_scores_are_given_as_they_are_or_by_their_folder(model: Path, text: Path, tmp_path: Path) -> None:
+    scores = pvs.calibrate(model, tmp_path / "scores", data=text, samples=2, sequence_length=16)
+    plans = [
+        pvs.prune(model, tmp_path / str(index), "minitron-width", ffn=64, scores=known).plan
+        for index, known in enumerate((scores, tmp_path / "scores"))
+    ]
+    assert plans[0] == plans[1] is not None
+    other = make_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(pvs.UserError, match="measured on another model"):
+        pvs.prune(other, tmp_path / "x", "minitron-width", ffn=64, scores=scores)
+
+
+def test_a_checkpoint_is_opened_whatever_it_is(model: Path, tmp_path: Path) -> None:
+    pvs.convert(model, tmp_path / "nemo")
+    one, other = pvs.open_checkpoint(model), pvs.open_checkpoint(str(tmp_path / "nemo"))
+    assert one.read("lm_head.weight").equal(other.read("lm_head.weight"))
