@@ -186,6 +186,9 @@ def test_the_results_of_a_run_are_not_overwritten(evaluate, model, tmp_path, for
     (run / "results.json").write_text('{"arms": []}')
     code, _, errors = evaluate(model, "--tasks", TASKS, "--out", run)
     assert code == 2
-    assert f"no evaluation's and would be overwritten; choose a folder of its own with --out, such as {run}" in errors
+    assert (
+        f"does not belong to an evaluation and would be overwritten; choose another folder with --out, such as {run}"
+        in errors
+    )
     assert (run / "results.json").read_text() == '{"arms": []}'
     assert not forwards
