@@ -1,1 +1,1 @@
-"""A recipe: the YAML file as typed blocks, one file a block."""
+"""A recipe: the YAML file as typed blocks, one module per block."""

@@ -1,4 +1,4 @@
-"""The blocks of a recipe: what may stand under each key of the YAML file, with types, bounds and defaults."""
+"""The small blocks of a recipe: the values that each key of the YAML file takes, with types, bounds and defaults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_pvs.ledger.budget import Setting
 from nemo_pvs.recipe.fields import Block, Positive, Tokens, number
 
 TASK_DATA = "task_data"
-"""Where downloaded data sets lie unless a recipe says otherwise."""
+"""Default folder of downloaded data sets."""
 
 
 def _budget(value: Any) -> Any:
@@ -21,7 +21,7 @@ def _budget(value: Any) -> Any:
 
 
 TokenBudget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
-"""A number of tokens, or what is to be equal to the pruned arm."""
+"""A number of tokens, or the quantity that is to equal the pruned arm's."""
 
 
 class Parent(Block):
@@ -30,30 +30,30 @@ class Parent(Block):
     source: str | None = None
     """A Hugging Face folder, a NeMo checkpoint, a ``.gguf`` file, ``hf://owner/name``, or ``smollm2-135m``."""
     config: dict[str, Any] | None = None
-    """The Hugging Face config.json of the parent: for a dry run without the model, and for a parent that is yet to be
-    trained (then without ``source``)."""
+    """The Hugging Face config.json of the parent: for a dry run without the model, and for a parent that has not been
+    trained yet (then without ``source``)."""
     tokenizer: str | None = None
-    """A folder with the tokenizer of a parent that is yet to be trained."""
+    """A folder with the tokenizer, for a parent that has not been trained yet."""
     pretraining_tokens: Tokens = 0
-    """Tokens that the parent was pretrained on, for the ledger; 0 when nobody knows, or its own ledger does."""
+    """Tokens that the parent was pretrained on, for the ledger; 0 if unknown, or if its own ledger records them."""
 
     @model_validator(mode="after")
     def _is_something(self) -> Parent:
         if self.source is None and (self.config is None or self.tokenizer is None):
-            raise ValueError("give the source, or the config and the tokenizer of a model that is yet to be trained")
+            raise ValueError("give the source, or the config and the tokenizer of a model that is still to be trained")
         return self
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The parent's name in reports."""
         return self.source or "parent"
 
     @property
     def normal_config(self) -> dict[str, Any] | None:
-        """The stated config in normal form.
+        """The recipe's ``config`` in normal form.
 
         Raises:
-            UserError: as ``hf_config.normal_config``.
+            UserError: ``normal_config`` does not accept it.
         """
         return None if self.config is None else normal_config(self.config, "parent.config of the recipe")
 
@@ -64,33 +64,33 @@ class Calibration(Block):
     samples: Positive = 128
     sequence_length: Positive = 2048
     scan_samples: Positive = 16
-    """Sequences for the depth scan, which runs the model once for every window."""
+    """Sequences for the depth scan, which runs the model once per window."""
     seed: int = 0
 
 
 class Evaluation(Block):
-    """How perplexity on the test split is measured, and what tasks are asked."""
+    """How perplexity on the test split is measured, and which tasks are evaluated."""
 
     samples: Positive = 64
     sequence_length: Positive = 2048
     tasks: list[str] = Field(default=[])
-    """As ``pvs evaluate --tasks`` takes them; ``continuation`` is made of the test split."""
+    """As for ``pvs evaluate --tasks``; ``continuation`` is made from the test split."""
     task_data: str = TASK_DATA
-    """Folder of downloaded data sets, ``<owner>/<name>`` each."""
+    """Folder of downloaded data sets, each under ``<owner>/<name>``."""
     task_limit: Positive | None = None
-    """Take only the first so many documents of each task."""
+    """Maximum documents per task; the first ones are taken."""
 
 
 class Budgets(Block):
-    """Token budgets by initial weights; every one is a run of its own."""
+    """Token budgets by initial weights; each is a separate run."""
 
     pruned: list[Tokens] = Field(default=[])
     random: list[TokenBudget] = Field(default=[])
-    """A setting is a run for each of ``pruned``, as long as makes it equal to that one."""
+    """A setting stands for one run per budget in ``pruned``, with the budget that makes it equal to that run."""
 
     @model_validator(mode="after")
     def _settings_have_a_pruned_arm(self) -> Budgets:
         setting = next((budget for budget in self.random if isinstance(budget, str)), None)
         if setting and not self.pruned:
-            raise ValueError(f"{setting} is relative to pruned arms; say under pruned what these get")
+            raise ValueError(f"{setting} is relative to pruned arms; give their budgets under pruned")
         return self

@@ -9,18 +9,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from nemo_pvs.recipe.fields import Block, Fraction, Initialisation, Tokens, number
 
 Domain = Annotated[str, Field(pattern=r"^[\w.-]+$")]
-"""The name of a domain, which is part of file names."""
+"""The name of a domain, which is used in file names."""
 Range = tuple[Tokens, Tokens]
-"""Tokens of the training data from the first to the one behind the last, counted in the order of training."""
+"""Tokens [first, end) of the training data, counted in training order."""
 
 
 def _text(value: Any) -> Any:
-    """Take a weight of a blend that YAML has made a number."""
+    """Accept a blend weight that YAML parsed as a number."""
     return str(value) if isinstance(value, (int, float)) else value
 
 
 class Split(Block):
-    """Shares of the corpus; documents never cross from one to another."""
+    """Shares of the corpus; each document is in exactly one of them."""
 
     train: Fraction = 0.85
     validation: Fraction = 0.05
@@ -35,32 +35,33 @@ class Split(Block):
 
 
 class TokenFiles(Block):
-    """Megatron token files (``.bin`` and ``.idx``) by their path without suffix; nothing is tokenised then."""
+    """Megatron token files (``.bin`` and ``.idx``) by their path without suffix; the recipe then tokenises nothing."""
 
     train: str | list[Annotated[str, BeforeValidator(_text)]] | dict[Domain, str]
-    """One, several that are mixed by their sizes, a blend: weight, path, weight, path; or domains, one each."""
+    """One file, several mixed in proportion to their sizes, a blend (weight, path, weight, path, ...), or one file per
+    domain."""
     validation: str | dict[Domain, str]
-    """Of domains, one each too."""
+    """One file, or one per domain."""
     calibration: str
     test: str
 
     @property
     def blend(self) -> tuple[list[float] | None, list[str]]:
-        """The weights of the training files, None where their sizes weigh them, and their paths.
+        """The weights of the training files (None if they are mixed in proportion to their sizes) and their paths.
 
         Raises:
             ValueError: weights and paths do not alternate.
         """
         if isinstance(self.train, dict):
             return None, list(self.train.values())
-        given = [self.train] if isinstance(self.train, str) else self.train
-        numbers = [number(entry) for entry in given]
-        if all(found is None for found in numbers) and given:
-            return None, given
-        weights, paths = [weight for weight in numbers[::2] if weight is not None], given[1::2]
-        by_turns = len(weights) == len(paths) == len(numbers[::2]) and all(found is None for found in numbers[1::2])
-        if not given or not by_turns:
-            raise ValueError("the training files must be paths, or weights and paths by turns")
+        entries = [self.train] if isinstance(self.train, str) else self.train
+        numbers = [number(entry) for entry in entries]
+        if all(value is None for value in numbers) and entries:
+            return None, entries
+        weights, paths = [weight for weight in numbers[::2] if weight is not None], entries[1::2]
+        alternate = len(weights) == len(paths) == len(numbers[::2]) and all(value is None for value in numbers[1::2])
+        if not entries or not alternate:
+            raise ValueError("the training files must be paths, or weights and paths in alternation")
         return weights, paths
 
     @model_validator(mode="after")
@@ -76,24 +77,29 @@ class TokenFiles(Block):
 
 
 class TokenRanges(Block):
-    """Which tokens of the training data each kind of run reads, as [first, end), in the order of training."""
+    """Which tokens of the training data each kind of run reads, as [first, end), in training order."""
 
     parent: Range | None = None
-    """What the parent was trained on, if it was trained on the same data with the same seed."""
+    """Tokens that the parent was trained on, if it was trained on the same data with the same seed."""
     pruned: Range | None = None
-    """For pruned arms; each reads from the first on as many as its budget. From 0 without end where it is left out."""
+    """Tokens for pruned arms; each reads its budget from ``first`` on. Defaults to [0, infinity)."""
     random: Range | None = None
-    """For arms from random weights, likewise."""
+    """Tokens for arms from random weights, likewise."""
     allow_overlap: bool = False
-    """Let pruned arms read again what the parent was trained on."""
+    """Let pruned arms read tokens that the parent was trained on."""
 
     def of(self, initialisation: Initialisation) -> tuple[int, float]:
-        """Return the range of an arm; the end may be infinite."""
+        """Return the token range of arms with this initialisation; the end may be infinite."""
         first, end = getattr(self, initialisation) or (0, float("inf"))
         return int(first), end
 
     def start_of_pruned(self, given: float | None, tokens_per_step: int) -> int:
-        """Return where training before pruning begins: at ``given``, or where pruned arms do; in whole steps."""
+        """Return the first token of the training before pruning, rounded up to whole steps.
+
+        Args:
+            given: The first token if the recipe states it; by default the first of pruned arms.
+            tokens_per_step: Tokens per optimizer step.
+        """
         first = self.of("pruned")[0] if given is None else int(given)
         return -(-first // tokens_per_step) * tokens_per_step
 
@@ -113,27 +119,27 @@ class TokenRanges(Block):
 
 
 class Data(Block):
-    """The text that everything is trained, calibrated and measured on: ``source`` or ``token_files``."""
+    """The text for training, calibration and evaluation: ``source`` or ``token_files``."""
 
     source: str | list[str] | dict[Domain, str | list[str]] | None = None
-    """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``; or these for
-    each domain, whose calibration and test texts are put together."""
+    """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``; or these per
+    domain, whose calibration and test splits are concatenated."""
     token_files: TokenFiles | None = None
     split: Split = Split()
     seed: int = 0
-    """Of the split."""
+    """Seed for the split."""
     token_ranges: TokenRanges = TokenRanges()
 
     @property
     def domains(self) -> list[str]:
-        """The domains whose shares ``dynamic_loading`` sets; none of one text."""
-        given = self.token_files.train if self.token_files else self.source
-        return list(given) if isinstance(given, dict) else []
+        """The domains whose shares ``dynamic_loading`` sets; empty if the text is not divided into domains."""
+        texts = self.token_files.train if self.token_files else self.source
+        return list(texts) if isinstance(texts, dict) else []
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> Data:
         if (self.source is None) == (self.token_files is None):
             raise ValueError("give either source or token_files")
         if self.domains and self.token_ranges != TokenRanges():
-            raise ValueError("token_ranges are of one text, and this one has domains; leave token_ranges out")
+            raise ValueError("token_ranges does not apply to text with domains; leave token_ranges out")
         return self

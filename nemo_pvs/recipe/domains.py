@@ -1,4 +1,4 @@
-"""The block ``dynamic_loading``: shares of the domains of the text, which follow their losses (Sheared LLaMA)."""
+"""The block ``dynamic_loading``: the shares of the domains in a batch, which follow their losses (Sheared LLaMA)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Loss = Annotated[float, Field(gt=0)]
 
 
 class ReferenceModel(Block):
-    """A model of the parent's family, and what it loses on each domain."""
+    """A model of the parent's family and its loss on each domain."""
 
     parameters: float = Field(gt=0)
     losses: dict[str, Loss]
@@ -23,23 +23,24 @@ class ReferenceModel(Block):
 
 
 class DynamicLoading(Block):
-    """Dynamic batch loading (Xia et al., 2310.06694, section 2.2): after every validation, more of what lags behind.
+    """Dynamic batch loading (Xia et al., 2310.06694, section 2.2): each validation raises the shares that lag.
 
     Defaults are those of the published runs.
     """
 
     kind: Literal["doremi", "constant"] = "doremi"
-    """``doremi``: shares follow the losses, as ``update_proportions`` says; ``constant``: they stay as they are."""
+    """``doremi``: shares follow the losses (``update_proportions``); ``constant``: they stay as they are."""
     proportions: dict[str, DomainShare] | None = None
-    """Shares at the start, by domain; without them pruned arms go on with those that their masks ended with."""
+    """Initial shares, by domain; by default pruned arms continue with the final shares of mask learning."""
     target_losses: dict[str, Loss] | None = None
-    """What the loss of each domain should come to, nats per token."""
+    """Target loss of each domain, in nats per token."""
     fitted: list[ReferenceModel] | None = None
-    """Or models whose losses are extrapolated to the target's parameters, three or more (``reference_losses``)."""
+    """Alternatively, three or more models whose losses are extrapolated to the target's number of parameters
+    (``reference_losses``)."""
     rate: float = Field(default=1.0, gt=0)
     smoothing: Fraction = 1e-4
     clip: bool = False
-    """Let no domain's share fall for being ahead of its target, as in the paper's algorithm 1."""
+    """Count a domain that is ahead of its target as on target, as in the paper's algorithm 1."""
 
     @model_validator(mode="after")
     def _says_where_to(self) -> DynamicLoading:
@@ -51,19 +52,24 @@ class DynamicLoading(Block):
                 else "constant shares need no target_losses and nothing fitted; leave them out"
             )
         if self.fitted is not None and len({model.parameters for model in self.fitted}) < 3:
-            raise ValueError("fitted needs three models or more of different sizes")
+            raise ValueError("fitted needs three or more models of different sizes")
         if self.proportions is not None and abs(sum(self.proportions.values()) - 1) > 1e-3:
             raise ValueError(f"the proportions add up to {sum(self.proportions.values()):g}, not to 1")
         return self
 
     @property
     def shares(self) -> dict[str, float]:
-        """The proportions, which the published ones are to three digits, made to add up to 1 exactly."""
-        given = self.proportions or {}
-        return {name: share / sum(given.values()) for name, share in given.items()}
+        """The proportions, normalised to add up to exactly 1; published ones are rounded to three digits."""
+        proportions = self.proportions or {}
+        return {name: share / sum(proportions.values()) for name, share in proportions.items()}
 
     def targets(self, domains: Sequence[str], parameters: float) -> list[float] | None:
-        """Return what the domains' losses should come to at a size; None for constant shares."""
+        """Return the target losses in nats per token, in the order of ``domains``; None for constant shares.
+
+        Args:
+            domains: Names of the domains.
+            parameters: Number of parameters of the model, for the extrapolation from ``fitted``.
+        """
         if self.target_losses is not None:
             return [self.target_losses[name] for name in domains]
         if self.fitted is None:
@@ -74,10 +80,14 @@ class DynamicLoading(Block):
         return reference_losses([model.parameters for model in self.fitted], losses, parameters)
 
     def check_domains(self, domains: Iterable[str], where: str) -> None:
-        """Refuse shares and losses that are not those of the text's domains.
+        """Refuse shares and losses whose domains are not those of the text.
+
+        Args:
+            domains: The text's domains.
+            where: The key of this block, for messages.
 
         Raises:
-            ValueError: naming the first domain that is missing, or that is not there.
+            ValueError: a domain is missing or unknown.
         """
         blocks = {"proportions": self.proportions, "target_losses": self.target_losses}
         blocks |= {f"fitted.{number}.losses": model.losses for number, model in enumerate(self.fitted or [])}
@@ -89,17 +99,17 @@ class DynamicLoading(Block):
                 raise ValueError(f"{where}.{key}: {name} {what}, whose domains are {', '.join(domains)}")
 
     def check_enough(self, available: Mapping[str, int], tokens: int, known: int) -> None:
-        """Refuse a training for which a domain is certainly too short.
+        """Refuse a training run for which a domain is certainly too short.
 
-        Shares that follow losses are known up to the first validation only; what comes then may still end early.
+        Shares that follow losses are only known up to the first validation; a domain may still run out after it.
 
         Args:
-            available: Tokens of each domain.
-            tokens: That the training reads.
-            known: Of these, until the first validation.
+            available: Tokens available in each domain.
+            tokens: Tokens that the run reads.
+            known: Tokens that it reads before the first validation.
 
         Raises:
-            UserError: naming the domain.
+            UserError: a domain, or all of them together, have too few tokens.
         """
         if tokens >= sum(available.values()):
             raise UserError(

@@ -1,4 +1,4 @@
-"""What the blocks of a recipe are made of: numbers with bounds, and the layout of a run."""
+"""Building blocks of a recipe: bounded numbers, and the parallel layout of a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _whole(value: float) -> int:
 
 
 Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
-"""A number of tokens; 200e9 is as good as 200000000000."""
+"""A number of tokens; 200e9 means 200000000000."""
 Rate = Annotated[float, Field(gt=0)]
 Initialisation = Literal["pruned", "random"]
-"""Where an arm's weights come from: the pruned parent (R_N in the paper), or a random draw (S_N)."""
+"""An arm's initial weights: the pruned parent (R_N in arXiv 2606.14150), or random (S_N)."""
 
 
 class Block(BaseModel):
@@ -35,11 +35,11 @@ class Parallelism(Block):
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive | None = None
-    """Pieces of layers that each stage works on in turns, which makes the pipeline's bubble as many times smaller."""
+    """Model chunks per stage (interleaved schedule), which divides the pipeline bubble by this number."""
     first_stage_layers: Positive | None = None
-    """Layers of the first pipeline stage, where stages are not equal."""
+    """Layers of the first pipeline stage, if stages are not equal."""
     last_stage_layers: Positive | None = None
-    """Layers of the last one."""
+    """Layers of the last pipeline stage, if stages are not equal."""
     context_parallel: Positive = 1
     """Ranks that share every sequence; needs Transformer Engine."""
     data_parallel: Positive = 1
@@ -53,13 +53,13 @@ class Parallelism(Block):
 
     @property
     def split(self) -> dict[str, Any]:
-        """How it cuts a model, for ``Shape.check_parallel``."""
+        """How the layout splits a model: the arguments of ``Shape.check_parallel``."""
         names = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "first_stage_layers", "last_stage_layers")
         return {name: getattr(self, name) for name in names}
 
 
 def number(text: str) -> float | None:
-    """Return the number that a text is, or None."""
+    """Return ``text`` as a number, or None if it is not one."""
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Read a recipe from its file, on top of the file that it extends, and say what is wrong with it in one sentence."""
+"""Read a recipe from its file and the files that it extends; errors are one sentence."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import expand_home, read_yaml
 
 _BASE = "base.yaml"
-"""The name of a file that other recipes of its folder extend and that is no recipe itself."""
+"""The name of a file that other recipes in its folder extend and that is not a recipe itself."""
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read a recipe by path (``my/recipe.yaml``) or by the name of a packaged one (``smollm2_135m/demo``).
 
     Raises:
-        UserError: there is no such recipe, or it says something that a recipe cannot say.
+        UserError: there is no such recipe, or it is not valid.
 
     Example:
         >>> import nemo_pvs as pvs
@@ -40,25 +40,25 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
-    """Return what a file says, on top of what the file that it ``extends`` says."""
+    """Return the values of a file merged over those of the file that it ``extends``."""
     if path.resolve() in extended_by:
-        raise UserError(f"{path} extends itself by way of {extended_by[-1].name}; remove one of the two lines.")
+        raise UserError(f"{path} extends itself through {extended_by[-1].name}; remove one of the two lines.")
     if not path.exists() and extended_by:
         raise UserError(f"{extended_by[-1]} extends {path}, which does not exist; correct the path.")
     values = read_yaml(path)
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is not a recipe: it should hold keys such as parent, data, targets and train.")
-    own = dict(expand_home(values))
-    base = own.pop("extends", None)
+    recipe = dict(expand_home(values))
+    base = recipe.pop("extends", None)
     if base is None:
-        return own
+        return recipe
     if not isinstance(base, str):
-        raise UserError(f"{path}: extends must be the path of one file, from this file's folder, not {base!r}.")
-    return _merge(_read(path.parent / base, (*extended_by, path.resolve())), own)
+        raise UserError(f"{path}: extends must be the path of one file, relative to this file's folder, not {base!r}.")
+    return _merge(_read(path.parent / base, (*extended_by, path.resolve())), recipe)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the values of ``over``: blocks are merged, all else is replaced, null takes away."""
+    """Return ``base`` with the values of ``over``: blocks are merged, other values replaced, null removes the key."""
     merged = dict(base)
     for key, value in over.items():
         if value is None:
@@ -71,10 +71,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_training(values: Mapping[str, Any]) -> Training:
-    """Check training settings that were given as options.
+    """Validate training settings given as command-line options.
 
     Raises:
-        UserError: naming the first wrong one.
+        UserError: naming the first invalid one.
     """
     try:
         return Training.model_validate(values)
@@ -83,10 +83,10 @@ def parse_training(values: Mapping[str, Any]) -> Training:
 
 
 def parse_layout(values: Mapping[str, Any]) -> Parallelism:
-    """Check a parallel layout that was given as options.
+    """Validate a parallel layout given as command-line options.
 
     Raises:
-        UserError: naming the first wrong one.
+        UserError: naming the first invalid one.
     """
     try:
         return Parallelism.model_validate(values)
@@ -95,16 +95,16 @@ def parse_layout(values: Mapping[str, Any]) -> Parallelism:
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
-    """Check the values of a recipe; ``where`` names their file in messages.
+    """Validate the values of a recipe; ``where`` names their file in messages.
 
     Raises:
-        UserError: naming the first wrong key, and the nearest right one when it is unknown.
+        UserError: naming the first invalid key, and the closest known one if it is unknown.
     """
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: {first_problem(error, Recipe)}") from None
-    from nemo_pvs.recipe.options import check_options  # takes seconds; a misspelt key is answered before
+    from nemo_pvs.recipe.options import check_options  # takes seconds; misspelt keys are reported before
 
     for name, target in recipe.targets.items():
         try:
@@ -115,7 +115,7 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
 
 
 def packaged_recipes() -> list[str]:
-    """Return the names of the recipes that come with the package."""
+    """Return the names of the packaged recipes."""
     folder = Path(str(resources.files("nemo_pvs.recipes")))
     files = (file for file in folder.rglob("*.yaml") if file.name != _BASE)
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files)

@@ -1,4 +1,4 @@
-"""What the targets of a recipe ask of their methods."""
+"""The method options of a recipe's targets: validation, and what they imply for calibration and stages."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ ADAPT = "adapt-pruner"
 
 
 def check_options(target: Target) -> None:
-    """Refuse a target whose method has no such option, or that doesn't say how much to remove.
+    """Refuse a target with an option that its method does not have, or without a size to prune to.
 
     Raises:
         UserError: naming the option.
     """
     if target.method == DENSE:
         if target.given:
-            raise UserError(f"dense has no {next(iter(target.given))}; its options are none.")
+            raise UserError(f"dense has no {next(iter(target.given))}, as it takes no options; leave it out.")
     else:
         options = method_named(target.method).options
-        asked = options.parse(target.method, target.given)
+        parsed = options.parse(target.method, target.given)
         _check_amount(options.amounts, target)
-        if isinstance(asked, MinitronDepthOptions):
-            _check_task(asked, target)
+        if isinstance(parsed, MinitronDepthOptions):
+            _check_task(parsed, target)
     if target.learn is not None and target.method != "sheared-llama":
         raise UserError(f"{target.method} learns no masks; leave learn out.")
     if target.pruning_aware is not None and target.method != EFFICIENT:
@@ -36,57 +36,57 @@ def check_options(target: Target) -> None:
 
         Sparsity.parse(target.given["sparsity"])
     if target.method == DENSE and target.keep_parent_embeddings:
-        raise UserError("a dense target is not made of the parent's weights; leave keep_parent_embeddings out.")
+        raise UserError("a dense target is not made from the parent's weights; leave keep_parent_embeddings out.")
     if target.task_data and not task_of(target):
-        raise UserError("task_data and task_limit are about a task; name one under task, or leave them out.")
+        raise UserError("task_data and task_limit only apply to a task; name one under task, or leave them out.")
 
 
 def _check_amount(amounts: tuple[str, ...], target: Target) -> None:
-    asked = [name for name in amounts if name in target.given or (name == "sizes" and target.sizes)]
-    if amounts and len(asked) != 1:
+    given = [name for name in amounts if name in target.given or (name == "sizes" and target.sizes)]
+    if amounts and len(given) != 1:
         known = ", ".join(", ".join(SIZES) if name == "sizes" else name for name in amounts)
         raise UserError(
-            f"{'two things say' if asked else 'nothing says'} how much to remove; "
-            f"give {'only one' if asked else 'at least one'} of {known}."
+            f"{'more than one option says' if given else 'nothing says'} how much to remove; "
+            f"give {'only one' if given else 'at least one'} of {known}."
         )
 
 
-def _check_task(asked: MinitronDepthOptions, target: Target) -> None:
-    if asked.task is not None and asked.search != "contiguous":
+def _check_task(options: MinitronDepthOptions, target: Target) -> None:
+    if options.task is not None and options.search != "contiguous":
         raise UserError("a task compares contiguous runs of layers; leave search out.")
-    if asked.task is None and (target.task_data or asked.task_limit):
-        raise UserError("task_data and task_limit are about a task; name one under task, or leave them out.")
+    if options.task is None and (target.task_data or options.task_limit):
+        raise UserError("task_data and task_limit only apply to a task; name one under task, or leave them out.")
 
 
 def task_of(target: Target) -> str | None:
-    """Return the tasks by which a target's layers are chosen, as ``pvs evaluate --tasks`` takes them; None if none."""
-    asked = target.asked
-    return asked.task if isinstance(asked, MinitronDepthOptions) else None
+    """Return the tasks by which a target's layers are chosen, in the syntax of ``pvs evaluate --tasks``, or None."""
+    options = target.asked
+    return options.task if isinstance(options, MinitronDepthOptions) else None
 
 
 def task_limit_of(target: Target) -> int | None:
-    """Return the maximum of documents per task of such a target."""
-    asked = target.asked
-    return asked.task_limit if isinstance(asked, MinitronDepthOptions) else None
+    """Return the maximum documents per task of a target whose layers are chosen by a task; None if unlimited."""
+    options = target.asked
+    return options.task_limit if isinstance(options, MinitronDepthOptions) else None
 
 
 def needs_scores(target: Target) -> bool:
-    """Return whether a target is pruned by the scores of a calibration."""
+    """Return whether a target is pruned by calibration scores that targets share."""
     return target.method != DENSE and method_named(target.method).scored and stages_of(target) == 1
 
 
 def needs_gradients(target: Target) -> bool:
-    """Return whether that calibration must go back through the model, too."""
+    """Return whether a target's calibration scores need a backward pass."""
     return target.method != DENSE and method_named(target.method).gradients
 
 
 def scans(target: Target) -> bool:
-    """Return whether a target is found by the loss of every candidate on the calibration text."""
+    """Return whether a target's layers are chosen by the loss of every candidate on the calibration text."""
     return target.method != DENSE and method_named(target.method).scans and task_of(target) is None
 
 
 def reads_calibration(target: Target) -> bool:
-    """Return whether a target is pruned by what the calibration split says of the parent."""
+    """Return whether pruning to a target reads the calibration split."""
     return target.method != DENSE and (method_named(target.method).reads_text or needs_scores(target))
 
 
@@ -96,5 +96,5 @@ def is_sparse(target: Target) -> bool:
 
 
 def stages_of(target: Target) -> int:
-    """Return how many stages a target is reached in."""
+    """Return the number of stages in which a target is pruned."""
     return target.stages or 1

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe or a launch profile, in one sentence that names the key."""
+"""Turn a validation error of a recipe or a launch profile into one sentence that names the key."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _UNION_TAGS = {"Rates", "Budgets", "float", "str", "local", "slurm"}
 
 
 def first_problem(error: ValidationError, block: type[Block]) -> str:
-    """Return the first thing that is wrong with the values of a block, an unknown key before all else."""
+    """Return the first problem with the values of a block; an unknown key comes before all others."""
     problems = error.errors()
     first = _keys(problems[0])
-    # Of the alternatives of a key, what was meant is the one that fits furthest; our own sentences say most.
-    here = [one for one in problems if _keys(one)[: len(first)] == first]
-    nearest_fit = max(here, key=lambda one: (len(_keys(one)), one["type"] == "value_error"))
-    problem = next((one for one in problems if one["type"] == "extra_forbidden"), nearest_fit)
+    # Of a union's alternatives the user most likely meant the one that validates deepest; our own messages say most.
+    candidates = [problem for problem in problems if _keys(problem)[: len(first)] == first]
+    deepest = max(candidates, key=lambda problem: (len(_keys(problem)), problem["type"] == "value_error"))
+    problem = next((problem for problem in problems if problem["type"] == "extra_forbidden"), deepest)
     keys = _keys(problem)
     key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
@@ -41,13 +41,13 @@ def first_problem(error: ValidationError, block: type[Block]) -> str:
 
 
 def _keys(problem: ErrorDetails) -> list[str]:
-    """Return the keys of the file that lead to a problem, without what pydantic calls the alternatives of a key."""
+    """Return the path of keys to a problem, without pydantic's labels for the alternatives of a union."""
     keys = [str(key) for key in problem["loc"]]
     return [key for key in keys if key not in _UNION_TAGS and "[" not in key]
 
 
 def _block_at(keys: list[str], block: type[Block]) -> type[Block]:
-    """Return the class of the block under ``keys``; names that a user chose (of targets) have none of their own."""
+    """Return the class of the block under ``keys``; names chosen by the user (of targets) are skipped."""
     for key in keys:
         if key in block.model_fields:
             block = next(_blocks_in(block.model_fields[key].annotation), block)

@@ -1,4 +1,4 @@
-"""Recipe: a YAML file that says what to prune, how to train it and what to compare it with."""
+"""A recipe: what to prune, how to train it, and what to compare it with."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ class Arm:
     """One training run of a comparison."""
 
     name: str
-    """``width-pruned``; with ``budgets`` ``width-pruned-50B``: R50 of the paper (``random``: S50), and
-    ``width-random-equal-total-tokens``, with ``-50B`` behind it where there are several pruned arms."""
+    """``width-pruned``; with ``budgets`` ``width-pruned-50B`` (R50 in arXiv 2606.14150; ``random``: S50) and
+    ``width-random-equal-total-tokens``, followed by ``-50B`` if there are several pruned arms."""
     target: str
     """The key under ``targets``."""
     initialisation: Initialisation
     layout: Parallelism
     training: Training
-    """With this arm's tokens and learning rate."""
+    """The recipe's ``train`` with this arm's tokens and learning rate."""
     first_token: int
-    """Where in the training data it starts to read, in the order of training; the start of an optimizer step."""
+    """First token that the arm reads, in training order; the start of an optimizer step."""
     setting: Setting | None = None
-    """What made its budget, if that is not a number of the recipe."""
+    """The setting that determined the budget, if the recipe gives no number."""
 
     @property
     def takes_parent(self) -> bool:
-        """Whether its initial weights are the parent's, pruned or whole."""
+        """Whether the initial weights are the parent's, pruned or whole."""
         return self.initialisation == "pruned"
 
     @property
     def tokens(self) -> int:
-        """Tokens of the run, exactly: whole steps."""
+        """Tokens of the run, rounded up to whole steps."""
         return self.training.steps * self.training.tokens_per_step
 
 
@@ -59,16 +59,16 @@ class Recipe(Block):
     calibrate: Calibration = Calibration()
     targets: dict[str, Target] = Field(min_length=1)
     arms: list[Initialisation] = Field(default=["pruned", "random"], min_length=1)
-    """Initial weights to train every target from that names none of its own."""
+    """Initial weights from which each target is trained, unless the target gives its own ``arms``."""
     budgets: list[Tokens] | Budgets | None = None
-    """Training tokens, one run for each; a list for all arms, or one for pruned and one for random weights.
+    """Training tokens, one run per budget: a list for all arms, or one for pruned and one for random weights.
     ``budget: equal-total-tokens`` is short for ``train.tokens`` for pruned and this setting for random weights."""
     layout: Parallelism = Parallelism()
-    """Of every target that has none of its own."""
+    """Layout of every target that does not give its own."""
     train: Training
     evaluate: Evaluation = Evaluation()
     _settled: dict[str, int] = PrivateAttr(default_factory=dict)
-    """Tokens of the arms whose budget is a setting, by name; see ``equal_terms.settle``."""
+    """Tokens of the arms whose budget is a setting, by arm; set by ``equal_terms.settle``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -77,23 +77,24 @@ class Recipe(Block):
         if budget is None:
             return values
         if values.get("budgets"):
-            raise ValueError("budget and budgets say the same thing; give only one")
+            raise ValueError("budget and budgets set the same thing; give only one")
         values = {key: value for key, value in values.items() if key != "budget"}
-        if not isinstance(train, Mapping) or "tokens" not in train:  # which is said when train is read
+        if not isinstance(train, Mapping) or "tokens" not in train:  # reported when train is validated
             return values
         return {**values, "budgets": {"pruned": [train["tokens"]], "random": [budget]}}
 
     @model_validator(mode="before")
     @classmethod
     def _budgets_are_the_tokens(cls, values: Any) -> Any:
-        """Let ``budgets`` stand for ``train.tokens``, of which every arm gets a copy with its own."""
+        """Fill in ``train.tokens`` from ``budgets``; every arm gets a copy of ``train`` with its own budget."""
         budgets, train = values.get("budgets"), values.get("train")
         if not budgets or not isinstance(train, Mapping) or "tokens" in train:
             return values
-        lists = budgets.values() if isinstance(budgets, Mapping) else [budgets]
-        given = (budget for one in lists if isinstance(one, list) for budget in one)
-        some = next((budget for budget in given if budget not in typing.get_args(Setting)), None)
-        return values if some is None else {**values, "train": {**train, "tokens": some}}
+        for entries in budgets.values() if isinstance(budgets, Mapping) else [budgets]:
+            for budget in entries if isinstance(entries, list) else []:
+                if budget not in typing.get_args(Setting):
+                    return {**values, "train": {**train, "tokens": budget}}
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -101,11 +102,11 @@ class Recipe(Block):
         layout, targets = values.get("layout"), values.get("targets")
         if layout is None or not isinstance(targets, Mapping):
             return values
-        given = {
+        with_layout = {
             name: {"layout": layout, **target} if isinstance(target, Mapping) else target
             for name, target in targets.items()
         }
-        return {**values, "targets": given}
+        return {**values, "targets": with_layout}
 
     @model_validator(mode="after")
     def _parent_can_be_pruned(self) -> Recipe:
@@ -113,8 +114,8 @@ class Recipe(Block):
         arms = {arm for target in self.targets for arm in self.arms_of(target)}
         if self.parent.source is None and (methods != {DENSE} or arms != {"random"}):
             raise ValueError(
-                f"parent has no source, so all that can be done is to train it: targets of method {DENSE}, "
-                "and arms: [random]"
+                f"parent has no source, so it can only be trained; give only targets of method {DENSE}, and "
+                "arms: [random]"
             )
         return self
 
@@ -124,7 +125,7 @@ class Recipe(Block):
         if distill and distill.teacher == PARENT and self.parent.source is None:
             raise ValueError("parent has no source, so it cannot be the teacher; leave train.distill out")
         if distill and not any(self.distills(target, arm) for target in self.targets for arm in self.arms_of(target)):
-            raise ValueError("train.distill is for none of the arms; name one of them in train.distill.arms")
+            raise ValueError("train.distill applies to none of the arms; name one of them in train.distill.arms")
         return self
 
     @model_validator(mode="after")
@@ -149,57 +150,56 @@ class Recipe(Block):
 
     @property
     def parent_tokens(self) -> int | None:
-        """Tokens that the parent was pretrained on as far as the recipe says; None where it does not.
+        """Tokens that the parent was pretrained on according to the recipe; None if it does not say.
 
-        Without a declaration they are those of the range ``data.token_ranges.parent``, in whole steps, as a run trains
-        on it. What the parent's ledger counts, where there is one, is exact.
+        These are ``parent.pretraining_tokens``, or else the length of ``data.token_ranges.parent`` rounded up to whole
+        steps. The parent's ledger, if there is one, is exact.
         """
-        given = self.data.token_ranges.parent
-        if self.parent.pretraining_tokens or given is None:
+        tokens = self.data.token_ranges.parent
+        if self.parent.pretraining_tokens or tokens is None:
             return int(self.parent.pretraining_tokens) or None
         step = self.train.tokens_per_step
-        return -(-int(given[1] - given[0]) // step) * step
+        return -(-int(tokens[1] - tokens[0]) // step) * step
 
     def arms_of(self, target: str) -> list[Initialisation]:
-        """Return the initial weights that a target is trained from."""
+        """Return the kinds of initial weights from which a target is trained."""
         return self.targets[target].arms or self.arms
 
     def budgets_of(self, initialisation: Initialisation) -> list[int | Setting]:
-        """Return what arms of a kind are trained for: tokens, or what makes them equal to the pruned arms."""
+        """Return the budgets of arms with this initialisation: tokens, or settings relative to the pruned arms."""
         if self.budgets is None:
             return [int(self.train.tokens)]
         budgets = self.budgets if isinstance(self.budgets, list) else getattr(self.budgets, initialisation)
-        given: Sequence[float | Setting] = budgets
-        return [budget if isinstance(budget, str) else int(budget) for budget in given]
+        entries: Sequence[float | Setting] = budgets
+        return [budget if isinstance(budget, str) else int(budget) for budget in entries]
 
     def _numbers(self, initialisation: Initialisation) -> list[int]:
         return [budget for budget in self.budgets_of(initialisation) if not isinstance(budget, str)]
 
     def distills(self, target: str, initialisation: Initialisation) -> bool:
-        """Return whether arms of a kind learn from a teacher."""
+        """Return whether a target's arms with this initialisation learn from a teacher."""
         distill = self.train.distill
         return distill is not None and initialisation in distill.arms and self.targets[target].distill
 
     @property
     def runs(self) -> list[Arm]:
-        """Every training run: target by target, initial weights by initial weights, budget by budget.
+        """Every training run, ordered by target, initialisation and budget.
 
         Raises:
-            UserError: a budget is a setting, and nobody has worked out its tokens yet (``equal_terms.settle``).
+            UserError: a budget is a setting whose tokens are not known yet (``equal_terms.settle``).
         """
-        return [
-            arm
-            for target in self.targets
-            for initialisation in self.arms_of(target)
-            for arm in (self.pruned_runs(target) if initialisation == "pruned" else self._random_runs(target))
-        ]
+        arms: list[Arm] = []
+        for target in self.targets:
+            for initialisation in self.arms_of(target):
+                arms += self.pruned_runs(target) if initialisation == "pruned" else self._random_runs(target)
+        return arms
 
     def pruned_runs(self, target: str) -> list[Arm]:
-        """Return the runs from a target's pruned weights, whether or not they are among ``arms``."""
+        """Return the runs from a target's pruned weights, even if its ``arms`` do not include them."""
         return [self._arm(target, "pruned", self._ending(budget), budget) for budget in self._numbers("pruned")]
 
     def matched_runs(self, target: str) -> Iterator[tuple[str, Setting, Arm]]:
-        """Yield the random arms of a target whose budget is a setting: name, setting, the pruned arm to equal."""
+        """Yield the random arms of a target whose budget is a setting: name, setting and the pruned arm to match."""
         for budget in self.budgets_of("random"):
             if isinstance(budget, str) and "random" in self.arms_of(target):
                 yield from self._matched(target, budget)
@@ -211,10 +211,10 @@ class Recipe(Block):
             yield f"{target}-random-{setting}{ending}", setting, arm
 
     def settled(self, tokens: Mapping[str, int]) -> Recipe:
-        """Return this recipe with the tokens of all ``matched_runs``, by name.
+        """Return this recipe with the tokens of all ``matched_runs``, given by name.
 
         Raises:
-            UserError: they go past the end of the range that random arms may read.
+            UserError: they exceed the range that random arms may read.
         """
         try:
             self._check_range("random", max(tokens.values(), default=0))
@@ -225,27 +225,27 @@ class Recipe(Block):
         return copy
 
     def _random_runs(self, target: str) -> list[Arm]:
-        found = []
+        arms = []
         for budget in self.budgets_of("random"):
             if not isinstance(budget, str):
-                found.append(self._arm(target, "random", self._ending(budget), budget))
+                arms.append(self._arm(target, "random", self._ending(budget), budget))
                 continue
             for name, setting, _ in self._matched(target, budget):
                 if name not in self._settled:
                     raise UserError(
-                        f"How long {name} of recipe {self.name} is trained depends on what pruning costs, which is "
-                        "not worked out here; give a number of tokens instead."
+                        f"The budget of {name} of recipe {self.name} depends on the cost of pruning, which is not "
+                        "known here; give a number of tokens instead."
                     )
                 tokens = self._settled[name]
-                found.append(self._arm(target, "random", name.removeprefix(f"{target}-random"), tokens, setting))
-        return found
+                arms.append(self._arm(target, "random", name.removeprefix(f"{target}-random"), tokens, setting))
+        return arms
 
     def _arm(
         self, target: str, initialisation: Initialisation, ending: str, tokens: int, setting: Setting | None = None
     ) -> Arm:
         peak = self.targets[target].peak(initialisation, self.train.learning_rate)
         distill = self.train.distill if self.distills(target, initialisation) else None
-        # What a setting makes equal is counted in tokens that are seen, whatever budgets are counted in.
+        # A setting's budget is in tokens that are really read, even if the recipe counts budgets in paper steps.
         counted = self.train.model_copy(update={"paper_steps": False}) if setting else self.train
         training = counted.for_budget(tokens).model_copy(update={"learning_rate": peak, "distill": distill})
         first, _ = self.data.token_ranges.of(initialisation)
@@ -255,7 +255,7 @@ class Recipe(Block):
             initialisation=initialisation,
             layout=self.targets[target].layout,
             training=training,
-            # Whole steps, rounded up as budgets are, so that neighbouring ranges stay neighbours.
+            # Whole steps, rounded up like budgets, so that adjacent ranges stay adjacent.
             first_token=-(-first // training.tokens_per_step) * training.tokens_per_step,
             setting=setting,
         )
@@ -265,7 +265,7 @@ class Recipe(Block):
 
 
 def _short(tokens: int) -> str:
-    """Return 50B for 50,000,000,000, never a rounded number."""
+    """Return 50B for 50,000,000,000, but never round."""
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if tokens and tokens % unit == 0:
             return f"{tokens // unit}{letter}"
@@ -273,42 +273,43 @@ def _short(tokens: int) -> str:
 
 
 _TRAINED_FIRST = ("sheared-llama", "efficient-llm")
-"""Methods that train the parent before the arms, and hand on the shares that this ends with."""
+"""Methods that train the parent before the arms, and pass on its final domain shares."""
 
 
 _TRAIN = "train.dynamic_loading"
 
 
 def check_recipe_domains(recipe: Recipe) -> None:
-    """Refuse a recipe that does not say how its domains are loaded, or says it of one text.
+    """Refuse a recipe whose ``dynamic_loading`` and domains do not fit together.
 
     Raises:
         ValueError: naming the key.
     """
     domains = recipe.data.domains
-    for where, how in _blocks(recipe):
+    for where, loading in _blocks(recipe):
         if not domains:
             raise ValueError(
-                f"{where} is about domains, and data has none; give data.token_files.train and validation, or "
+                f"{where} needs domains, and data has none; give data.token_files.train and validation, or "
                 "data.source, by domain"
             )
-        how.check_domains(domains, where)
+        loading.check_domains(domains, where)
     if not domains:
         return
     train = recipe.train.dynamic_loading
     if train is None:
-        raise ValueError(f"data has domains ({', '.join(domains)}), and nothing says their shares; add {_TRAIN}")
+        raise ValueError(f"data has domains ({', '.join(domains)}), but nothing sets their shares; add {_TRAIN}")
     for name, target in recipe.targets.items():
         if target.stages:
-            raise ValueError(f"targets.{name}.stages: targets with stages are trained on one text, not on domains")
-        own = target.learn or target.pruning_aware
-        if own and own.first_token is not None:
-            raise ValueError(f"targets.{name}: first_token is a place in one text, not in domains; leave it out")
+            raise ValueError(f"targets.{name}.stages: stages do not work with text in domains; leave stages out")
+        options = target.learn or target.pruning_aware
+        if options and options.first_token is not None:
+            raise ValueError(f"targets.{name}: first_token does not apply to text with domains; leave it out")
         first = target.method in _TRAINED_FIRST
         if first and _of_stage(target, train).proportions is None:
-            raise ValueError(f"{_TRAIN}.proportions is missing, with which {name} begins; add it, or under learn")
+            key = _key(name) if target.learn and target.learn.dynamic_loading else _TRAIN
+            raise ValueError(f"{key}.proportions is missing, which {name} needs as initial shares; add it")
         if train.proportions is None and not (first and recipe.arms_of(name) == ["pruned"]):
-            raise ValueError(f"{_TRAIN}.proportions is missing, with which arms of {name} begin; add it")
+            raise ValueError(f"{_TRAIN}.proportions is missing, which arms of {name} need as initial shares; add it")
 
 
 def _key(target: str) -> str:

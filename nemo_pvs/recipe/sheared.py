@@ -1,4 +1,4 @@
-"""The block ``learn`` of a target of method ``sheared-llama``: how its masks are learned."""
+"""The block ``learn`` of a target of method ``sheared-llama``: mask learning."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from nemo_pvs.recipe.fields import Block, Fraction, Parallelism, Positive, Rate,
 
 
 class MaskLearning(Block):
-    """Training of the parent's weights together with masks, towards the target's sizes (Xia et al., 2310.06694).
+    """Joint training of the parent's weights and masks towards the target's sizes (Xia et al., 2310.06694).
 
-    Defaults are those of the published runs. Sequences are as long as those of ``train``, whose other settings hold
-    too where nothing else is said here; weights are not decayed.
+    Defaults are those of the published runs. The sequence length and every setting that is not given here are those of
+    ``train``; there is no weight decay.
     """
 
     tokens: Tokens = 419_430_400
     """3,200 steps of 32 sequences of 4,096 tokens."""
     first_token: Tokens | None = None
-    """Where in the training data, in the order of training; by default where pruned arms begin, which then read the
+    """First token of this training, in training order; by default the first token of pruned arms, which then read the
     same tokens again."""
     global_batch_size: Positive | None = None
     micro_batch_size: Positive | None = None
     learning_rate: Rate = 1e-4
-    """Of the weights, at its peak."""
+    """Peak learning rate of the weights."""
     mask_learning_rate: Rate = 1.0
-    """Of log alpha."""
+    """Peak learning rate of the mask parameters, log alpha."""
     multiplier_learning_rate: Rate = 1.0
-    """Of the Lagrange multipliers, which ascend."""
+    """Peak learning rate of the Lagrange multipliers (gradient ascent)."""
     min_learning_rate_ratio: Fraction = 0.1
     warmup_fraction: Fraction = 0.1
-    """Of all three rates: they follow one schedule."""
+    """Warm-up of all three rates, which follow one schedule, as a fraction of the steps."""
     target_warmup_fraction: Fraction = 0.2
-    """Share of the steps in which the sparsity that is asked for grows to the target's."""
+    """Fraction of the steps over which the required sparsity rises to the target's."""
     validations: Positive | None = None
     checkpoints: Positive | None = None
     dynamic_loading: DynamicLoading | None = Field(default=None, exclude_if=lambda given: given is None)
-    """Instead of ``train.dynamic_loading``."""
+    """Used instead of ``train.dynamic_loading``."""
     seed: int = Field(default=0, ge=0)
-    """Of the masks' noise."""
+    """Seed for the mask noise."""
     layout: Parallelism | None = None
-    """Of mask learning, in which the parent is trained whole; the target's own by default."""
+    """Layout of mask learning, in which the parent is trained whole; the target's own by default."""

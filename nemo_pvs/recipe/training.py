@@ -1,4 +1,4 @@
-"""The block ``train``: how arms are trained."""
+"""The block ``train``: training settings of the arms."""
 
 from __future__ import annotations
 
@@ -13,74 +13,77 @@ from nemo_pvs.recipe.fields import Block, Fraction, Positive, Rate, Tokens
 
 
 class Training(Block):
-    """One training recipe for every arm; only initial weights, budget, range, peak and layout differ."""
+    """The training settings of all arms, which differ only in initial weights, budget, range, peak rate and layout."""
 
     tokens: Tokens
-    """Training tokens, rounded up to whole steps; ``budgets`` of a recipe take its place."""
+    """Training tokens, rounded up to whole steps; replaced by the recipe's ``budgets``."""
     sequence_length: Positive
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Positive = 1
     learning_rate: Rate
-    """The peak."""
+    """Peak learning rate."""
     min_learning_rate_ratio: Fraction = 0.1
     warmup: Literal["linear", "quadratic"] = "linear"
-    """linear: NeMo's, then a cosine over the rest. quadratic: the paper's, the lower of it and a cosine over all."""
+    """linear: NeMo's schedule, a linear warm-up and a cosine over the remaining steps. quadratic: that of arXiv
+    2606.14150, the minimum of a quadratic warm-up and a cosine over all steps."""
     warmup_fraction: Fraction = 0.05
     warmup_max_steps: Positive | None = None
     decay_fraction: Fraction | None = Field(default=None, exclude_if=lambda given: given is None)
-    """Warm-up, stable, decay: the rate stays at the peak, and falls in a line over this share of the steps, the last
-    ones. Without it, a cosine."""
+    """Warm-up, stable, decay: the rate stays at the peak and decays linearly over this fraction of the steps, at the
+    end. Without it, a cosine."""
     weight_decay: float = Field(default=0.1, ge=0)
     weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """all: norms and biases too, as in the paper."""
+    """all: norms and biases too, as in arXiv 2606.14150."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
     clip_grad_norm: float = Field(default=1.0, gt=0)
     clip_before_mask: bool = False
-    """Of a sparse model: clip the gradient's norm with pruned weights in it, as the published runs did."""
+    """For sparse models: clip the gradient norm before masking, as the published runs did; the norm then includes the
+    gradients of pruned weights."""
     mask_check_steps: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
-    """Of a sparse model: how often every pruned weight is looked at, besides before the first step and after the last;
-    every 50 steps by default."""
+    """For sparse models: interval in steps at which every pruned weight is checked to be zero, in addition to the
+    checks before the first step and after the last; 50 by default."""
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
-    """auto: bf16 where the device computes in it, else fp32. fp8: matrix products of layers in FP8, the rest bf16."""
+    """auto: bf16 if the device supports it, else fp32. fp8: matrix products of layers in FP8, the rest in bf16."""
     validations: Positive = 10
-    """How often the validation loss is measured during the run, at equal distances and at the end."""
+    """Number of validations during the run, at equal intervals and at the end."""
     validation_samples: Positive = 64
-    """Validation sequences, always the same ones."""
+    """Validation sequences, the same ones every time."""
     checkpoints: Positive = 2
-    """How often the run is saved, at equal distances and at the end."""
+    """Number of checkpoints saved during the run, at equal intervals and at the end."""
     seed: Positive = 1234
-    """The draws of a random initialisation, and the order of the training data unless ``data_seed`` is given."""
+    """Seed for random initialisation, and for the order of the training data unless ``data_seed`` is given."""
     data_seed: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
-    """Order of the training data, where it is not to change with ``seed``; None where it is ``seed``."""
+    """Seed for the order of the training data, if different from ``seed``."""
     initialisation: Literal["megatron", "maxtext", "normal"] = Field(
         default="megatron", exclude_if=lambda given: given == "megatron"
     )
-    """How random weights are distributed (``checkpoints.initialisation``)."""
+    """Distribution of random weights (``checkpoints.initialisation``)."""
     paper_steps: bool = Field(default=False, exclude_if=lambda given: not given)
-    """Count budgets as the paper's labels do, 2^20 tokens for a million (``for_budget``)."""
+    """Count budgets as in the labels of arXiv 2606.14150, where a million is 2^20 tokens (``for_budget``)."""
     dynamic_loading: DynamicLoading | None = Field(default=None, exclude_if=lambda given: given is None)
-    """How much of a batch is of which domain, where ``data`` has domains."""
+    """Shares of the domains in a batch, if ``data`` has domains."""
     distill: Distillation | None = Field(default=None, exclude_if=lambda given: given is None)
-    """Learn from a teacher as well; what is not given is no part of a run's identity, so older runs keep theirs."""
+    """Learn from a teacher as well. Keys that are not given are left out of a run's identity, so that older runs keep
+    theirs."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the result depends on; how a run is spread over memory and looked after may change on the way."""
+        """The settings that determine the result; memory and monitoring settings may change during a run."""
         return self.model_dump(
             mode="json",
             exclude={
                 "micro_batch_size": True,
                 "checkpoints": True,
                 "mask_check_steps": True,
-                "initialisation": True,  # which the initial weights themselves are the witness of
+                "initialisation": True,  # the initial weights themselves show it
                 "distill": {"teacher", "arms", "pretraining_tokens"},
             },
         )
 
     def for_budget(self, tokens: int) -> Training:
-        """Return this training for a budget of the recipe, in tokens that are really seen.
+        """Return these settings for a budget of the recipe, with ``tokens`` in tokens that are really read.
 
         With ``paper_steps`` a step of 4,194,304 tokens counts as 4.0e6, as in arXiv 2606.14150, whose 50 B are 12,500
         steps and 52.4 B tokens; steps of other sizes are counted in the same proportion.
@@ -97,29 +100,29 @@ class Training(Block):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps: ``tokens`` rounded up."""
+        """Optimizer steps, rounded up."""
         return max(1, -(-int(self.tokens) // self.tokens_per_step))
 
     @property
     def warmup_steps(self) -> int:
-        """Steps until the warm-up ends; the guard keeps 0.29 * 100 from being 28."""
+        """Steps of the warm-up; the 1e-9 keeps 0.29 * 100 from becoming 28."""
         steps = int(self.warmup_fraction * self.steps + 1e-9)
         return min(steps, self.warmup_max_steps or steps)
 
     @property
     def decay_steps(self) -> int | None:
-        """Steps of the decay in a line, if that is asked for."""
+        """Steps of the linear decay; None without one."""
         return None if self.decay_fraction is None else int(self.decay_fraction * self.steps + 1e-9)
 
     @property
     def order_seed(self) -> int:
-        """The seed that fixes the order of the training data."""
+        """The seed for the order of the training data."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @model_validator(mode="before")
     @classmethod
     def _a_data_seed_differs(cls, values: Any) -> Any:
-        """Drop a ``data_seed`` equal to ``seed``: stating the default must not make another run of it."""
+        """Drop a ``data_seed`` equal to ``seed``: stating the default must not change a run's identity."""
         if not isinstance(values, Mapping) or "data_seed" not in values:
             return values
         differs = values["data_seed"] != values.get("seed", cls.model_fields["seed"].default)
@@ -128,7 +131,7 @@ class Training(Block):
     @model_validator(mode="after")
     def _batches_fit(self) -> Training:
         if self.decay_fraction is not None and self.warmup == "quadratic":
-            raise ValueError("a quadratic warm-up has a cosine behind it; leave decay_fraction out")
+            raise ValueError("a quadratic warm-up is followed by a cosine; leave decay_fraction out")
         if self.validation_samples % self.global_batch_size:
             raise ValueError("validation_samples must be a multiple of global_batch_size")
         return self

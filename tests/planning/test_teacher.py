@@ -163,19 +163,19 @@ def test_memory_counts_the_teacher() -> None:
         ({"top_k": 0}, {}, "train.distill.top_k: input should be greater than or equal to 1, not 0"),
         ({"kl_weight": 0}, {}, "train.distill.kl_weight: input should be greater than 0"),
         ({"temperatur": 1}, {}, "unknown key train.distill.temperatur; did you mean temperature?"),
-        ({"arms": ["random"]}, {"arms": ["pruned"]}, "train.distill is for none of the arms"),
-        ({}, {"target": {"distill": False}}, "train.distill is for none of the arms"),
+        ({"arms": ["random"]}, {"arms": ["pruned"]}, "train.distill applies to none of the arms"),
+        ({}, {"target": {"distill": False}}, "train.distill applies to none of the arms"),
         ({"hidden_weight": 1}, {}, "layer_pairs and hidden_weight belong together; give both, or neither"),
         ({"layer_pairs": [[1, 1]]}, {}, "layer_pairs and hidden_weight belong together"),
         (
             {"layer_pairs": [[2, 3], [1, 4]], "hidden_weight": 1},
             {},
-            r"layer_pairs must go up in student and teacher, but \[1, 4\] follows \[2, 3\]",
+            r"layer_pairs must increase in student and teacher, but \[1, 4\] follows \[2, 3\]",
         ),
         (
             {"dynamic_weight": True},
             {},
-            "dynamic_weight is of hidden states; give hidden_weight or embedding_weight, too",
+            "dynamic_weight scales hidden state losses; also give hidden_weight or embedding_weight",
         ),
         ({"layer_pairs": [[0, 1]], "hidden_weight": 1}, {}, "should be greater than or equal to 1, not 0"),
         (

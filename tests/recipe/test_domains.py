@@ -48,17 +48,17 @@ def test_loading_is_shared_by_all_trainings_unless_masks_have_their_own() -> Non
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [
-        ("data.source", "song.txt", "train.dynamic_loading is about domains, and data has none"),
-        ("train.dynamic_loading", None, r"data has domains \(song, noise\), and nothing says their shares"),
+        ("data.source", "song.txt", "train.dynamic_loading needs domains, and data has none"),
+        ("train.dynamic_loading", None, r"data has domains \(song, noise\), but nothing sets their shares"),
         ("data.source", {"song/s": "a"}, "string should match pattern"),
-        ("data.token_ranges", {"random": [0, 10]}, "token_ranges are of one text"),
-        ("targets.sheared.learn.first_token", 64, "first_token is a place in one text"),
-        ("targets.width.stages", 2, "targets with stages are trained on one text"),
+        ("data.token_ranges", {"random": [0, 10]}, "token_ranges does not apply to text with domains"),
+        ("targets.sheared.learn.first_token", 64, "first_token does not apply to text with domains"),
+        ("targets.width.stages", 2, "stages do not work with text in domains"),
         ("train.dynamic_loading.proportions", {"song": 1.0}, r"proportions: noise is missing, .* are song, noise"),
         ("train.dynamic_loading.proportions", {"song": 0.5, "mail": 0.5}, "proportions: mail is no domain of data"),
         ("train.dynamic_loading.proportions", {"song": 1.0, "noise": 0.0}, "proportions.noise: input should be great"),
         ("train.dynamic_loading.proportions", {"song": 0.8, "noise": 0.1}, "the proportions add up to 0.9, not to 1"),
-        ("train.dynamic_loading.proportions", None, "proportions is missing, with which sheared begins"),
+        ("train.dynamic_loading.proportions", None, "proportions is missing, which sheared needs"),
         ("train.dynamic_loading.target_losses", {"song": 2.0}, "target_losses: noise is missing"),
         ("train.dynamic_loading.target_losses", None, "give either target_losses or fitted"),
         ("train.dynamic_loading.fitted", FITTED, "give either target_losses or fitted"),
@@ -83,10 +83,10 @@ def test_only_arms_behind_masks_begin_with_shares_that_nobody_gave() -> None:
     values = _values()
     values["targets"]["sheared"]["learn"]["dynamic_loading"] = LOADING
     del values["train"]["dynamic_loading"]["proportions"]
-    with pytest.raises(UserError, match="proportions is missing, with which arms of sheared begin"):
+    with pytest.raises(UserError, match="proportions is missing, which arms of sheared need"):
         parse_recipe(values, "test")
     values["arms"] = ["pruned"]
-    with pytest.raises(UserError, match="proportions is missing, with which arms of width begin"):
+    with pytest.raises(UserError, match="proportions is missing, which arms of width need"):
         parse_recipe(values, "test")
     del values["targets"]["width"]
     assert parse_recipe(values, "test").train.dynamic_loading.shares == {}  # type: ignore[union-attr]

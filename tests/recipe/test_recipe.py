@@ -53,15 +53,15 @@ def test_every_packaged_recipe_reads():
         ("targets.width.method", "minitron-with", "targets.width.method"),
         ("targets.width.learning_rate", {"pruned": 1, "randon": 1}, "unknown key targets.width.learning_rate.randon"),
         ("targets.width.metric", "WIFV", "targets.width: minitron-width has no metric; its options are layers"),
-        ("targets.width.ratio", 0.5, "targets.width: two things say how much to remove; give only one"),
+        ("targets.width.ratio", 0.5, "targets.width: more than one option says how much to remove; give only one"),
         ("targets.depth", {"method": "wanda"}, "targets.depth: nothing says how much to remove; give at least one of"),
         ("targets.depth", {"method": "wanda", "sparsity": "4:2"}, "removes nothing or leaves nothing"),
         ("targets.depth", {"method": "wanda", "layers": 3}, "wanda has no layers; its options are sparsity"),
         ("targets.depth", {"method": "dense", "ratio": 0.5}, "dense has no ratio"),
         ("targets.depth", {"method": "dense", "keep_parent_embeddings": True}, "leave keep_parent_embeddings out"),
         ("targets.width.task", "winogrande", "minitron-width has no task"),
-        ("targets.depth.task_data", "here", "task_data and task_limit are about a task; name one under task"),
-        ("targets.depth.task_limit", 9, "task_data and task_limit are about a task; name one under task"),
+        ("targets.depth.task_data", "here", "task_data and task_limit only apply to a task; name one under task"),
+        ("targets.depth.task_limit", 9, "task_data and task_limit only apply to a task; name one under task"),
         (
             "targets.depth",
             {"method": "minitron-depth", "layers": 9, "task": "winogrande", "search": "greedy"},
@@ -73,7 +73,7 @@ def test_every_packaged_recipe_reads():
             {"pruned": [1e3], "random": ["equal-steps"]},
             "must be a number of tokens or one of equal-training-",
         ),
-        ("budgets", {"random": ["equal-total-tokens"]}, "is relative to pruned arms; say under pruned what these get"),
+        ("budgets", {"random": ["equal-total-tokens"]}, "is relative to pruned arms; give their budgets under pruned"),
         ("budgets", ["equal-total-tokens"], "budgets.0: input should be a valid number"),
         ("budget", "equal-steps", "budgets.random.0: must be a number of tokens or one of equal-training-tokens"),
         ("data.token_files", {"train": "a", "validation": "b", "calibration": "c", "test": "d"}, "either source or"),
@@ -212,7 +212,7 @@ def test_a_setting_in_place_of_a_number(values):
     assert short == _recipe(values, budgets={"pruned": [49152], "random": ["equal-total-tokens"]})
     assert parse_recipe(short.model_dump(), "again") == short
     assert [name for name, _, _ in short.matched_runs("depth")] == ["depth-random-equal-total-tokens"]
-    with pytest.raises(UserError, match=r"How long width-random-equal-total-tokens .* depends on what pruning costs"):
+    with pytest.raises(UserError, match=r"width-random-equal-total-tokens .* depends on the cost of pruning"):
         _ = short.runs
     several = _recipe(values, budgets={"pruned": [2048, 4096], "random": ["equal-training-tokens", 2048]})
     matched = {name: arm.tokens for name, _, arm in several.matched_runs("width")}
@@ -233,7 +233,7 @@ def test_a_setting_in_place_of_a_number(values):
         UserError, match=r"a budget of 5,001 tokens for random arms goes past the end .* \(0 to 5,000\)"
     ):
         _recipe(values, budget="equal-total-tokens").settled({"width-random-equal-total-tokens": 5001})
-    with pytest.raises(UserError, match="budget and budgets say the same thing"):
+    with pytest.raises(UserError, match="budget and budgets set the same thing"):
         _recipe(values, budget="equal-total-tokens", budgets=[1000])
 
 
@@ -280,7 +280,7 @@ def test_one_layout_for_all_targets_that_have_none(values):
 
 def test_a_parent_that_is_yet_to_be_trained_cannot_be_pruned(values):
     values["parent"] |= {"source": None, "tokenizer": "here"}
-    with pytest.raises(UserError, match="parent has no source, so all that can be done is to train it"):
+    with pytest.raises(UserError, match="parent has no source, so it can only be trained"):
         _recipe(values)
     assert _recipe(values, targets={"p": {"method": "dense"}}, arms=["random"]).runs[0].name == "p-random"
 
@@ -299,7 +299,7 @@ def test_a_parent_that_is_yet_to_be_trained_cannot_be_pruned(values):
 def test_blends(train, blend):
     values = {"train": train, "validation": "v", "calibration": "c", "test": "t"}
     if blend is None:
-        with pytest.raises(ValueError, match="weights and paths by turns"):
+        with pytest.raises(ValueError, match="weights and paths in alternation"):
             TokenFiles.model_validate(values)
     else:
         assert TokenFiles.model_validate(values).blend == blend
