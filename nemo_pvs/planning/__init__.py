@@ -1,1 +1,1 @@
-"""What a recipe would do and cost, and what is wrong with it, before anything runs."""
+"""Plan a recipe before anything runs: what it does, what it costs and whether it can work."""

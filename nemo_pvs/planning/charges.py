@@ -1,4 +1,4 @@
-"""The ledger of a model that one command made: what its parent had cost, and what pruning or training it took."""
+"""Ledger charges of a single command: the cost of the parent and of pruning or training the model."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.training import Training
 
 DEPTH_SCAN = "depth scan, prefixes shared"
-"""What a ledger notes of a search for layers by the loss."""
+"""The ledger's note for a search for layers by the loss."""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a pruning method took by itself: a calibration layer by layer, or a search for layers."""
+    """The tokens and FLOPs that a pruning method spent: layer-by-layer calibration, or a search for layers."""
 
     tokens: int
     flops: int
     losses: list[float] | None = None
-    """Of the candidates of a search."""
+    """Losses of the candidates of a search."""
     scores: list[float] | None = None
-    """Of the candidates of a search by a task."""
+    """Task scores of the candidates of a search by a task."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the values as plain data."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
@@ -44,19 +44,21 @@ class Spent:
 
 
 def ancestry(ancestor: Path | None, declared_tokens: float | None) -> Ledger:
-    """Return the ledger that a model begins with: what the checkpoint had cost whose weights it takes, or nothing.
+    """Return the initial ledger of a model: the cost of the checkpoint it is made from, or an empty ledger.
 
     Args:
-        ancestor: The checkpoint; its own ledger counts before what is declared. None for random weights.
-        declared_tokens: Tokens that it was pretrained on; None if nobody knows.
+        ancestor: The checkpoint, whose own ledger takes precedence over ``declared_tokens``; None for random weights.
+        declared_tokens: Tokens that it was pretrained on; None if unknown.
 
     Raises:
-        UserError: the declaration is no number of tokens, or the checkpoint's ledger contradicts it.
+        UserError: ``declared_tokens`` is not positive or given without ``ancestor``, or the checkpoint's ledger
+            contradicts it.
     """
     ledger = Ledger()
     if declared_tokens is not None and (declared_tokens < 1 or ancestor is None):
         raise UserError(
-            "--parent-tokens says what the weights have seen before; give a positive number, or leave it out."
+            "--parent-tokens is the number of tokens that the weights were pretrained on; give a positive number, or "
+            "leave it out."
         )
     if ancestor is not None:
         declared = None if declared_tokens is None else int(declared_tokens)
@@ -65,7 +67,13 @@ def ancestry(ancestor: Path | None, declared_tokens: float | None) -> Ledger:
 
 
 def tokens_read(data: str, training: Training, first_token: int) -> TokensRead:
-    """Return which tokens a training reads of the token file with the hash ``data``, from the first one on."""
+    """Return the tokens that a training run reads.
+
+    Args:
+        data: Hash of the token file.
+        training: Settings of the run.
+        first_token: First token that it reads, in training order.
+    """
     end = first_token + training.steps * training.tokens_per_step
     return TokensRead(data, training.order_seed, training.sequence_length, first_token, end)
 
@@ -73,7 +81,7 @@ def tokens_read(data: str, training: Training, first_token: int) -> TokensRead:
 def charge_run(
     ledger: Ledger, training: Training, model: WeightSource, teacher: Path | None, read: TokensRead | None = None
 ) -> None:
-    """Charge what training a model took, and its lessons if it had a teacher, the checkpoint of that name."""
+    """Charge the training of a model and, if ``teacher`` is a checkpoint, its distillation."""
     charge_training(ledger, training, shape_of(model), count_masked(model), read)
     if teacher is not None:
         charge_lessons(ledger, training, shape_of(open_source(teacher)), shape_of(model))
@@ -82,7 +90,15 @@ def charge_run(
 def charge_training(
     ledger: Ledger, training: Training, shape: Shape, masked: int, read: TokensRead | None = None
 ) -> None:
-    """Charge a training; ``masked`` weights of the model's matrices are held at zero, ``read`` is what it read."""
+    """Charge a training run.
+
+    Args:
+        ledger: Gets the charge.
+        training: Settings of the run.
+        shape: Sizes of the model.
+        masked: Number of matrix weights that masks hold at zero.
+        read: The tokens that it reads, if known.
+    """
     ledger.charge(
         "training",
         training.steps * training.tokens_per_step,
@@ -97,7 +113,7 @@ def charge_training(
 
 
 def charge_lessons(ledger: Ledger, training: Training, teacher: Shape, student: Shape) -> None:
-    """Charge what every token of a distilled training takes beside the student."""
+    """Charge the FLOPs that distillation adds to a training run of the student."""
     assert training.distill is not None
     tokens = training.steps * training.tokens_per_step
     rate = lesson_flops(training.distill, training.sequence_length, teacher, student)
@@ -107,10 +123,10 @@ def charge_lessons(ledger: Ledger, training: Training, teacher: Shape, student: 
 
 
 def lesson_flops(distill: Distillation, sequence_length: int, teacher: Shape, student: Shape) -> int:
-    """Return the FLOPs of a token that distillation adds to a training step.
+    """Return the FLOPs per token that distillation adds to a training step.
 
-    These are the teacher's forward pass and, where hidden states of unlike widths d and D are compared, their
-    projection at every place: ``2 d D`` forward, and as much for its own gradient and for that of the states.
+    These are the teacher's forward pass and, if hidden states of different widths d and D are compared, one projection
+    per compared state: ``2 d D`` forward, and as much each for the gradients of its weight and of its input.
     """
     forward = teacher.flops_per_token(sequence_length=sequence_length, training=False)
     projected = distill.places if student.hidden != teacher.hidden else 0
@@ -118,13 +134,18 @@ def lesson_flops(distill: Distillation, sequence_length: int, teacher: Shape, st
 
 
 def charge_scores(parent: Shape, tokens: int, sequence_length: int, *, gradients: bool) -> Charge:
-    """Return what scores take that are measured on so many tokens."""
+    """Return the charge for measuring importance scores on ``tokens`` tokens."""
     flops = calibration_flops(parent, tokens, sequence_length, gradients=gradients)
     return Charge("calibration", tokens, flops, "one dense pass" + (", and one back" if gradients else ""))
 
 
 def pruning_charges(made: Mapping[str, Any], task: str | None) -> list[Charge]:
-    """Return what a method spent by itself (``pruning.spent.spent``); ``task``: by what layers were chosen."""
+    """Return the charges for what a method spent.
+
+    Args:
+        made: The method's ``calibration`` and ``search`` as plain data (``pruning.spent.spent``).
+        task: The tasks by which layers were chosen; None if they were chosen by the loss.
+    """
     calibration, search = (made.get(name) for name in ("calibration", "search"))
     return charges_of_spent(
         None if calibration is None else Spent.from_json(calibration),
@@ -134,7 +155,7 @@ def pruning_charges(made: Mapping[str, Any], task: str | None) -> list[Charge]:
 
 
 def charges_of_spent(calibration: Spent | None, search: Spent | None, task: str | None) -> list[Charge]:
-    """Return the charges for what a method spent by itself; ``task``: by what layers were chosen."""
+    """Return the charges for what a method spent; ``task`` names the tasks by which layers were chosen, if any."""
     charges = []
     if calibration is not None:
         note = "while pruning, layer by layer"
@@ -146,6 +167,6 @@ def charges_of_spent(calibration: Spent | None, search: Spent | None, task: str 
 
 
 def count_masked(model: WeightSource) -> int:
-    """Return how many weights the masks of a model hold at zero; one mask is in memory at a time."""
+    """Return the number of weights that a model's masks hold at zero; only one mask is in memory at a time."""
     masks = masks_of(model)
     return sum(int((~masks.read(name)).sum()) for name in masks.names)

@@ -1,4 +1,4 @@
-"""Whether a training can be done: its sequences, its batches and its layout against each other and the model."""
+"""Check that a training run is possible: its sequences, batches and layout against each other and the model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from nemo_pvs.recipe.training import Training
 
 
 def check_training(training: Training, layout: Parallelism, shape: Shape, *, exact: bool = True) -> None:
-    """Refuse what Megatron would refuse, or do wrongly, after minutes on many GPUs.
+    """Refuse a training run that Megatron would refuse, or do wrongly, after minutes on many GPUs.
 
     Args:
-        training: What to do.
-        layout: On which ranks.
-        shape: The model.
-        exact: Whether its layers' sizes are known already; where scores decide them, tensor parallelism is not
-            looked at.
+        training: Settings of the run.
+        layout: Its parallel layout.
+        shape: Sizes of the model.
+        exact: Whether its layer sizes are final; if scores still decide them, tensor parallelism is not checked.
 
     Raises:
         UserError: the layout does not divide the model, the batch or the sequence.
@@ -35,19 +34,19 @@ def check_training(training: Training, layout: Parallelism, shape: Shape, *, exa
     batches = training.global_batch_size // batch
     if layout.virtual_pipeline and batches % layout.pipeline_parallel:
         raise UserError(
-            f"a virtual pipeline of {layout.pipeline_parallel} stages needs a multiple of as many micro-batches a "
-            f"step, not {batches}; change micro_batch_size or data_parallel, or leave it out."
+            f"virtual_pipeline needs the micro-batches per step ({batches}) to be a multiple of pipeline_parallel "
+            f"({layout.pipeline_parallel}); change micro_batch_size or data_parallel, or leave it out."
         )
     _check_sequence(training.sequence_length, layout)
 
 
 def _check_sequence(length: int, layout: Parallelism) -> None:
-    """Refuse shares of a sequence that are not equal; of two pieces a rank where ranks share a causal sequence."""
+    """Refuse sequences that do not split evenly; context parallelism gives each rank two chunks for causal balance."""
     pieces = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
     if length % pieces:
         raise UserError(
-            f"context_parallel {layout.context_parallel} cuts a sequence into {pieces} pieces, which do not divide "
-            f"sequence_length {length}; change one of the two."
+            f"context_parallel {layout.context_parallel} splits a sequence into {pieces} equal chunks, but {pieces} "
+            f"does not divide sequence_length {length}; change one of the two."
         )
     if not layout.sequence_parallel:
         return
@@ -55,23 +54,23 @@ def _check_sequence(length: int, layout: Parallelism) -> None:
         raise UserError("sequence_parallel needs tensor_parallel of at least 2; leave it out.")
     if length // layout.context_parallel % layout.tensor_parallel:
         raise UserError(
-            f"sequence_parallel shares {length // layout.context_parallel} tokens of a sequence over tensor_parallel "
-            f"{layout.tensor_parallel}, which does not divide them; change one, or leave it out."
+            f"sequence_parallel splits {length // layout.context_parallel} tokens of a sequence over tensor_parallel "
+            f"{layout.tensor_parallel}, which does not divide them; change one, or leave sequence_parallel out."
         )
 
 
 def check_context(length: int, limit: int, what: str, model: str = "the parent") -> None:
-    """Refuse sequences longer than a model's context; ``what`` is the key or option that says how long.
+    """Refuse sequences longer than a model's context; ``what`` is the key or option with the length.
 
     Raises:
-        UserError: naming both.
+        UserError: naming both lengths.
     """
     if length > limit:
         raise UserError(f"{what} is {length}, but {model}'s context ends at {limit} tokens; choose a shorter one.")
 
 
 def check_domains_end(recipe: Recipe, available: Mapping[str, int], end: int) -> None:
-    """Refuse to train on so many tokens of text in domains if there are certainly fewer.
+    """Refuse to read the first ``end`` tokens of text in domains if a domain certainly has too few.
 
     Raises:
         UserError: naming the domain.

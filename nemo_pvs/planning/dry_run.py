@@ -1,4 +1,4 @@
-"""``pvs run --dry-run``: everything that a recipe would do, from its numbers alone."""
+"""``pvs run --dry-run``: everything that a recipe would do, computed from its numbers alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PlannedTarget:
     expected: Expected
     memory: Memory
     spent: Ledger
-    """What pruning to it costs; a calibration that several targets share is in each."""
+    """Cost of pruning to it; a calibration that several targets share is included in each."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe) -> DryRun:
-    """Work out everything that ``pvs run`` would do, without reading a weight or a token.
+    """Plan everything that ``pvs run`` would do, without reading a weight or a token.
 
     Raises:
         UserError: something in the recipe is impossible, or the parent's sizes are not known here.
@@ -83,10 +83,10 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """Return a recipe whose runs are known: with a number for each budget such as ``equal-total-tokens``.
+    """Return a recipe with a number for each budget such as ``equal-total-tokens``.
 
     Raises:
-        UserError: there is such a budget, and the parent's sizes are not known here.
+        UserError: it has such a budget, and the parent's sizes are not known here.
     """
     return (
         dry_run(recipe).recipe if any(True for name in recipe.targets for _ in recipe.matched_runs(name)) else recipe
@@ -94,10 +94,10 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 def parent_config(recipe: Recipe) -> Mapping[str, Any]:
-    """Return the parent's config.json: of the checkpoint if it is here, else as the recipe states it.
+    """Return the parent's config.json: the checkpoint's if it is a folder here, else ``parent.config`` of the recipe.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is neither.
     """
     source, stated = recipe.parent.source, recipe.parent.normal_config
     if source is not None and Path(source).is_dir():
@@ -111,7 +111,7 @@ def parent_config(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _check_data(recipe: Recipe) -> None:
-    """Refuse ranges past the end of token files that are here; those that are not are looked at when they are."""
+    """Refuse ranges past the end of token files that are here; missing files are checked once they exist."""
     token_files = recipe.data.token_files
     if token_files is None:
         return
@@ -133,7 +133,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def _training_file(recipe: Recipe) -> str | None:
-    """Return the hash of the file with the training tokens, if there is one and it is here."""
+    """Return the hash of the training token file; None if it is not here or not a single file."""
     token_files = recipe.data.token_files
     names = token_files.blend[1] if token_files and not recipe.data.domains else []
     return token_file_hash(Path(names[0])) if len(names) == 1 and Path(f"{names[0]}.bin").is_file() else None
@@ -147,7 +147,7 @@ def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: S
 
 
 def _stages(recipe: Recipe) -> list[str]:
-    """Return the stages in the order in which ``pipeline.Pipeline`` does them."""
+    """Return the stages in the order in which ``pipeline.Pipeline`` runs them."""
     stages = ["parent", "data"]
     if any(needs_scores(target) for target in recipe.targets.values()):
         stages.append("calibrate")
@@ -165,21 +165,24 @@ def _stages(recipe: Recipe) -> list[str]:
 
 
 def describe_domains(recipe: Recipe, parameters: Mapping[str, int]) -> list[str]:
-    """Return a line about the shares at the start of each training, and what losses are to come to.
+    """Describe the initial shares of the domains in each training, and the target losses of each target.
 
     Args:
         recipe: The recipe.
-        parameters: Of each target, by name.
+        parameters: Number of parameters of each target, by name.
+
+    Returns:
+        Lines for the dry run.
     """
     domains = recipe.data.domains
     lines = []
-    for where, how in _blocks(recipe):
-        begin = ", ".join(f"{name} {share:.4g}" for name, share in how.shares.items()) or "those of learning masks"
-        follows = "follow their losses from the first validation on" if how.kind == "doremi" else "stay"
+    for where, loading in _blocks(recipe):
+        begin = ", ".join(f"{name} {share:.4g}" for name, share in loading.shares.items()) or "those of learning masks"
+        follows = "follow their losses from the first validation on" if loading.kind == "doremi" else "stay"
         lines.append(f"{where}: shares of domains are {begin} at the start and {follows}")
         for name, size in parameters.items():
-            if not how.fitted or where not in (_TRAIN, _key(name)):
+            if not loading.fitted or where not in (_TRAIN, _key(name)):
                 continue
-            wanted = zip(domains, how.targets(domains, size) or [], strict=True)
-            lines.append(f"losses wanted of {name}: {', '.join(f'{domain} {loss:.4f}' for domain, loss in wanted)}")
+            targets = zip(domains, loading.targets(domains, size) or [], strict=True)
+            lines.append(f"losses wanted of {name}: {', '.join(f'{domain} {loss:.4f}' for domain, loss in targets)}")
     return lines

@@ -1,4 +1,4 @@
-"""EfficientLLM in a recipe: what is trained while units are removed, and what is refused."""
+"""EfficientLLM (2502.06663) in a recipe: the training during which units are removed, and its checks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import Target
 from nemo_pvs.recipe.training import Training
 
-_TOKENS_PER_INPUT = 4  # with fewer least squares add more than a third of what they cannot predict as noise
-
-
+_TOKENS_PER_INPUT = 4  # with fewer, least squares add more than a third of the unpredictable part as noise
 _MUCH_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
 class EfficientTarget:
-    """A target whose parent loses units while it is trained (``planning.learned.LearnedTarget``)."""
+    """A target whose parent is pruned while it is trained (``planning.learned.LearnedTarget``)."""
 
     recipe: Recipe
     target: Target
@@ -31,51 +29,51 @@ class EfficientTarget:
 
     @property
     def how(self) -> PruningAware:
-        """What the target asks of the method.
+        """The target's ``pruning_aware`` block.
 
         Raises:
-            UserError: it does not say how much to remove.
+            UserError: the target has none.
         """
         return _how(self.target)
 
     @property
     def training(self) -> Training:
-        """The training during which units are removed."""
+        """Settings of the training during which units are removed."""
         return self.how.training(self.recipe.train)
 
     @property
     def layout(self) -> Parallelism:
-        """How that training is spread over processes."""
+        """Parallel layout of that training."""
         return self.how.layout or self.target.layout
 
     @property
     def first_token(self) -> int:
-        """Where in the training data that training begins, rounded up to whole steps."""
+        """First token of that training, in training order, rounded up to whole steps."""
         return self.recipe.data.token_ranges.start_of_pruned(self.how.first_token, self.training.tokens_per_step)
 
     def check(self, shape: Shape, parent: Shape) -> None:
         """Refuse what cannot be done, before any work.
 
         Raises:
-            UserError: the target is out of reach, the layout does not fit the parent, or what is left might not fit
-                the layout in which the target is trained afterwards.
+            UserError: the target is out of reach, the layout does not fit the parent, or the pruned model might not
+                fit the layout in which the target is trained afterwards.
         """
-        asked, later = self.how, self.target.layout
-        asked.check(parent, self.recipe.train)
+        options, later = self.how, self.target.layout
+        options.check(parent, self.recipe.train)
         check_training(self.training, self.layout, parent)
         for name, size, at_once in (
-            ("groups_at_once", parent.kv_groups, asked.groups_at_once),
-            ("ffn_at_once", parent.ffn, asked.ffn_at_once),
+            ("groups_at_once", parent.kv_groups, options.groups_at_once),
+            ("ffn_at_once", parent.ffn, options.ffn_at_once),
         ):
             if size % later.tensor_parallel or at_once % later.tensor_parallel:
                 raise UserError(
-                    f"what is left could not be trained on with tensor_parallel {later.tensor_parallel}, which has to "
-                    f"divide pruning_aware.{name} ({at_once}) and what the parent has ({size}); take another layout, "
-                    "and say under pruning_aware.layout how the parent is trained."
+                    f"the pruned model might not fit tensor_parallel {later.tensor_parallel}, which must divide "
+                    f"pruning_aware.{name} ({at_once}) and the parent's number of such units ({size}); change the "
+                    "target's layout, and set pruning_aware.layout for training the parent."
                 )
 
     def describe(self, parent: Shape) -> str:
-        """Return one line about that training."""
+        """Return one line that describes that training."""
         training, layout = self.training, self.layout
         memory = training_memory(parent, layout, training)
         return (
@@ -88,7 +86,7 @@ class EfficientTarget:
 
 
 def about_shape(target: Target, parent: Shape) -> Shape:
-    """Return a shape of about the target's size, all kinds of units pruned alike; saliency decides on the true one.
+    """Estimate the target's shape by pruning all kinds of units by the same ratio; saliency decides the real one.
 
     Raises:
         UserError: the target does not say how much to remove.
@@ -112,10 +110,10 @@ def _how(target: Target) -> PruningAware:
     return target.pruning_aware
 
 
-def _doubt(asked: PruningAware, training: Training, parent: Shape) -> str:
-    """Return what to say of compensation from too few tokens."""
+def _doubt(options: PruningAware, training: Training, parent: Shape) -> str:
+    """Return a warning if there are too few tokens for compensation, else nothing."""
     widest = max(parent.hidden, parent.ffn, parent.axis("query"))
-    tokens = min(training.tokens_per_step, asked.compensation_tokens)
-    if not asked.compensate or asked.damping >= _MUCH_DAMPING or tokens >= _TOKENS_PER_INPUT * widest:
+    tokens = min(training.tokens_per_step, options.compensation_tokens)
+    if not options.compensate or options.damping >= _MUCH_DAMPING or tokens >= _TOKENS_PER_INPUT * widest:
         return ""
     return f"; {tokens:,} tokens are few to compensate {widest:,} inputs: take more of them, or damping: 1"

@@ -1,4 +1,4 @@
-"""What the arms of a recipe cost as far as its numbers tell, and the random arms that are to cost the same."""
+"""The cost of a recipe's arms as far as it is known before a run, and the budgets of random arms that match it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from nemo_pvs.recipe.target import Target
 
 
 def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = None) -> Recipe:
-    """Return a recipe whose budgets such as ``equal-total-tokens`` have become numbers; others as they are.
+    """Return a recipe with numbers for budgets such as ``equal-total-tokens``; other recipes are returned unchanged.
 
     Args:
-        recipe: The recipe; its targets are possible (``recipe_targets.check_recipe``).
+        recipe: The recipe; its targets have been checked (``planning.targets.check_recipe``).
         parent: Its parent's shape.
-        shapes: Of the pruned targets, by name. Without it, as far as they are known before pruning: where scores
-            decide how large layers are, budgets in FLOPs are about right then.
+        shapes: Shapes of the pruned targets, by name. Without them, the shapes expected before pruning are used; if
+            scores decide layer sizes, budgets in FLOPs are then approximate.
 
     Raises:
         UserError: the pruned arm's cost is not known, or its counterpart would read past the end of its range.
@@ -48,7 +48,7 @@ def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = N
 
 
 def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedArm:
-    """Return a pruned arm of a recipe with its cost, its ancestors included."""
+    """Return a pruned arm of a recipe with its cost, including that of its ancestors."""
     training, target = arm.training, recipe.targets[arm.target]
     distill = recipe.train.distill if recipe.distills(arm.target, "random") else None
     scratch_before, teacher = Ledger(), teacher_shape(recipe, parent)
@@ -68,7 +68,7 @@ def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedA
 
 
 def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
-    """Return the ledger that an arm will have: with its parent, its pruning and its teacher."""
+    """Return the ledger that an arm will have, including its parent, its pruning and its teacher."""
     ledger = Ledger()
     inherit_ancestors(ledger, recipe, arm.target, arm.initialisation, parent)
     target = recipe.targets[arm.target]
@@ -84,14 +84,14 @@ def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
 
 
 def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) -> Ledger:
-    """Return what pruning to a target reads; a calibration that several targets share is in each."""
+    """Return the cost of pruning to a target; a calibration that several targets share is included in each."""
     settings = recipe.calibrate
     length = settings.sequence_length
     tokens = settings.samples * length
     ledger = Ledger()
     if stages_of(target) > 1:
-        for asked, after in stage_targets(target, parent):
-            ledger.charges += pruning_cost(recipe, asked.model_copy(update={"stages": None}), after, parent).charges
+        for stage, after in stage_targets(target, parent):
+            ledger.charges += pruning_cost(recipe, stage.model_copy(update={"stages": None}), after, parent).charges
             parent = after
         return ledger
     if target.method == ADAPT:

@@ -1,7 +1,7 @@
-"""Targets whose parent is trained first, which turns out what to keep of it: what a recipe says about that training.
+"""Targets whose parent is trained first to decide what to keep of it.
 
-Sheared LLaMA learns masks in it, EfficientLLM removes units. The pipeline, the dry run, the ledger and launchers ask
-either the same questions.
+Sheared LLaMA (2310.06694) learns masks in this training, EfficientLLM (2502.06663) removes units. The pipeline, the
+dry run, the ledger and launchers use both through the same interface.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class LearnedTarget(Protocol):
 
     @property
     def training(self) -> Training:
-        """The training of the parent."""
+        """Settings of the parent's training."""
 
     @property
     def layout(self) -> Parallelism:
-        """How that training is spread over processes."""
+        """Parallel layout of that training."""
 
     @property
     def first_token(self) -> int:
-        """Where in the training data it begins, in whole steps."""
+        """First token of that training, in training order, at a whole step."""
 
     @property
     def note(self) -> str:
-        """What the ledger says about it."""
+        """The ledger's note for it."""
 
     @property
     def needs_dense_parent(self) -> bool:
@@ -52,15 +52,15 @@ class LearnedTarget(Protocol):
         """Refuse what cannot be done, before any work.
 
         Args:
-            shape: What the target is pruned to, as far as it is known.
-            parent: The parent.
+            shape: The expected shape of the target.
+            parent: The parent's shape.
 
         Raises:
-            UserError: naming it.
+            UserError: saying what is wrong.
         """
 
     def describe(self, parent: Shape) -> str:
-        """Return one line about the training."""
+        """Return one line that describes the training."""
 
 
 _METHODS: dict[str, Callable[[Recipe, Target], LearnedTarget]] = {
@@ -70,47 +70,53 @@ _METHODS: dict[str, Callable[[Recipe, Target], LearnedTarget]] = {
 
 
 def learned_target(recipe: Recipe, target: Target) -> LearnedTarget | None:
-    """Return what a recipe says about the training of a target's parent; None if the method needs no such training."""
+    """Return a target's training of the parent; None if the method needs no such training."""
     method = _METHODS.get(target.method)
     return method(recipe, target) if method else None
 
 
 def is_trained_first(target: Target) -> bool:
-    """Return whether the parent is trained first for a target."""
+    """Return whether a target's method trains the parent first."""
     return target.method in _METHODS
 
 
 def learned_targets(recipe: Recipe) -> list[LearnedTarget]:
     """Return all targets of a recipe whose parent is trained first."""
-    found = (learned_target(recipe, target) for target in recipe.targets.values())
-    return [learned for learned in found if learned is not None]
+    targets = (learned_target(recipe, target) for target in recipe.targets.values())
+    return [learned for learned in targets if learned is not None]
 
 
 def untrained_first(targets: Mapping[str, Target]) -> list[tuple[str, Target]]:
-    """Return targets in the order in which they are pruned: those that no training leads to come first.
+    """Return targets in the order in which they are pruned: those that need no training come first.
 
-    So whatever their pruning refuses is refused before anything is trained.
+    Errors in pruning those are then reported before anything is trained.
     """
     return sorted(targets.items(), key=lambda item: is_trained_first(item[1]) or stages_of(item[1]) > 1)
 
 
 def first_of_each_training(recipe: Recipe) -> list[tuple[str, LearnedTarget]]:
-    """Return the targets whose parent is trained first, by name; of those with the same training only the first."""
+    """Return the targets whose parent is trained first, with their names; only the first of those that share it."""
     later = {"layout": True, "micro_batch_size": True, "checkpoints": True}
     kinds = {"method": True, "preset": True, **dict.fromkeys(SIZES, True), "learn": True, "pruning_aware": True}
     first: dict[str, tuple[str, LearnedTarget]] = {}
     for name, target in recipe.targets.items():
         if learned := learned_target(recipe, target):
-            what = target.model_dump(mode="json", include=kinds, exclude={"learn": later, "pruning_aware": later})
-            first.setdefault(sha256_json(what), (name, learned))
+            settings = target.model_dump(mode="json", include=kinds, exclude={"learn": later, "pruning_aware": later})
+            first.setdefault(sha256_json(settings), (name, learned))
     return list(first.values())
 
 
 def charge_learning(ledger: Ledger, learned: LearnedTarget, parent: Shape, read: TokensRead | None = None) -> None:
-    """Charge a pruned arm with the training of the whole parent on ``read``, if that is known.
+    """Charge a pruned arm with the training of the whole parent.
 
-    These are the FLOPs of the whole parent, which is what is computed. What only chooses units and compensates for
-    them is left out, as SparseGPT's Hessians are; the step costs in ``tests/benchmarks/README.md`` have it.
+    These are the FLOPs of the whole parent, which is what is computed. The work that chooses units and compensates for
+    removed ones is not counted, as with SparseGPT's Hessians; ``tests/benchmarks/README.md`` gives its cost per step.
+
+    Args:
+        ledger: Gets the charge.
+        learned: The target.
+        parent: The parent's shape.
+        read: The tokens that the training reads, if known.
     """
     training = learned.training
     ledger.charge(
@@ -126,12 +132,12 @@ def charge_learning(ledger: Ledger, learned: LearnedTarget, parent: Shape, read:
 
 
 def learning_reads(learned: LearnedTarget, file: str) -> TokensRead:
-    """Return which tokens the training reads of the token file with the hash ``file``."""
+    """Return the tokens that the training reads; ``file`` is the hash of the token file."""
     return tokens_read(file, learned.training, learned.first_token)
 
 
 def end_of_reading(recipe: Recipe) -> int:
-    """Return the end of what any run of a recipe reads, in the order of training; its budgets are numbers by now."""
+    """Return the number of tokens, in training order, up to the last that any run reads; budgets must be numbers."""
     ends = [arm.first_token + arm.tokens for arm in recipe.runs]
     for learned in learned_targets(recipe):
         ends.append(learned.first_token + learned.training.steps * learned.training.tokens_per_step)

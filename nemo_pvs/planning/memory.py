@@ -1,4 +1,4 @@
-"""How much memory training takes on a GPU, estimated from the sizes, the layout and the batch; no GPU is looked at."""
+"""Estimate GPU memory for training from the model's sizes, the layout and the batch; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_pvs.recipe.training import Training
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU, that of the pipeline stage that needs most."""
+    """Bytes on one GPU of the pipeline stage that needs the most."""
 
     weights: float
     gradients: float
@@ -19,46 +19,46 @@ class Memory:
     activations: float
     """Kept for the backward pass, logits included."""
     activations_recomputed: float
-    """The same if only the input of every layer is kept and the rest computed again (full recomputation)."""
+    """The same with full recomputation, which keeps only the input of every layer."""
     teacher: float = 0.0
-    """Weights of the teacher, and what it leaves for the student's loss."""
+    """Weights of the teacher, and its outputs that the student's loss needs."""
 
     @property
     def total(self) -> float:
-        """Everything, nothing recomputed."""
+        """The sum, without recomputation."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
 
     @property
     def total_recomputed(self) -> float:
-        """Everything, with full recomputation."""
+        """The sum, with full recomputation."""
         return self.total - self.activations + self.activations_recomputed
 
 
 def training_memory(shape: Shape, layout: Parallelism, training: Training, teacher: Shape | None = None) -> Memory:
-    """Estimate the memory of the fullest GPU; buffers of NCCL and kernels and fragmentation come on top.
+    """Estimate the memory of the fullest GPU, without NCCL and kernel buffers and fragmentation.
 
     A parameter takes 2 bytes as a bf16 weight, 4 as an fp32 gradient and 12 in AdamW (fp32 copy and two moments; in
-    fp32 training 4, 4 and 8), the latter shared out over the data- and context-parallel ranks by the distributed
+    fp32 training 4, 4 and 8), the latter sharded over the data- and context-parallel ranks by the distributed
     optimizer (ZeRO-1, Rajbhandari et al., 1910.02054, section 3). Activations are counted as in Korthikanti et al.
     (2205.05198, sections 4.1 to 4.3 and 5) for a layer with RMSNorm, grouped queries, fused attention and a gated MLP
-    without dropout: per token ``4 d`` values that tensor parallelism leaves whole and sequence parallelism shards (the
-    inputs of both norms, of qkv and of gate|up), and ``(2 H + 2 G) h + 3 f`` sharded ones (q, k, v, the attention's
-    output, gate, up and their product). Pipeline stage i of p keeps p - i micro-batches (1F1B); where a stage takes
-    turns on v pieces, it keeps 2 (p - i - 1) + (v - 1) p + 1 of such pieces, in the first stage 1 + (p - 1) / (p v)
-    times as much. The last stage has the logits and their fp32 copy. Precision ``auto`` counts as bf16: that is what a
-    GPU takes.
+    without dropout: per token ``4 d`` values that only sequence parallelism shards (the inputs of both norms, of qkv
+    and of gate|up), and ``(2 H + 2 G) h + 3 f`` values that tensor parallelism shards (q, k, v, the attention's
+    output, gate, up and their product). Pipeline stage i of p keeps p - i micro-batches (1F1B); with v interleaved
+    chunks per stage it keeps 2 (p - i - 1) + (v - 1) p + 1 of these chunks, which in the first stage is
+    1 + (p - 1) / (p v) times as much. The last stage has the logits and their fp32 copy. Precision ``auto`` counts as
+    bf16, which GPUs use.
 
-    A ``teacher`` adds its weights on every stage. On the last one it adds its logits and the gradient of the
-    divergence and, of several stages, its final hidden states of a whole step (``teacher.Teacher``).
-    Where hidden states are compared, those of each place come on top: of a step with several stages, else of a
-    micro-batch.
+    A ``teacher`` adds its weights on every stage. On the last stage it adds its logits and the gradient of the
+    divergence and, with several stages, its final hidden states for a whole step (``teacher.Teacher``).
+    If hidden states are compared, those of each compared layer are added: for a whole step with several stages, else
+    for a micro-batch.
     """
     stages = range(layout.pipeline_parallel)
     return max((_stage(shape, layout, training, stage, teacher) for stage in stages), key=lambda memory: memory.total)
 
 
 def parameters_on(shape: Shape, layout: Parallelism, stage: int) -> float:
-    """Return the parameters of one rank of a pipeline stage: matrices are shards, vectors are whole."""
+    """Return the number of parameters on one rank of a pipeline stage: matrices are sharded, vectors whole."""
     layers = shape.with_layers(_layers_of(shape, layout, stage))
     matrices, vectors = float(layers.matrix_parameters), layers.vector_parameters
     last = stage == layout.pipeline_parallel - 1
@@ -82,10 +82,10 @@ def _stage(shape: Shape, layout: Parallelism, training: Training, stage: int, te
     tensor = layout.tensor_parallel
     tokens = training.micro_batch_size * training.sequence_length / layout.context_parallel
     batches = training.global_batch_size // (training.micro_batch_size * layout.data_parallel)
-    behind, pieces = layout.pipeline_parallel - stage - 1, layout.virtual_pipeline
-    waiting = float(min(behind + 1, batches))
-    if pieces:
-        waiting = min(2 * behind + (pieces - 1) * layout.pipeline_parallel + 1, batches * pieces) / pieces
+    later, chunks = layout.pipeline_parallel - stage - 1, layout.virtual_pipeline
+    in_flight = float(min(later + 1, batches))
+    if chunks:
+        in_flight = min(2 * later + (chunks - 1) * layout.pipeline_parallel + 1, batches * chunks) / chunks
     whole = value * shape.hidden / (tensor if layout.sequence_parallel else 1)
     kept = [4 * whole + value * _sharded_values(shape, sizes) / tensor for sizes in _layers_of(shape, layout, stage)]
     head = 0.0
@@ -100,14 +100,23 @@ def _stage(shape: Shape, layout: Parallelism, training: Training, stage: int, te
         weights=value * parameters,
         gradients=4 * parameters,
         optimizer=(8 if value == 4 else 12) * parameters / replicas,
-        activations=tokens * (waiting * sum(kept) + head),
-        activations_recomputed=tokens * (waiting * whole * len(kept) + max(kept) + head),
+        activations=tokens * (in_flight * sum(kept) + head),
+        activations_recomputed=tokens * (in_flight * whole * len(kept) + max(kept) + head),
         teacher=of_teacher,
     )
 
 
 def _of_teacher(teacher: Shape, layout: Parallelism, stage: int, value: int, tokens: float, batches: int) -> float:
-    """Return the bytes of a teacher on one rank: of ``value`` each, for micro-batches of so many ``tokens``."""
+    """Return the bytes that a teacher takes on one rank.
+
+    Args:
+        teacher: Its shape.
+        layout: The student's layout.
+        stage: The rank's pipeline stage, from 0.
+        value: Bytes per value.
+        tokens: Tokens per micro-batch on the rank.
+        batches: Micro-batches per step.
+    """
     equal = layout.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
     needed = value * parameters_on(teacher, equal, stage)
     if stage == layout.pipeline_parallel - 1:
@@ -119,17 +128,17 @@ def _of_teacher(teacher: Shape, layout: Parallelism, stage: int, value: int, tok
 
 
 def _of_hidden_states(shape: Shape, teacher: Shape, layout: Parallelism, training: Training, held: float) -> float:
-    """Return the bytes of what a student's hidden states are compared with, if all of it is on one rank.
+    """Return the bytes for the loss on hidden states, if all compared layers are on one rank.
 
-    That is ``held`` bytes for each of the teacher's channels at each place, and the projection in fp32 with its
+    These are ``held`` bytes per channel of the teacher and compared layer, and the projection in fp32 with its
     gradient and two moments.
     """
-    places = training.distill.places if training.distill else 0
-    if not places:
+    compared = training.distill.places if training.distill else 0
+    if not compared:
         return 0.0
     shards = layout.tensor_parallel if layout.sequence_parallel else 1
     projection = 16 * shape.hidden * teacher.hidden if shape.hidden != teacher.hidden else 0
-    return places * held * teacher.hidden / shards + projection
+    return compared * held * teacher.hidden / shards + projection
 
 
 def _sharded_values(shape: Shape, sizes: LayerSizes) -> int:

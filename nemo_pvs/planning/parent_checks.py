@@ -1,4 +1,4 @@
-"""What a recipe may not ask of its parent: contradicting its ledger, reading text again, training under its masks."""
+"""Check a recipe against its parent: its ledger, the tokens that it has read and its masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_costs(recipe: Recipe, parent: Shape) -> None:
     """Refuse a recipe that contradicts the ledger of its parent or its teacher.
 
     Args:
-        recipe: With a number for each budget (``equal_terms.settle``).
+        recipe: The recipe, with a number for each budget (``equal_terms.settle``).
         parent: Its parent's shape.
 
     Raises:
@@ -32,7 +32,7 @@ def check_costs(recipe: Recipe, parent: Shape) -> None:
 
 
 def check_dense_parent(recipe: Recipe, parent: WeightSource) -> None:
-    """Refuse a parent with masks of single weights where a method cannot train such a model.
+    """Refuse a sparse parent (with masks of single weights) if a target's method cannot train it.
 
     Raises:
         UserError: naming the target.
@@ -47,14 +47,14 @@ def check_dense_parent(recipe: Recipe, parent: WeightSource) -> None:
 
 
 def check_unread(recipe: Recipe, file: str | None) -> None:
-    """Refuse to train the parent's weights again on what its ledger says that they have read.
+    """Refuse to train the parent's weights again on tokens that they have read according to its ledger.
 
     Args:
-        recipe: With a number for each budget.
-        file: Hash of the file with the training tokens; None where they are a blend, or in domains.
+        recipe: The recipe, with a number for each budget.
+        file: Hash of the training token file; None if the tokens are a blend or in domains.
 
     Raises:
-        UserError: unless the recipe allows it.
+        UserError: there is an overlap, and the recipe does not set ``allow_overlap``.
     """
     ledger = Ledger.of_checkpoint(Path(recipe.parent.source)) if recipe.parent.source else None
     if ledger is None or file is None or recipe.data.token_ranges.allow_overlap:

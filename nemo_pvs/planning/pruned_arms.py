@@ -1,4 +1,4 @@
-"""The pruned arms of a run, or of a recipe as far as their cost is known before anything runs."""
+"""The pruned arms and their costs, from a finished run or estimated from a recipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pruned_arms(run_or_recipe: str) -> list[PrunedArm]:
     results = Path(run_or_recipe) / "results.json"
     arms = _of_run(Results.load(results)) if results.exists() else of_recipe(load_recipe(run_or_recipe))
     if not arms:
-        raise UserError(f"{run_or_recipe} has no pruned arm that scratch could be compared with; add one.")
+        raise UserError(f"{run_or_recipe} has no pruned arm to compare training from scratch with; add one.")
     return arms
 
 
@@ -34,7 +34,7 @@ def _of_run(results: Results) -> list[PrunedArm]:
         per_step = length * int(training["global_batch_size"])
     except (KeyError, TypeError, ValueError):
         raise UserError(
-            f"The results of {results.recipe_name} do not say how long a training step was; give the recipe instead."
+            f"The results of {results.recipe_name} do not state the tokens per training step; give the recipe instead."
         ) from None
     return [
         PrunedArm(
@@ -46,7 +46,7 @@ def _of_run(results: Results) -> list[PrunedArm]:
 
 
 def _scratch(results: Results, target: str) -> tuple[int, Ledger]:
-    """Return the FLOPs of a token through the teacher of a target's scratch arm, and what it cost before training."""
+    """Return the teacher's FLOPs per token in a target's scratch arm, and the arm's cost before training."""
     scratch = next((arm for arm in results.arms if (arm.target, arm.initialisation) == (target, "random")), None)
     charges = scratch.ledger.charges if scratch else []
     teacher = next((charge for charge in charges if charge.activity == "teacher" and charge.steps), None)
@@ -57,7 +57,7 @@ def _scratch(results: Results, target: str) -> tuple[int, Ledger]:
 
 
 def of_recipe(recipe: Recipe) -> list[PrunedArm]:
-    """Return the pruned arms of a recipe with what a dry run knows of their cost.
+    """Return the pruned arms of a recipe with their costs as estimated by a dry run.
 
     Raises:
         UserError: something in the recipe is impossible, or the parent's sizes are not known here.

@@ -1,9 +1,9 @@
-"""Targets that are reached in stages: what each stage prunes to, and its share of one training. No NeMo.
+"""Targets that are reached in stages: the size after each stage, and its share of the training. Does not use NeMo.
 
-Adapt-Pruner (2502.03460) prunes a few percent and trains a share of the tokens, again and again; iterative Minitron
-does the same with whole layers or widths. All shares together are one training: one schedule of the learning rate,
-one range of the data, each share where the one before has ended. The optimizer's moments begin anew, as published, or
-are what the pruning leaves of those before (``slice_optimizer_state``).
+Adapt-Pruner (2502.03460) alternates between pruning a few percent and training on a share of the tokens; iterative
+Minitron does the same with whole layers or widths. All shares together are one training run, with one learning rate
+schedule and one range of the data; each share continues where the previous one ended. The optimizer state is reset
+after each pruning, as published, or pruned along with the weights (``slice_optimizer_state``).
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from nemo_pvs.recipe.target import Target
 from nemo_pvs.recipe.training import Training
 
 _WIDTH_MULTIPLE = 8
-"""Widths between the first and the last are multiples of this, where those two are."""
+"""Intermediate widths are multiples of this if the first and the last width are."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """A stage's part of the training of an arm."""
+    """A stage's share of the training of an arm."""
 
     training: Training
-    """With the tokens of this part."""
+    """The arm's settings with the tokens of this share."""
     first_token: int
-    """Where in the training data it begins to read."""
+    """First token that it reads, in training order."""
     first_step: int = 0
-    """Steps of the parts before it."""
+    """Steps of all previous shares."""
     all_steps: int | None = None
-    """Steps of all parts, over which the learning rate runs; None where there is one part."""
+    """Steps of all shares, the length of the learning rate schedule; None if there is only one share."""
 
 
 def shares(recipe: Recipe, arm: Arm) -> list[Round]:
-    """Return the parts of an arm's training, which differ by one step at most; one for arms without stages.
+    """Return the shares of an arm's training, which differ by at most one step; one share for arms without stages.
 
     Raises:
         UserError: there are more stages than steps.
@@ -71,10 +71,10 @@ def shares(recipe: Recipe, arm: Arm) -> list[Round]:
 
 
 def stage_targets(target: Target, parent: Shape) -> list[tuple[Target, Shape]]:
-    """Return what each stage asks its method for, and about the shape that it will have, the last stage's last.
+    """Return each stage's target for its method and its expected shape, in order.
 
-    Parameters go in equal portions: ``P_k = P_0 - (P_0 - P_N) k / N``; those of Minitron's layers and widths as
-    nearly as whole layers and multiples allow.
+    Every stage removes the same number of parameters, ``P_k = P_0 - (P_0 - P_N) k / N``; with Minitron, as nearly as
+    whole layers and multiples of widths allow.
 
     Raises:
         UserError: the parent cannot be pruned to the target.
@@ -84,57 +84,59 @@ def stage_targets(target: Target, parent: Shape) -> list[tuple[Target, Shape]]:
         counts = [adapt_parameters(target, parent, number) for number in numbers]
         return [(target, shrunk(parent, count)) for count in counts]
     last = final_shape(target, parent)
-    found = []
+    stages = []
     for number in numbers:
         sizes = {name: _between(target, parent, last, name, number) for name in _axes(target)}
         changes: dict[str, Any] = {"ratio": None, "preset": None, "of": None, "stages": None, **sizes}
-        found.append((target.model_copy(update=changes), parent.replace(**sizes)))
-    return found
+        stages.append((target.model_copy(update=changes), parent.replace(**sizes)))
+    return stages
 
 
 def final_shape(target: Target, parent: Shape) -> Shape:
-    """Return the shape that a target of Minitron's ends with.
+    """Return the final shape of a Minitron target.
 
     Raises:
         UserError: the parent cannot be pruned to it.
     """
-    asked = target.asked
-    assert isinstance(asked, SizesOrRatio)
-    return choose_target(parent, target.method, sizes=asked.sizes, ratio=asked.ratio, of=asked.of, preset=asked.preset)
+    options = target.asked
+    assert isinstance(options, SizesOrRatio)
+    return choose_target(
+        parent, target.method, sizes=options.sizes, ratio=options.ratio, of=options.of, preset=options.preset
+    )
 
 
 def adapt_parameters(target: Target, parent: Shape, stage: int) -> int:
-    """Return how many parameters may stay after a stage of Adapt-Pruner, counted from 1; embeddings count.
+    """Return the maximum number of parameters, including embeddings, after a stage of Adapt-Pruner, counted from 1.
 
-    What goes is rounded down, as in the published scripts.
+    The number of removed parameters is rounded down, as in the published scripts.
     """
-    asked = target.asked
-    assert isinstance(asked, AdaptPrunerOptions)
-    assert asked.ratio is not None
-    last = parameters_left(parent, asked.ratio, asked.of)
+    options = target.asked
+    assert isinstance(options, AdaptPrunerOptions)
+    assert options.ratio is not None
+    last = parameters_left(parent, options.ratio, options.of)
     return parent.parameters - (parent.parameters - last) * stage // stages_of(target)
 
 
 def check_stages(recipe: Recipe, name: str, target: Target, parent: Shape) -> None:
-    """Refuse stages that cannot be, before any work.
+    """Refuse impossible stages, before any work.
 
     Raises:
         UserError: naming what is wrong.
     """
     if target.slice_optimizer_state and stages_of(target) == 1:
-        raise UserError("slice_optimizer_state is about the training between stages; say stages, or leave it out.")
+        raise UserError("slice_optimizer_state needs training between stages; give stages, or leave it out.")
     if target.stages is None:
         return
     staged = [name for name, method in methods().items() if method.rounds]
     if target.method not in staged:
-        raise UserError(f"{target.method} has no stages; {', '.join(staged)} have.")
+        raise UserError(f"{target.method} has no stages; leave stages out, or choose one of {', '.join(staged)}.")
     if task_of(target) is not None:
         raise UserError("stages choose layers by the loss; leave out task, or stages.")
     arms = recipe.pruned_runs(name)
     if len(arms) != 1:
         raise UserError(
-            f"what stages prune depends on the training between them, so there is one budget for pruned arms, not "
-            f"{len(arms)}; give one, or a recipe for each."
+            f"what stages prune depends on the training between them, so they need exactly one budget for pruned "
+            f"arms, not {len(arms)}; give one, or use one recipe per budget."
         )
     shares(recipe, arms[0])
     if target.method != ADAPT:
@@ -150,7 +152,7 @@ def _axes(target: Target) -> tuple[str, ...]:
 
 
 def _between(target: Target, parent: Shape, last: Shape, axis: str, stage: int) -> int:
-    """Return a size behind a stage: on the line from the first to the last, rounded to what both are multiples of."""
+    """Return a size after a stage, interpolated linearly and rounded to a common divisor of the first and the last."""
     first, end = getattr(parent, axis), getattr(last, axis)
     limit = {"layers": target.layout.pipeline_parallel, "kv_groups": target.layout.tensor_parallel}
     multiple = math.gcd(first, end, limit.get(axis, _WIDTH_MULTIPLE))

@@ -1,4 +1,4 @@
-"""Sheared LLaMA in a recipe: how masks are learned, and what is refused."""
+"""Sheared LLaMA (2310.06694) in a recipe: the training in which masks are learned, and its checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_pvs.recipe.training import Training
 
 @dataclass(frozen=True)
 class ShearedTarget:
-    """A target whose masks are learned in training (``planning.learned.LearnedTarget``)."""
+    """A target whose masks are learned by training the parent (``planning.learned.LearnedTarget``)."""
 
     recipe: Recipe
     target: Target
@@ -26,12 +26,12 @@ class ShearedTarget:
 
     @property
     def how(self) -> MaskLearning:
-        """What the target asks of the method."""
+        """The target's ``learn`` block, or its defaults."""
         return self.target.learn or MaskLearning()
 
     @property
     def training(self) -> Training:
-        """The training in which the masks are learned: the recipe's, with what ``learn`` changes."""
+        """Settings of mask learning: the recipe's ``train`` with the changes of ``learn``."""
         how = self.how
         given = how.model_dump(
             include={"global_batch_size", "micro_batch_size", "validations", "checkpoints"}, exclude_none=True
@@ -53,25 +53,27 @@ class ShearedTarget:
 
     @property
     def layout(self) -> Parallelism:
-        """How mask learning is spread over processes."""
+        """Parallel layout of mask learning."""
         return self.how.layout or self.target.layout
 
     @property
     def first_token(self) -> int:
-        """Where in the training data mask learning begins, rounded up to whole steps."""
+        """First token of mask learning, in training order, rounded up to whole steps."""
         return self.recipe.data.token_ranges.start_of_pruned(self.how.first_token, self.training.tokens_per_step)
 
     def check(self, shape: Shape, parent: Shape) -> None:
-        """Refuse mask learning that cannot be done, before any work.
+        """Refuse impossible mask learning, before any work.
 
         Raises:
-            UserError: the target is the parent itself, or batches or the layout do not fit the parent.
+            UserError: the target has the parent's sizes, or batches or the layout do not fit the parent.
         """
         if shape == parent:
             raise UserError("it has the parent's sizes, so there is nothing to learn; make one of them smaller.")
         training, layout = self.training, self.layout
         if layout.context_parallel > 1:
-            raise UserError("masks are learned without context parallelism; give learn.layout.")
+            raise UserError(
+                "masks cannot be learned with context parallelism; give learn.layout with context_parallel: 1."
+            )
         check_training(training, layout, parent)
         if training.validation_samples % training.global_batch_size:
             raise UserError(
@@ -80,7 +82,7 @@ class ShearedTarget:
             )
 
     def describe(self, parent: Shape) -> str:
-        """Return one line about how the masks are learned."""
+        """Return one line that describes mask learning."""
         training, layout = self.training, self.layout
         memory = training_memory(parent, layout, training)
         return (

@@ -1,4 +1,4 @@
-"""The shapes that the targets of a recipe lead to, as far as they are known before pruning."""
+"""The shapes of a recipe's targets, as far as they are known before pruning, and checks that need them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nemo_pvs.recipe.target import DENSE, Target
 
 
 def masked_parameters(target: Target, shape: Shape) -> int:
-    """Return the weights that a target's mask will hold at zero; rows of odd length may round to a few less."""
+    """Return the number of weights that a target's masks will hold at zero; rounding per row may make it less."""
     return Sparsity.parse(target.given["sparsity"]).count(shape.matrix_parameters) if is_sparse(target) else 0
 
 
 def expected_shape(target: Target, parent: Shape) -> Expected:
-    """Return the shape that a target will have.
+    """Return the expected shape of a target.
 
     Raises:
         UserError: the parent cannot be pruned to it.
@@ -36,7 +36,7 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
 
 
 def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
-    """Refuse what a parent cannot be pruned or trained to, before any work.
+    """Refuse targets that the parent cannot be pruned or trained to, before any work.
 
     Raises:
         UserError: a target, a layout or a sequence length is impossible.
@@ -54,4 +54,4 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
             raise UserError(f"Target {name}: {error}") from None
     for key in ("clip_before_mask", "mask_check_steps"):
         if getattr(recipe.train, key) and not any(map(is_sparse, recipe.targets.values())):
-            raise UserError(f"train.{key} is about sparse models, and no target is one; leave it out.")
+            raise UserError(f"train.{key} only applies to sparse models, and no target is sparse; leave it out.")

@@ -1,7 +1,7 @@
-"""The teacher of a recipe's distilled arms: which model it is, what it costs, and whether it can teach them. No NeMo.
+"""The teacher of a recipe's distilled arms: its shape, its cost and its checks. Does not use NeMo.
 
-Every arm that learns from a teacher is charged for it, whatever its initial weights: the teacher's forward pass over
-each token that it is trained on, and the teacher's own pretraining.
+Every distilled arm is charged for its teacher, whatever its initial weights: for the teacher's forward pass over each
+training token, and for the teacher's own pretraining.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from nemo_pvs.recipe.recipe import Arm, Recipe
 
 
 def teacher_shape(recipe: Recipe, parent: Shape) -> Shape | None:
-    """Return the sizes of a recipe's teacher; None where nobody is distilled.
+    """Return the shape of a recipe's teacher; None without distillation.
 
     Raises:
-        UserError: it is not the parent, and not here.
+        UserError: the teacher is not the parent, and its checkpoint cannot be opened.
     """
     distill = recipe.train.distill
     if distill is None:
@@ -36,7 +36,7 @@ def teacher_shape(recipe: Recipe, parent: Shape) -> Shape | None:
 
 
 def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape, student: Shape) -> None:
-    """Charge a distilled arm with its lessons, others with nothing; ``student`` is the shape that an arm ends with."""
+    """Charge a distilled arm for its teacher, and other arms nothing; ``student`` is the arm's final shape."""
     teacher = teacher_shape(recipe, parent) if arm.training.distill else None
     if teacher:
         charge_lessons(ledger, arm.training, teacher, student)
@@ -45,7 +45,7 @@ def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape, stud
 def inherit_ancestors(
     ledger: Ledger, recipe: Recipe, target: str, initialisation: Initialisation, parent: Shape
 ) -> None:
-    """Charge the models that an arm is made from: the parent of pruned weights, and the teacher; each once.
+    """Charge the models that an arm is made from: the parent of pruned weights and the teacher, each once.
 
     Raises:
         UserError: a model's ledger contradicts the recipe.
@@ -62,10 +62,10 @@ def inherit_ancestors(
 
 
 def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
-    """Refuse a recipe whose teacher cannot teach its targets.
+    """Refuse a recipe whose teacher does not fit its targets.
 
     Raises:
-        UserError: naming the target, or the teacher is not here.
+        UserError: naming the target, or saying that the teacher cannot be opened.
     """
     teacher = teacher_shape(recipe, parent)
     if teacher and recipe.train.distill and recipe.train.distill.teacher != PARENT:
@@ -81,10 +81,10 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
 
 
 def check_teacher(teacher: Shape, student: Shape, layout: Parallelism) -> None:
-    """Refuse a teacher that cannot sit on its student's ranks and be compared with it token by token.
+    """Refuse a teacher that cannot run on its student's ranks or be compared with it token by token.
 
     Raises:
-        UserError: another vocabulary, a layout that does not divide it, or context parallelism.
+        UserError: the vocabularies differ, the layout does not divide the teacher, or there is context parallelism.
     """
     if teacher.vocab != student.vocab:
         raise UserError(
@@ -93,16 +93,17 @@ def check_teacher(teacher: Shape, student: Shape, layout: Parallelism) -> None:
         )
     if layout.context_parallel > 1:
         raise UserError(
-            f"Distillation at context_parallel {layout.context_parallel} is not offered; set 1, or train without."
+            f"Distillation does not support context_parallel {layout.context_parallel}; set it to 1, or train without "
+            "distillation."
         )
     try:
         teacher.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
     except UserError as error:
-        raise UserError(f"The teacher sits on its student's ranks, but: {error}") from None
+        raise UserError(f"The teacher must fit on its student's ranks: {error}") from None
 
 
 def check_pairs(distill: Distillation, teacher: Shape, student: Shape) -> None:
-    """Refuse hidden states behind layers that are not there.
+    """Refuse pairs with layers that the teacher or the student does not have.
 
     Raises:
         UserError: naming the pair.
@@ -117,21 +118,21 @@ def check_pairs(distill: Distillation, teacher: Shape, student: Shape) -> None:
 
 
 def check_teacher_context(teacher: str, length: int, what: str) -> None:
-    """Refuse a teacher that has never seen sequences so long; ``what`` says how long.
+    """Refuse sequences longer than the teacher's context; ``what`` is the key or option with the length.
 
     Raises:
-        UserError: naming both.
+        UserError: naming both lengths.
     """
     context = int(open_source(teacher).config.get("max_position_embeddings", 0))
     check_context(length, context, what, f"teacher {teacher}")
 
 
 def check_tokens(teacher: Path, student: Path) -> None:
-    """Refuse a teacher whose tokenizer names tokens in another way.
+    """Refuse a teacher whose tokenizer differs from the student's.
 
     Args:
-        teacher: Its checkpoint.
-        student: The student's, or a folder with its tokenizer.
+        teacher: Checkpoint of the teacher.
+        student: Checkpoint of the student, or a folder with its tokenizer.
 
     Raises:
         UserError: naming a token that differs.

@@ -147,4 +147,4 @@ def test_budget_of_a_run(pvs: Pvs, results: Results, tmp_path: Path) -> None:
     _refused(pvs("budget", tmp_path, "--setting", "equal-love"), "There is no setting 'equal-love'")
     results.recipe = {}
     results.save(tmp_path / "results.json")
-    _refused(pvs("budget", tmp_path), "do not say how long a training step was")
+    _refused(pvs("budget", tmp_path), "do not state the tokens per training step")

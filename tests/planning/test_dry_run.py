@@ -133,7 +133,7 @@ def test_what_a_task_reads_is_not_known_beforehand():
         (
             "targets.depth.layout",
             {"pipeline_parallel": 2, "virtual_pipeline": 7, "data_parallel": 2},
-            "a virtual pipeline of 2 stages needs a multiple of as many micro-batches a step, not 1",
+            r"virtual_pipeline needs the micro-batches per step \(1\) to be a multiple of pipeline_parallel \(2\)",
         ),
         (
             "targets.width",
@@ -144,12 +144,12 @@ def test_what_a_task_reads_is_not_known_beforehand():
         ("targets.width", {"method": "wanda", "sparsity": "2:5"}, "needs groups of 5 inputs, but q_proj has 576"),
         ("train.sequence_length", 10000, "the parent's context ends at 8192"),
         ("train.micro_batch_size", 3, "is not a multiple of micro_batch_size"),
-        ("train.mask_check_steps", 5, "train.mask_check_steps is about sparse models, and no target is one"),
-        ("train.clip_before_mask", True, "is about sparse models, and no target is one; leave it out"),
+        ("train.mask_check_steps", 5, "train.mask_check_steps only applies to sparse models, and no target is sparse"),
+        ("train.clip_before_mask", True, "only applies to sparse models, and no target is sparse; leave it out"),
         (
             "targets.width.layout",
             {"context_parallel": 7},
-            "cuts a sequence into 14 pieces, which do not divide sequence_length 256",
+            "splits a sequence into 14 equal chunks, but 14 does not divide sequence_length 256",
         ),
         ("targets.width.layout", {"sequence_parallel": True}, "sequence_parallel needs tensor_parallel of at least 2"),
         ("parent.config", None, "not a folder here, and the recipe has no parent.config"),

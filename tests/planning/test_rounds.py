@@ -122,7 +122,7 @@ def test_every_stage_is_charged_at_its_own_size() -> None:
         ({"method": "flap", "ratio": 0.2, "stages": 2}, "flap has no stages"),
         ({"method": "minitron-depth", "layers": 6, "stages": 3}, "stage [12] of 3 would remove nothing"),
         ({"method": "minitron-depth", "layers": 6, "stages": 2, "task": "continuation"}, "leave out task"),
-        (adapt(stages=1, slice_optimizer_state=True), "between stages; say stages"),
+        (adapt(stages=1, slice_optimizer_state=True), "between stages; give stages"),
         (adapt(ratio=0.99), "leave nothing for the layers"),
     ],
 )

@@ -190,7 +190,7 @@ def test_memory_counts_the_teacher() -> None:
         ),
         ({"hidden_loss": "l1"}, {}, "train.distill.hidden_loss"),
         ({"teacher": "nowhere/else"}, {}, "nowhere/else does not exist"),
-        ({}, {"layout": {"context_parallel": 2}}, "Target depth: Distillation at context_parallel 2 is not offered"),
+        ({}, {"layout": {"context_parallel": 2}}, "Target depth: Distillation does not support context_parallel 2"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(distill: dict[str, Any], changes: dict[str, Any], sentence: str) -> None:
@@ -206,7 +206,7 @@ def test_a_teacher_of_another_vocabulary_or_for_another_layout_is_refused(tmp_pa
     with pytest.raises(UserError, match="Target depth: The teacher's vocabulary has 256 tokens and the student's 128"):
         dry_run(distilled_recipe({"teacher": str(tmp_path / "larger")}))
     make_tiny_llama(tmp_path / "odd", num_hidden_layers=3)
-    with pytest.raises(UserError, match=r"The teacher sits on its student's ranks, but: Pipeline parallelism 2 does"):
+    with pytest.raises(UserError, match=r"The teacher must fit on its student's ranks: Pipeline parallelism 2 does"):
         dry_run(distilled_recipe({"teacher": str(tmp_path / "odd")}, layout={"pipeline_parallel": 2}))
 
 

@@ -80,7 +80,7 @@ def test_masks_of_another_model_are_refused_before_anything_is_written(sparse):
         ({}, {"data_parallel": 3}, "global_batch_size 4 is not a multiple of micro_batch_size x data_parallel = 3"),
         ({}, {"pipeline_parallel": 3}, "does not divide 4 layers"),
         ({}, {"sequence_parallel": True}, "sequence_parallel needs tensor_parallel of at least 2"),
-        ({}, {"context_parallel": 3}, "6 pieces, which do not divide sequence_length 32"),
+        ({}, {"context_parallel": 3}, "6 equal chunks, but 6 does not divide sequence_length 32"),
         ({"sequence_length": 512}, {}, "--sequence-length is 512, but the parent's context ends at 256"),
         ({"tokens": 1e6}, {}, "has 1,200"),
     ],
