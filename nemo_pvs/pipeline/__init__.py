@@ -1,1 +1,1 @@
-"""``pvs run``: the stages from a parent to a report, each done once and resumable."""
+"""``pvs run``: the resumable stages from a parent to a report."""

@@ -1,4 +1,4 @@
-"""What a stage of ``pvs run`` would otherwise refuse after others have trained: checked before any work."""
+"""Checks before any work, so that no stage of ``pvs run`` fails after others have trained."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from nemo_pvs.training.machine import Machine
 
 
 def check_text(recipe: Recipe, tokens: RunData, splits: Splits) -> None:
-    """Refuse splits that are too short for what a recipe reads of them, or that the parent was trained on.
+    """Refuse splits that are too short for the recipe, or that the parent was trained on.
 
     Args:
-        recipe: With a number for each budget.
+        recipe: The recipe, with a number for each budget.
         tokens: The token files of the run.
-        splits: What is known of them.
+        splits: Descriptions of the token files.
 
     Raises:
         UserError: naming the split.
     """
     tokens.check_end(splits, end_of_reading(recipe))
     check_unread(recipe, tokens.training_file(splits))
-    wanted = recipe.evaluate
+    evaluation = recipe.evaluate
     check_length(
         splits["test"].tokens,
-        samples=wanted.samples,
-        sequence_length=wanted.sequence_length,
+        samples=evaluation.samples,
+        sequence_length=evaluation.sequence_length,
         data_set="test",
     )
     if any(map(reads_calibration, recipe.targets.values())):
@@ -49,10 +49,10 @@ def check_text(recipe: Recipe, tokens: RunData, splits: Splits) -> None:
 
 
 def check_machine(jobs: Iterable[TrainingJob]) -> None:
-    """Refuse trainings that this machine cannot do.
+    """Refuse training jobs that this machine cannot run.
 
     Raises:
-        UserError: it lacks kernels that a layout or a precision needs, or GPUs.
+        UserError: it lacks GPUs, or kernels that a layout or a precision needs.
     """
     machine = Machine.here()
     for job in jobs:
@@ -60,6 +60,6 @@ def check_machine(jobs: Iterable[TrainingJob]) -> None:
         machine.precision(job.training.precision)
         if machine.gpu and job.layout.processes > torch.cuda.device_count():
             raise UserError(
-                f"{job.name} is spread over {job.layout.processes} ranks, but this machine has "
-                f"{torch.cuda.device_count()} GPUs; change its layout, or run it elsewhere with --launch."
+                f"{job.name} needs {job.layout.processes} ranks, but this machine has {torch.cuda.device_count()} "
+                "GPUs; change its layout, or run it elsewhere with --launch."
             )

@@ -1,7 +1,7 @@
-"""Run folders of earlier versions, whose records name models by the earlier fingerprint, go on with today's names.
+"""Migrate run folders of earlier versions, whose records identify models by the earlier fingerprint.
 
-The earlier fingerprint did not see every change of a model. So the names are exchanged once, when the folder is first
-used again, and from then on a changed model is noticed.
+The earlier fingerprint did not detect every change of a model. It is replaced once, when the folder is first used
+again; from then on every change is detected.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _EARLIER = re.compile("[0-9a-f]{64}")
 
 
 def adopt_earlier_records(folder: Path, source: str | None) -> None:
-    """Give the models of a run folder, in all records of its stages, the names that they have today.
+    """Replace earlier fingerprints of models by current ones in all stage records of a run folder.
 
-    A model that is no longer there keeps its earlier name.
+    A model that is no longer in the folder keeps its earlier fingerprint.
 
     Args:
         folder: The run folder.
@@ -34,28 +34,28 @@ def adopt_earlier_records(folder: Path, source: str | None) -> None:
     earlier = {name for name in stated if isinstance(name, str) and _EARLIER.fullmatch(name)}
     if not earlier:
         return
-    today = {}
-    for place in _models(folder, source):
+    current = {}
+    for model in _models(folder, source):
         try:
-            name = fingerprint(open_source(place))
-        except UserError:  # not finished, or damaged: whoever needs it says so
+            name = fingerprint(open_source(model))
+        except UserError:  # unfinished or damaged; the stage that needs it reports that
             continue
         if name.earlier() in earlier:
-            today[name.earlier()] = str(name)
+            current[name.earlier()] = str(name)
     for path, record in records.items():
-        renamed = _renamed(record, today)
+        renamed = _renamed(record, current)
         if renamed != record:
             write_json(path, {**renamed, "inputs_hash": sha256_json(renamed["inputs"])})
 
 
 def _models(folder: Path, source: str | None) -> Iterator[Path]:
-    """Yield every model that a run may have made or begun with."""
+    """Yield the folder of every model that a run may have started from or made."""
     if source and Path(source).is_dir():
         yield Path(source)
     for pattern in ("parent", "pruned/**/huggingface", "random/*/nemo", "models/**"):
-        for place in sorted(folder.glob(pattern)):
-            if (place / "config.json").is_file() or (place / "weights").is_dir():
-                yield place
+        for path in sorted(folder.glob(pattern)):
+            if (path / "config.json").is_file() or (path / "weights").is_dir():
+                yield path
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:

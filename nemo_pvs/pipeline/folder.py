@@ -1,4 +1,4 @@
-"""A run folder: the recipe that fills it, what lies where in it, and what its stages have found so far."""
+"""A run folder: its recipe, the paths in it, and the records of its stages so far."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from nemo_pvs.training.job import CHECKPOINTS, METRICS_FILE, CarriedState, Loadi
 HUGGING_FACE, NEMO = "huggingface", "nemo"
 """The folders of a pruned target that hold its checkpoints."""
 PLAN, SETTINGS = "plan.json", "pruning.json"
-"""The files of a pruned target that say how it was made."""
+"""The files of a pruned target that record how it was made."""
 STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
 
 
 class RunFolder:
-    """A run folder, the recipe that fills it, and the records of the stages that were done or found done."""
+    """A run folder, its recipe, and the records of the stages that have been completed."""
 
     def __init__(
         self,
@@ -44,14 +44,20 @@ class RunFolder:
         force: tuple[str, ...] = (),
         compute: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepare to run ``recipe`` in ``folder``; ``compute`` says where layers run (``pruning.job.Job``).
+        """Prepare to run ``recipe`` in ``folder``.
+
+        Args:
+            recipe: The recipe.
+            folder: The run folder.
+            force: Names of stages that are run again even if they are done.
+            compute: Where and how layers run while pruning (``PruneRequest``).
 
         Raises:
             UserError: a forced stage is unknown.
         """
         for stage in force:
             if stage.split("/")[0] not in STAGES:
-                raise UserError(f"There is no stage {stage} to force; stages are {', '.join(STAGES)}.")
+                raise UserError(f"There is no stage {stage} to force; choose from {', '.join(STAGES)}.")
         self.recipe = recipe
         self.folder = folder
         self.compute = compute or {}
@@ -66,7 +72,7 @@ class RunFolder:
 
     @property
     def teacher_path(self) -> Path | None:
-        """The checkpoint folder of the teacher, if arms are distilled; the parent's before there is one, too."""
+        """The checkpoint folder of the teacher, which may not exist yet; None without distillation."""
         distill, source = self.recipe.train.distill, self.recipe.parent.source
         if distill is None:
             return None
@@ -76,12 +82,12 @@ class RunFolder:
 
     @property
     def parent_source(self) -> WeightSource:
-        """The parent."""
+        """The parent's weights."""
         return open_source(self.parent_path)
 
     @property
     def parent_config(self) -> Mapping[str, Any]:
-        """The config.json of the parent, which may be yet to be trained."""
+        """The parent's config.json, also if the parent has not been trained yet."""
         parent = self.recipe.parent
         if parent.source is None:
             return normal_config(parent.config, "parent.config of the recipe")
@@ -95,8 +101,8 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         """A folder with the parent's tokenizer."""
-        own = self.recipe.parent.tokenizer if self.recipe.parent.source is None else None
-        return tokenizer_folder(Path(own) if own and not self.parent_path.exists() else self.parent_path)
+        stated = self.recipe.parent.tokenizer if self.recipe.parent.source is None else None
+        return tokenizer_folder(Path(stated) if stated and not self.parent_path.exists() else self.parent_path)
 
     def pruned(self, target: str) -> Path:
         """The folder of a pruned target: plan.json, huggingface/, nemo/."""
@@ -111,7 +117,7 @@ class RunFolder:
         return self.folder / "models" / arm
 
     def job(self, arm: Arm) -> TrainingJob:
-        """Return the training job of an arm; of one made in stages, its last share."""
+        """Return the training job of an arm; for an arm with stages, that of its last share."""
         parts = shares(self.recipe, arm)
         initial = self.initial(arm.target, arm.initialisation)
         return self.share_job(arm, parts[-1], arm.name, self.arm_folder(arm.name), initial, len(parts))
@@ -119,7 +125,16 @@ class RunFolder:
     def share_job(
         self, arm: Arm, share: Round, name: str, folder: Path, initial: Path, number: int = 1
     ) -> TrainingJob:
-        """Return the job of a share of an arm's training, which is counted from 1."""
+        """Return the job of one share of an arm's training.
+
+        Args:
+            arm: The arm.
+            share: The share.
+            name: Name of the job.
+            folder: Folder of the training.
+            initial: The NeMo checkpoint that it starts from.
+            number: Number of the share, counted from 1.
+        """
         plan = (initial.parent / PLAN).resolve()
         before = self.share_folder(arm.target, number - 1) / CHECKPOINTS
         return TrainingJob(
@@ -138,23 +153,23 @@ class RunFolder:
         )
 
     def carries(self, arm: Arm, number: int) -> bool:
-        """Return whether a share of an arm's training, counted from 1, goes on with the optimizer state before it."""
+        """Return whether a share of an arm's training, counted from 1, continues with the previous optimizer state."""
         sliced = arm.initialisation == "pruned" and self.recipe.targets[arm.target].slice_optimizer_state
         return sliced and number > 1
 
     def arm_folder(self, arm: str) -> Path:
-        """Return the folder of an arm's training; of one made in stages, of the last share of it."""
+        """Return the folder of an arm's training; for an arm with stages, that of its last share."""
         return self.folder.resolve() / "train" / arm
 
     def share_folder(self, target: str, number: int) -> Path:
-        """Return the folder of the training behind a stage of a target that is not the last, counted from 1."""
+        """Return the folder of the training after a stage, counted from 1, that is not the target's last."""
         return self.folder.resolve() / "train" / f"{target}-stages" / str(number)
 
     def loading(self, arm: Arm) -> Loading | None:
-        """Return with which shares, and where, an arm begins to read domains.
+        """Return the initial domain shares of an arm and where it starts reading; None without domains.
 
-        Pruned weights go on behind what the stage before has read; with its last shares, if the recipe has none. Where
-        that stage is yet to be done there are no shares then, and the job cannot be trained.
+        Pruned weights continue after the samples that mask learning has read, and with its final shares if the recipe
+        gives none. Before mask learning is done such a job has no shares and cannot be trained.
         """
         start = Loading.at_the_start(arm.training)
         before = self.folder / "masks" / arm.target / "run" / METRICS_FILE
@@ -165,7 +180,7 @@ class RunFolder:
 
     @property
     def training_data(self) -> dict[str, Any]:
-        """Prefixes of the token files that training reads, as ``TrainingJob`` takes them."""
+        """Prefixes of the token files that training reads, in the form of ``TrainingJob.data``."""
         return {"train": self.tokens.training_paths, "validation": self.tokens.validation_paths}
 
     def text(self, split: str) -> str:
@@ -173,12 +188,12 @@ class RunFolder:
         return self.records.data.splits[split].sha256
 
     def reads(self, arm: Arm) -> TokensRead | None:
-        """Return which tokens an arm is trained on, of all its shares; None where several files are blended."""
+        """Return the tokens that all shares of an arm read; None if several files are blended."""
         file = self.tokens.training_file(self.records.data.splits)
         return tokens_read(file, arm.training, arm.first_token) if file else None
 
     def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:
-        """Return sequences of the calibration split; another ``draw`` gives others."""
+        """Return ``samples`` sequences of the calibration split; each ``draw`` gives different ones."""
         settings = self.recipe.calibrate
         return TokenSet.from_token_file(
             self.tokens.prefix("calibration"),
@@ -189,5 +204,5 @@ class RunFolder:
 
 
 def forget_optimizer(run: RunFolder, name: str, number: int) -> None:
-    """Remove what only going on with a share of training would need, its checkpoints; its weights are kept."""
+    """Remove the checkpoints of a finished share of training, which only resuming needs; its weights are kept."""
     shutil.rmtree(run.share_folder(name, number) / "nemo", ignore_errors=True)

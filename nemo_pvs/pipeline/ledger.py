@@ -1,4 +1,4 @@
-"""The ledger of a finished arm: what the stages of its run counted, and what its parent had cost before."""
+"""The ledger of a finished arm: the costs of its run's stages and of its parent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nemo_pvs.recipe.recipe import Arm
 
 
 def run_ledger(run: RunFolder, arm: Arm, model: WeightSource, read: TokensRead | None = None) -> Ledger:
-    """Charge an arm with its training, its teacher, and, when it was pruned, all that went into its initial weights.
+    """Return the ledger of an arm: its training, its teacher and, if it was pruned, the cost of its initial weights.
 
     Args:
-        run: The run, of which the stages that the arm was made from are done.
+        run: The run; the stages that the arm was made from are done.
         arm: The arm.
         model: The trained arm.
-        read: Which tokens it was trained on, where that is known.
+        read: The tokens that it was trained on, if known.
 
     Raises:
         UserError: the parent's ledger contradicts the recipe.
@@ -39,8 +39,8 @@ def run_ledger(run: RunFolder, arm: Arm, model: WeightSource, read: TokensRead |
         else:
             ledger.charges += charges_of_spent(made.calibration, made.search, task_of(target))
         if learned := learned_target(recipe, target):
-            first = learning_reads(learned, read.data) if read else None
-            charge_learning(ledger, learned, parent, first)
+            learning_read = learning_reads(learned, read.data) if read else None
+            charge_learning(ledger, learned, parent, learning_read)
     shape = shape_of(model)
     charge_training(ledger, shares(recipe, arm)[-1].training, shape, count_masked(model), read)
     charge_teacher(ledger, recipe, arm, parent, shape)

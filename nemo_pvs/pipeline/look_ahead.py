@@ -1,8 +1,7 @@
-"""What the stages of a run will find when their turn comes, seen from the records of those that were done before.
+"""Check before any work, from the records of earlier runs, that no stage will have to remove expensive outputs.
 
-A run with another recipe than the one before must not replace anything and only then find out that it may not replace
-what comes next. So every stage is looked at before the first one does anything; but the evaluation, which comes last
-and removes nothing that took long.
+A run with a changed recipe must not replace the outputs of one stage only to be refused at the next. So every stage is
+checked before the first one starts, except the evaluation, which comes last and removes nothing expensive.
 """
 
 from __future__ import annotations
@@ -25,30 +24,35 @@ from nemo_pvs.recipe.recipe import Arm
 
 
 class LookAhead:
-    """Looks at stages in their order; ``records`` are those of the stages that will find the same as before.
+    """Checks stages in order and collects the records of those whose results will stay the same.
 
-    A stage that will be done with other inputs than before is changed, and so is every stage that is made from its
-    result. What a stage will find that has no result yet is not known, and nothing that is made from it is judged.
+    A stage whose inputs differ from before counts as changed, and so does every stage that depends on its result. The
+    result of a stage that has not been run is unknown, and the stages that depend on it are not checked.
     """
 
     def __init__(self, stages: Stages, records: Records) -> None:
-        """Begin; ``records`` is filled while stages are looked at."""
+        """Start with no changed stages.
+
+        Args:
+            stages: The stages on disk.
+            records: Filled with the records of unchanged stages.
+        """
         self.stages = stages
         self.records = records
         self._changed: dict[str, str] = {}
 
     def look(self, stage: Stage[Any]) -> None:
-        """Look at a stage.
+        """Check a stage.
 
         Raises:
-            UserError: something precious would have to be removed.
+            UserError: a precious output would have to be removed.
         """
         begun = self.stages.begun(stage.name)
-        why = next((self._changed[name] for name in stage.after if name in self._changed), None)
-        if why is not None:
-            self._changed[stage.name] = why
+        inherited = next((self._changed[name] for name in stage.after if name in self._changed), None)
+        if inherited is not None:
+            self._changed[stage.name] = inherited
             if begun:
-                self.stages.refuse(stage.name, stage.precious, why)
+                self.stages.refuse(stage.name, stage.precious, inherited)
             return
         if any(name not in self.records for name in stage.after):
             return
@@ -64,20 +68,20 @@ class LookAhead:
             return
         if stage.decisive(begun["inputs"]) == stage.decisive(now):
             return
-        own = difference(begun, now)
-        self.stages.refuse(stage.name, stage.precious, own)
-        if "result" in begun:  # else nobody knows what was made from it, or from one before
-            self._changed[stage.name] = f"{own} (in {stage.name})"
+        change = difference(begun, now)
+        self.stages.refuse(stage.name, stage.precious, change)
+        if "result" in begun:  # without a result, later stages may have been made from an earlier attempt
+            self._changed[stage.name] = f"{change} (in {stage.name})"
 
 
 def look_ahead(run: RunFolder) -> Records:
-    """Refuse what a stage of a run would refuse after others have been done; nothing is written.
+    """Refuse a run if one of its stages would have to remove an expensive output; nothing is written.
 
     Returns:
-        The records of the stages that will find the same as before, and of those that need no work.
+        The records of the stages whose results will stay the same, and of those that need no work.
 
     Raises:
-        UserError: something that took long to make would have to be removed.
+        UserError: an output that took long to make would have to be removed.
     """
     kept, run.records = run.records, Records()
     ahead = LookAhead(run.stages, run.records)
@@ -95,7 +99,7 @@ def look_ahead(run: RunFolder) -> Records:
 
 
 def _arms(run: RunFolder) -> list[Arm]:
-    """Return the arms whose training is known as far as their stages are; of a parent that is not, the pruned ones."""
+    """Return the arms whose budgets are known; only pruned arms if the parent is not known yet."""
     recipe = run.recipe
     if "parent" not in run.records:
         pruned = [name for name in recipe.targets if "pruned" in recipe.arms_of(name)]

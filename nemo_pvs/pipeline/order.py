@@ -1,6 +1,6 @@
-"""The order of the stages that make initial weights: the same for doing them and for looking ahead at them.
+"""The order of the stages that make initial weights, both for running them and for looking ahead.
 
-Each stage is asked for when those before it have been done or looked at.
+Stages are yielded lazily: each is declared after the previous ones have been run or checked.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from nemo_pvs.recipe.target import DENSE, Target
 
 
 def initial_weights(run: RunFolder) -> Iterator[Iterator[Stage[Any]]]:
-    """Yield the stages that make all initial weights: what targets share, then one group for each target.
+    """Yield the stages that make all initial weights: a group that targets share, then one group per target.
 
-    In a group each stage needs those before it; groups need only the first.
+    Within a group each stage depends on those before it; a target's group depends only on the shared one.
     """
     if any(map(needs_scores, run.recipe.targets.values())):
         yield iter([calibrate(run)])
@@ -35,7 +35,7 @@ def _target(run: RunFolder, name: str, target: Target) -> Iterator[Stage[Any]]:
     if is_trained_first(target):
         yield learn(run, name, target)
     if stages_of(target) > 1:
-        if "parent" in run.records:  # else nobody has checked yet that the stages can be
+        if "parent" in run.records:  # otherwise the stages have not been checked against the parent yet
             yield from rounds(run, name, target)
     elif target.method != DENSE or "pruned" in run.recipe.arms_of(name):
         yield prune(run, name, target)

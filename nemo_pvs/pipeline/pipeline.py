@@ -1,4 +1,4 @@
-"""``pvs run``: the stages from a parent to a report, in their order, each done once and resumable."""
+"""``pvs run``: run the stages from a parent to a report in order, each once and resumable."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from nemo_pvs.training.trainer import Trainer, is_finished
 
 
 class Pipeline(RunFolder):
-    """A run: its folder, and the order of its stages."""
+    """A run folder whose stages can be run."""
 
     def run(self) -> None:
-        """Do every stage that is not done yet."""
+        """Run every stage that is not done yet."""
         with self._trainer() as trainer:
             self.prepare(trainer)
             for arm in self.recipe.runs:
@@ -45,10 +45,10 @@ class Pipeline(RunFolder):
         self.evaluate()
 
     def prepare_only(self) -> list[Path]:
-        """Do every stage before training, and return the job files for ranks that something else starts.
+        """Run every stage before training, and return the job files for a launcher to run.
 
-        Where masks are to be learned, or targets are trained between their stages, these are the first jobs; call it
-        again when they are done.
+        If masks must be learned first, or targets are trained between stages, these are the files of those jobs; call
+        this again when they are done.
         """
         self._begin(trains_here=False)
         if jobs := self._learning_jobs() or self._make_initial_weights(None):
@@ -60,30 +60,30 @@ class Pipeline(RunFolder):
         return jobs
 
     def prepare(self, trainer: Trainer | None = None) -> None:
-        """Do every stage that makes initial weights and token files; ``trainer`` where there is one already."""
+        """Run every stage that makes initial weights and token files; use ``trainer`` if it is given."""
         self._begin(trains_here=True)
         with nullcontext(trainer) if trainer else self._trainer() as running:
             self._make_initial_weights(running)
 
     def evaluate(self) -> None:
-        """Measure every model, and evaluate those on the tasks of the recipe that the report compares."""
+        """Measure every model, and evaluate those that the report compares on the recipe's tasks."""
         for label, path in models_to_evaluate(self).items():
             self.do(evaluate(self, label, path))
         if self.recipe.evaluate.tasks:
             self.do(ask_tasks(self))
 
     def do(self, stage: Stage[Any], trainer: Trainer | None = None) -> Path | None:
-        """Do a stage unless it is done.
+        """Run a stage unless it is done.
 
         Args:
             stage: The stage.
-            trainer: What trains its job, if it has one; None where something else starts the ranks.
+            trainer: Trains the stage's job, if it has one; None if a launcher runs the jobs.
 
         Returns:
-            The file of the job that something else must train before the stage can be done; None when it is done.
+            The file of the job that must be run before the stage can be completed; None if the stage is done.
 
         Raises:
-            UserError: as the stage.
+            UserError: the stage's work raises it.
         """
         work = stage.work
         if isinstance(stage, TrainingStage):
@@ -96,13 +96,13 @@ class Pipeline(RunFolder):
         return None
 
     def _waits_for(self, stage: TrainingStage[Any]) -> Path | None:
-        """Return the file of a stage's job if it is still to be trained for the stage to be done."""
+        """Return the file of a stage's job if the stage still needs it to be trained."""
         if not self.stages.begin(stage) or is_finished(stage.job()):
             return None
         return stage.prepare()
 
     def _train(self, stage: TrainingStage[RecordT], trainer: Trainer | None) -> RecordT:
-        """Train the job of a stage, unless it is finished, and do the rest of its work."""
+        """Train the job of a stage unless it is finished, and do the rest of the stage's work."""
         if not is_finished(stage.job()):
             stage.prepare()
         with nullcontext(trainer) if trainer else self._trainer() as running:
@@ -113,10 +113,10 @@ class Pipeline(RunFolder):
         return Trainer(self.folder / "train" / "launcher.log")
 
     def _begin(self, *, trains_here: bool) -> None:
-        """Refuse what can be refused, then fix the recipe, the parent and the text.
+        """Check everything that can be checked, then settle the recipe, the parent and the text.
 
-        Nothing is written before everything has been checked that is known. Only a parent that must be fetched, and
-        text that must be tokenised, come before the checks that need them.
+        Nothing is written before these checks. Only a parent that must be fetched and text that must be tokenised are
+        written earlier, as the remaining checks need them.
         """
         adopt_earlier_records(self.folder, self.recipe.parent.source)
         stage = parent(self)
@@ -150,12 +150,12 @@ class Pipeline(RunFolder):
         check_questions(self.recipe, test, calibration, self.tokenizer)
 
     def _learning_jobs(self) -> list[Path]:
-        """Return the files of the jobs that find out what to keep for a target, and are still to be trained."""
+        """Return the files of the unfinished jobs that learn which parts of the parent to keep."""
         stages = [learn(self, name, self.recipe.targets[name]) for name, _ in first_of_each_training(self.recipe)]
         return [job for stage in stages if (job := self._waits_for(stage))]
 
     def _make_initial_weights(self, trainer: Trainer | None) -> list[Path]:
-        """Make every arm's; without a trainer as far as that goes, and return the jobs that must be done first."""
+        """Make the initial weights of every arm; without a trainer return the jobs that must be run first, if any."""
         waiting = []
         for group in initial_weights(self):
             for stage in group:
@@ -164,7 +164,7 @@ class Pipeline(RunFolder):
                     break
         if waiting:
             return waiting
-        # Now that their shapes are known, also those that scores decided.
+        # All shapes are known now, including those that scores decided.
         made = [name for name in self.recipe.targets if prune_stage(name) in self.records]
         shapes = {name: shape_of(open_source(self.pruned(name) / HUGGING_FACE)) for name in made}
         self.recipe = settle(self.recipe, self.parent_shape, shapes)

@@ -1,4 +1,4 @@
-"""What the stages of a run return, one type for each kind of stage, and the records of a run by stage."""
+"""The results of a run's stages, one type per kind of stage, and the records of a run by stage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RecordT = TypeVar("RecordT", bound="Record")
 
 @dataclass(frozen=True)
 class Record:
-    """What a stage returns; in the run folder it is JSON with a key for each field that has a value."""
+    """The result of a stage, stored in the run folder as JSON with a key for each field that has a value."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the values as plain data."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in values if value is not None}
 
@@ -32,7 +32,7 @@ class ParentRecord(Record):
     """The parent."""
 
     path: str
-    """Its checkpoint folder, relative to the run folder if it is in there."""
+    """The checkpoint folder, relative to the run folder if it is inside it."""
     fingerprint: str
 
 
@@ -41,7 +41,7 @@ class Split:
     """The tokens of a split: those of one token file, or of several."""
 
     description: Mapping[str, Any]
-    """As the manifest of the token file has it; of several files with ``files``, a description of each."""
+    """As in the token file's manifest; with several files also ``files``, a description of each."""
 
     @property
     def tokens(self) -> int:
@@ -55,18 +55,18 @@ class Split:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """The hash of the tokenizer that made them, if that is known."""
+        """The hash of the tokenizer, if known."""
         return self.description.get("tokenizer_sha256")
 
     @property
     def files(self) -> list[Split]:
-        """The token files one by one."""
+        """The individual token files."""
         return [Split(file) for file in self.description.get("files", [self.description])]
 
 
 @dataclass(frozen=True)
 class DataRecord(Record):
-    """The text."""
+    """The tokenised text."""
 
     splits: Mapping[str, Split]
     """For train, validation, calibration and test."""
@@ -79,7 +79,7 @@ class DataRecord(Record):
         return str(self.validation_windows["ids_sha256"])
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the values as plain data."""
         splits = {name: dict(split.description) for name, split in self.splits.items()}
         return {"splits": splits, "validation_windows": dict(self.validation_windows)}
 
@@ -95,19 +95,19 @@ class ScoresRecord(Record):
     """The importance scores of a calibration."""
 
     scores: str
-    """Their content hash."""
+    """Content hash of the scores."""
     tokens: int
-    """How many tokens they were measured on."""
+    """Number of tokens that they were measured on."""
 
 
 @dataclass(frozen=True)
 class MasksRecord(Record):
-    """The training that found out what to keep of the parent."""
+    """The training that learned which parts of the parent to keep."""
 
     checkpoint: str
-    """Name of its last checkpoint."""
+    """Name of the last checkpoint."""
     masks: str
-    """The hash of the masks, or of the units that are left."""
+    """The hash of the masks, or of the remaining units."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,14 @@ class PrunedRecord(Record):
     plan: str | None = None
     """The hash of the plan, or of the settings of a method without one; None for the parent itself."""
     search: Spent | None = None
-    """What a search for layers took."""
+    """Cost of a search for layers."""
     calibration: Spent | None = None
-    """What calibration during pruning took."""
+    """Cost of calibration during pruning."""
     charges: tuple[Charge, ...] | None = None
-    """Of a stage of a target: what everything took up to and including this pruning."""
+    """For a stage of a target: the cost of everything up to and including this pruning."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the values as plain data."""
         values = super().to_json()
         for name, spent in (("search", self.search), ("calibration", self.calibration)):
             if spent is not None:
@@ -160,12 +160,12 @@ class TrainedRecord(Record):
 
     fingerprint: str
     layout: dict[str, Any] | None = None
-    """How its training was spread over ranks; None for the training between the stages of a target."""
+    """Parallel layout of the training; None for training between the stages of a target."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How well a model predicts a text (``layerwise.perplexity``)."""
+    """The loss of a model on a text in nats per token, and its perplexity (``layerwise.perplexity``)."""
 
     loss: float
     loss_stderr: float | None
@@ -175,7 +175,7 @@ class Measured:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Measured:
-        """Return what a record has; earlier ones lack some of it."""
+        """Read a record; values that earlier versions did not write are None."""
         known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
         return cls(**known)
 
@@ -186,10 +186,10 @@ class EvaluationRecord(Record):
 
     test: Measured
     validation: Measured | None = None
-    """None where training has measured it."""
+    """None if training measured it."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the values as plain data."""
         return {name: asdict(measured) for name, measured in super().to_json().items()}
 
     @classmethod
@@ -202,11 +202,11 @@ class EvaluationRecord(Record):
 
 @dataclass(frozen=True)
 class TasksRecord(Record):
-    """The answers to the tasks of a recipe, which lie in files of their own."""
+    """The answers to a recipe's tasks, which are kept in separate files."""
 
 
 class Records:
-    """The records of a run by the names of their stages, in the order in which they were done or found."""
+    """The records of a run by stage name, in the order in which stages were completed."""
 
     def __init__(self) -> None:
         self._records: dict[str, Record] = {}
@@ -221,7 +221,7 @@ class Records:
         self._records[stage] = record
 
     def of(self, kind: type[RecordT]) -> dict[str, RecordT]:
-        """Return the records of one kind by the names of their stages."""
+        """Return the records of one type by stage name."""
         return {stage: record for stage, record in self._records.items() if isinstance(record, kind)}
 
     @property
@@ -231,7 +231,7 @@ class Records:
 
     @property
     def data(self) -> DataRecord:
-        """The text."""
+        """The tokenised text."""
         return self._get("data", DataRecord)
 
     @property
@@ -240,11 +240,11 @@ class Records:
         return self._get("calibrate", ScoresRecord)
 
     def masks(self, target: str) -> MasksRecord:
-        """The training that found out what to keep for a target."""
+        """The training that learned which parts of the parent a target keeps."""
         return self._get(masks_stage(target), MasksRecord)
 
     def pruned(self, target: str, number: int | None = None) -> PrunedRecord:
-        """A pruned target; with ``number`` one of its stages that is not the last, counted from 1."""
+        """A pruned target; with ``number``, one of its stages before the last, counted from 1."""
         return self._get(prune_stage(target, number), PrunedRecord)
 
     def random(self, target: str) -> RandomRecord:
@@ -266,12 +266,12 @@ class Records:
 
 
 def masks_stage(target: str) -> str:
-    """Return the name of the stage that trains to find out what to keep for a target."""
+    """Return the name of the stage that learns which parts of the parent a target keeps."""
     return f"masks/{target}"
 
 
 def prune_stage(target: str, number: int | None = None) -> str:
-    """Return the name of a target's pruning; ``number`` is that of a stage that is not the last, counted from 1."""
+    """Return the name of the stage that prunes a target; ``number`` is set for stages before the last, from 1."""
     return f"prune/{target}" if number is None else f"prune/{target}/stage-{number}"
 
 
@@ -281,12 +281,12 @@ def random_stage(target: str) -> str:
 
 
 def train_stage(arm: str) -> str:
-    """Return the name of an arm's training."""
+    """Return the name of the stage that trains an arm."""
     return f"train/{arm}"
 
 
 def share_stage(target: str, number: int) -> str:
-    """Return the name of the training after a stage of a target that is not the last, counted from 1."""
+    """Return the name of the training after a target's stage, counted from 1, that is not the last."""
     return f"train/{target}/stage-{number}"
 
 

@@ -1,4 +1,4 @@
-"""Collect what the stages of a run measured into the Results that the report shows."""
+"""Collect the measurements of a run's stages into the Results that the report shows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
     model = open_source(run.model(arm.name))
     layout = run.records.trained(arm.name).layout or arm.layout.model_dump()
     validation = [Point(point["step"], point["tokens"], point["loss"]) for point in curve.validation]
-    if after.validation is not None:  # training was killed before it could measure that
+    if after.validation is not None:  # training was killed before it could measure the last point
         steps = arm.training.steps
         validation.append(Point(steps, steps * arm.training.tokens_per_step, after.validation.loss))
     speeds = [point["tokens_per_second"] for point in curve.training]
@@ -74,14 +74,14 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         masked_parameters=count_masked(model),
         setting=arm.setting,
         validation=[
-            *(one for one in validation if one.step <= first_step),
+            *(point for point in validation if point.step <= first_step),
             Point(first_step, start, before.validation.loss),
-            *(one for one in validation if one.step > first_step),
+            *(point for point in validation if point.step > first_step),
         ],
         training=[
             Point(point["step"], point["tokens"], point["loss"], point["learning_rate"]) for point in curve.training
         ],
-        # What a staged arm began with was pruned further before anybody measured it.
+        # The initial model of an arm with stages is pruned further before it could be compared.
         test_perplexity_before=None if first_step else before.test.perplexity,
         test_perplexity_after=after.test.perplexity,
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
@@ -91,7 +91,7 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
 
 
 def _curve(run: RunFolder, arm: Arm) -> metrics.Metrics:
-    """Return what the whole training of an arm measured; that of a staged one has an output for each share."""
+    """Return the metrics of an arm's whole training, joined over the shares of an arm with stages."""
     parts = shares(run.recipe, arm)
     between = run.folder / "train" / f"{arm.target}-stages"
     files = [*(between / str(number) / METRICS_FILE for number in range(1, len(parts))), run.job(arm).metrics]
@@ -100,7 +100,7 @@ def _curve(run: RunFolder, arm: Arm) -> metrics.Metrics:
 
 
 def _for_people(arm: Arm) -> str:
-    """Return ``width, random, equal total tokens, 50B``."""
+    """Return an arm's name for reports, such as ``width, random, equal total tokens, 50B``."""
     ending = arm.name.removeprefix(f"{arm.target}-{arm.initialisation}")
     if arm.setting:
         ending = ending.replace(arm.setting, arm.setting.replace("-", " "))
@@ -125,12 +125,12 @@ def _hashes(records: Records) -> dict[str, str]:
 
 
 def _subject(stage: str) -> str:
-    """Return the target or the arm in the name of a stage; of a target in stages the last one counts."""
+    """Return the target or the arm in the name of a stage; for a target with stages the last one counts."""
     return stage.split("/")[1]
 
 
 def _version(package: str) -> str:
-    """Return the version of a package; a copy that was not installed by pip, as in some containers, has none."""
+    """Return the version of a package; copies not installed by pip, as in some containers, have none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

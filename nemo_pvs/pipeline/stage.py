@@ -1,4 +1,4 @@
-"""A stage of a run as it is declared: what it is made from, what it does, and what it returns."""
+"""The declaration of a run's stage: its inputs, its work and its outputs."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[RecordT]):
-    """One stage of a run: declared once, for whoever does it and for whoever looks ahead at it.
+    """One stage of a run, declared once for running it and for looking ahead.
 
-    A stage may be declared before the stages that it is made from are done; its functions are called after that.
+    A stage may be declared before the stages that it depends on are done; its functions are called after that.
     """
 
     name: str
     """``calibrate``, or ``prune/width`` for one of several; ``--force prune`` means all of them."""
     record: type[RecordT]
-    """What it returns."""
+    """Type of the result."""
     inputs: Callable[[], Inputs]
-    """Returns everything that the result depends on; a stage with the same inputs as before is not done again."""
+    """Returns everything that the result depends on; a stage with the same inputs as before is not run again."""
     work: Callable[[], RecordT]
-    """Does it."""
+    """Runs the stage."""
     outputs: Sequence[Path] = ()
-    """Files or folders that it makes; leftovers are removed before it starts."""
+    """Files or folders that the stage makes; leftovers are removed before it starts."""
     after: Sequence[str] = ()
-    """Names of the stages that it is made from."""
+    """Names of the stages that it depends on."""
     reads: Sequence[Path] = ()
     """Files or folders of other stages that ``inputs`` opens."""
     known: Callable[[], RecordT | None] | None = None
-    """Returns the result if it is known before any work, else None; of such a stage an earlier record is no proof that
-    the result is still there."""
+    """Returns the result if it is known without any work, else None; for stages with this function an earlier record
+    does not prove that the result still exists."""
     decisive: Callable[[Inputs], Any] = dict
-    """Returns the part of the inputs that certainly changes the result when it changes."""
+    """Returns the part of the inputs whose change certainly changes the result."""
     precious: Sequence[Path] = ()
-    """The outputs that took long: if they were made from other inputs, they are not removed unasked."""
+    """The outputs that took long to make: if the inputs have changed, they are only removed with ``--force``."""
     keep_partial: bool = False
-    """Whether the stage resumes by itself from what an interrupted attempt at the same inputs left."""
+    """Whether the stage can resume from the outputs of an interrupted attempt with the same inputs."""
     shared: bool = False
-    """Whether a stage of the same kind (the name before the slash) with the same inputs makes the same."""
+    """Whether stages of the same kind (the name before the slash) with the same inputs have the same result."""
     then: Callable[[], None] | None = None
-    """Called whenever the stage is done or is found done; repeating it changes nothing."""
+    """Called whenever the stage is done, now or earlier; must be idempotent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStage(Stage[RecordT]):
-    """A stage that trains a job; ``work`` is what is left to do when the job is trained."""
+    """A stage that trains a job; ``work`` runs after the training."""
 
     job: Callable[[], TrainingJob]
     """Returns the job."""
     prepare: Callable[[], Path]
-    """Writes what the ranks need, and returns the job's file."""
+    """Writes the files that the ranks need, and returns the path of the job file."""

@@ -1,4 +1,4 @@
-"""The stages of a run folder on disk: done once, and again only when what they were made from has changed."""
+"""The stages of a run folder on disk: each is run once, and again only if its inputs have changed."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class _Done:
     record: Record
 
     def again(self, outputs: Sequence[Path]) -> None:
-        """Make its outputs once more, in other places."""
-        for made, wanted in zip(self.outputs, outputs, strict=True):
-            if wanted.exists():  # of an attempt that was killed
-                shutil.rmtree(wanted)
-            link_tree(made, wanted)
+        """Link the outputs to other paths."""
+        for source, destination in zip(self.outputs, outputs, strict=True):
+            if destination.exists():  # left by an attempt that was killed
+                shutil.rmtree(destination)
+            link_tree(source, destination)
 
 
 class Stages:
-    """The finished stages of one run folder, a small record each; a record is written last.
+    """The finished stages of one run folder, each with a small record that is written last.
 
-    A stage is skipped when its record was made from the same inputs and its outputs are still there. One without a
-    record (interrupted, killed) is done again. One that differs from an earlier stage in nothing but its name is not
-    done: it gets the same result and the same files.
+    A stage is skipped if its record has the same inputs and its outputs still exist. A stage without a record
+    (interrupted, killed) is run again. A shared stage that differs from a finished one only in its name is not run: it
+    gets the same result and links to the same files.
     """
 
     def __init__(self, folder: Path, force: tuple[str, ...] = ()) -> None:
@@ -48,25 +48,25 @@ class Stages:
         self._done: dict[tuple[str, str], _Done] = {}
 
     def run(self, stage: Stage[RecordT], work: Callable[[], RecordT] | None = None) -> RecordT:
-        """Do a stage, or take its result from the record.
+        """Run a stage, or read its result from the record.
 
         Args:
             stage: The stage.
-            work: What to do instead of ``stage.work``.
+            work: Called instead of ``stage.work``.
 
         Returns:
-            What the work returned, now or earlier.
+            The result of the work, now or earlier.
 
         Raises:
-            UserError: something precious is in the way.
+            UserError: a precious output would have to be removed.
         """
         name, inputs = stage.name, stage.inputs()
         record = self._begin(stage, inputs)
         if record is not None:
             console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
-            found = stage.record.from_json(record["result"])
-            self._done.setdefault(_this(stage, inputs), _Done(name, stage.outputs, found))
-            return found
+            earlier = stage.record.from_json(record["result"])
+            self._done.setdefault(_kind_and_inputs(stage, inputs), _Done(name, stage.outputs, earlier))
+            return earlier
         console.print(f"[bold]→[/] {name}")
         began = time.monotonic()
         twin = self._twin(stage, inputs)
@@ -88,23 +88,23 @@ class Stages:
             },
         )
         self._attempt(name).unlink()
-        self._done.setdefault(_this(stage, inputs), _Done(name, stage.outputs, result))
+        self._done.setdefault(_kind_and_inputs(stage, inputs), _Done(name, stage.outputs, result))
         console.print(f"[green]✓[/] {name} [dim]({f'as {twin.name}' if twin else f'{seconds:.0f} s'})[/]")
         return result
 
     def begin(self, stage: Stage[Any]) -> bool:
-        """Return whether a stage is still to be done; if so, clear its outputs and note that it was begun.
+        """Return whether a stage must be run; if so, remove its outputs and record that it was begun.
 
-        One that only takes over what an equal stage has made counts as done.
+        A stage that can link to the outputs of an equal one counts as done.
 
         Raises:
-            UserError: something precious is in the way.
+            UserError: a precious output would have to be removed.
         """
         inputs = stage.inputs()
         return self._begin(stage, inputs) is None and self._twin(stage, inputs) is None
 
     def _begin(self, stage: Stage[Any], inputs: Inputs) -> dict[str, Any] | None:
-        """Return the record of a stage that is done; else clear its outputs and note that it was begun."""
+        """Return the record of a stage if it is done; else remove its outputs and record that it was begun."""
         name = stage.name
         forced = self._is_forced(name)
         record = read_json(self._record(name)) if self._record(name).exists() else {}
@@ -121,11 +121,11 @@ class Stages:
         return None
 
     def _twin(self, stage: Stage[Any], inputs: Inputs) -> _Done | None:
-        """Return a stage that is done and makes the same."""
-        return self._done.get(_this(stage, inputs)) if stage.shared else None
+        """Return a finished stage with the same kind and inputs, if results are shared."""
+        return self._done.get(_kind_and_inputs(stage, inputs)) if stage.shared else None
 
     def begun(self, name: str) -> dict[str, Any]:
-        """Return what is written of the last attempt at a stage, with its ``result`` if it is done; else nothing."""
+        """Return the record of the last attempt at a stage, with its ``result`` if done; empty if there is none."""
         for path in (self._attempt(name), self._record(name)):
             if path.exists():
                 return dict(read_json(path))
@@ -136,20 +136,20 @@ class Stages:
         return bool(begun) and same_inputs(begun["inputs"], inputs)
 
     def refuse(self, name: str, precious: Sequence[Path], how: str) -> None:
-        """Refuse to do a stage again if that removes what took long, unless it is forced.
+        """Refuse to run a stage again if that removes precious outputs, unless it is forced.
 
         Args:
-            name: The stage.
-            precious: What must not be removed unasked.
-            how: What it was made with, and is to be made with now.
+            name: Name of the stage.
+            precious: Outputs that are only removed with ``--force``.
+            how: The difference in inputs, for the message: what they were made with, and what is given now.
 
         Raises:
-            UserError: one of them is there.
+            UserError: one of the outputs exists.
         """
         costly = [path for path in precious if path.exists()]
         if costly and not self._is_forced(name):
             raise UserError(
-                f"{costly[0]} was made with {how}; choose another --out, or --force {name} to remove it and begin "
+                f"{costly[0]} was made with {how}; choose another --out, or --force {name} to remove it and start "
                 "again."
             )
 
@@ -163,22 +163,22 @@ class Stages:
         return self._record(name).with_suffix(".begun.json")
 
 
-def _this(stage: Stage[Any], inputs: Inputs) -> tuple[str, str]:
-    """Return what equal stages have in common."""
+def _kind_and_inputs(stage: Stage[Any], inputs: Inputs) -> tuple[str, str]:
+    """Return the kind of a stage and the hash of its inputs, which equal stages have in common."""
     return stage.name.split("/")[0], sha256_json(inputs)
 
 
 def difference(begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """Return in words the first thing that differs between the inputs of an earlier attempt and those of now."""
+    """Describe the first difference between the inputs of an earlier attempt and the current ones."""
     return _difference(begun.get("inputs", {}), json.loads(json.dumps(inputs)))
 
 
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str:
     for key in (*now, *then):
-        one, other = then.get(key), now.get(key)
-        if one != other:
-            if isinstance(one, Mapping) and isinstance(other, Mapping):
-                return _difference(one, other, f"{where}{key}.")
-            short = all(len(str(value)) < 32 for value in (one, other))
-            return f"{where}{key} {one}, not {other}" if short else f"another {where}{key}"
+        before, after = then.get(key), now.get(key)
+        if before != after:
+            if isinstance(before, Mapping) and isinstance(after, Mapping):
+                return _difference(before, after, f"{where}{key}.")
+            short = all(len(str(value)) < 32 for value in (before, after))
+            return f"{where}{key} {before}, not {after}" if short else f"another {where}{key}"
     return "other settings"

@@ -1,4 +1,4 @@
-"""The pruning of one target of a recipe: by whatever method, into a Hugging Face folder and a NeMo checkpoint."""
+"""Prune one target of a recipe with its method, into a Hugging Face folder and a NeMo checkpoint."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def prune_target(
     task_score: Callable[[], TaskScorer],
     compute: Mapping[str, Any],
 ) -> PrunedRecord:
-    """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and what says how it was done.
+    """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and a plan or settings file.
 
     Args:
-        target: Method and amount.
+        target: Method and target size.
         source: The parent.
-        folder: Is made; layers of a sparse method that was interrupted are kept beside it, to go on from.
-        draw: Draws the calibration text of an iteration; methods without iterations read that of 0.
+        folder: Is created; the finished layers of an interrupted sparse method are kept next to it, for resuming.
+        draw: Draws the calibration text of an iteration; methods without iterations use iteration 0.
         scores: Loads or measures the scores.
-        task_score: Returns what measures models by the target's task.
-        compute: Where and how layers run, as ``PruneRequest`` takes it.
+        task_score: Returns the scorer for the target's task.
+        compute: Where and how layers run (``PruneRequest``).
 
     Raises:
-        UserError: the parent cannot be pruned like that.
+        UserError: the parent cannot be pruned to the target.
     """
     if target.method == DENSE:
         _write(source, folder)
@@ -84,7 +84,7 @@ def prune_target(
 
 
 def write_planned(source: WeightSource, plan: Plan, folder: Path) -> PrunedRecord:
-    """Write a model that is pruned by a plan made elsewhere, as ``prune_target`` does."""
+    """Write a model pruned by a given plan, in the same form as ``prune_target``."""
     _write(source, folder)
     plan.save(folder / PLAN)
     return PrunedRecord(fingerprint(open_source(folder / HUGGING_FACE)), plan.plan_hash)
@@ -92,6 +92,6 @@ def write_planned(source: WeightSource, plan: Plan, folder: Path) -> PrunedRecor
 
 def _write(source: WeightSource, folder: Path) -> None:
     folder.mkdir(parents=True)
-    for write, place in ((write_huggingface, HUGGING_FACE), (write_nemo, NEMO)):
-        with progress(f"write {place}", "parameters") as show:
-            write(source, folder / place, progress=show)
+    for write, name in ((write_huggingface, HUGGING_FACE), (write_nemo, NEMO)):
+        with progress(f"write {name}", "parameters") as show:
+            write(source, folder / name, progress=show)

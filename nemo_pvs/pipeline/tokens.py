@@ -1,4 +1,4 @@
-"""The tokens of a run: made of the recipe's text in the run's folder, or token files that the recipe names."""
+"""The tokens of a run: tokenised from the recipe's text into the run folder, or token files that the recipe names."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nemo_pvs.system.files import sha256_bytes, sha256_json
 from nemo_pvs.system.progress import progress
 
 Splits = Mapping[str, Split]
-"""For train, validation, calibration and test."""
+"""Keys are train, validation, calibration and test."""
 Descriptions = dict[str, dict[str, Any]]
-"""The same as plain data: ``tokens`` and ``bin_sha256``, and ``files`` where there are several."""
+"""The same as plain data: ``tokens`` and ``bin_sha256``, and ``files`` if there are several."""
 
 
 class RunData:
-    """Where the tokens of each split are, and what is known about them."""
+    """The token files of each split."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class RunData:
         self._data = recipe.data
 
     def prefix(self, split: str, domain: str | None = None) -> Path:
-        """Return the token file of a split, of text in domains that of one; the training split may be several."""
+        """Return the path prefix of a split's token file, or of one domain's; see ``training_paths`` for training."""
         token_files = self._data.token_files
         if token_files is None:
             return self.folder / (f"{split}-{domain}" if domain else split)
@@ -45,7 +45,7 @@ class RunData:
 
     @property
     def training_paths(self) -> str | list[str] | dict[str, str]:
-        """The training files as ``TrainingJob.data`` takes them."""
+        """The training files in the form of ``TrainingJob.data``."""
         if self._data.domains:
             return {name: str(self.prefix("train", name).resolve()) for name in self._data.domains}
         if self._data.token_files is None:
@@ -58,13 +58,13 @@ class RunData:
 
     @property
     def validation_paths(self) -> str | dict[str, str]:
-        """The files of the validation windows as ``TrainingJob.data`` takes them."""
-        place = self.folder.resolve() / "validation_windows"
-        return {name: f"{place}-{name}" for name in self._data.domains} or str(place)
+        """The files of the validation windows in the form of ``TrainingJob.data``."""
+        prefix = self.folder.resolve() / "validation_windows"
+        return {name: f"{prefix}-{name}" for name in self._data.domains} or str(prefix)
 
     @property
     def validation_windows(self) -> TokenSet:
-        """The windows that every validation loss is measured on; of domains as many of each, one after the other."""
+        """The windows that every validation loss is measured on; with domains, equally many of each, concatenated."""
         if not self._data.domains:
             return self._windows()
         parts = [self._windows(name) for name in self._data.domains]
@@ -95,10 +95,14 @@ class RunData:
         )
 
     def identity(self, tokenizer: Path, vocab: int) -> dict[str, Any]:
-        """Return what changes when the text does: of token files what is in them, after a look whether they suit.
+        """Return the identity of the text: sizes and times of source files, or hashes of token files.
+
+        Args:
+            tokenizer: Folder of the parent's tokenizer.
+            vocab: Vocabulary size of the parent.
 
         Raises:
-            UserError: a token file is missing, or was made for another model.
+            UserError: a file is missing or of an unknown kind, or a token file was made for another model.
         """
         if self._data.token_files is None:
             assert self._data.source is not None
@@ -106,7 +110,7 @@ class RunData:
         return self._describe(tokenizer_hash(tokenizer), vocab)
 
     def given(self, tokenizer: Path, vocab: int) -> DataRecord:
-        """Return what token files hold that the recipe names, and the validation windows, which are not written.
+        """Describe the token files that the recipe names and the validation windows, without writing anything.
 
         Raises:
             UserError: a token file is missing, or was made for another model.
@@ -123,17 +127,17 @@ class RunData:
         return DataRecord(_splits(splits), self._write_validation_windows(vocab))
 
     def _tokenise(self, tokenizer: Path) -> Descriptions:
-        """Tokenise the text, split by document; return what is in each split."""
-        made = {}
+        """Tokenise the text, split by document; return a description of each split."""
+        files = {}
         with progress("tokenise", "documents") as show:
             for name, documents in self._texts().items():
-                made[name] = tokenize(documents, tokenizer, self.folder / name, progress=show)
+                files[name] = tokenize(documents, tokenizer, self.folder / name, progress=show)
         for split in ("train", "validation") if self._data.domains else ():
-            made[split] = _together([made.pop(f"{split}-{domain}") for domain in self._data.domains])
-        return made
+            files[split] = _together([files.pop(f"{split}-{domain}") for domain in self._data.domains])
+        return files
 
     def _texts(self) -> dict[str, list[Document]]:
-        """Return the documents of every token file that is to be made, by its name."""
+        """Return the documents of every token file to be made, by the file's name."""
         source, shares, seed = self._data.source, self._data.split.model_dump(), self._data.seed
         if not isinstance(source, dict):
             assert source is not None
@@ -149,12 +153,12 @@ class RunData:
         return texts
 
     def training_file(self, splits: Splits) -> str | None:
-        """Return the hash of the training file; None where several are blended, or there are domains."""
+        """Return the hash of the training file; None if several are blended, or with domains."""
         files = splits["train"].files
         return files[0].sha256 if len(files) == 1 and not self._data.domains else None
 
     def check_end(self, splits: Splits, end: int) -> None:
-        """Refuse to read ``end`` tokens from the start of the training data if there are fewer.
+        """Refuse to read the first ``end`` tokens of the training data if there are fewer.
 
         Raises:
             UserError: saying how many tokens are missing.
@@ -175,9 +179,9 @@ class RunData:
         assert token_files is not None
         _, train = token_files.blend
         files = [describe_token_file(Path(path), tokenizer_sha256, vocab) for path in train]
-        given = token_files.validation
-        windows = [Path(path) for path in (given.values() if isinstance(given, dict) else [given])]
-        validation = [describe_token_file(path, tokenizer_sha256, vocab) for path in windows]
+        named = token_files.validation
+        paths = [Path(path) for path in (named.values() if isinstance(named, dict) else [named])]
+        validation = [describe_token_file(path, tokenizer_sha256, vocab) for path in paths]
         return {
             "train": _together(files),
             "validation": _together(validation) if self._data.domains else validation[0],
@@ -193,7 +197,7 @@ def _splits(descriptions: Descriptions) -> dict[str, Split]:
 
 
 def _together(files: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the description of several token files as if they were one."""
+    """Combine the descriptions of several token files into one."""
     return {
         "tokens": sum(file["tokens"] for file in files),
         "bin_sha256": sha256_json([file["bin_sha256"] for file in files]),
@@ -202,7 +206,7 @@ def _together(files: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stat(source: str | list[str] | Mapping[str, str | list[str]]) -> dict[str, list[int]]:
-    """Return size and time of change of every file that is read, so that a changed corpus is tokenised again.
+    """Return the size and modification time of every source file, so that a changed corpus is tokenised again.
 
     Raises:
         UserError: an input is missing or of an unknown kind.
