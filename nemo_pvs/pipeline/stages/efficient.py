@@ -1,4 +1,4 @@
-"""EfficientLLM in the masks stage: the parent trained while its units go, and the model that is left."""
+"""EfficientLLM in the masks stage: train the parent while units are removed, and extract the pruned model."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Efficient:
     """The method ``efficient-llm`` (``stages.learned.LearnedMethod``)."""
 
     def complete(self, job: TrainingJob, target: Target, shape: Shape) -> TrainingJob:
-        """Return the job with what is to be removed."""
+        """Return the job with the settings of pruning-aware training."""
         return replace(job, name=f"pruning of {job.name}", pruning=target.pruning_aware)
 
     def identity(self, job: TrainingJob) -> dict[str, Any]:
-        """Return what is removed, and when."""
+        """Return the settings that decide what is removed and when."""
         assert job.pruning is not None
         return {"pruning_aware": job.pruning.model_dump(mode="json", exclude={"layout"})}
 
     def finish(self, job: TrainingJob, checkpoint: Path) -> MasksRecord:
-        """Return the checkpoint and the hash of the units that are left."""
+        """Return the checkpoint and the hash of the remaining units."""
         return MasksRecord(checkpoint.name, sha256_file(state_file(job.folder, job.training.steps)))
 
     def prune(self, job: TrainingJob, checkpoint: Path, parent: WeightSource) -> tuple[PrunedSource, Plan]:
-        """Return the model that is left, and its plan: the one physical compaction.
+        """Return the pruned model and its plan; this is the only physical compaction.
 
-        There is none before the end. One in between would save a part of the FLOPs of this training alone, which is
-        short (the paper's 8.6 B tokens precede 50 B or more), at the price of another model, optimizer and set of
-        shards each time, of sizes that need not suit the layout while units of single layers go, and of saliency that
-        starts over. Where that is worth it, a recipe may take the result of another as its parent.
+        Compacting during the training would save only part of the FLOPs of a short training (the paper's 8.6 B tokens
+        precede 50 B or more). In return it would need a new model, optimizer and sharding each time, with intermediate
+        sizes that may not fit the layout, and would reset the saliency. If it is worth it, a recipe can use the result
+        of another recipe as its parent.
         """
         assert job.pruning is not None
         trained = open_source(checkpoint)

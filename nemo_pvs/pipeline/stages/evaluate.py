@@ -17,16 +17,16 @@ from nemo_pvs.training import metrics
 
 
 def initial_label(arm: Arm) -> str:
-    """Return what the evaluation of an arm's initial weights is called; all its budgets begin with the same."""
+    """Return the label of an arm's initial weights, which are the same for all budgets."""
     return f"{arm.target}-{arm.initialisation}-initial"
 
 
 def evaluate(run: RunFolder, label: str, path: Path) -> Stage[EvaluationRecord]:
-    """Return the stage that measures a model: its perplexity, and its validation loss if no training measured that.
+    """Return the stage that measures a model's perplexity, and its validation loss unless training measured it.
 
     Args:
         run: The run folder.
-        label: What the model is called (``models_to_evaluate``).
+        label: Label of the model (``models_to_evaluate``).
         path: Its checkpoint folder.
     """
     settings = run.recipe.evaluate
@@ -58,7 +58,7 @@ def evaluate(run: RunFolder, label: str, path: Path) -> Stage[EvaluationRecord]:
 
 
 def _is_validated(run: RunFolder, arm: Arm) -> bool:
-    """Return whether training measured the loss at its last step; one killed between saving and that did not."""
+    """Return whether training measured the loss at its last step, which a kill after the last save prevents."""
     job = run.job(arm)
     measured = metrics.read(job.metrics).validation
     return bool(measured) and measured[-1]["step"] == job.training.steps

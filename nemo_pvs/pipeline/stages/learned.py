@@ -1,4 +1,4 @@
-"""The masks stage: the parent is trained first, with masks or while its units go, to find out what to keep of it."""
+"""The masks stage: train the parent with masks, or while units are removed, to learn what to keep of it."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from nemo_pvs.training.trainer import last_checkpoint
 
 
 class LearnedMethod(Protocol):
-    """What the stage of one method does that of another does not."""
+    """The parts of the masks stage that differ between methods."""
 
     def complete(self, job: TrainingJob, target: Target, shape: Shape) -> TrainingJob:
-        """Return the job with what is to be learned.
+        """Return the job with the method's settings.
 
         Args:
-            job: The training, named by the target.
+            job: The training job, named after the target.
             target: The target.
-            shape: What it is pruned to, as far as it is known.
+            shape: The expected shape of the target.
         """
 
     def identity(self, job: TrainingJob) -> dict[str, Any]:
-        """Return what tells the result of a job from that of another with the same training."""
+        """Return the settings, in addition to those of the training, that determine the result of a job."""
 
     def finish(self, job: TrainingJob, checkpoint: Path) -> MasksRecord:
-        """Return what a trained job has found out.
+        """Return the result of a trained job.
 
         Raises:
-            UserError: it did not come near the target.
+            UserError: the result is not within tolerance of the target.
         """
 
     def prune(self, job: TrainingJob, checkpoint: Path, parent: WeightSource) -> tuple[PrunedSource, Plan]:
-        """Return the pruned model, not written yet, and its plan, from what a trained job has found out."""
+        """Return the pruned model, not written yet, and its plan, from the result of a trained job."""
 
 
 _METHODS: dict[str, LearnedMethod] = {sheared_llama.NAME: Sheared(), efficient_llm.NAME: Efficient()}
 
 
 def learn(run: RunFolder, name: str, target: Target) -> TrainingStage[MasksRecord]:
-    """Return the stage that trains the parent while it turns out what to keep of it for a target."""
+    """Return the stage that trains the parent to learn what to keep of it for a target."""
     method, folder = _METHODS[target.method], _folder(run, name)
 
     def job() -> TrainingJob:
@@ -111,11 +111,11 @@ def complete_job(
     """Return the job that trains the parent for a target.
 
     Args:
-        learned: What the recipe says about it.
+        learned: Settings of that training.
         name: The target's name.
         target: The target.
-        shape: What the target is pruned to, as far as it is known.
-        folder: Of the stage.
+        shape: The expected shape of the target.
+        folder: Folder of the stage.
         data: As in ``TrainingJob``.
     """
     training = learned.training
@@ -133,7 +133,7 @@ def complete_job(
 
 
 def prune_by_learning(run: RunFolder, name: str, target: Target) -> tuple[PrunedSource, Plan]:
-    """Return a pruned target, not written yet, and its plan, from what the training of the parent has found out."""
+    """Return a pruned target, not written yet, and its plan, from the result of training the parent."""
     job, checkpoint = learning_job(run, name, target), run.records.masks(name).checkpoint
     return _METHODS[target.method].prune(job, job.checkpoints / checkpoint, run.parent_source)
 

@@ -1,4 +1,4 @@
-"""The parent stage of ``pvs run``: the model to prune as a checkpoint folder, and whether the recipe can be done."""
+"""The parent stage: the model to prune as a checkpoint folder, and the checks of the recipe against it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def parent(run: RunFolder) -> Stage[ParentRecord]:
     """Return the stage that gets the parent as a checkpoint folder.
 
     Raises:
-        UserError: the recipe's parent is not there.
+        UserError: the recipe's parent does not exist.
     """
     source = run.recipe.parent.source
     return _untrained(run) if source is None else _checkpoint(run, source)
 
 
 def _untrained(run: RunFolder) -> Stage[ParentRecord]:
-    """Return the stage that writes the config and the tokenizer of a parent that is yet to be trained."""
+    """Return the stage that writes the config and the tokenizer of a parent that has not been trained yet."""
     given, target = run.recipe.parent, run.folder / "parent"
     assert given.tokenizer is not None
     tokenizer = Path(given.tokenizer)
@@ -56,7 +56,7 @@ def _untrained(run: RunFolder) -> Stage[ParentRecord]:
 
 
 def _checkpoint(run: RunFolder, source: str) -> Stage[ParentRecord]:
-    """Return the stage that takes a checkpoint folder as it is, or fetches the checkpoint."""
+    """Return the stage that uses a local checkpoint folder as it is, or fetches the checkpoint."""
     target = run.folder / "parent"
     given = fingerprint(open_source(source)) if Path(source).is_dir() else None
     inputs = {"source": source, "fingerprint": given}
@@ -84,10 +84,10 @@ def _checkpoint(run: RunFolder, source: str) -> Stage[ParentRecord]:
 
 
 def check_parent(run: RunFolder) -> None:
-    """Refuse a parent that is not what the recipe says, or that cannot be pruned or trained as it asks.
+    """Refuse a parent that does not match the recipe, or that cannot be pruned or trained as in the recipe.
 
     Raises:
-        UserError: naming what does not fit.
+        UserError: naming what does not match.
     """
     _check(run)
     if run.recipe.parent.source:
@@ -104,7 +104,7 @@ def _check(run: RunFolder) -> None:
     if stated is not None and Layout.for_config(stated).shape(stated) != run.parent_shape:
         raise UserError(
             f"parent.config of the recipe is [{Layout.for_config(stated).shape(stated)}], but "
-            f"{run.recipe.parent.name} is [{run.parent_shape}]; mend one of them, or leave parent.config out."
+            f"{run.recipe.parent.name} is [{run.parent_shape}]; fix one of them, or leave parent.config out."
         )
     tokens = len(load_tokenizer(run.tokenizer))
     if tokens > run.parent_shape.vocab:

@@ -1,4 +1,4 @@
-"""The prune stage: a target made from the parent, as a Hugging Face folder and a NeMo checkpoint."""
+"""The prune stage: prune the parent to a target, as a Hugging Face folder and a NeMo checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_pvs.recipe.target import Target
 
 
 def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
-    """Return the stage that prunes to a target which is not reached in stages of its own (``stages.rounds``)."""
+    """Return the stage that prunes to a target in one step; ``stages.rounds`` has targets with stages."""
     settings, folder = run.recipe.calibrate, run.pruned(name)
     samples = settings.scan_samples if scans(target) else settings.samples
 

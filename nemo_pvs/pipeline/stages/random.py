@@ -1,4 +1,4 @@
-"""The random stage: initial weights of the scratch baseline, of a target's shape and under the same masks."""
+"""The random stage: random initial weights for the from-scratch baseline, with a target's shape and masks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _draw(run: RunFolder, target: Target, pruned: Path) -> RandomSource:
 
 
 def _needs_shape_only(run: RunFolder, name: str, target: Target) -> bool:
-    """Return whether the weights depend on a shape alone that is known although the target is not pruned yet."""
+    """Return whether the weights depend only on the shape, and the shape is known before the target is pruned."""
     if target.method == DENSE:
         return True
     if prune_stage(name) in run.records or "parent" not in run.records or target.keep_parent_embeddings:

@@ -1,4 +1,4 @@
-"""A target that is reached in stages: prune, train a share, prune again; each step a stage of the run."""
+"""A target that is reached in stages, alternating pruning and training; each step is a stage of the run."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from nemo_pvs.training.job import CHECKPOINTS, TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 
 _DRAWS = 10_000
-"""Seeds between the calibration texts of two stages: more than a stage has iterations."""
+"""Distance between the calibration seeds of two stages; larger than the iterations of a stage."""
 
 
 def rounds(run: RunFolder, name: str, target: Target) -> Iterator[Stage[Any]]:
-    """Yield the stages that lead to a target; the last share of the training is that of the arm itself.
+    """Yield the stages that lead to a target, without the last share of the training, which is the arm's own stage.
 
-    The record of each pruning has ``charges`` for all that was spent up to and including it.
+    The record of each pruning has ``charges`` for everything up to and including it.
     """
     (arm,) = run.recipe.pruned_runs(name)
     parts = shares(run.recipe, arm)
@@ -58,48 +58,48 @@ class _Round:
     number: int
     """Counted from 1."""
     parts: list[Round]
-    """The shares of the training, of all stages."""
+    """The shares of the training for all stages."""
 
     @property
     def last(self) -> bool:
-        """Whether the target is reached with it."""
+        """Whether this stage reaches the target."""
         return self.number == len(self.parts)
 
     @property
     def folder(self) -> Path:
-        """What its pruning leaves."""
+        """The folder of the pruned model."""
         name = self.arm.target
         return self.run.pruned(name) if self.last else self.run.pruned(f"{name}-stages") / str(self.number)
 
     @property
     def model(self) -> Path:
-        """What its training leaves, as a Hugging Face folder."""
+        """The Hugging Face folder of the trained model."""
         return self.run.model(f"{self.arm.target}-stages") / str(self.number)
 
     @property
     def previous(self) -> _Round | None:
-        """The stage before."""
+        """The previous stage; None for the first one."""
         if self.number == 1:
             return None
         return _Round(self.run, self.arm, self.target, self.number - 1, self.parts)
 
     @property
     def before(self) -> Path:
-        """The model that it begins with."""
+        """The model that this stage prunes."""
         return self.previous.model if self.previous else self.run.parent_path
 
     @property
     def pruning(self) -> str:
-        """The name of its pruning."""
+        """The name of the run's stage that prunes."""
         return prune_stage(self.arm.target, None if self.last else self.number)
 
     @property
     def training(self) -> str:
-        """The name of its training."""
+        """The name of the run's stage that trains."""
         return share_stage(self.arm.target, self.number)
 
     def prune(self) -> Stage[PrunedRecord]:
-        """Return the stage of the run that prunes what the stage before has trained."""
+        """Return the run's stage that prunes the previously trained model."""
         previous = self.previous
         forgets = previous is not None and not self.run.carries(self.arm, self.number)
         return Stage(
@@ -114,7 +114,7 @@ class _Round:
         )
 
     def train(self) -> TrainingStage[TrainedRecord]:
-        """Return the stage of the run that trains what it has pruned, for its share."""
+        """Return the run's stage that trains the pruned model on this stage's share."""
         run, arm = self.run, self.arm
         share, folder = self.parts[self.number - 1], run.share_folder(arm.target, self.number)
         forgets = run.carries(arm, self.number)
@@ -145,7 +145,7 @@ class _Round:
 
     @property
     def _charges(self) -> tuple[Charge, ...]:
-        """What everything took before it, the training included."""
+        """The cost of everything before this stage, including the training."""
         previous = self.previous
         if previous is None:
             return ()
@@ -160,11 +160,11 @@ class _Round:
         return settings.scan_samples if self.target.method == "minitron-depth" else settings.samples
 
     def _asked(self, shape: Shape) -> Target:
-        """Return what it asks the method for, given the shape that it begins with."""
+        """Return this stage's target for the method, given the shape of the model to prune."""
         if self.target.method != ADAPT:
             return stage_targets(self.target, self.run.parent_shape)[self.number - 1][0]
         left = adapt_parameters(self.target, self.run.parent_shape, self.number)
-        if shape.parameters <= left:  # whole KV groups had gone further than the stage before was to
+        if shape.parameters <= left:  # removing whole KV groups overshot the previous stage's target
             return self.target.model_copy(update={"method": DENSE})
         return self.target.model_copy(update={"ratio": 1 - left / shape.parameters, "of": "total"})
 
@@ -192,7 +192,7 @@ class _Round:
                 return calibrate(source, draw(0), **run.compute, progress=show)
 
         def no_task() -> Any:
-            raise UserError("stages ask no tasks.")
+            raise UserError("stages cannot choose layers by a task; leave out task, or stages.")
 
         made = prune_target(
             self._asked(shape),
@@ -203,8 +203,8 @@ class _Round:
             task_score=no_task,
             compute=run.compute,
         )
-        own = charges_of_spent(made.calibration, made.search, None)
+        charges = charges_of_spent(made.calibration, made.search, None)
         if self.target.method == "minitron-width":
             length = run.recipe.calibrate.sequence_length
-            own.append(charge_scores(shape, self._samples * length, length, gradients=False))
-        return replace(made, charges=(*self._charges, *own))
+            charges.append(charge_scores(shape, self._samples * length, length, gradients=False))
+        return replace(made, charges=(*self._charges, *charges))

@@ -1,4 +1,4 @@
-"""Sheared LLaMA in the masks stage: masks learned on the parent, and the model that they leave."""
+"""Sheared LLaMA in the masks stage: learn masks on the parent, and extract the pruned model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Sheared:
     """The method ``sheared-llama`` (``stages.learned.LearnedMethod``)."""
 
     def complete(self, job: TrainingJob, target: Target, shape: Shape) -> TrainingJob:
-        """Return the job with the masks that are to be learned."""
+        """Return the job with the settings of mask learning."""
         learned = LearnedMasks(shape, target.learn or MaskLearning())
         return replace(job, name=f"masks of {job.name}", masks=learned)
 
     def identity(self, job: TrainingJob) -> dict[str, Any]:
-        """Return the shape that the masks are to leave, and how they are learned."""
+        """Return the target shape and the settings of mask learning."""
         assert job.masks is not None
         return {
             "shape": job.masks.target.to_dict(),
@@ -40,14 +40,14 @@ class Sheared:
         """Return the checkpoint and the hash of the masks.
 
         Raises:
-            UserError: the masks did not come near the target.
+            UserError: the masks are not within tolerance of the target.
         """
         assert job.masks is not None
         load_gates(job.masks_file, job.masks.target)
         return MasksRecord(checkpoint.name, sha256_file(job.masks_file))
 
     def prune(self, job: TrainingJob, checkpoint: Path, parent: WeightSource) -> tuple[PrunedSource, Plan]:
-        """Return the model without what the masks remove, and its plan."""
+        """Return the trained model without the masked units, and its plan."""
         assert job.masks is not None
         gates = load_gates(job.masks_file, job.masks.target)
         provenance = {"parent_fingerprint": fingerprint(parent), "learned": job.masks.to_json()["how"]}

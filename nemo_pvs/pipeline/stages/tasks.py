@@ -1,4 +1,4 @@
-"""The tasks of a recipe: asked of the parent and of every trained arm, or to choose the layers of a target by."""
+"""The tasks of a recipe: evaluated on the parent and every trained arm, or used to choose a target's layers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import Target
 
 TASKS = "tasks"
-"""The folder in a run folder that they are measured in."""
+"""The folder in a run folder for the measurements."""
 _QUESTIONS = 100
-"""Of the task ``continuation``, unless the recipe limits it."""
+"""Questions of the task ``continuation``, unless the recipe sets a limit."""
 
 
 def ask_tasks(run: RunFolder) -> Stage[TasksRecord]:
@@ -67,23 +67,23 @@ def measure_tasks(
     folder: Path,
     compute: Mapping[str, Any],
 ) -> None:
-    """Ask every model; an answer that is kept from before is not asked for again.
+    """Evaluate every model; answers that are already stored are reused.
 
     Args:
         settings: The recipe's ``evaluate`` block.
         models: Checkpoint folders.
-        test: Prefix of the token file that ``continuation`` is made of.
+        test: Prefix of the token file from which ``continuation`` is made.
         tokenizer: Folder of the run's tokenizer.
-        folder: Where ``results.json`` and every measurement go.
+        folder: Folder for ``results.json`` and all measurements.
         compute: Where layers run.
 
     Raises:
-        UserError: a task or its data are not there.
+        UserError: a task or its data do not exist here.
     """
-    asked = _with_questions(settings.tasks, test, tokenizer, folder, settings.task_limit)
+    tasks = _with_questions(settings.tasks, test, tokenizer, folder, settings.task_limit)
     measure(
         [Checkpoint(str(path), "transformers") for path in models],
-        EvaluationRequest.parse(",".join(asked), ["none"]),
+        EvaluationRequest.parse(",".join(tasks), ["none"]),
         Store(folder),
         Compute(**compute),
         task_data=Path(settings.task_data),
@@ -92,7 +92,7 @@ def measure_tasks(
 
 
 def check_tasks(recipe: Recipe) -> None:
-    """Refuse tasks of lm-eval that are not here, with their data: of ``evaluate`` and of every target.
+    """Refuse lm-eval tasks of ``evaluate`` and of targets that do not exist here, or whose data do not.
 
     Raises:
         UserError: naming the task.
@@ -109,16 +109,16 @@ def check_tasks(recipe: Recipe) -> None:
 
 
 def check_questions(recipe: Recipe, test: Path, calibration: Path, tokenizer: Path) -> None:
-    """Refuse text that is too short for the questions of ``continuation`` that ``evaluate`` and targets ask.
+    """Refuse text that is too short for the ``continuation`` questions of ``evaluate`` and of targets.
 
     Args:
         recipe: The recipe.
-        test: Prefix of the token file that questions of ``evaluate`` are made of.
-        calibration: Prefix of the one that those of targets are made of.
+        test: Prefix of the token file from which the questions of ``evaluate`` are made.
+        calibration: Prefix of the token file from which the questions of targets are made.
         tokenizer: Folder of the run's tokenizer.
 
     Raises:
-        UserError: saying for how many questions it is long enough.
+        UserError: saying how many questions the text is long enough for.
     """
     asked = [(recipe.evaluate.tasks, test, recipe.evaluate.task_limit)]
     asked += [(_tasks_of(target), calibration, task_limit_of(target)) for target in recipe.targets.values()]
@@ -128,26 +128,26 @@ def check_questions(recipe: Recipe, test: Path, calibration: Path, tokenizer: Pa
 
 
 def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, compute: Mapping[str, Any]) -> TaskScorer:
-    """Return what measures candidates by the task of a target.
+    """Return the scorer that measures candidates by a target's task.
 
     Args:
-        target: With a task.
-        text: Prefix of the token file that ``continuation`` is made of.
+        target: A target with a task.
+        text: Prefix of the token file from which ``continuation`` is made.
         tokenizer: Folder of the run's tokenizer.
-        folder: Where its questions go.
+        folder: Folder for the questions of ``continuation``.
         compute: Where models run.
 
     Raises:
-        UserError: a task or its data are not there.
+        UserError: a task or its data do not exist here.
     """
-    asked = _with_questions(_tasks_of(target), text, tokenizer, folder, task_limit_of(target))
+    tasks = _with_questions(_tasks_of(target), text, tokenizer, folder, task_limit_of(target))
     where = {name: compute[name] for name in ("dtype", "device") if name in compute}
     data = Path(target.task_data or TASK_DATA)
-    return task_score(",".join(asked), tokenizer, data, limit=task_limit_of(target), **where)
+    return task_score(",".join(tasks), tokenizer, data, limit=task_limit_of(target), **where)
 
 
 def reads_text(target: Target) -> bool:
-    """Return whether the task of a target is made of the run's own text."""
+    """Return whether a target's task is made from the run's own text."""
     return NAME in _tasks_of(target)
 
 
@@ -156,7 +156,7 @@ def _tasks_of(target: Target) -> list[str]:
 
 
 def _with_questions(tasks: Sequence[str], text: Path, tokenizer: Path, folder: Path, limit: int | None) -> list[str]:
-    """Return the tasks, in the place of ``continuation`` the path of its questions, which are made here."""
+    """Write the questions of ``continuation``, and return the tasks with their path in its place."""
     if NAME not in tasks:
         return list(tasks)
     made = folder / NAME

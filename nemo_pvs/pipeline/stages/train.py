@@ -1,4 +1,4 @@
-"""The train stage: an arm trained on Megatron, and the result as a Hugging Face folder."""
+"""The train stage: train an arm on Megatron, and write the result as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nemo_pvs.training.trainer import last_checkpoint
 
 
 def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
-    """Return the stage that trains an arm; of one made in stages, the last share of its training."""
+    """Return the stage that trains an arm; for an arm with stages, the last share of its training."""
     folder, model = run.arm_folder(arm.name), run.model(arm.name)
     pruned = arm.initialisation == "pruned"
 
@@ -54,7 +54,8 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
 def training_inputs(run: RunFolder, arm: Arm, share: Round, initial: str) -> Inputs:
     """Return what the result of a share of an arm's training depends on.
 
-    A run may go on in another layout, so that is no part of it; ``initial`` is its weights' fingerprint.
+    The layout is not included, as a run may be resumed with a different one. ``initial`` is the fingerprint of the
+    initial weights.
     """
     loading, teacher = run.loading(arm), run.job(arm).teacher
     return {
