@@ -19,10 +19,11 @@ from nemo_pvs.planning.learned import charge_learning, learned_target
 from nemo_pvs.planning.rounds import shares, stage_targets
 from nemo_pvs.planning.targets import expected_shape, masked_parameters
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors, teacher_shape
+from nemo_pvs.pruning.methods import adapt_pruner
 from nemo_pvs.pruning.methods.adapt_pruner import AdaptPrunerOptions
 from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
 from nemo_pvs.pruning.spent import depth_scan_cost
-from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_gradients, needs_scores, scans, stages_of, task_of
+from nemo_pvs.recipe.options import is_sparse, needs_gradients, needs_scores, scans, stages_of, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
 
@@ -94,7 +95,7 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
             ledger.charges += pruning_cost(recipe, stage.model_copy(update={"stages": None}), after, parent).charges
             parent = after
         return ledger
-    if target.method == ADAPT:
+    if target.method == adapt_pruner.NAME:
         adapt = target.asked
         assert isinstance(adapt, AdaptPrunerOptions)
         steps = math.ceil(adapt.iterations * (1 - shape.matrix_parameters / parent.matrix_parameters))

@@ -15,11 +15,12 @@ from typing import Any
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.methods import adapt_pruner
 from nemo_pvs.pruning.methods.adapt_pruner import AdaptPrunerOptions
 from nemo_pvs.pruning.options import SizesOrRatio
 from nemo_pvs.pruning.registry import methods
 from nemo_pvs.pruning.target import choose_target, parameters_left, shrunk
-from nemo_pvs.recipe.options import ADAPT, stages_of, task_of
+from nemo_pvs.recipe.options import stages_of, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
 from nemo_pvs.recipe.training import Training
@@ -80,7 +81,7 @@ def stage_targets(target: Target, parent: Shape) -> list[tuple[Target, Shape]]:
         UserError: the parent cannot be pruned to the target.
     """
     numbers = range(1, stages_of(target) + 1)
-    if target.method == ADAPT:
+    if target.method == adapt_pruner.NAME:
         counts = [adapt_parameters(target, parent, number) for number in numbers]
         return [(target, shrunk(parent, count)) for count in counts]
     last = final_shape(target, parent)
@@ -139,7 +140,7 @@ def check_stages(recipe: Recipe, name: str, target: Target, parent: Shape) -> No
             f"arms, not {len(arms)}; give one, or use one recipe per budget."
         )
     shares(recipe, arms[0])
-    if target.method != ADAPT:
+    if target.method != adapt_pruner.NAME:
         shapes = [parent, *(shape for _, shape in stage_targets(target, parent))]
         for number, (before, after) in enumerate(pairwise(shapes), 1):
             after.check_parallel(**target.layout.split)

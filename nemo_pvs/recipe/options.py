@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.pruning.methods import efficient_llm, sheared_llama
 from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
 from nemo_pvs.pruning.options import SIZES
 from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.recipe.target import DENSE, Target
-
-EFFICIENT = "efficient-llm"
-ADAPT = "adapt-pruner"
 
 
 def check_options(target: Target) -> None:
@@ -27,9 +25,9 @@ def check_options(target: Target) -> None:
         _check_amount(options.amounts, target)
         if isinstance(parsed, MinitronDepthOptions):
             _check_task(parsed, target)
-    if target.learn is not None and target.method != "sheared-llama":
+    if target.learn is not None and target.method != sheared_llama.NAME:
         raise UserError(f"{target.method} learns no masks; leave learn out.")
-    if target.pruning_aware is not None and target.method != EFFICIENT:
+    if target.pruning_aware is not None and target.method != efficient_llm.NAME:
         raise UserError(f"{target.method} removes nothing while it trains; leave pruning_aware out.")
     if is_sparse(target):
         from nemo_pvs.pruning.sparse.sparsity import Sparsity  # takes seconds, for PyTorch

@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.budget import Setting
+from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.recipe.blocks import Budgets, Calibration, Evaluation, Parent
 from nemo_pvs.recipe.data import Data
 from nemo_pvs.recipe.distillation import PARENT
@@ -272,10 +273,6 @@ def _short(tokens: int) -> str:
     return str(tokens)
 
 
-_TRAINED_FIRST = ("sheared-llama", "efficient-llm")
-"""Methods that train the parent before the arms, and pass on its final domain shares."""
-
-
 _TRAIN = "train.dynamic_loading"
 
 
@@ -304,7 +301,8 @@ def check_recipe_domains(recipe: Recipe) -> None:
         options = target.learn or target.pruning_aware
         if options and options.first_token is not None:
             raise ValueError(f"targets.{name}: first_token does not apply to text with domains; leave it out")
-        first = target.method in _TRAINED_FIRST
+        # The arms of such a target begin with the final shares of the training that decides what to prune.
+        first = target.method != DENSE and method_named(target.method).trains
         if first and _of_stage(target, train).proportions is None:
             key = _key(name) if target.learn and target.learn.dynamic_loading else _TRAIN
             raise ValueError(f"{key}.proportions is missing, which {name} needs as initial shares; add it")

@@ -11,7 +11,8 @@ from nemo_pvs.pipeline.stages.tasks import reads_text, search_score
 from nemo_pvs.pipeline.target import prune_target, write_planned
 from nemo_pvs.planning.learned import is_trained_first
 from nemo_pvs.planning.targets import expected_shape
-from nemo_pvs.recipe.options import ADAPT, is_sparse, needs_scores, scans
+from nemo_pvs.pruning.methods import adapt_pruner
+from nemo_pvs.recipe.options import is_sparse, needs_scores, scans
 from nemo_pvs.recipe.target import Target
 
 
@@ -22,7 +23,7 @@ def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
 
     def inputs() -> Inputs:
         text = []
-        if scans(target) or is_sparse(target) or reads_text(target) or target.method == ADAPT:
+        if scans(target) or is_sparse(target) or reads_text(target) or target.method == adapt_pruner.NAME:
             text = [run.text("calibration"), samples, settings.sequence_length, settings.seed]
         return {
             "parent": run.records.parent.fingerprint,

@@ -23,7 +23,7 @@ from nemo_pvs.pipeline.stages.train import hand_over, training_inputs
 from nemo_pvs.pipeline.target import prune_target
 from nemo_pvs.planning.charges import charge_scores, charge_training, charges_of_spent
 from nemo_pvs.planning.rounds import Round, adapt_parameters, shares, stage_targets
-from nemo_pvs.recipe.options import ADAPT
+from nemo_pvs.pruning.methods import adapt_pruner
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.system.progress import progress
@@ -161,7 +161,7 @@ class _Round:
 
     def _asked(self, shape: Shape) -> Target:
         """Return this stage's target for the method, given the shape of the model to prune."""
-        if self.target.method != ADAPT:
+        if self.target.method != adapt_pruner.NAME:
             return stage_targets(self.target, self.run.parent_shape)[self.number - 1][0]
         left = adapt_parameters(self.target, self.run.parent_shape, self.number)
         if shape.parameters <= left:  # removing whole KV groups overshot the previous stage's target

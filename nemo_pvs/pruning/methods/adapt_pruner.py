@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nemo_pvs.pruning.request import PruneRequest
     from nemo_pvs.pruning.result import Pruned
 
+NAME = "adapt-pruner"
+
 
 class AdaptPrunerOptions(Multiples):
     """The options of Adapt-Pruner."""
@@ -58,7 +60,7 @@ def _expected(options: AdaptPrunerOptions, parent: Shape) -> Expected:
 
 
 METHOD = Method(
-    name="adapt-pruner",
+    name=NAME,
     removes="KV groups and FFN channels by |W gradient|, most from layers that change their input least",
     paper="2502.03460",
     options=AdaptPrunerOptions,
