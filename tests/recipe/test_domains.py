@@ -62,7 +62,7 @@ def test_loading_is_shared_by_all_trainings_unless_masks_have_their_own() -> Non
         ("train.dynamic_loading.target_losses", {"song": 2.0}, "target_losses: noise is missing"),
         ("train.dynamic_loading.target_losses", None, "give either target_losses or fitted"),
         ("train.dynamic_loading.fitted", FITTED, "give either target_losses or fitted"),
-        ("train.dynamic_loading", {**LOADING, "target_losses": None, "fitted": FITTED[:2]}, "three models or more"),
+        ("train.dynamic_loading", {**LOADING, "target_losses": None, "fitted": FITTED[:2]}, "three or more models"),
         ("train.dynamic_loading.kind", "constant", "constant shares need no target_losses"),
         ("train.dynamic_loading.smothing", 1, "did you mean smoothing"),
         (
