@@ -88,7 +88,7 @@ def calibrate(
         model = open_source(folder)
         tokens = tokens_of(folder, str(data), samples, sequence_length, seed, loader)
         with progress("calibrate", "layers") as show:
-            scores = measure(model, tokens, gradients=gradients and not megatron, **compute, progress=show)
+            scores = measure(model, tokens, gradients=gradients and not megatron, compute=compute, progress=show)
         if megatron:
             scores = with_gradients(model, scores, compute, tensor_parallel, pipeline_parallel)
         if ranks.is_main():

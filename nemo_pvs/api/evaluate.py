@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -114,15 +115,15 @@ def evaluate(
             raise UserError(f"{option} is {value}; give 1 or more.")
     # Imported after the checks, which are answered at once: these take seconds.
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
+    from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
     from nemo_pvs.evaluation.measure import measure
     from nemo_pvs.evaluation.requests import EvaluationRequest
     from nemo_pvs.evaluation.store import Store
     from nemo_pvs.system import ranks
 
     chosen = compute_of(device, activation_memory)
-    compute = Compute(
-        **{**chosen, "dtype": parse_dtype(dtype) or chosen["dtype"]},
+    engine = Engine(
+        replace(chosen, dtype=parse_dtype(dtype) or chosen.dtype),
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
         batch_size=batch_size,
@@ -142,9 +143,9 @@ def evaluate(
         ranks.joined(on_gpus=True),
         ranks.held_by_main(locked_folder(store.folder)),
     ):
-        compute.check_ranks()
+        engine.check_ranks()
         models = [Checkpoint(path, chosen_backend) for path in _texts(paths)]
-        found = measure(models, request, store, compute, task_data=Path(task_data), limit=limit, force=force)
+        found = measure(models, request, store, engine, task_data=Path(task_data), limit=limit, force=force)
     return Measurements(found)
 
 

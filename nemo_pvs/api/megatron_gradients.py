@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.progress import progress
+
+if TYPE_CHECKING:
+    from nemo_pvs.layerwise.model import Compute
 
 
 def check_ranks(tensor_parallel: int, pipeline_parallel: int) -> None:
@@ -20,9 +23,7 @@ def check_ranks(tensor_parallel: int, pipeline_parallel: int) -> None:
         )
 
 
-def with_gradients(
-    source: Any, scores: Any, compute: dict[str, Any], tensor_parallel: int, pipeline_parallel: int
-) -> Any:
+def with_gradients(source: Any, scores: Any, compute: Compute, tensor_parallel: int, pipeline_parallel: int) -> Any:
     """Return scores with those that Megatron's gradients give on the same tokens."""
     from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.system.megatron_import import import_megatron
@@ -31,7 +32,6 @@ def with_gradients(
     from nemo_pvs.megatron.gradients import megatron_taylor_scores
     from nemo_pvs.megatron.inference import megatron_ranks
 
-    where = {name: compute[name] for name in ("dtype", "device")}
     with megatron_ranks(tensor_parallel, pipeline_parallel), progress("gradients", "sequences") as show:
-        more = megatron_taylor_scores(source, scores.tokens, **where, progress=show)
+        more = megatron_taylor_scores(source, scores.tokens, dtype=compute.dtype, device=compute.device, progress=show)
     return Scores({**scores.tensors, **more}, scores.manifest)

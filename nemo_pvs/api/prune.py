@@ -143,13 +143,12 @@ def prune(
             if scores:
                 return scores_of(scores, model)
             with progress("calibrate", "layers") as show:
-                return calibrate(model, read_tokens(), gradients=chosen.gradients, **compute, progress=show)
+                return calibrate(model, read_tokens(), gradients=chosen.gradients, compute=compute, progress=show)
 
         def score_by_task() -> TaskScorer:
             from nemo_pvs.evaluation.task_score import task_score
 
-            where = {name: compute[name] for name in ("dtype", "device")}
-            return task_score(str(asked.task), folder, Path(task_data), limit=asked.task_limit, **where)
+            return task_score(str(asked.task), folder, Path(task_data), limit=asked.task_limit, compute=compute)
 
         pruned, spent = prune_source(
             method,

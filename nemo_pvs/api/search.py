@@ -170,7 +170,7 @@ def search(
         flops_at(context),
         shortlist=shortlist,
         state=out.with_suffix(".search.json"),
-        **compute,
+        compute=compute,
     )
     with ranks.joined(), ranks.held_by_main(locked_target(out)):
         if retrain_tokens and ranks.world_size() > 1:

@@ -10,6 +10,7 @@ from nemo_pvs.errors import UserError
 if TYPE_CHECKING:
     from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.checkpoints.source import WeightSource
+    from nemo_pvs.layerwise.model import Compute
 
 
 def tokens_of(
@@ -64,25 +65,26 @@ def scores_of(scores: str | Path | Scores, model: WeightSource) -> Scores:
     return Scores.load(Path(scores), model)
 
 
-def compute_of(device: str | None, activation_memory: str) -> dict[str, Any]:
-    """Return how layers run, for ``layerwise.LayerwiseModel``: on the GPU if there is one, each rank on its own.
+def compute_of(device: str | None, activation_memory: str) -> Compute:
+    """Return where and how layers run: on the GPU if there is one, each rank on its own.
 
     Raises:
         UserError: there is no such device, or the size is none.
     """
     import torch
 
+    from nemo_pvs.layerwise.model import Compute
     from nemo_pvs.system.rendezvous import local_rank
 
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     one_of("--device", name, ("cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but PyTorch sees no GPU here; choose cpu.")
-    return {
-        "device": name if name == "cpu" else f"cuda:{local_rank()}",
-        "dtype": torch.float32 if name == "cpu" else torch.bfloat16,
-        "memory_limit": parse_bytes("--activation-memory", activation_memory),
-    }
+    return Compute(
+        device=name if name == "cpu" else f"cuda:{local_rank()}",
+        dtype=torch.float32 if name == "cpu" else torch.bfloat16,
+        memory_limit=parse_bytes("--activation-memory", activation_memory),
+    )
 
 
 def parse_dtype(name: str | None) -> Any:

@@ -17,7 +17,7 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.layerwise.model import ON_CPU, Compute, LayerwiseModel
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.system import ranks
 
@@ -29,10 +29,7 @@ def calibrate(
     tokens: TokenSet,
     *,
     gradients: bool = False,
-    batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    memory_limit: int = MEMORY_LIMIT,
+    compute: Compute = ON_CPU,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Measure a model's hidden channels, FFN channels, query heads and layers on some text.
@@ -50,17 +47,14 @@ def calibrate(
         source: The dense model.
         tokens: The calibration text.
         gradients: Also run a backward pass, for the Taylor importance of units (``gradients.taylor_scores``).
-        batch_size: Sequences per batch; affects speed and memory, not the scores.
-        dtype: Compute dtype of the layers; statistics are at least fp32.
-        device: Where layers run.
-        memory_limit: Bytes for hidden states; text that exceeds it is read in several sweeps over the layers.
+        compute: Where and how layers run.
         progress: Called with (layers done, their total).
 
     Raises:
         UserError: the tokens do not fit the model, its layers are uneven, its activations or gradients are not
             finite, or the memory limit is too low for gradients.
     """
-    model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
+    model = LayerwiseModel(source, compute)
     if model.shape.uneven:
         raise UserError("The layers of this model are uneven already; calibrate the model that it was pruned from.")
     layers = [_LayerStatistics(model.shape) for _ in range(model.shape.layers)]
@@ -78,7 +72,7 @@ def calibrate(
         for index, statistics in enumerate(layers):
             layer = model.layer(index)
             statistics.attach(layer)
-            model.run_layer(layer, hidden, batch_size)
+            model.run_layer(layer, hidden, compute.batch_size)
             if not statistics.finite:
                 raise UserError(f"The activations of layer {index} are not finite; is the checkpoint damaged?")
             step()
@@ -86,12 +80,12 @@ def calibrate(
         statistics.all_reduce()
     tensors = _collect(layers, model.shape)
     if gradients:
-        tensors |= taylor_scores(model, tokens, batch_size=batch_size, progress=step)
+        tensors |= taylor_scores(model, tokens, batch_size=compute.batch_size, progress=step)
     manifest = {
         "model_fingerprint": fingerprint(source),
         "shape": model.shape.to_dict(),
         "tokens": tokens.manifest,
-        "dtype": str(dtype),
+        "dtype": str(compute.dtype),
         "versions": {
             "nemo_pvs": version("nemo_pvs"),
             "torch": torch.__version__,

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_pvs.checkpoints.fingerprint import Fingerprint, fingerprint
@@ -22,6 +21,7 @@ from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.scoring import TokenScorer, TransformersScorer
 from nemo_pvs.evaluation.store import Store
+from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.system import ranks
 from nemo_pvs.system.megatron_import import import_megatron
@@ -36,17 +36,25 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Compute:
+class Engine:
     """Hardware, precision and parallelism with which a model runs."""
 
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    memory_limit: int = 8_000_000_000
-    """Bytes of hidden states kept in memory, for perplexity."""
+    compute: Compute = ON_CPU
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     batch_size: int | None = None
     """Sequences per batch of requests; None chooses by the available memory."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data, for ``results.json``."""
+        return {
+            "device": self.compute.device,
+            "dtype": str(self.compute.dtype),
+            "memory_limit": self.compute.memory_limit,
+            "tensor_parallel": self.tensor_parallel,
+            "pipeline_parallel": self.pipeline_parallel,
+            "batch_size": self.batch_size,
+        }
 
     def check_ranks(self) -> None:
         """Check that the ranks hold a whole number of copies of a model.
@@ -108,7 +116,7 @@ class Checkpoint:
         }
 
     def measure_text(
-        self, name: str, tokens: TokenSet, store: Store, compute: Compute, progress: Progress, *, force: bool = False
+        self, name: str, tokens: TokenSet, store: Store, engine: Engine, progress: Progress, *, force: bool = False
     ) -> dict[str, dict[str, Any]]:
         """Return loss and perplexity on a text's windows.
 
@@ -118,7 +126,7 @@ class Checkpoint:
             name: Name of the measurement.
             tokens: The windows.
             store: Earlier measurements, which are reused.
-            compute: What runs the model.
+            engine: What runs the model.
             progress: Called with (layers done, layers in all).
             force: Measure again even if the store has the result.
 
@@ -128,17 +136,15 @@ class Checkpoint:
         settings = {
             "model": self.fingerprint,
             "tokens": {key: value for key, value in tokens.manifest.items() if key != "data_set"},
-            "dtype": str(compute.dtype),
+            "dtype": str(engine.compute.dtype),
         }
 
         def measure() -> dict[str, dict[str, Any]]:
             result = perplexity(
                 self.source,
                 tokens,
+                engine.compute,
                 stride=tokens.manifest["stride"],
-                dtype=compute.dtype,
-                device=compute.device,
-                memory_limit=compute.memory_limit,
                 progress=progress,
             )
             size = {"documents": len(tokens.ids), "tokens": result["tokens"], "windows": tokens.manifest["cut"]}
@@ -158,7 +164,7 @@ class Checkpoint:
         self,
         task: LoadedTask,
         store: Store,
-        compute: Compute,
+        engine: Engine,
         model: Callable[[], CheckpointLM],
         progress: Progress,
         *,
@@ -170,7 +176,7 @@ class Checkpoint:
         Args:
             task: The task.
             store: Earlier measurements, which are reused, and journals of unfinished ones.
-            compute: What runs the model.
+            engine: What runs the model.
             model: Returns the language model; called only if the task has to be measured.
             progress: Called with (requests done, requests in all).
             limit: Maximum number of documents.
@@ -188,7 +194,7 @@ class Checkpoint:
             "metric": task.request.metric,
             "limit": limit,
             "backend": self.backend,
-            "dtype": str(compute.dtype),
+            "dtype": str(engine.compute.dtype),
             "context": self.context,
         }
 
@@ -203,7 +209,7 @@ class Checkpoint:
         return _measure_once(store, task.name, settings, measure, force=force)
 
     @contextmanager
-    def language_model(self, compute: Compute) -> Iterator[Callable[[], CheckpointLM]]:
+    def language_model(self, engine: Engine) -> Iterator[Callable[[], CheckpointLM]]:
         """Yield a function that loads the model on its first call and returns it; the block's end frees the model."""
         from nemo_pvs.evaluation.language_model import CheckpointLM
 
@@ -212,9 +218,9 @@ class Checkpoint:
 
         def load() -> CheckpointLM:
             if not loaded:
-                running.append(self._scorer(compute))
+                running.append(self._scorer(engine))
                 scorer = running[0].__enter__()
-                loaded.append(CheckpointLM(scorer, self.tokenizer, self.context, batch_size=compute.batch_size))
+                loaded.append(CheckpointLM(scorer, self.tokenizer, self.context, batch_size=engine.batch_size))
             return loaded[0]
 
         try:
@@ -225,15 +231,15 @@ class Checkpoint:
                 context.__exit__(None, None, None)
 
     @contextmanager
-    def _scorer(self, compute: Compute) -> Iterator[TokenScorer]:
-        options: dict[str, Any] = {"dtype": compute.dtype, "device": compute.device}
+    def _scorer(self, engine: Engine) -> Iterator[TokenScorer]:
+        options: dict[str, Any] = {"dtype": engine.compute.dtype, "device": engine.compute.device}
         if self.backend == "transformers":
             yield TransformersScorer(self.source, **options, rank=ranks.rank(), ranks=ranks.world_size())
             return
         import_megatron()
         from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
 
-        with megatron_ranks(compute.tensor_parallel, compute.pipeline_parallel):
+        with megatron_ranks(engine.tensor_parallel, engine.pipeline_parallel):
             yield MegatronScorer(self.source, **options)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.token_set import TokenSet
-from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
+from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
 from nemo_pvs.evaluation.requests import EvaluationRequest, TaskRequest
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.summary import measured_before, summary, with_earlier
@@ -25,7 +24,7 @@ def measure(
     models: Sequence[Checkpoint],
     request: EvaluationRequest,
     store: Store,
-    compute: Compute,
+    engine: Engine,
     *,
     task_data: Path,
     limit: int | None = None,
@@ -39,7 +38,7 @@ def measure(
         models: The checkpoints to measure.
         request: The tasks and texts to measure them on.
         store: Stores every measurement.
-        compute: What runs the models.
+        engine: What runs the models.
         task_data: Folder of downloaded data sets, each in ``<owner>/<name>``.
         limit: Maximum number of documents per task.
         force: Measure again even if the store has the result.
@@ -60,18 +59,18 @@ def measure(
         measured: dict[str, Any] = {}
         for name, tokens in texts[model.path].items():
             with progress(f"{name} of {model.path}", "layers") as show:
-                metrics = model.measure_text(name, tokens, store, compute, show, force=force)
+                metrics = model.measure_text(name, tokens, store, engine, show, force=force)
             measured.update({f"{name}/{metric}": result for metric, result in metrics.items()})
-        with model.language_model(compute) as load:
+        with model.language_model(engine) as load:
             for task in loaded:
                 with progress(f"{task.name} of {model.path}", "requests") as show:
-                    metrics = model.measure_task(task, store, compute, load, show, limit=limit, force=force)
+                    metrics = model.measure_task(task, store, engine, load, show, limit=limit, force=force)
                 measured.update({f"{task.name}/{metric}": result for metric, result in metrics.items()})
         measured.update(request.averages(measured))
         results.append({**model.about(), "backend": model.backend, "limit": limit, "measured": measured})
     if ranks.is_main():
         known = with_earlier(results, measured_before(file))
-        write_json(file, summary(known, {**asdict(compute), "dtype": str(compute.dtype)}))
+        write_json(file, summary(known, engine.to_json()))
     return results
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.tokenize import load_tokenizer
@@ -13,6 +11,7 @@ from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.requests import parse_tasks
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
+from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.pruning.request import Scored, TaskScorer
 
 
@@ -22,8 +21,7 @@ def task_score(
     data: Path,
     *,
     limit: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    compute: Compute = ON_CPU,
 ) -> TaskScorer:
     """Return a function that scores a model by the mean over tasks of each task's first metric; higher is better.
 
@@ -34,8 +32,7 @@ def task_score(
         checkpoint: Folder whose tokenizer all models share.
         data: Folder of downloaded data sets.
         limit: Maximum number of documents per task.
-        dtype: Type of weights and arithmetic.
-        device: Device of the whole model.
+        compute: Device and dtype of the whole model.
 
     Raises:
         UserError: a task is unknown, or its data are not available locally.
@@ -45,7 +42,9 @@ def task_score(
 
     def score(source: WeightSource) -> Scored:
         context = int(source.config["max_position_embeddings"])
-        model = CheckpointLM(TransformersScorer(source, dtype=dtype, device=device), tokenizer, context)
+        model = CheckpointLM(
+            TransformersScorer(source, dtype=compute.dtype, device=compute.device), tokenizer, context
+        )
         firsts = [next(iter(measure_task(task, model, limit).values())) for task in loaded]
         signed = [first["value"] if first["higher_is_better"] else -first["value"] for first in firsts]
         return Scored(sum(signed) / len(signed), model.read)

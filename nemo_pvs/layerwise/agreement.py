@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.layerwise.model import Compute, LayerwiseModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def compare(
     Raises:
         UserError: the text does not fit a model.
     """
-    models = [LayerwiseModel(source, dtype) for source in (one, other)]
+    models = [LayerwiseModel(source, Compute(dtype=dtype)) for source in (one, other)]
     total = sum(model.shape.layers for model in models)
     done = 0
     states = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -30,32 +31,37 @@ IGNORED = -100
 _LOGITS_AT_ONCE = 1 << 26
 
 
+@dataclass(frozen=True)
+class Compute:
+    """Where and how layers run, one at a time."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    """Of layers and hidden states; weights are cast to it as they are read."""
+    memory_limit: int = MEMORY_LIMIT
+    """Bytes that hidden states may take; text that exceeds it is read in several sweeps over the layers."""
+    batch_size: int = 8
+    """Sequences per batch; affects speed and memory, and results only by rounding."""
+
+
+ON_CPU = Compute()
+"""In fp32 on the CPU, the default everywhere."""
+
+
 class LayerwiseModel:
     """A causal language model whose weights stay in the checkpoint until they are needed.
 
-    Hidden states stay on the CPU; batches are moved to ``device`` one at a time.
+    Hidden states stay on the CPU; batches are moved to the device one at a time.
     """
 
-    def __init__(
-        self,
-        source: WeightSource,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        memory_limit: int = MEMORY_LIMIT,
-    ) -> None:
-        """Prepare the model without reading weights.
-
-        Args:
-            source: The checkpoint.
-            dtype: Compute dtype of layers and hidden states; weights are cast to it as they are read.
-            device: Where layers run.
-            memory_limit: Bytes that hidden states may take; ``chunks`` splits a token set accordingly.
-        """
+    def __init__(self, source: WeightSource, compute: Compute = ON_CPU) -> None:
+        """Prepare the model without reading weights."""
         self.source = source
         self.shape = shape_of(source)
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.memory_limit = memory_limit
+        self.compute = compute
+        self.dtype = compute.dtype
+        self.device = torch.device(compute.device)
+        self.memory_limit = compute.memory_limit
         self._skeleton = _skeleton(source.config)
         self._rotary = type(self._skeleton.model.rotary_emb)(config=self._skeleton.config).to(self.device)
         self._layer_names: dict[int, list[str]] = {layer: [] for layer in range(self.shape.layers)}

@@ -10,19 +10,16 @@ import torch
 
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
-from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.layerwise.model import ON_CPU, Compute, LayerwiseModel
 from nemo_pvs.system import ranks
 
 
 def perplexity(
     source: WeightSource,
     tokens: TokenSet,
-    batch_size: int = 8,
+    compute: Compute = ON_CPU,
     *,
     stride: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    memory_limit: int = MEMORY_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Return ``loss`` (mean next-token cross entropy, nats), its exponential ``perplexity``, and ``tokens`` predicted.
@@ -36,25 +33,22 @@ def perplexity(
     Args:
         source: The model.
         tokens: Windows to predict.
-        batch_size: Sequences per batch; affects speed and memory, not the result.
+        compute: Where and how layers run.
         stride: For sliding windows, each of which begins ``stride`` tokens after the previous one: of all but the
             first only the last ``stride`` tokens are predicted, so every token is predicted once, with a long context.
-        dtype: Compute dtype.
-        device: Where layers run.
-        memory_limit: Bytes for hidden states; text that exceeds it is read in several sweeps over the layers.
         progress: Called with (layers done, their total).
 
     Raises:
         UserError: the tokens do not fit the model, or there are fewer windows than ranks.
     """
-    model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
+    model = LayerwiseModel(source, compute)
     indices = ranks.split(torch.arange(len(tokens.ids)))
     chunks, windows = list(model.chunks(tokens.ids[indices])), iter(indices.tolist())
     losses, done = torch.zeros(len(tokens.ids), 2, dtype=torch.float64), 0
     for ids in chunks:
         hidden = model.embed(ids[:, :-1])
         for index in range(model.shape.layers):
-            model.run_layer(model.layer(index), hidden, batch_size)
+            model.run_layer(model.layer(index), hidden, compute.batch_size)
             done += 1
             if progress:
                 progress(done, len(chunks) * model.shape.layers)

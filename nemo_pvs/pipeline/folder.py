@@ -13,6 +13,7 @@ from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
@@ -42,7 +43,7 @@ class RunFolder:
         recipe: Recipe,
         folder: Path,
         force: tuple[str, ...] = (),
-        compute: Mapping[str, Any] | None = None,
+        compute: Compute = ON_CPU,
     ) -> None:
         """Prepare to run ``recipe`` in ``folder``.
 
@@ -50,7 +51,7 @@ class RunFolder:
             recipe: The recipe.
             folder: The run folder.
             force: Names of stages that are run again even if they are done.
-            compute: Where and how layers run while pruning (``PruneRequest``).
+            compute: Where and how layers run.
 
         Raises:
             UserError: a forced stage is unknown.
@@ -60,7 +61,7 @@ class RunFolder:
                 raise UserError(f"There is no stage {stage} to force; choose from {', '.join(STAGES)}.")
         self.recipe = recipe
         self.folder = folder
-        self.compute = compute or {}
+        self.compute = compute
         self.tokens = RunData(recipe, folder / "data")
         self.stages = Stages(folder, force)
         self.records = Records()

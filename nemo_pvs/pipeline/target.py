@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.fingerprint import fingerprint
@@ -14,6 +13,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, PLAN, SETTINGS
 from nemo_pvs.pipeline.records import PrunedRecord
 from nemo_pvs.pruning.plan import Plan
@@ -34,7 +34,7 @@ def prune_target(
     draw: Callable[[int], TokenSet],
     scores: Callable[[], Scores],
     task_score: Callable[[], TaskScorer],
-    compute: Mapping[str, Any],
+    compute: Compute,
 ) -> PrunedRecord:
     """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and a plan or settings file.
 

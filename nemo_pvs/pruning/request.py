@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.options import OptionsT
 
@@ -37,8 +38,7 @@ class PruneRequest(Generic[OptionsT]):
     """Returns a scorer of models by ``options.task``, when a method needs it."""
     draw: Callable[[int], TokenSet] | None = None
     """Draws new text for each iteration of an iterative method; by default all iterations read the same."""
-    compute: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of ``LayerwiseModel``: ``device``, ``dtype``, ``memory_limit``."""
+    compute: Compute = ON_CPU
 
 
 class Scored(NamedTuple):

@@ -24,6 +24,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, read_documents
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan, format_ranges
@@ -49,7 +50,7 @@ def main() -> None:
     table = Table("layers", "method", "loss", "removed", "forwards", "one by one", "share", "seconds", box=None)
 
     def row(plan: Plan, method: str, ours: float, reference: float, seconds: float) -> None:
-        loss = perplexity(PrunedSource(source, plan), measured_on, dtype=torch.bfloat16)["loss"]
+        loss = perplexity(PrunedSource(source, plan), measured_on, compute=Compute(dtype=torch.bfloat16))["loss"]
         removed = format_ranges([layer for layer in range(layers) if layer not in plan.keep_layers])
         table.add_row(
             str(plan.target.layers),
@@ -62,14 +63,14 @@ def main() -> None:
             f"{seconds:,.0f}",
         )
 
-    dense = perplexity(source, measured_on, dtype=torch.bfloat16)["loss"]
+    dense = perplexity(source, measured_on, compute=Compute(dtype=torch.bfloat16))["loss"]
     table.add_row(str(layers), "dense", f"{dense:.3f}", "", "", "", "", "")
     scores, calibration_seconds = timed(lambda: calibrate(source, chosen_on))
     single, single_seconds = timed(lambda: scan(source, chosen_on, 1))
     with progress("greedy", "layer passes") as show:
         most = layers - min(given.keep)
         greedy, greedy_seconds = timed(
-            lambda: scan_greedy(source, chosen_on, most, dtype=torch.bfloat16, progress=show)
+            lambda: scan_greedy(source, chosen_on, most, compute=Compute(dtype=torch.bfloat16), progress=show)
         )
     for keep in given.keep:
         remove = layers - keep
@@ -92,7 +93,7 @@ def main() -> None:
 def scan(source: WeightSource, tokens: TokenSet, remove: int) -> object:
     """Scan windows in bf16, four times as fast as fp32 where the processor has instructions for it."""
     with progress(f"windows of {remove}", "layer passes") as show:
-        return scan_windows(source, tokens, remove, dtype=torch.bfloat16, progress=show)
+        return scan_windows(source, tokens, remove, compute=Compute(dtype=torch.bfloat16), progress=show)
 
 
 def texts(folder: Path, samples: int, sequence_length: int) -> tuple[TokenSet, TokenSet]:

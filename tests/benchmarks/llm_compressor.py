@@ -28,6 +28,7 @@ from nemo_pvs.checkpoints.fetch import prepare_parent
 from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.system.progress import console
 from tests.benchmarks.conversion import SHAPES, make_input
@@ -129,7 +130,7 @@ def compare(pythons: dict[str, str], job: dict[str, object], folder: Path, test:
         took = run(name, python, {**job, "target": str(folder / name)}, folder / "job.json")
         console.print(f"{job['method']} {job['sparsity']}, {name}: {took['seconds']:.1f} s")
         zeros, equal, equal_at_first = agreement(folder / "ours", folder / name)
-        loss = perplexity(open_source(folder / name), test, dtype=torch.bfloat16)["loss"]
+        loss = perplexity(open_source(folder / name), test, compute=Compute(dtype=torch.bfloat16))["loss"]
         took = {key: took[key] for key in ("seconds", "peak", "baseline")}
         outcomes[name] = Outcome(**took, loss=loss, zeros=zeros, equal=equal, equal_at_first=equal_at_first)
     for path in folder.iterdir():

@@ -30,6 +30,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pruning.options import Options
 from nemo_pvs.pruning.prune import prune
@@ -148,7 +149,7 @@ def result(source: WeightSource, test: TokenSet) -> list[str]:
     """
     matrices = list(matrix_sparsity(source))
     zeros = sum(matrix.zeros for matrix in matrices) / sum(matrix.weights for matrix in matrices)
-    measured = perplexity(source, test, dtype=torch.bfloat16)
+    measured = perplexity(source, test, compute=Compute(dtype=torch.bfloat16))
     parameters = shape_of(source).parameters / 1e6
     return [f"{parameters:.1f}", f"{zeros:.1%}", f"{measured['loss']:.3f}", f"{measured['perplexity']:,.1f}"]
 

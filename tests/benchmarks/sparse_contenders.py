@@ -24,6 +24,7 @@ def ours(job: dict[str, Any]) -> Callable[[], None]:
     from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.data.token_set import TokenSet
+    from nemo_pvs.layerwise.model import Compute
     from nemo_pvs.pruning.sparse.sequential import prune_layers
     from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
     from nemo_pvs.pruning.sparse.sparsity import Sparsity
@@ -37,8 +38,7 @@ def ours(job: dict[str, Any]) -> Callable[[], None]:
             TokenSet(read_ids(job), {}),
             methods[job["method"]](Sparsity.parse(job["sparsity"])),
             Path(job["target"] + ".work"),
-            batch_size=job["batch_size"],
-            dtype=getattr(torch, job["dtype"]),
+            compute=Compute(batch_size=job["batch_size"], dtype=getattr(torch, job["dtype"])),
             warn=lambda text: print(text, file=sys.stderr),
         )
         write_huggingface(sparse, Path(job["target"]))

@@ -20,6 +20,7 @@ from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pruning.sparse.magnitude import MagnitudeSource
 from nemo_pvs.pruning.sparse.sequential import prune_layers
@@ -73,7 +74,7 @@ def cell(source: WeightSource, name: str, sparsity: str, calibration: TokenSet, 
             Path(folder) / "work",
             calibration=kind,
             # Four times as fast as fp32 on processors that have it; statistics are fp32 all the same.
-            dtype=torch.bfloat16,
+            compute=Compute(dtype=torch.bfloat16),
             progress=show,
             warn=console.print,
         )
@@ -93,7 +94,7 @@ def checked(sparse: WeightSource) -> WeightSource:
 
 def evaluate(source: WeightSource, test: TokenSet) -> float:
     """Return the perplexity; in bf16, as above."""
-    return float(perplexity(source, test, dtype=torch.bfloat16)["perplexity"])
+    return float(perplexity(source, test, compute=Compute(dtype=torch.bfloat16))["perplexity"])
 
 
 if __name__ == "__main__":

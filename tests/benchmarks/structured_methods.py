@@ -27,6 +27,7 @@ from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, read_documents
 from nemo_pvs.data.split import split_documents
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
@@ -114,7 +115,9 @@ def shuffled(plan: Plan) -> Plan:
 def row(source: WeightSource, plan: Plan | None, parent: Shape, test: TokenSet) -> list[str]:
     """Return a model's cells behind its name; bf16 is four times as fast as fp32 on processors that have it."""
     shape = parent if plan is None else plan.target
-    measured = perplexity(source if plan is None else PrunedSource(source, plan), test, dtype=torch.bfloat16)
+    measured = perplexity(
+        source if plan is None else PrunedSource(source, plan), test, compute=Compute(dtype=torch.bfloat16)
+    )
     removed = 1 - shape.matrix_parameters / parent.matrix_parameters
     ffn, _, groups = (
         f"{min(sizes)}-{max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])

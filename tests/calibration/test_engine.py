@@ -17,6 +17,7 @@ from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import Compute
 from tests.state_source import StateSource, random_ids, tiny_model
 from tests.uneven_model import uneven_model
 
@@ -111,21 +112,28 @@ def test_every_score_is_that_of_the_whole_model_in_float64(
     folder = make_tiny_llama(tmp_path / "model", seed=2, initializer_range=0.2)
     tokens = token_set()
     expected = whole_model_scores(AutoModelForCausalLM.from_pretrained(folder), tokens.ids)
-    assert_same_scores(calibrate(HuggingFaceSource(folder), tokens, batch_size=4), expected, rtol=1e-5)
+    assert_same_scores(
+        calibrate(HuggingFaceSource(folder), tokens, compute=Compute(batch_size=4)), expected, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 6}, {"memory_limit": 4 * 24 * 64 * 4}])
 def test_neither_batches_nor_sweeps_change_the_scores(settings: dict[str, int]) -> None:
     source, tokens = StateSource(tiny_model()), token_set()
-    expected = calibrate(source, tokens, batch_size=4)
+    expected = calibrate(source, tokens, compute=Compute(batch_size=4))
     scores = {name: tensor for name, tensor in expected.tensors.items() if name != "tokens"}
-    assert_same_scores(calibrate(source, tokens, **settings), scores, rtol=1e-5)
+    assert_same_scores(calibrate(source, tokens, compute=Compute(**settings)), scores, rtol=1e-5)
 
 
 def test_layers_are_read_once_a_sweep_and_progress_counts_them() -> None:
     source, tokens = StateSource(tiny_model()), token_set()
     steps: list[tuple[int, int]] = []
-    calibrate(source, tokens, memory_limit=3 * 24 * 64 * 4, progress=lambda done, total: steps.append((done, total)))
+    calibrate(
+        source,
+        tokens,
+        compute=Compute(memory_limit=3 * 24 * 64 * 4),
+        progress=lambda done, total: steps.append((done, total)),
+    )
     assert steps == [(step, 2 * LAYERS) for step in range(1, 2 * LAYERS + 1)]
     # Layer 1 of 4 is not among those that the fingerprint reads.
     assert source.reads.count("model.layers.1.mlp.up_proj.weight") == 2

@@ -19,7 +19,7 @@ from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.layerwise.model import Compute, LayerwiseModel
 from nemo_pvs.ledger.flops import calibration_flops
 from tests import families
 from tests.calibration.test_engine import token_set
@@ -93,7 +93,7 @@ def taylor(scores: Scores) -> dict[str, torch.Tensor]:
 
 def measure(source: Any, tokens: TokenSet, **settings: Any) -> dict[str, torch.Tensor]:
     batch_size = settings.pop("batch_size", 4)
-    return taylor_scores(LayerwiseModel(source, **settings), tokens, batch_size=batch_size)
+    return taylor_scores(LayerwiseModel(source, Compute(**settings)), tokens, batch_size=batch_size)
 
 
 def assert_same(scores: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float) -> None:
@@ -204,7 +204,7 @@ class _Counting(LayerwiseModel):
     """Notes how many copies of the hidden states there are whenever a layer runs."""
 
     def __init__(self, source: Any, alive: list[int], **settings: Any) -> None:
-        super().__init__(source, **settings)
+        super().__init__(source, Compute(**settings))
         self.runs = 0
         self._alive = alive
 
@@ -223,7 +223,7 @@ class _Counting(LayerwiseModel):
 
 
 def test_too_little_room_is_refused_with_what_it_takes() -> None:
-    model = LayerwiseModel(StateSource(tiny_model()), memory_limit=4 * COPY - 1)
+    model = LayerwiseModel(StateSource(tiny_model()), compute=Compute(memory_limit=4 * COPY - 1))
     with pytest.raises(UserError, match=r"6 sequences of 24 tokens need 0\.00015 GB .* --activation-memory") as caught:
         taylor_scores(model, token_set())
     assert "\n" not in str(caught.value)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.texts import TEXTS, windows_of
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import loss_statistics, perplexity
 from tests.evaluation.models import TASKS, save_byte_model
 from tests.evaluation.paper_data import write_texts
@@ -65,7 +66,7 @@ def test_sliding_windows_predict_every_token_once(folder, data):
     predicted = [*tokens.ids[0].tolist(), *tokens.ids[1:, -7:].flatten().tolist()]
     assert predicted == stream
     assert tokens.manifest["cut"] == "windows of 24 every 7"
-    sweeps = perplexity(HuggingFaceSource(folder), tokens, stride=7, memory_limit=2 * 24 * 64 * 4)
+    sweeps = perplexity(HuggingFaceSource(folder), tokens, stride=7, compute=Compute(memory_limit=2 * 24 * 64 * 4))
     assert sweeps["tokens"] == 23 + 3 * 7
     assert sweeps["loss"] == pytest.approx(perplexity(HuggingFaceSource(folder), tokens, stride=7)["loss"], rel=1e-6)
 

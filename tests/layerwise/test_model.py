@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.layerwise.model import Compute, LayerwiseModel
 from tests.state_source import StateSource, random_ids, tiny_model
 
 LLAMA3_ROPE = {
@@ -95,7 +95,7 @@ def test_bfloat16_is_near_fp32() -> None:
     ids = random_ids(2, 40)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = LayerwiseModel(source, dtype=dtype)
+        model = LayerwiseModel(source, compute=Compute(dtype=dtype))
         hidden = run(model, ids)
         assert hidden.dtype == dtype
         losses.append(model.losses(hidden, ids)[0])
@@ -105,7 +105,7 @@ def test_bfloat16_is_near_fp32() -> None:
 
 def test_chunks_fit_the_memory_limit() -> None:
     per_sequence = 16 * 64 * 4
-    model = LayerwiseModel(StateSource(tiny_model()), memory_limit=6 * per_sequence)
+    model = LayerwiseModel(StateSource(tiny_model()), compute=Compute(memory_limit=6 * per_sequence))
     ids = random_ids(10, 16)
     assert [len(chunk) for chunk in model.chunks(ids)] == [6, 4]
     assert [len(chunk) for chunk in model.chunks(ids, states=3)] == [2] * 5

@@ -14,6 +14,7 @@ from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from tests.state_source import StateSource, random_ids, tiny_model
 
@@ -28,7 +29,7 @@ def test_it_is_the_mean_loss_of_transformers(make_tiny_llama: Callable[..., Path
     ids = tokens.ids.long()
     with torch.no_grad():
         expected = float(AutoModelForCausalLM.from_pretrained(folder)(ids, labels=ids).loss)
-    measured = perplexity(HuggingFaceSource(folder), tokens, batch_size=2)
+    measured = perplexity(HuggingFaceSource(folder), tokens, compute=Compute(batch_size=2))
     assert measured["loss"] == pytest.approx(expected, rel=1e-5)
     assert measured["perplexity"] == math.exp(measured["loss"])
     assert measured["tokens"] == 5 * 29
@@ -45,10 +46,13 @@ def test_a_nemo_copy_has_the_same_perplexity(make_tiny_llama: Callable[..., Path
 def test_neither_batches_nor_sweeps_matter() -> None:
     source, tokens = StateSource(tiny_model()), token_set()
     expected = perplexity(source, tokens)["loss"]
-    assert perplexity(source, tokens, batch_size=1)["loss"] == pytest.approx(expected, rel=1e-6)
+    assert perplexity(source, tokens, compute=Compute(batch_size=1))["loss"] == pytest.approx(expected, rel=1e-6)
     steps: list[tuple[int, int]] = []
     swept = perplexity(
-        source, tokens, memory_limit=2 * 30 * 64 * 4, progress=lambda done, total: steps.append((done, total))
+        source,
+        tokens,
+        compute=Compute(memory_limit=2 * 30 * 64 * 4),
+        progress=lambda done, total: steps.append((done, total)),
     )
     assert swept["loss"] == pytest.approx(expected, rel=1e-6)
     assert swept["tokens"] == 5 * 29

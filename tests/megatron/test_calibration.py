@@ -13,6 +13,7 @@ import torch
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.pruning.search.grid import flops_at
 from nemo_pvs.pruning.search.search import search
 from nemo_pvs.pruning.structured.flap import plan_flap
@@ -32,7 +33,7 @@ SAMPLES = 7
 def measure(batch_size: int = 2) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return the scores, what plans keep by them, and the scores' hash."""
     source = StateSource(tiny_model(num_key_value_heads=4))
-    scores = calibrate(source, token_set(samples=SAMPLES), batch_size=batch_size, gradients=True)
+    scores = calibrate(source, token_set(samples=SAMPLES), compute=Compute(batch_size=batch_size), gradients=True)
     return {name: tensor.numpy() for name, tensor in scores.tensors.items()}, kept(scores), scores.content_hash
 
 

@@ -11,7 +11,7 @@ from nemo_pvs.calibration.gradients import layer_taylor_scores
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.layerwise.model import Compute, LayerwiseModel
 from nemo_pvs.ledger.flops import calibration_flops
 from nemo_pvs.model.shape import LayerSizes, Shape
 from nemo_pvs.pruning.apply import PrunedSource
@@ -154,7 +154,9 @@ def test_measurements_of_uneven_layers_are_those_of_the_whole_model() -> None:
     """Cosines by forward hooks, importance by plain autograd, of a model whose layers all differ."""
     model = uneven_model().double()
     tokens = token_set()
-    layers, similarity = layer_taylor_scores(LayerwiseModel(StateSource(model), dtype=torch.float64), tokens)
+    layers, similarity = layer_taylor_scores(
+        LayerwiseModel(StateSource(model), compute=Compute(dtype=torch.float64)), tokens
+    )
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_hook(
@@ -202,7 +204,7 @@ def test_the_planted_layer_and_units_go_first() -> None:
         drawn.append(iteration)
         return TokenSet(random_ids(6, 24, seed=iteration), {})
 
-    measure = LayerMeasure(draw, "param_first", {})
+    measure = LayerMeasure(draw, "param_first", Compute())
     settings = AdaptPrunerSettings(iterations=25, amplitude=0.02)
     plan = plan_adapt_pruner(source, start.parameters - start.body_parameters // 8, measure, settings)
     sizes = plan.target.layer_sizes

@@ -16,6 +16,7 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.flops import sweep_flops
 from nemo_pvs.model.shape import Shape
@@ -56,7 +57,7 @@ def independent_loss(model: LlamaForCausalLM, removed: range, ids: torch.Tensor,
 @pytest.mark.parametrize("removed", [1, 2, 5])
 def test_brute_force_bit_for_bit(removed: int) -> None:
     model, tokens = six_layers(), token_set()
-    scan = scan_windows(StateSource(model), tokens, removed, batch_size=2)
+    scan = scan_windows(StateSource(model), tokens, removed, compute=Compute(batch_size=2))
     expected = [
         independent_loss(model, range(start, start + removed), tokens.ids, batch_size=2)
         for start in range(LAYERS - removed + 1)
@@ -104,7 +105,11 @@ def test_candidates_and_layer_forwards(removed: int) -> None:
     handle = torch_module.register_module_forward_hook(count)
     try:
         scan = scan_windows(
-            source, tokens, removed, batch_size=4, progress=lambda done, total: steps.append((done, total))
+            source,
+            tokens,
+            removed,
+            compute=Compute(batch_size=4),
+            progress=lambda done, total: steps.append((done, total)),
         )
     finally:
         handle.remove()
@@ -128,10 +133,10 @@ def test_a_smollm2_sized_scan_takes_about_half_of_the_reference() -> None:
 
 def test_several_sweeps_give_the_losses_of_one() -> None:
     source, tokens = StateSource(six_layers()), token_set(samples=8)
-    one = scan_windows(source, tokens, 2, batch_size=2)
+    one = scan_windows(source, tokens, 2, compute=Compute(batch_size=2))
     per_sequence = 25 * 64 * 4
     # Six states (five candidates and the dense model) of two sequences each.
-    several = scan_windows(source, tokens, 2, batch_size=2, memory_limit=6 * 2 * per_sequence)
+    several = scan_windows(source, tokens, 2, compute=Compute(batch_size=2, memory_limit=6 * 2 * per_sequence))
     assert source.reads.count("model.layers.1.mlp.up_proj.weight") == 1 + 4
     assert several.losses == pytest.approx(one.losses, rel=1e-6)
     assert several.layer_forwards == one.layer_forwards
@@ -183,7 +188,7 @@ def test_single_layers_go_by_their_own_losses() -> None:
 def test_a_sweep_over_layers_that_are_left_equals_models_without_the_others() -> None:
     """Layers 1 and 4 are gone already; runs of two of the other four."""
     model, tokens = six_layers(), token_set()
-    sweep = LayerSweep(StateSource(model), tokens, batch_size=2)
+    sweep = LayerSweep(StateSource(model), tokens, compute=Compute(batch_size=2))
     losses, whole = sweep.losses([0, 2, 3, 5], 2, [2, 0])
     for start, kept in ((0, [3, 5]), (2, [0, 2]), (None, [0, 2, 3, 5])):
         smaller = copy.deepcopy(model)

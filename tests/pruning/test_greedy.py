@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.flops import count_forwards
 from nemo_pvs.pruning.apply import PrunedSource
@@ -70,7 +71,9 @@ def brute_force(model: LlamaForCausalLM, ids: torch.Tensor, remove: int, first: 
 )
 def test_brute_force_bit_for_bit(remove: int, first: int, last: int, seed: int) -> None:
     model, tokens = six_layers(seed), token_set()
-    scan = scan_greedy(StateSource(model), tokens, remove, protect_first=first, protect_last=last, batch_size=2)
+    scan = scan_greedy(
+        StateSource(model), tokens, remove, protect_first=first, protect_last=last, compute=Compute(batch_size=2)
+    )
     assert [scan.removed, scan.losses] == brute_force(model, tokens.ids, remove, first, last)
     assert scan.dense_loss == independent_loss(model, range(0), tokens.ids, 2)
 
@@ -138,11 +141,11 @@ def test_a_smollm2_sized_scan_takes_at_most_55_percent_of_the_reference() -> Non
 
 def test_memory_bounds_the_states_that_are_held_at_once() -> None:
     source, tokens = StateSource(six_layers()), token_set(samples=8)
-    whole = scan_greedy(source, tokens, 3, batch_size=2)
+    whole = scan_greedy(source, tokens, 3, compute=Compute(batch_size=2))
     assert source.reads.count("model.embed_tokens.weight") == 3
     # Seven states (six candidates and the dense model) of two sequences; later steps have one and two states fewer,
     # which is too little for three sequences.
-    several = scan_greedy(source, tokens, 3, batch_size=2, memory_limit=7 * 2 * 25 * 64 * 4)
+    several = scan_greedy(source, tokens, 3, compute=Compute(batch_size=2, memory_limit=7 * 2 * 25 * 64 * 4))
     assert source.reads.count("model.embed_tokens.weight") == 3 + 3 * 4
     assert several.removed == whole.removed
     assert several.layer_forwards == whole.layer_forwards

@@ -19,6 +19,7 @@ from nemo_pvs.checkpoints.masks import masks_of
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
 from nemo_pvs.pruning.sparse.sequential import Method, prune_layers
 from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
@@ -99,7 +100,12 @@ def test_layer_by_layer_is_what_whole_models_say(method: Method, calibration: An
                 module.weight.copy_(torch.from_numpy(weight))
     source = StateSource(dense)
     result = prune_layers(
-        source, tokens, method, tmp_path / "work", calibration=calibration, batch_size=4, dtype=torch.float64
+        source,
+        tokens,
+        method,
+        tmp_path / "work",
+        calibration=calibration,
+        compute=Compute(batch_size=4, dtype=torch.float64),
     )
     found = state(result)
     assert found.keys() == expected.keys()
@@ -161,7 +167,9 @@ def test_batches_and_memory_do_not_matter(method: Method, tmp_path: Path) -> Non
     source, tokens = StateSource(tiny_model().double()), token_set(7)
     settings: list[dict[str, Any]] = [{"batch_size": 7}, {"batch_size": 2}, {"batch_size": 7, "memory_limit": 1}]
     results = [
-        state(prune_layers(source, tokens, method, tmp_path / str(index), dtype=torch.float64, **kwargs))
+        state(
+            prune_layers(source, tokens, method, tmp_path / str(index), compute=Compute(dtype=torch.float64, **kwargs))
+        )
         for index, kwargs in enumerate(settings)
     ]
     assert_same(results[0], results[2])
@@ -181,7 +189,7 @@ def test_progress_counts_sequences_through_layers(tmp_path: Path) -> None:
             METHODS[0],
             tmp_path / calibration,
             calibration=calibration,  # type: ignore[arg-type]
-            batch_size=2,
+            compute=Compute(batch_size=2),
             progress=lambda done, total, steps=steps: steps.append((done, total)),
         )
         assert steps == [(done, 6 * passes) for done in range(2, 6 * passes + 1, 2)]
@@ -192,7 +200,7 @@ def test_progress_counts_sequences_through_layers(tmp_path: Path) -> None:
 def test_interrupted_anywhere_and_resumed_it_is_the_same_to_the_bit(calibration: Any, tmp_path: Path) -> None:
     layers = 3
     source, tokens = StateSource(tiny_model(num_hidden_layers=layers)), token_set(4)
-    settings: dict[str, Any] = {"calibration": calibration, "batch_size": 2}
+    settings: dict[str, Any] = {"calibration": calibration, "compute": Compute(batch_size=2)}
     expected = state(prune_layers(source, tokens, METHODS[1], tmp_path / "whole", **settings))
     passes = 2 if calibration == "sequential" else 1
     total = 2 * (passes * layers - passes + 1)  # steps of two of the four sequences
@@ -244,14 +252,14 @@ prune_layers(HuggingFaceSource(model), TokenSet(torch.load(ids, weights_only=Tru
 @pytest.mark.slow
 def test_kill_9(tmp_path: Path) -> None:
     source, tokens = HuggingFaceSource(make_tiny_llama(tmp_path / "model")), token_set(5)
-    expected = state(prune_layers(source, tokens, METHODS[1], tmp_path / "whole", batch_size=1))
+    expected = state(prune_layers(source, tokens, METHODS[1], tmp_path / "whole", compute=Compute(batch_size=1)))
     torch.save(tokens.ids, tmp_path / "ids")
     folder = work_folder(tmp_path / "target")
     command = [sys.executable, "-c", _KILLED, str(tmp_path / "model"), str(tmp_path / "ids"), str(folder)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert read_json(folder / "record.json")["layers_done"] == 1
     first = (folder / "layer-00000" / "weights.safetensors").stat()
-    result = prune_layers(source, tokens, METHODS[1], folder, batch_size=1)
+    result = prune_layers(source, tokens, METHODS[1], folder, compute=Compute(batch_size=1))
     assert_same(state(result), expected)
     assert (folder / "layer-00000" / "weights.safetensors").stat().st_mtime_ns == first.st_mtime_ns
 
@@ -375,8 +383,7 @@ def prune_on_a_rank(model: str, folder: str, interrupt_at: float) -> dict[str, n
                 token_set(7),
                 SparseGPT(Sparsity.parse("2:4")),
                 Path(folder),
-                batch_size=2,
-                dtype=torch.float64,
+                compute=Compute(batch_size=2, dtype=torch.float64),
                 progress=progress,
             )
         except KeyboardInterrupt:
@@ -391,7 +398,11 @@ def test_two_ranks(tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "model", dtype=torch.float32)
     one = state(
         prune_layers(
-            HuggingFaceSource(model), token_set(7), METHODS[1], tmp_path / "one", batch_size=2, dtype=torch.float64
+            HuggingFaceSource(model),
+            token_set(7),
+            METHODS[1],
+            tmp_path / "one",
+            compute=Compute(batch_size=2, dtype=torch.float64),
         )
     )
     whole = run_ranks(2, prune_on_a_rank, str(model), str(tmp_path / "two"), 1.0)

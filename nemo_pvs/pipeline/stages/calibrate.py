@@ -29,7 +29,9 @@ def calibrate(run: RunFolder) -> Stage[ScoresRecord]:
     def work() -> ScoresRecord:
         tokens = run.calibration_tokens(settings.samples)
         with progress("calibrate", "layers") as show:
-            scores = measure_importance(run.parent_source, tokens, gradients=gradients, **run.compute, progress=show)
+            scores = measure_importance(
+                run.parent_source, tokens, gradients=gradients, compute=run.compute, progress=show
+            )
         scores.save(folder)
         return ScoresRecord(scores.content_hash, tokens.ids.numel())
 

@@ -44,7 +44,7 @@ def evaluate(run: RunFolder, label: str, path: Path) -> Stage[EvaluationRecord]:
 
     def measure(text: str, tokens: TokenSet) -> Measured:
         with progress(f"{text} loss of {label}", "layers") as show:
-            return Measured.from_json(perplexity(open_source(path), tokens, **run.compute, progress=show))
+            return Measured.from_json(perplexity(open_source(path), tokens, run.compute, progress=show))
 
     def work() -> EvaluationRecord:
         test = TokenSet.from_token_file(

@@ -189,7 +189,7 @@ class _Round:
 
         def scores() -> Scores:
             with progress("calibrate", "layers") as show:
-                return calibrate(source, draw(0), **run.compute, progress=show)
+                return calibrate(source, draw(0), compute=run.compute, progress=show)
 
         def no_task() -> Any:
             raise UserError("stages cannot choose layers by a task; leave out task, or stages.")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.data.tokenize import load_tokenizer
-from nemo_pvs.evaluation.checkpoint import Checkpoint, Compute
+from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
 from nemo_pvs.evaluation.continuations import NAME, check_continuations, write_continuations
 from nemo_pvs.evaluation.measure import measure
 from nemo_pvs.evaluation.requests import EvaluationRequest, parse_tasks
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.task_score import task_score
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.pipeline.folder import RunFolder
 from nemo_pvs.pipeline.records import TasksRecord, evaluation_stage
 from nemo_pvs.pipeline.stage import Inputs, Stage
@@ -65,7 +65,7 @@ def measure_tasks(
     test: Path,
     tokenizer: Path,
     folder: Path,
-    compute: Mapping[str, Any],
+    compute: Compute,
 ) -> None:
     """Evaluate every model; answers that are already stored are reused.
 
@@ -85,7 +85,7 @@ def measure_tasks(
         [Checkpoint(str(path), "transformers") for path in models],
         EvaluationRequest.parse(",".join(tasks), ["none"]),
         Store(folder),
-        Compute(**compute),
+        Engine(compute),
         task_data=Path(settings.task_data),
         limit=settings.task_limit,
     )
@@ -127,7 +127,7 @@ def check_questions(recipe: Recipe, test: Path, calibration: Path, tokenizer: Pa
             check_continuations(text, load_tokenizer(tokenizer), limit or _QUESTIONS)
 
 
-def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, compute: Mapping[str, Any]) -> TaskScorer:
+def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, compute: Compute) -> TaskScorer:
     """Return the scorer that measures candidates by a target's task.
 
     Args:
@@ -141,9 +141,8 @@ def search_score(target: Target, text: Path, tokenizer: Path, folder: Path, comp
         UserError: a task or its data do not exist here.
     """
     tasks = _with_questions(_tasks_of(target), text, tokenizer, folder, task_limit_of(target))
-    where = {name: compute[name] for name in ("dtype", "device") if name in compute}
     data = Path(target.task_data or TASK_DATA)
-    return task_score(",".join(tasks), tokenizer, data, limit=task_limit_of(target), **where)
+    return task_score(",".join(tasks), tokenizer, data, limit=task_limit_of(target), compute=compute)
 
 
 def reads_text(target: Target) -> bool:

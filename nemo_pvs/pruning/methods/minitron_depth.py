@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
@@ -49,7 +49,6 @@ def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
         return plan_task(by_task, compat=options.compat)
     if options.task_limit is not None:
         raise UserError("--task-limit needs --task; give both, or neither.")
-    text: dict[str, Any] = {**request.compute}
     with request.progress(f"scan layers ({options.search})", "layer passes") as show:
         if options.search in GREEDY:
             first, last = protected_ends(options.search, options.protect_first, options.protect_last)
@@ -59,12 +58,12 @@ def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
                 remove,
                 protect_first=first,
                 protect_last=last,
-                **text,
+                compute=request.compute,
                 progress=show,
             )
             return plan_greedy(greedy, options.search)
         width = 1 if options.search == "individual" else remove
-        scan = scan_windows(request.source, request.tokens(), width, **text, progress=show)
+        scan = scan_windows(request.source, request.tokens(), width, compute=request.compute, progress=show)
     if options.search == "individual":
         return plan_individual(scan, remove, **options.given("protect_first", "protect_last"))
     plan = plan_depth(scan, compat=options.compat)

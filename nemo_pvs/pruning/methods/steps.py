@@ -157,7 +157,7 @@ def layer_by_layer(request: PruneRequest[Any], method: Any) -> Pruned:
             request.work_folder,
             calibration="sequential" if request.options.sequential else "dense",
             overwrite=request.overwrite,
-            **request.compute,
+            compute=request.compute,
             progress=show,
             warn=request.say,
         )

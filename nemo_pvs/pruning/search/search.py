@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import MEMORY_LIMIT
+from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.flops import sweep_tokens
 from nemo_pvs.model.shape import Shape
@@ -87,10 +86,7 @@ def search(
     retrain_best: int = 3,
     retrained: str = "",
     state: Path | None = None,
-    batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    memory_limit: int = MEMORY_LIMIT,
+    compute: Compute = ON_CPU,
     progress: Callable[[int, int], None] | None = None,
 ) -> Ranking:
     """Rank architectures by the loss right after pruning and, if wanted, after a short retraining.
@@ -116,10 +112,7 @@ def search(
         retrain_best: How many candidates are retrained, the best before.
         retrained: What distinguishes one way of retraining from another, for ``state``.
         state: A JSON file that each result is saved to; a search that was interrupted goes on from it.
-        batch_size: Sequences a batch.
-        dtype: Computing type.
-        device: Where layers run.
-        memory_limit: Bytes for hidden states.
+        compute: Where and how layers run.
         progress: Called with (layers run, in all), a candidate counting as many layers as the parent.
 
     Raises:
@@ -135,7 +128,7 @@ def search(
         "tokens": tokens.manifest,
         "aggregation": aggregation,
         "layer_order": None if layer_order is None else list(layer_order),
-        "dtype": str(dtype),
+        "dtype": str(compute.dtype),
     }
     known = _Known(state, settings)
     total = (len(probes) + shortlist) * parent.layers
@@ -148,10 +141,7 @@ def search(
         measured = perplexity(
             PrunedSource(source, plan(shape)),
             tokens,
-            batch_size,
-            dtype=dtype,
-            device=device,
-            memory_limit=memory_limit,
+            compute,
             # Text that does not fit takes several sweeps over the layers.
             progress=progress and (lambda done, of: progress((len(run) * of + done) * parent.layers // of, total)),
         )

@@ -20,7 +20,7 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.layerwise.model import ON_CPU, Compute, LayerwiseModel
 from nemo_pvs.model.layout import Entry
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.sparse.pruned_layers import PrunedMatrices, SparseSource
@@ -72,10 +72,7 @@ def prune_layers(
     folder: Path,
     *,
     calibration: Literal["sequential", "dense"] = "sequential",
-    batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    memory_limit: int = MEMORY_LIMIT,
+    compute: Compute = ON_CPU,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] = lambda _: None,
@@ -92,10 +89,7 @@ def prune_layers(
         folder: Where the pruned layers are written (``work_folder``); the result reads them from there.
         calibration: ``sequential``, or ``dense``: every layer gets its inputs in the dense model, which saves one pass
             per layer and is not what the papers do.
-        batch_size: Sequences per batch; affects speed and memory, and the result only by rounding.
-        dtype: Compute dtype of the layers; statistics are at least fp32.
-        device: Where layers run.
-        memory_limit: Bytes of embedded text at once.
+        compute: Where and how layers run.
         overwrite: Start over if ``folder`` belongs to a pruning with other settings.
         progress: Called with (sequences passed through a layer, their total), for this rank.
         warn: Called with one sentence that begins with the layer.
@@ -104,7 +98,7 @@ def prune_layers(
         UserError: the tokens do not fit the model, the pattern does not divide a matrix, activations are not finite
             (names the layer), or ``folder`` belongs to another pruning.
     """
-    model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
+    model = LayerwiseModel(source, compute)
     inputs: dict[int, list[Entry]] = {layer: [] for layer in range(model.shape.layers)}
     for entry in prunable(source, method.sparsity):
         inputs[entry.layer or 0].append(entry)
@@ -115,20 +109,20 @@ def prune_layers(
         "model": fingerprint(source),
         "tokens": sha256_bytes(tokens.ids.contiguous().numpy().tobytes()),
         "samples": len(tokens.ids),
-        "batch_size": batch_size,
-        "dtype": str(dtype),
-        "device": torch.device(device).type,
+        "batch_size": compute.batch_size,
+        "dtype": str(compute.dtype),
+        "device": torch.device(compute.device).type,
         "ranks": ranks.world_size(),
     }
     size = (*ids.shape, model.shape.hidden)
     with WorkFolder(folder, model.shape.layers, settings, overwrite=overwrite) as work:
-        passes = _Passes(model, batch_size, len(ids), work.layers_done, calibration, progress)
+        passes = _Passes(model, compute.batch_size, len(ids), work.layers_done, calibration, progress)
         if work.layers_done == 0:
-            _embed(model, ids, work.states(0, size, dtype, new=True))
+            _embed(model, ids, work.states(0, size, compute.dtype, new=True))
         for index in range(work.layers_done, model.shape.layers):
             layer = model.layer(index)
-            before = work.states(index, size, dtype)
-            after = work.states(index + 1, size, dtype, new=True) if index + 1 < model.shape.layers else None
+            before = work.states(index, size, compute.dtype)
+            after = work.states(index + 1, size, compute.dtype, new=True) if index + 1 < model.shape.layers else None
             with _watching(layer, inputs[index], method, model.shape, stop=calibration != "dense") as statistics:
                 passes.run(layer, before, after if calibration == "dense" else None)
             matrices: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

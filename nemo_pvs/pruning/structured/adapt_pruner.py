@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import LayerwiseModel
+from nemo_pvs.layerwise.model import Compute, LayerwiseModel
 from nemo_pvs.ledger.flops import calibration_flops
 from nemo_pvs.model.shape import LayerSizes, Shape
 from nemo_pvs.pruning.apply import PrunedSource
@@ -249,13 +249,13 @@ class LayerMeasure:
     Megatron.
     """
 
-    def __init__(self, draw: Callable[[int], TokenSet], metric: str, compute: Mapping[str, Any]) -> None:
+    def __init__(self, draw: Callable[[int], TokenSet], metric: str, compute: Compute) -> None:
         """Prepare.
 
         Args:
             draw: Returns the text of an iteration, from 0.
             metric: One of ``calibration.taylor.METRICS``.
-            compute: Keyword arguments of ``LayerwiseModel``.
+            compute: Where and how layers run.
 
         Raises:
             UserError: the metric is unknown.
@@ -273,7 +273,7 @@ class LayerMeasure:
     def __call__(self, source: WeightSource, iteration: int) -> Measured:
         """Measure a model on the iteration's text."""
         tokens = self._draw(iteration)
-        model = LayerwiseModel(source, **self._compute)
+        model = LayerwiseModel(source, self._compute)
         layers, similarity = layer_taylor_scores(model, tokens)
         self.tokens += tokens.ids.numel()
         self.flops += calibration_flops(model.shape, tokens.ids.numel(), tokens.ids.shape[1], gradients=True)

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import MEMORY_LIMIT
+from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.ledger.flops import sweep_flops, sweep_tokens, window_scan_cost
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.plan import Plan, whole_layers
@@ -85,10 +83,7 @@ def scan_windows(
     tokens: TokenSet,
     remove: int,
     *,
-    batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    memory_limit: int = MEMORY_LIMIT,
+    compute: Compute = ON_CPU,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
     """Measure the loss without each run of ``remove`` layers, in one sweep over the layers (``LayerSweep``).
@@ -97,11 +92,7 @@ def scan_windows(
         source: The dense model.
         tokens: Text to predict.
         remove: Layers to remove (k), 1 to L - 1.
-        batch_size: Sequences per batch.
-        dtype: Compute dtype.
-        device: Where layers run.
-        memory_limit: Bytes for hidden states, of which there is a copy per candidate; text that exceeds it is read in
-            several sweeps.
+        compute: Where and how layers run.
         progress: Called with (layer forwards done, their total).
 
     Raises:
@@ -114,10 +105,7 @@ def scan_windows(
     sweep = LayerSweep(
         source,
         tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        memory_limit=memory_limit,
+        compute,
         on_forward=progress and (lambda done: progress(round(done), forwards)),
     )
     losses, dense_loss = sweep.losses(range(layers), remove, starts)

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import MEMORY_LIMIT
+from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.ledger.flops import greedy_scan_cost, sweep_flops, sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.plan import Indices, Plan
@@ -93,10 +91,7 @@ def scan_greedy(
     *,
     protect_first: int = 0,
     protect_last: int = 0,
-    batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    memory_limit: int = MEMORY_LIMIT,
+    compute: Compute = ON_CPU,
     progress: Callable[[int, int], None] | None = None,
 ) -> GreedyScan:
     """Remove ``remove`` layers one by one, each time the one without which the loss is lowest; ties go to the first.
@@ -111,11 +106,7 @@ def scan_greedy(
         remove: Layers to remove (k), 1 to L - 1.
         protect_first: Layers at the input that are always kept; SLEB keeps 1.
         protect_last: Layers at the output that are always kept; SLEB keeps 1.
-        batch_size: Sequences per batch.
-        dtype: Compute dtype.
-        device: Where layers run.
-        memory_limit: Bytes for hidden states, of which there is a copy per candidate; text that exceeds it is read in
-            several sweeps per step.
+        compute: Where and how layers run.
         progress: Called with (layer forwards done, their total).
 
     Raises:
@@ -127,10 +118,7 @@ def scan_greedy(
     sweep = LayerSweep(
         source,
         tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        memory_limit=memory_limit,
+        compute,
         on_forward=progress and (lambda done: progress(round(done), forwards)),
     )
     layers = list(range(count))

@@ -11,7 +11,7 @@ from torch import nn
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.model import MEMORY_LIMIT, LayerwiseModel
+from nemo_pvs.layerwise.model import ON_CPU, Compute, LayerwiseModel
 from nemo_pvs.system import ranks
 
 
@@ -29,11 +29,8 @@ class LayerSweep:
         self,
         source: WeightSource,
         tokens: TokenSet,
+        compute: Compute = ON_CPU,
         *,
-        batch_size: int = 8,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        memory_limit: int = MEMORY_LIMIT,
         on_forward: Callable[[float], None] | None = None,
     ) -> None:
         """Prepare without computing anything.
@@ -41,18 +38,14 @@ class LayerSweep:
         Args:
             source: The dense model.
             tokens: Text to predict.
-            batch_size: Sequences per batch.
-            dtype: Compute dtype.
-            device: Where layers run.
-            memory_limit: Bytes for hidden states, of which there is a copy per candidate; text that exceeds it is read
-                in several passes over the layers.
+            compute: Where and how layers run; there is a copy of the hidden states per candidate.
             on_forward: Called with ``layer_forwards`` after each layer forward.
         """
-        self.model = LayerwiseModel(source, dtype=dtype, device=device, memory_limit=memory_limit)
+        self.model = LayerwiseModel(source, compute)
         self.layer_forwards = 0.0
         """Passes of this rank's text through a decoder layer so far; a part of the text counts as a fraction."""
         self._ids = ranks.split(tokens.ids)
-        self._batch_size = batch_size
+        self._batch_size = compute.batch_size
         self._on_forward = on_forward
 
     def losses(
