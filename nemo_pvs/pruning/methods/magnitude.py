@@ -1,4 +1,4 @@
-"""Magnitude pruning: single weights by |W|."""
+"""Magnitude pruning: single weights by |W| (Han et al., 1506.02626)."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def _prune(request: PruneRequest[MagnitudeOptions]) -> Pruned:
 METHOD = Method(
     name="magnitude",
     removes="single weights by |W|",
+    paper="1506.02626",
     options=MagnitudeOptions,
     prune=_prune,
     expected=expected_masked,
