@@ -16,7 +16,7 @@ from random import Random
 from types import FrameType
 from unittest import mock
 
-from nemo_pvs.cli.main import main
+from nemo_pvs.cli import main
 from nemo_pvs.errors import UserError
 
 _MEMORY = 2 << 30

@@ -39,7 +39,7 @@ def test_the_same_seed_is_the_same_case(workshop: Workshop, tmp_path: Path) -> N
 @pytest.mark.parametrize("fault", ["traceback", "left behind", "more than a sentence", "memory", "check"])
 def test_the_fuzz_sees_what_it_is_for(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """With faults put into a command; without one it is refused as it should be."""
-    from nemo_pvs.cli.main import main
+    from nemo_pvs.cli import main
 
     def faulty(arguments: list[str], standalone_mode: bool) -> None:
         out = Path(arguments[-1])

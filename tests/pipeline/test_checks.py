@@ -103,7 +103,7 @@ def test_masks_are_not_learned_on_what_the_parent_has_read(values, tmp_path):
     values["data"]["token_ranges"] = {"pruned": [512, 1e9]}
     learn = {"tokens": 256, "first_token": 256, "global_batch_size": 4}
     values["targets"] = {"masks": {"method": "sheared-llama", "ffn": 48, "learn": learn}}
-    _refused(values, tmp_path / "run", "between 256 and 512 already")
+    _refused(values, tmp_path / "run", "on tokens of this data between 256 and 512; start after them")
 
 
 def test_text_that_must_be_tokenised_first(values, tmp_path):
@@ -115,7 +115,7 @@ def test_text_that_must_be_tokenised_first(values, tmp_path):
     _train_parent(source, 4)
     del source["data"]["token_files"]
     source["parent"]["pretraining_tokens"] = 0
-    with pytest.raises(UserError, match="between 0 and 2,048 already"):
+    with pytest.raises(UserError, match="between 0 and 2,048; start after them"):
         Pipeline(parse_recipe(source, "test"), tmp_path / "other").prepare()
     assert not {path.name for path in (tmp_path / "other").iterdir()} & {"scores", "pruned", "random"}
 

@@ -234,6 +234,7 @@ import torch
 torch.set_num_threads(1)
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.pruning.sparse.sequential import prune_layers
 from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
@@ -245,7 +246,7 @@ def die(done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 prune_layers(HuggingFaceSource(model), TokenSet(torch.load(ids, weights_only=True), {}),
-             SparseGPT(Sparsity.parse("2:4")), folder, batch_size=1, progress=die)
+             SparseGPT(Sparsity.parse("2:4")), folder, compute=Compute(batch_size=1), progress=die)
 """
 
 
