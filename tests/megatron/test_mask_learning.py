@@ -21,7 +21,7 @@ from nemo_pvs.pruning.learned.sheared import sheared_plan
 from nemo_pvs.recipe.sheared import MaskLearning
 from nemo_pvs.training.job import LearnedMasks, TrainingJob
 from tests.conftest import save_tiny_tokenizer
-from tests.megatron.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
+from tests.megatron.jobs import SEQUENCE, VALIDATION_SAMPLES, accumulating, tiny_job
 from tests.megatron.test_masks import Die, Run, _record_batches, _run
 from tests.pruning.gated_llama import gated
 from tests.state_source import as_transformers, tiny_model
@@ -56,7 +56,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
         checkpoints=4,
     )
     target = shape_of(NemoSource(made.initial)).replace(hidden=48, ffn=60, kv_groups=1, layers=3)
-    return replace(made, masks=LearnedMasks(target, HOW))
+    return accumulating(replace(made, masks=LearnedMasks(target, HOW)))
 
 
 @pytest.fixture(scope="module")
