@@ -327,11 +327,31 @@ def _released_by_signals() -> Iterator[None]:
     mine = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     for number in mine:
         signal.signal(number, end)
+    _handled.update(mine)
     try:
         yield
     finally:
+        _handled.difference_update(mine)
         for number in mine:
             signal.signal(number, signal.SIG_DFL)
+
+
+_handled: set[int] = set()
+"""Signals that ``_released_by_signals`` handles in this process."""
+
+
+def _handle_nothing_in_child() -> None:
+    """Give these signals their default effect in a forked child, which has no lock to remove.
+
+    Python calls a handler only when it runs bytecode: a worker that SIGTERM reaches just before it waits for a
+    semaphore would wait forever, and with it whoever terminates a pool of such workers, as lm-eval does.
+    """
+    for number in _handled:
+        signal.signal(number, signal.SIG_DFL)
+    _handled.clear()
+
+
+os.register_at_fork(after_in_child=_handle_nothing_in_child)
 
 
 def _stop_at_once(base: Path) -> None:

@@ -318,3 +318,17 @@ def test_two_writers_of_one_file(tmp_path):
         threading.excepthook = hook
     assert not failed
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_forked_child_is_ended_by_signals_at_once(tmp_path):
+    """A handler of Python's would not run while the child waits for a semaphore, as workers of a pool do."""
+    with folder_lock.locked_folder(tmp_path):
+        handled = [number for number in folder_lock._SIGNALS if signal.getsignal(number) != signal.SIG_DFL]
+        assert signal.SIGTERM in handled
+        child = os.fork()
+        if not child:
+            os._exit(sum(signal.getsignal(number) != signal.SIG_DFL for number in handled))
+        assert os.waitpid(child, 0)[1] == 0
+        assert all(signal.getsignal(number) != signal.SIG_DFL for number in handled), (
+            "the holder still removes its lock"
+        )
