@@ -114,7 +114,7 @@ def prune(
     target_folder = Path(target_folder)
     chosen = method_named(method)
     found = _sizes(target)
-    if not chosen.trains:  # it has a sentence of its own, whatever the options
+    if not chosen.trains:  # such a method answers with its own message, whatever the options
         asked: Any = chosen.options.parse(method, {**options, **found.sizes}, "--{}")
     else:
         asked = chosen.options()

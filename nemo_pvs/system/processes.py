@@ -47,7 +47,7 @@ def heeding_interrupts() -> Iterator[None]:
 def hidden_main_module() -> Iterator[None]:
     """Let processes that are spawned within the block import only what they need, not the program's main module.
 
-    Otherwise each of them runs the user's script again, unless all of it stands behind ``if __name__ == "__main__"``.
+    Otherwise each of them runs the user's script again, unless it is guarded by ``if __name__ == "__main__"``.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

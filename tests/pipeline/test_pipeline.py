@@ -317,7 +317,7 @@ def test_layers_are_chosen_by_a_task_of_the_run_s_own_text(values, tmp_path):
     assert Plan.load(pipeline.pruned("depth") / "plan.json").keep_layers == plan_task(scan).keep_layers
     spent = pipeline.records.pruned("depth").search
     assert spent == Spent(scan.tokens, scan.flops, scores=list(scan.scores))
-    assert spent.tokens >= 4 * 6 * 4 * 32, "4 models, 6 questions with 4 endings behind 32 tokens"
+    assert spent.tokens >= 4 * 6 * 4 * 32, "4 models, 6 questions with 4 endings after 32 tokens"
     pruned, _ = pipeline.recipe.runs
     ledger = run_ledger(pipeline, pruned, open_source(pipeline.initial("depth", "pruned")))
     assert ledger.total.tokens == 1e6 + spent.tokens + 2048
