@@ -97,7 +97,7 @@ def load_tasks(requests: Sequence[TaskRequest], data: Path) -> list[LoadedTask]:
 
 
 def _known_tasks(folder: Path | None) -> TaskManager:
-    """Return lm-eval's index of a folder's tasks, or its built-in one (some 14,000 files, so read once per process)."""
+    """Return lm-eval's index of a folder's tasks, or its built-in one (14,000 files, so read once per process)."""
     return _own_tasks() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
 
