@@ -32,15 +32,6 @@ def _fast(monkeypatch):
     monkeypatch.setattr(folder_lock, "_SECONDS_TO_WRITE", 0.1)
 
 
-@pytest.fixture(autouse=True)
-def _default_signals() -> Iterator[None]:
-    """Under nohup, SIGHUP would be ignored here and in the processes that the tests start."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in folder_lock._SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start another command that works in a folder until it is told something."""
