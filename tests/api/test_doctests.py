@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import doctest
 import inspect
 import subprocess
@@ -27,25 +28,41 @@ def examples_of(name: str, namespace: dict[str, Any]) -> doctest.DocTest:
     return test
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in TRAINS])
-def test_the_example_in_a_docstring_runs(
-    name: str, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(console, "quiet", name in TALKS)
+def run_examples(name: str, namespace: dict[str, Any]) -> None:
     said: list[str] = []
     runner = doctest.DocTestRunner()
     runner.run(examples_of(name, namespace), out=said.append)
     assert runner.summarize(verbose=False).failed == 0, "".join(said)
 
 
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in TRAINS])
+def test_the_example_in_a_docstring_runs(
+    name: str, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "quiet", name in TALKS)
+    run_examples(name, namespace)
+
+
 @pytest.mark.slow
 @pytest.mark.parallel
-@pytest.mark.parametrize("name", sorted(TRAINS))
-def test_the_example_of_what_trains_runs_from_a_notebook(name: str, namespace: dict[str, Any], tmp_path: Path) -> None:
+def test_the_example_of_run_runs_in_an_event_loop(
+    namespace: dict[str, Any], forked_launcher: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "quiet", True)
+
+    async def cell() -> None:
+        run_examples("run", namespace)
+
+    asyncio.run(cell())
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_the_example_of_train_runs_from_a_notebook(namespace: dict[str, Any], tmp_path: Path) -> None:
     """In a coroutine, as in a notebook, from a script without a main guard; its ranks are processes of their own."""
     lines = [f"{name} = pathlib.Path({str(path)!r})" for name, path in namespace.items()]
     wanted = []
-    for example in examples_of(name, namespace).examples:
+    for example in examples_of("train", namespace).examples:
         shown = bool(example.want)
         lines += [f"print(repr(({example.source.strip()})))"] if shown else example.source.splitlines()
         wanted += [example.want.strip()] if shown else []
