@@ -1,7 +1,5 @@
 """NeMo's own command with this package as an installed plugin: from a wheel, in a folder of its own."""
 
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_tiny_llama
+from tests.forked_commands import forked_commands
 
 pytestmark = pytest.mark.slow
 
@@ -37,67 +36,29 @@ def installed(tmp_path_factory) -> Path:
     return folder
 
 
-_SERVER = """
-import gc, json, os, runpy, sys, traceback
-import nemo.collections.llm
-gc.freeze()
-for line in sys.stdin:
-    script, arguments, environment, output = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.environ.update(environment)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.argv = [script, *arguments]
-        code = 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-os._exit(0)
-"""
-
-
 @pytest.fixture(scope="module")
 def nemo(installed, tmp_path_factory) -> Iterator[Callable[..., str]]:
     """Run the ``nemo`` script as somebody would who has installed the wheel, outside of the checkout.
 
-    Each command is a process of its own, forked from one that has imported NeMo, and nothing of ours.
+    Each command is forked from a process that has imported NeMo, and nothing of ours.
     """
     environment = {
-        **os.environ,
         "PYTHONPATH": str(installed),
         "COLUMNS": "250",
         "NEMORUN_HOME": str(installed / "home"),
         # What launch/README.md asks for on a machine with the CUDA toolkit and no device; it means nothing elsewhere.
         "TORCH_CUDA_ARCH_LIST": "9.0",
     }
-    script = str(Path(sys.executable).with_name("nemo"))
-    outputs = tmp_path_factory.mktemp("outputs")
-    with subprocess.Popen(
-        [sys.executable, "-c", _SERVER],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=installed,
-    ) as server:  # fmt: skip
+    script = Path(sys.executable).with_name("nemo")
+    folder = tmp_path_factory.mktemp("commands") / "outputs"
+    with forked_commands(folder, "nemo.collections.llm", cwd=installed, environment=environment) as run:
 
-        def run(*arguments: object, **variables: str) -> str:
-            output = outputs / str(len(os.listdir(outputs)))
-            print(
-                json.dumps([script, list(map(str, arguments)), variables, str(output)]), file=server.stdin, flush=True
-            )
-            code = server.stdout.readline()
-            assert code.strip() == "0", output.read_text()[-4000:]
-            return output.read_text()
+        def nemo(*arguments: object, **variables: str) -> str:
+            done = run(script, *arguments, **variables)
+            assert done.code == 0, done.output[-2000:] + done.errors[-2000:]
+            return done.output
 
-        yield run
-        server.stdin.close()
+        yield nemo
 
 
 def test_the_wheel_holds_recipes_profiles_and_tables(installed):

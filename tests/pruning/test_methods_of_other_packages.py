@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import make_tiny_llama
+from tests.forked_commands import ForkedCommands, forked_commands
 from tests.pipeline.test_pipeline import tiny_values
 
 TOY = '''
@@ -22,7 +24,6 @@ from __future__ import annotations
 from nemo_pvs.pruning.method import Expected, Method
 from nemo_pvs.pruning.methods.steps import planned
 from nemo_pvs.pruning.options import Options, Positive, option
-from nemo_pvs.pruning.plan import whole_layers
 
 
 class ToyOptions(Options):
@@ -56,13 +57,16 @@ METHOD = Method(
     expected=lambda options, parent: Expected(_target(options, parent), exact=True),
     reads_text=False,
 )
-'''.replace("from nemo_pvs.pruning.plan import whole_layers\n", "")
+'''
 
 
-@pytest.fixture(name="toy")
-def toy_fixture(tmp_path: Path) -> Path:
-    """A folder on the path of Python with a package as pip installs it."""
-    return install(tmp_path / "site-packages", "toy.py", TOY, "toy:METHOD")
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCommands]:
+    """Run Python where a package is installed as pip does it."""
+    folder = tmp_path_factory.mktemp("toy")
+    site = install(folder / "site-packages", "toy.py", TOY, "toy:METHOD")
+    with forked_commands(folder / "outputs", "nemo_pvs.api.prune", environment=environment(site)) as run:
+        yield run
 
 
 def install(site: Path, module: str, code: str, entry: str) -> Path:
@@ -74,30 +78,27 @@ def install(site: Path, module: str, code: str, entry: str) -> Path:
     return site
 
 
-def python(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{Path.cwd()}", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
+def environment(site: Path) -> dict[str, str]:
+    return {"PYTHONPATH": f"{site}{os.pathsep}{Path.cwd()}", "COLUMNS": "200"}
 
 
-def test_the_command_has_it_with_its_options(toy: Path, tmp_path: Path) -> None:
+def test_the_command_has_it_with_its_options(python: ForkedCommands, tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "model")
     pvs = ("-m", "nemo_pvs.cli")
-    done = python(toy, *pvs, "prune", model, tmp_path / "small", "--method", "toy", "--last", 3, "--keep-one-more")
-    assert done.returncode == 0, done.stderr
-    assert "2 layers" in done.stdout
+    done = python(*pvs, "prune", model, tmp_path / "small", "--method", "toy", "--last", 3, "--keep-one-more")
+    assert done.code == 0, done.errors
+    assert "2 layers" in done.output
     for refused, sentence in (
         (("--last", 0), "--last is 0; it should be greater than or equal to 1."),
         (("--ratio", 0.5), "toy has no --ratio; its options are --last, --keep-one-more."),
     ):
-        done = python(toy, *pvs, "prune", model, tmp_path / "other", "--method", "toy", *refused)
-        assert (done.returncode, done.stderr) == (2, f"pvs: {sentence}\n")
-    assert "layers to remove at the output" in python(toy, *pvs, "prune", "--help").stdout
-    assert "the last layers" in python(toy, *pvs, "methods").stdout
+        done = python(*pvs, "prune", model, tmp_path / "other", "--method", "toy", *refused)
+        assert (done.code, done.errors) == (2, f"pvs: {sentence}\n")
+    assert "layers to remove at the output" in python(*pvs, "prune", "--help").output
+    assert "the last layers" in python(*pvs, "methods").output
 
 
-def test_a_recipe_has_it(toy: Path, tmp_path: Path) -> None:
+def test_a_recipe_has_it(python: ForkedCommands, tmp_path: Path) -> None:
     values = tiny_values(tmp_path)
     values["targets"] = {"toy": {"method": "toy", "last": 1}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -118,8 +119,8 @@ def test_a_recipe_has_it(toy: Path, tmp_path: Path) -> None:
         assert shape_of(open_source(pipeline.pruned("toy") / "huggingface")).layers == 3
         """
     )
-    done = python(toy, "-c", script)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", script)
+    assert done.code == 0, done.errors
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,10 @@ def test_a_recipe_has_it(toy: Path, tmp_path: Path) -> None:
 )
 def test_one_that_is_broken_is_left_out_and_named(tmp_path: Path, code: str, why: str) -> None:
     site = install(tmp_path / "site-packages", "toy.py", code, "toy:METHOD")
-    done = python(site, "-m", "nemo_pvs.cli", "methods")
+    command = [sys.executable, "-W", "ignore", "-m", "nemo_pvs.cli", "methods"]
+    done = subprocess.run(
+        command, env={**os.environ, **environment(site)}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     said = f"The method toy of the package toy-method is left out: {why}; repair or uninstall the package."
     assert said in done.stdout + done.stderr
