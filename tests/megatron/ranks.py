@@ -6,12 +6,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_pvs.system.processes import die_with_parent
+from tests.conftest import Outcome
 
 _PRELOAD = ["tests.megatron.preload"]
 _SECONDS = 300
@@ -80,6 +83,33 @@ def _rank(sender: Any, rank: int, world_size: int, port: int, function: Callable
         sender.send((traceback.format_exc()[-3000:], None))
     # Megatron's and gloo's threads need not be unwound.
     os._exit(0)
+
+
+def pvs_on_ranks(world_size: int, *arguments: object) -> Outcome:
+    """Run ``pvs`` on ranks in the environment of torchrun: the worst code, and what all of them print."""
+    with tempfile.TemporaryDirectory() as folder:
+        codes = run_ranks(world_size, _pvs, list(map(str, arguments)), Path(folder))
+        said = ["".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{end}"))) for end in ("out", "err")]
+    return Outcome(max(codes), *said)
+
+
+def _pvs(arguments: list[str], folder: Path) -> int:
+    from nemo_pvs.cli.main import main
+    from nemo_pvs.system.progress import console
+
+    console.quiet = os.environ["RANK"] != "0"  # as at its import, which was in the server, where there are no ranks
+    rank = os.environ["RANK"]
+    for number, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{rank}.{end}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["pvs", *arguments]
+    code = 0
+    try:
+        main()
+    except SystemExit as end_of_command:
+        code = int(end_of_command.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def _free_port() -> int:

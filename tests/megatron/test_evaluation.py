@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +26,7 @@ from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import Outcome
 from tests.evaluation.models import TASKS, VOCAB, save_byte_model, save_byte_tokenizer
 from tests.families import save_tiny
-from tests.megatron.ranks import run_ranks
+from tests.megatron.ranks import pvs_on_ranks, run_ranks
 from tests.megatron.test_logits import LLAMA31
 from tests.uneven_model import BIASES, make_uneven_llama
 
@@ -202,17 +200,14 @@ def test_smollm2_answers_every_request_alike(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_verb_under_torchrun(pvs, tmp_path):
+def test_the_verb_on_ranks(pvs, tmp_path):
     """Tensor parallel on Megatron, and alone on transformers: the same table, one rank talking."""
     model = save_byte_model(tmp_path / "model")
     write_nemo(HuggingFaceSource(model), tmp_path / "nemo")
     options = ["--tasks", TASKS, "--perplexity", TASKS / "letters.jsonl", "--sequence-length", 32]
 
-    def torchrun(*arguments: object) -> Outcome:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += ["-m", "nemo_pvs.cli", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-        return Outcome(done.returncode, done.stdout, done.stderr)
+    def on_ranks(*arguments: object) -> Outcome:
+        return pvs_on_ranks(2, *arguments)
 
     def evaluate(run: Callable[..., Outcome], out: str, *more: object) -> dict[str, Any]:
         done = run("evaluate", *options, *more, "--out", tmp_path / out)
@@ -220,7 +215,7 @@ def test_the_verb_under_torchrun(pvs, tmp_path):
         assert done.output.count("Results:") == 1
         return json.loads((tmp_path / out / "results.json").read_text())["models"][0]
 
-    ours = evaluate(torchrun, "two", tmp_path / "nemo", "--tensor-parallel", 2)
+    ours = evaluate(on_ranks, "two", tmp_path / "nemo", "--tensor-parallel", 2)
     alone = evaluate(pvs, "one", model)
     assert (ours["backend"], alone["backend"]) == ("megatron", "transformers")
     assert ours["fingerprint"] == alone["fingerprint"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from nemo_pvs.cli.main import main
 from nemo_pvs.pruning.plan import Plan
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
-from tests.megatron.ranks import run_ranks
+from tests.megatron.ranks import pvs_on_ranks
 from tests.system.lock_holder import holder
 
 pytestmark = pytest.mark.parallel
@@ -47,17 +46,8 @@ def torchrun(*arguments: object) -> str:
 
 def forked(*arguments: object) -> None:
     """Run ``pvs`` on two ranks in the environment of torchrun, forked from a server that has done its imports."""
-    assert run_ranks(2, _be_rank, [str(argument) for argument in arguments]) == [0, 0]
-
-
-def _be_rank(arguments: list[str]) -> int | str:
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    sys.argv = ["pvs", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
+    done = pvs_on_ranks(2, *arguments)
+    assert done.code == 0, done.errors
 
 
 def alone(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -101,8 +91,10 @@ def test_weights_layer_by_layer(model: Path, text: Path, tmp_path: Path, monkeyp
 def test_ranks_do_not_lock_each_other_out_but_another_command_does(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "evaluation"
     evaluate = ("evaluate", model, "--perplexity", text, "--samples", "2", "--sequence-length", "32", "--out", out)
-    with holder(out) as first, pytest.raises(AssertionError, match=f"is in use by .*process {first.pid} on"):
-        torchrun(*evaluate)
+    with holder(out) as first:
+        done = pvs_on_ranks(2, *evaluate)
+    assert done.code == 2
+    assert f"process {first.pid} on" in done.errors
     assert [path.name for path in out.iterdir()] == [".lock"], "of the first, which was killed"
     forked(*evaluate)
     assert sorted(path.name for path in out.iterdir()) == ["measured", "results.json"]
