@@ -11,6 +11,7 @@ import sys
 import types
 import urllib.request
 import zipfile
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from nemo_pvs.checkpoints.nemo.megatron_lm import MegatronSource
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import UserError
 from tests.conftest import save_tiny_tokenizer
+from tests.forked_commands import ForkedCommands, forked_commands
 from tests.megatron.ranks import run_ranks
 
 ROPE = {
@@ -240,8 +242,16 @@ def iteration(hf, tmp_path):
     return as_megatron_lm(tmp_path / "nemo", tmp_path / "run" / "iter_0000100", megatron_args())
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Iterator[ForkedCommands]:
+    """Run Python where only what reads checkpoints is imported, not the hub's library, which reads the environment."""
+    modules = [f"nemo_pvs.checkpoints.{name}" for name in ("open", "fingerprint", "fetch")]
+    with forked_commands(tmp_path_factory.mktemp("commands") / "outputs", *modules) as run:
+        yield run
+
+
 @pytest.mark.slow
-def test_arguments_are_read_where_megatron_is_not_there(iteration):
+def test_arguments_are_read_where_megatron_is_not_there(python, iteration):
     """Megatron-Core allows its own classes for the whole process, this one; so ask another."""
     rerun = {"mode": types.SimpleNamespace(a=1), "state": np.random.RandomState(0).get_state()}
     args = megatron_args(save=Path("a/b"))
@@ -250,8 +260,7 @@ def test_arguments_are_read_where_megatron_is_not_there(iteration):
         "import sys; from nemo_pvs.checkpoints.open import open_source;"
         f"print(open_source({str(iteration)!r}).config['head_dim'], 'megatron' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["16", "False"]
+    assert python("-c", script).output.split() == ["16", "False"]
 
 
 def test_arguments_of_megatron_lm_are_config_enough(iteration, hf, tmp_path):
@@ -570,7 +579,7 @@ def hub(hf):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("safetensors", [True, False])
-def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub, hf, tmp_path, safetensors):
+def test_a_hub_id_is_downloaded_without_what_is_not_needed(python, hub, hf, tmp_path, safetensors):
     wanted = {path.name for path in hf.iterdir()} - {"README.md"}
     if safetensors:
         (hf / "pytorch_model.bin").write_bytes(b"the same again")
@@ -588,17 +597,17 @@ def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub, hf, tmp_path, sa
         f"made = prepare_parent('hf://some/model@main', Path({str(tmp_path / 'made')!r}))\n"
         "print(fingerprint(open_source(made)))"
     )
-    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [fingerprint(HuggingFaceSource(hf))] * 2
+    done = python("-c", script, HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "cache"), HF_HUB_DISABLE_XET="1")
+    assert done.code == 0, done.errors[-2000:]
+    assert done.output.split() == [fingerprint(HuggingFaceSource(hf))] * 2
     assert {str(path.relative_to(tmp_path / "made")) for path in (tmp_path / "made").rglob("*")} == wanted
     with urllib.request.urlopen(f"{hub}/asked") as answer:
         assert {*json.load(answer)} == wanted
 
 
-def ask_the_hub(tmp_path, script: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script with a cache of its own; what it prints of UserErrors is one line each."""
+@pytest.fixture
+def ask_the_hub(python, tmp_path) -> Callable[..., str]:
+    """Run a script with a cache of its own and return what it prints; of UserErrors it is one line each."""
     start = (
         "from pathlib import Path; from nemo_pvs.checkpoints.fetch import local_checkpoint, prepare_parent\n"
         "from nemo_pvs.checkpoints.open import open_source; from nemo_pvs.checkpoints.fingerprint import fingerprint\n"
@@ -607,39 +616,43 @@ def ask_the_hub(tmp_path, script: str, **environment: str) -> subprocess.Complet
         "    try: local_checkpoint(model).__enter__()\n"
         "    except UserError as error: print(error)\n"
     )
-    everything = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", start + script], capture_output=True, text=True, env=everything, check=True
-    )
+    cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+
+    def ask(script: str, **environment: str) -> str:
+        done = python("-c", start + script, **cache, **environment)
+        assert done.code == 0, done.errors[-2000:]
+        return done.output
+
+    return ask
 
 
 @pytest.mark.slow
-def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path):
-    done = ask_the_hub(tmp_path, "attempt('hf://some/model')", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.stdout == (
+def test_a_hub_that_does_not_answer_is_one_sentence(ask_the_hub):
+    said = ask_the_hub("attempt('hf://some/model')", HF_ENDPOINT="http://127.0.0.1:9")
+    assert said == (
         "Cannot download some/model from the Hugging Face hub: it cannot be reached; check the network, or set "
         "HF_HUB_OFFLINE=1 to use what is in the cache.\n"
     )
 
 
 @pytest.mark.slow
-def test_what_the_hub_refuses_is_one_sentence(hub, hf, tmp_path):
-    done = ask_the_hub(tmp_path, "attempt('hf://no/model'); attempt('hf://not a name')", HF_ENDPOINT=hub)
-    lines = done.stdout.splitlines()
+def test_what_the_hub_refuses_is_one_sentence(ask_the_hub, hub, hf):
+    said = ask_the_hub("attempt('hf://no/model'); attempt('hf://not a name')", HF_ENDPOINT=hub)
+    lines = said.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("Cannot download no/model from the Hugging Face hub: ")
     assert lines[1].endswith("that is not a valid repository name; write hf://owner/name.")
     (hf / "adapter_config.json").write_text("{}")
     (hf / "config.json").unlink()
-    done = ask_the_hub(tmp_path, "attempt('hf://some/model')", HF_ENDPOINT=hub)
-    assert done.stdout.startswith("hf://some/model is a LoRA adapter, not a model; merge it into its base model with")
+    said = ask_the_hub("attempt('hf://some/model')", HF_ENDPOINT=hub)
+    assert said.startswith("hf://some/model is a LoRA adapter, not a model; merge it into its base model with")
 
 
 @pytest.mark.slow
-def test_offline_the_cache_is_used_if_the_model_is_there(hub, hf, tmp_path):
+def test_offline_the_cache_is_used_if_the_model_is_there(ask_the_hub, hub, hf, tmp_path):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    done = ask_the_hub(tmp_path, "attempt('hf://some/model')", **nowhere)
-    assert done.stdout == (
+    said = ask_the_hub("attempt('hf://some/model')", **nowhere)
+    assert said == (
         "HF_HUB_OFFLINE is set, and some/model is not in the Hugging Face cache; unset it to download the model.\n"
     )
     script = (
@@ -647,9 +660,9 @@ def test_offline_the_cache_is_used_if_the_model_is_there(hub, hf, tmp_path):
         f"made = prepare_parent('hf://some/model', Path({str(tmp_path)!r}) / 'made')\n"
         "print(fingerprint(open_source(made)))"
     )
-    ask_the_hub(tmp_path, "attempt('hf://some/model')", HF_ENDPOINT=hub)
-    done = ask_the_hub(tmp_path, script, **nowhere)
-    assert done.stdout.split() == [fingerprint(HuggingFaceSource(hf))] * 2
+    ask_the_hub("attempt('hf://some/model')", HF_ENDPOINT=hub)
+    said = ask_the_hub(script, **nowhere)
+    assert said.split() == [fingerprint(HuggingFaceSource(hf))] * 2
     made = {path.name for path in (tmp_path / "made").iterdir()}
     assert made == {path.name for path in hf.iterdir()} - {"README.md"}
     assert not any(path.is_symlink() for path in (tmp_path / "made").iterdir())
