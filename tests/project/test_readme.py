@@ -20,10 +20,8 @@ from nemo_pvs.pruning.method import Method
 from nemo_pvs.pruning.options import Options
 from nemo_pvs.pruning.registry import methods
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
-from nemo_pvs.system.files import read_json
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.documents import DOCUMENTS, ROOT, blocks, code_spans, commands
-from tests.pruning.test_methods_of_other_packages import install, python
 
 COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
 SPANS = [span for document in DOCUMENTS for span in code_spans(document)]
@@ -62,17 +60,6 @@ def test_the_python_example_runs_as_it_stands(small_parent):
     (example,) = blocks(ROOT / "README.md", "python")
     exec(compile(example.replace("smollm2-135m", "MODEL"), "README.md", "exec"), {})
     assert Path("SMALLER-nemo/weights/.metadata").exists()
-
-
-def test_the_method_of_the_documentation_prunes(tmp_path):
-    (example,) = blocks(ROOT / "docs" / "add-a-method.md", "python")
-    site = install(tmp_path / "site-packages", "last_layers.py", example, "last_layers:METHOD")
-    model = make_tiny_llama(tmp_path / "model")
-    command = ("prune", model, tmp_path / "small", "--method", "last-layers", "--last", 3)
-    done = python(site, "-m", "nemo_pvs.cli", *command)
-    assert done.returncode == 0, done.stderr
-    left = read_json(model / "config.json")["num_hidden_layers"] - 3
-    assert read_json(tmp_path / "small" / "config.json")["num_hidden_layers"] == left > 0
 
 
 def test_advice_is_what_the_readme_shows(monkeypatch, capsys):

@@ -12,7 +12,9 @@ from textwrap import dedent
 import pytest
 import yaml
 
+from nemo_pvs.system.files import read_json
 from tests.conftest import make_tiny_llama
+from tests.documents import blocks
 from tests.forked_commands import ForkedCommands, forked_commands
 from tests.pipeline.test_pipeline import tiny_values
 
@@ -62,19 +64,22 @@ METHOD = Method(
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCommands]:
-    """Run Python where a package is installed as pip does it."""
+    """Run Python where two packages are installed as pip does it: the toy, and the one of the documentation."""
     folder = tmp_path_factory.mktemp("toy")
     site = install(folder / "site-packages", "toy.py", TOY, "toy:METHOD")
+    (example,) = blocks(Path(__file__).parents[2] / "docs" / "add-a-method.md", "python")
+    install(site, "last_layers.py", example, "last_layers:METHOD")
     with forked_commands(folder / "outputs", "nemo_pvs.api.prune", environment=environment(site)) as run:
         yield run
 
 
 def install(site: Path, module: str, code: str, entry: str) -> Path:
-    about = site / "toy_method-1.0.dist-info"
+    name = module.removesuffix(".py")
+    about = site / f"{name}_method-1.0.dist-info"
     about.mkdir(parents=True)
     (site / module).write_text(code)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-method\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[nemo_pvs.methods]\ntoy = {entry}\n")
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}-method\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[nemo_pvs.methods]\n{name.replace('_', '-')} = {entry}\n")
     return site
 
 
@@ -121,6 +126,15 @@ def test_a_recipe_has_it(python: ForkedCommands, tmp_path: Path) -> None:
     )
     done = python("-c", script)
     assert done.code == 0, done.errors
+
+
+def test_the_method_of_the_documentation_prunes(python: ForkedCommands, tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path / "model")
+    command = ("prune", model, tmp_path / "small", "--method", "last-layers", "--last", 3)
+    done = python("-m", "nemo_pvs.cli", *command)
+    assert done.code == 0, done.errors
+    left = read_json(model / "config.json")["num_hidden_layers"] - 3
+    assert read_json(tmp_path / "small" / "config.json")["num_hidden_layers"] == left > 0
 
 
 @pytest.mark.parametrize(
