@@ -355,7 +355,9 @@ def test_without_the_callback_pruned_weights_grow_back(job, tmp_path):
 
 
 def test_a_broken_mask_stops_every_rank_with_the_matrix_name(job, tmp_path):
-    with pytest.raises(AssertionError, match=rf"At step {STEPS} pruned weights are not zero in decoder\.layers\.0\.mlp"):
+    with pytest.raises(
+        AssertionError, match=rf"At step {STEPS} pruned weights are not zero in decoder\.layers\.0\.mlp"
+    ):
         _run(job, tmp_path / "run", {"pipeline_parallel": 2}, _leave_out_the_hooks)
 
 
