@@ -1,7 +1,7 @@
-"""Build a NeMo-Run experiment from a recipe and a launch profile: prepare, train every arm, evaluate and report.
+"""Run a recipe's stages with NeMo-Run, as a launch profile says: prepare, train every arm, evaluate and report.
 
-Each stage is a command that a person could type; NeMo-Run's executors turn them into batch scripts, submit these with
-their dependencies, and requeue them.
+Each stage is a command that a person could type. For a cluster they are one experiment: NeMo-Run's executors turn them
+into batch scripts, submit these with their dependencies, and requeue them. On this machine each is one of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import shlex
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,13 @@ def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile 
         with _experiment(todo, title, folder, profile, base) as experiment:
             experiment.run(detach=True)
         return
-    with locked_folder(folder), _experiment(todo, title, folder, profile, base) as experiment:
-        experiment.run(detach=False)
-    status = experiment.status(return_dict=True)
-    failed = [stage.name for stage in todo if str(status[stage.name]["status"]) != "SUCCEEDED"]
-    if failed:
-        raise TrainingError(f"Stage {failed[0]} failed; its output is under {folder / 'nemo_run'}.")
+    # An experiment for each stage: on one machine NeMo-Run starts a stage even if those before it have failed.
+    with locked_folder(folder):
+        for stage in todo:
+            with _experiment([replace(stage, after=[])], f"{title}-{stage.name}", folder, profile, base) as experiment:
+                experiment.run(detach=False)
+            if str(experiment.status(return_dict=True)[stage.name]["status"]) != "SUCCEEDED":
+                raise TrainingError(f"Stage {stage.name} failed; its output is under {folder / 'nemo_run'}.")
 
 
 def _experiment(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile, base: str) -> Any:

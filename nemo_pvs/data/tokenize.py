@@ -8,10 +8,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_pvs.data.assets import asset_files, copy_asset
 from nemo_pvs.data.corpus import Document
@@ -21,6 +20,9 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.not_a_model import refuse_other_folders
 from nemo_pvs.system.files import disk_errors, json_text, sha256_bytes, sha256_file, sha256_json, write_json
 from nemo_pvs.system.megatron_import import import_megatron
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The files that determine the ids of a text; chat templates, for example, do not.
 _TOKENIZER_FILES = (
@@ -160,6 +162,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # takes seconds, and planning needs only counts
+
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )

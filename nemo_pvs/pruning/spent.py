@@ -18,7 +18,6 @@ from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
 from nemo_pvs.pruning.options import Options
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.result import Pruned
-from nemo_pvs.pruning.structured.greedy import GREEDY, protected_ends
 
 
 def spent(pruned: Pruned, options: Options, parent: Shape, read: TokenSet | None) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def _search(plan: Plan, options: Options) -> dict[str, Any]:
 
 def depth_scan_cost(options: MinitronDepthOptions, layers: int, removed: int) -> ScanCost:
     """Return the cost of the options' search for ``removed`` layers by the loss."""
-    if options.search in GREEDY:
-        first, last = protected_ends(options.search, options.protect_first, options.protect_last)
+    if options.greedy_ends is not None:
+        first, last = options.greedy_ends
         return greedy_scan_cost(layers, removed, protect_first=first, protect_last=last)
     return window_scan_cost(layers, 1 if options.search == "individual" else removed)

@@ -1,9 +1,9 @@
-"""Pruning and training as one NeMo-Run experiment, really executed: local executor, a tiny model, two ranks."""
+"""Pruning and training as NeMo-Run experiments, really executed: local executor, a tiny model, two ranks."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import random
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def recipe(tmp_path) -> Path:
         "targets": {"width": {"method": "minitron-width", "ffn": 48, "layout": {"tensor_parallel": 2}}},
         "arms": ["pruned"],
         "train": {
-            "tokens": 512,
+            "tokens": 256,
             "sequence_length": 32,
             "global_batch_size": 4,
             "learning_rate": 3e-3,
@@ -49,31 +49,41 @@ def recipe(tmp_path) -> Path:
     return path
 
 
-def _pvs(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nemo_pvs.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
-
-
 def test_stages_run_in_their_order_and_end_in_a_report(recipe, tmp_path):
-    done = _pvs("run", recipe, "--out", tmp_path / "run", "--launch", "local_cpu")
+    """And what starts them does without what only they need, which takes as long to import as all the rest."""
+    script = (
+        "import atexit, sys, nemo_pvs.cli.main;"
+        "heavy = {'megatron', 'nemo', 'sklearn', 'transformers'};"
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules)))); nemo_pvs.cli.main.main()"
+    )
+    command = [sys.executable, "-c", script, "run", recipe, "--out", tmp_path / "run", "--launch", "local_cpu"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "[]"
     folder = tmp_path / "run"
-    assert [point["step"] for point in metrics.read(folder / "train/width-pruned/metrics.jsonl").training] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert [point["step"] for point in metrics.read(folder / "train/width-pruned/metrics.jsonl").training] == [1, 2]
     assert (folder / "report.html").is_file()
     stages = sorted(path.parent.name for path in (folder / "nemo_run").rglob("configs"))
     assert stages == ["prepare", "report", "train-width-pruned"]
 
 
-def test_a_stage_that_fails_ends_the_run_and_is_named(recipe, tmp_path):
-    values = yaml.safe_load(recipe.read_text())
-    values["parent"]["source"] = str(tmp_path / "nothing")
-    recipe.write_text(yaml.safe_dump(values))
-    done = _pvs("run", recipe, "--out", tmp_path / "run", "--launch", "local_cpu")
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Stage prepare failed" in done.stderr
-    assert not (tmp_path / "run" / "train").exists()
+@pytest.mark.parametrize(
+    ("failing", "module", "started"),
+    [("prepare", "nemo_pvs.cli", 1), ("train-width-pruned", "nemo_pvs.megatron.launch", 2)],
+)
+def test_a_stage_that_fails_ends_the_run_and_is_named(recipe, tmp_path, monkeypatch, pvs, failing, module, started):
+    """The stages' Python is a stand-in that writes down what it is asked for, and fails at one module."""
+    python, log = tmp_path / "python", tmp_path / "asked"
+    python.write_text(f'#!/bin/bash\necho "$*" >>{log}\n[ "$2" != {module} ]\n')
+    python.chmod(0o755)
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(yaml.safe_dump({"kind": "local", "python": str(python)}))
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # NeMo-Run's file copying passes it on; pytest's cannot be read
+    code, _, errors = pvs("run", recipe, "--out", tmp_path / "run", "--launch", profile)
+    assert code == 1, errors
+    assert f"Stage {failing} failed" in errors
+    assert [line.split()[1] for line in log.read_text().splitlines()] == [
+        "nemo_pvs.cli",
+        "nemo_pvs.megatron.launch",
+    ][:started]

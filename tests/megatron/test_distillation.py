@@ -33,7 +33,7 @@ from tests.state_source import as_transformers
 
 pytestmark = pytest.mark.parallel
 
-STEPS = 8
+STEPS = 6
 SEQUENCE = 32
 SAMPLES = 8
 PAIRS = ((1, 2), (2, 4), (3, 5))
@@ -43,7 +43,7 @@ TEACHER = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 6, 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
-    """A run of 8 steps in fp32 with every loss; the teacher is wider and deeper, with its embeddings tied."""
+    """A run of six steps in fp32 with every loss; the teacher is wider and deeper, with its embeddings tied."""
     folder = tmp_path_factory.mktemp("job")
     make_tiny_llama(folder / "teacher", seed=5, initializer_range=0.1, tie_word_embeddings=True, **TEACHER)
     save_tiny_tokenizer(make_tiny_llama(folder / "model"))
@@ -59,7 +59,7 @@ def job(tmp_path_factory) -> TrainingJob:
         },
         layout=Parallelism(),
         training=Training(
-            tokens=STEPS * 8 * SEQUENCE,
+            tokens=_steps(STEPS),
             sequence_length=SEQUENCE,
             global_batch_size=8,
             micro_batch_size=2,
@@ -90,9 +90,13 @@ def _run(job: TrainingJob, folder: Path, **layout: Any) -> metrics.Metrics:
     return metrics.read(job.metrics)
 
 
-def _with(job: TrainingJob, **distill: Any) -> TrainingJob:
-    training = job.training.model_copy(update={"distill": Distillation(teacher="elsewhere", **distill)})
-    return replace(job, training=training)
+def _with(job: TrainingJob, **training: Any) -> TrainingJob:
+    return replace(job, training=job.training.model_copy(update=training))
+
+
+def _steps(number: int) -> float:
+    """Return the tokens of a run of this many steps."""
+    return float(number * 8 * SEQUENCE)
 
 
 def _divergences(curve: metrics.Metrics) -> list[float]:
@@ -100,10 +104,15 @@ def _divergences(curve: metrics.Metrics) -> list[float]:
 
 
 def _farthest(one: metrics.Metrics, other: metrics.Metrics) -> float:
-    """Return the largest difference of any loss of any step."""
+    """Return the largest difference of any loss of any step or validation."""
     names = ("loss", "kl", "hidden_loss", "embedding_loss")
+    validation = _largest_difference(*([point["loss"] for point in curve.validation] for curve in (one, other)))
     return max(
-        _largest_difference(*([point[name] for point in curve.training] for curve in (one, other))) for name in names
+        validation,
+        *(
+            _largest_difference(*([point[name] for point in curve.training] for curve in (one, other)))
+            for name in names
+        ),
     )
 
 
@@ -120,9 +129,7 @@ def reference(job, tmp_path_factory) -> metrics.Metrics:
 @pytest.mark.parametrize(
     "layout",
     [
-        {"tensor_parallel": 2},
         {"tensor_parallel": 2, "sequence_parallel": True},
-        {"pipeline_parallel": 2},
         {"pipeline_parallel": 2, "virtual_pipeline": 2},
         {"data_parallel": 2},
         {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
@@ -130,15 +137,13 @@ def reference(job, tmp_path_factory) -> metrics.Metrics:
     ids=lambda layout: " ".join(f"{name}={value}" for name, value in layout.items()),
 )
 def test_every_layout_has_the_same_curve(job, reference, layout, tmp_path):
+    """TP=2 and PP=2 alone are those of the killed run below."""
     curve = _run(job, tmp_path / "run", **layout)
     assert _farthest(curve, reference) < 1e-3
-    ours, theirs = ([point["loss"] for point in one.validation] for one in (curve, reference))
-    assert _largest_difference(ours, theirs) < 1e-3
 
 
 def test_bf16_follows_fp32(job, reference, tmp_path):
-    bf16 = replace(job, training=job.training.model_copy(update={"precision": "bf16"}))
-    curve = _run(bf16, tmp_path / "run", tensor_parallel=2)
+    curve = _run(_with(job, precision="bf16"), tmp_path / "run", tensor_parallel=2)
     assert _largest_difference(_losses(curve), _losses(reference)) < 0.05
     assert _largest_difference(_divergences(curve), _divergences(reference)) < 0.1
 
@@ -231,14 +236,14 @@ def test_steps_are_those_of_transformers_and_leave_the_teacher_alone(job, wider,
     folder.mkdir()
     how = {"dynamic_weight": not wider, "hidden_loss": "cosine" if wider else "mse"}
     distill = job.training.distill.model_copy(update=how)
-    training = job.training.model_copy(update={"distill": distill, "weight_decay": 0.0})
-    ran = replace(job, folder=folder, training=training)
+    ran = replace(_with(job, distill=distill, weight_decay=0.0, tokens=_steps(4)), folder=folder)
     if not wider:
         ran = replace(ran, teacher=make_tiny_llama(tmp_path / "equal", 5, initializer_range=0.1, num_hidden_layers=6))
     [(batches, unchanged)] = run_ranks(1, _train_and_record, ran)
     assert unchanged
     curve = metrics.read(ran.metrics).training
-    expected = _steps_in_float64(ran, batches, [point["learning_rate"] for point in curve[:4]])
+    assert len(curve) == 4
+    expected = _steps_in_float64(ran, batches, [point["learning_rate"] for point in curve])
     for step, wanted in enumerate(expected):
         for name, value in wanted.items():
             assert curve[step][name] == pytest.approx(value, rel=1e-3 if step else 1e-4), (step, name)
@@ -251,11 +256,11 @@ def test_steps_are_those_of_transformers_and_leave_the_teacher_alone(job, wider,
 @pytest.mark.parametrize("layout", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=["TP=2", "PP=2"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(job, layout, tmp_path):
     """The teacher is read from a NeMo checkpoint; exactly zero, because both compute the same."""
-    same = _with(replace(job, teacher=job.initial))
-    still = replace(same, training=same.training.model_copy(update={"weight_decay": 0.0}))
-    curve = _run(still, tmp_path / "run", **layout)
-    assert _divergences(curve) == [0.0] * STEPS
-    assert [point["grad_norm"] for point in curve.training] == [0.0] * STEPS
+    alone = Distillation(teacher="elsewhere")
+    same = _with(replace(job, teacher=job.initial), distill=alone, weight_decay=0.0, tokens=_steps(2))
+    curve = _run(same, tmp_path / "run", **layout)
+    assert _divergences(curve) == [0.0] * 2
+    assert [point["grad_norm"] for point in curve.training] == [0.0] * 2
     assert curve.validation[0]["loss"] == curve.validation[-1]["loss"] > 1
 
 
@@ -264,9 +269,9 @@ def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
     folder.mkdir()
     doomed = accumulating(replace(job, folder=folder, layout=Parallelism(tensor_parallel=2)))
     with pytest.raises(AssertionError, match="died without a word"):
-        run_ranks(2, train, doomed, 6)
+        run_ranks(2, train, doomed, 5)
     curve = _run(job, folder, pipeline_parallel=2)
-    assert doomed.log.read_text().count(f"step 5/{STEPS}") == 2, "it began anew instead of at the checkpoint of step 4"
+    assert doomed.log.read_text().count(f"step 4/{STEPS}") == 2, "it began anew instead of at the checkpoint of step 3"
     assert _farthest(curve, reference) < 1e-3
 
 

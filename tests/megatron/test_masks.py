@@ -36,14 +36,14 @@ from tests.uneven_model import make_uneven_llama
 
 pytestmark = pytest.mark.parallel
 
-STEPS = 20
+STEPS = 6
 DENSE = ("model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.up_proj.weight")
 """Matrices without a mask that share a Megatron tensor with masked ones."""
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> TrainingJob:
-    """A sparse run of 20 steps in fp32 with a constant learning rate, and gradients that are always clipped."""
+    """A sparse run of six steps in fp32 with a constant learning rate, and gradients that are always clipped."""
     folder = tmp_path_factory.mktemp("job")
     dense = HuggingFaceSource(save_tiny_tokenizer(make_tiny_llama(folder / "model")))
     job = tiny_job(
@@ -56,7 +56,7 @@ def job(tmp_path_factory) -> TrainingJob:
         weight_decay=0.5,
         clip_grad_norm=0.3,
         validations=1,
-        checkpoints=4,
+        checkpoints=1,
     )
     return accumulating(job)
 
@@ -272,7 +272,7 @@ def _assert_held(checkpoint: Path, initial: Path, states: tuple[str, ...] = ("ex
 
 
 @pytest.mark.parametrize("multiplied", [True, False])
-def test_twenty_steps_equal_the_dense_model_with_multiplied_weights(job, reference, multiplied):
+def test_every_step_equals_the_dense_model_with_multiplied_weights(job, reference, multiplied):
     _assert_equal(reference, _oracle(job, reference.ranks[0], multiplied=multiplied))
     _assert_held(reference.checkpoint, job.initial)
 
@@ -300,7 +300,6 @@ def test_zeros_are_logged_and_masks_travel_to_hugging_face_and_back(job, referen
         {"pipeline_parallel": 2, "distributed_optimizer": False},
         {"pipeline_parallel": 2, "virtual_pipeline": 2},
         {"data_parallel": 2, "distributed_optimizer": False},
-        {"data_parallel": 2},
         {"tensor_parallel": 2, "data_parallel": 2},
     ],
     ids=lambda layout: " ".join(f"{name}={value}" for name, value in layout.items()),
@@ -330,18 +329,19 @@ def test_bf16_holds_in_the_fp32_masters(job, reference, layout, master, tmp_path
 def test_masks_follow_from_tp_to_pp_to_dp(job, reference, tmp_path):
     """Killed twice, each time the run goes on in another layout from its last checkpoint."""
     folder = tmp_path / "run"
-    for layout, step in (({"tensor_parallel": 2}, 7), ({"pipeline_parallel": 2}, 13)):
+    for layout, step in (({"tensor_parallel": 2}, 3), ({"pipeline_parallel": 2}, 5)):
         with pytest.raises(AssertionError, match="died without a word"):
-            _run(job, folder, layout, Die(step))
+            _run(job, folder, layout, Die(step), checkpoints=3)
     run = _run(job, folder, {"data_parallel": 2})
-    assert [point["step"] for point in run.curve.sparsity] == [0, 5, 10, STEPS], "it did not resume where it should"
+    assert [point["step"] for point in run.curve.sparsity] == [0, 2, 4, STEPS], "it did not resume where it should"
     assert torch.allclose(run.losses, reference.losses, atol=1e-4)
+    assert torch.allclose(run.grad_norms, reference.grad_norms, rtol=1e-3)
     _assert_held(run.checkpoint, job.initial)
 
 
 def test_clipping_before_masking_is_the_published_order(job, reference, tmp_path):
-    run = _run(job, tmp_path / "run", {"data_parallel": 2}, clip_before_mask=True, mask_check_steps=7)
-    assert [point["step"] for point in run.curve.sparsity] == [*range(0, STEPS, 7), STEPS]
+    run = _run(job, tmp_path / "run", {"data_parallel": 2}, clip_before_mask=True, mask_check_steps=4)
+    assert [point["step"] for point in run.curve.sparsity] == [*range(0, STEPS, 4), STEPS]
     _assert_equal(run, _oracle(job, reference.ranks[0], multiplied=False, clip_before_mask=True))
     _assert_held(run.checkpoint, job.initial)
     assert (run.grad_norms > 1.05 * reference.grad_norms).all(), "dead weights have no part in the norm"
@@ -355,7 +355,9 @@ def test_without_the_callback_pruned_weights_grow_back(job, tmp_path):
 
 
 def test_a_broken_mask_stops_every_rank_with_the_matrix_name(job, tmp_path):
-    with pytest.raises(AssertionError, match=r"At step 20 pruned weights are not zero in decoder\.layers\.0\.mlp"):
+    with pytest.raises(
+        AssertionError, match=rf"At step {STEPS} pruned weights are not zero in decoder\.layers\.0\.mlp"
+    ):
         _run(job, tmp_path / "run", {"pipeline_parallel": 2}, _leave_out_the_hooks)
 
 
@@ -384,7 +386,7 @@ def test_three_ranks_share_three_kv_groups(tmp_path):
     """SmolLM2's form: 9 heads in 3 groups, at TP=3."""
     sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 129}
     dense = HuggingFaceSource(save_tiny_tokenizer(make_tiny_llama(tmp_path / "model", **sizes), 129))
-    job = tiny_job(tmp_path, MaskedSource(dense), steps=6, clip_grad_norm=0.3, validations=1, checkpoints=1)
+    job = tiny_job(tmp_path, MaskedSource(dense), steps=3, clip_grad_norm=0.3, validations=1, checkpoints=1)
     one, three = (_run(job, tmp_path / str(ranks), {"tensor_parallel": ranks}) for ranks in (1, 3))
     assert (one.losses - three.losses).abs().max() < 1e-4
     _assert_held(three.checkpoint, job.initial)

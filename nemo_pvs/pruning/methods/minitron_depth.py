@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 NAME = "minitron-depth"
 
+_GREEDY = {"greedy": 0, "sleb": 1}
+"""Searches that remove layers one by one, with the default number of layers protected at each end: SLEB's code never
+tries to remove the first or the last layer (``early_barrier``, ``latter_barrier``)."""
+
 
 class MinitronDepthOptions(SizesOrRatio):
     """The options of Minitron-depth."""
@@ -29,12 +33,21 @@ class MinitronDepthOptions(SizesOrRatio):
     protect_last: NotNegative | None = option("layers at the output that are left as they are")
     compat: bool = option("reproduce the published code's quirks, and so its numbers", False)
 
+    @property
+    def greedy_ends(self) -> tuple[int, int] | None:
+        """How many layers a greedy search protects at the input and at the output; None for any other search."""
+        if self.search not in _GREEDY:
+            return None
+        default = _GREEDY[self.search]
+        first, last = self.protect_first, self.protect_last
+        return default if first is None else first, default if last is None else last
+
 
 def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.pruning.structured.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
     from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
-    from nemo_pvs.pruning.structured.greedy import GREEDY, plan_greedy, protected_ends, scan_greedy
+    from nemo_pvs.pruning.structured.greedy import plan_greedy, scan_greedy
 
     options = request.options
     remove = layers_to_remove(shape_of(request.source), target)
@@ -50,8 +63,8 @@ def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
     if options.task_limit is not None:
         raise UserError("--task-limit needs --task; give both, or neither.")
     with request.progress(f"scan layers ({options.search})", "layer passes") as show:
-        if options.search in GREEDY:
-            first, last = protected_ends(options.search, options.protect_first, options.protect_last)
+        if options.greedy_ends is not None:
+            first, last = options.greedy_ends
             greedy = scan_greedy(
                 request.source,
                 request.tokens(),

@@ -20,10 +20,6 @@ from nemo_pvs.pruning.plan import Indices, Plan
 from nemo_pvs.pruning.structured.depth import METHOD, layer_plan, unprotected
 from nemo_pvs.pruning.structured.sweep import LayerSweep
 
-GREEDY = {"greedy": 0, "sleb": 1}
-"""Searches that remove layers one by one, with the default number of layers protected at each end: SLEB's code never
-tries to remove the first or the last layer (``early_barrier``, ``latter_barrier``)."""
-
 
 @dataclass(frozen=True)
 class GreedyScan:
@@ -76,12 +72,6 @@ class GreedyScan:
         last = layers - first - len(self.losses[0])
         cost = greedy_scan_cost(layers, remove, protect_first=first, protect_last=last)
         return replace(self, removed=self.removed[:remove], losses=losses, layer_forwards=cost.layer_forwards)
-
-
-def protected_ends(search: str, protect_first: int | None, protect_last: int | None) -> tuple[int, int]:
-    """Return how many layers at the input and at the output a search of ``GREEDY`` protects."""
-    default = GREEDY[search]
-    return default if protect_first is None else protect_first, default if protect_last is None else protect_last
 
 
 def scan_greedy(
@@ -149,7 +139,7 @@ def plan_greedy(scan: GreedyScan, search: str = "greedy") -> Plan:
 
     Args:
         scan: Result of ``scan_greedy``.
-        search: Name of the search, one of ``GREEDY``.
+        search: Name of the search, ``greedy`` or ``sleb``.
     """
     provenance = {
         "model_fingerprint": scan.model_fingerprint,
