@@ -1,3 +1,5 @@
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -20,15 +22,18 @@ def _redirected_names():
 
 
 def _changed_by_importing_the_project():
-    from tests.megatron import preload
+    import nemo_pvs
+    from tests.megatron.preload import BEFORE
 
-    assert "nemo_pvs.megatron.cpu" in sys.modules
-    assert "torch.cuda.current_device" in preload.BEFORE
-    return [name for name, value in preload.BEFORE.items() if preload.AFTER.get(name) != value]
+    for module in pkgutil.walk_packages(nemo_pvs.__path__, "nemo_pvs."):
+        importlib.import_module(module.name)
+    after = torch_attributes()
+    assert "torch.cuda.current_device" in BEFORE
+    return [name for name, value in BEFORE.items() if after.get(name) != value]
 
 
 def test_importing_the_project_changes_nothing_in_torch():
-    """In the server that ranks are forked from: first what we import, then we."""
+    """First what we import, in the server that ranks are forked from, then we."""
     assert run_ranks(1, _changed_by_importing_the_project) == [[]]
 
 
