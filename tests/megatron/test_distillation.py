@@ -139,7 +139,7 @@ def reference(job, tmp_path_factory) -> metrics.Metrics:
 def test_every_layout_has_the_same_curve(job, reference, layout, tmp_path):
     """TP=2 and PP=2 alone are those of the killed run below."""
     curve = _run(job, tmp_path / "run", **layout)
-    assert _farthest(curve, reference) < 1e-3
+    assert _farthest(curve, reference) < 1e-4
 
 
 def test_bf16_follows_fp32(job, reference, tmp_path):
@@ -272,7 +272,7 @@ def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
         run_ranks(2, train, doomed, 5)
     curve = _run(job, folder, pipeline_parallel=2)
     assert doomed.log.read_text().count(f"step 4/{STEPS}") == 2, "it began anew instead of at the checkpoint of step 3"
-    assert _farthest(curve, reference) < 1e-3
+    assert _farthest(curve, reference) < 1e-4
 
 
 def test_a_sparse_student_learns_under_its_masks(job, tmp_path):
