@@ -35,6 +35,7 @@ print(found[0])
 """
 
 
+@pytest.mark.slow
 def test_a_notebook_calls_everything_twice(model: Path, text: Path, tmp_path: Path) -> None:
     """A running event loop, no main guard, one process."""
     done = subprocess.run(

@@ -35,6 +35,7 @@ def run_examples(name: str, namespace: dict[str, Any]) -> None:
     assert runner.summarize(verbose=False).failed == 0, "".join(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in TRAINS])
 def test_the_example_in_a_docstring_runs(
     name: str, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch

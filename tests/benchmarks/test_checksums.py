@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.checksums", "--shape", "tiny", "--rounds", "1"]
     done = subprocess.run(

@@ -42,6 +42,7 @@ def test_half_of_8b_is_4b():
     assert 3.9e9 < target.parameters < 4.8e9
 
 
+@pytest.mark.slow
 def test_memory_is_counted_from_before_the_work():
     _in_a_small_process(check_the_baseline)
 

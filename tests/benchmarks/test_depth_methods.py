@@ -12,6 +12,7 @@ from tests.benchmarks import depth_methods
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 
+@pytest.mark.slow
 def test_every_method_has_a_row_for_every_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from tests.benchmarks.sparse_contenders import parsed
 from tests.state_source import StateSource, random_ids, tiny_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", ["0.5", "0.3", "2:4", "4:8"])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_the_published_arithmetic_gives_our_weights(tmp_path, method, sparsity):

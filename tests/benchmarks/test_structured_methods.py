@@ -10,6 +10,7 @@ from tests.calibration.test_engine import token_set
 from tests.state_source import StateSource, tiny_model
 
 
+@pytest.mark.slow
 def test_every_method_has_a_row() -> None:
     source, tokens = StateSource(tiny_model(num_key_value_heads=4)), token_set(samples=2)
     scores = calibrate(source, tokens, gradients=True)

@@ -117,6 +117,7 @@ def test_every_score_is_that_of_the_whole_model_in_float64(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 6}, {"memory_limit": 4 * 24 * 64 * 4}])
 def test_neither_batches_nor_sweeps_change_the_scores(settings: dict[str, int]) -> None:
     source, tokens = StateSource(tiny_model()), token_set()

@@ -152,6 +152,7 @@ def test_vectors_scores_are_slopes_of_the_loss() -> None:
     assert expected == pytest.approx(float(scores["groups.vectorize"][1, 1]), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", range(HEADS))
 def test_a_query_head_belongs_to_the_group_whose_keys_it_reads(head: int) -> None:
     """Everything else of attention is nearly nothing, so gradients are as good as this head's (T-L3)."""
@@ -169,6 +170,7 @@ def test_a_query_head_belongs_to_the_group_whose_keys_it_reads(head: int) -> Non
         assert groups.min() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"batch_size": 1}, {"batch_size": 6}, {"memory_limit": 4 * COPY}, {"memory_limit": 5 * COPY}],

@@ -31,6 +31,7 @@ def assert_same(folder, model):
         assert compare(source, StateSource(model), IDS).max_difference < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "settings"), [(family, settings) for family, _, settings in CASES])
 def test_a_family_is_what_from_pretrained_makes_of_it(family, settings, tmp_path):
     folder = save_tiny(tmp_path, family, torch.float32, **settings)
@@ -40,6 +41,7 @@ def test_a_family_is_what_from_pretrained_makes_of_it(family, settings, tmp_path
     assert_same(folder, model)
 
 
+@pytest.mark.slow
 def test_rope_parameters_are_read_although_version_4_ignores_them(tmp_path):
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64

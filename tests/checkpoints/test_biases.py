@@ -60,6 +60,7 @@ def test_nemo_gets_both(make_tiny_llama, tmp_path, half):
         assert returned.read(name).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_an_uneven_half_goes_there_and_back(tmp_path):
     source = HuggingFaceSource(make_uneven_llama(tmp_path / "hf", attention_bias=True))
     write_nemo(source, tmp_path / "nemo")

@@ -80,6 +80,7 @@ VERBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_that_reads_weights_stops_with_the_tensors_name(verb, damaged, written, tmp_path):
     before = {path for path in tmp_path.rglob("*") if "measured" not in path.parts}
@@ -254,6 +255,7 @@ ODD_FIELDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "value"), ODD_FIELDS, ids=str)
 def test_a_field_of_nemos_context_that_is_no_number_is_refused(field, value, written, tmp_path):
     shutil.copytree(written / "nemo", tmp_path / "model")

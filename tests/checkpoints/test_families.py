@@ -35,6 +35,7 @@ def test_every_table_is_tested():
     assert {family for family, _, _ in CASES} == LAYOUTS.keys(), "add the new family to tests/families.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_case
 def test_there_and_back_is_bit_exact(family, settings, dtype, tmp_path):
@@ -64,6 +65,7 @@ def test_the_config_can_be_rebuilt_from_what_nemo_knows(family, settings, tmp_pa
     assert LAYOUTS[family].shape(rebuilt) == LAYOUTS[family].shape(config)
 
 
+@pytest.mark.slow
 @every_case
 def test_the_loss_layer_by_layer_is_that_of_the_whole_model(family, settings, tmp_path):
     folder = save_tiny(tmp_path, family, **settings)
@@ -85,6 +87,7 @@ def test_sequences_longer_than_the_window_are_refused(tmp_path):
         model.embed(random_ids(1, 65))
 
 
+@pytest.mark.slow
 @every_case
 def test_a_model_cut_by_the_table_is_the_model_with_those_parts_silenced(family, settings, tmp_path):
     """Layer 1 and the last KV group of each layer go; the parent without what they write is the oracle."""

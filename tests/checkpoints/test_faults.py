@@ -130,6 +130,7 @@ def assert_refused(message, source, target, **options):
     assert sorted(target.parent.iterdir()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_broken_huggingface_folders(folder, tmp_path, fault):
     good = tmp_path / "good"
@@ -156,6 +157,7 @@ def test_the_command_line_says_it_in_one_line(folder, tmp_path, monkeypatch, cap
     assert "not a complete safetensors file" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_no_number_is_refused_by_name(folder, tmp_path, value):
     name = "model.layers.2.mlp.up_proj.weight"
@@ -209,6 +211,7 @@ NEMO_FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", NEMO_FAULTS)
 def test_broken_nemo_checkpoints(nemo, tmp_path, fault):
     damage, message = NEMO_FAULTS[fault]
@@ -268,6 +271,7 @@ def _blocks(folder):
     return sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in [folder, *folder.rglob("*")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "nemo"])
 @pytest.mark.parametrize("source", ["hf", "nemo"])
 def test_a_full_disk_leaves_nothing(folder, nemo, tmp_path, small_disk, source, to):

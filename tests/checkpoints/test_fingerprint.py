@@ -69,6 +69,7 @@ def test_every_constant_of_the_function_counts(model, change):
     assert name_of(model) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -97,6 +98,7 @@ def test_scaled_rotations_count_by_what_they_are(model):
     assert name_of(model) != before
 
 
+@pytest.mark.slow
 def test_every_tensor_counts(make_tiny_llama, tmp_path):
     folder = make_tiny_llama(tmp_path / "hf", num_hidden_layers=6)
     source = open_source(folder)
@@ -113,6 +115,7 @@ def test_every_tensor_counts(make_tiny_llama, tmp_path):
     assert earlier_fingerprint(source) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_formats_have_the_same_fingerprint(make_tiny_llama, tmp_path, dtype):
     make_tiny_llama(tmp_path / "hf", dtype=dtype, rope_scaling={**LLAMA3, "original_max_position_embeddings": 64})

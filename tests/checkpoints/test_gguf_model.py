@@ -88,6 +88,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_gguf_file_computes_what_the_model_that_it_was_made_from_does(case, tmp_path):
     model, keys, tensors = CASES[case]()

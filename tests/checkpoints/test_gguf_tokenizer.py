@@ -72,6 +72,7 @@ def test_smollm2_has_the_published_ids(smollm2, text):
     assert smollm2(text)["input_ids"] == PUBLISHED[text]
 
 
+@pytest.mark.slow
 def test_smollm2_has_the_special_tokens_and_the_template_of_its_file(smollm2):
     assert [smollm2.bos_token_id, smollm2.eos_token_id, smollm2.pad_token_id, smollm2.unk_token_id] == [1, 2, 2, 0]
     assert len(smollm2) == 49152

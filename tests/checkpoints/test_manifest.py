@@ -38,6 +38,7 @@ def set_weight(model, name, value):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "nemo"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_broken_weight_is_refused_by_name(tmp_path, to, value):

@@ -35,6 +35,7 @@ def load_all(folder):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [

@@ -86,6 +86,7 @@ class NonzeroMasks:
         return self.source.read(name) != 0
 
 
+@pytest.mark.slow
 def test_even_models_are_left_alone():
     source = StateSource(tiny_model())
     assert pad_layers(source) is source

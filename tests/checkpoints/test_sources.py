@@ -83,6 +83,7 @@ def test_pytorch_files_are_read_like_safetensors(bin_folder, tmp_path):
     assert there.tensors == convert(tmp_path / "hf", tmp_path / "twin", to="nemo").tensors
 
 
+@pytest.mark.slow
 def test_what_is_read_is_a_copy_whether_or_not_the_file_is_mapped_anew(bin_folder, tmp_path, monkeypatch):
     for limit in (0, 1 << 40):
         monkeypatch.setattr(pytorch_bin, "_MAPPED_BYTES", limit)
@@ -263,6 +264,7 @@ def test_arguments_are_read_where_megatron_is_not_there(python, iteration):
     assert python("-c", script).output.split() == ["16", "False"]
 
 
+@pytest.mark.slow
 def test_arguments_of_megatron_lm_are_config_enough(iteration, hf, tmp_path):
     source, original = open_source(iteration), HuggingFaceSource(hf)
     assert type(source) is MegatronSource
@@ -278,6 +280,7 @@ def test_arguments_of_megatron_lm_are_config_enough(iteration, hf, tmp_path):
     assert torch.equal(*(model(ids).logits for model in models))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -304,6 +307,7 @@ def test_tied_embeddings_without_grouped_queries(make_tiny_llama, tmp_path):
     assert_same(open_source(as_megatron_lm(tmp_path / "nemo", tmp_path / "raw", args)), HuggingFaceSource(hf))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

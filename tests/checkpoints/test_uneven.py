@@ -26,6 +26,7 @@ from tests.uneven_model import BIASES, LLAMA3_ROPE, SIZES, make_uneven_llama
 _LAYERS = "module.decoder.layers."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "settings"),
     [

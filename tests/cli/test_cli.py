@@ -40,6 +40,7 @@ def _refused(outcome: tuple[int, str, str], sentence: str) -> None:
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_help_is_light():
     script = (
         "import atexit, sys, nemo_pvs.cli.main;"
@@ -50,6 +51,7 @@ def test_help_is_light():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_every_verb_has_help(pvs):
     code, out, _ = pvs("--help")
     assert code == 0
@@ -58,6 +60,7 @@ def test_every_verb_has_help(pvs):
         assert pvs(verb, "--help")[0] == 0
 
 
+@pytest.mark.slow
 def test_round_trip_through_nemo(pvs, model, tmp_path):
     assert pvs("convert", model, tmp_path / "nemo")[0] == 0
     code, out, _ = pvs("inspect", tmp_path / "nemo", "--tensors")
@@ -68,6 +71,7 @@ def test_round_trip_through_nemo(pvs, model, tmp_path):
     assert all(one[name].equal(other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source_format", ["hf", "nemo"])
 def test_prune_in_one_line(pvs, model, text, tmp_path, source_format):
     source = model
@@ -97,6 +101,7 @@ def test_scores_once_then_many_targets(pvs, model, text, tmp_path):
         assert json.loads((target / "config.json").read_text())["intermediate_size"] == ffn
 
 
+@pytest.mark.slow
 def test_gradients_once_then_many_ratios(pvs, model, text, tmp_path):
     settings = ("--data", text, "--samples", 4, "--sequence-length", 32)
     for name, more in (("plain", []), ("gradients", ["--gradients"])):
@@ -143,6 +148,7 @@ def test_tokenize_splits_by_document(pvs, model, text, tmp_path):
     assert "tokens" in out
 
 
+@pytest.mark.slow
 def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path):
     target = tmp_path / "target"
     width = ("--method", "minitron-width", "--data", text, "--samples", 4, "--sequence-length", 32)
@@ -225,6 +231,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     assert not (tmp_path / "run" / "stages" / "parent.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -256,6 +263,7 @@ def test_every_method_leaves_a_stock_model(pvs, model, text, tmp_path, method, o
     assert not list(tmp_path.glob(".*")), "a work folder was left behind"
 
 
+@pytest.mark.slow
 def test_options_of_another_method_are_refused(pvs, model, tmp_path):
     _refused(pvs("prune", model, tmp_path / "x", "--method", "wanda", "--ratio", "0.5"), "wanda has no --ratio")
     _refused(pvs("prune", model, tmp_path / "x", "--method", "flap"), "give --ratio")
@@ -266,6 +274,7 @@ def test_options_of_another_method_are_refused(pvs, model, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_masks_and_shards_of_a_conversion(pvs, model, tmp_path):
     assert pvs("prune", model, tmp_path / "sparse", "--method", "magnitude", "--sparsity", "2:4")[0] == 0
     assert pvs("convert", tmp_path / "sparse", tmp_path / "nemo")[0] == 0
@@ -289,12 +298,14 @@ def _convert_and_compare(pvs, source, target, *more):
     return said
 
 
+@pytest.mark.slow
 def test_logits_are_compared_however_short_the_context(pvs, text, tmp_path):
     short = save_tiny_tokenizer(make_tiny_llama(tmp_path / "short", max_position_embeddings=24))
     assert "on 96 tokens" in _convert_and_compare(pvs, short, tmp_path / "nemo", "--text", text)
     assert "on 96 tokens" in _convert_and_compare(pvs, tmp_path / "nemo", tmp_path / "back", "--text", text)
 
 
+@pytest.mark.slow
 def test_logits_are_compared_on_random_tokens_without_a_tokenizer(pvs, tmp_path):
     model = make_tiny_llama(tmp_path / "model")
     said = _convert_and_compare(pvs, model, tmp_path / "nemo")
@@ -318,6 +329,7 @@ def test_what_stops_a_comparison_of_logits_stops_it_before_the_work(pvs, text, t
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_separate_head_of_a_tied_config_is_converted(pvs, tmp_path):
     model = make_tiny_llama(tmp_path / "model")
     path = model / "config.json"

@@ -56,6 +56,7 @@ def measured(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())["models"][0]["measured"]
 
 
+@pytest.mark.slow
 def test_the_papers_table_from_local_data(evaluate, model, tmp_path):
     write_paper_data(tmp_path / "task_data")
     code, out, errors = evaluate(model, "--tasks", "paper", "--sequence-length", 64, "--out", tmp_path / "out")
@@ -77,6 +78,7 @@ def test_the_papers_table_from_local_data(evaluate, model, tmp_path):
     assert measured(tmp_path / "compat")["perplexity/c4/perplexity"]["value"] != trained
 
 
+@pytest.mark.slow
 def test_a_measurement_is_made_once(evaluate, model, tmp_path, forwards):
     options = ("--tasks", TASKS, "--out", tmp_path / "out")
     assert evaluate(model, *options)[0] == 0
@@ -118,6 +120,7 @@ def test_a_measurement_is_made_once(evaluate, model, tmp_path, forwards):
     assert scores[models[0]["fingerprint"]]["capitals/0-shot/acc"].documents == 8
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_keeps_what_it_has(evaluate, model, tmp_path, forwards, monkeypatch):
     options = ("--tasks", TASKS, "--batch-size", 4, "--out", tmp_path / "out")
     counting = TransformersScorer.score
@@ -157,6 +160,7 @@ def test_the_default_is_perplexity_of_the_same_text(evaluate, model, tmp_path, m
     assert measured(tmp_path / "runs" / "evaluation").keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
     bare = make_tiny_llama(tmp_path / "bare")
     for sentence, arguments in {

@@ -21,6 +21,7 @@ def test_names_are_few_different_and_what_nemo_run_takes():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_every_run_of_a_recipe_can_be_written(name):
     recipe = settled(load_recipe(name))

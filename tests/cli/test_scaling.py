@@ -42,6 +42,7 @@ def _refused(outcome: tuple[int, str, str], sentence: str) -> None:
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_fit_and_predict_on_the_papers_points(pvs: Pvs, tmp_path: Path) -> None:
     fit = tmp_path / "fit.json"
     code, out, _ = pvs("scaling-fit", "published", "--out", fit, "--draws", 39)
@@ -76,6 +77,7 @@ def test_a_run_with_an_arm_that_diverged(pvs: Pvs, results: Results, tmp_path: P
     assert "3 points do not determine" in errors
 
 
+@pytest.mark.slow
 def test_the_p2_law_from_a_table(pvs: Pvs, drawn: Draw, tmp_path: Path) -> None:
     table = tmp_path / "runs.csv"
     with open(table, "w", newline="") as file:

@@ -60,6 +60,7 @@ def test_every_verb_either_has_a_lock_or_needs_none():
     assert {verb.__name__ for verb in VERBS} == {name.split()[0] for name in _COMMANDS} | _READ_ONLY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _COMMANDS)
 def test_the_second_is_refused_before_it_touches_anything(pvs, place, monkeypatch, tmp_path, name):
     monkeypatch.chdir(place)
@@ -91,6 +92,7 @@ def _job(folder: Path) -> TrainingJob:
     return TrainingJob("arm", folder / "run", folder / "initial", {}, layout=layout, training=training)
 
 
+@pytest.mark.slow
 def test_a_job_is_trained_by_one_command_only(tmp_path, capsys, monkeypatch):
     """An arm that Slurm trains, and ``pvs run`` that would train it too; and the job submitted twice."""
     job = _job(tmp_path)

@@ -49,6 +49,7 @@ def grid(tmp_path_factory) -> dict[str, str]:
     return _scripts("llama31_8b/minitron_width", "slurm_h100", tmp_path_factory.mktemp("run") / "grid")
 
 
+@pytest.mark.slow
 def test_batch_scripts_are_bash_and_ask_for_what_the_layout_needs(grid, tmp_path):
     assert len(grid) == 42
     for name, script in grid.items():
@@ -64,6 +65,7 @@ def test_batch_scripts_are_bash_and_ask_for_what_the_layout_needs(grid, tmp_path
         assert 'scontrol requeue "$SLURM_JOB_ID"' in script
 
 
+@pytest.mark.slow
 def test_ranks_get_their_address_and_start_where_the_user_is(grid):
     script = grid["train-4b-width-pruned-50B"]
     (command,) = re.findall(r"^srun .*launch.*$", script, re.MULTILINE)
@@ -77,6 +79,7 @@ def test_ranks_get_their_address_and_start_where_the_user_is(grid):
     assert "--prepare-only" not in grid["report"]
 
 
+@pytest.mark.slow
 def test_only_what_has_saved_is_queued_again_without_end(tmp_path):
     """The script itself, with programs in the place of Slurm's: srun ends with the code that it is told."""
     programs, folder = tmp_path / "bin", tmp_path / "run"

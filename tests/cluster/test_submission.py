@@ -90,6 +90,7 @@ def _check(environments: list[dict[str, str]], number: int) -> None:
         assert environment.items() >= _OF_THE_USER.items()
 
 
+@pytest.mark.slow
 def test_pvs_run_launch(seen, tmp_path):
     recipe = load_recipe("smollm2_135m/demo")
     profile = load_profile("slurm_h100")

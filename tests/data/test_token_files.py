@@ -55,6 +55,7 @@ def test_megatron_builds_a_little_more_of_each_file_of_a_blend() -> None:
         check_end(10_000, 10, [wanted, 3_000], weights, names)
 
 
+@pytest.mark.slow
 def test_a_damaged_index_or_a_cut_file_is_refused_wherever_it_is(tmp_path: Path) -> None:
     """Every cut and every flipped bit, but for borders of documents, which nothing else in the files confirms."""
     documents = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]

@@ -64,6 +64,7 @@ def test_without_an_end_of_text_token_only_the_text_is_stored(tokenizer_folder: 
     assert with_end["bin_sha256"] != without["bin_sha256"]
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_is_stored_as_int32(tokenizer_folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens([f"<extra-{i}>" for i in range(65_500 - len(tokenizer))])

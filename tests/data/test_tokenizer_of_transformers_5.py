@@ -59,6 +59,7 @@ def test_a_copy_loads_in_transformers_4_and_is_the_same_tokenizer(
     assert sha256_folder(tmp_path / "again") == sha256_folder(tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_the_verbs_take_a_model_of_transformers_5(pvs, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Its config has rope_parameters and dtype, its tokenizer no class that version 4 knows."""
     model = make_tiny_llama(tmp_path / "model", vocab_size=320)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import bz2
 from pathlib import Path
 
+import pytest
+
 from nemo_pvs.data.wikipedia import MINIMUM_CHARACTERS, articles, prose, sample_articles
 
 from .conftest import needs_wikipedia_sample
@@ -86,6 +88,7 @@ def test_only_long_articles_are_taken_from_a_dump(tmp_path: Path) -> None:
     assert list(articles(dump)) == [("Aardvark", long), ("Exactly long enough", exactly)]
 
 
+@pytest.mark.slow
 @needs_wikipedia_sample
 def test_the_sample_is_clean_prose_of_known_size() -> None:
     sample = dict(sample_articles())

@@ -63,6 +63,7 @@ def make(kind: str, folder: Path) -> Path:
     return save_byte_tokenizer(save_tiny(folder, kind, vocab_size=VOCAB))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "uneven", "mistral", "qwen2", "qwen3"])
 def test_every_request_is_answered_as_by_hflm(kind, tmp_path):
     folder = make(kind, tmp_path / "model")

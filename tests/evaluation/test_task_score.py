@@ -22,6 +22,7 @@ from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 TASKS = Path(__file__).parent / "tasks"
 
 
+@pytest.mark.slow
 def test_first_metrics_with_their_sign(tmp_path: Path) -> None:
     folder = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
     source = open_source(folder)

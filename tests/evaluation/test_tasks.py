@@ -86,6 +86,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path):
         load_tasks(parse_tasks(f"{TASKS},{other}"), Path("none"))
 
 
+@pytest.mark.slow
 def test_few_shot_and_zero_shot_results_have_names_of_their_own(model):
     """The published code files both under the task, so the later one overwrites the earlier."""
     tasks = load_tasks(parse_tasks(f"{TASKS},capitals:2"), Path("none"))
@@ -98,6 +99,7 @@ def test_few_shot_and_zero_shot_results_have_names_of_their_own(model):
     assert measure_task(zero, model)["acc"]["documents"] == measure_task(two, model)["acc"]["documents"] == 8
 
 
+@pytest.mark.slow
 def test_the_preset_of_the_paper(model, data):
     """Eight tasks without examples, each with the metric that the paper's code reads."""
     tasks = load_tasks(parse_tasks("paper"), data)
@@ -164,6 +166,7 @@ def test_requests():
     assert list(presets()) == ["paper"]
 
 
+@pytest.mark.slow
 def test_mistakes_get_one_sentence(data, tmp_path):
     (tmp_path / "empty").mkdir()
     for text, sentence in {
@@ -190,6 +193,7 @@ def test_mistakes_get_one_sentence(data, tmp_path):
         parse_tasks(str(tmp_path / "tasks"))
 
 
+@pytest.mark.slow
 def test_data_that_are_not_here_are_named_with_the_command_that_gets_them(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(UserError) as refused:

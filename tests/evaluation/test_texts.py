@@ -43,6 +43,7 @@ def token_losses(folder: Path, windows: torch.Tensor, scored: list[int]) -> list
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [None, 5, 11])
 def test_perplexity_equals_a_loop_over_tokens(folder, data, stride):
     tokens = windows_of("c4", folder, samples=6, sequence_length=24, stride=stride, data=data)

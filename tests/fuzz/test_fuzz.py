@@ -20,6 +20,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_damaged_inputs_are_refused_in_a_sentence_or_read(workshop: Workshop, name: str) -> None:
     done = sum(workshop.run(name, SUBJECTS[name], seed) for seed in range(_CASES))

@@ -103,6 +103,7 @@ def test_the_number_of_entries_is_checked():
         PrunedLlamaConfig(**{**uneven_config().to_dict(), "layer_shapes": uneven_config().layer_shapes[:3]})
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, BIASES, {"tie_word_embeddings": True}])
 def test_layer_by_layer_is_the_whole_model(tmp_path, settings):

@@ -48,6 +48,7 @@ def _refused(values: dict, folder: Path, sentence: str) -> None:
     assert not folder.exists(), "something was written before it was refused"
 
 
+@pytest.mark.slow
 def test_a_contradiction_to_the_parents_ledger(values, tmp_path):
     _train_parent(values, 4)
     values["data"]["token_ranges"] = {"pruned": [4 * STEP, 1e9]}
@@ -92,6 +93,7 @@ def test_text_that_the_parent_has_read(values, tmp_path, train, ranges, sentence
     assert pipeline.job(arm).training.order_seed == (7 if ranges.get("allow_overlap") else 1234)
 
 
+@pytest.mark.slow
 def test_random_arms_may_read_what_the_parent_has_read(values, tmp_path):
     _train_parent(values, 4)
     values["arms"] = ["random"]
@@ -106,6 +108,7 @@ def test_masks_are_not_learned_on_what_the_parent_has_read(values, tmp_path):
     _refused(values, tmp_path / "run", "on tokens of this data between 256 and 512; start after them")
 
 
+@pytest.mark.slow
 def test_text_that_must_be_tokenised_first(values, tmp_path):
     """Its hash is known then, and nothing but it has been made."""
     source = tiny_values(tmp_path / "again")
@@ -154,6 +157,7 @@ def test_what_needs_no_training_is_pruned_first(values, tmp_path):
     assert pruning == ["prune/width", "prune/depth", "masks/masks", "prune/masks"]
 
 
+@pytest.mark.slow
 def test_a_refused_recipe_does_not_replace_that_of_the_run(values, tmp_path):
     run = tmp_path / "run"
     Pipeline(parse_recipe(values, "test"), run).prepare()

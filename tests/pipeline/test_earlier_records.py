@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from nemo_pvs.checkpoints.fingerprint import fingerprint
@@ -36,6 +37,7 @@ def as_an_earlier_version_wrote_it(folder: Path, parent: Path) -> None:
         path.write_text(text)
 
 
+@pytest.mark.slow
 def test_a_run_folder_of_an_earlier_version_goes_on(tmp_path):
     values, run = tiny_values(tmp_path), tmp_path / "run"
     parent = Path(values["parent"]["source"])

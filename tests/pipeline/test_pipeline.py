@@ -191,6 +191,7 @@ def _check(results: Results, folder: Path, values: dict) -> None:
     assert json.loads((folder / "results.json").read_text())["recipe"]["train"]["tokens"] == values["train"]["tokens"]
 
 
+@pytest.mark.slow
 def test_prepare_only_stops_before_training(values, tmp_path):
     """And a target that differs in its training only takes what another was pruned to."""
     values["targets"]["width_too"] = {**values["targets"]["width"], "learning_rate": 1e-3, "arms": ["pruned"]}
@@ -208,6 +209,7 @@ def test_prepare_only_stops_before_training(values, tmp_path):
     assert {path.name for path in (tmp_path / "run" / "random").iterdir()} == {"width", "depth"}
 
 
+@pytest.mark.slow
 def test_changed_settings_redo_what_depends_on_them_only(values, tmp_path):
     folder = tmp_path / "run"
     Pipeline(parse_recipe(values, "test"), folder).prepare()
@@ -218,6 +220,7 @@ def test_changed_settings_redo_what_depends_on_them_only(values, tmp_path):
     assert changed == {"prune-width.json", "random-width.json"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout_and_nothing_trained_is_removed_unasked(values, tmp_path):
     folder = tmp_path / "run"
     Pipeline(parse_recipe(values, "test"), folder).prepare_only()
@@ -244,6 +247,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(values, tmp_path):
     assert not (tmp_path / "run" / "pruned").exists()
 
 
+@pytest.mark.slow
 def test_forced_stage_is_done_again(values, tmp_path):
     folder = tmp_path / "run"
     Pipeline(parse_recipe(values, "test"), folder).prepare()
@@ -253,6 +257,7 @@ def test_forced_stage_is_done_again(values, tmp_path):
     assert changed == {"calibrate.json"}, "the same scores need no new plans"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [
@@ -277,6 +282,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(values, tmp_path, path, val
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_any_method_makes_initial_weights_of_both_kinds(values, tmp_path):
     """Sparse: both arms have the same zeros. Uneven: the same layers, and biases. Dense: the parent itself."""
     values["targets"] = {
@@ -306,6 +312,7 @@ def test_any_method_makes_initial_weights_of_both_kinds(values, tmp_path):
     assert not [path for path in (folder / "pruned").iterdir() if path.name.startswith(".")], "work is left behind"
 
 
+@pytest.mark.slow
 def test_layers_are_chosen_by_a_task_of_the_run_s_own_text(values, tmp_path):
     """As the scan that a user may do by hand, and charged with what it read."""
     values["targets"] = {"depth": {"method": "minitron-depth", "layers": 2, "task": "continuation", "task_limit": 6}}
@@ -336,6 +343,7 @@ def _token_files(values: dict, folder: Path) -> dict:
     return {**values, "data": {"token_files": files}}
 
 
+@pytest.mark.slow
 def test_token_files_are_used_where_they_are(values, tmp_path):
     values = _token_files(values, tmp_path / "tokens")
     values["data"]["token_ranges"] = {"parent": [0, 1000], "pruned": [1000, 4000]}
@@ -489,6 +497,7 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
         assert ledgers["pruned-512"].charges[-1].steps == 512 // step
 
 
+@pytest.mark.slow
 def test_a_target_by_gradients_is_calibrated_with_them(values, tmp_path):
     values["targets"] = {
         "taylor": {"method": "llm-pruner", "ratio": 0.5, "protect_first": 1, "metric": "param_mix"},

@@ -164,6 +164,7 @@ def test_what_is_prepared_first_is_the_job_that_learns_masks(tmp_path: Path) -> 
     assert job.initial.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_masks_that_fall_short_stop_the_run_with_how_far_they_got_and_stay(tmp_path: Path) -> None:
     """Nothing is trained here: the masks are those of the first step, beside the last step's checkpoint."""
     recipe, folder = parse_recipe(_values(tmp_path), "test"), tmp_path / "run"

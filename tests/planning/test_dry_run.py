@@ -17,6 +17,7 @@ from tests.conftest import make_tiny_llama
 BATCH = 512 * 8192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_every_packaged_recipe_is_possible(name):
     plan = dry_run(load_recipe(name))
@@ -182,6 +183,7 @@ IMPOSSIBLE = {
 }
 
 
+@pytest.mark.slow
 def test_what_learned_and_iterative_methods_cannot_do_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
     demo = Path(__file__).parents[2] / "recipes" / "smollm2_135m" / "demo.yaml"
     make_tiny_llama(tmp_path / "teacher")

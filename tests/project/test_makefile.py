@@ -47,6 +47,7 @@ def _made_by(tmp_path: Path, *arguments: str) -> tuple[str, str]:
     return (made.read_text().strip() if made.exists() else ""), done.stderr
 
 
+@pytest.mark.slow
 @needs_make
 @pytest.mark.parametrize(
     ("pythons", "chosen"),

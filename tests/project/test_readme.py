@@ -47,6 +47,7 @@ def small_parent(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_one_liners_run_as_they_stand(small_parent, monkeypatch, capsys):
     one_liners = [line for line in commands(ROOT / "README.md") if "SMALLER" in line]
     assert [line.split()[1] for line in one_liners] == ["prune", "convert", "inspect", "evaluate"]
@@ -56,6 +57,7 @@ def test_one_liners_run_as_they_stand(small_parent, monkeypatch, capsys):
     assert "SMALLER-nemo" in said[3]
 
 
+@pytest.mark.slow
 def test_the_python_example_runs_as_it_stands(small_parent):
     (example,) = blocks(ROOT / "README.md", "python")
     exec(compile(example.replace("smollm2-135m", "MODEL"), "README.md", "exec"), {})

@@ -195,6 +195,7 @@ def planted() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_the_planted_layer_and_units_go_first() -> None:
     source = StateSource(planted())
     start = shape_of(source)
@@ -218,6 +219,7 @@ def test_the_planted_layer_and_units_go_first() -> None:
     assert 0.8 * dense * len(drawn) < measure.flops <= dense * len(drawn)
 
 
+@pytest.mark.slow
 def test_the_method_by_its_name() -> None:
     source = StateSource(tiny_model())
     said: list[str] = []

@@ -54,6 +54,7 @@ def independent_loss(model: LlamaForCausalLM, removed: range, ids: torch.Tensor,
     return float(losses.sum()) / losses.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", [1, 2, 5])
 def test_brute_force_bit_for_bit(removed: int) -> None:
     model, tokens = six_layers(), token_set()
@@ -123,6 +124,7 @@ def test_candidates_and_layer_forwards(removed: int) -> None:
     assert scan.reference_layer_forwards == LAYERS + (kept + 1) * kept + kept
 
 
+@pytest.mark.slow
 def test_a_smollm2_sized_scan_takes_about_half_of_the_reference() -> None:
     """30 layers, 16 to remove: 30 + 14 * 15 / 2 = 135 of 254."""
     source = StateSource(tiny_model(num_hidden_layers=30, hidden_size=8, intermediate_size=8))

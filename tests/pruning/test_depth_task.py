@@ -15,6 +15,7 @@ from tests.pruning.test_depth import LAYERS, six_layers, token_set
 from tests.state_source import StateSource
 
 
+@pytest.mark.slow
 def test_minus_the_loss_as_a_score_agrees_with_the_scan_by_loss() -> None:
     source, tokens = StateSource(six_layers()), token_set()
     steps: list[tuple[int, int]] = []

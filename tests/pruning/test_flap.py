@@ -245,6 +245,7 @@ def test_the_mean_output_over_the_calibration_tokens_stays() -> None:
             assert bias.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"uniform": True, "ffn_multiple": 16}, {}], ids=["uniform", "uneven"])
 def test_the_result_loads_with_its_biases(
     settings: dict[str, Any], make_tiny_llama: Callable[..., Path], tmp_path: Path

@@ -66,6 +66,7 @@ def brute_force(model: LlamaForCausalLM, ids: torch.Tensor, remove: int, first: 
     return [tuple(removed), tuple(steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remove", "first", "last", "seed"), [(1, 0, 0, 0), (5, 0, 0, 0), (4, 0, 0, 3), (3, 1, 1, 3), (2, 2, 0, 0)]
 )
@@ -78,6 +79,7 @@ def test_brute_force_bit_for_bit(remove: int, first: int, last: int, seed: int) 
     assert scan.dense_loss == independent_loss(model, range(0), tokens.ids, 2)
 
 
+@pytest.mark.slow
 def test_sleb_never_removes_the_first_or_the_last_layer() -> None:
     """The loop of SLEB's sleb.py tries all layers that are left but the first and the last."""
     model, tokens = six_layers(), token_set()
@@ -103,6 +105,7 @@ def test_the_plans_model_has_the_loss_of_the_last_step() -> None:
     assert plan.provenance["order"] == list(scan.removed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 1)])
 def test_the_beginning_of_a_scan_is_the_scan_for_fewer(first: int, last: int) -> None:
     source, tokens = StateSource(six_layers()), token_set()
@@ -127,6 +130,7 @@ def test_work_is_counted_and_reported() -> None:
     assert scan.tokens_read == 4 * 25 * 16
 
 
+@pytest.mark.slow
 def test_a_smollm2_sized_scan_takes_at_most_55_percent_of_the_reference() -> None:
     """30 layers, 3 to go, really run; and 16 to go, counted."""
     source = StateSource(tiny_model(num_hidden_layers=30, hidden_size=8, intermediate_size=8))
@@ -139,6 +143,7 @@ def test_a_smollm2_sized_scan_takes_at_most_55_percent_of_the_reference() -> Non
             assert (scan.layer_forwards, scan.reference_layer_forwards) == (ours, reference)
 
 
+@pytest.mark.slow
 def test_memory_bounds_the_states_that_are_held_at_once() -> None:
     source, tokens = StateSource(six_layers()), token_set(samples=8)
     whole = scan_greedy(source, tokens, 3, compute=Compute(batch_size=2))

@@ -118,6 +118,7 @@ def test_uniform_layers_are_a_plain_llama() -> None:
     assert not plan_llm_pruner(make_scores(), 0.3, structure="AL-AM", uniform=True).target.uneven
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("metric", METRICS)
 @torch.no_grad()

@@ -70,6 +70,7 @@ def test_the_target_comes_in_slowly() -> None:
         assert float(masks._penalty("ffn", 50)) == pytest.approx((sparsity - masks.targets["ffn"]) ** 2, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_without_a_loss_every_kind_of_unit_reaches_its_target() -> None:
     masks = learned(500)
     for unit, sparsity in masks.sparsities().items():
@@ -102,6 +103,7 @@ def test_a_restored_learner_goes_on_to_the_bit() -> None:
         torch.testing.assert_close(resumed.multipliers[unit], whole.multipliers[unit], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biases"])
 def test_the_exported_model_is_the_gated_one(biases: dict) -> None:
     model = tiny_model(seed=3, **biases)
@@ -136,6 +138,7 @@ def test_masks_that_did_not_reach_the_target_say_how_far_they_got(tmp_path: Path
         load_gates(tmp_path / "masks", TARGET)
 
 
+@pytest.mark.slow
 def test_masks_are_read_back_for_their_own_target_only(tmp_path: Path) -> None:
     masks = learned(500)
     save_masks(tmp_path / "masks", masks)

@@ -87,6 +87,7 @@ def environment(site: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{site}{os.pathsep}{Path.cwd()}", "COLUMNS": "200"}
 
 
+@pytest.mark.slow
 def test_the_command_has_it_with_its_options(python: ForkedCommands, tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "model")
     pvs = ("-m", "nemo_pvs.cli")
@@ -103,6 +104,7 @@ def test_the_command_has_it_with_its_options(python: ForkedCommands, tmp_path: P
     assert "the last layers" in python(*pvs, "methods").output
 
 
+@pytest.mark.slow
 def test_a_recipe_has_it(python: ForkedCommands, tmp_path: Path) -> None:
     values = tiny_values(tmp_path)
     values["targets"] = {"toy": {"method": "toy", "last": 1}}
@@ -128,6 +130,7 @@ def test_a_recipe_has_it(python: ForkedCommands, tmp_path: Path) -> None:
     assert done.code == 0, done.errors
 
 
+@pytest.mark.slow
 def test_the_method_of_the_documentation_prunes(python: ForkedCommands, tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "model")
     command = ("prune", model, tmp_path / "small", "--method", "last-layers", "--last", 3)
@@ -137,6 +140,7 @@ def test_the_method_of_the_documentation_prunes(python: ForkedCommands, tmp_path
     assert read_json(tmp_path / "small" / "config.json")["num_hidden_layers"] == left > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "why"),
     [

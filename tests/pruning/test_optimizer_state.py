@@ -102,6 +102,7 @@ def kept_by_hand(name: str, tensor: torch.Tensor, plan: Plan, layer: int) -> tor
     return (tensor[rows[module]] if module in rows else tensor)[:, hidden]
 
 
+@pytest.mark.slow
 def test_kept_units_have_the_states_of_the_unpruned_training_bit_by_bit(trained):
     model, optimizer, folder = trained
     source = NemoSource(folder)
@@ -151,6 +152,7 @@ def test_a_plan_that_keeps_all_goes_on_like_the_training_that_was_not_interrupte
     assert float((ends[1] - expected).abs().max()) > 1e-3, "restarted moments would pass, too"
 
 
+@pytest.mark.slow
 def test_refusals(trained, tmp_path):
     model, _, folder = trained
     plan = make_plan(shape_of(NemoSource(folder)))

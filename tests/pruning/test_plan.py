@@ -64,6 +64,7 @@ def test_ranges_by_hand() -> None:
     assert parse_ranges("0-3,5,7-9") == (0, 1, 2, 3, 5, 7, 8, 9)
 
 
+@pytest.mark.slow
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_ranges_round_trip(indices: set[int]) -> None:
     ordered = tuple(sorted(indices))

@@ -46,6 +46,7 @@ def loss_by_transformers(source: StateSource, plan: Plan, ids: torch.Tensor) -> 
     return float(functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().long()))
 
 
+@pytest.mark.slow
 def test_every_candidate_has_the_loss_of_its_own_model(model: Any) -> None:
     source, scores, tokens, shapes = model
     shapes = shapes[::4]
@@ -62,6 +63,7 @@ def test_every_candidate_has_the_loss_of_its_own_model(model: Any) -> None:
     assert ranking.flops == sum(round(4 * 25 * FLOPS(shape)) for shape in shapes)
 
 
+@pytest.mark.slow
 def test_the_shortlist_has_those_whose_sizes_cost_least_one_by_one(model: Any) -> None:
     """Sizes measured alone, by transformers; what lies between them is on the straight line."""
     source, scores, tokens, shapes = model
@@ -143,6 +145,7 @@ def test_an_interrupted_retraining_begins_with_the_candidate_that_is_next(model:
     assert [(one.shape, one.retrained_loss) for one in found] == [(asked[0], 1.0), (asked[1], 3.0), (asked[3], 4.0)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(model: Any, tmp_path: Path) -> None:
     source, scores, tokens, shapes = model
     state = tmp_path / "search.json"

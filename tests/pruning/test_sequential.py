@@ -116,6 +116,7 @@ def test_layer_by_layer_is_what_whole_models_say(method: Method, calibration: An
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_sequential_and_dense_differ_behind_the_first_layer(tmp_path: Path) -> None:
     source, tokens = StateSource(tiny_model()), token_set()
     results = [
@@ -162,6 +163,7 @@ def test_layers_see_what_will_be_stored(tmp_path: Path) -> None:
     assert (~result.masks.read(name).numpy() == gone).mean() > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS[:2], ids=["wanda", "sparsegpt"])
 def test_batches_and_memory_do_not_matter(method: Method, tmp_path: Path) -> None:
     source, tokens = StateSource(tiny_model().double()), token_set(7)
@@ -274,6 +276,7 @@ def interrupted(folder: Path, source: StateSource, tokens: TokenSet, method: Met
         prune_layers(source, tokens, method, folder, progress=interrupt)
 
 
+@pytest.mark.slow
 def test_another_pruning_in_the_folder(tmp_path: Path) -> None:
     source, tokens, folder = StateSource(tiny_model()), token_set(), tmp_path / "work"
     interrupted(folder, source, tokens, METHODS[0], 20)
@@ -290,6 +293,7 @@ def test_another_pruning_in_the_folder(tmp_path: Path) -> None:
     assert_same(replaced, state(prune_layers(*others[2][1], tmp_path / "fresh")))
 
 
+@pytest.mark.slow
 def test_a_pruning_that_finished_no_layer_makes_room(tmp_path: Path) -> None:
     source, tokens, folder = StateSource(tiny_model()), token_set(), tmp_path / "work"
     interrupted(folder, source, tokens, METHODS[0], 1)
@@ -309,6 +313,7 @@ def test_a_finished_pruning_is_not_done_again(tmp_path: Path) -> None:
     assert_same(state(prune_layers(source, tokens, METHODS[0], tmp_path / "work", progress=never)), expected)
 
 
+@pytest.mark.slow
 def test_lost_states_mean_starting_again(tmp_path: Path) -> None:
     source, tokens, folder = StateSource(tiny_model()), token_set(), tmp_path / "work"
     interrupted(folder, source, tokens, METHODS[0], 20)
@@ -359,6 +364,7 @@ def test_dead_channels_and_few_tokens(tmp_path: Path) -> None:
     assert all("trying again with damping" in text for text in said)
 
 
+@pytest.mark.slow
 def test_a_nemo_checkpoint_gives_the_same_result(tmp_path: Path, make_tiny_llama: Callable[..., Path]) -> None:
     source = HuggingFaceSource(make_tiny_llama(tmp_path / "hf", dtype=torch.bfloat16))
     write_nemo(source, tmp_path / "nemo")

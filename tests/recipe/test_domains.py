@@ -151,6 +151,7 @@ def test_the_published_setting_is_a_recipe() -> None:
     assert arm.arm.training.steps // arm.arm.training.validations == 400
 
 
+@pytest.mark.slow
 def test_a_run_on_domains_tokenises_each_and_begins_with_their_shares(tmp_path: Path) -> None:
     parent = save_tiny_tokenizer(make_tiny_llama(tmp_path / "parent", tie_word_embeddings=True))
     for name, step in (("song", 7), ("noise", 31)):

@@ -94,6 +94,7 @@ def test_a_missing_arm_is_missing_and_not_zero(results: Results) -> None:
     assert {name: value for name, value in row.items() if value is not None} == named
 
 
+@pytest.mark.slow
 def test_an_arm_that_no_recipe_asks_for_is_not_missing(results: Results) -> None:
     results.recipe |= {"targets": {"depth": {}, "width": {"arms": ["pruned"]}}, "arms": ["pruned", "random"]}
     del results.arms[3]

@@ -61,6 +61,7 @@ def test_a_page_can_hold_it_as_it_is(results: Results) -> None:
     assert "a &quot;quoted&quot; $x$ &lt;target&gt;" in svg[: svg.index(">")]
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_figure(results: Results) -> None:
     assert loss_figure(results) == loss_figure(results)
 

@@ -73,6 +73,7 @@ def test_the_page_holds_every_arm_everywhere(results: Results) -> None:
     assert hashes == [["recipe", "ab" * 32]]
 
 
+@pytest.mark.slow
 def test_heading_groups_span_their_columns(results: Results) -> None:
     text = _page(results)
     head = text[text.index("<thead>") : text.index("</thead>")]
@@ -81,6 +82,7 @@ def test_heading_groups_span_their_columns(results: Results) -> None:
     assert len(_Page(text).tables[0][1]) == sum(spans)
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_from_outside(results: Results) -> None:
     page = _Page(_page(results))
     assert all(link.startswith("#") for link in page.links)
@@ -97,6 +99,7 @@ def test_dark_light_and_paper_are_provided_for(results: Results) -> None:
         assert rule in text
 
 
+@pytest.mark.slow
 def test_what_users_write_is_shown_and_not_obeyed(results: Results) -> None:
     results.title = "<script>alert(1)</script>"
     results.arms[0].name = results.arms[0].target = "<img src=x>"
@@ -125,6 +128,7 @@ def test_nothing_measured_is_a_page_of_dashes(results: Results) -> None:
     assert environment == hashes == [["–"]]
 
 
+@pytest.mark.slow
 def test_the_files_are_written_and_replaced(results: Results, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "demo"
     write_report(results, folder)
@@ -138,6 +142,7 @@ def test_the_files_are_written_and_replaced(results: Results, tmp_path: Path) ->
     assert "Another title" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_markdown_says_the_same(results: Results, tmp_path: Path) -> None:
     write_report(results, tmp_path)
     text = (tmp_path / "report.md").read_text()

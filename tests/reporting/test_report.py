@@ -92,6 +92,7 @@ def _read(folder: Path) -> tuple[dict[str, list[list[str]]], Any]:
     return _Tables((folder / "report.html").read_text()).found, json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_numbers_of_the_page_are_those_of_the_json(folders: list[str], tmp_path: Path) -> None:
     report(folders, out=str(tmp_path / "out"), evaluation=[str(tmp_path / "more")])
     tables, data = _read(tmp_path / "out")
@@ -121,6 +122,7 @@ def test_the_numbers_of_the_page_are_those_of_the_json(folders: list[str], tmp_p
         assert cells[6] == row["winner"]
 
 
+@pytest.mark.slow
 def test_csv_and_markdown_say_the_same(folders: list[str], tmp_path: Path) -> None:
     report(folders, out=str(tmp_path), evaluation=[str(tmp_path / "more")])
     tables, data = _read(tmp_path)
@@ -134,6 +136,7 @@ def test_csv_and_markdown_say_the_same(folders: list[str], tmp_path: Path) -> No
         assert [cell.strip() for cell in row] in cells
 
 
+@pytest.mark.slow
 def test_every_run_has_its_settings_hashes_and_environment(folders: list[str], tmp_path: Path) -> None:
     report(folders, out=str(tmp_path / "out"))
     tables, data = _read(tmp_path / "out")
@@ -145,6 +148,7 @@ def test_every_run_has_its_settings_hashes_and_environment(folders: list[str], t
     assert f"pvs report {' '.join(folders)}" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_one_run_is_reported_in_its_own_folder(results: Results, tmp_path: Path) -> None:
     results.save(tmp_path / "results.json")
     before = (tmp_path / "results.json").read_bytes()
@@ -156,6 +160,7 @@ def test_one_run_is_reported_in_its_own_folder(results: Results, tmp_path: Path)
     assert not (tmp_path / "tasks.csv").exists()
 
 
+@pytest.mark.slow
 def test_force_marks_the_page(folders: list[str], tmp_path: Path) -> None:
     other = Results.load(Path(folders[1]) / "results.json")
     other.hashes["parent weights"] = "0" * 64
@@ -169,6 +174,7 @@ def test_force_marks_the_page(folders: list[str], tmp_path: Path) -> None:
         assert "These runs are not comparable" in (out / name).read_text()
 
 
+@pytest.mark.slow
 def test_masked_runs_have_both_counts_of_flops(results: Results, tmp_path: Path) -> None:
     arm = results.arms[0]
     arm.shape, arm.masked_parameters = PARENT, 10_000
@@ -181,6 +187,7 @@ def test_masked_runs_have_both_counts_of_flops(results: Results, tmp_path: Path)
     assert row["training_flops"] - row["training_flops_zeros_skipped"] == 40_960 * 6 * 10_000
 
 
+@pytest.mark.slow
 def test_pictures_have_words_and_ids_are_unique(folders: list[str], tmp_path: Path) -> None:
     report(folders, out=str(tmp_path), evaluation=[str(tmp_path / "more")], published=True)
     page = (tmp_path / "report.html").read_text()
@@ -194,6 +201,7 @@ def test_pictures_have_words_and_ids_are_unique(folders: list[str], tmp_path: Pa
     assert "mathdefault" not in page
 
 
+@pytest.mark.slow
 def test_a_missing_arm_and_the_seeds_show_in_the_figure(results: Results) -> None:
     del results.arms[3]
     plain = loss_panels(results)
@@ -225,6 +233,7 @@ def test_the_papers_gaps_are_those_of_its_points(results: Results) -> None:
     assert "arXiv 2606.14150" not in gap_against_tokens(results)
 
 
+@pytest.mark.slow
 def test_a_run_that_trained_a_parent_has_a_report_of_its_own(results: Results, tmp_path: Path) -> None:
     """Without a pruned model, a gap, or anything removed; and seeds of it are repetitions as of any other."""
     results.parent = None

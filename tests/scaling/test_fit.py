@@ -96,6 +96,7 @@ def test_fits_that_run_together_find_what_scipy_finds(drawn: Draw, form: Form) -
         assert cost == pytest.approx(alone.cost, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_widths_of_a_straight_line_are_students(drawn: Draw) -> None:
     """With the exponent held, a law is a line; its intervals are then those of every textbook."""
     (series,) = _series(drawn, "per-run", noise=0.002, seed=3, billions=np.geomspace(0.05, 1, 6))

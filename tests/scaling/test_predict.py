@@ -34,6 +34,7 @@ def test_a_value_lies_in_its_interval(pruned: Fit) -> None:
         assert estimate.low <= estimate.value <= estimate.high
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_loss_is_for_a_measurement(drawn: Draw) -> None:
     # 95 of 100 new measurements lie in it, not only the curve.
     inside = []
@@ -79,6 +80,7 @@ def test_scratch_that_stays_behind_never_catches_up(pruned: Fit) -> None:
     assert met.share == 0.0
 
 
+@pytest.mark.slow
 def test_a_law_over_models_predicts_a_model(drawn: Draw) -> None:
     found = fit("p2", drawn("p2"), draws=39)
     series = drawn("p2", parents=(5,), ratios=(0.3,))[0]

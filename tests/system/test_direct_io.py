@@ -25,6 +25,7 @@ def access(request, monkeypatch):
         monkeypatch.setattr(direct_io, "_open_directly", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lengths",
     [[], [0], [5], [BLOCK], [BLOCK + 1], [1, BLOCK - 1, 4096], [7, 2 * BLOCK, 3], [1_000_003] * 20],
@@ -42,6 +43,7 @@ def test_pieces_become_a_file(tmp_path, access, lengths):
     assert (tmp_path / "x").read_bytes() == CONTENT[:begin]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begin", "length"),
     [
@@ -66,6 +68,7 @@ def test_any_piece_can_be_read(tmp_path, access, begin, length):
     assert target == CONTENT[begin : begin + length]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 100, BLOCK, BLOCK + 4096, BLOCK + 5000])
 def test_a_file_that_ends_early(tmp_path, access, size):
     (tmp_path / "x").write_bytes(CONTENT[:size])

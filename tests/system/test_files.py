@@ -21,6 +21,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path: Path, read: Callable[[Path], A
     assert read(tmp_path / "file") == {"größe": 1}
 
 
+@pytest.mark.slow
 @READERS
 @pytest.mark.parametrize("content", [b"{", b"\xff\xff", b"[" * 10_000, b'{"a": ' + b"1" * 5000 + b"}"])
 def test_what_cannot_be_read_is_refused(tmp_path: Path, read: Callable[[Path], Any], content: bytes) -> None:

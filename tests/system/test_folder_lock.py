@@ -158,6 +158,7 @@ def test_a_machine_that_was_silent_for_long_is_dead(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_machine_is_watched_until_it_was_silent_for_long(tmp_path, capsys):
     _leave(tmp_path / ".lock")
     began = time.monotonic()
@@ -182,6 +183,7 @@ def test_the_clock_of_this_machine_does_not_matter(tmp_path, monkeypatch, capsys
     assert "watching" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_requeued_job_takes_over_from_its_earlier_self_only(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -194,6 +196,7 @@ def test_a_requeued_job_takes_over_from_its_earlier_self_only(tmp_path, monkeypa
             pytest.fail("two at work")
 
 
+@pytest.mark.slow
 def test_a_lock_that_says_nothing_counts_while_it_is_touched(tmp_path):
     (tmp_path / ".lock").write_text('{"pid": 1')
     with _touched(tmp_path / ".lock"), pytest.raises(UserError, match="an unknown command"), locked_folder(tmp_path):
@@ -274,6 +277,7 @@ def test_the_end_of_a_lock_that_is_being_taken_over_leaves_it(hold, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", f".lock.after-{id_}"]
 
 
+@pytest.mark.slow
 def test_a_holder_touches_its_lock(hold, tmp_path):
     hold(tmp_path)
     before = (tmp_path / ".lock").stat().st_mtime_ns

@@ -75,6 +75,7 @@ def test_every_verb_is_here() -> None:
     assert {verb.__name__ for verb in VERBS} == {*FOLDER_VERBS, *FILE_VERBS, *READ_ONLY_VERBS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verb", [*FOLDER_VERBS, *FILE_VERBS])
 def test_a_target_that_cannot_be_made_is_refused_before_any_work(
@@ -91,6 +92,7 @@ def test_a_target_that_cannot_be_made_is_refused_before_any_work(
     assert _tree(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", FOLDER_VERBS)
 def test_a_file_where_a_folder_must_be(pvs: Callable, tmp_path: Path, verb: str) -> None:
     (tmp_path / "out").write_text("keep me")

@@ -63,6 +63,7 @@ def test_one_rank_is_alone(monkeypatch, values):
         assert ranks.world_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ranks_that_never_come_are_not_waited_for_for_ever(monkeypatch, capsys, port, rank):
     values = {**_POD, "WORLD_SIZE": "2", "RANK": rank, "MASTER_PORT": port, "PVS_RENDEZVOUS_SECONDS": "1"}

@@ -30,6 +30,7 @@ def test_newest_first_by_step_and_only_finished_ones(folder):
     assert newest_sound(folder) == (folder / "step=99-last", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "keep", "word"),
     [

@@ -52,6 +52,7 @@ def _prepare(sparse: Path, **options) -> NemoSource:
     return NemoSource(_job(sparse, **options).initial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 def test_random_weights_keep_the_masks_of_the_model(sparse, keep):
     initial = _prepare(sparse, random_init=True, keep_parent_embeddings=keep)
@@ -74,6 +75,7 @@ def test_masks_of_another_model_are_refused_before_anything_is_written(sparse):
     assert not (sparse.parent / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "layout", "sentence"),
     [

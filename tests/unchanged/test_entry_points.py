@@ -25,6 +25,7 @@ def test_python_m_nemo_pvs_cli():
         assert f"│ {verb} " in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "given", "expected"),
     [

@@ -32,6 +32,7 @@ def _succeed(answer) -> str:
     return answer.output
 
 
+@pytest.mark.slow
 def test_no_stage_is_done_again(made, pvs):
     """The checkpoints that training would go on from are not even there; the results are collected anew."""
     before, results = _records(made), json.loads((made / "run" / "results.json").read_text())
@@ -44,6 +45,7 @@ def test_no_stage_is_done_again(made, pvs):
     assert again == {**results, **of_now}
 
 
+@pytest.mark.slow
 def test_nothing_is_prepared_again(made, pvs):
     """As on a cluster, where jobs stand between what is prepared and what is trained."""
     before, jobs = _records(made), _jobs(made)
@@ -58,6 +60,7 @@ def _jobs(made: Path) -> dict[Path, dict]:
     return {path: json.loads(path.read_text()) for path in (made / "run").glob("*/**/job.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["width", "gradients", "dense", "learned", "aware"])
 def test_a_target_pruned_again_is_the_same(target, made, pvs):
     """From the scores, or from what training has learned, as recorded; so no sum is computed that could differ."""
@@ -70,6 +73,7 @@ def test_a_target_pruned_again_is_the_same(target, made, pvs):
     assert after == before
 
 
+@pytest.mark.slow
 def test_report(made, pvs, golden):
     """All numbers, and all text of the page and of the terminal; of figures, which fonts may change, none."""
     output = _succeed(pvs("report", "run", "--out", "again"))

@@ -45,6 +45,7 @@ def _in_megatron(checkpoint: Path) -> dict[str, str]:
     return {name: f"{list(one.shape)} {one.dtype} {_sha256(_bytes(one))}" for name, one in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "about", "settings"), CASES, ids=[" ".join(case[:2]) for case in CASES])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_there_and_back(family, about, settings, dtype, tmp_path, pvs, golden):
@@ -64,6 +65,7 @@ def test_there_and_back(family, about, settings, dtype, tmp_path, pvs, golden):
     golden(f"models/{family} {about} {dtype}.json".replace(" ", "-"), json.dumps(made, indent=1) + "\n")
 
 
+@pytest.mark.slow
 def test_uneven_and_padded(tmp_path, pvs, golden):
     """FLAP without biases cuts channels of each layer; padded they are even again, and NeMo keeps them apart."""
     parent = make_exact_llama(tmp_path / "parent", num_key_value_heads=4)

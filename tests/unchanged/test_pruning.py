@@ -81,6 +81,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PLANNED)
 def test_plans_and_what_they_cut(case, parent, text, tmp_path, pvs, golden):
     folder = _prune(pvs, parent, tmp_path / "pruned", PLANNED[case], text)
@@ -95,6 +96,7 @@ def test_plans_and_what_they_cut(case, parent, text, tmp_path, pvs, golden):
     golden(f"plans/{case}.json", json.dumps(decided, indent=1) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SPARSE)
 def test_masks_of_sparse_models(case, small_parent, text, tmp_path, pvs, golden):
     folder = _prune(pvs, small_parent, tmp_path / "sparse", SPARSE[case], text)

@@ -37,6 +37,7 @@ def test_settings(name, golden):
     golden(f"recipes/{name}.yaml", yaml.safe_dump(settings, width=119))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_dry_run(name, pvs, golden):
     """All that is printed but whether this machine has a GPU."""

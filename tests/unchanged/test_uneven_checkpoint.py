@@ -26,6 +26,7 @@ def run(tmp_path_factory) -> Path:
     return unpack(tmp_path_factory.mktemp("made")) / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pruned", "random"])
 def test_it_is_read(kind, run):
     checkpoint = run / kind / "uneven" / "nemo"
