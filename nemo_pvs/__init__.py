@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nemo_pvs.api.search import search as search
     from nemo_pvs.api.tokenize import tokenize as tokenize
     from nemo_pvs.api.train import train as train
+    from nemo_pvs.api.train_tokenizer import train_tokenizer as train_tokenizer
     from nemo_pvs.calibration.scores import Scores as Scores
     from nemo_pvs.errors import UserError as UserError
     from nemo_pvs.ledger.ledger import Ledger as Ledger
@@ -47,6 +48,7 @@ _MODULES = {
     "search": "api.search",
     "tokenize": "api.tokenize",
     "train": "api.train",
+    "train_tokenizer": "api.train_tokenizer",
 }
 """The module that defines each public name."""
 

@@ -13,7 +13,7 @@ from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.output_paths import check_folder
 
 if TYPE_CHECKING:
-    from nemo_pvs.pipeline.pipeline import Pipeline
+    from nemo_pvs.pipeline.series import Series
     from nemo_pvs.reporting.results import Results
 
 
@@ -33,7 +33,7 @@ def run(
         ignore_manifest: Read weights that differ from their manifest.
 
     Returns:
-        What the report in the run folder shows.
+        What the report in the run folder shows; the means over the seeds if the recipe has ``seeds``.
 
     Raises:
         UserError: the recipe asks for something that is not possible, which is said before any work is done.
@@ -49,16 +49,11 @@ def run(
     folder = Path(out or f"runs/{checked.name}")
     check_folder(folder)
     with locked_folder(folder):
-        pipeline = _pipeline(checked, folder, force)
+        series = _series(checked, folder, force)
         from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-        from nemo_pvs.pipeline.results import assemble
-        from nemo_pvs.reporting.html import write_report
 
         with ignoring_manifests(ignore_manifest):
-            pipeline.run()
-        results = assemble(pipeline)
-        write_report(results, folder)
-    return results
+            return series.run()
 
 
 def prepare(
@@ -87,14 +82,14 @@ def prepare(
     folder = Path(out or f"runs/{checked.name}")
     check_folder(folder)
     with locked_folder(folder):
-        pipeline = _pipeline(checked, folder, force)
+        series = _series(checked, folder, force)
         from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 
         with ignoring_manifests(ignore_manifest):
-            return pipeline.prepare_only()
+            return series.prepare_only()
 
 
-def _pipeline(recipe: Recipe, folder: Path, force: Sequence[str]) -> Pipeline:
-    from nemo_pvs.pipeline.pipeline import Pipeline  # takes seconds; what was checked before is answered at once
+def _series(recipe: Recipe, folder: Path, force: Sequence[str]) -> Series:
+    from nemo_pvs.pipeline.series import Series  # takes seconds; what was checked before is answered at once
 
-    return Pipeline(recipe, folder, tuple(force), compute_of(None, "8GB"))
+    return Series(recipe, folder, force, compute_of(None, "8GB"))

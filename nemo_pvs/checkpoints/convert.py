@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from nemo_pvs.checkpoints.huggingface.folder import MAX_SHARD_BYTES, write_huggingface
-from nemo_pvs.checkpoints.manifest import Manifest
+from nemo_pvs.checkpoints.manifest import ORIGIN, Manifest
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.read_ahead import ReadAhead
@@ -96,8 +96,9 @@ def convert(
         except UserError:
             shutil.rmtree(target)
             raise
-    if (source_path / LEDGER).is_file():
-        shutil.copyfile(source_path / LEDGER, target / LEDGER)
+    for name in (LEDGER, ORIGIN):
+        if (source_path / name).is_file():
+            shutil.copyfile(source_path / name, target / name)
     return manifest
 
 

@@ -24,7 +24,9 @@ MANIFEST = "pvs_manifest.json"
 
 # Files of tensors, which are hashed one by one.
 _WEIGHT_FILES = ("model*.safetensors", "*.distcp")
-_LATER_FILES = ("ledger.json",)  # written into the folder after the manifest
+ORIGIN = "origin.json"
+"""Name of the file in a checkpoint's folder that says how nemo_pvs trained it (``recipe.identity``)."""
+_LATER_FILES = ("ledger.json", ORIGIN)  # written into the folder after the manifest
 
 
 @dataclass(frozen=True)

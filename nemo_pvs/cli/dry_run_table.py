@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from rich.table import Table
 
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.planning.dry_run import DryRun, describe_domains
+from nemo_pvs.planning.dry_run import DryRun, describe_domains, dry_run
 from nemo_pvs.planning.learned import learned_target
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.fields import Parallelism
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.recipe.series import phases
+from nemo_pvs.recipe.sweep import Sweep
 from nemo_pvs.system.progress import console
 
 
@@ -20,6 +25,23 @@ def executor_here() -> str:
     if torch.cuda.is_available():
         return "this machine's GPUs, ranks started by torchrun, NCCL"
     return "this machine's CPU, ranks forked, gloo"
+
+
+def show_series(recipe: Recipe, folder: Path, executor: str) -> None:
+    """Print what a recipe would do: the dry run of its run, or of the first of each phase if there are several."""
+    steps = phases(recipe, folder)
+    if len(steps) == 1 and not recipe.seeds:
+        show(dry_run(recipe), executor)
+        return
+    total = 0
+    for phase in steps:
+        plan = dry_run(phase[0].recipe)
+        console.rule()
+        each = f", {len(phase)} times" if len(phase) > 1 else ""
+        console.print(f"{', '.join(str(member.folder) for member in phase)}{each}:", soft_wrap=True)
+        show(plan, executor)
+        total += len(phase) * sum(planned.arm.tokens for planned in plan.arms)
+    console.print(f"training tokens of all runs: {total:,}")
 
 
 def show(plan: DryRun, executor: str) -> None:
@@ -121,7 +143,7 @@ def _arms_table(plan: DryRun) -> Table:
         arm, total = one.arm, one.ledger.total.flops
         table.add_row(
             arm.name,
-            f"{arm.training.learning_rate:.2g}",
+            _rate(arm.training.learning_rate),
             f"{arm.training.steps:,}",
             f"{arm.tokens:,}",
             f"{arm.first_token:,}",
@@ -134,6 +156,12 @@ def _arms_table(plan: DryRun) -> Table:
         _arms(len(plan.arms)), "", "", f"{sum(one.arm.tokens for one in plan.arms):,}", "", f"{flops:.4g}", ""
     )
     return table
+
+
+def _rate(rate: float | Sweep) -> str:
+    if isinstance(rate, Sweep):
+        return f"one of {', '.join(f'{candidate:.2g}' for candidate in rate.sweep)}"
+    return f"{rate:.2g}"
 
 
 def _teacher_flops(ledger: Ledger) -> str:

@@ -30,6 +30,7 @@ def run(
 ) -> None:
     """Run a recipe: calibrate, prune, train every arm, evaluate, report."""
     from nemo_pvs.recipe.load import load_recipe
+    from nemo_pvs.recipe.series import phases
 
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
     folder = Path(out or f"runs/{checked.name}")
@@ -39,10 +40,9 @@ def run(
         _launch(checked, recipe, folder, launch, dry_run=dry_run)
         return
     if dry_run:
-        from nemo_pvs.cli.dry_run_table import executor_here, show
-        from nemo_pvs.planning.dry_run import dry_run as plan_of
+        from nemo_pvs.cli.dry_run_table import executor_here, show_series
 
-        show(plan_of(checked), executor_here())
+        show_series(checked, folder, executor_here())
         return
     from nemo_pvs.api.run import prepare
     from nemo_pvs.api.run import run as run_recipe
@@ -52,22 +52,22 @@ def run(
             console.print(f"ready to train: {job}", soft_wrap=True)
         return
     results = run_recipe(checked, folder, force=force or (), ignore_manifest=ignore_manifest)
-    if checked.parent.source is None:  # what was trained is the parent of other recipes
-        for arm in checked.runs:
-            console.print(f"trained: {folder / 'models' / arm.name}", soft_wrap=True)
+    if not checked.parent.has_weights:  # what was trained is the parent of other recipes
+        for member in phases(checked, folder)[-1]:
+            for arm in checked.runs:
+                console.print(f"trained: {member.folder / 'models' / arm.name}", soft_wrap=True)
     _show(results, folder)
 
 
 def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:
-    from nemo_pvs.cli.dry_run_table import show
+    from nemo_pvs.cli.dry_run_table import show_series
     from nemo_pvs.cluster.experiment import launch, scripts, stages
     from nemo_pvs.cluster.profile import load_profile
-    from nemo_pvs.planning.dry_run import dry_run as plan_of
 
     profile = load_profile(profile_name)
     todo = stages(checked, recipe, folder, profile)
     if dry_run:
-        show(plan_of(checked), profile_name)
+        show_series(checked, folder, profile_name)
         for name, script in scripts(todo, checked.name, folder, profile).items():
             console.rule(name)
             console.print(script, soft_wrap=True, markup=False)

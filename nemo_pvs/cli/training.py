@@ -1,4 +1,4 @@
-"""The verbs about tokens and training: tokenize, train."""
+"""The verbs about tokens and training: tokenizer, tokenize, train."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ from nemo_pvs.system.progress import console
 
 DATA, WEIGHTS, DISTILLATION = "Data", "Initial weights", "Distillation"
 """Panels of --help."""
+
+
+def tokenizer(
+    inputs: Annotated[list[str], typer.Argument(help="text files or folders, or wikipedia-sample")],
+    vocab: Annotated[int, typer.Option(help="size of the vocabulary, with the 256 bytes")],
+    out: Annotated[str, typer.Option(help="Hugging Face folder to write")],
+    text_key: Annotated[str, typer.Option(help="key or column that holds the text")] = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer on text, for a parent that is trained from scratch."""
+    from nemo_pvs.api.train_tokenizer import train_tokenizer
+
+    made = train_tokenizer(inputs, out, vocab=vocab, text_key=text_key)
+    console.print(f"tokenizer with {vocab:,} tokens: {made}", soft_wrap=True)
 
 
 def tokenize(

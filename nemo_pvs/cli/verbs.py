@@ -14,11 +14,12 @@ from nemo_pvs.cli.recipes import recipes
 from nemo_pvs.cli.results import report, run
 from nemo_pvs.cli.scaling import advise, budget, scaling_fit, scaling_predict
 from nemo_pvs.cli.search import search
-from nemo_pvs.cli.training import tokenize, train
+from nemo_pvs.cli.training import tokenize, tokenizer, train
 
 VERBS = (
     convert,
     inspect,
+    tokenizer,
     tokenize,
     calibrate,
     search,

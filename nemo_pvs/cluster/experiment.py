@@ -20,6 +20,7 @@ from nemo_pvs.errors import TrainingError
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.folder_lock import locked_folder
+from nemo_pvs.training.job import JOB_FILE
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     """Return the stages of ``pvs run`` as commands: prepare, train each arm, report.
 
     Mask learning comes before these, and so does the training between the pruning stages of targets: after the first
-    stages, then after the second, and so on, each prepared when the previous ones are done.
+    stages, then after the second, and so on, each prepared when the previous ones are done. If the recipe trains its
+    parent, sweeps learning rates or has several seeds, this is repeated for the parents, the sweep and all seeds.
 
     Args:
         recipe: The recipe.
@@ -49,11 +51,11 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
     from nemo_pvs.planning.learned import first_of_each_training
     from nemo_pvs.recipe.options import stages_of
+    from nemo_pvs.recipe.series import phases
 
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
     command = ["run", name, "--out", str(folder)]
-    recipe = settled(recipe)
 
     todo: list[Command] = []
     ends: list[str] = []
@@ -69,24 +71,28 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         if profile.kind != "slurm":
             del ends[:-1]
 
-    masks = {
-        f"masks-{name}": (folder / "masks" / name / "run" / "job.json", learned.layout)
-        for name, learned in first_of_each_training(recipe)
-    }
-    if masks:
-        train("prepare-masks", masks)
-    for number in range(1, max(map(stages_of, recipe.targets.values()))):
-        shares = {
-            f"train-{name}-stage-{number}": (
-                folder / "train" / f"{name}-stages" / str(number) / "job.json",
-                target.layout,
-            )
-            for name, target in recipe.targets.items()
-            if stages_of(target) > number
-        }
-        train(f"prepare-stage-{number}", shares)
-    arms = {f"train-{arm.name}": (folder / "train" / arm.name / "job.json", arm.layout) for arm in recipe.runs}
-    train("prepare", arms)
+    steps = phases(recipe, folder)
+    for phase in steps:
+        first = "" if phase is steps[-1] else f"{phase[0].folder.name}-"
+        prefixes = ["" if member.folder == folder else f"{member.folder.name}-" for member in phase]
+        masks, arms = {}, {}
+        shares: dict[int, dict[str, tuple[Path, Parallelism]]] = {}
+        for member, prefix in zip(phase, prefixes, strict=True):
+            run, place = settled(member.recipe), member.folder
+            for target_name, learned in first_of_each_training(run):
+                job = place / "masks" / target_name / "run" / JOB_FILE
+                masks[f"{prefix}masks-{target_name}"] = (job, learned.layout)
+            for target_name, target in run.targets.items():
+                for number in range(1, stages_of(target)):
+                    job = place / "train" / f"{target_name}-stages" / str(number) / JOB_FILE
+                    shares.setdefault(number, {})[f"{prefix}train-{target_name}-stage-{number}"] = (job, target.layout)
+            for arm in run.runs:
+                arms[f"{prefix}train-{arm.name}"] = (place / "train" / arm.name / JOB_FILE, arm.layout)
+        if masks:
+            train(f"{first}prepare-masks", masks)
+        for number, jobs in sorted(shares.items()):
+            train(f"{first}prepare-stage-{number}", jobs)
+        train(f"{first}prepare", arms)
     return [*todo, Command("report", "nemo_pvs.cli", command, ends)]
 
 

@@ -261,7 +261,7 @@ def optimizer(job: TrainingJob, precision: str) -> run.Config:
         config=run.Config(
             OptimizerConfig,
             optimizer="adam",
-            lr=training.learning_rate,
+            lr=training.peak_learning_rate,
             weight_decay=training.weight_decay,
             adam_beta1=training.adam_betas[0],
             adam_beta2=training.adam_betas[1],

@@ -59,6 +59,10 @@ class Pipeline(RunFolder):
             jobs.append(stage.prepare())
         return jobs
 
+    def is_trained(self) -> bool:
+        """Return whether the training of every arm is finished."""
+        return all(is_finished(self.job(arm)) for arm in self.recipe.runs)
+
     def prepare(self, trainer: Trainer | None = None) -> None:
         """Run every stage that makes initial weights and token files; use ``trainer`` if it is given."""
         self._begin(trains_here=True)

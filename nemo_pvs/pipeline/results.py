@@ -17,6 +17,7 @@ from nemo_pvs.pipeline.records import PrunedRecord, Records, ScoresRecord, Train
 from nemo_pvs.pipeline.stages.evaluate import initial_label
 from nemo_pvs.planning.charges import count_masked
 from nemo_pvs.planning.rounds import shares
+from nemo_pvs.recipe.identity import read_origin
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
 from nemo_pvs.training import metrics
@@ -48,6 +49,7 @@ def _parent(run: RunFolder) -> ParentResult:
         shape=shape_of(run.parent_source),
         validation_loss=measured.validation.loss,
         test_perplexity=measured.test.perplexity,
+        origin=read_origin(run.parent_path),
     )
 
 

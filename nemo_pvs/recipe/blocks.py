@@ -36,9 +36,19 @@ class Parent(Block):
     """A folder with the tokenizer, for a parent that has not been trained yet."""
     pretraining_tokens: Tokens = 0
     """Tokens that the parent was pretrained on, for the ledger; 0 if unknown, or if its own ledger records them."""
+    recipe: dict[str, Any] | None = Field(default=None, exclude_if=lambda given: given is None)
+    """The recipe that trains the parent first (in the file a path or a name): it has one arm, from random weights. It
+    gives ``config`` and ``pretraining_tokens``, and ``source`` once the parent's folder is known."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to prune, now or after the parent's own recipe has run."""
+        return self.source is not None or self.recipe is not None
 
     @model_validator(mode="after")
     def _is_something(self) -> Parent:
+        if self.recipe is not None:
+            return self
         if self.source is None and (self.config is None or self.tokenizer is None):
             raise ValueError("give the source, or the config and the tokenizer of a model that is still to be trained")
         return self
@@ -46,7 +56,7 @@ class Parent(Block):
     @property
     def name(self) -> str:
         """The parent's name in reports."""
-        return self.source or "parent"
+        return self.source or (self.recipe["name"] if self.recipe else "parent")
 
     @property
     def normal_config(self) -> dict[str, Any] | None:

@@ -31,12 +31,41 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         >>> [arm.name for arm in pvs.load_recipe("smollm2_135m/demo").runs]
         ['width-pruned', 'width-random', 'depth-pruned', 'depth-random']
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = Path(str(resources.files("nemo_pvs.recipes").joinpath(f"{name_or_path}.yaml")))
+    path = _path(name_or_path)
     if not path.is_file():
         raise UserError(f"There is no recipe {name_or_path}; known names: {', '.join(packaged_recipes())}.")
-    return parse_recipe(_read(path, ()), str(path))
+    return parse_recipe(_with_parent(_read(path, ()), path), str(path))
+
+
+def _path(name_or_path: str | Path) -> Path:
+    if Path(name_or_path).suffix in (".yaml", ".yml"):
+        return Path(name_or_path)
+    return Path(str(resources.files("nemo_pvs.recipes").joinpath(f"{name_or_path}.yaml")))
+
+
+def _with_parent(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the values of a recipe with those of its parent's recipe in place of the latter's path.
+
+    Raises:
+        UserError: there is no such recipe, it is not valid, or what it trains is not one model.
+    """
+    parent = values.get("parent")
+    if not isinstance(parent, Mapping) or not isinstance(parent.get("recipe"), str):
+        return values
+    file = Path(parent["recipe"])
+    if not file.is_file():
+        raise UserError(f"{path}: parent.recipe {file} does not exist; correct the path.")
+    inner = _with_parent(_read(file, (path.resolve(),)), file)
+    recipe = parse_recipe(inner, str(file))
+    where = f"{path}: parent.recipe {file}"
+    if recipe.parent.has_weights:
+        raise UserError(f"{where} has a parent itself; name a recipe that trains a model from random weights.")
+    if len(recipe.runs) != 1:
+        raise UserError(f"{where} trains {len(recipe.runs)} models; name a recipe that trains one.")
+    if recipe.seeds and not values.get("seeds"):
+        raise UserError(f"{where} has seeds, so there are several parents; add the seeds here too.")
+    given = {"config": recipe.parent.config, "pretraining_tokens": recipe.runs[0].tokens}
+    return {**values, "parent": {**given, **parent, "recipe": inner}}
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
@@ -49,6 +78,11 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is not a recipe: it should hold keys such as parent, data, targets and train.")
     recipe = dict(expand_home(values))
+    parent = recipe.get("parent")
+    if isinstance(parent, Mapping) and isinstance(parent.get("recipe"), str):
+        file = parent["recipe"]
+        relative = path.parent / file if Path(file).suffix in (".yaml", ".yml") else _path(file)
+        recipe["parent"] = {**parent, "recipe": str(relative)}
     base = recipe.pop("extends", None)
     if base is None:
         return recipe

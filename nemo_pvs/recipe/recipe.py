@@ -16,7 +16,7 @@ from nemo_pvs.recipe.blocks import Budgets, Calibration, Evaluation, Parent
 from nemo_pvs.recipe.data import Data
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Tokens
+from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive, Tokens
 from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.recipe.training import Training
 
@@ -55,6 +55,8 @@ class Recipe(Block):
 
     name: str
     title: str
+    seeds: list[Positive] | None = Field(default=None, min_length=1, exclude_if=lambda given: given is None)
+    """Repeat everything with each of these as ``train.seed``, the parent's training included if it has a recipe."""
     parent: Parent
     data: Data
     calibrate: Calibration = Calibration()
@@ -110,10 +112,16 @@ class Recipe(Block):
         return {**values, "targets": with_layout}
 
     @model_validator(mode="after")
+    def _seeds_differ(self) -> Recipe:
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds names one twice; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _parent_can_be_pruned(self) -> Recipe:
         methods = {target.method for target in self.targets.values()}
         arms = {arm for target in self.targets for arm in self.arms_of(target)}
-        if self.parent.source is None and (methods != {DENSE} or arms != {"random"}):
+        if not self.parent.has_weights and (methods != {DENSE} or arms != {"random"}):
             raise ValueError(
                 f"parent has no source, so it can only be trained; give only targets of method {DENSE}, and "
                 "arms: [random]"
@@ -123,7 +131,7 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _parent_can_teach(self) -> Recipe:
         distill = self.train.distill
-        if distill and distill.teacher == PARENT and self.parent.source is None:
+        if distill and distill.teacher == PARENT and not self.parent.has_weights:
             raise ValueError("parent has no source, so it cannot be the teacher; leave train.distill out")
         if distill and not any(self.distills(target, arm) for target in self.targets for arm in self.arms_of(target)):
             raise ValueError("train.distill applies to none of the arms; name one of them in train.distill.arms")

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.domains import DynamicLoading
 from nemo_pvs.recipe.fields import Block, Fraction, Positive, Rate, Tokens
+from nemo_pvs.recipe.sweep import Sweep
 
 
 class Training(Block):
@@ -21,8 +22,8 @@ class Training(Block):
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Positive = 1
-    learning_rate: Rate
-    """Peak learning rate."""
+    learning_rate: Rate | Sweep
+    """Peak learning rate; a sweep is replaced by the chosen rate before any arm is trained."""
     min_learning_rate_ratio: Fraction = 0.1
     warmup: Literal["linear", "quadratic"] = "linear"
     """linear: NeMo's schedule, a linear warm-up and a cosine over the remaining steps. quadratic: that of arXiv
@@ -92,6 +93,12 @@ class Training(Block):
             steps = max(1, round(tokens * 2**20 / (10**6 * self.tokens_per_step)))
             tokens = steps * self.tokens_per_step
         return self.model_copy(update={"tokens": tokens, "paper_steps": False})
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The peak learning rate, which has been chosen if the recipe has a sweep."""
+        assert not isinstance(self.learning_rate, Sweep)
+        return self.learning_rate
 
     @property
     def tokens_per_step(self) -> int:

@@ -40,6 +40,33 @@ class ParentResult:
     """Nats per token."""
     test_perplexity: float | None = None
     """exp of the mean cross-entropy per token on the test split."""
+    origin: dict[str, Any] | None = None
+    """How it was trained, if nemo_pvs did: ``recipe`` (a hash without the seeds), ``seed`` and ``data_seed``."""
+
+
+@dataclass
+class SweepResult:
+    """The choice of a learning rate, whose trainings are charged to the comparison and not to an arm."""
+
+    kind: str
+    """The arms that it is chosen for: ``pruned``, ``sparse random``."""
+    target: str
+    """The target that was trained with each rate."""
+    targets: list[str]
+    """The targets whose arms are trained with the chosen rate."""
+    rates: list[float]
+    losses: list[float]
+    """Last validation loss for each rate, nats per token."""
+    chosen: float
+    tokens: int
+    """Training tokens of all candidates together."""
+    flops: int
+    """Training FLOPs of all candidates together."""
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether a smaller or larger rate than those tried might have been better."""
+        return self.chosen in (min(self.rates), max(self.rates))
 
 
 @dataclass
@@ -100,6 +127,13 @@ class Results:
     parent: ParentResult | None
     """None if the run only trained models that were not pruned from another."""
     arms: list[ArmResult]
+    sweeps: list[SweepResult] = field(default_factory=list)
+    """How learning rates were chosen."""
+
+    @property
+    def parent_origin(self) -> str | None:
+        """A hash of how the parent was trained, without its seeds; None if unknown."""
+        return self.parent.origin["recipe"] if self.parent and self.parent.origin else None
 
     @property
     def targets(self) -> dict[str, list[ArmResult]]:
@@ -155,6 +189,10 @@ class Results:
         data = asdict(self)
         for arm, plain in zip(self.arms, data["arms"], strict=True):
             plain["ledger"] = arm.ledger.to_json()
+        if not self.sweeps:
+            del data["sweeps"]
+        if self.parent and self.parent.origin is None:
+            del data["parent"]["origin"]
         return _names_for_non_finite(data)
 
     @classmethod

@@ -34,7 +34,7 @@ def learn_masks(job: TrainingJob) -> list[run.Config]:
             target=job.masks.target.to_dict(),
             file=str(job.masks_file),
             path=str(job.metrics),
-            peak=job.training.learning_rate,
+            peak=job.training.peak_learning_rate,
             mask_learning_rate=how.mask_learning_rate,
             multiplier_learning_rate=how.multiplier_learning_rate,
             target_warmup_steps=int(how.target_warmup_fraction * job.training.steps + 1e-9),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_pvs.checkpoints.convert import convert
 from nemo_pvs.checkpoints.fingerprint import Fingerprint, fingerprint
+from nemo_pvs.checkpoints.manifest import ORIGIN
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.ledger.ledger import LEDGER
 from nemo_pvs.pipeline.folder import RunFolder, forget_optimizer
@@ -14,8 +15,10 @@ from nemo_pvs.pipeline.ledger import run_ledger
 from nemo_pvs.pipeline.records import TrainedRecord, prune_stage, random_stage, train_stage
 from nemo_pvs.pipeline.stage import Inputs, TrainingStage
 from nemo_pvs.planning.rounds import Round, shares
+from nemo_pvs.recipe.identity import origin_of, read_origin
 from nemo_pvs.recipe.options import stages_of
 from nemo_pvs.recipe.recipe import Arm
+from nemo_pvs.system.files import write_json
 from nemo_pvs.training.job import CHECKPOINTS
 from nemo_pvs.training.trainer import last_checkpoint
 
@@ -35,6 +38,7 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
         ledger = run_ledger(run, arm, open_source(model), run.reads(arm))
         for place in (folder, model):  # next to the model, so that what is pruned from it inherits its cost
             ledger.save(place / LEDGER)
+        write_json(model / ORIGIN, origin_of(run.recipe, arm.name, read_origin(run.parent_path)))
 
     return TrainingStage(
         name=train_stage(arm.name),

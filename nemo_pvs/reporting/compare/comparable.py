@@ -15,8 +15,9 @@ def differences_of(runs: Sequence[Run]) -> list[str]:
     """Return a clause for every field in which a run differs from the first run that records it, but must not."""
     differences = []
     recorded: dict[tuple[str, str], tuple[Run, Any]] = {}
+    traced = all(run.results.parent_origin for run in runs if run.results.parent)
     for run in runs:
-        for field, value in _fields(run.results).items():
+        for field, value in {**_fields(run.results), **_parent(run.results, traced)}.items():
             first, expected = recorded.setdefault(field, (run, value)) if value is not None else (run, value)
             if expected != value:
                 what, name = field
@@ -52,7 +53,6 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
     return {
         ("tokenizer", "its SHA-256"): hashes.get("tokenizer"),
         ("architecture", "the parent's shape"): str(results.parent.shape) if results.parent else None,
-        ("parent", "the SHA-256 of its weights"): hashes.get("parent weights"),
         **{("architecture", f"the shape of {name}"): str(arms[0].shape) for name, arms in results.targets.items()},
         **{("data order", f"the SHA-256 of {name}"): value for name, value in hashes.items() if _is_training(name)},
         **{("data order", name): at(recipe, *name.split(".")) for name in order},
@@ -61,6 +61,13 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
         ("test set", "the SHA-256 of its tokens"): hashes.get("test tokens"),
         **{("test set", name): at(recipe, *name.split(".")) for name in perplexity},
     }
+
+
+def _parent(results: Results, traced: bool) -> dict[tuple[str, str], Any]:
+    """Return what identifies the parent: its training without its seeds if known of all runs, or else its weights."""
+    if traced:
+        return {("parent", "the SHA-256 of its training's recipe"): results.parent_origin}
+    return {("parent", "the SHA-256 of its weights"): results.hashes.get("parent weights")}
 
 
 def _is_training(name: str) -> bool:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_pvs.recipe.identity import identity_without_seeds
 from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.scores import TaskScores
 from nemo_pvs.reporting.results import ArmResult, Results, at
-from nemo_pvs.system.files import sha256_json
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,8 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """A hash that is equal for runs that differ only in their seeds.
-
-        Null keys count as absent, because older runs lack keys that recipes have gained since.
-        """
-        recipe = {key: value for key, value in self.results.recipe.items() if key not in ("name", "title")}
-        if isinstance(train := recipe.get("train"), Mapping):
-            recipe["train"] = {key: value for key, value in train.items() if key not in ("seed", "data_seed")}
-        return sha256_json(_without_nulls(recipe))
-
-
-def _without_nulls(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {key: _without_nulls(value) for key, value in values.items() if value is not None}
-    return [_without_nulls(value) for value in values] if isinstance(values, (list, tuple)) else values
+        """A hash that is equal for runs that differ only in their seeds and those of their parents."""
+        return identity_without_seeds(self.results.recipe, self.results.parent_origin)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""Runs everything that a recipe stands for: its parents, the sweep of its learning rates, and a run per seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_pvs.errors import TrainingError
+from nemo_pvs.layerwise.model import ON_CPU, Compute
+from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.results import assemble
+from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.recipe.series import Member, Phase, kinds, phases, with_rates
+from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
+from nemo_pvs.reporting.html import write_files, write_report
+from nemo_pvs.reporting.results import Results, SweepResult
+from nemo_pvs.system.folder_lock import locked_folder
+from nemo_pvs.system.progress import console
+
+
+class Series:
+    """The runs of a recipe; for a plain recipe a single one."""
+
+    def __init__(self, recipe: Recipe, folder: Path, force: Sequence[str] = (), compute: Compute = ON_CPU) -> None:
+        """Prepare to run ``recipe`` in ``folder``; ``force`` applies to everything but the parents."""
+        self._recipe = recipe
+        self._folder = folder
+        self._phases = phases(recipe, folder)
+        self._force = tuple(force)
+        self._compute = compute
+
+    def run(self) -> Results:
+        """Run what is not done yet, and write the report of every run and of all seeds together.
+
+        Returns:
+            What the report of the last phase shows; for several seeds the means.
+        """
+        for phase in self._phases:
+            self._say(phase)
+            with ExitStack() as locks:
+                for pipeline in self._pipelines(phase, locks):
+                    pipeline.run()
+                    self._report(pipeline)
+        if len(self._phases[-1]) == 1 and not self._recipe.seeds:
+            return Results.load(self._folder / RESULTS)
+        together = compare(read_runs([str(self._folder)]))
+        write_files(together, self._folder)
+        return together.results
+
+    def prepare_only(self) -> list[Path]:
+        """Do what comes before the next training, and return the job files of the trainings that can run now.
+
+        Call it again when they are done: parents come first, then the sweep, then the runs of all seeds, and the runs
+        of targets that are trained between their stages in several steps.
+        """
+        for phase in self._phases:
+            with ExitStack() as locks:
+                pipelines = self._pipelines(phase, locks)
+                jobs = [job for pipeline in pipelines for job in pipeline.prepare_only()]
+                if phase is self._phases[-1] or not all(pipeline.is_trained() for pipeline in pipelines):
+                    return jobs
+                for pipeline in pipelines:
+                    pipeline.run()
+                    self._report(pipeline)
+        raise AssertionError("a series has phases")
+
+    def _pipelines(self, phase: Phase, locks: ExitStack) -> list[Pipeline]:
+        pipelines = []
+        for member in phase:
+            if member.folder != self._folder:  # whose lock the caller holds
+                locks.enter_context(locked_folder(member.folder))
+            is_parent = self._folder not in (member.folder, *member.folder.parents)
+            force = () if is_parent else self._force
+            pipelines.append(Pipeline(self._with_rates(member), member.folder, force, self._compute))
+        return pipelines
+
+    def _with_rates(self, member: Member) -> Recipe:
+        return with_rates(member.recipe, [chosen.chosen for chosen in sweeps(member)])
+
+    def _report(self, pipeline: Pipeline) -> None:
+        member = next(member for phase in self._phases for member in phase if member.folder == pipeline.folder)
+        write_report(replace(assemble(pipeline), sweeps=sweeps(member)), pipeline.folder)
+
+    def _say(self, phase: Phase) -> None:
+        """Say what follows, if it is one of several things."""
+        if len(self._phases) > 1 or len(phase) > 1:
+            what = "run" if phase is self._phases[-1] else "learning rates" if self._is_sweep(phase) else "parent"
+            names = ", ".join(str(member.folder) for member in phase)
+            console.print(f"[bold]{what}{'s' * (len(phase) > 1)}[/]: {names}", soft_wrap=True)
+
+    def _is_sweep(self, phase: Phase) -> bool:
+        return any(member.sweep == phase[0].folder for later in self._phases for member in later)
+
+
+def sweeps(member: Member) -> list[SweepResult]:
+    """Return the learning rates that the sweep of a run has chosen; empty without one.
+
+    Raises:
+        TrainingError: no rate of a kind of arms gave a finite loss.
+    """
+    if member.sweep is None:
+        return []
+    results = Results.load(member.sweep / RESULTS)
+    chosen = []
+    for kind in kinds(member.recipe):
+        rates = sorted(kind.sweep.sweep)
+        losses: list[float] = []
+        tokens = flops = 0
+        for rate in rates:
+            (arm,) = results.targets[kind.candidate(rate)]
+            losses.append(math.nan if arm.validation_loss is None else arm.validation_loss)
+            tokens += arm.ledger.training.tokens or 0
+            flops += arm.ledger.training.flops or 0
+        finite = [(loss, rate) for loss, rate in zip(losses, rates, strict=True) if math.isfinite(loss)]
+        if not finite:
+            raise TrainingError(
+                f"Every learning rate of {kind.name} arms diverged ({member.sweep}); try smaller ones."
+            )
+        best = min(finite)[1]
+        chosen.append(SweepResult(kind.name, kind.target, list(kind.targets), rates, losses, best, tokens, flops))
+    return chosen
