@@ -11,7 +11,7 @@ from nemo_pvs.planning.rounds import check_stages
 from nemo_pvs.pruning.method import Expected
 from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
-from nemo_pvs.recipe.options import is_sparse
+from nemo_pvs.recipe.options import is_sparse, reads_calibration
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import DENSE, Target
 
@@ -41,7 +41,8 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
     Raises:
         UserError: a target, a layout or a sequence length is impossible.
     """
-    for name in ("calibrate", "train", "evaluate"):
+    calibrates = any(map(reads_calibration, recipe.targets.values()))
+    for name in ("calibrate", "train", "evaluate") if calibrates else ("train", "evaluate"):
         check_context(getattr(recipe, name).sequence_length, context_length, f"{name}.sequence_length")
     for name, target in recipe.targets.items():
         try:

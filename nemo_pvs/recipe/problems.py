@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from nemo_pvs.recipe.fields import Block
 
-_UNION_TAGS = {"Rates", "Sweep", "Budgets", "float", "str", "local", "slurm"}
+_UNION_TAGS = {"Rates", "Sweep", "Budgets", "constrained-float", "float", "str", "local", "slurm"}
 
 
 def first_problem(error: ValidationError, block: type[Block]) -> str:

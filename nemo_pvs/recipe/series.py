@@ -16,7 +16,6 @@ from nemo_pvs.recipe.options import is_sparse
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.sweep import Sweep
 from nemo_pvs.recipe.target import Rates
-from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import sha256_json
 
 PARENTS = "parents"
@@ -83,9 +82,7 @@ def _phases(recipe: Recipe, folder_of: Callable[[Recipe], Path], folder: Path) -
 
 def of_seed(recipe: Recipe, seed: int) -> Recipe:
     """Return the recipe of one of its seeds."""
-    # Validated again, because a data_seed that equals the seed counts as not given.
-    train = Training.model_validate({**recipe.train.model_dump(), "seed": seed})
-    return recipe.model_copy(update={"seeds": None, "train": train})
+    return recipe.model_copy(update={"seeds": None, "train": recipe.train.model_copy(update={"seed": seed})})
 
 
 def parent_recipe(recipe: Recipe) -> Recipe | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -72,7 +71,7 @@ class Training(Block):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that determine the result; memory and monitoring settings may change during a run."""
-        return self.model_dump(
+        identity = self.model_dump(
             mode="json",
             exclude={
                 "micro_batch_size": True,
@@ -82,6 +81,9 @@ class Training(Block):
                 "distill": {"teacher", "arms", "pretraining_tokens"},
             },
         )
+        if self.data_seed == self.seed:  # stating the default changes nothing
+            del identity["data_seed"]
+        return identity
 
     def for_budget(self, tokens: int) -> Training:
         """Return these settings for a budget of the recipe, with ``tokens`` in tokens that are really read.
@@ -125,15 +127,6 @@ class Training(Block):
     def order_seed(self) -> int:
         """The seed for the order of the training data."""
         return self.seed if self.data_seed is None else self.data_seed
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_data_seed_differs(cls, values: Any) -> Any:
-        """Drop a ``data_seed`` equal to ``seed``: stating the default must not change a run's identity."""
-        if not isinstance(values, Mapping) or "data_seed" not in values:
-            return values
-        differs = values["data_seed"] != values.get("seed", cls.model_fields["seed"].default)
-        return values if differs else {key: value for key, value in values.items() if key != "data_seed"}
 
     @model_validator(mode="after")
     def _batches_fit(self) -> Training:
