@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.compare.compare import seeds_of
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ArmResult, Results, at
 from nemo_pvs.reporting.training_log import log_files, validation_losses
@@ -18,6 +20,8 @@ PUBLISHED = "published"
 
 _WARM_UP = 0.1
 """Share of a run whose losses are ignored: its warm-up (5 % in the paper) and the losses that it still affects."""
+_LADDER = 3
+"""Budgets from which the last losses of arms are fitted together, as a curve has three parameters."""
 _COLUMNS = ("name", "tokens", "loss", "parameters")
 _OPTIONAL = ("initialisation", "parent_parameters", "parent_loss")
 _LOG_COLUMNS = ("name", "log", "tokens_per_step", "parameters")
@@ -46,7 +50,8 @@ def read_series(runs: Iterable[str], leave_out: Callable[[str], None] | None = N
         elif run.endswith(".csv"):
             all_series += _table(Path(run))
         else:
-            all_series += run_series(_results(Path(run)), run, leave_out)
+            for folder in seeds_of(Path(run)):
+                all_series += run_series(_results(folder), str(folder), leave_out)
     names = [series.name for series in all_series]
     for name in names:
         if names.count(name) > 1:
@@ -65,17 +70,46 @@ def _results(folder: Path) -> Results:
 
 
 def run_series(results: Results, source: str, leave_out: Callable[[str], None] | None = None) -> list[Series]:
-    """Return a series for every validated arm of a run; ``leave_out`` is that of ``read_series``."""
+    """Return the series of a run; ``leave_out`` is that of ``read_series``.
+
+    Arms of one target with equal initial weights and at least three budgets are one series of their last losses: the
+    ends of decayed runs, as scaling laws assume. Every other arm is a series of its own, with the losses that were
+    measured while its learning rate was still high.
+    """
     series = []
-    for arm in results.arms:
+    for arms in _ladders(results):
         try:
-            if any(point.tokens for point in arm.validation):
-                series.append(_arm(results, arm, source))
+            if len(arms) > 1:
+                series.append(_last_losses(results, arms, source))
+            elif any(point.tokens for point in arms[0].validation):
+                series.append(_arm(results, arms[0], source))
         except UserError as error:
             if leave_out is None:
                 raise
             leave_out(str(error))
     return series
+
+
+def _ladders(results: Results) -> list[list[ArmResult]]:
+    """Return groups of arms that differ only in their budgets, three or more, and every other arm alone."""
+    groups: dict[tuple[str, str], dict[int, ArmResult]] = {}
+    for arm in results.arms:
+        if arm.setting is None and arm.validation_loss is not None and math.isfinite(arm.validation_loss):
+            groups.setdefault((arm.target, arm.initialisation), {})[arm.validation[-1].tokens] = arm
+    ladders = [[arms[tokens] for tokens in sorted(arms)] for arms in groups.values() if len(arms) >= _LADDER]
+    grouped = {arm.name for arms in ladders for arm in arms}
+    return [*ladders, *([arm] for arm in results.arms if arm.name not in grouped)]
+
+
+def _last_losses(results: Results, arms: list[ArmResult], source: str) -> Series:
+    series = replace(_arm(results, arms[-1], source), name=f"{source}: {arms[0].target}, {arms[0].initialisation}")
+    return replace(
+        series,
+        tokens=tuple(arm.validation[-1].tokens for arm in arms),
+        losses=tuple(arm.validation[-1].loss for arm in arms),
+        separate_runs=True,
+        planned_tokens=None,
+    )
 
 
 def _arm(results: Results, arm: ArmResult, source: str) -> Series:

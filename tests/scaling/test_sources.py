@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.results import Point, Results
 from nemo_pvs.scaling.series import Series
 from nemo_pvs.scaling.sources import read_series
 
@@ -34,6 +35,35 @@ def test_a_runs_arms_are_series_without_their_warm_up(results: Results, tmp_path
     assert first.ratio == 1 - first.parameters / results.parent.shape.parameters
     assert (first.parent_loss, first.initialisation, series[1].initialisation) == (2.4, "pruned", "random")
     assert not first.cut_short
+
+
+def test_arms_with_three_budgets_are_one_series_of_their_last_losses(results: Results, tmp_path: Path) -> None:
+    pruned, random, *others = results.arms
+    ladder = []
+    for tokens, loss in ((8192, 2.9), (40_960, 2.5), (16_384, 2.7)):
+        curve = [Point(0, 0, 4.0), Point(1, tokens // 2, loss + 1), Point(2, tokens, loss)]
+        ladder.append(replace(pruned, name=f"depth, pruned, {tokens}", validation=curve))
+    results.arms = [*ladder[:2], random, ladder[2], *others]
+    first, *rest = read_series([_run(results, tmp_path)])
+    assert (first.name, first.tokens, first.losses) == (
+        f"{tmp_path}: depth, pruned",
+        (8192, 16_384, 40_960),
+        (2.9, 2.7, 2.5),
+    )
+    assert first.separate_runs
+    assert not first.cut_short
+    assert [series.name for series in rest] == [f"{tmp_path}: {arm.name}" for arm in (random, *others)]
+    # With two budgets there is no curve through them, so their own curves are taken.
+    results.arms = [*ladder[:2], random]
+    assert not any(series.separate_runs for series in read_series([_run(results, tmp_path)]))
+
+
+def test_the_seeds_of_a_run_are_read_each(results: Results, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        (tmp_path / f"seed-{seed}").mkdir()
+        _run(results, tmp_path / f"seed-{seed}")
+    names = [series.name for series in read_series([str(tmp_path)])]
+    assert names == [f"{tmp_path}/seed-{seed}: {arm.name}" for seed in (1, 2) for arm in results.arms]
 
 
 def test_of_an_arm_made_in_stages_the_last_counts(results: Results, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def read_runs(folders: Sequence[str], evaluations: Sequence[str] = ()) -> list[R
     Raises:
         UserError: a folder holds no finished run or no evaluation, or is given twice.
     """
-    paths = [path for folder in folders for path in _seeds_of(Path(folder))]
+    paths = [path for folder in folders for path in seeds_of(Path(folder))]
     for path in paths:
         if [other.resolve() for other in paths].count(path.resolve()) > 1:
             raise UserError(f"{path} is given twice; give each run once.")
@@ -41,7 +41,7 @@ def read_runs(folders: Sequence[str], evaluations: Sequence[str] = ()) -> list[R
     return runs
 
 
-def _seeds_of(folder: Path) -> list[Path]:
+def seeds_of(folder: Path) -> list[Path]:
     """Return the run folders of the seeds in a folder, in their order; the folder itself if it is a run's."""
     seeds = sorted(folder.glob(f"seed-*/{RESULTS}"), key=lambda file: (len(file.parent.name), file.parent.name))
     return [file.parent for file in seeds] if seeds and not (folder / RESULTS).exists() else [folder]
