@@ -135,6 +135,7 @@ class Pipeline(RunFolder):
         self.recipe = settle(self.recipe, self.parent_shape)
         check_costs(self.recipe, self.parent_shape)
         check_tasks(self.recipe)
+        self.tokens.check_texts(self.tokenizer, self.parent_shape.vocab)
         if trains_here:
             check_machine([job for arm in self.recipe.runs if not is_finished(job := self.job(arm))])
         ahead = look_ahead(self)

@@ -187,16 +187,26 @@ class EvaluationRecord(Record):
     test: Measured
     validation: Measured | None = None
     """None if training measured it."""
+    texts: Mapping[str, Measured] | None = None
+    """On the recipe's ``evaluate.texts``, by name."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the values as plain data."""
-        return {name: asdict(measured) for name, measured in super().to_json().items()}
+        values: dict[str, Any] = {"test": asdict(self.test)}
+        if self.validation is not None:
+            values["validation"] = asdict(self.validation)
+        if self.texts is not None:
+            values["texts"] = {name: asdict(measured) for name, measured in self.texts.items()}
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EvaluationRecord:
         """Undo ``to_json``."""
+        validation, texts = values.get("validation"), values.get("texts")
         return cls(
-            **{field.name: Measured.from_json(values[field.name]) for field in fields(cls) if field.name in values}
+            Measured.from_json(values["test"]),
+            None if validation is None else Measured.from_json(validation),
+            None if texts is None else {name: Measured.from_json(text) for name, text in texts.items()},
         )
 
 

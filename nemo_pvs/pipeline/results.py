@@ -13,7 +13,14 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.pipeline.folder import RunFolder
-from nemo_pvs.pipeline.records import PrunedRecord, Records, ScoresRecord, TrainedRecord, evaluation_stage
+from nemo_pvs.pipeline.records import (
+    EvaluationRecord,
+    PrunedRecord,
+    Records,
+    ScoresRecord,
+    TrainedRecord,
+    evaluation_stage,
+)
 from nemo_pvs.pipeline.stages.evaluate import initial_label
 from nemo_pvs.planning.charges import count_masked
 from nemo_pvs.planning.rounds import shares
@@ -49,6 +56,7 @@ def _parent(run: RunFolder) -> ParentResult:
         shape=shape_of(run.parent_source),
         validation_loss=measured.validation.loss,
         test_perplexity=measured.test.perplexity,
+        text_losses=_losses(measured),
         origin=read_origin(run.parent_path),
     )
 
@@ -86,10 +94,15 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         # The initial model of an arm with stages is pruned further before it could be compared.
         test_perplexity_before=None if first_step else before.test.perplexity,
         test_perplexity_after=after.test.perplexity,
+        text_losses=_losses(after),
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
         seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds) if speeds else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
     )
+
+
+def _losses(measured: EvaluationRecord) -> dict[str, float]:
+    return {name: text.loss for name, text in (measured.texts or {}).items()}
 
 
 def _curve(run: RunFolder, arm: Arm) -> metrics.Metrics:

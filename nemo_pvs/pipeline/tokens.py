@@ -10,8 +10,8 @@ import torch
 
 from nemo_pvs.data.corpus import Document, input_files, read_documents
 from nemo_pvs.data.split import split_documents
-from nemo_pvs.data.token_files import check_end, describe_token_file
-from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.data.token_files import check_end, describe_token_file, token_file_hash
+from nemo_pvs.data.token_set import TokenSet, check_length
 from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
 from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
@@ -151,6 +151,25 @@ class RunData:
             for split, part in parts.items():
                 texts.setdefault(split if split in texts else f"{split}-{domain}", []).extend(part)
         return texts
+
+    @property
+    def text_hashes(self) -> dict[str, str]:
+        """The hashes of the tokens of ``evaluate.texts``, by name."""
+        return {name: token_file_hash(Path(prefix)) for name, prefix in self._recipe.evaluate.texts.items()}
+
+    def check_texts(self, tokenizer: Path, vocab: int) -> None:
+        """Refuse ``evaluate.texts`` that are missing, made for another model, or too short.
+
+        Raises:
+            UserError: naming the text.
+        """
+        settings = self._recipe.evaluate
+        for name, prefix in settings.texts.items():
+            try:
+                tokens = describe_token_file(Path(prefix), tokenizer_hash(tokenizer), vocab)["tokens"]
+                check_length(tokens, samples=settings.samples, sequence_length=settings.sequence_length, data_set=name)
+            except UserError as error:
+                raise UserError(f"evaluate.texts.{name}: {error}") from None
 
     def training_file(self, splits: Splits) -> str | None:
         """Return the hash of the training file; None if several are blended, or with domains."""

@@ -89,6 +89,8 @@ class Evaluation(Block):
     """Folder of downloaded data sets, each under ``<owner>/<name>``."""
     task_limit: Positive | None = None
     """Maximum documents per task; the first ones are taken."""
+    texts: dict[str, str] = Field(default={}, exclude_if=lambda given: not given)
+    """Token files (paths without suffix) by name, such as one per source; the loss on each is measured too."""
 
 
 class Budgets(Block):

@@ -40,6 +40,8 @@ class ParentResult:
     """Nats per token."""
     test_perplexity: float | None = None
     """exp of the mean cross-entropy per token on the test split."""
+    text_losses: dict[str, float] = field(default_factory=dict)
+    """Loss on each further text of the recipe (``evaluate.texts``), nats per token."""
     origin: dict[str, Any] | None = None
     """How it was trained, if nemo_pvs did: ``recipe`` (a hash without the seeds), ``seed`` and ``data_seed``."""
 
@@ -92,6 +94,8 @@ class ArmResult:
     test_perplexity_before: float | None = None
     """Perplexity of the model that training starts from, pruned or random."""
     test_perplexity_after: float | None = None
+    text_losses: dict[str, float] = field(default_factory=dict)
+    """Loss of the trained model on each further text of the recipe (``evaluate.texts``), nats per token."""
     ledger: Ledger = field(default_factory=Ledger)
     seconds: float | None = None
     """Wall-clock time of the training."""
@@ -189,10 +193,13 @@ class Results:
         data = asdict(self)
         for arm, plain in zip(self.arms, data["arms"], strict=True):
             plain["ledger"] = arm.ledger.to_json()
+        # What a recipe does not ask for is left out, as in the results of earlier versions.
         if not self.sweeps:
             del data["sweeps"]
-        if self.parent and self.parent.origin is None:
-            del data["parent"]["origin"]
+        for model in filter(None, (data["parent"], *data["arms"])):
+            for name in ("text_losses", "origin"):
+                if name in model and not model[name]:
+                    del model[name]
         return _names_for_non_finite(data)
 
     @classmethod

@@ -10,6 +10,7 @@ import pytest
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.token_files import token_file_hash
+from nemo_pvs.data.tokenize import write_token_file
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.ledger.tokens_read import TokensRead
@@ -56,6 +57,15 @@ def test_a_contradiction_to_the_parents_ledger(values, tmp_path):
     _refused(values, tmp_path / "run", "counts 512 training tokens .* but 640 pretraining tokens are declared")
     values["parent"]["pretraining_tokens"] = 4 * STEP - 1
     Pipeline(parse_recipe(values, "test"), tmp_path / "run").prepare()
+
+
+def test_texts_that_cannot_be_measured(values, tmp_path):
+    values["evaluate"] |= {"tasks": [], "texts": {"books": str(tmp_path / "books")}}
+    _refused(values, tmp_path / "run", r"evaluate.texts.books: .*books.bin does not exist")
+    write_token_file(tmp_path / "books", [[5] * 40], 128)
+    _refused(values, tmp_path / "run", "evaluate.texts.books: .*40 tokens")
+    write_token_file(tmp_path / "books", [[500] * 400], 1000)
+    _refused(values, tmp_path / "run", "evaluate.texts.books: .*contains the token 500")
 
 
 def test_a_damaged_ledger_of_the_parent(values, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from nemo_pvs.data.shards import tokenize_files
 from nemo_pvs.pipeline.series import Series
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.reporting.compare.compare import read_runs
-from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.results import ParentResult, Results
 from nemo_pvs.training import trainer
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import save_tiny_tokenizer, tiny_llama_config
@@ -72,6 +73,7 @@ def write_recipes(folder: Path) -> Path:
         "train": train,
         "evaluate": evaluate,
     }
+    grid["evaluate"] = {**evaluate, "texts": {"again": str(folder / "tokens" / "test")}}
     for name, values in (("parent", parent), ("grid", grid)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     return folder / "grid.yaml"
@@ -145,6 +147,18 @@ def test_the_report_is_the_mean_of_the_seeds(done: tuple[Path, Results]) -> None
         assert len(set(losses)) == 2
         assert arm.validation_loss == pytest.approx(sum(losses) / 2)
     assert (folder / "runs" / "grid" / "report.html").is_file()
+
+
+def test_the_loss_on_a_further_text_is_that_of_its_tokens(done: tuple[Path, Results]) -> None:
+    """Here they are those of the test split."""
+    _, results = done
+    (seed_1, _) = read_runs([str(done[0] / "runs" / "grid")])
+    for model in (seed_1.results.parent, *seed_1.results.arms):
+        assert model is not None
+        perplexity = model.test_perplexity if isinstance(model, ParentResult) else model.test_perplexity_after
+        assert perplexity is not None
+        assert model.text_losses["again"] == pytest.approx(math.log(perplexity), abs=1e-6)
+    assert results.arms[0].text_losses.keys() == {"again"}
 
 
 def test_a_second_call_and_another_recipe_find_what_is_done(done: tuple[Path, Results]) -> None:

@@ -40,19 +40,21 @@ def evaluate(run: RunFolder, label: str, path: Path) -> Stage[EvaluationRecord]:
             "settings": settings.model_dump(include={"samples", "sequence_length"}),
             "validation": run.records.data.windows_sha256,
             **({"validated": False} if arm is not None and not validated else {}),
+            **({"texts": run.tokens.text_hashes} if settings.texts else {}),
         }
 
     def measure(text: str, tokens: TokenSet) -> Measured:
         with progress(f"{text} loss of {label}", "layers") as show:
             return Measured.from_json(perplexity(open_source(path), tokens, run.compute, progress=show))
 
+    def windows(prefix: Path) -> TokenSet:
+        return TokenSet.from_token_file(prefix, samples=settings.samples, sequence_length=settings.sequence_length)
+
     def work() -> EvaluationRecord:
-        test = TokenSet.from_token_file(
-            run.tokens.prefix("test"), samples=settings.samples, sequence_length=settings.sequence_length
-        )
-        measured = measure("test", test)
+        measured = measure("test", windows(run.tokens.prefix("test")))
         validation = None if validated else measure("validation", run.tokens.validation_windows)
-        return EvaluationRecord(measured, validation)
+        texts = {name: measure(name, windows(Path(prefix))) for name, prefix in settings.texts.items()}
+        return EvaluationRecord(measured, validation, texts or None)
 
     return Stage(name=evaluation_stage(label), record=EvaluationRecord, inputs=inputs, work=work, shared=True)
 

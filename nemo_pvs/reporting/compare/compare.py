@@ -123,6 +123,7 @@ def _mean(arms: list[ArmResult]) -> ArmResult:
         training=_mean_points([arm.training for arm in arms]),
         test_perplexity_before=_mean_known([arm.test_perplexity_before for arm in arms]),
         test_perplexity_after=_mean_known([arm.test_perplexity_after for arm in arms]),
+        text_losses=_mean_losses([arm.text_losses for arm in arms]),
         seconds=_mean_known([arm.seconds for arm in arms]),
         tokens_per_second=_mean_known([arm.tokens_per_second for arm in arms]),
     )
@@ -135,6 +136,11 @@ def _mean_points(curves: list[list[Point]]) -> list[Point]:
         if all(tokens in curve for curve in by_tokens):
             means.append(replace(point, loss=statistics.fmean(curve[tokens].loss for curve in by_tokens)))
     return means
+
+
+def _mean_losses(losses: list[dict[str, float]]) -> dict[str, float]:
+    common = set.intersection(*(set(of_one) for of_one in losses))
+    return {name: statistics.fmean(of_one[name] for of_one in losses) for name in losses[0] if name in common}
 
 
 def _mean_known(values: list[float | None]) -> float | None:
