@@ -5,6 +5,7 @@ The Python API: ``import nemo_pvs as pvs``, then ``pvs.prune(...)``. Each name i
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from nemo_pvs.recipe.load import load_recipe as load_recipe
 
 __version__ = "0.1.0"
+
+# PyTorch warns on import about a package that NeMo pins and nothing here calls.
+warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
 
 _MODULES = {
     "Layout": "model.layout",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _MANIFEST = "manifest.json"
 class Scores:
     """Importances of a model's units, float64; layers and units count from 0 in the model's own order."""
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
     """For each aggregation (``energy``, ``meanabs_l2``): ``hidden.<aggregation>`` [d], ``ffn.<aggregation>`` [L, f]
     and ``heads.<aggregation>`` [L, H]; then ``block_influence`` [L], and the calibration ``tokens``, int32 [N, S].
 

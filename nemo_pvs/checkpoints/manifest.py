@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ class Manifest:
     """huggingface or nemo."""
     source: str
     """Fingerprint of the model that was written (``fingerprint.fingerprint``), before any change of dtype."""
-    tensors: Mapping[str, TensorRecord]
-    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, TensorRecord] = field(repr=False)
+    files: Mapping[str, FileRecord] = field(repr=False)
     """By path relative to the checkpoint; without the manifest itself and the ledger."""
     hash: str = HASH
     """Name of the algorithm that hashed the tensors."""

@@ -129,6 +129,9 @@ def _description(about: dict[str, Any]) -> dict[str, str]:
     from nemo_pvs.model.shape import Shape
 
     sizes = {name: value for name, value in about["shape"].items() if name not in {"features", "uneven"}}
+    manifest = about["manifest"]
+    if manifest == "broken":
+        manifest = "broken: a file is missing or has another length; --verify names it"
     return {
         "format": f"{about['format']}, family {about['family']}",
         "model": str(Shape.from_dict(about["shape"])),
@@ -141,7 +144,7 @@ def _description(about: dict[str, Any]) -> dict[str, str]:
         "masks": f"of {about['masks']:,} matrices" if about["masks"] else "none",
         "other tensors": f"{about['extra_tensors']:,} (optimizer state, buffers)",
         "other files": ", ".join(about["assets"]) or "none",
-        "manifest": about["manifest"],
+        "manifest": manifest,
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import warnings
 
 import typer
 
@@ -44,8 +43,6 @@ def _version(version: bool = typer.Option(False, "--version", help="print the ve
 
 def main() -> None:
     """Run the command line; exit with 2 for a mistake that the user can fix, 1 for a run that failed."""
-    # PyTorch warns on import about a package that NeMo pins and nothing here calls.
-    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A streamed tensor is fresh memory; in huge pages it costs a third of the time (tests/benchmarks/README.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -65,7 +62,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
-            _complain("interrupted; the same command goes on where it stopped.")
+            _complain("interrupted; the same command continues where it stopped.")
         raise
 
 

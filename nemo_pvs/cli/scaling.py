@@ -229,9 +229,9 @@ def _show_fit(fit: Fit) -> None:
         if held.rmse is None:
             console.print(f"  without the {held.name}: {held.reason}", soft_wrap=True)
         else:
+            count = "1 point" if held.points == 1 else f"{held.points} points"
             console.print(
-                f"  without the {held.name} ({held.points} points): rmse {held.rmse:.4f} nats, "
-                f"{_slope(held.slope_difference)}",
+                f"  without the {held.name} ({count}): rmse {held.rmse:.4f} nats, {_slope(held.slope_difference)}",
                 soft_wrap=True,
             )
     for warning in fit.warnings:

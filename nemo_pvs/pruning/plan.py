@@ -30,15 +30,15 @@ class Plan:
     parent: Shape
     target: Shape
     keep_layers: Indices
-    keep_hidden: Indices
+    keep_hidden: Indices = field(repr=False)
     """One set for the whole model, because all layers share the residual stream."""
-    keep_ffn: tuple[Indices, ...]
+    keep_ffn: tuple[Indices, ...] = field(repr=False)
     """FFN channels of each kept layer, in the order of ``keep_layers``."""
-    keep_kv_groups: tuple[Indices, ...]
+    keep_kv_groups: tuple[Indices, ...] = field(repr=False)
     """KV groups of each kept layer; a group's query heads are kept or removed with it."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the plan was made from: ``model_fingerprint``, hashes of scores or tokens, and settings."""
-    input_means: InputMeans | None = None
+    input_means: InputMeans | None = field(default=None, repr=False)
     """Means of the removed inputs of ``o_proj`` and ``down_proj``, if biases compensate for them. The pruned model
     then has attention_bias and mlp_bias (Llama's own switches); other biases that these add are zero."""
 

@@ -51,11 +51,13 @@ def test_three_lines(model: Path, text: Path, tmp_path: Path, monkeypatch: pytes
     """The example of the README, on a model that takes seconds."""
     monkeypatch.chdir(tmp_path)
     small = pvs.prune(str(model), "SMALLER", method="flap", ratio=0.2, data=text, samples=2, sequence_length=16)
-    pvs.convert("SMALLER", "SMALLER-nemo")
+    converted = pvs.convert("SMALLER", "SMALLER-nemo")
     rows = pvs.evaluate(["SMALLER", "SMALLER-nemo"], perplexity=text, samples=2, sequence_length=16)
 
     assert small.path == Path("SMALLER")
     assert small.shape.uneven
+    assert "keep_ffn" not in repr(small), "a notebook shows every index"
+    assert "model.layers" not in repr(converted), "a notebook shows every tensor"
     assert small.shape == shape_of(pvs.open_checkpoint("SMALLER-nemo"))
     table = pandas.DataFrame(rows)
     assert list(table.columns) == [*Measurement.__annotations__]

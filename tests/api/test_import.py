@@ -32,6 +32,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines() == ["[]", "[]"]
 
 
+@pytest.mark.slow
+def test_importing_torch_warns_of_nothing() -> None:
+    script = "import nemo_pvs, torch"
+    done = subprocess.run([sys.executable, "-W", "default", "-c", script], capture_output=True, text=True, check=True)
+    assert "pynvml" not in done.stderr
+
+
 def test_every_name_is_there() -> None:
     assert set(pvs.__all__) >= PROMISED
     for name in pvs.__all__:

@@ -72,6 +72,17 @@ def test_round_trip_through_nemo(pvs, model, tmp_path):
 
 
 @pytest.mark.slow
+def test_inspect_says_what_to_do_about_a_broken_manifest(pvs, model, tmp_path):
+    pvs("convert", model, tmp_path / "nemo")
+    assert "broken" not in pvs("inspect", tmp_path / "nemo")[1]
+    (tmp_path / "nemo/context/io.json").write_text("{}")
+    (code, out, _), verified = (pvs("inspect", tmp_path / "nemo", *option) for option in ((), ("--verify",)))
+    assert code == 0
+    assert "--verify names it" in out
+    _refused(verified, "context/io.json")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("source_format", ["hf", "nemo"])
 def test_prune_in_one_line(pvs, model, text, tmp_path, source_format):
     source = model
@@ -227,7 +238,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "pvs: interrupted; the same command goes on where it stopped.\n"
+    assert errors == "pvs: interrupted; the same command continues where it stopped.\n"
     assert not (tmp_path / "run" / "stages" / "parent.json").exists()
 
 

@@ -47,6 +47,7 @@ def test_fit_and_predict_on_the_papers_points(pvs: Pvs, tmp_path: Path) -> None:
     fit = tmp_path / "fit.json"
     code, out, _ = pvs("scaling-fit", "published", "--out", fit, "--draws", 39)
     assert code == 0
+    assert "without the last 20 % of tokens (1 point)" in out
     assert out.count("rmse") == 8  # of the fit and of what was held out, for each arm
     assert fit.exists()
     assert (tmp_path / "fit.svg").read_text().startswith("<?xml")
