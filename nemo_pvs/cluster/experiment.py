@@ -144,9 +144,12 @@ def _experiment(todo: list[Command], title: str, folder: Path, profile: LocalPro
         for stage in todo:
             python, *_ = command = _command(stage, profile)
             arguments = [shlex.quote(argument) for argument in command[3:]]
+            executor = profile.executor(stage.layout, folder.resolve())
+            if profile.kind == "slurm":
+                executor.job_name_prefix = f"{title}-"  # squeue shows it
             experiment.add(
                 run.Script(path=stage.module, m=True, entrypoint=python, args=arguments),
-                executor=profile.executor(stage.layout, folder.resolve()),
+                executor=executor,
                 name=stage.name,
                 dependencies=stage.after,
             )

@@ -176,8 +176,10 @@ def tokenizer_hash(folder: Path) -> str:
     It is the same for a tokenizer saved by Transformers 5 and for our converted copy of it.
 
     Raises:
-        UserError: the folder has none of these files.
+        UserError: the folder does not exist or has none of these files.
     """
+    if not folder.exists():
+        raise UserError(f"There is no tokenizer: {folder} does not exist; copy the model's tokenizer there.")
     hashes = {name: sha256_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
     readable = for_both_versions(folder)
     if readable is not None:

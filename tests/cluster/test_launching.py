@@ -60,6 +60,7 @@ def test_batch_scripts_are_bash_and_ask_for_what_the_layout_needs(grid, tmp_path
         assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == (nodes, tasks, "8")
         assert (options["account"], options["partition"]) == ("physics", "h100")
         assert options["signal"] == "USR1@300"
+        assert options["job-name"] == f"llama31_8b_minitron_width-{name}"
         assert {"requeue", "exclusive", "time", "output", "job-name"} <= options.keys()
         assert "export TORCHX_MAX_RETRIES=100" in script
         assert 'scontrol requeue "$SLURM_JOB_ID"' in script
