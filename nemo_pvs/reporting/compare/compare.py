@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare.comparable import differences_of
+from nemo_pvs.reporting.compare.findings import judge_findings
 from nemo_pvs.reporting.compare.runs import Run, SideBySide
 from nemo_pvs.reporting.compare.scores import TaskScores, read_scores
 from nemo_pvs.reporting.results import ArmResult, Point, Results
@@ -85,7 +86,8 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
     parent = next((run.results.parent for run in runs if run.results.parent), None)
     created = max(run.results.created for run in runs)
     merged = replace(first, title="; ".join(titles), arms=arms, created=created, parent=parent)
-    return SideBySide(merged, tuple(runs), repetitions, tuple(differences))
+    side_by_side = SideBySide(merged, tuple(runs), repetitions, tuple(differences))
+    return replace(side_by_side, findings=judge_findings(side_by_side))
 
 
 def _arms_of(
