@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_pvs.reporting.compare.budgets import BudgetRow, budget_rows
-from nemo_pvs.reporting.compare.estimates import final_loss, gap, gap_curve, perplexity_after
+from nemo_pvs.reporting.compare.estimates import final_loss, gap, gap_curve, parent_loss, perplexity_after
 from nemo_pvs.reporting.compare.removed import removed_share
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score
@@ -53,7 +53,9 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
         "not_comparable": list(runs.differences),
         "warnings": runs.warnings,
         "findings": [_finding(finding) for finding in runs.findings],
-        "parent": asdict(results.parent) if results.parent else None,
+        "parent": {**asdict(results.parent), **_interval("validation_loss", parent_loss(runs))}
+        if results.parent
+        else None,
         "arms": arm_rows(runs),
         "equal_terms": equal_terms(runs),
         "by_budget": [_budget(row) for row in budget_rows(runs, reference=reference)],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 from nemo_pvs.reporting.compare.budgets import budget_rows
 from nemo_pvs.reporting.compare.compare import compare
-from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, gap, gap_by_seed
+from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, gap, gap_by_seed, parent_loss
 from nemo_pvs.reporting.compare.removed import granularity
 from nemo_pvs.reporting.compare.runs import Run, SideBySide
 from nemo_pvs.reporting.compare.verdicts import Finding
@@ -52,6 +53,22 @@ def test_gaps_are_paired_by_seed() -> None:
         found = gap(runs, _arm(runs, target, "pruned", BUDGETS[-1]), EQUAL_TOTAL)
         assert found is not None
         assert (found.mean, found.half_width) == pytest.approx((OF_TOTAL_GAPS[target], HALF_WIDTH), abs=1e-6)
+
+
+def test_a_parent_for_each_seed_is_shown_by_its_mean() -> None:
+    runs = compare(grid_runs())
+    losses = [4.1, 3.6, 3.9]
+    assert runs.results.parent is not None
+    assert runs.results.parent.validation_loss == pytest.approx(sum(losses) / 3)
+    found = parent_loss(runs)
+    assert found is not None
+    assert found.deviation == pytest.approx(statistics.stdev(losses))
+    shared = grid_runs()
+    for run in shared:
+        run.results.hashes["parent weights"] = "1"
+    found = parent_loss(compare(shared))
+    assert found is not None
+    assert (found.mean, found.count) == (4.1, 1), "one parent has no spread"
 
 
 def test_arms_of_different_runs_are_paired_by_seed_too() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from nemo_pvs.ledger.budget import Setting
-from nemo_pvs.reporting.compare.runs import Run, SideBySide
+from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of
 from nemo_pvs.reporting.results import ArmResult, gap_between, gaps_along
 from nemo_pvs.reporting.statistics import Estimate, estimate
 
@@ -17,6 +17,12 @@ EQUAL_TOTAL: Setting = "equal-total-tokens"
 
 Seed = tuple[str, str]
 """The seeds of the weights and of the data's order."""
+
+
+def parent_loss(runs: SideBySide) -> Estimate | None:
+    """Return the parent's validation loss, nats per token; over the seeds if each has its own parent."""
+    losses = [parent.validation_loss for parent in parents_of(runs.runs)]
+    return estimate([loss for loss in losses if loss is not None])
 
 
 def final_loss(runs: SideBySide, arm: ArmResult) -> Estimate | None:

@@ -12,7 +12,7 @@ from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.scores import Score, TaskScores
 from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
 from nemo_pvs.reporting.numbers import and_list
-from nemo_pvs.reporting.results import ArmResult, Results, at
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Results, at
 from nemo_pvs.reporting.statistics import estimate
 
 
@@ -46,6 +46,16 @@ class Run:
     def identity(self) -> str:
         """A hash that is equal for runs that differ only in their seeds and those of their parents."""
         return identity_without_seeds(self.results.recipe, self.results.parent_origin)
+
+
+def parents_of(runs: Sequence[Run]) -> list[ParentResult]:
+    """Return the parents of runs, each once: one that all share, or one for each seed."""
+    parents: dict[str, ParentResult] = {}
+    for run in runs:
+        parent = run.results.parent
+        if parent is not None:
+            parents.setdefault(run.results.hashes.get("parent weights") or repr(parent), parent)
+    return list(parents.values())
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,6 @@ class Finding:
     missing: tuple[str, ...]
     """What the finding needs and these runs lack."""
 
-    @property
-    def sentence(self) -> str:
-        """The finding, its judgement and the reason in one line."""
-        return f"{self.statement}: {self.judgement}. {self.reason}"
-
 
 @dataclass(frozen=True)
 class Recovery:

@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_pvs.reporting.compare.estimates import final_loss, gap, perplexity_after
+from nemo_pvs.reporting.compare.estimates import final_loss, gap, parent_loss, perplexity_after
 from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, plus_minus, scaled, scientific, unit_of
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.reporting.statistics import Estimate
@@ -224,17 +224,17 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
     ]
     rows = [_arm_row(results, arm, size, tokens, runs) for arm in results.arms]
     missing = [[f"{target}, {start} (missing)", *[DASH] * 12] for target, start in (runs.missing if runs else [])]
-    return ResultsTable(columns, [*([_parent_row(parent, size)] if parent else []), *rows, *missing])
+    return ResultsTable(columns, [*([_parent_row(parent, size, runs)] if parent else []), *rows, *missing])
 
 
-def _parent_row(parent: ParentResult, size: tuple[float, str]) -> list[str]:
+def _parent_row(parent: ParentResult, size: tuple[float, str], runs: SideBySide | None) -> list[str]:
     return [
         f"{parent.name} (parent)",
         scaled(parent.shape.parameters, size),
         DASH,
         scaled(parent.shape.body_parameters, size),
         *[DASH] * 5,
-        fixed(parent.validation_loss),
+        plus_minus(fixed(parent.validation_loss), _half_width(parent_loss(runs)) if runs else None),
         DASH,
         DASH,
         perplexity(parent.test_perplexity),
