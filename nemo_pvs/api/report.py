@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ def report(
     evaluation: str | Path | Sequence[str | Path] = (),
     curve: Sequence[str] = (),
     published: bool = False,
+    non_inferior_to: str | None = None,
+    margin: float | None = None,
+    unit: str = "points",
     force: bool = False,
 ) -> SideBySide:
     """Write the report of finished runs, as page, Markdown, JSON and CSV.
@@ -29,13 +33,18 @@ def report(
         evaluation: Folders that ``evaluate`` wrote, for the tasks of these runs' models.
         curve: ``ARM=LOG``: the arm's validation losses are in TensorBoard's folder, or in a CSV export of W&B.
         published: Show the paper's points next to the gaps.
+        non_inferior_to: ``parent``: test whether each pruned model is as good as its parent, to within ``margin``.
+        margin: How much worse is still as good, in ``unit``.
+        unit: ``points`` of accuracy (per cent), or ``nats`` per token of validation loss.
         force: Compare what is not comparable, and mark the page.
 
     Returns:
-        The runs side by side: ``results`` as the page shows them, and ``warnings``.
+        The runs side by side: ``results`` as the page shows them, ``warnings``, the paper's ``findings`` as these
+        runs judge them, and ``recoveries``, the tests against the parent.
 
     Raises:
-        UserError: a folder holds no finished run, or the runs are not comparable.
+        UserError: a folder holds no finished run, the runs are not comparable, or the test against the parent is not
+            possible.
 
     Example:
         >>> import nemo_pvs as pvs
@@ -49,11 +58,15 @@ def report(
     check_folder(place)
     from nemo_pvs.reporting.compare.compare import compare, read_runs
     from nemo_pvs.reporting.compare.curves import take_curves
+    from nemo_pvs.reporting.compare.recovery import check_margin, judge_recovery
     from nemo_pvs.reporting.html import write_files
 
+    tested = check_margin(non_inferior_to, margin, unit)
     read = read_runs(runs, _list(evaluation))
     take_curves(read, curve)
     found = compare(read, force=force)
+    if tested is not None:
+        found = replace(found, recoveries=judge_recovery(found, *tested))
     write_files(found, place, reference=published)
     return found
 

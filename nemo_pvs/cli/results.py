@@ -89,21 +89,43 @@ def report(
         typer.Option(help="ARM=LOG: its validation losses are in TensorBoard's folder, or in a CSV export of W&B"),
     ] = None,
     published: Annotated[bool, typer.Option(help="show the paper's points next to the gaps")] = False,
+    non_inferior_to: Annotated[
+        Optional[str], typer.Option(help="parent: test whether each pruned model is as good, to within --margin")
+    ] = None,
+    margin: Annotated[Optional[float], typer.Option(help="how much worse than the parent is still as good")] = None,
+    unit: Annotated[
+        str, typer.Option(help="of the margin: points of accuracy, or nats of validation loss")
+    ] = "points",
     force: Annotated[bool, typer.Option(help="compare what is not comparable, and mark the page")] = False,
 ) -> None:
     """Write the report of finished runs, as page, Markdown, JSON and CSV, and show its table."""
     from nemo_pvs.api.report import report as write
     from nemo_pvs.api.report import report_folder
 
-    runs = write(folders, out, evaluation=evaluation or (), curve=curve or (), published=published, force=force)
+    runs = write(
+        folders,
+        out,
+        evaluation=evaluation or (),
+        curve=curve or (),
+        published=published,
+        non_inferior_to=non_inferior_to,
+        margin=margin,
+        unit=unit,
+        force=force,
+    )
     for warning in runs.warnings:
         console.print(warning, soft_wrap=True, markup=False)
-    _show(runs.results, report_folder(folders, out))
+    _show(runs.results, report_folder(folders, out), runs)
 
 
-def _show(results: Any, folder: Path) -> None:
+def _show(results: Any, folder: Path, runs: Any = None) -> None:
+    from nemo_pvs.reporting.tables.conclusions import conclusions_text
     from nemo_pvs.reporting.tables.results import results_table
 
     console.print()
-    console.print(results_table(results))
+    console.print(results_table(results, runs))
+    if runs is not None and (lines := conclusions_text(runs.findings, runs.recoveries)):
+        console.print()
+        for line in lines:
+            console.print(line, soft_wrap=True, markup=False)
     console.print(f"\nReport: {(folder / 'report.html').resolve()}", soft_wrap=True)

@@ -9,11 +9,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from nemo_pvs.reporting.compare.budgets import BudgetRow, budget_rows
+from nemo_pvs.reporting.compare.estimates import final_loss, gap, gap_curve, parent_loss, perplexity_after
+from nemo_pvs.reporting.compare.removed import removed_share
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score
 from nemo_pvs.reporting.compare.tasks import TaskRow, averages, task_rows
-from nemo_pvs.reporting.figures.gap import gap_curve, published_gaps, removed_share
+from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
+from nemo_pvs.reporting.figures.gap import published_gaps
 from nemo_pvs.reporting.results import ArmResult
+from nemo_pvs.reporting.statistics import Estimate
 
 Rows = list[dict[str, Any]]
 
@@ -39,20 +44,27 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
         )
     gap_rows = []
     for arm in results.arms:
-        gap_rows += [{"arm": arm.name, "tokens": tokens, "gap": gap} for tokens, gap in gap_curve(results, arm)]
+        for tokens, over_seeds in gap_curve(runs, arm):
+            gap_rows.append({"arm": arm.name, "tokens": tokens, **_estimate("gap", over_seeds)})
     data = {
         "title": results.title,
         "created": results.created,
         "runs": run_rows,
         "not_comparable": list(runs.differences),
         "warnings": runs.warnings,
-        "parent": asdict(results.parent) if results.parent else None,
+        "findings": [_finding(finding) for finding in runs.findings],
+        "parent": {**asdict(results.parent), **_interval("validation_loss", parent_loss(runs))}
+        if results.parent
+        else None,
         "arms": arm_rows(runs),
         "equal_terms": equal_terms(runs),
+        "by_budget": [_budget(row) for row in budget_rows(runs, reference=reference)],
         "gap_against_tokens": gap_rows,
         "tasks": [_task(row) for row in tasks],
         "averages": [_task(row) for row in averages(tasks)],
     }
+    if runs.recoveries:
+        data["non_inferiority"] = [_recovery(test) for test in runs.recoveries]
     if reference:
         published_rows = []
         for method, points in published_gaps().items():
@@ -76,8 +88,9 @@ def equal_terms(runs: SideBySide) -> Rows:
     """Return one row per pair of a pruned arm and an arm from scratch of equal cost under a setting."""
     rows = []
     for arm in runs.results.arms:
-        for setting, scratch, gap in runs.results.comparisons(arm):
-            rows.append({"pruned": arm.name, "scratch": scratch.name, "setting": setting, "gap": gap})
+        for setting, scratch, _ in runs.results.comparisons(arm):
+            names = {"pruned": arm.name, "scratch": scratch.name, "setting": setting}
+            rows.append({**names, **_estimate("gap", gap(runs, arm, setting))})
     return rows
 
 
@@ -108,12 +121,75 @@ def _arm(runs: SideBySide, arm: ArmResult) -> dict[str, Any]:
         "total_flops": ledger.total.flops if known else None,
         "total_flops_zeros_skipped": ledger.total_zeros_skipped.flops if known else None,
         "validation_loss": arm.validation_loss,
-        "validation_loss_deviation": runs.final_loss_deviation(arm),
-        "gap": results.gap(arm),
-        "gap_deviation": runs.gap_deviation(arm),
+        **_interval("validation_loss", final_loss(runs, arm)),
+        **_estimate("gap", gap(runs, arm)),
         "test_perplexity_before": arm.test_perplexity_before,
         "test_perplexity_after": arm.test_perplexity_after,
-        "test_perplexity_after_deviation": runs.perplexity_deviation(arm),
+        **_interval("test_perplexity_after", perplexity_after(runs, arm)),
+    }
+
+
+def _estimate(name: str, over_seeds: Estimate | None) -> dict[str, Any]:
+    """Return a mean over seeds with its interval and number of seeds, under keys that start with ``name``."""
+    return {
+        name: None if over_seeds is None else over_seeds.mean,
+        **_interval(name, over_seeds),
+        f"{name}_seeds": 0 if over_seeds is None else over_seeds.count,
+    }
+
+
+def _interval(name: str, over_seeds: Estimate | None) -> dict[str, Any]:
+    """Return standard deviation and 95 % interval over seeds; all None for one seed."""
+    return {
+        f"{name}_deviation": None if over_seeds is None else over_seeds.deviation,
+        f"{name}_low": None if over_seeds is None else over_seeds.low,
+        f"{name}_high": None if over_seeds is None else over_seeds.high,
+    }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "name": finding.name,
+        "source": finding.source,
+        "statement": finding.statement,
+        "judgement": finding.judgement,
+        "reason": finding.reason,
+        "evidence": [{"comparison": name, **_estimate("gap", value)} for name, value in finding.evidence],
+        "missing": list(finding.missing),
+    }
+
+
+def _recovery(test: Recovery) -> dict[str, Any]:
+    difference = test.difference
+    return {
+        "arm": test.arm,
+        "measure": test.measure,
+        "unit": test.unit,
+        "margin": test.margin,
+        "difference": None if difference is None else difference.mean,
+        "difference_stderr": None if difference is None else difference.stderr,
+        "degrees_of_freedom": None if difference is None or difference.stderr is None else difference.degrees,
+        "lower_bound": None if difference is None else difference.lower_bound,
+        "upper_bound": None if difference is None else difference.upper_bound,
+        "verdict": test.verdict,
+        "basis": test.basis,
+    }
+
+
+def _budget(row: BudgetRow) -> dict[str, Any]:
+    return {
+        "method": row.method,
+        "target": row.target,
+        "granularity": row.granularity,
+        "removed": row.removed,
+        "training_tokens": row.tokens,
+        "quantity": row.quantity,
+        "scratch_equal_training": row.scratch,
+        "pruned": row.pruned,
+        "scratch_equal_total": row.scratch_of_total,
+        **_estimate("gap_equal_training", row.gap),
+        **_estimate("gap_equal_total", row.gap_of_total),
+        "source": row.source,
     }
 
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.reporting.compare.budgets import budget_rows
 from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.tasks import averages, task_rows
@@ -20,8 +21,19 @@ from nemo_pvs.reporting.data import csv_text, report_data
 from nemo_pvs.reporting.figures.accuracy import accuracy_figure
 from nemo_pvs.reporting.figures.gap import gap_against_ratio, gap_against_tokens
 from nemo_pvs.reporting.figures.loss import loss_figure, loss_panels, standalone
+from nemo_pvs.reporting.figures.terms import terms_figure
 from nemo_pvs.reporting.numbers import DASH, duration, fixed, scientific
 from nemo_pvs.reporting.results import ArmResult, Results
+from nemo_pvs.reporting.tables.budgets import BUDGET_HEADINGS, budget_cells, budget_notes
+from nemo_pvs.reporting.tables.conclusions import (
+    FINDINGS_NOTE,
+    FINDINGS_TITLE,
+    RECOVERY_HEADINGS,
+    RECOVERY_NOTE,
+    RECOVERY_TITLE,
+    finding_line,
+    recovery_cells,
+)
 from nemo_pvs.reporting.tables.results import (
     markdown_rows,
     markdown_table,
@@ -58,8 +70,8 @@ def write_report(results: Results, folder: Path) -> None:
 def write_files(runs: SideBySide, folder: Path, *, reference: bool = False) -> None:
     """Write ``report.html``, its content as ``report.md``, ``report.json`` and ``report.csv``, and ``loss.svg``.
 
-    If tasks were measured, write ``tasks.csv`` too. The page needs neither network nor scripts, follows the reader's
-    light or dark colour scheme, and prints on A4.
+    If pruned and scratch were compared, write ``equal_terms.csv`` too, and ``tasks.csv`` if tasks were measured. The
+    page needs neither network nor scripts, follows the reader's light or dark colour scheme, and prints on A4.
 
     Args:
         runs: The runs to report.
@@ -70,10 +82,12 @@ def write_files(runs: SideBySide, folder: Path, *, reference: bool = False) -> N
         UserError: the folder cannot be written.
     """
     data = report_data(runs, reference=reference)
-    write_text(folder / "report.md", markdown_report(runs))
+    write_text(folder / "report.md", markdown_report(runs, reference=reference))
     write_text(folder / "report.html", html_report(runs, reference=reference))
     write_json(folder / "report.json", data)
     write_text(folder / "report.csv", csv_text(data["arms"]))
+    if data["equal_terms"]:
+        write_text(folder / "equal_terms.csv", csv_text(data["equal_terms"]))
     if data["tasks"]:
         write_text(folder / "tasks.csv", csv_text(data["averages"] + data["tasks"]))
     write_text(folder / "loss.svg", standalone(loss_figure(runs.results, deviations_of(runs), runs.missing)))
@@ -88,7 +102,7 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
     """Return the page as text; ``reference`` also shows the paper's points in the figures of gaps."""
     results, tasks = runs.results, task_rows(runs)
     table = results_rows(results, runs)
-    gaps = {arm.name: runs.gap_deviation(arm) for arm in results.arms}
+    budgets = budget_rows(runs, reference=reference)
     template = resources.files("nemo_pvs.reporting").joinpath("template.html").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
@@ -99,18 +113,26 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
     return environment.from_string(template).render(
         results=results,
         runs=runs,
-        outcome=outcome(results),
+        outcome=outcome(results, runs),
         total_cost=total_cost(results),
+        findings_title=FINDINGS_TITLE,
+        findings_note=FINDINGS_NOTE,
+        recoveries=recovery_cells(runs.recoveries),
+        recovery_title=RECOVERY_TITLE,
+        recovery_headings=RECOVERY_HEADINGS,
+        recovery_note=RECOVERY_NOTE,
         panels=drawn(*loss_panels(results, deviations_of(runs), runs.missing)),
-        gaps=drawn(
-            gap_against_ratio(results, gaps, reference=reference), gap_against_tokens(results, reference=reference)
-        ),
+        gaps=drawn(gap_against_ratio(runs, reference=reference), *gap_against_tokens(runs, reference=reference)),
+        equal_terms=drawn(terms_figure(runs)),
+        budgets=budget_cells(budgets),
+        budget_headings=BUDGET_HEADINGS,
+        budget_notes=budget_notes(runs, budgets),
         reference=reference,
         accuracy=drawn(accuracy_figure(averages(tasks))),
         tasks=task_cells(averages(tasks) + tasks),
         task_headings=TASK_HEADINGS,
         task_notes=TASK_NOTES,
-        terms=terms_cells(results),
+        terms=terms_cells(runs),
         terms_headings=TERMS_HEADINGS,
         table=table,
         heading_groups=[
@@ -125,19 +147,23 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
     )
 
 
-def markdown_report(runs: SideBySide) -> str:
-    """Return the headline, the tables and the command that repeats the runs, in GitHub's Markdown."""
+def markdown_report(runs: SideBySide, *, reference: bool = False) -> str:
+    """Return the headline, the findings, the tables and the command that repeats the runs, in GitHub's Markdown."""
     results, tasks = runs.results, task_rows(runs)
     parts = [
         f"# {results.title}\n",
         *(f"> **{warning}**\n" for warning in runs.warnings),
-        f"**{outcome(results)}**\n",
+        f"**{outcome(results, runs)}**\n",
         f"{total_cost(results)}\n",
+        *_markdown_conclusions(runs),
         markdown_table(results, runs),
         "\n".join(f"- {note}" for note in notes_of(runs)) + "\n",
     ]
-    if terms := terms_cells(results):
+    if terms := terms_cells(runs):
         parts += ["## On equal terms\n", markdown_rows(TERMS_HEADINGS, terms)]
+    if budgets := budget_rows(runs, reference=reference):
+        parts += ["## By method and budget\n", markdown_rows(BUDGET_HEADINGS, budget_cells(budgets))]
+        parts.append("\n".join(f"- {note}" for note in budget_notes(runs, budgets)) + "\n")
     if tasks:
         parts += ["## Tasks\n", markdown_rows(TASK_HEADINGS, task_cells(averages(tasks) + tasks))]
         parts.append("\n".join(f"- {note}" for note in TASK_NOTES) + "\n")
@@ -150,6 +176,17 @@ def markdown_report(runs: SideBySide) -> str:
         *(f"```yaml\n{_recipe_text(run.results)}```\n" for run in runs.runs),
     ]
     return "\n".join(parts)
+
+
+def _markdown_conclusions(runs: SideBySide) -> list[str]:
+    parts = []
+    if runs.findings:
+        parts += [f"## {FINDINGS_TITLE}\n", "\n".join(f"- {finding_line(item)}" for item in runs.findings) + "\n"]
+        parts.append(f"{FINDINGS_NOTE}\n")
+    if runs.recoveries:
+        parts += [f"## {RECOVERY_TITLE}\n", markdown_rows(RECOVERY_HEADINGS, recovery_cells(runs.recoveries))]
+        parts.append(f"{RECOVERY_NOTE}\n")
+    return parts
 
 
 def _command(runs: SideBySide) -> str:

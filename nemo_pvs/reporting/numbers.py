@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 DASH = "–"
 NOT_FINITE = "not finite"
@@ -54,3 +55,13 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def plus_minus(text: str, spread: float | None, decimals: int = 2) -> str:
+    """Append what follows ± to a number, if it is known: ``2.54 ± 0.03``."""
+    return text if spread is None else f"{text}\u00a0±\u00a0{fixed(spread, decimals)}"
+
+
+def and_list(names: Sequence[str]) -> str:
+    """Join names: ``depth, width and joint``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

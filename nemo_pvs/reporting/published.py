@@ -59,6 +59,22 @@ class PublishedAdvantage:
 
 
 @dataclass(frozen=True)
+class PublishedPerplexity:
+    """Perplexity of one method on a text, at equal training and at equal total tokens."""
+
+    method: str
+    granularity: Granularity
+    ratio: float
+    text: str
+    random: float
+    """From scratch on equal training tokens."""
+    pruned: float
+    random_of_total: float
+    """From scratch on equal total tokens."""
+    source: str
+
+
+@dataclass(frozen=True)
 class Published:
     """All numbers that could be read from the paper."""
 
@@ -72,7 +88,11 @@ class Published:
     accuracies: tuple[PublishedAccuracy, ...]
     accuracy_tokens: int
     """Training tokens of the pruned arms of ``accuracies`` and of both arms of ``advantages``: the label's 50B."""
+    accuracy_ratio: float
+    """Nominal ratio of ``accuracies``."""
     advantages: tuple[PublishedAdvantage, ...]
+    perplexities: tuple[PublishedPerplexity, ...]
+    """After as many training tokens as ``accuracies``."""
 
 
 @cache
@@ -107,5 +127,7 @@ def published() -> Published:
         curves=tuple(curves),
         accuracies=tuple(PublishedAccuracy(**sourced(entry)) for entry in values["accuracies"]),  # type: ignore[arg-type]
         accuracy_tokens=12500 * per_step,
+        accuracy_ratio=values["accuracy_ratio"],
         advantages=tuple(PublishedAdvantage(**sourced(entry)) for entry in values["advantages"]),  # type: ignore[arg-type]
+        perplexities=tuple(PublishedPerplexity(**sourced(entry)) for entry in values["perplexities"]),  # type: ignore[arg-type]
     )

@@ -148,8 +148,10 @@ class Results:
         """Return the arm from random weights to compare a pruned arm with under a setting.
 
         It has the same target, and its training cost equals the pruned arm's (in a ``total`` setting, that of the
-        pruned arm with its ancestors) to within one optimizer step; of several the nearest. None if there is none, and
-        for an arm from random weights.
+        pruned arm with its ancestors) to within one optimizer step; of several the nearest. If none has its total
+        tokens, it is one that has them as the paper counts (arXiv 2606.14150): the parent's pretraining and the
+        training, without calibration, search and mask learning. None if there is none, and for an arm from random
+        weights.
         """
         if arm.initialisation == "random":
             return None
@@ -157,7 +159,26 @@ class Results:
         for other in self.targets[arm.target]:
             if other.initialisation == "random" and _distance(arm, other, setting) <= 1:
                 candidates.append(other)
+        if not candidates and setting == "equal-total-tokens":
+            return self._scratch_as_published(arm)
         return min(candidates, key=lambda other: _distance(arm, other, setting), default=None)
+
+    def _scratch_as_published(self, arm: ArmResult) -> ArmResult | None:
+        """Return the arm from random weights with the tokens of an arm's pretraining and training, within a step."""
+        published = _published_total(arm)
+        for other in self.targets[arm.target]:
+            tokens = other.ledger.training.tokens
+            if other.initialisation != "random" or published is None or tokens is None:
+                continue
+            step = max((charge.tokens_per_step or 0 for charge in other.ledger.charges), default=0)
+            if _published_total(other) == tokens and abs(published - tokens) <= step:
+                return other
+        return None
+
+    def leaves_out_calibration(self, arm: ArmResult) -> bool:
+        """Whether an arm is equal in total tokens to one from scratch only if counted as published."""
+        scratch = self.scratch_of(arm, "equal-total-tokens")
+        return scratch is not None and _distance(arm, scratch, "equal-total-tokens") > 1
 
     def comparisons(self, arm: ArmResult) -> list[Comparison]:
         """Return a pruned arm's comparisons on equal terms, each arm from scratch under one setting only.
@@ -178,15 +199,7 @@ class Results:
         were measured; under other settings they are the last ones. None if there are none.
         """
         scratch = self.scratch_of(arm, setting)
-        if scratch is None:
-            return None
-        if setting != "equal-training-tokens":
-            pruned_loss, scratch_loss = arm.validation_loss, scratch.validation_loss
-            return None if pruned_loss is None or scratch_loss is None else scratch_loss - pruned_loss
-        pruned_losses = {point.tokens: point.loss for point in arm.validation}
-        scratch_losses = {point.tokens: point.loss for point in scratch.validation}
-        common = max(pruned_losses.keys() & scratch_losses.keys(), default=0)
-        return scratch_losses[common] - pruned_losses[common] if common else None
+        return None if scratch is None else gap_between(arm, scratch, setting)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; a loss that is not finite becomes its name (``nan``, ``inf``)."""
@@ -261,6 +274,36 @@ def _distance(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float:
     if not pruned_cost or not scratch_cost or not step_cost:
         return math.inf
     return float(abs(pruned_cost - scratch_cost) / step_cost)
+
+
+def _published_total(arm: ArmResult) -> int | None:
+    """Return the tokens of an arm's pretraining and training, which the paper counts; None if unknown."""
+    tokens = 0
+    for charge in arm.ledger.charges:
+        if charge.activity in ("parent pretraining", "training"):
+            if charge.tokens is None:
+                return None
+            tokens += charge.tokens
+    return tokens
+
+
+def gap_between(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float | None:
+    """Return scratch loss minus pruned loss under a setting, as ``Results.gap`` describes it, in nats per token."""
+    if setting != "equal-training-tokens":
+        pruned_loss, scratch_loss = pruned.validation_loss, scratch.validation_loss
+        return None if pruned_loss is None or scratch_loss is None else scratch_loss - pruned_loss
+    gaps = gaps_along(pruned, scratch)
+    return gaps[max(gaps)] if gaps else None
+
+
+def gaps_along(pruned: ArmResult, scratch: ArmResult) -> dict[int, float]:
+    """Return scratch loss minus pruned loss by training tokens, where both were measured after some training."""
+    scratch_losses = {point.tokens: point.loss for point in scratch.validation}
+    gaps = {}
+    for point in pruned.validation:
+        if point.tokens and point.tokens in scratch_losses:
+            gaps[point.tokens] = scratch_losses[point.tokens] - point.loss
+    return gaps
 
 
 def _names_for_non_finite(value: Any) -> Any:

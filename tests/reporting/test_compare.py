@@ -12,6 +12,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.reporting.compare.compare import compare, read_runs
+from nemo_pvs.reporting.compare.estimates import final_loss, gap, perplexity_after
 from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.data import arm_rows
 from nemo_pvs.reporting.figures.loss import loss_panels
@@ -42,15 +43,15 @@ def test_seeds_are_shown_as_mean_and_spread(results: Results) -> None:
     arm = runs.results.arms[0]
     assert runs.seeds == 3
     assert [point.loss for point in arm.validation] == pytest.approx([4.1, 2.85, 2.725, 2.64])
-    assert runs.final_loss_deviation(arm) == pytest.approx(statistics.stdev([2.54, 2.84, 2.54]))
+    assert final_loss(runs, arm).deviation == pytest.approx(statistics.stdev([2.54, 2.84, 2.54]))
     assert runs.loss_deviations(arm) == pytest.approx(
         dict.fromkeys((0, 13653, 27306, 40960), statistics.stdev([0, 0.3, 0]))
     )
     gaps = [0.10, -0.20, 0.70]
     assert runs.results.gap(arm) == pytest.approx(statistics.fmean(gaps))
-    assert runs.gap_deviation(arm) == pytest.approx(statistics.stdev(gaps))
+    assert gap(runs, arm).deviation == pytest.approx(statistics.stdev(gaps))
     assert arm.test_perplexity_after == 41.0
-    assert runs.perplexity_deviation(arm) == 1.0
+    assert perplexity_after(runs, arm).deviation == 1.0
     assert [row["runs"] for row in arm_rows(runs)] == [3, 3, 3, 3]
     assert runs.warnings == []
 
@@ -71,7 +72,8 @@ def test_one_run_has_no_spread(results: Results) -> None:
     assert runs.results == results
     for arm in results.arms:
         assert runs.loss_deviations(arm) == {}
-        assert runs.gap_deviation(arm) is runs.final_loss_deviation(arm) is runs.perplexity_deviation(arm) is None
+        assert final_loss(runs, arm).deviation is perplexity_after(runs, arm).half_width is None
+    assert gap(runs, results.arms[0]).half_width is None
 
 
 def test_an_arm_that_one_seed_lacks_is_said_and_not_counted(results: Results) -> None:

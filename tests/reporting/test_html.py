@@ -59,10 +59,11 @@ def _page(results: Results) -> str:
 
 
 def test_the_page_holds_every_arm_everywhere(results: Results) -> None:
-    main, runs, ledger, environment, hashes = _Page(_page(results)).tables
+    main, budgets, runs, ledger, environment, hashes = _Page(_page(results)).tables
     names = [arm.name for arm in results.arms]
     assert [row[0] for row in main[2:]] == ["tiny parent (parent)", *names]
     assert {len(row) for row in main[2:]} == {13}
+    assert [row[1] for row in budgets[1:]] == ["depth", "width"]
     assert [row[0] for row in runs[1:]] == names
     assert {len(row) for row in runs} == {11}
     assert runs[1][1:] == [*("minitron-depth", "pruned parent", "2", "1", "3", "3", "0.0003", "2.54", "1:02:05", "11")]
@@ -108,7 +109,7 @@ def test_what_users_write_is_shown_and_not_obeyed(results: Results) -> None:
     page = _Page(_page(results))
     assert not page.tags & {"script", "img", "b", "i"}
     assert page.tables[0][3][0] == "<img src=x>"
-    assert page.tables[4] == [["<b>", "<i>"]]
+    assert page.tables[5] == [["<b>", "<i>"]]
 
 
 def test_nothing_measured_is_a_page_of_dashes(results: Results) -> None:
@@ -118,8 +119,10 @@ def test_nothing_measured_is_a_page_of_dashes(results: Results) -> None:
     results.parent.validation_loss = results.parent.test_perplexity = None
     results.environment, results.hashes = {}, {}
     text = _page(results)
-    main, runs, ledger, environment, hashes = _Page(text).tables
+    main, budgets, runs, ledger, environment, hashes = _Page(text).tables
     assert "<figure>" not in text
+    for row in budgets[1:]:
+        assert [row[4], *row[6:]] == ["–"] * 6
     for row in main[3:]:
         assert row[5:] == ["–"] * 8
     for row in runs[1:]:
@@ -133,7 +136,7 @@ def test_the_files_are_written_and_replaced(results: Results, tmp_path: Path) ->
     folder = tmp_path / "runs" / "demo"
     write_report(results, folder)
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("loss.svg", "report.csv", "report.html", "report.json", "report.md", "results.json")
+        *("equal_terms.csv", "loss.svg", "report.csv", "report.html", "report.json", "report.md", "results.json")
     ]
     assert Results.load(folder / "results.json") == results
     assert (folder / "report.html").read_text() == _page(results)
@@ -147,11 +150,12 @@ def test_the_markdown_says_the_same(results: Results, tmp_path: Path) -> None:
     write_report(results, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# Half the size\n\n**At equal training tokens, on depth pruning won by 0.10")
-    main = _Page(_page(results)).tables[0]
+    main, budgets = _Page(_page(results)).tables[:2]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
-    assert rows[2:] == main[2:]
+    assert rows[2 : len(main)] == main[2:]
+    assert [rows[len(main)], *rows[len(main) + 2 :]] == budgets
     recipe = text[text.index("```yaml\n") + 8 : text.rindex("```")]
     assert yaml.safe_load(recipe) == results.recipe
     assert "`pvs run recipe.yaml --out again`" in text

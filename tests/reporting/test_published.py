@@ -57,7 +57,7 @@ def test_differences_of_accuracy_are_those_that_were_published() -> None:
 
 def test_every_point_names_its_source() -> None:
     paper = published()
-    for one in (*paper.curves, *paper.accuracies, *paper.advantages):
+    for one in (*paper.curves, *paper.accuracies, *paper.advantages, *paper.perplexities):
         assert one.source.startswith("arXiv 2606.14150, ")
 
 

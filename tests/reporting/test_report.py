@@ -16,7 +16,10 @@ import pytest
 from nemo_pvs.cli.results import report
 from nemo_pvs.errors import UserError
 from nemo_pvs.planning.pruned_arms import pruned_arms
-from nemo_pvs.reporting.figures.gap import gap_against_ratio, gap_against_tokens, gap_curve, published_gaps
+from nemo_pvs.reporting.compare.compare import compare
+from nemo_pvs.reporting.compare.estimates import gap_curve
+from nemo_pvs.reporting.compare.runs import Run, SideBySide
+from nemo_pvs.reporting.figures.gap import gap_against_ratio, gap_against_tokens, published_gaps
 from nemo_pvs.reporting.figures.loss import loss_panels
 from nemo_pvs.reporting.html import write_report
 from nemo_pvs.reporting.results import Results
@@ -69,6 +72,15 @@ def _close(cell: str, values: list[float | None], factor: float = 1, decimals: i
     return _number(cell) == pytest.approx(known, abs=0.51 * 10**-decimals)
 
 
+def _with_half_width(row: dict[str, Any], name: str) -> list[float]:
+    """Return the mean and half of the 95 % interval."""
+    return [row[name], (row[f"{name}_high"] - row[f"{name}_low"]) / 2]
+
+
+def _one(results: Results) -> SideBySide:
+    return compare([Run("runs/demo", results)])
+
+
 @pytest.fixture
 def folders(results: Results, tmp_path: Path) -> list[str]:
     """Two seeds of a run, the first evaluated, both without one arm."""
@@ -106,9 +118,9 @@ def test_the_numbers_of_the_page_are_those_of_the_json(folders: list[str], tmp_p
         assert _close(cells[1], [row["parameters"] / 1e3])
         assert _close(cells[2], [row["removed"]], 100, 1)
         assert _close(cells[6], [row["training_tokens"] / 1e3])
-        assert _close(cells[9], [row["validation_loss"], row["validation_loss_deviation"]])
-        assert cells[10] == "–" if row["gap"] is None else _close(cells[10], [row["gap"], row["gap_deviation"]])
-        assert _close(cells[12], [row["test_perplexity_after"], row["test_perplexity_after_deviation"]])
+        assert _close(cells[9], _with_half_width(row, "validation_loss"))
+        assert cells[10] == "–" if row["gap"] is None else _close(cells[10], _with_half_width(row, "gap"))
+        assert _close(cells[12], _with_half_width(row, "test_perplexity_after"))
         assert row["runs"] == 2
     assert data["arms"][0]["validation_loss_deviation"] == pytest.approx(0.1 / 2**0.5)
     rows = data["averages"] + data["tasks"]
@@ -126,7 +138,8 @@ def test_the_numbers_of_the_page_are_those_of_the_json(folders: list[str], tmp_p
 def test_csv_and_markdown_say_the_same(folders: list[str], tmp_path: Path) -> None:
     report(folders, out=str(tmp_path), evaluation=[str(tmp_path / "more")])
     tables, data = _read(tmp_path)
-    for name, expected in (("report.csv", data["arms"]), ("tasks.csv", data["averages"] + data["tasks"])):
+    files = {"report.csv": data["arms"], "equal_terms.csv": data["equal_terms"]}
+    for name, expected in {**files, "tasks.csv": data["averages"] + data["tasks"]}.items():
         with open(tmp_path / name, newline="") as file:
             rows = list(csv.DictReader(file))
         assert rows == [{key: "" if value is None else str(value) for key, value in row.items()} for row in expected]
@@ -213,14 +226,16 @@ def test_a_missing_arm_and_the_seeds_show_in_the_figure(results: Results) -> Non
 
 
 def test_the_gap_is_drawn_where_both_were_measured(results: Results) -> None:
-    assert [gap for _, gap in gap_curve(results, results.arms[0])] == pytest.approx([0.25, 0.125, 0.10])
+    arm = results.arms[0]
+    assert [value.mean for _, value in gap_curve(_one(results), arm)] == pytest.approx([0.25, 0.125, 0.10])
     results.arms[1].validation[2].loss = float("nan")
-    assert [tokens for tokens, _ in gap_curve(results, results.arms[0])] == [13653, 40960]
-    for figure in (gap_against_tokens(results), gap_against_ratio(results, {"depth, pruned": 0.1})):
+    runs = _one(results)
+    assert [tokens for tokens, _ in gap_curve(runs, arm)] == [13653, 40960]
+    for figure in (*gap_against_tokens(runs), gap_against_ratio(runs)):
         assert "depth, pruned +0.10, width, pruned −0.20" in figure
         ElementTree.fromstring(figure)
     results.arms = results.arms[1::2]
-    assert gap_against_tokens(results) == gap_against_ratio(results, {}) == ""
+    assert (gap_against_tokens(_one(results)), gap_against_ratio(_one(results))) == ([], "")
 
 
 def test_the_papers_gaps_are_those_of_its_points(results: Results) -> None:
@@ -229,8 +244,8 @@ def test_the_papers_gaps_are_those_of_its_points(results: Results) -> None:
     assert tokens[0] == 2500 * 4_194_304
     assert gaps == pytest.approx([0.39, 0.22, 0.10, 0.03, 0.04])
     assert set(removed) == {1 - 4_540_469_248 / 8_030_261_248}
-    assert "arXiv 2606.14150" in gap_against_tokens(results, reference=True)
-    assert "arXiv 2606.14150" not in gap_against_tokens(results)
+    assert "arXiv 2606.14150" in gap_against_tokens(_one(results), reference=True)[0]
+    assert "arXiv 2606.14150" not in gap_against_tokens(_one(results))[0]
 
 
 @pytest.mark.slow

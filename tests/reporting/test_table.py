@@ -58,14 +58,14 @@ def test_a_loss_that_is_not_finite_takes_no_column_from_the_terminal(results: Re
     assert text.count("45.68") == 4, "perplexity after training"
 
 
-def test_a_perplexity_and_its_deviation_have_as_many_digits(results: Results) -> None:
+def test_a_perplexity_and_its_interval_have_as_many_digits(results: Results) -> None:
     other = copy.deepcopy(results)
     other.recipe["train"]["seed"] = 2
     other.arms[0].test_perplexity_after, other.arms[1].test_perplexity_after = 47.678, 4045.678
     results.arms[1].test_perplexity_after = 4000.0
     runs = compare([Run("one", results), Run("two", other)])
     after = [row[-1] for row in results_rows(runs.results, runs).rows]
-    assert after[1:3] == ["46.68\u00a0±\u00a01.41", "4,023\u00a0±\u00a032"]
+    assert after[1:3] == ["46.68\u00a0±\u00a012.71", "4,023\u00a0±\u00a0290"]
 
 
 def test_several_pruned_models_of_a_target_are_told_apart(results: Results) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare.comparable import differences_of
-from nemo_pvs.reporting.compare.runs import Run, SideBySide
+from nemo_pvs.reporting.compare.findings import judge_findings
+from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of
 from nemo_pvs.reporting.compare.scores import TaskScores, read_scores
-from nemo_pvs.reporting.results import ArmResult, Point, Results
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
 
 RESULTS = "results.json"
 EVALUATIONS = ("tasks", "evaluation")
@@ -82,10 +83,22 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
             repetitions[arm.name] = repeated
     first = runs[0].results
     titles = list(dict.fromkeys(run.results.title for run in runs))
-    parent = next((run.results.parent for run in runs if run.results.parent), None)
     created = max(run.results.created for run in runs)
-    merged = replace(first, title="; ".join(titles), arms=arms, created=created, parent=parent)
-    return SideBySide(merged, tuple(runs), repetitions, tuple(differences))
+    merged = replace(first, title="; ".join(titles), arms=arms, created=created, parent=_mean_parent(runs))
+    side_by_side = SideBySide(merged, tuple(runs), repetitions, tuple(differences))
+    return replace(side_by_side, findings=judge_findings(side_by_side))
+
+
+def _mean_parent(runs: Sequence[Run]) -> ParentResult | None:
+    """Return the parent; if each seed has its own, the first with the means of what was measured."""
+    parents = parents_of(runs)
+    if len(parents) < 2:
+        return parents[0] if parents else None
+    return replace(
+        parents[0],
+        validation_loss=_mean_known([parent.validation_loss for parent in parents]),
+        test_perplexity=_mean_known([parent.test_perplexity for parent in parents]),
+    )
 
 
 def _arms_of(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_pvs.recipe.identity import identity_without_seeds
 from nemo_pvs.recipe.target import DENSE
-from nemo_pvs.reporting.compare.scores import TaskScores
-from nemo_pvs.reporting.results import ArmResult, Results, at
+from nemo_pvs.reporting.compare.scores import Score, TaskScores
+from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
+from nemo_pvs.reporting.numbers import and_list
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Results, at
+from nemo_pvs.reporting.statistics import estimate
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,24 @@ class Run:
         return self.seed if given is None else given
 
     @property
+    def parent_scores(self) -> dict[str, Score]:
+        """Scores of the parent on tasks, by metric."""
+        return self.scores.get(self.results.hashes.get("parent weights", ""), {})
+
+    @property
     def identity(self) -> str:
         """A hash that is equal for runs that differ only in their seeds and those of their parents."""
         return identity_without_seeds(self.results.recipe, self.results.parent_origin)
+
+
+def parents_of(runs: Sequence[Run]) -> list[ParentResult]:
+    """Return the parents of runs, each once: one that all share, or one for each seed."""
+    parents: dict[str, ParentResult] = {}
+    for run in runs:
+        parent = run.results.parent
+        if parent is not None:
+            parents.setdefault(run.results.hashes.get("parent weights") or repr(parent), parent)
+    return list(parents.values())
 
 
 @dataclass(frozen=True)
@@ -52,31 +69,20 @@ class SideBySide:
     """The runs and arms that each arm of ``results`` is the mean of, by its name there."""
     differences: tuple[str, ...] = ()
     """Differences that make these runs incomparable, if the comparison was forced."""
+    findings: tuple[Finding, ...] = ()
+    """The paper's findings, judged by these runs."""
+    recoveries: tuple[Recovery, ...] = ()
+    """Tests whether pruned arms are as good as their parent, if they were asked for."""
 
     def loss_deviations(self, arm: ArmResult) -> dict[int, float]:
         """Return the standard deviation of the validation loss over seeds, by tokens; empty for one run."""
         curves = [{point.tokens: point.loss for point in run.validation} for _, run in self.repetitions[arm.name]]
         deviations = {}
         for point in arm.validation:
-            spread = deviation([curve[point.tokens] for curve in curves])
-            if spread is not None:
-                deviations[point.tokens] = spread
+            over_seeds = estimate([curve[point.tokens] for curve in curves])
+            if over_seeds is not None and over_seeds.deviation is not None:
+                deviations[point.tokens] = over_seeds.deviation
         return deviations
-
-    def final_loss_deviation(self, arm: ArmResult) -> float | None:
-        """Return the standard deviation of the last validation loss over the seeds."""
-        losses = [repeated.validation_loss for _, repeated in self.repetitions[arm.name]]
-        return deviation([loss for loss in losses if loss is not None])
-
-    def gap_deviation(self, arm: ArmResult) -> float | None:
-        """Return the standard deviation over the seeds of the gap between two arms of the same run."""
-        gaps = [run.results.gap(repeated) for run, repeated in self.repetitions[arm.name]]
-        return deviation([gap for gap in gaps if gap is not None])
-
-    def perplexity_deviation(self, arm: ArmResult) -> float | None:
-        """Return the standard deviation over the seeds of the test perplexity after training."""
-        perplexities = [repeated.test_perplexity_after for _, repeated in self.repetitions[arm.name]]
-        return deviation([value for value in perplexities if value is not None])
 
     @property
     def seeds(self) -> int:
@@ -130,11 +136,13 @@ class SideBySide:
             if missing:
                 many = "arms" if len(missing) > 1 else "arm"
                 be, it = ("are", "them") if len(missing) > 1 else ("is", "it")
-                warnings.append(f"The {many} from {words} on {_and(missing)} {be} missing: nothing is known of {it}.")
+                warnings.append(
+                    f"The {many} from {words} on {and_list(missing)} {be} missing: nothing is known of {it}."
+                )
             absent = [target for target, weights in self._absent if weights == start]
             unrequested = [target for target in absent if target not in missing]
             if unrequested:
-                warnings.append(f"No arm from {words} was asked for on {_and(unrequested)}, so there is no gap.")
+                warnings.append(f"No arm from {words} was asked for on {and_list(unrequested)}, so there is no gap.")
         for arm in self.results.arms:
             alone = arm.initialisation == "pruned" and not self.results.comparisons(arm)
             if alone and (arm.target, "random") not in self._absent and arm.method != DENSE:
@@ -150,14 +158,3 @@ class SideBySide:
                     "diverged, and such points are left out of the figures."
                 )
         return warnings
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """Return the standard deviation of a sample (n − 1); None for fewer than two values, or if one is not finite."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return None
-    return statistics.stdev(values)

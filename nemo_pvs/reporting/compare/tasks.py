@@ -108,15 +108,15 @@ def task_rows(runs: SideBySide) -> list[TaskRow]:
     Empty if no model of these runs was evaluated.
     """
     results = runs.results
-    parent = runs.runs[0].scores.get(runs.runs[0].results.hashes.get("parent weights", ""), {})
+    parent = _parent_scores(runs)
     rows = []
     for arm in results.arms:
         if arm.initialisation != "pruned":
             continue
         scratch = results.scratch_of(arm)
         scratch_name = scratch.name if scratch else f"{arm.target}, random (missing)"
-        pruned_scores = _scores_of(runs.repetitions[arm.name])
-        scratch_scores = _scores_of(runs.repetitions[scratch.name]) if scratch else {}
+        pruned_scores = _mean_scores(runs.repetitions[arm.name])
+        scratch_scores = _mean_scores(runs.repetitions[scratch.name]) if scratch else {}
         for task in dict.fromkeys([*pruned_scores, *scratch_scores]):
             ours, theirs = pruned_scores.get(task), scratch_scores.get(task)
             rows.append(
@@ -143,11 +143,12 @@ def averages(rows: Sequence[TaskRow]) -> list[TaskRow]:
     if not compared:
         return []
     common = [task for task in compared[0] if all(task in tasks for tasks in compared)]
-    chosen = _one_metric_per_task(common)
+    chosen = accuracies_of(common)
     return [_average([tasks[task] for task in chosen]) for tasks in compared if chosen]
 
 
-def _one_metric_per_task(names: Sequence[str]) -> list[str]:
+def accuracies_of(names: Sequence[str]) -> list[str]:
+    """Return the accuracies among metrics, one of each task: the one that an average over tasks uses."""
     by_task: dict[str, dict[str, str]] = {}
     for name in names:
         task, _, metric = name.rpartition("/")
@@ -175,17 +176,29 @@ def _average(rows: list[TaskRow]) -> TaskRow:
     )
 
 
-def _scores_of(repetitions: Sequence[tuple[Run, ArmResult]]) -> dict[str, Score]:
+def _mean_scores(repetitions: Sequence[tuple[Run, ArmResult]]) -> dict[str, Score]:
     """Return an arm's scores, averaged over its seeds; metrics that a seed lacks are omitted."""
-    by_seed = [run.scores.get(_fingerprint(run, arm), {}) for run, arm in repetitions]
-    common = [name for name in by_seed[0] if all(name in scores for scores in by_seed)]
-    return {name: _mean_score([scores[name] for scores in by_seed], by_seed[0][name].documents) for name in common}
+    return _mean_over_models([scores_of(run, arm) for run, arm in repetitions])
 
 
-def _fingerprint(run: Run, arm: ArmResult) -> str:
-    """Return the hash of an arm's trained model, stored in ``Results.hashes`` under the arm's name in its recipe."""
+def _mean_over_models(models: Sequence[dict[str, Score]]) -> dict[str, Score]:
+    common = [name for name in models[0] if all(name in scores for scores in models)]
+    return {name: _mean_score([scores[name] for scores in models], models[0][name].documents) for name in common}
+
+
+def _parent_scores(runs: SideBySide) -> dict[str, Score]:
+    """Return the parent's scores, averaged over the parents if each seed has its own."""
+    by_parent = {run.results.hashes.get("parent weights"): run.parent_scores for run in runs.runs}
+    return _mean_over_models(list(by_parent.values()))
+
+
+def scores_of(run: Run, arm: ArmResult) -> dict[str, Score]:
+    """Return the scores of an arm's trained model in one run.
+
+    Its fingerprint is stored in ``Results.hashes`` under the arm's name in its recipe.
+    """
     hashes = {_plain(name): value for name, value in run.results.hashes.items()}
-    return hashes.get(_plain(f"model {arm.name}"), "")
+    return run.scores.get(hashes.get(_plain(f"model {arm.name}"), ""), {})
 
 
 def _plain(name: str) -> str:

@@ -11,12 +11,16 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, scaled, scientific, unit_of
+from nemo_pvs.reporting.compare.estimates import final_loss, gap, parent_loss, perplexity_after
+from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, plus_minus, scaled, scientific, unit_of
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
+from nemo_pvs.reporting.statistics import Estimate
 
 if TYPE_CHECKING:
     from nemo_pvs.reporting.compare.runs import SideBySide
 
+_MANY = 6
+"""Comparisons beyond which sentences give a range."""
 _NOT_FINITE = "NaN/∞"
 """The short form for the terminal, where a wider cell would push out the last column."""
 
@@ -44,9 +48,14 @@ class ResultsTable:
     """The parent, if there is one, then the arms in order."""
 
 
+_GAP_HEADING = "gap\n(nats)"
 _GAP = (
     "Gap: loss of the model from scratch minus loss of the pruned one after the same number of training tokens; "
     "positive where pruning won."
+)
+PLUS_MINUS = (
+    "Means over runs with different seeds ± half of their 95 % interval (Student's t, n − 1 degrees of freedom); gaps "
+    "are paired: the two arms of a seed are subtracted first."
 )
 _ONE_RUN = "Each arm is one run: differences that another seed would make are not measured."
 NOTES = (
@@ -66,7 +75,9 @@ def notes_of(runs: SideBySide) -> list[str]:
     if runs.seeds == 1:
         return notes
     counts = ", ".join(f"{arm.name} {len(runs.repetitions[arm.name])}" for arm in runs.results.arms)
-    repeated = f"Means over runs with different seeds ± their standard deviation; runs: {counts}."
+    if len({len(repeated) for repeated in runs.repetitions.values()}) == 1:
+        counts = f"{runs.seeds} of each arm"
+    repeated = f"{PLUS_MINUS} Runs: {counts}."
     return [repeated if note == _ONE_RUN else note for note in notes]
 
 
@@ -95,10 +106,14 @@ def _of_training(runs: SideBySide) -> list[str]:
     return notes
 
 
-def outcome(results: Results) -> str:
+def outcome(results: Results, runs: SideBySide | None = None) -> str:
     """Return the headline: which arm won on each target at equal training tokens, and by how many nats per token.
 
     For a run without pruned models, return their final losses.
+
+    Args:
+        results: The arms.
+        runs: The runs that they are the means of, whose gaps are paired by seed.
     """
     if results.parent is None:
         ends = [f"{arm.name} ended at {fixed(arm.validation_loss)} nats per token" for arm in results.arms]
@@ -106,21 +121,47 @@ def outcome(results: Results) -> str:
     compared = [arm for arm in results.arms if results.scratch_of(arm) is not None]
     if not compared:
         return "No pruned model here has a counterpart trained from scratch."
+    if len(compared) > _MANY:
+        return _summary(compared, runs, results)
     verdicts = []
     for arm in compared:
         alone = sum(other in compared for other in results.targets[arm.target]) == 1
-        verdicts.append(f"on {arm.target} {_verdict(results.gap(arm), 'pruning' if alone else f'“{arm.name}”')}")
+        verdicts.append(
+            f"on {arm.target} {_verdict(_mean_gap(results, arm, runs), 'pruning' if alone else f'“{arm.name}”')}"
+        )
     return f"At equal training tokens, {', '.join(verdicts)}."
 
 
-def _verdict(gap: float | None, pruned: str) -> str:
-    if gap is None:
+def _summary(compared: list[ArmResult], runs: SideBySide | None, results: Results) -> str:
+    """Return the headline for more comparisons than a reader would read one by one."""
+    gaps = [_mean_gap(results, arm, runs) for arm in compared]
+    finite = [value for value in gaps if value is not None and math.isfinite(value)]
+    ahead, behind = [value for value in finite if value > 0], [-value for value in finite if value < 0]
+    parts = [f"pruning won {len(ahead)} of {len(compared)} comparisons{_range(ahead)}"]
+    if behind:
+        parts.append(f"training from scratch won {len(behind)}{_range(behind)}")
+    if undecided := len(compared) - len(ahead) - len(behind):
+        parts.append(f"{undecided} had no winner")
+    return f"At equal training tokens, {', '.join(parts)}."
+
+
+def _range(leads: list[float]) -> str:
+    return f" by {fixed(min(leads))} to {fixed(max(leads))} nats per token" if leads else ""
+
+
+def _mean_gap(results: Results, arm: ArmResult, runs: SideBySide | None) -> float | None:
+    over_seeds = gap(runs, arm) if runs else _alone(results.gap(arm))
+    return over_seeds.mean if over_seeds else None
+
+
+def _verdict(difference: float | None, pruned: str) -> str:
+    if difference is None:
         return f"{pruned} was not compared with training from scratch"
-    if not math.isfinite(gap):
+    if not math.isfinite(difference):
         return f"{pruned} or training from scratch diverged"
-    if fixed(abs(gap)) == "0.00":
+    if fixed(abs(difference)) == "0.00":
         return f"{pruned} and training from scratch were equal to two decimals"
-    return f"{pruned if gap > 0 else 'training from scratch'} won by {fixed(abs(gap))} nats per token"
+    return f"{pruned if difference > 0 else 'training from scratch'} won by {fixed(abs(difference))} nats per token"
 
 
 def total_cost(results: Results) -> str:
@@ -131,19 +172,27 @@ def total_cost(results: Results) -> str:
             f"{fixed(total.tokens, 0)} tokens and {scientific(total.flops)} FLOPs ({name})" for name, total in spent
         ]
         return f"It took {', '.join(costs)}."
-    ratios = []
+    ratios, numbers = [], []
     for arm in results.arms:
         if scratch := results.scratch_of(arm):
             pruned_flops, scratch_flops = arm.ledger.total.flops, scratch.ledger.total.flops
             ratio = pruned_flops / scratch_flops if pruned_flops and scratch_flops else None
-            text = fixed(ratio) if ratio is None or ratio < 1000 else scientific(ratio)
-            ratios.append(f"{'unknown' if ratio is None else text} ({arm.name})")
+            ratios.append(f"{_times(ratio)} ({arm.name})")
+            numbers += [] if ratio is None else [ratio]
     if not ratios:
         return "No pruned model here has a counterpart to compare its cost with."
+    if len(numbers) > _MANY:
+        ratios = [f"{_times(min(numbers))} to {_times(max(numbers))}"]
     return (
         "With all that made it charged, the parent's pretraining included, a pruned model took this many times the "
         f"FLOPs of its counterpart from scratch: {', '.join(ratios)}."
     )
+
+
+def _times(ratio: float | None) -> str:
+    if ratio is None:
+        return "unknown"
+    return fixed(ratio) if ratio < 1000 else scientific(ratio)
 
 
 def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTable:
@@ -151,7 +200,7 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
 
     Args:
         results: The arms.
-        runs: The runs that they are the means of, for standard deviations and for the rows of missing arms.
+        runs: The runs that they are the means of, for intervals and for the rows of missing arms.
     """
     parent = results.parent
     shapes = [*([parent.shape] if parent else []), *(arm.shape for arm in results.arms)]
@@ -169,23 +218,23 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
         Column("Training", "FLOPs", "training FLOPs"),
         Column("", "FLOPs with ancestors", "FLOPs with ancestors"),
         Column("Validation (nats per token)", "loss", "validation loss (nats)", "loss\n(nats)"),
-        Column("Validation (nats per token)", "gap", "gap (nats)", "gap\n(nats)"),
+        Column("Validation (nats per token)", "gap", "gap (nats)", _GAP_HEADING),
         Column("Test perplexity", "before", "test PPL before", "PPL\nbefore"),
         Column("Test perplexity", "after", "test PPL after", "PPL\nafter"),
     ]
     rows = [_arm_row(results, arm, size, tokens, runs) for arm in results.arms]
     missing = [[f"{target}, {start} (missing)", *[DASH] * 12] for target, start in (runs.missing if runs else [])]
-    return ResultsTable(columns, [*([_parent_row(parent, size)] if parent else []), *rows, *missing])
+    return ResultsTable(columns, [*([_parent_row(parent, size, runs)] if parent else []), *rows, *missing])
 
 
-def _parent_row(parent: ParentResult, size: tuple[float, str]) -> list[str]:
+def _parent_row(parent: ParentResult, size: tuple[float, str], runs: SideBySide | None) -> list[str]:
     return [
         f"{parent.name} (parent)",
         scaled(parent.shape.parameters, size),
         DASH,
         scaled(parent.shape.body_parameters, size),
         *[DASH] * 5,
-        fixed(parent.validation_loss),
+        plus_minus(fixed(parent.validation_loss), _half_width(parent_loss(runs)) if runs else None),
         DASH,
         DASH,
         perplexity(parent.test_perplexity),
@@ -209,30 +258,48 @@ def _arm_row(
         scaled(arm.ledger.training.tokens if arm.ledger.charges else None, tokens),
         scientific(arm.ledger.training.flops if arm.ledger.charges else None),
         scientific(arm.ledger.total.flops if arm.ledger.charges else None),
-        with_deviation(fixed(arm.validation_loss), runs.final_loss_deviation(arm) if runs else None),
-        with_deviation(fixed(results.gap(arm), signed=True), runs.gap_deviation(arm) if runs else None),
+        plus_minus(fixed(arm.validation_loss), _half_width(final_loss(runs, arm)) if runs else None),
+        gap_cell(gap(runs, arm) if runs else _alone(results.gap(arm))),
         perplexity(arm.test_perplexity_before),
         _perplexity_cell(arm, runs),
     ]
 
 
 def _perplexity_cell(arm: ArmResult, runs: SideBySide | None) -> str:
-    value, spread = arm.test_perplexity_after, runs.perplexity_deviation(arm) if runs else None
-    return with_deviation(perplexity(value), spread, 2 if value is None or value < 1000 else 0)
+    value, spread = arm.test_perplexity_after, _half_width(perplexity_after(runs, arm)) if runs else None
+    return plus_minus(perplexity(value), spread, 2 if value is None or value < 1000 else 0)
 
 
-def with_deviation(text: str, spread: float | None, decimals: int = 2) -> str:
-    """Append a standard deviation or standard error to a number, if there is one: ``2.54 ± 0.03``."""
-    return text if spread is None else f"{text}\u00a0±\u00a0{fixed(spread, decimals)}"
+def gap_cell(over_seeds: Estimate | None, decimals: int = 2) -> str:
+    """Format a gap with half of its 95 % interval; a dash if there is none."""
+    return plus_minus(
+        fixed(over_seeds.mean if over_seeds else None, decimals, signed=True), _half_width(over_seeds), decimals
+    )
 
 
-def results_table(results: Results) -> Table:
-    """Return the results as a table for the terminal, without the cost columns, which the report has."""
-    rows = results_rows(results)
+def _half_width(over_seeds: Estimate | None) -> float | None:
+    return over_seeds.half_width if over_seeds else None
+
+
+def _alone(value: float | None) -> Estimate | None:
+    return None if value is None else Estimate(value, 1)
+
+
+def results_table(results: Results, runs: SideBySide | None = None) -> Table:
+    """Return the results as a table for the terminal, without the cost columns, which the report has.
+
+    Args:
+        results: The arms.
+        runs: The runs that they are the means of; with several seeds the table has their intervals.
+    """
+    rows = results_rows(results, runs)
+    caption = [outcome(results, runs)]
+    if runs is not None and runs.seeds > 1:
+        caption.append(PLUS_MINUS)
     shown = [(index, column.terminal) for index, column in enumerate(rows.columns) if column.terminal is not None]
     table = Table(
         title=escape(results.title),
-        caption=escape(outcome(results)),
+        caption=escape("\n".join(caption)),
         title_justify="left",
         caption_justify="left",
         title_style="bold",
@@ -248,7 +315,12 @@ def results_table(results: Results) -> Table:
         else:
             table.add_column(heading, overflow="fold", min_width=12)
     for row in rows.rows:
-        table.add_row(*(escape(row[index].replace(NOT_FINITE, _NOT_FINITE)) for index, _ in shown))
+        cells = []
+        for index, heading in shown:
+            cell = row[index].replace(NOT_FINITE, _NOT_FINITE)
+            # There is room for one interval: that of the gap, which is the comparison.
+            cells.append(escape(cell if index == 0 or heading == _GAP_HEADING else cell.partition("\u00a0±")[0]))
+        table.add_row(*cells)
     return table
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nemo_pvs.reporting.compare.estimates import gap
+from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score
 from nemo_pvs.reporting.compare.tasks import SURE, TaskRow
-from nemo_pvs.reporting.numbers import DASH, fixed
-from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.tables.results import with_deviation
+from nemo_pvs.reporting.numbers import DASH, fixed, plus_minus
+from nemo_pvs.reporting.tables.results import gap_cell
 
 TASK_HEADINGS = ["Task", "pruned model", "parent", "pruned (P)", "scratch (S)", "S − P", "better"]
 TASK_NOTES = [
-    "Accuracies in per cent and differences of them in points, each ± one standard error; losses in nats per token.",
+    "Accuracies in per cent and differences of them in points, losses in nats per token; in this table ± is one "
+    "standard error.",
     f"Better: which side's advantage exceeds {SURE:g} standard errors of the difference; within error: neither.",
     "*: the difference was taken question by question, which makes its standard error smaller; else the two models "
     "count as independent.",
@@ -33,14 +35,15 @@ def task_cells(rows: Sequence[TaskRow]) -> list[list[str]]:
     return cells
 
 
-def terms_cells(results: Results) -> list[list[str]]:
+def terms_cells(runs: SideBySide) -> list[list[str]]:
     """Return every comparison on equal terms; empty if all have the main table's setting."""
     cells, settings = [], set()
-    for arm in results.arms:
-        for comparison in results.comparisons(arm):
+    for arm in runs.results.arms:
+        for comparison in runs.results.comparisons(arm):
             settings.add(comparison.setting)
             terms = comparison.setting.removeprefix("equal-").replace("-", " ")
-            cells.append([arm.name, comparison.scratch.name, terms, fixed(comparison.gap, signed=True)])
+            over_seeds = gap(runs, arm, comparison.setting)
+            cells.append([arm.name, comparison.scratch.name, terms, gap_cell(over_seeds)])
     return cells if settings - {_TRAINING} else []
 
 
@@ -49,7 +52,7 @@ def _score(task: str, score: Score | None) -> str:
         return DASH
     factor, decimals = _scale(task)
     error = None if score.stderr is None else factor * score.stderr
-    return with_deviation(fixed(factor * score.value, decimals), error, decimals)
+    return plus_minus(fixed(factor * score.value, decimals), error, decimals)
 
 
 def _difference(row: TaskRow) -> str:
@@ -57,7 +60,7 @@ def _difference(row: TaskRow) -> str:
         return DASH
     factor, decimals = _scale(row.task)
     error = None if row.stderr is None else factor * row.stderr
-    shown = with_deviation(fixed(factor * row.difference, decimals, signed=True), error, decimals)
+    shown = plus_minus(fixed(factor * row.difference, decimals, signed=True), error, decimals)
     return f"{shown}\u00a0*" if row.paired else shown
 
 

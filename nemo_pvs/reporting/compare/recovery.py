@@ -1,0 +1,166 @@
+"""Test whether pruned models are as good as their parent, to within a margin (non-inferiority and equivalence).
+
+Accuracy is paired by question and by seed: an arm's answer to a question minus its own parent's. The validation loss
+is paired by seed alone, because runs store its mean and not its windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+
+from nemo_pvs.errors import UserError
+from nemo_pvs.recipe.target import DENSE
+from nemo_pvs.reporting.compare.runs import SideBySide
+from nemo_pvs.reporting.compare.scores import Score
+from nemo_pvs.reporting.compare.tasks import AVERAGE, accuracies_of, scores_of
+from nemo_pvs.reporting.compare.verdicts import Recovery, Unit
+from nemo_pvs.reporting.results import ArmResult
+from nemo_pvs.reporting.statistics import Estimate, crossed_estimate, estimate, recovered
+
+PARENT = "parent"
+_PER_CENT = 100.0
+_UNITS: tuple[Unit, ...] = get_args(Unit)
+
+_Pair = tuple[Score, Score]
+"""The scores of an arm and of its parent."""
+
+
+def check_margin(reference: str | None, margin: float | None, unit: str) -> tuple[float, Unit] | None:
+    """Return the margin and unit of a requested test of non-inferiority; None if none is requested.
+
+    Raises:
+        UserError: a part of it is missing or wrong.
+    """
+    if reference is None:
+        if margin is not None:
+            raise UserError(
+                "--margin says how much worse is still as good; name the reference: --non-inferior-to parent."
+            )
+        return None
+    if reference != PARENT:
+        raise UserError(
+            f"--non-inferior-to {reference} is unknown; pruned models are compared with their parent: parent."
+        )
+    if margin is None:
+        raise UserError(
+            "--non-inferior-to needs --margin: how much worse than the parent is still as good, such as 0.5."
+        )
+    if not math.isfinite(margin) or margin <= 0:
+        raise UserError(f"--margin {margin:g} is no margin; give a number above 0, such as 0.5.")
+    for known in _UNITS:
+        if unit == known:
+            return margin, known
+    raise UserError(f"--unit {unit} is unknown; choose points (of accuracy) or nats (of validation loss).")
+
+
+def judge_recovery(runs: SideBySide, margin: float, unit: Unit = "points") -> tuple[Recovery, ...]:
+    """Test every pruned arm against the parent of its run.
+
+    Args:
+        runs: The runs.
+        margin: How much worse is still as good: percentage points, or nats per token.
+        unit: ``points`` tests the accuracy on each task and its average over tasks, ``nats`` the validation loss.
+
+    Raises:
+        UserError: there is no pruned arm, or nothing was measured of an arm and its parent.
+    """
+    arms = [arm for arm in runs.results.arms if arm.initialisation == "pruned" and arm.method != DENSE]
+    if not arms:
+        raise UserError("No arm of these runs was pruned, so there is nothing to compare with a parent.")
+    tests = []
+    for arm in arms:
+        tests += [_loss(runs, arm, margin)] if unit == "nats" else _accuracy(runs, arm, margin)
+    if all(test.difference is None for test in tests):
+        how = "evaluate.tasks in the recipe, or pvs evaluate with the parent and the models, measures it"
+        raise UserError(
+            f"No {'validation loss' if unit == 'nats' else 'accuracy'} was measured of both a pruned model and its "
+            f"parent; {'give runs that have both' if unit == 'nats' else how}."
+        )
+    return tuple(tests)
+
+
+def _loss(runs: SideBySide, arm: ArmResult, margin: float) -> Recovery:
+    differences = []
+    for run, repeated in runs.repetitions[arm.name]:
+        parent = run.results.parent.validation_loss if run.results.parent else None
+        if parent is not None and repeated.validation_loss is not None:
+            differences.append(parent - repeated.validation_loss)
+    difference = estimate(differences)
+    if difference is None:
+        basis = "the loss of the arm or of its parent was not measured"
+    elif difference.count == 1:
+        basis = "one seed, and the losses of single windows are not stored; report runs with at least two seeds"
+    else:
+        basis = _seeds(difference)
+    return _recovery(arm, "validation loss", "nats", margin, difference, basis)
+
+
+def _accuracy(runs: SideBySide, arm: ArmResult, margin: float) -> list[Recovery]:
+    """Return the tests of an arm's tasks, with their average first if there are several."""
+    by_task: dict[str, list[_Pair]] = {}
+    repetitions = runs.repetitions[arm.name]
+    for run, repeated in repetitions:
+        ours, parents = scores_of(run, repeated), run.parent_scores
+        for task in accuracies_of([name for name in ours if name in parents]):
+            by_task.setdefault(task, []).append((ours[task], parents[task]))
+    complete = {task: pairs for task, pairs in by_task.items() if len(pairs) == len(repetitions)}
+    if not complete:
+        basis = "the accuracy of the arm or of its parent was not measured with every seed"
+        return [_recovery(arm, "accuracy", "points", margin, None, basis)]
+    tests = []
+    if len(complete) > 1:
+        tests.append(_of_tasks(arm, f"{AVERAGE} of {len(complete)} tasks", list(complete.values()), margin))
+    for task, pairs in complete.items():
+        tests.append(_of_tasks(arm, task, [pairs], margin))
+    return tests
+
+
+def _of_tasks(arm: ArmResult, measure: str, tasks: Sequence[Sequence[_Pair]], margin: float) -> Recovery:
+    """Test the mean accuracy over tasks, by question if all their questions are stored and otherwise by seed."""
+    tables = [_by_question(pairs) for pairs in tasks]
+    known = [table for table in tables if table is not None]
+    if len(known) == len(tables):
+        difference = crossed_estimate(known)
+        basis = f"{sum(table.shape[1] for table in known):,} questions and {_seeds(difference)}"
+    else:
+        by_seed = np.mean([[ours.value - parent.value for ours, parent in pairs] for pairs in tasks], axis=0)
+        of_seeds = estimate(by_seed.tolist())
+        assert of_seeds is not None
+        difference = of_seeds
+        basis = f"{_seeds(difference)}, without single questions, which are not stored for both models"
+    in_points = replace(
+        difference,
+        mean=_PER_CENT * difference.mean,
+        deviation=None if difference.deviation is None else _PER_CENT * difference.deviation,
+        stderr=None if difference.stderr is None else _PER_CENT * difference.stderr,
+    )
+    return _recovery(arm, measure, "points", margin, in_points, basis)
+
+
+def _by_question(pairs: Sequence[_Pair]) -> Any:
+    """Return differences as (seeds, questions); None unless all models were asked the same questions, and stored."""
+    first = pairs[0][0]
+    rows = []
+    for ours, parent in pairs:
+        if ours.by_document is None or parent.by_document is None or first.content is None:
+            return None
+        if not ours.content == parent.content == first.content or len(ours.by_document) < 2:
+            return None
+        rows.append(np.subtract(ours.by_document, parent.by_document))
+    return np.stack(rows)
+
+
+def _seeds(difference: Estimate) -> str:
+    return f"{difference.count} {'seed' if difference.count == 1 else 'seeds'}"
+
+
+def _recovery(
+    arm: ArmResult, measure: str, unit: Unit, margin: float, difference: Estimate | None, basis: str
+) -> Recovery:
+    verdict = "undecided" if difference is None else recovered(difference, margin)
+    return Recovery(arm.name, measure, unit, margin, difference, verdict, basis)

@@ -1,0 +1,41 @@
+"""The paper's findings and the tests of non-inferiority in words, for page, Markdown and terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
+
+FINDINGS_TITLE = "Findings of the paper in these runs"
+FINDINGS_NOTE = (
+    "A finding holds or fails where 95 % intervals over seeds lie on one side of zero; each comparison has its own "
+    "interval, so by chance about one in forty would lie on the wrong side. Numbers are mean ± half of the interval."
+)
+RECOVERY_TITLE = "Against the parent"
+RECOVERY_HEADINGS = ["Pruned model", "measure", "verdict"]
+RECOVERY_NOTE = (
+    "Positive: the pruned model is better than its parent. Each verdict is of one-sided tests at 5 %, not corrected "
+    "for their number; equivalent: both one-sided tests pass."
+)
+
+
+def finding_line(finding: Finding) -> str:
+    """Return a finding with its judgement, reason and source in Markdown."""
+    return f"**{finding.name} {finding.judgement}:** {finding.statement}. {finding.reason} ({finding.source})"
+
+
+def recovery_cells(tests: Sequence[Recovery]) -> list[list[str]]:
+    """Return the formatted cells of tests of non-inferiority."""
+    return [[test.arm, test.measure, test.words] for test in tests]
+
+
+def conclusions_text(findings: Sequence[Finding], tests: Sequence[Recovery]) -> list[str]:
+    """Return lines for the terminal: the findings, and the verdicts against the parent."""
+    lines = []
+    if findings:
+        lines.append(f"{FINDINGS_TITLE} (arXiv 2606.14150):")
+        lines += [f"  {item.name} {item.judgement}: {item.statement}. {item.reason}" for item in findings]
+    if tests:
+        lines.append(f"{RECOVERY_TITLE}:")
+        lines += [f"  {test.sentence}" for test in tests]
+    return lines
