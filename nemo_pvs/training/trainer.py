@@ -99,12 +99,14 @@ class Trainer:
             UserError: the optimizer state to start from is missing, the initial weights or the teacher are damaged,
                 or another command is training the job.
         """
-        waiting, trained = deque(jobs), dict[Path, Path]()
+        waiting, skipped = deque(jobs), list[TrainingJob]()
+        trained: dict[Path, Path] = {}
         failures: list[TrainingError | UserError] = []
         try:
             with handing_on(self._send_signal) as received:
                 while waiting or self._active:
                     if failures or received:
+                        skipped.extend(waiting)
                         waiting.clear()
                     try:
                         if waiting and len(self._active) < len(self._launchers):
@@ -117,8 +119,9 @@ class Trainer:
             self._end_launchers()
             raise
         if received:
-            stopped = ", ".join(job.name for job in jobs if job.folder not in trained)
-            raise PreemptedError(f"Training of {stopped} was asked to stop; the same command goes on from there.")
+            stopped = ", ".join(job.name for job in jobs if job.folder not in trained and job not in skipped)
+            training = f"Training of {stopped}" if stopped else "Training"
+            raise PreemptedError(f"{training} was asked to stop; the same command goes on from there.")
         if len(failures) == 1:
             raise failures[0]
         if failures:
@@ -181,10 +184,11 @@ class Trainer:
             launcher.send_signal(number)
 
     def _end_launchers(self) -> None:
-        """End all launchers at once, then unlock the folders of their jobs."""
-        for launcher in self._launchers:
+        """End all launchers, then unlock the folders of their jobs."""
+        for number, launcher in enumerate(self._launchers):
             if launcher is not None:
                 launcher.kill()
+                self._launchers[number] = None
         while self._active:
             self._active.popitem()[1].held.close()
 
