@@ -23,7 +23,7 @@ from types import ModuleType
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.megatron_import import import_megatron
-from nemo_pvs.system.processes import die_with_parent
+from nemo_pvs.system.processes import die_with_parent, forked_die_with_this
 from nemo_pvs.system.rendezvous import rank_environment
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_to_each
@@ -59,6 +59,7 @@ def _run(job: TrainingJob, locked: bool) -> int:
     size, needed = found.size if found else 1, job.layout.processes
     if size != needed:
         raise UserError(f"{job.name} needs {needed} ranks, but the variable WORLD_SIZE is {size}; start {needed}.")
+    forked_die_with_this()
     with locked_folder(job.folder) if os.environ["RANK"] == "0" and not locked else nullcontext():
         _training().train(job)
     return 0
@@ -165,6 +166,7 @@ def _wait(ranks: list[multiprocessing.Process]) -> int:
 def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
     """Run one rank: with torchrun's environment variables, output to the job's log, killed when the launcher dies."""
     die_with_parent()
+    forked_die_with_this()
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
