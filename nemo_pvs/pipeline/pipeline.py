@@ -55,7 +55,7 @@ class Pipeline(RunFolder):
             folder: As for ``RunFolder``.
             force: As for ``RunFolder``.
             compute: As for ``RunFolder``.
-            jobs: Number of trainings at the same time, as for ``Trainer``.
+            jobs: Number of trainings that share this machine, as for ``Trainer``.
 
         Raises:
             UserError: a forced stage is unknown.
@@ -66,9 +66,6 @@ class Pipeline(RunFolder):
     def run(self, trainer: Trainer | None = None) -> None:
         """Run every stage that is not done yet; use ``trainer`` if it is given."""
         with nullcontext(trainer) if trainer else self._trainer() as running:
-            if self.jobs is not None:
-                while jobs := self.trainable():
-                    running.train_all(jobs)
             self.prepare(running)
             for arm in self.recipe.runs:
                 self.do(train(self, arm), running)

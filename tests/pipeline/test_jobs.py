@@ -16,11 +16,12 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import TrainingError
 from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.series import Series
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.system.files import read_json
 from nemo_pvs.training import metrics, trainer
 from nemo_pvs.training.job import METRICS_FILE
-from nemo_pvs.training.trainer import Trainer, is_finished
+from nemo_pvs.training.trainer import Trainer
 from tests.megatron.launcher import ForkedLauncher
 from tests.megatron.ranks import fork_context
 from tests.pipeline.test_pipeline import tiny_values
@@ -49,7 +50,7 @@ def _copy(prepared: tuple[dict, Path], folder: Path) -> Path:
 
 def _run(values: dict, folder: Path, jobs: int) -> None:
     trainer._launch = ForkedLauncher
-    Pipeline(parse_recipe(values, "test"), folder, jobs=jobs).run()
+    Series(parse_recipe(values, "test"), folder, jobs=jobs).run()
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,8 @@ def test_kill_9_while_two_are_trained_and_the_same_command_goes_on(
         assert time.monotonic() < deadline, f"processes go on without their parent: {left}"
         time.sleep(0.1)
     pipeline = Pipeline(parse_recipe(values, "test"), folder, jobs=2)
-    assert not all(is_finished(pipeline.job(arm)) for arm in pipeline.recipe.runs)
-    pipeline.run()
+    assert not pipeline.is_trained()
+    _run(values, folder, 2)
     assert _weights(folder) == _weights(one_after_another)
     assert _losses(folder) == _losses(one_after_another)
     for arm in _ARMS:
