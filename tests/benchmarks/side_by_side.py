@@ -110,6 +110,7 @@ def make_job(folder: Path, hidden: int, layers: int, batch: int, steps: int) -> 
         sequence_length=_SEQUENCE,
         global_batch_size=batch,
         micro_batch_size=batch,
+        validation_samples=batch,
         validations=1,
         checkpoints=1,
     )
