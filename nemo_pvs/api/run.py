@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_pvs.api.values import compute_of
+from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.folder_lock import locked_folder
@@ -22,6 +23,7 @@ def run(
     out: str | Path | None = None,
     *,
     force: Sequence[str] = (),
+    jobs: int | None = None,
     ignore_manifest: bool = False,
 ) -> Results:
     """Run a recipe: calibrate, prune, train every arm, evaluate, report; an interrupted run is resumed.
@@ -30,6 +32,8 @@ def run(
         recipe: Path of a recipe, name of a packaged one (``smollm2_135m/demo``), or what ``load_recipe`` returned.
         out: The run folder; ``runs/<recipe name>`` by default.
         force: Stages to do again: ``calibrate``, ``prune/width``, ``train``, ...
+        jobs: Number of arms to train at the same time, with one thread per rank and an equal share of the GPUs each;
+            it does not change the results. By default one at a time, with all cores and GPUs.
         ignore_manifest: Read weights that differ from their manifest.
 
     Returns:
@@ -45,11 +49,12 @@ def run(
         >>> [(arm.name, arm.ledger.training.tokens) for arm in results.arms]
         [('width, pruned', 64), ('width, random', 64)]
     """
+    check_jobs(jobs)
     checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = Path(out or f"runs/{checked.name}")
     check_folder(folder)
     with locked_folder(folder):
-        series = _series(checked, folder, force)
+        series = _series(checked, folder, force, jobs)
         from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 
         with ignoring_manifests(ignore_manifest):
@@ -89,7 +94,17 @@ def prepare(
             return series.prepare_only()
 
 
-def _series(recipe: Recipe, folder: Path, force: Sequence[str]) -> Series:
+def check_jobs(jobs: int | None) -> None:
+    """Check the number of trainings at the same time.
+
+    Raises:
+        UserError: it is not positive.
+    """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}, but at least one arm must be trained at a time; give 1 or more.")
+
+
+def _series(recipe: Recipe, folder: Path, force: Sequence[str], jobs: int | None = None) -> Series:
     from nemo_pvs.pipeline.series import Series  # takes seconds; what was checked before is answered at once
 
-    return Series(recipe, folder, force, compute_of(None, "8GB"))
+    return Series(recipe, folder, force, compute_of(None, "8GB"), jobs)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from nemo_pvs.cli.arguments import IgnoreManifest
+from nemo_pvs.errors import UserError
 from nemo_pvs.system.output_paths import check_folder
 from nemo_pvs.system.progress import console
 
@@ -21,6 +22,10 @@ def run(
     force: Annotated[
         Optional[list[str]], typer.Option(help="do this stage again: calibrate, prune/width, train, ...; repeatable")
     ] = None,
+    jobs: Annotated[
+        Optional[int],
+        typer.Option(help="arms to train at the same time, one thread per rank or a share of the GPUs each"),
+    ] = None,
     prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, and do nothing")] = False,
     launch: Annotated[
@@ -29,9 +34,14 @@ def run(
     ignore_manifest: IgnoreManifest = False,
 ) -> None:
     """Run a recipe: calibrate, prune, train every arm, evaluate, report."""
+    from nemo_pvs.api.run import check_jobs, prepare
+    from nemo_pvs.api.run import run as run_recipe
     from nemo_pvs.recipe.load import load_recipe
     from nemo_pvs.recipe.series import phases
 
+    check_jobs(jobs)
+    if jobs is not None and (launch is not None or prepare_only):
+        raise UserError("--jobs is for trainings of this command; leave it out with --launch and --prepare-only.")
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
     folder = Path(out or f"runs/{checked.name}")
     if not dry_run:
@@ -44,14 +54,11 @@ def run(
 
         show_series(checked, folder, executor_here())
         return
-    from nemo_pvs.api.run import prepare
-    from nemo_pvs.api.run import run as run_recipe
-
     if prepare_only:
         for job in prepare(checked, folder, force=force or (), ignore_manifest=ignore_manifest):
             console.print(f"ready to train: {job}", soft_wrap=True)
         return
-    results = run_recipe(checked, folder, force=force or (), ignore_manifest=ignore_manifest)
+    results = run_recipe(checked, folder, force=force or (), jobs=jobs, ignore_manifest=ignore_manifest)
     if not checked.parent.has_weights:  # what was trained is the parent of other recipes
         for member in phases(checked, folder)[-1]:
             for arm in checked.runs:

@@ -1,9 +1,9 @@
 """Start the ranks of training jobs: forked on a CPU, by torchrun on GPUs; or run as a rank that was started already.
 
-Run it as ``python -m nemo_pvs.megatron.launch JOB...``; with ``--slurm`` before the jobs in each srun task,
-or with ``-`` to read paths of job files from standard input, one per line, and answer each with its exit code. SIGTERM
-and SIGUSR1 are forwarded to the ranks, which save and exit with ``PREEMPTED``. Importing this module is cheap: NeMo is
-imported only to train.
+Run it as ``python -m nemo_pvs.megatron.launch JOB...``; with ``--slurm`` before the jobs in each srun task; with
+``--locked`` if the process that starts it has locked the jobs' folders; or with ``-`` to read paths of job files from
+standard input, one per line, and answer each with its exit code. SIGTERM and SIGUSR1 are forwarded to the ranks, which
+save and exit with ``PREEMPTED``. Importing this module is cheap: NeMo is imported only to train.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.megatron_import import import_megatron
-from nemo_pvs.system.processes import die_with_parent
+from nemo_pvs.system.processes import die_with_parent, forked_die_with_this
 from nemo_pvs.system.rendezvous import rank_environment
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_to_each
@@ -36,15 +37,21 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == ["--slurm"]:
             arguments = arguments[1:]
             _take_rank_from_slurm()
-        jobs = [TrainingJob.load(Path(argument)) for argument in arguments]
-        return next((code for job in jobs if (code := _run(job))), 0)
+        locked = arguments[:1] == ["--locked"]
+        jobs = [TrainingJob.load(Path(argument)) for argument in arguments[locked:]]
+        return next((code for job in jobs if (code := _run(job, locked))), 0)
     except UserError as error:
         print(f"pvs: {error}", file=sys.stderr, flush=True)
         return 2
 
 
-def _run(job: TrainingJob) -> int:
-    """Run one rank of a job, or start all of them; a single process holds the lock of the job's folder."""
+def _run(job: TrainingJob, locked: bool) -> int:
+    """Run one rank of a job, or start all of them; a single process holds the lock of the job's folder.
+
+    Args:
+        job: The job.
+        locked: Whether the process that started this one holds it.
+    """
     found = rank_environment()
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         with locked_folder(job.folder):
@@ -52,7 +59,8 @@ def _run(job: TrainingJob) -> int:
     size, needed = found.size if found else 1, job.layout.processes
     if size != needed:
         raise UserError(f"{job.name} needs {needed} ranks, but the variable WORLD_SIZE is {size}; start {needed}.")
-    with locked_folder(job.folder) if os.environ["RANK"] == "0" else nullcontext():
+    forked_die_with_this()
+    with locked_folder(job.folder) if os.environ["RANK"] == "0" and not locked else nullcontext():
         _training().train(job)
     return 0
 
@@ -110,7 +118,7 @@ def _training() -> ModuleType:
 def _torchrun(job: TrainingJob) -> int:
     """Run the job's ranks under torchrun, with their output in the job's log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(job.layout.processes), "-m", "nemo_pvs.megatron.launch", str(job.save())]
+    command += [str(job.layout.processes), "-m", "nemo_pvs.megatron.launch", "--locked", str(job.save())]
     with (
         open(job.log, "a") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as agent,
@@ -125,16 +133,15 @@ def _fork_ranks(job: TrainingJob) -> int:
     """Fork the job's ranks from this process, so that NeMo is imported once for all jobs and ranks."""
     train_on_cpu = _training().train_on_cpu
     context = multiprocessing.get_context("fork")
-    port = _free_port()
-    ranks = [
-        context.Process(target=_rank, args=(train_on_cpu, job, rank, port)) for rank in range(job.layout.processes)
-    ]
-    for process in ranks:
-        process.start()
+    ranks: list[multiprocessing.Process] = []
     try:
-        pids = [process.pid for process in ranks if process.pid]
-        with handing_on(lambda number: send_to_each(pids, number)) as came:
-            code = _wait(ranks)
+        with _reserved_port() as port:
+            for rank in range(job.layout.processes):
+                ranks.append(context.Process(target=_rank, args=(train_on_cpu, job, rank, port)))
+                ranks[-1].start()
+            pids = [process.pid for process in ranks if process.pid]
+            with handing_on(lambda number: send_to_each(pids, number)) as came:
+                code = _wait(ranks)
         return PREEMPTED if code and came else code
     finally:
         # A rank that waits for a dead partner ignores SIGTERM inside a collective.
@@ -159,6 +166,7 @@ def _wait(ranks: list[multiprocessing.Process]) -> int:
 def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
     """Run one rank: with torchrun's environment variables, output to the job's log, killed when the launcher dies."""
     die_with_parent()
+    forked_die_with_this()
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -175,10 +183,16 @@ def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
     target(job)
 
 
-def _free_port() -> int:
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Yield a port that no other process is given while the block runs, so that two jobs never share one.
+
+    A socket that is bound but does not listen keeps the port; rank 0 can still listen on it, as both reuse addresses.
+    """
     with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+        yield int(server.getsockname()[1])
 
 
 if __name__ == "__main__":

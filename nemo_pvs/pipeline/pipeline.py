@@ -11,12 +11,13 @@ import yaml
 
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.pipeline.checks import check_machine, check_text
 from nemo_pvs.pipeline.earlier_records import adopt_earlier_records
 from nemo_pvs.pipeline.folder import HUGGING_FACE, RunFolder
 from nemo_pvs.pipeline.look_ahead import look_ahead
 from nemo_pvs.pipeline.order import initial_weights
-from nemo_pvs.pipeline.records import RecordT, prune_stage
+from nemo_pvs.pipeline.records import MasksRecord, RecordT, prune_stage
 from nemo_pvs.pipeline.stage import Stage, TrainingStage
 from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.evaluate import evaluate, models_to_evaluate
@@ -29,20 +30,57 @@ from nemo_pvs.planning.checks import check_training
 from nemo_pvs.planning.equal_terms import settle
 from nemo_pvs.planning.learned import first_of_each_training
 from nemo_pvs.planning.parent_checks import check_costs
+from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.files import write_text
+from nemo_pvs.training import metrics
+from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer, is_finished
 
 
 class Pipeline(RunFolder):
     """A run folder whose stages can be run."""
 
-    def run(self) -> None:
-        """Run every stage that is not done yet."""
-        with self._trainer() as trainer:
-            self.prepare(trainer)
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        force: tuple[str, ...] = (),
+        compute: Compute = ON_CPU,
+        jobs: int | None = None,
+    ) -> None:
+        """Prepare to run ``recipe`` in ``folder``.
+
+        Args:
+            recipe: As for ``RunFolder``.
+            folder: As for ``RunFolder``.
+            force: As for ``RunFolder``.
+            compute: As for ``RunFolder``.
+            jobs: Number of trainings that share this machine, as for ``Trainer``.
+
+        Raises:
+            UserError: a forced stage is unknown.
+        """
+        super().__init__(recipe, folder, force, compute)
+        self.jobs = jobs
+
+    def run(self, trainer: Trainer | None = None) -> None:
+        """Run every stage that is not done yet; use ``trainer`` if it is given."""
+        with nullcontext(trainer) if trainer else self._trainer() as running:
+            self.prepare(running)
             for arm in self.recipe.runs:
-                self.do(train(self, arm), trainer)
+                self.do(train(self, arm), running)
         self.evaluate()
+
+    def trainable(self) -> list[TrainingJob]:
+        """Run every stage that needs no training, and return the jobs that can be trained now.
+
+        Train them, in any order or at the same time, and call this again: what they were needed for may have to be
+        trained next. It returns none when all are trained; ``run`` then does the rest of each stage.
+        """
+        self._begin(trains_here=True)
+        if jobs := self._learning_jobs() or self._make_initial_weights(None):
+            return jobs
+        return [job for arm in self.recipe.runs if (job := self._waits_for(train(self, arm)))]
 
     def prepare_only(self) -> list[Path]:
         """Run every stage before training, and return the job files for a launcher to run.
@@ -52,12 +90,13 @@ class Pipeline(RunFolder):
         """
         self._begin(trains_here=False)
         if jobs := self._learning_jobs() or self._make_initial_weights(None):
-            return jobs
+            return [job.file for job in jobs]
+        files = []
         for arm in self.recipe.runs:
             stage = train(self, arm)
             self.stages.begin(stage)
-            jobs.append(stage.prepare())
-        return jobs
+            files.append(stage.prepare())
+        return files
 
     def is_trained(self) -> bool:
         """Return whether the training of every arm is finished."""
@@ -76,7 +115,7 @@ class Pipeline(RunFolder):
         if self.recipe.evaluate.tasks:
             self.do(ask_tasks(self))
 
-    def do(self, stage: Stage[Any], trainer: Trainer | None = None) -> Path | None:
+    def do(self, stage: Stage[Any], trainer: Trainer | None = None) -> TrainingJob | None:
         """Run a stage unless it is done.
 
         Args:
@@ -84,26 +123,28 @@ class Pipeline(RunFolder):
             trainer: Trains the stage's job, if it has one; None if a launcher runs the jobs.
 
         Returns:
-            The file of the job that must be run before the stage can be completed; None if the stage is done.
+            The job that must be trained before the stage can be completed; None if the stage is done.
 
         Raises:
             UserError: the stage's work raises it.
         """
-        work = stage.work
         if isinstance(stage, TrainingStage):
             if trainer is None and (job := self._waits_for(stage)):
                 return job
-            work = partial(self._train, stage, trainer)
-        self.records[stage.name] = self.stages.run(stage, work)
+            record = self.stages.run(stage, partial(self._train, stage, trainer), partial(_seconds_trained, stage))
+        else:
+            record = self.stages.run(stage)
+        self.records[stage.name] = record
         if stage.then:
             stage.then()
         return None
 
-    def _waits_for(self, stage: TrainingStage[Any]) -> Path | None:
-        """Return the file of a stage's job if the stage still needs it to be trained."""
+    def _waits_for(self, stage: TrainingStage[Any]) -> TrainingJob | None:
+        """Return a stage's job, with its files written, if the stage still needs it to be trained."""
         if not self.stages.begin(stage) or is_finished(stage.job()):
             return None
-        return stage.prepare()
+        stage.prepare()
+        return stage.job()
 
     def _train(self, stage: TrainingStage[RecordT], trainer: Trainer | None) -> RecordT:
         """Train the job of a stage unless it is finished, and do the rest of the stage's work."""
@@ -114,7 +155,7 @@ class Pipeline(RunFolder):
         return stage.work()
 
     def _trainer(self) -> AbstractContextManager[Trainer]:
-        return Trainer(self.folder / "train" / "launcher.log")
+        return Trainer(self.folder / "train" / "launcher.log", self.jobs)
 
     def _begin(self, *, trains_here: bool) -> None:
         """Check everything that can be checked, then settle the recipe, the parent and the text.
@@ -137,7 +178,8 @@ class Pipeline(RunFolder):
         check_tasks(self.recipe)
         self.tokens.check_texts(self.tokenizer, self.parent_shape.vocab)
         if trains_here:
-            check_machine([job for arm in self.recipe.runs if not is_finished(job := self.job(arm))])
+            jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
+            check_machine([job for job in jobs if not is_finished(job)], self.jobs)
         ahead = look_ahead(self)
         if "data" in ahead:
             self._check_text(ahead.data.splits)
@@ -154,12 +196,14 @@ class Pipeline(RunFolder):
         check_text(self.recipe, self.tokens, splits)
         check_questions(self.recipe, test, calibration, self.tokenizer)
 
-    def _learning_jobs(self) -> list[Path]:
-        """Return the files of the unfinished jobs that learn which parts of the parent to keep."""
-        stages = [learn(self, name, self.recipe.targets[name]) for name, _ in first_of_each_training(self.recipe)]
-        return [job for stage in stages if (job := self._waits_for(stage))]
+    def _learning_jobs(self) -> list[TrainingJob]:
+        """Return the unfinished jobs that learn which parts of the parent to keep."""
+        return [job for stage in self._learning() if (job := self._waits_for(stage))]
 
-    def _make_initial_weights(self, trainer: Trainer | None) -> list[Path]:
+    def _learning(self) -> list[TrainingStage[MasksRecord]]:
+        return [learn(self, name, self.recipe.targets[name]) for name, _ in first_of_each_training(self.recipe)]
+
+    def _make_initial_weights(self, trainer: Trainer | None) -> list[TrainingJob]:
         """Make the initial weights of every arm; without a trainer return the jobs that must be run first, if any."""
         waiting = []
         for group in initial_weights(self):
@@ -177,3 +221,9 @@ class Pipeline(RunFolder):
         for name, shape in shapes.items():
             check_training(self.recipe.train, self.recipe.targets[name].layout, shape)
         return []
+
+
+def _seconds_trained(stage: TrainingStage[Any]) -> float:
+    """Return how long the job of a stage has been trained so far."""
+    job = stage.job()
+    return metrics.training_seconds(metrics.read(job.metrics), job.training.tokens_per_step)

@@ -74,6 +74,7 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         steps = arm.training.steps
         validation.append(Point(steps, steps * arm.training.tokens_per_step, after.validation.loss))
     speeds = [point["tokens_per_second"] for point in curve.training]
+    seconds = metrics.training_seconds(curve, run.recipe.train.tokens_per_step)
     return ArmResult(
         name=_for_people(arm),
         target=arm.target,
@@ -96,7 +97,7 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         test_perplexity_after=after.test.perplexity,
         text_losses=_losses(after),
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
-        seconds=sum(run.recipe.train.tokens_per_step / speed for speed in speeds) if speeds else None,
+        seconds=seconds if speeds else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
     )
 

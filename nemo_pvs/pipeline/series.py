@@ -19,18 +19,35 @@ from nemo_pvs.reporting.html import write_files, write_report
 from nemo_pvs.reporting.results import Results, SweepResult
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.progress import console
+from nemo_pvs.training.trainer import Trainer
 
 
 class Series:
     """The runs of a recipe; for a plain recipe a single one."""
 
-    def __init__(self, recipe: Recipe, folder: Path, force: Sequence[str] = (), compute: Compute = ON_CPU) -> None:
-        """Prepare to run ``recipe`` in ``folder``; ``force`` applies to everything but the parents."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        force: Sequence[str] = (),
+        compute: Compute = ON_CPU,
+        jobs: int | None = None,
+    ) -> None:
+        """Prepare to run ``recipe`` in ``folder``.
+
+        Args:
+            recipe: The recipe.
+            folder: The run folder.
+            force: Stages to run again, as for ``Pipeline``; applies to everything but the parents.
+            compute: Where and how layers run.
+            jobs: Number of trainings at the same time, as for ``Trainer``.
+        """
         self._recipe = recipe
         self._folder = folder
         self._phases = phases(recipe, folder)
         self._force = tuple(force)
         self._compute = compute
+        self._jobs = jobs
 
     def run(self) -> Results:
         """Run what is not done yet, and write the report of every run and of all seeds together.
@@ -38,12 +55,16 @@ class Series:
         Returns:
             What the report of the last phase shows; for several seeds the means.
         """
-        for phase in self._phases:
-            self._say(phase)
-            with ExitStack() as locks:
-                for pipeline in self._pipelines(phase, locks):
-                    pipeline.run()
-                    self._report(pipeline)
+        with Trainer(self._folder / "train" / "launcher.log", self._jobs) as trainer:
+            for phase in self._phases:
+                self._say(phase)
+                with ExitStack() as locks:
+                    pipelines = self._pipelines(phase, locks)
+                    if self._jobs is not None:
+                        self._train_ahead(pipelines, trainer)
+                    for pipeline in pipelines:
+                        pipeline.run(trainer)
+                        self._report(pipeline)
         if len(self._phases[-1]) == 1 and not self._recipe.seeds:
             return Results.load(self._folder / RESULTS)
         together = compare(read_runs([str(self._folder)]))
@@ -67,6 +88,11 @@ class Series:
                     self._report(pipeline)
         raise AssertionError("a series has phases")
 
+    def _train_ahead(self, pipelines: Sequence[Pipeline], trainer: Trainer) -> None:
+        """Train all arms, those of different runs side by side too."""
+        while jobs := [job for pipeline in pipelines for job in pipeline.trainable()]:
+            trainer.train_all(jobs)
+
     def _pipelines(self, phase: Phase, locks: ExitStack) -> list[Pipeline]:
         pipelines = []
         for member in phase:
@@ -74,7 +100,7 @@ class Series:
                 locks.enter_context(locked_folder(member.folder))
             is_parent = self._folder not in (member.folder, *member.folder.parents)
             force = () if is_parent else self._force
-            pipelines.append(Pipeline(self._with_rates(member), member.folder, force, self._compute))
+            pipelines.append(Pipeline(self._with_rates(member), member.folder, force, self._compute, self._jobs))
         return pipelines
 
     def _with_rates(self, member: Member) -> Recipe:

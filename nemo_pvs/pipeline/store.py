@@ -45,14 +45,23 @@ class Stages:
     def __init__(self, folder: Path, force: tuple[str, ...] = ()) -> None:
         self.folder = folder
         self._force = force
+        self._begun: set[str] = set()
+        self._reported: set[str] = set()
         self._done: dict[tuple[str, str], _Done] = {}
 
-    def run(self, stage: Stage[RecordT], work: Callable[[], RecordT] | None = None) -> RecordT:
+    def run(
+        self,
+        stage: Stage[RecordT],
+        work: Callable[[], RecordT] | None = None,
+        worked: Callable[[], float] = lambda: 0.0,
+    ) -> RecordT:
         """Run a stage, or read its result from the record.
 
         Args:
             stage: The stage.
             work: Called instead of ``stage.work``.
+            worked: Returns how many seconds of the work were done before, by an interrupted attempt or ahead of the
+                stage; the record includes them.
 
         Returns:
             The result of the work, now or earlier.
@@ -63,12 +72,14 @@ class Stages:
         name, inputs = stage.name, stage.inputs()
         record = self._begin(stage, inputs)
         if record is not None:
-            console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
+            if name not in self._reported:
+                console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
+            self._reported.add(name)
             earlier = stage.record.from_json(record["result"])
             self._done.setdefault(_kind_and_inputs(stage, inputs), _Done(name, stage.outputs, earlier))
             return earlier
         console.print(f"[bold]→[/] {name}")
-        began = time.monotonic()
+        began = time.monotonic() - worked()
         twin = self._twin(stage, inputs)
         if twin is None:
             result = (work or stage.work)()
@@ -90,6 +101,7 @@ class Stages:
         self._attempt(name).unlink()
         self._done.setdefault(_kind_and_inputs(stage, inputs), _Done(name, stage.outputs, result))
         console.print(f"[green]✓[/] {name} [dim]({f'as {twin.name}' if twin else f'{seconds:.0f} s'})[/]")
+        self._reported.add(name)
         return result
 
     def begin(self, stage: Stage[Any]) -> bool:
@@ -116,6 +128,7 @@ class Stages:
                 self.refuse(name, stage.precious, difference(begun, inputs))
             for path in stage.outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._begun.add(name)
         self._record(name).unlink(missing_ok=True)
         write_json(self._attempt(name), {"inputs_hash": sha256_json(inputs), "inputs": inputs})
         return None
@@ -154,6 +167,9 @@ class Stages:
             )
 
     def _is_forced(self, name: str) -> bool:
+        """Return whether a stage is to be run again; once begun, it goes on like any other."""
+        if name in self._begun:
+            return False
         return any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
 
     def _record(self, name: str) -> Path:

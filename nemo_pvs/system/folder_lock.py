@@ -297,13 +297,14 @@ def _kept(base: Path, lock: str) -> Iterator[None]:
 
     os.environ[_HELD] = f"{os.environ.get(_HELD, '')} {lock}".strip()
     _releases.append(release)
+    _handle_signals()
     try:
-        with _released_by_signals():
-            threading.Thread(target=beat, daemon=True).start()
-            yield
+        threading.Thread(target=beat, daemon=True).start()
+        yield
     finally:
         release()
         _releases.remove(release)
+        _handle_signals()
         os.environ[_HELD] = " ".join(id_ for id_ in os.environ[_HELD].split() if id_ != lock)
 
 
@@ -311,37 +312,35 @@ _releases: list[Callable[[], None]] = []
 """Functions to call before a signal ends this process."""
 
 
-@contextmanager
-def _released_by_signals() -> Iterator[None]:
-    """Remove this process's locks before a signal that nothing else handles ends it."""
+def _handle_signals() -> None:
+    """While there are locks, remove them before a signal that nothing else handles ends this process.
+
+    Locks may be released in any order. Python lets only the main thread handle signals.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
         return
+    if not _releases:
+        _handle_nothing()
+        return
+    for number in _SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _release_and_end)
+            _handled.add(number)
 
-    def end(number: int, _: Any) -> None:
-        for release in reversed(_releases):
-            release()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
 
-    mine = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
-    for number in mine:
-        signal.signal(number, end)
-    _handled.update(mine)
-    try:
-        yield
-    finally:
-        _handled.difference_update(mine)
-        for number in mine:
-            signal.signal(number, signal.SIG_DFL)
+def _release_and_end(number: int, _: Any) -> None:
+    for release in reversed(_releases):
+        release()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 _handled: set[int] = set()
-"""Signals that ``_released_by_signals`` handles in this process."""
+"""Signals that ``_release_and_end`` handles in this process."""
 
 
-def _handle_nothing_in_child() -> None:
-    """Give these signals their default effect in a forked child, which has no lock to remove.
+def _handle_nothing() -> None:
+    """Give these signals their default effect, for a process without locks, such as a forked child.
 
     Python calls a handler only when it runs bytecode: a worker that SIGTERM reaches just before it waits for a
     semaphore would wait forever, and with it whoever terminates a pool of such workers, as lm-eval does.
@@ -351,7 +350,7 @@ def _handle_nothing_in_child() -> None:
     _handled.clear()
 
 
-os.register_at_fork(after_in_child=_handle_nothing_in_child)
+os.register_at_fork(after_in_child=_handle_nothing)
 
 
 def _stop_at_once(base: Path) -> None:

@@ -22,6 +22,14 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def forked_die_with_this() -> None:
+    """Ask Linux to kill every process that this one forks from now on when this one ends, and theirs in turn.
+
+    Libraries fork too: a worker of Megatron's checkpoint writer waits for ever for a rank that was killed meanwhile.
+    """
+    os.register_at_fork(after_in_child=die_with_parent)
+
+
 @contextmanager
 def heeding_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt on Ctrl-C, and again every few seconds until the block ends.

@@ -44,25 +44,13 @@ Report = Callable[[int, int], None]
 def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
     """Show the progress of a task: a bar on a terminal, otherwise a line every 20 s.
 
+    Tasks that are shown at the same time have a row each.
+
     Yields a function to call with (done, total) and optionally ``note="loss 3.21"``, and with ``left="3 min"`` if the
     caller's estimate is better than one from the time since this task began, as in a resumed run.
     """
     if console.is_terminal:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=console, transient=True) as bars:
-            task = bars.add_task(what, total=None, note="")
-
-            def show(done: int, total: int, note: str = "", left: str = "") -> None:  # the bar shows its own estimate
-                bars.update(task, completed=done, total=total, note=note)
-
+        with _row(what, unit) as show:
             yield show
         return
 
@@ -79,3 +67,39 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
             )
 
     yield say
+
+
+_bars: Progress | None = None
+"""The rows on the terminal, which has room for one live display; None while there are none."""
+
+
+@contextmanager
+def _row(what: str, unit: str) -> Iterator[Callable[..., None]]:
+    """Add a row to the terminal's display; the first one opens the display, and the last one closes it."""
+    global _bars
+    if _bars is None:
+        _bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        _bars.start()
+    bars = _bars
+    task = bars.add_task(what, total=None, unit=unit, note="")
+
+    def show(done: int, total: int, note: str = "", left: str = "") -> None:  # the bar shows its own estimate
+        bars.update(task, completed=done, total=total, note=note)
+
+    try:
+        yield show
+    finally:
+        bars.remove_task(task)
+        if not bars.tasks:
+            bars.stop()
+            _bars = None

@@ -109,6 +109,11 @@ class TrainingJob:
     """Initial state of a run whose text is in domains; ``first_token`` is ignored then."""
 
     @property
+    def file(self) -> Path:
+        """File of this job, from which its ranks read it."""
+        return self.folder / JOB_FILE
+
+    @property
     def metrics(self) -> Path:
         """Metrics file, with one JSON object per line and step."""
         return self.folder / METRICS_FILE
@@ -130,9 +135,8 @@ class TrainingJob:
 
     def save(self) -> Path:
         """Write the job into its folder and return the file's path."""
-        path = self.folder / JOB_FILE
-        write_json(path, self.to_json())
-        return path
+        write_json(self.file, self.to_json())
+        return self.file
 
     def to_json(self) -> dict[str, Any]:
         """Return the job as plain data."""

@@ -76,6 +76,11 @@ def joined(parts: Iterable[tuple[Path, int]], tokens_per_step: int) -> Metrics:
     return whole
 
 
+def training_seconds(curve: Metrics, tokens_per_step: int) -> float:
+    """Return how long the steps of a curve took together, in seconds; validation and saving do not count."""
+    return sum(tokens_per_step / point["tokens_per_second"] for point in curve.training)
+
+
 def time_left(tokens: float, speeds: Iterable[float]) -> str:
     """Return how long a number of tokens takes, as 12 s, 3 min or 4.5 h.
 

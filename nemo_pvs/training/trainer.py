@@ -1,10 +1,14 @@
-"""Run training jobs without importing NeMo: start a launcher, show progress, return the trained checkpoint."""
+"""Run training jobs without importing NeMo: start launchers, show progress, return the trained checkpoints."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -12,13 +16,14 @@ from types import TracebackType
 from nemo_pvs.checkpoints.convert import read_through
 from nemo_pvs.checkpoints.manifest import Manifest, describe_tensors
 from nemo_pvs.checkpoints.open import open_source
-from nemo_pvs.errors import TrainingError
+from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.processes import die_with_parent
 from nemo_pvs.system.progress import console, progress
 from nemo_pvs.training import metrics
 from nemo_pvs.training.checkpoints import checkpoint_name, newest_sound, say_broken, state_to_carry
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.launcher import Launcher, share_of_machine
 from nemo_pvs.training.preemption import PREEMPTED, handing_on
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -30,17 +35,37 @@ class PreemptedError(TrainingError):
     exit_code = PREEMPTED
 
 
-class Trainer:
-    """Trains jobs one after another in child processes, which import NeMo once for all jobs.
+@dataclass
+class _Active:
+    """A job that a launcher is training."""
 
-    The launcher starts with the first job; it and its ranks end with the ``with`` block.
+    job: TrainingJob
+    show: Callable[..., None]
+    """Updates its row of progress."""
+    held: ExitStack
+    """The lock of its folder, and that row."""
+
+
+class Trainer:
+    """Trains jobs in child processes, launchers, each of which imports NeMo once for all its jobs.
+
+    A launcher starts with its first job; it and its ranks end with the ``with`` block.
     """
 
-    def __init__(self, log: Path) -> None:
-        """Store ``log``, the file for the launcher's own output, such as warnings while it imports NeMo."""
+    def __init__(self, log: Path, jobs: int | None = None) -> None:
+        """Start nothing yet.
+
+        Args:
+            log: File for the output of the launcher itself, such as warnings while it imports NeMo; that of the
+                second launcher is in ``<name>-2.log``, and so on.
+            jobs: Number of jobs that ``train_all`` trains at the same time, with one thread per rank and an equal
+                share of the GPUs each. None: one at a time, with all cores and GPUs.
+        """
         self._log = log
-        self._launcher: subprocess.Popen[str] | None = None
-        self._answers: SimpleQueue[str] = SimpleQueue()
+        self._jobs = jobs
+        self._launchers: list[Launcher | None] = [None] * (jobs or 1)
+        self._answers: SimpleQueue[tuple[Launcher, str]] = SimpleQueue()
+        self._active: dict[Launcher, _Active] = {}
 
     def __enter__(self) -> Trainer:
         """Return the trainer; nothing is started yet."""
@@ -49,66 +74,132 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the launcher."""
-        if self._launcher is not None:
-            self._launcher.kill()
-            self._launcher.wait()
+        """End the launchers."""
+        self._end_launchers()
 
     def train(self, job: TrainingJob) -> Path:
         """Train ``job``, resuming an earlier attempt, and return its last checkpoint.
 
         Raises:
-            PreemptedError: the ranks have saved and stopped on SIGTERM or SIGUSR1.
-            TrainingError: a rank failed.
+            PreemptedError: as for ``train_all``.
+            TrainingError: as for ``train_all``.
+            UserError: as for ``train_all``.
+        """
+        return self.train_all([job])[0]
+
+    def train_all(self, jobs: Sequence[TrainingJob]) -> list[Path]:
+        """Train jobs in order, several at the same time, resuming earlier attempts; return their last checkpoints.
+
+        If one fails, those that are running are trained to their end, and no others are started. To forward signals
+        to the ranks, call this in the main thread.
+
+        Raises:
+            PreemptedError: this process received SIGTERM or SIGUSR1; the ranks have saved and stopped.
+            TrainingError: a rank failed, or several jobs could not be trained.
             UserError: the optimizer state to start from is missing, the initial weights or the teacher are damaged,
                 or another command is training the job.
         """
-        with locked_folder(job.folder):
-            return _with_manifest(last_checkpoint(job) if is_finished(job) else self._train(job))
-
-    def _train(self, job: TrainingJob) -> Path:
-        newest, broken = newest_sound(job.checkpoints)
-        for sentence in say_broken(newest, broken):
-            console.print(sentence, soft_wrap=True)
-        if job.carried and newest is None:
-            state_to_carry(job.carried.checkpoints)
-        if newest is None:
-            _check_weights(job)
-        launcher = self._start()
-        assert launcher.stdin is not None
-        print(job.save(), file=launcher.stdin, flush=True)
-        with progress(f"train {job.name}", "tokens") as show, handing_on(launcher.send_signal) as came:
-            while (answer := self._answer()) is None:
-                _show(job, show)
-            _show(job, show)
-        if came and answer != "0":
-            raise PreemptedError(f"Training of {job.name} was asked to stop; the same command goes on from there.")
-        if answer != "0":
-            raise TrainingError(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
-        return last_checkpoint(job)
-
-    def _start(self) -> subprocess.Popen[str]:
-        if self._launcher is None:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            self._launcher = _launch(self._log)
-            threading.Thread(target=self._listen, args=(self._launcher,), daemon=True).start()
-        return self._launcher
-
-    def _listen(self, launcher: subprocess.Popen[str]) -> None:
-        assert launcher.stdout is not None
-        for line in launcher.stdout:
-            self._answers.put(line.strip())
-        self._answers.put("the launcher ended")
-
-    def _answer(self) -> str | None:
+        waiting, skipped = deque(jobs), list[TrainingJob]()
+        trained: dict[Path, Path] = {}
+        failures: list[TrainingError | UserError] = []
         try:
-            return self._answers.get(timeout=_SECONDS_BETWEEN_LOOKS)
+            with handing_on(self._send_signal) as received:
+                while waiting or self._active:
+                    if failures or received:
+                        skipped.extend(waiting)
+                        waiting.clear()
+                    try:
+                        if waiting and len(self._active) < len(self._launchers):
+                            self._start(waiting.popleft(), trained, received)
+                        elif self._active:
+                            self._wait(trained, received)
+                    except (TrainingError, UserError) as error:
+                        failures.append(error)
+        except BaseException:
+            self._end_launchers()
+            raise
+        if received:
+            stopped = ", ".join(job.name for job in jobs if job.folder not in trained and job not in skipped)
+            training = f"Training of {stopped}" if stopped else "Training"
+            raise PreemptedError(f"{training} was asked to stop; the same command goes on from there.")
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise TrainingError(" ".join(map(str, failures)))
+        return [trained[job.folder] for job in jobs]
+
+    def _start(self, job: TrainingJob, trained: dict[Path, Path], received: Sequence[int]) -> None:
+        """Have a job trained, unless it is finished or a signal is ``received`` before."""
+        with ExitStack() as held:
+            held.enter_context(locked_folder(job.folder))
+            if is_finished(job):
+                trained[job.folder] = _with_manifest(last_checkpoint(job))
+                return
+            _check_beginning(job)
+            launcher = self._free_launcher()
+            show = held.enter_context(progress(f"train {job.name}", "tokens"))
+            # From here on signals reach the launcher.
+            self._active[launcher] = _Active(job, show, held.pop_all())
+        if received:
+            self._active.pop(launcher).held.close()
+        else:
+            launcher.train(job)
+
+    def _wait(self, trained: dict[Path, Path], received: Sequence[int]) -> None:
+        """Wait a moment for one of the jobs to end, or show the progress of all.
+
+        Raises:
+            TrainingError: the job failed.
+        """
+        try:
+            launcher, answer = self._answers.get(timeout=_SECONDS_BETWEEN_LOOKS)
         except Empty:
-            return None
+            for active in self._active.values():
+                _show(active.job, active.show)
+            return
+        ended = self._active.pop(launcher, None)
+        if ended is None:  # a launcher without a job ended
+            return
+        job = ended.job
+        with ended.held:
+            if answer == "0" and is_finished(job):
+                trained[job.folder] = _with_manifest(last_checkpoint(job))
+            elif not received:
+                raise TrainingError(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
+
+    def _free_launcher(self) -> Launcher:
+        """Return a launcher without a job, and start it if necessary."""
+        free = (number for number, one in enumerate(self._launchers) if one not in self._active)
+        number = next(free)
+        launcher = self._launchers[number]
+        if launcher is None or launcher.ended:
+            share = {} if self._jobs is None else share_of_machine(number, self._jobs)
+            log = self._log.with_stem(f"{self._log.stem}-{number + 1}") if number else self._log
+            log.parent.mkdir(parents=True, exist_ok=True)
+            launcher = self._launchers[number] = Launcher(_launch(log, share), self._answers)
+        return launcher
+
+    def _send_signal(self, number: int) -> None:
+        for launcher in list(self._active):
+            launcher.send_signal(number)
+
+    def _end_launchers(self) -> None:
+        """End all launchers, then unlock the folders of their jobs."""
+        for number, launcher in enumerate(self._launchers):
+            if launcher is not None:
+                launcher.kill()
+                self._launchers[number] = None
+        while self._active:
+            self._active.popitem()[1].held.close()
 
 
-def _launch(log: Path) -> subprocess.Popen[str]:
-    """Start a launcher, which reads paths of job files and writes exit codes; ``log`` receives its other output."""
+def _launch(log: Path, share: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a launcher, which reads paths of job files and writes exit codes.
+
+    Args:
+        log: Receives its other output.
+        share: Variables for its environment.
+    """
     with open(log, "a") as errors:
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "nemo_pvs.megatron.launch", "-"],
@@ -116,6 +207,7 @@ def _launch(log: Path) -> subprocess.Popen[str]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env={**os.environ, **share},
             preexec_fn=die_with_parent,
         )
 
@@ -138,8 +230,21 @@ def last_checkpoint(job: TrainingJob) -> Path:
     return newest
 
 
-def _check_weights(job: TrainingJob) -> None:
-    """Read the checkpoints that Megatron is about to load, to verify their checksums, because Megatron does not."""
+def _check_beginning(job: TrainingJob) -> None:
+    """Check what a job starts from, and print which of its checkpoints are broken.
+
+    The checkpoints that Megatron is about to load are read to verify their checksums, because Megatron does not.
+
+    Raises:
+        UserError: the weights are damaged, or the optimizer state to start from is missing.
+    """
+    newest, broken = newest_sound(job.checkpoints)
+    for sentence in say_broken(newest, broken):
+        console.print(sentence, soft_wrap=True)
+    if newest is not None:
+        return
+    if job.carried:
+        state_to_carry(job.carried.checkpoints)
     models = {"initial weights": job.initial, "teacher": job.teacher}
     for name, path in models.items():
         if path is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +69,6 @@ def trainer_fixture(tmp_path: Path, forked_launcher: None) -> Iterator[Trainer]:
         yield trainer
 
 
-class _Shared(Pipeline):
-    """A run whose arms are trained by what trains those of other runs."""
-
-    trainer: Trainer
-
-    def _trainer(self) -> Any:
-        return nullcontext(self.trainer)
-
-
 def _in_miniature(name: str, folder: Path, targets: dict[str, Any]) -> Path:
     """Write a recipe that extends a shipped one and changes its sizes, and where things lie."""
     shipped = load_recipe(f"llama31_8b/{name}")
@@ -117,9 +107,8 @@ def _in_miniature(name: str, folder: Path, targets: dict[str, Any]) -> Path:
 
 
 def _run(name: str, folder: Path, trainer: Trainer, targets: dict[str, Any]) -> Results:
-    pipeline = _Shared(load_recipe(str(_in_miniature(name, folder, targets))), folder / name)
-    pipeline.trainer = trainer
-    pipeline.run()
+    pipeline = Pipeline(load_recipe(str(_in_miniature(name, folder, targets))), folder / name)
+    pipeline.run(trainer)
     results = assemble(pipeline)
     write_report(results, folder / name)
     return results

@@ -11,6 +11,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.records import Record
 from nemo_pvs.pipeline.stage import Stage
 from nemo_pvs.pipeline.store import Stages
+from nemo_pvs.system.files import read_json
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,42 @@ def test_equal_stages_of_a_kind_are_done_once(tmp_path: Path) -> None:
     for name, ratio, count in (("prune/a", 0.5, 1), ("prune/b", 0.5, 1), ("prune/d", 0.6, 4)):
         assert run(again, name, ratio) == count
     assert done == ["prune/a", "prune/c", "masks/a", "prune/d"]
+
+
+def test_a_forced_stage_that_was_begun_goes_on(tmp_path: Path) -> None:
+    """As a training that was started ahead of its stage, whose result must not be removed again."""
+    out = tmp_path / "train"
+    stage = Stage(
+        name="train/width",
+        record=Counted,
+        inputs=dict,
+        work=lambda: Counted(int(out.read_text())),
+        outputs=[out],
+        precious=[out],
+        keep_partial=True,
+    )
+    before = Stages(tmp_path)
+    assert before.begin(stage)
+    out.write_text("1")
+    assert before.run(stage).count == 1
+    stages = Stages(tmp_path, ("train",))
+    assert stages.begin(stage)
+    assert not out.exists()
+    out.write_text("2")
+    assert stages.begin(stage)
+    assert stages.run(stage, worked=lambda: 3600.0).count == 2
+    assert stages.run(stage).count == 2
+    assert read_json(tmp_path / "stages" / "train-width.json")["seconds"] == pytest.approx(3600, abs=60)
+
+
+def test_a_stage_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Stage(name="data", record=Counted, inputs=dict, work=lambda: Counted(1))
+    for _ in range(2):
+        stages = Stages(tmp_path)
+        for _ in range(3):
+            stages.run(stage)
+    assert [line.split("(")[0].strip() for line in capsys.readouterr().out.splitlines()] == [
+        "→ data",
+        "✓ data",
+        "✓ data",
+    ]

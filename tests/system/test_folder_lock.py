@@ -86,6 +86,18 @@ def test_a_signal_ends_the_holder_as_ever_and_its_lock(hold, tmp_path, number):
     assert not list(tmp_path.iterdir())
 
 
+def test_locks_may_be_released_in_any_order(tmp_path):
+    """As those of jobs that are trained side by side, of which the first to start may be the first to end."""
+    before = signal.getsignal(signal.SIGHUP)
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(locked_folder(tmp_path / "first"))
+        second.enter_context(locked_folder(tmp_path / "second"))
+        first.close()
+        assert signal.getsignal(signal.SIGHUP) == folder_lock._release_and_end
+        assert (tmp_path / "second" / ".lock").exists()
+    assert signal.getsignal(signal.SIGHUP) == before == signal.SIG_DFL
+
+
 def test_a_mistake_removes_the_lock(hold, tmp_path):
     first = hold(tmp_path)
     assert "a mistake" in first.communicate("fail\n")[1]

@@ -1,12 +1,17 @@
-"""What is printed where no terminal is."""
+"""What is printed where no terminal is, and on one."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
+from rich.console import Console
+
+from nemo_pvs.system import progress
 
 
 @pytest.mark.parametrize(("columns", "width"), [(None, 160), ("90", 90)])
@@ -21,3 +26,30 @@ def test_tables_in_a_log_are_not_squeezed_into_80_columns(columns, width):
         check=True,
     ).stdout
     assert int(printed) == width
+
+
+def test_a_terminal_shows_a_row_for_each_task_in_one_display(monkeypatch):
+    """As for jobs that are trained at the same time, of which any may end first."""
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        progress,
+        "console",
+        Console(file=shown, force_terminal=True, width=120, color_system=None, legacy_windows=False),
+    )
+    with ExitStack() as first, progress.progress("train second", "tokens") as second:
+        first.enter_context(progress.progress("check first", "parameters"))(1, 10)
+        second(5, 20, note="loss 3.21")
+        progress._bars.refresh()
+        rows = shown.getvalue().splitlines()[-2:]
+        for row, parts in zip(
+            rows, (["train second", "5/20", "tokens", "3.21"], ["check first", "1/10"]), strict=True
+        ):
+            assert all(part in row for part in parts), rows
+        first.close()
+        shown.truncate(0)
+        progress._bars.refresh()
+        assert "train second" in shown.getvalue()
+        assert "check first" not in shown.getvalue()
+    assert progress._bars is None
+    with progress.progress("third"):
+        pass

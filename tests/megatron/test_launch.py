@@ -1,0 +1,91 @@
+"""The launcher and its ranks as processes, without NeMo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_pvs.megatron import launch
+from nemo_pvs.recipe.fields import Parallelism
+from nemo_pvs.recipe.training import Training
+from nemo_pvs.system.processes import is_running, start_time
+from nemo_pvs.training.job import TrainingJob
+from tests.system.lock_holder import holder
+
+
+@pytest.fixture(name="job")
+def job_fixture(tmp_path: Path) -> TrainingJob:
+    training = Training(tokens=512, sequence_length=32, global_batch_size=4, learning_rate=1e-3, validation_samples=4)
+    (tmp_path / "run").mkdir()
+    return TrainingJob("arm", tmp_path / "run", tmp_path / "initial", {}, Parallelism(), training)
+
+
+def _fork_and_wait(job: TrainingJob) -> None:
+    """As Megatron's checkpoint writer, whose workers wait for their rank."""
+    child = os.fork()
+    if child:
+        (job.folder / "child.part").write_text(str(child))
+        (job.folder / "child.part").rename(job.folder / "child")
+    signal.pause()
+
+
+def test_what_a_rank_forks_does_not_outlive_it(job):
+    rank = multiprocessing.get_context("fork").Process(target=launch._rank, args=(_fork_and_wait, job, 0, 0))
+    rank.start()
+    deadline = time.monotonic() + 10
+    while not (job.folder / "child").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child = int((job.folder / "child").read_text())
+    started = start_time(child)
+    assert is_running(child, started)
+    time.sleep(0.2)  # until it has asked Linux for this
+    rank.kill()
+    rank.join()
+    while is_running(child, started) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    outlived = is_running(child, started)
+    if outlived:
+        os.kill(child, signal.SIGKILL)
+    assert not outlived
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_rank_locks_the_folder_unless_what_started_it_has(job, monkeypatch, capsys, locked):
+    """The launcher of a second job was started before the lock of its folder, and so does not know it."""
+    trained = []
+
+    class Rank:
+        train = staticmethod(trained.append)
+
+    monkeypatch.setattr(launch, "_training", lambda: Rank)
+    monkeypatch.setattr(launch, "forked_die_with_this", lambda: None)
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    file = str(job.save())
+    with holder(job.folder):
+        code = launch.main(["--locked", file] if locked else [file])
+    assert (code, len(trained)) == ((0, 1) if locked else (2, 0)), capsys.readouterr().err
+
+
+def test_torchrun_s_ranks_know_that_the_folder_is_locked(job, monkeypatch, tmp_path):
+    """Recorded by a stand-in for the interpreter, which would take long to start torchrun."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\nexit 3\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(python))
+    assert launch._torchrun(job) == 3
+    assert (tmp_path / "arguments").read_text().split()[-3:] == [
+        "nemo_pvs.megatron.launch",
+        "--locked",
+        str(job.file),
+    ]
