@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_pvs.system.files import check_new_folder
+from nemo_pvs.system.folder_lock import locked_target
 from nemo_pvs.system.progress import progress
 
 
@@ -41,6 +42,6 @@ def train_tokenizer(
     from nemo_pvs.data.train_tokenizer import train_tokenizer as train
 
     files = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    with progress("train a tokenizer", "documents") as show:
+    with locked_target(out), progress("train a tokenizer", "documents") as show:
         train(read_documents([str(file) for file in files], text_key=text_key), out, vocab, show)
     return out

@@ -17,6 +17,7 @@ from nemo_pvs.system.output_paths import check_file, check_folder
 # Sources do not exist and text is missing: who looks at them before the target says something else.
 FOLDER_VERBS: dict[str, Callable[[Path], list[object]]] = {
     "convert": lambda out: ["convert", "absent", out],
+    "tokenizer": lambda out: ["tokenizer", "absent.txt", "--vocab", "300", "--out", out],
     "tokenize": lambda out: ["tokenize", "absent.txt", "--tokenizer", "absent", "--out", out],
     "calibrate": lambda out: ["calibrate", "absent", "--out", out],
     "prune": lambda out: ["prune", "absent", out, "--method", "flap", "--ratio", "0.5"],
