@@ -148,7 +148,7 @@ def test_the_hash_names_the_tokenizer_and_nothing_else(tokenizer_folder: Path, t
     assert tokenizer_hash(save_tokenizer(tmp_path / "other", vocab_size=300)) != before
     with pytest.raises(UserError, match="has no tokenizer"):
         tokenizer_hash(tmp_path)
-    with pytest.raises(UserError, match="There is no tokenizer: .*missing does not exist"):
+    with pytest.raises(UserError, match=r"There is no tokenizer: .*missing does not exist"):
         tokenizer_hash(tmp_path / "missing")
 
 

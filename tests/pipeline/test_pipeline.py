@@ -101,12 +101,12 @@ class KilledAfter(Stages):
         super().__init__(folder)
         self.stage = stage
 
-    def run(self, stage, work=None):
+    def run(self, stage, work=None, *worked):
         def doomed():
             (work or stage.work)()
             os.kill(os.getpid(), signal.SIGKILL)
 
-        return super().run(stage, doomed if stage.name == self.stage else work)
+        return super().run(stage, doomed if stage.name == self.stage else work, *worked)
 
 
 def _run(values: dict, folder: Path, doomed_stage: str | None = None) -> None:
