@@ -38,6 +38,7 @@ def run(
     from nemo_pvs.api.run import run as run_recipe
     from nemo_pvs.recipe.load import load_recipe
     from nemo_pvs.recipe.series import phases
+    from nemo_pvs.reporting.compare.compare import compare, read_runs
 
     check_jobs(jobs)
     if jobs is not None and (launch is not None or prepare_only):
@@ -63,7 +64,7 @@ def run(
         for member in phases(checked, folder)[-1]:
             for arm in checked.runs:
                 console.print(f"trained: {member.folder / 'models' / arm.name}", soft_wrap=True)
-    _show(results, folder)
+    _show(results, folder, compare(read_runs([str(folder)])) if checked.seeds else None)
 
 
 def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:

@@ -19,6 +19,7 @@ from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
 from nemo_pvs.reporting.figures.gap import published_gaps
 from nemo_pvs.reporting.results import ArmResult
 from nemo_pvs.reporting.statistics import Estimate
+from nemo_pvs.reporting.tables.sweeps import sweeps_of
 
 Rows = list[dict[str, Any]]
 
@@ -63,6 +64,8 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
         "tasks": [_task(row) for row in tasks],
         "averages": [_task(row) for row in averages(tasks)],
     }
+    if sweeps := sweeps_of(runs):
+        data["learning_rates"] = [asdict(sweep) for sweep in sweeps]
     if runs.recoveries:
         data["non_inferiority"] = [_recovery(test) for test in runs.recoveries]
     if reference:

@@ -42,7 +42,9 @@ from nemo_pvs.reporting.tables.results import (
     results_rows,
     total_cost,
 )
+from nemo_pvs.reporting.tables.sweeps import SWEEP_HEADINGS, SWEEP_TITLE, sweep_cells, sweep_notes
 from nemo_pvs.reporting.tables.tasks import TASK_HEADINGS, TASK_NOTES, TERMS_HEADINGS, task_cells, terms_cells
+from nemo_pvs.reporting.tables.texts import TEXTS_NOTE, TEXTS_TITLE, text_cells, text_headings
 from nemo_pvs.system.files import write_json, write_text
 
 _REPEAT = "pvs run recipe.yaml --out again"  # every run folder contains its recipe
@@ -132,6 +134,14 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
         tasks=task_cells(averages(tasks) + tasks),
         task_headings=TASK_HEADINGS,
         task_notes=TASK_NOTES,
+        texts=text_cells(results),
+        text_headings=text_headings(results),
+        texts_title=TEXTS_TITLE,
+        texts_note=TEXTS_NOTE,
+        sweeps=sweep_cells(runs),
+        sweep_headings=SWEEP_HEADINGS,
+        sweep_title=SWEEP_TITLE,
+        sweep_notes=sweep_notes(runs),
         terms=terms_cells(runs),
         terms_headings=TERMS_HEADINGS,
         table=table,
@@ -167,6 +177,11 @@ def markdown_report(runs: SideBySide, *, reference: bool = False) -> str:
     if tasks:
         parts += ["## Tasks\n", markdown_rows(TASK_HEADINGS, task_cells(averages(tasks) + tasks))]
         parts.append("\n".join(f"- {note}" for note in TASK_NOTES) + "\n")
+    if texts := text_cells(results):
+        parts += [f"## {TEXTS_TITLE}\n", markdown_rows(text_headings(results), texts), f"{TEXTS_NOTE}\n"]
+    if sweeps := sweep_cells(runs):
+        parts += [f"## {SWEEP_TITLE}\n", markdown_rows(SWEEP_HEADINGS, sweeps)]
+        parts.append("\n".join(f"- {note}" for note in sweep_notes(runs)) + "\n")
     recipe = "recipe" if len(runs.runs) == 1 else "recipes"
     parts += [
         f"Made {results.created} from the {recipe} below; figures, ledger and environment are in report.html.\n",

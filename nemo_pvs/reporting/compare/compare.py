@@ -98,6 +98,7 @@ def _mean_parent(runs: Sequence[Run]) -> ParentResult | None:
         parents[0],
         validation_loss=_mean_known([parent.validation_loss for parent in parents]),
         test_perplexity=_mean_known([parent.test_perplexity for parent in parents]),
+        text_losses=_mean_losses([parent.text_losses for parent in parents]),
     )
 
 
