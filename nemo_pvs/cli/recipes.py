@@ -22,17 +22,19 @@ def recipes(
     from nemo_pvs.cluster.profile import packaged_profiles
     from nemo_pvs.planning.dry_run import settled
     from nemo_pvs.recipe.load import load_recipe, packaged_recipes
+    from nemo_pvs.recipe.series import is_one_run
 
     if recipe is None:
         table = Table("recipe", "runs", "what it does")
         for name in packaged_recipes():
             known = settled(load_recipe(name))
-            table.add_row(name, str(len(known.runs)), known.title)
+            times = f" x {len(known.seeds)} seeds" if known.seeds else ""
+            table.add_row(name, f"{len(known.runs)}{times}", known.title)
         console.print(table)
         console.print(f"launch profiles: {', '.join(packaged_profiles())} (under nemo: run.executor=pvs_PROFILE)")
         return
     known = settled(load_recipe(recipe))
-    packaged = recipe in packaged_recipes()  # only these have factories
+    packaged = recipe in packaged_recipes() and is_one_run(known)  # only these have factories
     table = Table("run", "tokens", *(["nemo llm pretrain --factory"] if packaged else []))
     for arm in known.runs:
         table.add_row(arm.name, f"{arm.tokens:,}", *([factory_call(recipe, known, arm)] if packaged else []))

@@ -35,6 +35,7 @@ from nemo_pvs.pruning.registry import at_once
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
 from nemo_pvs.recipe.options import is_sparse
 from nemo_pvs.recipe.recipe import Arm, Recipe
+from nemo_pvs.recipe.series import is_one_run
 from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import H100, Machine, h100_layout
@@ -50,6 +51,8 @@ def register() -> None:
     """Register all factories, which NeMo-Run finds by target and name."""
     for name in packaged_recipes():
         recipe = settled(load_recipe(name))
+        if not is_one_run(recipe):  # only pvs run knows the order of its parts
+            continue
         run.cli.factory(_pretrain(recipe), target=llm.pretrain, name=factory_name(name))
         for arm in recipe.runs:
             alone = {"target": llm.pretrain, "namespace": _UNLISTED, "name": arm_factory_name(name, arm.name)}

@@ -55,6 +55,11 @@ class Kind:
         return f"{self.target}-{self.initialisation}-{rate:g}"
 
 
+def is_one_run(recipe: Recipe) -> bool:
+    """Return whether a recipe stands for itself alone: no seeds, no parent to train first, no rates to choose."""
+    return not (recipe.seeds or parent_recipe(recipe) or kinds(recipe))
+
+
 def phases(recipe: Recipe, folder: Path) -> list[Phase]:
     """Return the runs of a recipe in order; for a plain recipe one phase with one run, in ``folder`` itself.
 
