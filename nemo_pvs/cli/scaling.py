@@ -204,11 +204,11 @@ def advise(
     ] = None,
 ) -> None:
     """Say whether to prune or to train from scratch, with the evidence and how sure it is."""
-    from nemo_pvs.reporting.results import Results
+    from nemo_pvs.reporting.compare.compare import read_runs
     from nemo_pvs.scaling.advise import advise as answer
     from nemo_pvs.scaling.evidence import Question, written
 
-    own: list[Results] = [Results.load(Path(folder) / "results.json") for folder in runs or []]
+    own = [run.results for run in read_runs(runs or [])]
     question = Question(params, train_tokens, parent_params or 2 * params, parent_tokens or None)
     verdicts = answer(question, own)
     if not parent_params:
