@@ -24,6 +24,7 @@ def run(
     *,
     force: Sequence[str] = (),
     jobs: int | None = None,
+    so_far: bool = False,
     ignore_manifest: bool = False,
 ) -> Results:
     """Run a recipe: calibrate, prune, train every arm, evaluate, report; an interrupted run is resumed.
@@ -34,6 +35,7 @@ def run(
         force: Stages to do again: ``calibrate``, ``prune/width``, ``train``, ...
         jobs: Number of arms to train at the same time, with one thread per rank and an equal share of the GPUs each;
             it does not change the results. By default one at a time, with all cores and GPUs.
+        so_far: Train nothing: measure and report the arms whose training is finished, and name the others as missing.
         ignore_manifest: Read weights that differ from their manifest.
 
     Returns:
@@ -58,7 +60,7 @@ def run(
         from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 
         with ignoring_manifests(ignore_manifest):
-            return series.run()
+            return series.run_so_far() if so_far else series.run()
 
 
 def prepare(

@@ -26,6 +26,9 @@ def run(
         Optional[int],
         typer.Option(help="arms to train at the same time, one thread per rank or a share of the GPUs each"),
     ] = None,
+    so_far: Annotated[
+        bool, typer.Option(help="train nothing: report the arms that are finished, and name the others as missing")
+    ] = False,
     prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, and do nothing")] = False,
     launch: Annotated[
@@ -59,7 +62,7 @@ def run(
         for job in prepare(checked, folder, force=force or (), ignore_manifest=ignore_manifest):
             console.print(f"ready to train: {job}", soft_wrap=True)
         return
-    results = run_recipe(checked, folder, force=force or (), jobs=jobs, ignore_manifest=ignore_manifest)
+    results = run_recipe(checked, folder, force=force or (), jobs=jobs, so_far=so_far, ignore_manifest=ignore_manifest)
     if not checked.parent.has_weights:  # what was trained is the parent of other recipes
         for member in phases(checked, folder)[-1]:
             for arm in checked.runs:

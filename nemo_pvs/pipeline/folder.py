@@ -27,6 +27,7 @@ from nemo_pvs.recipe.fields import Initialisation
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import CHECKPOINTS, METRICS_FILE, CarriedState, Loading, TrainingJob
+from nemo_pvs.training.trainer import is_finished
 
 HUGGING_FACE, NEMO = "huggingface", "nemo"
 """The folders of a pruned target that hold its checkpoints."""
@@ -65,6 +66,12 @@ class RunFolder:
         self.tokens = RunData(recipe, folder / "data")
         self.stages = Stages(folder, force)
         self.records = Records()
+        self.finished_only = False
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms that are trained, measured and reported: all, or with ``finished_only`` those that are trained."""
+        return [arm for arm in self.recipe.runs if not self.finished_only or is_finished(self.job(arm))]
 
     @property
     def parent_path(self) -> Path:

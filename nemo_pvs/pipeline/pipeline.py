@@ -71,6 +71,15 @@ class Pipeline(RunFolder):
                 self.do(train(self, arm), running)
         self.evaluate()
 
+    def run_so_far(self) -> None:
+        """Measure every arm whose training is finished, and train nothing; ``arms`` are then only these."""
+        self._begin(trains_here=False)
+        self._make_initial_weights(None)
+        self.finished_only = True
+        for arm in self.arms:
+            self.do(train(self, arm))
+        self.evaluate()
+
     def trainable(self) -> list[TrainingJob]:
         """Run every stage that needs no training, and return the jobs that can be trained now.
 
@@ -97,6 +106,10 @@ class Pipeline(RunFolder):
             self.stages.begin(stage)
             files.append(stage.prepare())
         return files
+
+    def has_begun(self) -> bool:
+        """Return whether the training of any arm is finished."""
+        return any(is_finished(self.job(arm)) for arm in self.recipe.runs)
 
     def is_trained(self) -> bool:
         """Return whether the training of every arm is finished."""

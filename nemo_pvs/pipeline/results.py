@@ -44,7 +44,8 @@ def assemble(run: RunFolder) -> Results:
         environment=_environment(),
         hashes=_hashes(run.records),
         parent=_parent(run) if recipe.parent.source else None,
-        arms=[_arm(run, arm) for arm in recipe.runs],
+        arms=[_arm(run, arm) for arm in run.arms],
+        unfinished=[_for_people(arm) for arm in recipe.runs if arm not in run.arms],
     )
 
 

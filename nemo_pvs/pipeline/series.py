@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_pvs.errors import TrainingError
+from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.pipeline.results import assemble
@@ -65,11 +65,25 @@ class Series:
                     for pipeline in pipelines:
                         pipeline.run(trainer)
                         self._report(pipeline)
-        if len(self._phases[-1]) == 1 and not self._recipe.seeds:
-            return Results.load(self._folder / RESULTS)
-        together = compare(read_runs([str(self._folder)]))
-        write_files(together, self._folder)
-        return together.results
+        return self._together()
+
+    def run_so_far(self) -> Results:
+        """Report every arm whose training is finished, and train nothing; the others are named as missing.
+
+        Raises:
+            UserError: no arm of the last phase is finished.
+        """
+        for phase in self._phases:
+            with ExitStack() as locks:
+                pipelines = [pipeline for pipeline in self._pipelines(phase, locks) if pipeline.has_begun()]
+                for pipeline in pipelines:
+                    pipeline.run_so_far()
+                    if pipeline.arms:
+                        self._report(pipeline)
+                if not any(pipeline.arms for pipeline in pipelines):
+                    names = ", ".join(str(member.folder) for member in phase)
+                    raise UserError(f"No training in {names} is finished yet; let pvs run go on first.")
+        return self._together()
 
     def prepare_only(self) -> list[Path]:
         """Do what comes before the next training, and return the job files of the trainings that can run now.
@@ -87,6 +101,13 @@ class Series:
                     pipeline.run()
                     self._report(pipeline)
         raise AssertionError("a series has phases")
+
+    def _together(self) -> Results:
+        if not self._recipe.seeds:
+            return Results.load(self._folder / RESULTS)
+        together = compare(read_runs([str(self._folder)]))
+        write_files(together, self._folder)
+        return together.results
 
     def _train_ahead(self, pipelines: Sequence[Pipeline], trainer: Trainer) -> None:
         """Train all arms, those of different runs side by side too."""

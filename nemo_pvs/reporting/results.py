@@ -133,6 +133,8 @@ class Results:
     arms: list[ArmResult]
     sweeps: list[SweepResult] = field(default_factory=list)
     """How learning rates were chosen."""
+    unfinished: list[str] = field(default_factory=list)
+    """Names of the recipe's arms that were not trained yet when this was written."""
 
     @property
     def parent_origin(self) -> str | None:
@@ -207,8 +209,9 @@ class Results:
         for arm, plain in zip(self.arms, data["arms"], strict=True):
             plain["ledger"] = arm.ledger.to_json()
         # What a recipe does not ask for is left out, as in the results of earlier versions.
-        if not self.sweeps:
-            del data["sweeps"]
+        for name in ("sweeps", "unfinished"):
+            if not data[name]:
+                del data[name]
         for model in filter(None, (data["parent"], *data["arms"])):
             for name in ("text_losses", "origin"):
                 if name in model and not model[name]:

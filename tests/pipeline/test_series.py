@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import nemo_pvs as pvs
 from nemo_pvs.cluster.experiment import stages
 from nemo_pvs.cluster.profile import load_profile
 from nemo_pvs.data.shards import tokenize_files
+from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.series import Series
 from nemo_pvs.recipe.load import load_recipe
-from nemo_pvs.reporting.compare.compare import read_runs
+from nemo_pvs.reporting.compare.compare import compare, read_runs
 from nemo_pvs.reporting.results import ParentResult, Results
 from nemo_pvs.training import trainer
 from nemo_pvs.training.job import TrainingJob
@@ -187,3 +189,30 @@ def test_a_launcher_is_told_of_each_phase_in_turn(done: tuple[Path, Results], tm
         TrainingJob.load(Path(job))  # can be trained
     assert [command.name for command in planned if "prepare" in command.name][-2:] == ["sweep-prepare", "prepare"]
     assert len(jobs) == len(set(jobs)) == 2 + 2 + 2 * 2
+
+
+def test_what_is_finished_so_far_is_reported_and_the_rest_is_named(done: tuple[Path, Results], tmp_path: Path) -> None:
+    """A seed lacks one arm's last checkpoint, another has not begun."""
+    folder, results = done
+    shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+    recipe, run = tmp_path / "copy" / "grid.yaml", tmp_path / "copy" / "runs" / "grid"
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**values, "seeds": [1, 2, 3]}, sort_keys=False))
+    name = f"width-random-{4 * STEP}"
+    shutil.rmtree(run / "seed-2" / "train" / name)
+    shutil.rmtree(run / "seed-2" / "models" / name)
+    (run / "seed-2" / "results.json").unlink()
+    so_far = pvs.run(recipe, run, so_far=True)
+    assert _losses(so_far)["width, pruned, 512"] == _losses(results)["width, pruned, 512"]
+    runs = compare(read_runs([str(run)]))
+    assert [len(seed.results.arms) for seed in runs.runs] == [2, 1]
+    assert runs.runs[1].results.unfinished == ["width, random, 512"]
+    assert any("Not trained yet" in warning and "“width, random, 512”" in warning for warning in runs.warnings)
+    assert not (run / "seed-2" / "train" / name).exists()
+    assert not (run / "seed-3").exists()
+
+
+def test_nothing_finished_is_nothing_to_report(done: tuple[Path, Results], tmp_path: Path) -> None:
+    folder, _ = done
+    with pytest.raises(UserError, match=r"No training in .*parent.* is finished yet; let pvs run go on first"):
+        pvs.run(folder / "grid.yaml", tmp_path / "runs" / "grid", so_far=True)

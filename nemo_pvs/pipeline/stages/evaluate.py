@@ -69,7 +69,7 @@ def _is_validated(run: RunFolder, arm: Arm) -> bool:
 def models_to_evaluate(run: RunFolder) -> dict[str, Path]:
     """Return every model of the run by label: the parent, each arm's initial weights, each trained arm."""
     models = {"parent": run.parent_path} if run.recipe.parent.source else {}
-    for arm in run.recipe.runs:
+    for arm in run.arms:
         models[initial_label(arm)] = run.initial(arm.target, arm.initialisation)
         models[arm.name] = run.model(arm.name)
     return models

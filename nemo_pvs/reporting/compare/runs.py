@@ -131,6 +131,10 @@ class SideBySide:
         warnings = []
         for difference in self.differences:
             warnings.append(f"These runs are not comparable, and were put together all the same: {difference}.")
+        for run in self.runs:
+            if run.results.unfinished:
+                arms = ", ".join(f"“{name}”" for name in run.results.unfinished)
+                warnings.append(f"Not trained yet in {run.label}, and missing here: {arms}.")
         for start, words in (("pruned", "the pruned parent"), ("random", "random weights")):
             missing = [target for target, weights in self.missing if weights == start]
             if missing:
