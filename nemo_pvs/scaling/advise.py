@@ -10,7 +10,15 @@ from typing import Literal
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.published import Published, published
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.scaling.evidence import Evidence, Question, Setting, own_evidence, published_evidence, written
+from nemo_pvs.scaling.evidence import (
+    Evidence,
+    Question,
+    Setting,
+    own_evidence,
+    packaged_runs,
+    published_evidence,
+    written,
+)
 
 Choice = Literal["prune", "scratch", "either", "unknown"]
 Sureness = Literal["likely", "tentative", "unknown"]
@@ -64,7 +72,8 @@ def advise(question: Question, runs: Iterable[Results] = (), paper: Published | 
             f"{written(question.parent_parameters)}; give a larger --parent-params."
         )
     paper = paper or published()
-    evidence = [*own_evidence(question, runs), *published_evidence(question, paper)]
+    packaged = own_evidence(question, packaged_runs(), packaged=True)
+    evidence = [*own_evidence(question, runs), *packaged, *published_evidence(question, paper)]
     settings: list[Setting] = ["equal training tokens"]
     if question.parent_tokens is not None:
         settings.append("equal total tokens")

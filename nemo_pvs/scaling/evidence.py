@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
-from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Results, at
 from nemo_pvs.scaling.curve import BILLION
 
 Setting = Literal["equal training tokens", "equal total tokens"]
@@ -70,8 +72,20 @@ def granularity_of(arm: ArmResult) -> Granularity:
     return "depth" if any(word in arm.method for word in ("depth", "shortgpt", "layer")) else "width"
 
 
-def own_evidence(question: Question, runs: Iterable[Results]) -> list[Evidence]:
-    """Compare pruned and scratch arms of finished runs, for each target at equal training and equal total tokens."""
+def packaged_runs() -> list[Results]:
+    """Return the results of the project's own runs that come with the package (``recipes/*/results``)."""
+    folder = Path(str(resources.files("nemo_pvs.recipes")))
+    return [Results.load(file) for file in sorted(folder.glob("*/results/*/seed-*/results.json"))]
+
+
+def own_evidence(question: Question, runs: Iterable[Results], *, packaged: bool = False) -> list[Evidence]:
+    """Compare pruned and scratch arms of finished runs, for each target at equal training and equal total tokens.
+
+    Args:
+        question: What a user wants to train.
+        runs: Results of finished runs.
+        packaged: Whether they are the project's own runs (``packaged_runs``), not the user's.
+    """
     evidence = []
     for results in runs:
         for arm in results.arms:
@@ -79,11 +93,13 @@ def own_evidence(question: Question, runs: Iterable[Results]) -> list[Evidence]:
                 continue
             gap = results.gap(arm)
             if gap is not None and math.isfinite(gap):
-                evidence.append(_own(question, results, results.parent, arm, gap, "equal training tokens"))
+                evidence.append(_own(question, results, results.parent, arm, gap, "equal training tokens", packaged))
             for scratch in results.targets[arm.target]:
                 advantage = _advantage_at_equal_total(arm, scratch)
                 if advantage is not None:
-                    evidence.append(_own(question, results, results.parent, arm, advantage, "equal total tokens"))
+                    evidence.append(
+                        _own(question, results, results.parent, arm, advantage, "equal total tokens", packaged)
+                    )
     return evidence
 
 
@@ -99,7 +115,13 @@ def _advantage_at_equal_total(pruned: ArmResult, scratch: ArmResult) -> float | 
 
 
 def _own(
-    question: Question, results: Results, pruned_from: ParentResult, arm: ArmResult, advantage: float, setting: Setting
+    question: Question,
+    results: Results,
+    pruned_from: ParentResult,
+    arm: ArmResult,
+    advantage: float,
+    setting: Setting,
+    packaged: bool,
 ) -> Evidence:
     tokens = arm.ledger.training.tokens or arm.validation[-1].tokens
     parent = pruned_from.shape.parameters
@@ -109,10 +131,12 @@ def _own(
         _unlike("training tokens", question.train_tokens, tokens),
         _unlike_ratio(question.ratio, 1 - parameters / parent),
     ]
+    seed = at(results.recipe, "train", "seed")
+    run = f"{results.title!r} ({results.recipe_name}{'' if seed is None else f', seed {seed}'})"
     return Evidence(
         setting,
-        f"your run {results.title!r} ({results.recipe_name})",
-        True,
+        f"nemo_pvs's own run {run}" if packaged else f"your run {run}",
+        not packaged,
         granularity_of(arm),
         arm.method,
         advantage,
