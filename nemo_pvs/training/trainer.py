@@ -26,7 +26,7 @@ from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.launcher import Launcher, share_of_machine
 from nemo_pvs.training.preemption import PREEMPTED, handing_on
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class PreemptedError(TrainingError):
