@@ -34,7 +34,7 @@ def report(
         curve: ``ARM=LOG``: the arm's validation losses are in TensorBoard's folder, or in a CSV export of W&B.
         published: Show the paper's points next to the gaps.
         non_inferior_to: ``parent``: test whether each pruned model is as good as its parent, to within ``margin``.
-        margin: How much worse is still as good, in ``unit``.
+        margin: The largest acceptable loss against the parent, in ``unit``.
         unit: ``points`` of accuracy (per cent), or ``nats`` per token of validation loss.
         force: Compare what is not comparable, and mark the page.
 

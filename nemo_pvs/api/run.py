@@ -42,7 +42,7 @@ def run(
         What the report in the run folder shows; the means over the seeds if the recipe has ``seeds``.
 
     Raises:
-        UserError: the recipe asks for something that is not possible, which is said before any work is done.
+        UserError: the recipe asks for something that cannot be done; raised before any work starts.
         TrainingError: a rank failed, or a training was asked to stop; it names the log.
 
     Example:
@@ -52,6 +52,8 @@ def run(
         [('width, pruned', 64), ('width, random', 64)]
     """
     check_jobs(jobs)
+    if so_far and force:
+        raise UserError("so_far trains nothing; leave out force.")
     checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = Path(out or f"runs/{checked.name}")
     check_folder(folder)

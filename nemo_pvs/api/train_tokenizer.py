@@ -1,4 +1,4 @@
-"""Training a tokenizer, for a parent of one's own."""
+"""Training a tokenizer, for a parent that you train from scratch."""
 
 from __future__ import annotations
 

@@ -41,9 +41,11 @@ def run(
     from nemo_pvs.api.run import run as run_recipe
     from nemo_pvs.recipe.load import load_recipe
     from nemo_pvs.recipe.series import phases
-    from nemo_pvs.reporting.compare.compare import compare, read_runs
+    from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
 
     check_jobs(jobs)
+    if so_far and (force or launch is not None or prepare_only):
+        raise UserError("--so-far trains nothing; leave it out with --force, --launch and --prepare-only.")
     if jobs is not None and (launch is not None or prepare_only):
         raise UserError("--jobs is for trainings of this command; leave it out with --launch and --prepare-only.")
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
@@ -67,7 +69,12 @@ def run(
         for member in phases(checked, folder)[-1]:
             for arm in checked.runs:
                 console.print(f"trained: {member.folder / 'models' / arm.name}", soft_wrap=True)
-    _show(results, folder, compare(read_runs([str(folder)])) if checked.seeds else None)
+    runs = None
+    if checked.seeds:
+        folders = [str(member.folder) for member in phases(checked, folder)[-1]]
+        reported = [seed for seed in folders if (Path(seed) / RESULTS).exists()]
+        runs = compare(read_runs(reported), absent=[seed for seed in folders if seed not in reported])
+    _show(results, folder, runs)
 
 
 def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:
@@ -103,7 +110,7 @@ def report(
     non_inferior_to: Annotated[
         Optional[str], typer.Option(help="parent: test whether each pruned model is as good, to within --margin")
     ] = None,
-    margin: Annotated[Optional[float], typer.Option(help="how much worse than the parent is still as good")] = None,
+    margin: Annotated[Optional[float], typer.Option(help="largest acceptable loss against the parent")] = None,
     unit: Annotated[
         str, typer.Option(help="of the margin: points of accuracy, or nats of validation loss")
     ] = "points",

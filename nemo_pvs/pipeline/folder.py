@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,17 @@ PLAN, SETTINGS = "plan.json", "pruning.json"
 STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
 
 
+def check_forced(force: Sequence[str]) -> None:
+    """Refuse names of stages to run again that no stage has.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for stage in force:
+        if stage.split("/")[0] not in STAGES:
+            raise UserError(f"There is no stage {stage} to force; choose from {', '.join(STAGES)}.")
+
+
 class RunFolder:
     """A run folder, its recipe, and the records of the stages that have been completed."""
 
@@ -57,9 +68,7 @@ class RunFolder:
         Raises:
             UserError: a forced stage is unknown.
         """
-        for stage in force:
-            if stage.split("/")[0] not in STAGES:
-                raise UserError(f"There is no stage {stage} to force; choose from {', '.join(STAGES)}.")
+        check_forced(force)
         self.recipe = recipe
         self.folder = folder
         self.compute = compute

@@ -27,6 +27,7 @@ from nemo_pvs.pipeline.stages.tasks import ask_tasks, check_questions, check_tas
 from nemo_pvs.pipeline.stages.train import train
 from nemo_pvs.pipeline.tokens import Splits
 from nemo_pvs.planning.checks import check_training
+from nemo_pvs.planning.dry_run import settled
 from nemo_pvs.planning.equal_terms import settle
 from nemo_pvs.planning.learned import first_of_each_training
 from nemo_pvs.planning.parent_checks import check_costs
@@ -107,9 +108,9 @@ class Pipeline(RunFolder):
             files.append(stage.prepare())
         return files
 
-    def has_begun(self) -> bool:
+    def has_finished_arms(self) -> bool:
         """Return whether the training of any arm is finished."""
-        return any(is_finished(self.job(arm)) for arm in self.recipe.runs)
+        return any(is_finished(self.job(arm)) for arm in settled(self.recipe).runs)
 
     def is_trained(self) -> bool:
         """Return whether the training of every arm is finished."""

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.layerwise.model import ON_CPU, Compute
+from nemo_pvs.pipeline.folder import check_forced
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.pipeline.results import assemble
+from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.series import Member, Phase, kinds, phases, with_rates
 from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
@@ -41,10 +43,16 @@ class Series:
             force: Stages to run again, as for ``Pipeline``; applies to everything but the parents.
             compute: Where and how layers run.
             jobs: Number of trainings at the same time, as for ``Trainer``.
+
+        Raises:
+            UserError: a forced stage is unknown, or a part of the series is impossible.
         """
+        check_forced(force)
         self._recipe = recipe
         self._folder = folder
         self._phases = phases(recipe, folder)
+        for first, *_ in self._phases if len(self._phases) > 1 else ():
+            dry_run(first.recipe)  # a mistake in a later part is said before parents are trained
         self._force = tuple(force)
         self._compute = compute
         self._jobs = jobs
@@ -75,14 +83,15 @@ class Series:
         """
         for phase in self._phases:
             with ExitStack() as locks:
-                pipelines = [pipeline for pipeline in self._pipelines(phase, locks) if pipeline.has_begun()]
+                if self._is_sweep(phase) and not all(map(_is_reported, phase)):
+                    raise UserError(f"The sweep in {phase[0].folder} is not finished; continue pvs run first.")
+                pipelines = [pipeline for pipeline in self._pipelines(phase, locks) if pipeline.has_finished_arms()]
+                if not pipelines:
+                    names = ", ".join(str(member.folder) for member in phase)
+                    raise UserError(f"No training in {names} is finished yet; continue pvs run first.")
                 for pipeline in pipelines:
                     pipeline.run_so_far()
-                    if pipeline.arms:
-                        self._report(pipeline)
-                if not any(pipeline.arms for pipeline in pipelines):
-                    names = ", ".join(str(member.folder) for member in phase)
-                    raise UserError(f"No training in {names} is finished yet; let pvs run go on first.")
+                    self._report(pipeline)
         return self._together()
 
     def prepare_only(self) -> list[Path]:
@@ -105,8 +114,11 @@ class Series:
     def _together(self) -> Results:
         if not self._recipe.seeds:
             return Results.load(self._folder / RESULTS)
-        together = compare(read_runs([str(self._folder)]))
+        reported = [str(member.folder) for member in self._phases[-1] if _is_reported(member)]
+        absent = [str(member.folder) for member in self._phases[-1] if not _is_reported(member)]
+        together = compare(read_runs(reported), absent=absent)
         write_files(together, self._folder)
+        (self._folder / RESULTS).unlink(missing_ok=True)  # of a time when the recipe had no seeds
         return together.results
 
     def _train_ahead(self, pipelines: Sequence[Pipeline], trainer: Trainer) -> None:
@@ -140,6 +152,10 @@ class Series:
 
     def _is_sweep(self, phase: Phase) -> bool:
         return any(member.sweep == phase[0].folder for later in self._phases for member in later)
+
+
+def _is_reported(member: Member) -> bool:
+    return (member.folder / RESULTS).exists()
 
 
 def sweeps(member: Member) -> list[SweepResult]:

@@ -50,22 +50,26 @@ def _with_parent(values: dict[str, Any], path: Path) -> dict[str, Any]:
         UserError: there is no such recipe, it is not valid, or what it trains is not one model.
     """
     parent = values.get("parent")
-    if not isinstance(parent, Mapping) or not isinstance(parent.get("recipe"), str):
+    given = parent.get("recipe") if isinstance(parent, Mapping) and parent.get("source") is None else None
+    if not isinstance(parent, Mapping) or not isinstance(given, (str, Mapping)):
         return values
-    file = Path(parent["recipe"])
-    if not file.is_file():
-        raise UserError(f"{path}: parent.recipe {file} does not exist; correct the path.")
-    inner = _with_parent(_read(file, (path.resolve(),)), file)
-    recipe = parse_recipe(inner, str(file))
-    where = f"{path}: parent.recipe {file}"
-    if recipe.parent.has_weights:
+    where = f"{path}: parent.recipe"
+    if isinstance(given, str):
+        where = f"{where} {given}"
+        if not Path(given).is_file():
+            raise UserError(f"{where} does not exist; correct the path.")
+        given = _read(Path(given), (path.resolve(),))
+    inner = dict(given)
+    grandparent = inner.get("parent")
+    if isinstance(grandparent, Mapping) and (grandparent.get("recipe") or grandparent.get("source")):
         raise UserError(f"{where} has a parent itself; name a recipe that trains a model from random weights.")
+    recipe = parse_recipe(inner, where)
     if len(recipe.runs) != 1:
         raise UserError(f"{where} trains {len(recipe.runs)} models; name a recipe that trains one.")
     if recipe.seeds and not values.get("seeds"):
         raise UserError(f"{where} has seeds, so there are several parents; add the seeds here too.")
-    given = {"config": recipe.parent.config, "pretraining_tokens": recipe.runs[0].tokens}
-    return {**values, "parent": {**given, **parent, "recipe": inner}}
+    known = {"config": recipe.parent.config, "pretraining_tokens": recipe.runs[0].tokens}
+    return {**values, "parent": {**known, **parent, "recipe": inner}}
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:

@@ -114,7 +114,8 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _seeds_differ(self) -> Recipe:
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds names one twice; leave it out")
+            twice = next(seed for seed in self.seeds if self.seeds.count(seed) > 1)
+            raise ValueError(f"seeds lists {twice} twice; remove one")
         return self
 
     @model_validator(mode="after")

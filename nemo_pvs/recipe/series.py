@@ -76,8 +76,11 @@ def _phases(recipe: Recipe, folder_of: Callable[[Recipe], Path], folder: Path) -
     parent = parent_recipe(recipe)
     if parent is not None:
         root = folder.parent / PARENTS
-        first = root / _parent_name(of_seed(parent, parent.seeds[0]) if parent.seeds else parent)
-        done += _phases(parent, lambda one: root / _parent_name(one), first)
+        first = of_seed(parent, parent.seeds[0]) if parent.seeds else parent
+        first_seed = first.train.seed
+        done += _phases(
+            parent, lambda one: root / _parent_name(one, first_seed), root / _parent_name(first, first_seed)
+        )
         runs = [_with_parent(run, member) for run, member in zip(runs, done[-1], strict=True)]
     sweep = folder / "sweep" if kinds(recipe) else None
     if sweep is not None:
@@ -98,11 +101,23 @@ def parent_recipe(recipe: Recipe) -> Recipe | None:
     return parent.model_copy(update={"seeds": recipe.seeds}) if recipe.seeds else parent
 
 
-def _parent_name(recipe: Recipe) -> str:
-    """Return the name of a parent's run folder: equal for equal trainings, whatever their titles and layouts."""
-    settings = recipe.model_dump(mode="json", exclude={"name", "title", "evaluate", "layout", "seeds"})
-    for target in settings["targets"].values():
-        del target["layout"]
+def _parent_name(recipe: Recipe, first_seed: int) -> str:
+    """Return the name of a parent's run folder: equal for trainings that give equal weights.
+
+    Args:
+        recipe: The recipe of one seed.
+        first_seed: The seed with which its learning rate is chosen, if it is.
+    """
+    (arm,) = recipe.runs
+    settings = {
+        "config": recipe.parent.config,
+        "tokenizer": recipe.parent.tokenizer,
+        "data": recipe.data.model_dump(mode="json", exclude={"token_ranges"}),
+        "first_token": arm.first_token,
+        "initialisation": arm.training.initialisation,
+        "training": arm.training.identity,
+        **({"rate of seed": first_seed} if kinds(recipe) else {}),
+    }
     return f"{recipe.name}-{sha256_json(settings)[:10]}"
 
 
@@ -117,6 +132,8 @@ def kinds(recipe: Recipe) -> list[Kind]:
     groups: dict[str, Kind] = {}
     for name, target in recipe.targets.items():
         for initialisation in recipe.arms_of(name):
+            if not recipe.budgets_of(initialisation):
+                continue
             sweep = target.peak(initialisation, recipe.train.learning_rate)
             if not isinstance(sweep, Sweep):
                 continue
@@ -140,6 +157,12 @@ def candidates(recipe: Recipe) -> Recipe:
             raise UserError(
                 f"Recipe {recipe.name}: the sweeps of {kind.initialisation} arms have different tokens; give all of "
                 "them the same."
+            )
+        first, end = recipe.data.token_ranges.of(kind.initialisation)
+        if first + tokens > end:
+            raise UserError(
+                f"Recipe {recipe.name}: the sweep of {kind.name} arms reads {tokens:,} tokens, past the end of their "
+                f"range ({first:,} to {end:,.0f}); give the sweep fewer tokens."
             )
         budgets = budgets.model_copy(update={kind.initialisation: [tokens]})
     return recipe.model_copy(

@@ -81,9 +81,10 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     """
     if not values:
         return None
-    mean, count = statistics.fmean(values), len(values)
+    count = len(values)
     if count < 2 or not all(map(math.isfinite, values)):
-        return Estimate(mean, count)
+        return Estimate(sum(values) / count, count)  # fmean refuses to add opposite infinities
+    mean = statistics.fmean(values)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     return Estimate(mean, count, deviation, deviation / math.sqrt(count), count - 1)
 

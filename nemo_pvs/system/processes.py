@@ -25,7 +25,7 @@ def die_with_parent() -> None:
 def forked_die_with_this() -> None:
     """Ask Linux to kill every process that this one forks from now on when this one ends, and theirs in turn.
 
-    Libraries fork too: a worker of Megatron's checkpoint writer waits for ever for a rank that was killed meanwhile.
+    Libraries fork too: a worker of Megatron's checkpoint writer waits forever for a rank that has been killed.
     """
     os.register_at_fork(after_in_child=die_with_parent)
 

@@ -121,7 +121,7 @@ class Trainer:
         if received:
             stopped = ", ".join(job.name for job in jobs if job.folder not in trained and job not in skipped)
             training = f"Training of {stopped}" if stopped else "Training"
-            raise PreemptedError(f"{training} was asked to stop; the same command goes on from there.")
+            raise PreemptedError(f"{training} was asked to stop; the same command continues from there.")
         if len(failures) == 1:
             raise failures[0]
         if failures:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import html
+import http.client
 import io
 import json
 import re
@@ -19,7 +20,6 @@ import struct
 import sys
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -212,7 +212,7 @@ def download(source: Source, folder: Path) -> bytes:
         try:
             with urllib.request.urlopen(source.url, timeout=60) as answer:
                 content = answer.read()
-        except (urllib.error.URLError, TimeoutError) as error:
+        except (OSError, http.client.HTTPException) as error:
             sys.exit(f"{source.url} cannot be downloaded ({error}); put the file into {folder}, and start again.")
         if hashlib.sha256(content).hexdigest() != source.sha256:
             sys.exit(f"{source.url} is not the file that was pinned; put the one with {source.sha256} into {folder}.")

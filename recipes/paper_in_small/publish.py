@@ -1,4 +1,4 @@
-"""Keeps the results of a run as data: its numbers, hashes, versions and recipe, but no weights and no training curves.
+"""Saves the results of a run as data: its numbers, hashes, versions and recipe, but no weights and no training curves.
 
     python -m nemo_pvs.recipes.paper_in_small.publish runs/paper_in_small_quick FOLDER
 

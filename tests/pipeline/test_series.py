@@ -207,12 +207,14 @@ def test_what_is_finished_so_far_is_reported_and_the_rest_is_named(done: tuple[P
     runs = compare(read_runs([str(run)]))
     assert [len(seed.results.arms) for seed in runs.runs] == [2, 1]
     assert runs.runs[1].results.unfinished == ["width, random, 512"]
-    assert any("Not trained yet" in warning and "“width, random, 512”" in warning for warning in runs.warnings)
+    assert any("“width, random, 512” in" in warning for warning in runs.warnings)
+    assert not any(finding.judgement == "holds" for finding in runs.findings)
+    assert "seed-3, not trained yet" in (run / "report.html").read_text()
     assert not (run / "seed-2" / "train" / name).exists()
     assert not (run / "seed-3").exists()
 
 
 def test_nothing_finished_is_nothing_to_report(done: tuple[Path, Results], tmp_path: Path) -> None:
     folder, _ = done
-    with pytest.raises(UserError, match=r"No training in .*parent.* is finished yet; let pvs run go on first"):
+    with pytest.raises(UserError, match=r"No training in .*parent.* is finished yet; continue pvs run first"):
         pvs.run(folder / "grid.yaml", tmp_path / "runs" / "grid", so_far=True)

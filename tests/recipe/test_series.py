@@ -169,7 +169,7 @@ def test_equal_sweeps_of_several_targets_are_one_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("grid", "parent", "sentence"),
     [
-        ({"seeds": [1, 1]}, {}, "recipe: seeds names one twice; leave it out."),
+        ({"seeds": [1, 1]}, {}, "recipe: seeds lists 1 twice; remove one."),
         ({"seeds": []}, {}, "seeds: list should have at least 1 item"),
         ({"seeds": [0]}, {}, "seeds.0: input should be greater than or equal to 1, not 0."),
         ({"parent": {"recipe": "no.yaml"}}, {}, "no.yaml does not exist; correct the path."),
@@ -180,6 +180,8 @@ def test_equal_sweeps_of_several_targets_are_one_choice(tmp_path: Path) -> None:
             {"parent": {"source": "x"}},
             "has a parent itself; name a recipe that trains a model from random weights.",
         ),
+        ({"parent": {"recipe": {"name": "inline"}}}, {}, "parent.recipe: title is missing; add it."),
+        ({"parent": {"recipe": {**parent_values(), "budgets": [64, 128]}}}, {}, "parent.recipe trains 2 models;"),
         ({"train": {**TRAIN, "learning_rate": {"sweep": [1e-3]}}}, {}, "train.learning_rate.sweep: list should have"),
         (
             {"train": {**TRAIN, "learning_rate": {"sweep": [1e-3, 1e-3]}}},
@@ -200,6 +202,25 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(
     with pytest.raises(UserError) as error:
         load(tmp_path, {**grid_values(), **grid}, {**parent_values(), **parent})
     assert sentence in str(error.value)
+
+
+def test_a_parents_recipe_can_be_given_in_place(tmp_path: Path) -> None:
+    grid = {**grid_values(), "parent": {"recipe": parent_values()}}
+    assert phases(load(tmp_path, grid), RUN)[0] == phases(load(tmp_path, grid_values()), RUN)[0]
+
+
+def test_arms_that_are_not_trained_need_no_rate(tmp_path: Path) -> None:
+    grid = {**grid_values(), "budgets": {"random": [128]}}
+    grid["train"] = {**TRAIN, "learning_rate": {"sweep": [1e-3, 1e-2]}}
+    assert {kind.initialisation for kind in kinds(load(tmp_path, grid))} == {"random"}
+
+
+def test_a_sweep_stays_in_its_range(tmp_path: Path) -> None:
+    grid = grid_values()
+    grid["data"] = {**DATA, "token_ranges": {"pruned": [640, 1000]}}
+    grid["train"] = {**TRAIN, "learning_rate": {"sweep": [1e-3, 1e-2], "tokens": 512}}
+    with pytest.raises(UserError, match=r"sweep of pruned arms reads 512 tokens, .*\(640 to 1,000\)"):
+        phases(load(tmp_path, grid), RUN)
 
 
 def test_sweeps_of_one_kind_with_different_tokens_are_refused(tmp_path: Path) -> None:

@@ -154,8 +154,8 @@ def test_without_single_questions_only_seeds_count(results: Results, tmp_path: P
         ({"margin": 0.5}, "name the reference: --non-inferior-to parent"),
         ({"non_inferior_to": "parent"}, "--non-inferior-to needs --margin"),
         ({"non_inferior_to": "scratch", "margin": 0.5}, "--non-inferior-to scratch is unknown"),
-        ({"non_inferior_to": "parent", "margin": 0.0}, "--margin 0 is no margin"),
-        ({"non_inferior_to": "parent", "margin": float("nan")}, "--margin nan is no margin"),
+        ({"non_inferior_to": "parent", "margin": 0.0}, "--margin 0 is not a valid margin"),
+        ({"non_inferior_to": "parent", "margin": float("nan")}, "--margin nan is not a valid margin"),
         ({"non_inferior_to": "parent", "margin": 0.5, "unit": "bits"}, "--unit bits is unknown; choose points"),
         (
             {"non_inferior_to": "parent", "margin": 0.5},

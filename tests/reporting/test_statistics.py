@@ -48,7 +48,7 @@ def test_three_seeds_by_hand() -> None:
 
 def test_too_little_has_no_interval() -> None:
     assert estimate([]) is None
-    for values in ([1.0], [1.0, math.nan], [1.0, math.inf]):
+    for values in ([1.0], [1.0, math.nan], [1.0, math.inf], [-math.inf, math.inf]):
         found = estimate(values)
         assert found is not None
         assert found.deviation is found.half_width is found.low is found.high is found.lower_bound is None

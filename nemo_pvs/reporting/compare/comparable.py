@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from nemo_pvs.reporting.compare.runs import Run
 
 
+_SHAPE_OF = "the shape of "
+
+
 def differences_of(runs: Sequence[Run]) -> list[str]:
     """Return a clause for every field in which a run differs from the first run that records it, but must not."""
     differences = []
@@ -19,6 +22,8 @@ def differences_of(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         for field, value in {**_fields(run.results), **_parent(run.results, traced)}.items():
             first, expected = recorded.setdefault(field, (run, value)) if value is not None else (run, value)
+            if field[1].startswith(_SHAPE_OF) and first.identity == run.identity:
+                continue  # scores decide the sizes, and each seed has its own
             if expected != value:
                 what, name = field
                 differences.append(
@@ -53,7 +58,7 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
     return {
         ("tokenizer", "its SHA-256"): hashes.get("tokenizer"),
         ("architecture", "the parent's shape"): str(results.parent.shape) if results.parent else None,
-        **{("architecture", f"the shape of {name}"): str(arms[0].shape) for name, arms in results.targets.items()},
+        **{("architecture", f"{_SHAPE_OF}{name}"): str(arms[0].shape) for name, arms in results.targets.items()},
         **{("data order", f"the SHA-256 of {name}"): value for name, value in hashes.items() if _is_training(name)},
         **{("data order", name): at(recipe, *name.split(".")) for name in order},
         ("validation set", "the SHA-256 of its tokens"): hashes.get("validation tokens"),

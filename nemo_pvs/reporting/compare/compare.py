@@ -48,7 +48,7 @@ def seeds_of(folder: Path) -> list[Path]:
     return [file.parent for file in seeds] if seeds and not (folder / RESULTS).exists() else [folder]
 
 
-def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
+def compare(runs: Sequence[Run], *, absent: Sequence[str] = (), force: bool = False) -> SideBySide:
     """Put runs side by side: repetitions with other seeds are averaged, and equal targets share a panel.
 
     Arms of one target in different runs are compared, so that pruned and scratch may be separate runs; if two runs
@@ -56,6 +56,7 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
 
     Args:
         runs: At least one run.
+        absent: Folders of runs that belong to them and have no results yet.
         force: Accept runs that are not comparable, and record their differences.
 
     Raises:
@@ -85,7 +86,7 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> SideBySide:
     titles = list(dict.fromkeys(run.results.title for run in runs))
     created = max(run.results.created for run in runs)
     merged = replace(first, title="; ".join(titles), arms=arms, created=created, parent=_mean_parent(runs))
-    side_by_side = SideBySide(merged, tuple(runs), repetitions, tuple(differences))
+    side_by_side = SideBySide(merged, tuple(runs), repetitions, tuple(absent), tuple(differences))
     return replace(side_by_side, findings=judge_findings(side_by_side))
 
 

@@ -48,7 +48,7 @@ def ahead_at_equal_training_tokens(runs: SideBySide) -> Finding:
         if runs.results.scratch_of(arm) is None and _has_random(runs, arm):
             missing.append(f"the arm from random weights with the training tokens of “{arm.name}”")
     statement = "At equal training tokens, pruning always beats training from scratch"
-    return _judge("1a", _EQUAL_TRAINING, statement, evidence, missing)
+    return _judge(runs, "1a", _EQUAL_TRAINING, statement, evidence, missing)
 
 
 def gap_shrinks_with_tokens(runs: SideBySide) -> Finding:
@@ -68,7 +68,7 @@ def gap_shrinks_with_tokens(runs: SideBySide) -> Finding:
         name = f"{target}, from {_short(_tokens(few))} to {_short(_tokens(many))} tokens"
         evidence += _drop(name, runs, few, many)
     missing = [f"gaps at two budgets of training tokens on {and_list(lacking)}"] if lacking else []
-    return _judge("1b", _EQUAL_TRAINING, "The gap shrinks with more training tokens", evidence, missing)
+    return _judge(runs, "1b", _EQUAL_TRAINING, "The gap shrinks with more training tokens", evidence, missing)
 
 
 def gap_shrinks_with_ratio(runs: SideBySide) -> Finding:
@@ -89,14 +89,14 @@ def gap_shrinks_with_ratio(runs: SideBySide) -> Finding:
         name = f"{method} at {_short(tokens)} tokens, from {fixed(100 * least, 0)} to {fixed(100 * most, 0)} % removed"
         evidence += _drop(name, runs, ordered[0], ordered[-1])
     missing = [] if evidence else ["gaps of one method at two shares removed and one budget"]
-    return _judge("1c", _EQUAL_TRAINING, "The gap shrinks as more is removed", evidence, missing)
+    return _judge(runs, "1c", _EQUAL_TRAINING, "The gap shrinks as more is removed", evidence, missing)
 
 
 def fine_is_ahead_at_equal_total_tokens(runs: SideBySide) -> Finding:
     """Judge that models with single weights removed still win at equal total tokens."""
     evidence, missing = _at_equal_total(runs, FINE, "weights set to zero (unstructured or N:M)")
     statement = "At equal total tokens, fine pruning (single weights) still beats training from scratch"
-    return _judge("2a", _EQUAL_TOTAL, statement, evidence, missing)
+    return _judge(runs, "2a", _EQUAL_TOTAL, statement, evidence, missing)
 
 
 def depth_is_caught_at_equal_total_tokens(runs: SideBySide) -> Finding:
@@ -106,14 +106,14 @@ def depth_is_caught_at_equal_total_tokens(runs: SideBySide) -> Finding:
     """
     evidence, missing = _at_equal_total(runs, ("depth",), "layers removed")
     statement = "At equal total tokens, training from scratch beats coarse pruning (depth)"
-    return _judge("2b", _EQUAL_TOTAL, statement, evidence, missing, side=-1)
+    return _judge(runs, "2b", _EQUAL_TOTAL, statement, evidence, missing, side=-1)
 
 
 def width_is_caught_at_equal_total_tokens(runs: SideBySide) -> Finding:
     """Judge that training from scratch is ahead of some pruning by width at equal total tokens."""
     evidence, missing = _at_equal_total(runs, ("width",), "width removed")
     statement = "At equal total tokens, training from scratch beats some pruning by width"
-    return _judge("2c", _EQUAL_TOTAL, statement, evidence, missing, side=-1, every=False)
+    return _judge(runs, "2c", _EQUAL_TOTAL, statement, evidence, missing, side=-1, every=False)
 
 
 def _pruned(runs: SideBySide) -> list[ArmResult]:
@@ -191,6 +191,7 @@ def _drop(name: str, runs: SideBySide, first: ArmResult, last: ArmResult) -> lis
 
 
 def _judge(
+    runs: SideBySide,
     finding: str,
     source: str,
     statement: str,
@@ -205,6 +206,7 @@ def _judge(
     One comparison that contradicts a claim about every one suffices to make it fail; a claim about at least one fails
     only if all contradict it.
     """
+    missing = [*missing, *runs.not_trained]
     signs = [item.estimate.sign for item in evidence]
     agree, contradict = [sign == side for sign in signs], [sign == -side for sign in signs]
     complete = bool(signs) and not missing

@@ -39,7 +39,7 @@ def check_margin(reference: str | None, margin: float | None, unit: str) -> tupl
     if reference is None:
         if margin is not None:
             raise UserError(
-                "--margin says how much worse is still as good; name the reference: --non-inferior-to parent."
+                "--margin is the largest acceptable loss; add what to compare with: --non-inferior-to parent."
             )
         return None
     if reference != PARENT:
@@ -47,11 +47,9 @@ def check_margin(reference: str | None, margin: float | None, unit: str) -> tupl
             f"--non-inferior-to {reference} is unknown; pruned models are compared with their parent: parent."
         )
     if margin is None:
-        raise UserError(
-            "--non-inferior-to needs --margin: how much worse than the parent is still as good, such as 0.5."
-        )
+        raise UserError("--non-inferior-to needs --margin, the largest acceptable loss, such as 0.5.")
     if not math.isfinite(margin) or margin <= 0:
-        raise UserError(f"--margin {margin:g} is no margin; give a number above 0, such as 0.5.")
+        raise UserError(f"--margin {margin:g} is not a valid margin; give a number above 0, such as 0.5.")
     for known in _UNITS:
         if unit == known:
             return margin, known
@@ -63,7 +61,7 @@ def judge_recovery(runs: SideBySide, margin: float, unit: Unit = "points") -> tu
 
     Args:
         runs: The runs.
-        margin: How much worse is still as good: percentage points, or nats per token.
+        margin: The largest acceptable loss: percentage points, or nats per token.
         unit: ``points`` tests the accuracy on each task and its average over tasks, ``nats`` the validation loss.
 
     Raises:

@@ -15,6 +15,9 @@ from nemo_pvs.reporting.numbers import and_list
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results, at
 from nemo_pvs.reporting.statistics import estimate
 
+_LISTED = 6
+"""Arms that are listed by name; of more only the number is said."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -67,6 +70,8 @@ class SideBySide:
     runs: tuple[Run, ...]
     repetitions: Mapping[str, Sequence[tuple[Run, ArmResult]]]
     """The runs and arms that each arm of ``results`` is the mean of, by its name there."""
+    absent: tuple[str, ...] = ()
+    """Folders of runs that belong here and have no results yet, such as those of further seeds."""
     differences: tuple[str, ...] = ()
     """Differences that make these runs incomparable, if the comparison was forced."""
     findings: tuple[Finding, ...] = ()
@@ -126,15 +131,23 @@ class SideBySide:
         return next(filter(None, methods), None)
 
     @property
+    def not_trained(self) -> list[str]:
+        """What the recipes ask for and these runs have not trained yet."""
+        missing = []
+        for run in self.runs:
+            names = [f"“{name}”" for name in run.results.unfinished]
+            if names:
+                arms = and_list(names) if len(names) <= _LISTED else f"{len(names)} arms"
+                missing.append(f"{arms} in {run.label}, not trained yet")
+        return [*missing, *(f"all of {folder}, not trained yet" for folder in self.absent)]
+
+    @property
     def warnings(self) -> list[str]:
         """Caveats that a reader must know, one sentence each."""
         warnings = []
         for difference in self.differences:
             warnings.append(f"These runs are not comparable, and were put together all the same: {difference}.")
-        for run in self.runs:
-            if run.results.unfinished:
-                arms = ", ".join(f"“{name}”" for name in run.results.unfinished)
-                warnings.append(f"Not trained yet in {run.label}, and missing here: {arms}.")
+        warnings += [f"Missing here: {lacking}." for lacking in self.not_trained]
         for start, words in (("pruned", "the pruned parent"), ("random", "random weights")):
             missing = [target for target, weights in self.missing if weights == start]
             if missing:
