@@ -151,7 +151,7 @@ def test_without_single_questions_only_seeds_count(results: Results, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"margin": 0.5}, "name the reference: --non-inferior-to parent"),
+        ({"margin": 0.5}, "add what to compare with: --non-inferior-to parent"),
         ({"non_inferior_to": "parent"}, "--non-inferior-to needs --margin"),
         ({"non_inferior_to": "scratch", "margin": 0.5}, "--non-inferior-to scratch is unknown"),
         ({"non_inferior_to": "parent", "margin": 0.0}, "--margin 0 is not a valid margin"),
