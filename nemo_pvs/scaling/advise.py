@@ -83,7 +83,7 @@ def advise(question: Question, runs: Iterable[Results] = (), paper: Published | 
 
 def _with_remark(verdict: Verdict, question: Question, paper: Published) -> Verdict:
     """Add what the paper says about a parent that was trained on far more tokens than the paper's."""
-    published_parent = verdict.choice != "unknown" and not any(item.own for item in verdict.evidence)
+    published_parent = verdict.choice != "unknown" and all(item.published for item in verdict.evidence)
     if not published_parent or (question.parent_tokens or 0) <= 2 * paper.parent_tokens:
         return verdict
     remark = f" That is for a parent of {written(paper.parent_tokens)} tokens; {paper.better_parent}."

@@ -11,8 +11,9 @@ from typing import Literal
 
 import numpy as np
 
+from nemo_pvs.reporting.compare.compare import compare, read_runs
 from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
-from nemo_pvs.reporting.results import ArmResult, ParentResult, Results, at
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.scaling.curve import BILLION
 
 Setting = Literal["equal training tokens", "equal total tokens"]
@@ -49,6 +50,9 @@ class Evidence:
     setting: Setting
     source: str
     own: bool
+    """Whether it is the user's own run."""
+    published: bool
+    """Whether it is from the paper; neither means a run that comes with the package."""
     granularity: Granularity
     method: str
     advantage: float
@@ -73,9 +77,10 @@ def granularity_of(arm: ArmResult) -> Granularity:
 
 
 def packaged_runs() -> list[Results]:
-    """Return the results of the project's own runs that come with the package (``recipes/*/results``)."""
-    folder = Path(str(resources.files("nemo_pvs.recipes")))
-    return [Results.load(file) for file in sorted(folder.glob("*/results/*/seed-*/results.json"))]
+    """Return the results of the project's own runs that come with the package, each the mean over its seeds."""
+    recipes = Path(str(resources.files("nemo_pvs.recipes")))
+    runs = sorted({file.parents[1] for file in recipes.glob("*/results/*/seed-*/results.json")})
+    return [compare(read_runs([str(run)])).results for run in runs]
 
 
 def own_evidence(question: Question, runs: Iterable[Results], *, packaged: bool = False) -> list[Evidence]:
@@ -126,17 +131,20 @@ def _own(
     tokens = arm.ledger.training.tokens or arm.validation[-1].tokens
     parent = pruned_from.shape.parameters
     parameters = arm.shape.parameters - arm.masked_parameters
+    pretraining = [charge.tokens or 0 for charge in arm.ledger.charges if charge.activity == "parent pretraining"]
+    compared = setting == "equal total tokens" and bool(question.parent_tokens) and bool(pretraining)
     reasons = [
         _unlike("parameters", question.parameters, parameters),
         _unlike("training tokens", question.train_tokens, tokens),
+        _unlike("parent tokens", question.parent_tokens or 0, sum(pretraining)) if compared else "",
         _unlike_ratio(question.ratio, 1 - parameters / parent),
     ]
-    seed = at(results.recipe, "train", "seed")
-    run = f"{results.title!r} ({results.recipe_name}{'' if seed is None else f', seed {seed}'})"
+    run = f"{results.title!r} ({results.recipe_name})"
     return Evidence(
         setting,
         f"nemo_pvs's own run {run}" if packaged else f"your run {run}",
         not packaged,
+        False,
         granularity_of(arm),
         arm.method,
         advantage,
@@ -167,6 +175,7 @@ def published_evidence(question: Question, paper: Published) -> list[Evidence]:
                 "equal training tokens",
                 advantage.source,
                 False,
+                True,
                 advantage.granularity,
                 advantage.method,
                 advantage.points,
@@ -189,6 +198,7 @@ def published_evidence(question: Question, paper: Published) -> list[Evidence]:
                 "equal total tokens",
                 accuracy.source,
                 False,
+                True,
                 accuracy.granularity,
                 accuracy.method,
                 accuracy.pruned - accuracy.random,
@@ -221,6 +231,7 @@ def _of_losses(
         "equal total tokens" if head_start else "equal training tokens",
         pruned.source,
         False,
+        True,
         pruned.granularity,
         pruned.method,
         scratch_loss - pruned_loss,

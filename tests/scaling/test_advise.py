@@ -11,7 +11,7 @@ from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ParentResult, Results
 from nemo_pvs.scaling.advise import advise
-from nemo_pvs.scaling.evidence import Question, granularity_of, published_evidence, written
+from nemo_pvs.scaling.evidence import Question, granularity_of, own_evidence, published_evidence, written
 
 from ..reporting.conftest import PARENT, TOKENS, make_arm
 
@@ -36,6 +36,20 @@ def _own(pruned: float, scratch: float, *, scratch_tokens: int = TOKENS) -> Resu
 
 
 TINY = Question(DEPTH.parameters, TOKENS, PARENT.parameters)
+
+
+def test_a_run_of_the_package_is_named_as_such_and_applies_at_its_scale() -> None:
+    runs = [_own(2.5, 2.9), _own(2.5, 2.9, scratch_tokens=2 * TOKENS)]
+    asked = dataclasses.replace(TINY, parent_tokens=TOKENS)
+    training, total = own_evidence(asked, runs, packaged=True)
+    assert (training.own, training.published, training.source) == (False, False, "nemo_pvs's own run 'Mine' (tiny)")
+    assert training.reaches
+    assert total.reaches
+    assert not own_evidence(PAPER, runs, packaged=True)[0].reaches
+    # A parent of far more tokens is another question where it is charged.
+    training, total = own_evidence(dataclasses.replace(asked, parent_tokens=9 * TOKENS), runs, packaged=True)
+    assert training.reaches
+    assert "parent tokens" in total.out_of_reach
 
 
 def test_the_papers_own_case_with_the_parent_in_hand() -> None:
