@@ -41,7 +41,6 @@ def run(
     from nemo_pvs.api.run import run as run_recipe
     from nemo_pvs.recipe.load import load_recipe
     from nemo_pvs.recipe.series import phases
-    from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
 
     check_jobs(jobs)
     if so_far and (force or launch is not None or prepare_only):
@@ -69,12 +68,9 @@ def run(
         for member in phases(checked, folder)[-1]:
             for arm in checked.runs:
                 console.print(f"trained: {member.folder / 'models' / arm.name}", soft_wrap=True)
-    runs = None
-    if checked.seeds:
-        folders = [str(member.folder) for member in phases(checked, folder)[-1]]
-        reported = [seed for seed in folders if (Path(seed) / RESULTS).exists()]
-        runs = compare(read_runs(reported), absent=[seed for seed in folders if seed not in reported])
-    _show(results, folder, runs)
+    from nemo_pvs.pipeline.series import compare_seeds
+
+    _show(results, folder, compare_seeds(phases(checked, folder)[-1]) if checked.seeds else None)
 
 
 def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:

@@ -23,7 +23,7 @@ def train_tokenizer(
 ) -> None:
     """Write a Hugging Face tokenizer with byte-level BPE, as GPT-2's, to ``out``.
 
-    It splits off numbers digit by digit, as Llama's tokenizers do, adds no token of its own to a text, and ends a
+    It splits numbers into digits, as Llama's tokenizers do, adds no special token to a text, and ends a
     document with ``<|endoftext|>``, which is id 0. The same texts in the same order give the same files.
 
     Args:

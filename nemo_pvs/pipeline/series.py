@@ -17,6 +17,7 @@ from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.series import Member, Phase, kinds, phases, with_rates
 from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
+from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.html import write_files, write_report
 from nemo_pvs.reporting.results import Results, SweepResult
 from nemo_pvs.system.folder_lock import locked_folder
@@ -114,9 +115,7 @@ class Series:
     def _together(self) -> Results:
         if not self._recipe.seeds:
             return Results.load(self._folder / RESULTS)
-        reported = [str(member.folder) for member in self._phases[-1] if _is_reported(member)]
-        absent = [str(member.folder) for member in self._phases[-1] if not _is_reported(member)]
-        together = compare(read_runs(reported), absent=absent)
+        together = compare_seeds(self._phases[-1])
         write_files(together, self._folder)
         (self._folder / RESULTS).unlink(missing_ok=True)  # of a time when the recipe had no seeds
         return together.results
@@ -152,6 +151,13 @@ class Series:
 
     def _is_sweep(self, phase: Phase) -> bool:
         return any(member.sweep == phase[0].folder for later in self._phases for member in later)
+
+
+def compare_seeds(phase: Phase) -> SideBySide:
+    """Put the finished runs of a phase side by side; the others are named as absent."""
+    reported = [str(member.folder) for member in phase if _is_reported(member)]
+    absent = [str(member.folder) for member in phase if not _is_reported(member)]
+    return compare(read_runs(reported), absent=absent)
 
 
 def _is_reported(member: Member) -> bool:

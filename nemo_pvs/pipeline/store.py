@@ -167,7 +167,7 @@ class Stages:
             )
 
     def _is_forced(self, name: str) -> bool:
-        """Return whether a stage is to be run again; once begun, it goes on like any other."""
+        """Return whether a stage is to be run again; once begun, it is treated like any other."""
         if name in self._begun:
             return False
         return any(name == stage or name.startswith(f"{stage}/") for stage in self._force)

@@ -1,6 +1,6 @@
 """The runs that one recipe stands for: its parents' runs, the sweep of its learning rates, and a run per seed.
 
-Each is an ordinary recipe with a run folder of its own, so it is resumed, launched and reported like any other.
+Each is an ordinary recipe with its own run folder, so it is resumed, launched and reported like any other.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def with_rates(recipe: Recipe, rates: Sequence[float]) -> Recipe:
     for kind, rate in zip(swept, rates, strict=True):
         chosen.update({(name, kind.initialisation): rate for name in kind.targets})
     train = recipe.train
-    if isinstance(train.learning_rate, Sweep):  # what trains without a rate of its own begins with pruned weights
+    if isinstance(train.learning_rate, Sweep):  # trainings without their own rate start from pruned weights
         default = next((rate for (_, initialisation), rate in chosen.items() if initialisation == "pruned"), rates[0])
         train = train.model_copy(update={"learning_rate": default})
     targets = {}

@@ -24,7 +24,7 @@ _LABEL = "scratch minus pruned (nats per token)"
 _LINES = ("solid", "dashed", "dashdot", "dotted")
 _PUBLISHED_MARKERS = ("X", "*")
 _FITTING = 4
-"""Entries of a legend that fit beside the points; more are put below the axes."""
+"""Entries of a legend that fit next to the points; more are put below the axes."""
 _WIDE = 8
 """Tokens that differ by more than this factor have a logarithmic axis."""
 
