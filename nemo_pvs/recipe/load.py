@@ -43,6 +43,11 @@ def _path(name_or_path: str | Path) -> Path:
     return Path(str(resources.files("nemo_pvs.recipes").joinpath(f"{name_or_path}.yaml")))
 
 
+def _relative_to(path: Path, name_or_path: str) -> Path:
+    """Return what a recipe in the file ``path`` names: a file relative to it, or a packaged recipe."""
+    return path.parent / _path(name_or_path)  # a packaged recipe's path is absolute
+
+
 def _with_parent(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the values of a recipe with those of its parent's recipe in place of the latter's path.
 
@@ -84,15 +89,16 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     recipe = dict(expand_home(values))
     parent = recipe.get("parent")
     if isinstance(parent, Mapping) and isinstance(parent.get("recipe"), str):
-        file = parent["recipe"]
-        relative = path.parent / file if Path(file).suffix in (".yaml", ".yml") else _path(file)
-        recipe["parent"] = {**parent, "recipe": str(relative)}
+        recipe["parent"] = {**parent, "recipe": str(_relative_to(path, parent["recipe"]))}
     base = recipe.pop("extends", None)
     if base is None:
         return recipe
     if not isinstance(base, str):
-        raise UserError(f"{path}: extends must be the path of one file, relative to this file's folder, not {base!r}.")
-    return _merge(_read(path.parent / base, (*extended_by, path.resolve())), recipe)
+        raise UserError(
+            f"{path}: extends must be one file, relative to this file's folder, or the name of a packaged recipe, not "
+            f"{base!r}."
+        )
+    return _merge(_read(_relative_to(path, base), (*extended_by, path.resolve())), recipe)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
