@@ -67,7 +67,9 @@ def run(
     if not checked.parent.has_weights:  # what was trained is the parent of other recipes
         for member in phases(checked, folder)[-1]:
             for arm in checked.runs:
-                console.print(f"trained: {member.folder / 'models' / arm.name}", soft_wrap=True)
+                model = member.folder / "models" / arm.name
+                if model.exists():
+                    console.print(f"trained: {model}", soft_wrap=True)
     from nemo_pvs.pipeline.series import compare_seeds
 
     _show(results, folder, compare_seeds(phases(checked, folder)[-1]) if checked.seeds else None)

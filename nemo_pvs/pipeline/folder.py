@@ -54,7 +54,7 @@ class RunFolder:
         self,
         recipe: Recipe,
         folder: Path,
-        force: tuple[str, ...] = (),
+        force: tuple[str, ...] | None = (),
         compute: Compute = ON_CPU,
     ) -> None:
         """Prepare to run ``recipe`` in ``folder``.
@@ -62,13 +62,13 @@ class RunFolder:
         Args:
             recipe: The recipe.
             folder: The run folder.
-            force: Names of stages that are run again even if they are done.
+            force: Names of stages that are run again even if they are done; None as for ``Stages``.
             compute: Where and how layers run.
 
         Raises:
             UserError: a forced stage is unknown.
         """
-        check_forced(force)
+        check_forced(force or ())
         self.recipe = recipe
         self.folder = folder
         self.compute = compute

@@ -45,7 +45,7 @@ class Pipeline(RunFolder):
         self,
         recipe: Recipe,
         folder: Path,
-        force: tuple[str, ...] = (),
+        force: tuple[str, ...] | None = (),
         compute: Compute = ON_CPU,
         jobs: int | None = None,
     ) -> None:

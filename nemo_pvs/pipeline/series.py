@@ -131,7 +131,7 @@ class Series:
             if member.folder != self._folder:  # whose lock the caller holds
                 locks.enter_context(locked_folder(member.folder))
             is_parent = self._folder not in (member.folder, *member.folder.parents)
-            force = () if is_parent else self._force
+            force = None if is_parent else self._force
             pipelines.append(Pipeline(self._with_rates(member), member.folder, force, self._compute, self._jobs))
         return pipelines
 

@@ -42,7 +42,14 @@ class Stages:
     gets the same result and links to the same files.
     """
 
-    def __init__(self, folder: Path, force: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, force: tuple[str, ...] | None = ()) -> None:
+        """Open the stages of a run folder.
+
+        Args:
+            folder: The run folder.
+            force: Stages to run again; None if the command that runs them cannot force any, as for a parent that
+                other recipes share.
+        """
         self.folder = folder
         self._force = force
         self._begun: set[str] = set()
@@ -161,16 +168,16 @@ class Stages:
         """
         costly = [path for path in precious if path.exists()]
         if costly and not self._is_forced(name):
-            raise UserError(
-                f"{costly[0]} was made with {how}; choose another --out, or --force {name} to remove it and start "
-                "again."
-            )
+            remedy = f"choose another --out, or --force {name} to remove it and start again"
+            if self._force is None:
+                remedy = f"remove {self.folder} to train it again, or choose an --out in another folder"
+            raise UserError(f"{costly[0]} was made with {how}; {remedy}.")
 
     def _is_forced(self, name: str) -> bool:
         """Return whether a stage is to be run again; once begun, it is treated like any other."""
         if name in self._begun:
             return False
-        return any(name == stage or name.startswith(f"{stage}/") for stage in self._force)
+        return any(name == stage or name.startswith(f"{stage}/") for stage in self._force or ())
 
     def _record(self, name: str) -> Path:
         return self.folder / "stages" / f"{name.replace('/', '-')}.json"

@@ -54,9 +54,14 @@ class Estimate:
     @property
     def sign(self) -> int:
         """1 if the whole interval is above zero, -1 if it is below, and 0 if it contains zero or is unknown."""
-        if self.low is None or self.high is None:
+        return self.sign_among(1)
+
+    def sign_among(self, comparisons: int) -> int:
+        """Return ``sign`` with the interval that holds at 95 % for this many comparisons together (Bonferroni)."""
+        if self.stderr is None:
             return 0
-        return int(self.low > 0) - int(self.high < 0)
+        half_width = self.stderr * quantile(1 - (1 - LEVEL) / 2 / comparisons, self.degrees)
+        return int(self.mean > half_width) - int(self.mean < -half_width)
 
     @property
     def lower_bound(self) -> float | None:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from nemo_pvs.reporting.compare.compare import compare, read_runs
+from nemo_pvs.reporting.compare.removed import dimensions_removed
 from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.scaling.curve import BILLION
@@ -69,11 +70,11 @@ class Evidence:
         return not self.out_of_reach
 
 
-def granularity_of(arm: ArmResult) -> Granularity:
-    """Return the granularity of an arm's pruning method."""
+def granularity_of(arm: ArmResult, parent: ParentResult) -> Granularity:
+    """Return the granularity at which an arm was pruned; both layers and width count as width."""
     if arm.masked_parameters:
         return "sparse"
-    return "depth" if any(word in arm.method for word in ("depth", "shortgpt", "layer")) else "width"
+    return "depth" if dimensions_removed(arm.shape, parent.shape) == "depth" else "width"
 
 
 def packaged_runs() -> list[Results]:
@@ -145,7 +146,7 @@ def _own(
         f"nemo_pvs's own run {run}" if packaged else f"your run {run}",
         not packaged,
         False,
-        granularity_of(arm),
+        granularity_of(arm, pruned_from),
         arm.method,
         advantage,
         "nats",

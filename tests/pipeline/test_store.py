@@ -21,7 +21,7 @@ class Counted(Record):
     count: int
 
 
-def _train(folder: Path, rate: float, *, force: tuple[str, ...] = (), dies: bool = False) -> int:
+def _train(folder: Path, rate: float, *, force: tuple[str, ...] | None = (), dies: bool = False) -> int:
     """Run a stage that counts how often it has been worked on, and return the count."""
     out = folder / "train" / "width"
 
@@ -63,11 +63,13 @@ def test_what_took_long_is_not_removed_unasked(tmp_path: Path, dies: bool) -> No
     with pytest.raises(UserError, match=r"made with training.learning_rate 0.001, not 0.002; .* --force train/width"):
         _train(tmp_path, 2e-3)
     assert _train(tmp_path, 1e-3) == (2 if dies else 1), "the refusal has touched what was there"
+    with pytest.raises(UserError, match=rf"not 0.002; remove {tmp_path} to train it again"):
+        _train(tmp_path, 2e-3, force=None)
     assert _train(tmp_path, 2e-3, force=("train/width",)) == 1
 
 
 def test_equal_stages_of_a_kind_are_done_once(tmp_path: Path) -> None:
-    """And a second one that was killed while it took over what the first had made begins that anew."""
+    """And a second one that was killed while it took over the output of the first starts over."""
     done: list[str] = []
 
     def run(stages: Stages, name: str, ratio: float) -> int:

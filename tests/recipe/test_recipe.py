@@ -185,8 +185,9 @@ def test_a_recipe_extends_another(tmp_path):
     assert list(recipe.targets) == ["depth", "more"]
     (tmp_path / "named.yaml").write_text("extends: paper_in_small/quick\nevaluate: {texts: null}\n")
     quick, named = load_recipe("paper_in_small/quick"), load_recipe(str(tmp_path / "named.yaml"))
-    assert quick.evaluate.texts and not named.evaluate.texts
-    assert named.targets == quick.targets and named.parent == quick.parent
+    assert quick.evaluate.texts
+    assert not named.evaluate.texts
+    assert (named.targets, named.parent) == (quick.targets, quick.parent)
     (tmp_path / "base.yaml").write_text("extends: my.yaml\n")
     with pytest.raises(UserError, match="extends itself"):
         load_recipe(str(tmp_path / "my.yaml"))

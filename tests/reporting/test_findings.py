@@ -112,6 +112,7 @@ def test_every_finding_is_judged_by_its_intervals() -> None:
         ({("width-50", OF_TOTAL): -0.1}, {"2c": "holds"}),
         ({("width-50", OF_TOTAL): 0.1}, {"2c": "fails"}),
         ({("wanda-2-4", OF_TOTAL): -0.08}, {"2a": "undecided"}),
+        ({("wanda-2-4", OF_TOTAL): -0.11}, {"2a": "undecided"}),  # -0.030: ± 0.025 alone, but ± 0.036 as one of two
         ({("wanda-2-4", OF_TOTAL): -0.2}, {"2a": "fails"}),
     ],
 )
@@ -124,6 +125,19 @@ def test_a_judgement_turns_with_the_numbers(change: dict[tuple[str, int], float]
                 arm.validation[-1].loss += change.get((arm.target, arm.validation[-1].tokens), 0.0)
     judged = {finding.name: finding.judgement for finding in compare(runs).findings}
     assert judged == {**dict.fromkeys(("1a", "1b", "1c", "2a", "2b"), "holds"), "2c": "undecided", **expected}
+
+
+def test_one_of_several_comparisons_decides_only_if_its_interval_holds_for_all_of_them() -> None:
+    runs = grid_runs()
+    for run in runs:
+        for arm in run.results.arms:
+            if arm.target == "wanda-2-4" and arm.validation[-1].tokens == OF_TOTAL:
+                arm.validation[-1].loss -= 0.11
+    assert _finding(compare(runs), "2a").reason == (
+        "Of 2 comparisons, in nats per token, 1 agrees (wanda-50, pruned, 1638400 +0.100\u00a0±\u00a00.025) and 1 is "
+        "open (wanda-2-4, pruned, 1638400 −0.030\u00a0±\u00a00.025). Zero is outside the interval of 1 of the open "
+        "ones, but not once it is widened for 2 comparisons together."
+    )
 
 
 def test_one_seed_decides_nothing() -> None:

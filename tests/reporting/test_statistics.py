@@ -60,6 +60,16 @@ def test_the_sign_is_that_of_the_whole_interval() -> None:
     assert signs == [1, -1, 0, 1]
 
 
+def test_several_comparisons_widen_the_interval() -> None:
+    """With 2 degrees of freedom t = x / √((1 - x²) / 2) for the confidence x: 4.30 alone, 6.21 as one of two."""
+    for comparisons, confidence in ((1, 0.95), (2, 0.975), (10, 0.995)):
+        edge = confidence * math.sqrt(2 / (1 - confidence**2)) / math.sqrt(3)
+        for mean, sign in ((edge * 1.001, 1), (edge * 0.999, 0), (-edge * 1.001, -1)):
+            found = estimate([mean - 1, mean, mean + 1])
+            assert found is not None
+            assert found.sign_among(comparisons) == sign
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_95_of_100_intervals_contain_the_truth(seeds: int) -> None:

@@ -153,11 +153,13 @@ def test_a_run_that_diverged_is_no_evidence() -> None:
 
 def test_the_granularity_of_an_arm() -> None:
     results = _own(2.5, 2.9)
-    arm = results.arms[0]
-    assert granularity_of(arm) == "depth"
-    assert granularity_of(dataclasses.replace(arm, method="shortgpt")) == "depth"
-    assert granularity_of(dataclasses.replace(arm, method="flap")) == "width"
-    assert granularity_of(dataclasses.replace(arm, method="wanda", masked_parameters=5)) == "sparse"
+    arm, parent = results.arms[0], results.parent
+    assert parent is not None
+    narrow = PARENT.replace(ffn=8)
+    assert granularity_of(arm, parent) == "depth"
+    assert granularity_of(dataclasses.replace(arm, shape=narrow), parent) == "width"
+    assert granularity_of(dataclasses.replace(arm, shape=narrow.replace(layers=2)), parent) == "width"
+    assert granularity_of(dataclasses.replace(arm, shape=PARENT, masked_parameters=5), parent) == "sparse"
 
 
 @pytest.mark.parametrize(

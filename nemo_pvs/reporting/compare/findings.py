@@ -1,7 +1,11 @@
 """Judge the findings of "Small LLMs: Pruning vs. Training from Scratch" (arXiv 2606.14150) by the intervals of runs.
 
-Each comparison is judged by its own 95 % interval over seeds. What is missing is named and never filled in: a finding
-about all comparisons does not hold while one of them is missing, but may fail without it.
+Each comparison is judged by its 95 % interval over seeds. A claim about every comparison holds if each one's own
+interval agrees (an intersection-union test, which needs no correction); where one of several comparisons suffices, to
+contradict such a claim or to support a claim about some, its interval must hold for all of them together (Bonferroni).
+
+What is missing is named and never filled in: a finding about all comparisons does not hold while one of them is
+missing, but may fail without it.
 """
 
 from __future__ import annotations
@@ -207,24 +211,26 @@ def _judge(
     only if all contradict it.
     """
     missing = [*missing, *runs.not_trained]
-    signs = [item.estimate.sign for item in evidence]
-    agree, contradict = [sign == side for sign in signs], [sign == -side for sign in signs]
-    complete = bool(signs) and not missing
-    holds = complete and all(agree) if every else any(agree)
-    fails = any(contradict) if every else complete and all(contradict)
+    count = len(evidence)
+    agree = [item for item in evidence if item.estimate.sign_among(1 if every else count) == side]
+    against = [item for item in evidence if item.estimate.sign_among(count if every else 1) == -side]
+    complete = bool(evidence) and not missing
+    holds = complete and len(agree) == count if every else bool(agree)
+    fails = bool(against) if every else complete and len(against) == count
     judgement: Judgement = "holds" if holds else "fails" if fails else "undecided"
-    reason = _reason(evidence, missing, side)
+    reason = _reason(evidence, agree, against, missing)
     return Finding(finding, source, statement, judgement, reason, tuple(evidence), tuple(missing))
 
 
-def _reason(evidence: Sequence[Evidence], missing: Sequence[str], side: int) -> str:
+def _reason(
+    evidence: Sequence[Evidence], agree: Sequence[Evidence], against: Sequence[Evidence], missing: Sequence[str]
+) -> str:
     """Return what the intervals say, with the numbers, and what is missing."""
     parts = []
     if evidence:
         single = sum(item.estimate.half_width is None for item in evidence)
-        agree = [item for item in evidence if item.estimate.sign == side]
-        against = [item for item in evidence if item.estimate.sign == -side]
-        open_ = [item for item in evidence if item.estimate.sign == 0]
+        open_ = [item for item in evidence if item not in agree and item not in against]
+        alone = sum(item.estimate.sign != 0 for item in open_)
         said = [(agree, "agree", "agrees"), (against, "contradict", "contradicts"), (open_, "are open", "is open")]
         counts = []
         for items, many, one in said:
@@ -232,6 +238,11 @@ def _reason(evidence: Sequence[Evidence], missing: Sequence[str], side: int) -> 
                 counts.append(f"{len(items)} {one if len(items) == 1 else many}{_numbers(items)}")
         comparisons = "1 comparison" if len(evidence) == 1 else f"{len(evidence)} comparisons"
         parts.append(f"Of {comparisons}, in nats per token, {and_list(counts)}.")
+        if alone:
+            parts.append(
+                f"Zero is outside the interval of {alone} of the open ones, but not once it is widened for "
+                f"{comparisons} together."
+            )
         if single == len(evidence):
             parts.append("One seed has no interval; report runs with at least two seeds.")
         elif single:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.results import ArmResult, Results, at
 
@@ -33,9 +34,14 @@ def granularity(runs: SideBySide, arm: ArmResult) -> Granularity | None:
     parent = runs.results.parent
     if parent is None or arm.shape.parameters == parent.shape.parameters:
         return None
-    if arm.shape.layers == parent.shape.layers:
+    return dimensions_removed(arm.shape, parent.shape)
+
+
+def dimensions_removed(shape: Shape, parent: Shape) -> Literal["depth", "width", "depth and width"]:
+    """Return whether a smaller shape has fewer layers than its parent, narrower ones, or both."""
+    if shape.layers == parent.layers:
         return "width"
-    if not arm.shape.uneven and arm.shape.replace(layers=parent.shape.layers) == parent.shape:
+    if not shape.uneven and shape.replace(layers=parent.layers) == parent:
         return "depth"
     return "depth and width"
 
