@@ -14,9 +14,9 @@ from nemo_pvs.planning.learned import learned_target
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.fields import Parallelism
+from nemo_pvs.recipe.rates import Sweep, peak_of
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.series import phases
-from nemo_pvs.recipe.sweep import Sweep
 from nemo_pvs.system.progress import console
 
 
@@ -143,7 +143,7 @@ def _arms_table(plan: DryRun) -> Table:
         arm, total = one.arm, one.ledger.total.flops
         table.add_row(
             arm.name,
-            _rate(arm.training.learning_rate),
+            _rate(peak_of(arm.training.learning_rate, arm.initialisation)),
             f"{arm.training.steps:,}",
             f"{arm.tokens:,}",
             f"{arm.first_token:,}",

@@ -308,7 +308,7 @@ def schedule(job: TrainingJob) -> run.Config:
         max_steps=training.steps,
         warmup_steps=training.warmup_steps,
         constant_steps=0,
-        min_lr=training.min_learning_rate_ratio * training.learning_rate,
+        min_lr=training.min_learning_rate_ratio * training.peak_learning_rate,
     )
 
 

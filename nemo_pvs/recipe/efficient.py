@@ -10,6 +10,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.learned.removal_rules import RemovalRules, fewest_removals
 from nemo_pvs.recipe.fields import Block, Fraction, Parallelism, Positive, Rate, Tokens
+from nemo_pvs.recipe.rates import peak_of
 
 if TYPE_CHECKING:
     from nemo_pvs.recipe.training import Training
@@ -78,8 +79,8 @@ class PruningAware(Block):
 
     def training(self, train: Training) -> Training:
         """Return the training settings for the run during which units are removed."""
-        changes = {"tokens": self.tokens, "learning_rate": self.learning_rate or train.learning_rate, "distill": None}
-        return train.model_copy(update=changes)
+        peak = self.learning_rate or peak_of(train.learning_rate, "pruned")
+        return train.model_copy(update={"tokens": self.tokens, "learning_rate": peak, "distill": None})
 
     def start_step(self, train: Training) -> int:
         """Return the step, counted from 0, after whose gradient the first units may be removed."""

@@ -13,9 +13,8 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.blocks import Budgets, Evaluation
 from nemo_pvs.recipe.fields import Initialisation
 from nemo_pvs.recipe.options import is_sparse
+from nemo_pvs.recipe.rates import Rates, Sweep, peak_of
 from nemo_pvs.recipe.recipe import Recipe
-from nemo_pvs.recipe.sweep import Sweep
-from nemo_pvs.recipe.target import Rates
 from nemo_pvs.system.files import sha256_json
 
 PARENTS = "parents"
@@ -195,15 +194,15 @@ def with_rates(recipe: Recipe, rates: Sequence[float]) -> Recipe:
     for kind, rate in zip(swept, rates, strict=True):
         chosen.update({(name, kind.initialisation): rate for name in kind.targets})
     train = recipe.train
-    if isinstance(train.learning_rate, Sweep):  # trainings without their own rate start from pruned weights
+    if isinstance(peak_of(train.learning_rate, "pruned"), Sweep):  # for trainings that are not arms
         default = next((rate for (_, initialisation), rate in chosen.items() if initialisation == "pruned"), rates[0])
         train = train.model_copy(update={"learning_rate": default})
     targets = {}
     for name, target in recipe.targets.items():
         peaks = {}
         for initialisation in ("pruned", "random"):
-            given = target.peak(initialisation, train.learning_rate)
-            unused = train.learning_rate if isinstance(given, Sweep) else given
+            given = target.peak(initialisation, recipe.train.learning_rate)
+            unused = train.peak_learning_rate if isinstance(given, Sweep) else given
             peaks[initialisation] = chosen.get((name, initialisation), unused)
         targets[name] = target.model_copy(update={"learning_rate": Rates(**peaks)})
     return recipe.model_copy(update={"train": train, "targets": targets})

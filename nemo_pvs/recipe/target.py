@@ -9,19 +9,12 @@ from pydantic import Field, create_model
 from nemo_pvs.pruning.options import SIZES, Options
 from nemo_pvs.pruning.registry import method_named, methods
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive, Rate
+from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive
+from nemo_pvs.recipe.rates import LearningRate, Sweep, peak_of
 from nemo_pvs.recipe.sheared import MaskLearning
-from nemo_pvs.recipe.sweep import Sweep
 
 DENSE = "dense"
 """The method of a target with the parent's own architecture: to train the parent from scratch, or further."""
-
-
-class Rates(Block):
-    """Peak learning rates by initial weights."""
-
-    pruned: Rate | Sweep
-    random: Rate | Sweep
 
 
 def _keys_of_methods() -> dict[str, Any]:
@@ -61,8 +54,8 @@ class Target(_MethodKeys):
     """Number of rounds in which the target is reached, each followed by a share of the training."""
     slice_optimizer_state: bool = Field(default=False, exclude_if=lambda given: not given)
     """With ``stages``: keep the AdamW state of the weights that each round keeps, instead of resetting it."""
-    learning_rate: Rate | Rates | Sweep | None = None
-    """Used instead of ``train.learning_rate``: one rate, or one for each kind of initial weights."""
+    learning_rate: LearningRate | None = None
+    """Used instead of ``train.learning_rate``."""
     arms: list[Initialisation] | None = Field(default=None, min_length=1, exclude_if=lambda given: given is None)
     """Initial weights from which the target is trained, instead of the recipe's ``arms``."""
     keep_parent_embeddings: bool = False
@@ -98,7 +91,6 @@ class Target(_MethodKeys):
         """The target sizes that were given, by axis."""
         return {name: self.given[name] for name in SIZES if name in self.given}
 
-    def peak(self, initialisation: Initialisation, default: float | Sweep) -> float | Sweep:
+    def peak(self, initialisation: Initialisation, default: LearningRate) -> float | Sweep:
         """Return the peak learning rate of an arm, or the rates to choose from; ``default`` if the target has none."""
-        rate = self.learning_rate
-        return default if rate is None else getattr(rate, initialisation) if isinstance(rate, Rates) else rate
+        return peak_of(default if self.learning_rate is None else self.learning_rate, initialisation)

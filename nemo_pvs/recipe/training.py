@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Block, Fraction, Positive, Rate, Tokens
-from nemo_pvs.recipe.sweep import Sweep
+from nemo_pvs.recipe.fields import Block, Fraction, Positive, Tokens
+from nemo_pvs.recipe.rates import LearningRate, Sweep, peak_of
 
 
 class Training(Block):
@@ -21,8 +21,8 @@ class Training(Block):
     global_batch_size: Positive
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Positive = 1
-    learning_rate: Rate | Sweep
-    """Peak learning rate; a sweep is replaced by the chosen rate before any arm is trained."""
+    learning_rate: LearningRate
+    """Peak learning rate, or one for each kind of initial weights; of a sweep the chosen rate is used."""
     min_learning_rate_ratio: Fraction = 0.1
     warmup: Literal["linear", "quadratic"] = "linear"
     """linear: NeMo's schedule, a linear warm-up and a cosine over the remaining steps. quadratic: that of arXiv
@@ -98,9 +98,13 @@ class Training(Block):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The peak learning rate, which has been chosen if the recipe has a sweep."""
-        assert not isinstance(self.learning_rate, Sweep)
-        return self.learning_rate
+        """The peak learning rate; that of pruned weights if there are several, from which all but arms start.
+
+        It has been chosen if the recipe has a sweep.
+        """
+        rate = peak_of(self.learning_rate, "pruned")
+        assert not isinstance(rate, Sweep)
+        return rate
 
     @property
     def tokens_per_step(self) -> int:

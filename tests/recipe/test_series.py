@@ -152,6 +152,29 @@ def _matched(recipe: Recipe) -> list[str]:
     return [name for target in recipe.targets for name, _, _ in recipe.matched_runs(target)]
 
 
+def test_rates_by_initial_weights_hold_for_all_targets_and_can_be_swept(tmp_path: Path) -> None:
+    grid = grid_values()
+    grid["train"] = {**TRAIN, "learning_rate": {"pruned": 1e-4, "random": 2e-3}}
+    grid["targets"]["depth"]["learning_rate"] = 5e-3
+    grid["budgets"] = [64]
+    rates = {arm.name: arm.training.learning_rate for arm in load(tmp_path, grid).runs}
+    assert {rate for name, rate in rates.items() if name.startswith("depth")} == {5e-3}
+    assert {rate for name, rate in rates.items() if name.startswith(("width-pruned", "sparse-pruned"))} == {1e-4}
+    assert {rate for name, rate in rates.items() if name.startswith(("width-random", "sparse-random"))} == {2e-3}
+    grid["train"]["learning_rate"] = {"pruned": {"sweep": [1e-4, 1e-3]}, "random": 2e-3}
+    recipe = load(tmp_path, grid)
+    assert [(kind.name, kind.targets) for kind in kinds(recipe)] == [
+        ("pruned", ("width",)),
+        ("sparse pruned", ("sparse",)),
+    ]
+    chosen = with_rates(recipe, [1e-4, 1e-3])
+    rates = {arm.name: arm.training.learning_rate for arm in chosen.runs}
+    assert {rate for name, rate in rates.items() if name.startswith("width-pruned")} == {1e-4}
+    assert {rate for name, rate in rates.items() if name.startswith("sparse-pruned")} == {1e-3}
+    assert {rate for name, rate in rates.items() if name.startswith(("width-random", "sparse-random"))} == {2e-3}
+    assert chosen.train.peak_learning_rate == 1e-4
+
+
 def test_equal_sweeps_of_several_targets_are_one_choice(tmp_path: Path) -> None:
     grid = grid_values()
     for name in ("width", "depth"):
