@@ -19,6 +19,7 @@ from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile
 from nemo_pvs.errors import TrainingError
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.recipe.series import PARENTS, phases
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.training.job import JOB_FILE
 
@@ -51,7 +52,6 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
     from nemo_pvs.planning.learned import first_of_each_training
     from nemo_pvs.recipe.options import stages_of
-    from nemo_pvs.recipe.series import phases
 
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
@@ -73,8 +73,8 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
 
     steps = phases(recipe, folder)
     for phase in steps:
-        first = "" if phase is steps[-1] else f"{phase[0].folder.name}-"
-        prefixes = ["" if member.folder == folder else f"{member.folder.name}-" for member in phase]
+        first = "" if phase is steps[-1] else _prefix(phase[0].folder, folder)
+        prefixes = [_prefix(member.folder, folder) for member in phase]
         masks, arms = {}, {}
         shares: dict[int, dict[str, tuple[Path, Parallelism]]] = {}
         for member, prefix in zip(phase, prefixes, strict=True):
@@ -94,6 +94,14 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
             train(f"{first}prepare-stage-{number}", jobs)
         train(f"{first}prepare", arms)
     return [*todo, Command("report", "nemo_pvs.cli", command, ends)]
+
+
+def _prefix(member: Path, folder: Path) -> str:
+    """Return what the names of a run's stages begin with in the series of ``folder``: ``seed-1-``, or nothing."""
+    if member == folder:
+        return ""
+    of_series = folder in member.parents
+    return "-".join(member.relative_to(folder if of_series else folder.parent / PARENTS).parts) + "-"
 
 
 def scripts(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> dict[str, str]:

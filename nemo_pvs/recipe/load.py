@@ -102,12 +102,15 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the values of ``over``: blocks are merged, other values replaced, null removes the key."""
+    """Return ``base`` with the values of ``over``: blocks are merged, other values replaced, null removes the key.
+
+    A learning rate is one value, even if it is written as a mapping: a sweep replaces ``{pruned: ..., random: ...}``.
+    """
     merged = dict(base)
     for key, value in over.items():
         if value is None:
             merged.pop(key, None)
-        elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+        elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "learning_rate":
             merged[key] = _merge(merged[key], value)
         else:
             merged[key] = value

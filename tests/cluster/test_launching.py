@@ -133,6 +133,21 @@ def test_trainings_wait_for_each_other_on_one_machine_only(tmp_path):
     assert slurm[5].after == [stage.name for stage in slurm[1:5]]
 
 
+def test_stages_of_a_series_have_different_names(tmp_path):
+    """Even if both the parent and the recipe sweep their learning rates."""
+    sweep = {"sweep": [1.0e-3, 1.0e-2]}
+    parent = {"extends": "paper_in_small/parent", "train": {"learning_rate": sweep}}
+    (tmp_path / "parent.yaml").write_text(yaml.safe_dump(parent))
+    own = {"extends": "paper_in_small/quick", "parent": {"recipe": "parent.yaml"}, "train": {"learning_rate": sweep}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    recipe, run = load_recipe(tmp_path / "own.yaml"), tmp_path / "runs" / "own"
+    names = [stage.name for stage in stages(recipe, "own.yaml", run, load_profile("slurm_h100", SITE))]
+    assert len(names) == len(set(names))
+    first, *_, last = [name for name in names if name.endswith("-prepare")]
+    assert re.fullmatch(r"paper_in_small_parent-[0-9a-f]{10}-sweep-prepare", first)
+    assert last == "sweep-prepare"
+
+
 def test_masks_are_learned_before_anything_is_pruned(tmp_path):
     recipe = load_recipe("llama31_8b/sheared")
     made = stages(recipe, "llama31_8b/sheared", tmp_path, load_profile("slurm_h100", SITE))
