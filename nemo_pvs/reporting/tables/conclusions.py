@@ -8,8 +8,9 @@ from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
 
 FINDINGS_TITLE = "Findings of the paper in these runs"
 FINDINGS_NOTE = (
-    "A finding holds or fails where 95 % intervals over seeds lie on one side of zero. Where one comparison of several "
-    "decides, its interval is widened for all of them (Bonferroni). Numbers are mean ± half of the 95 % interval."
+    "A finding holds or fails where 95 % intervals over seeds lie on one side of zero. Where one comparison of "
+    "several decides, its interval is widened for all of them (Bonferroni). Numbers are mean ± half of the 95 % "
+    "interval."
 )
 RECOVERY_TITLE = "Against the parent"
 RECOVERY_HEADINGS = ["Pruned model", "measure", "verdict"]
