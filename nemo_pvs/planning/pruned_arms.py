@@ -11,16 +11,19 @@ from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.planning.equal_terms import pruned_arm
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.reporting.compare.compare import RESULTS, seeds_of
 from nemo_pvs.reporting.results import Results
 
 
 def pruned_arms(run_or_recipe: str) -> list[PrunedArm]:
     """Return the pruned arms of a finished run (a folder with ``results.json``) or of a recipe.
 
+    Of a folder with a run per seed, the first seed's: the others have the same budgets.
+
     Raises:
         UserError: it is neither, its parent's sizes are not known, or it has no pruned arm.
     """
-    results = Path(run_or_recipe) / "results.json"
+    results = seeds_of(Path(run_or_recipe))[0] / RESULTS
     arms = _of_run(Results.load(results)) if results.exists() else of_recipe(load_recipe(run_or_recipe))
     if not arms:
         raise UserError(f"{run_or_recipe} has no pruned arm to compare training from scratch with; add one.")

@@ -141,6 +141,8 @@ def test_budget_of_a_run(pvs: Pvs, results: Results, tmp_path: Path) -> None:
     results.recipe = {"train": {"sequence_length": 64, "global_batch_size": 8}}
     results.save(tmp_path / "results.json")
     code, out, _ = pvs("budget", tmp_path)
+    results.save(tmp_path / "seeds" / "seed-1" / "results.json")
+    assert pvs("budget", tmp_path / "seeds") == (0, out, "")
     assert code == 0
     total = 10**9 + 2048 + 40_960
     steps = -(-total // 512)
