@@ -9,14 +9,17 @@ from rich.table import Table
 
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.planning.dry_run import DryRun, describe_domains, dry_run
+from nemo_pvs.planning.dry_run import DryRun, PlannedArm, describe_domains, dry_run
+from nemo_pvs.planning.gpu_time import MFU, PEAK_FLOPS, explain_layout, gpu_hours, training_flops
 from nemo_pvs.planning.learned import learned_target
+from nemo_pvs.planning.teacher import teacher_shape
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.rates import Sweep, peak_of
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.series import phases
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.progress import console
 
 
@@ -27,25 +30,35 @@ def executor_here() -> str:
     return "this machine's CPU, ranks forked, gloo"
 
 
-def show_series(recipe: Recipe, folder: Path, executor: str) -> None:
-    """Print what a recipe would do: the dry run of its run, or of the first of each phase if there are several."""
+def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None = None) -> None:
+    """Print what a recipe would do: the dry run of its run, or of the first of each phase if there are several.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder.
+        executor: Where the ranks would run.
+        mfu: Model FLOPs utilisation to expect on a GPU; by default ``planning.gpu_time.MFU``.
+    """
     steps = phases(recipe, folder)
     if len(steps) == 1 and not recipe.seeds:
-        show(dry_run(recipe), executor)
+        show(dry_run(recipe), executor, mfu)
         return
-    total = 0
+    total, hours = 0, 0.0
     for phase in steps:
         plan = dry_run(phase[0].recipe)
         console.rule()
         each = f", {len(phase)} times" if len(phase) > 1 else ""
         console.print(f"{', '.join(str(member.folder) for member in phase)}{each}:", soft_wrap=True)
-        show(plan, executor)
+        show(plan, executor, mfu)
         total += len(phase) * sum(planned.arm.tokens for planned in plan.arms)
+        hours += len(phase) * sum(_hours(plan, planned, mfu) for planned in plan.arms)
     console.print(f"training tokens of all runs: {total:,}")
+    if _on_gpus(recipe.train):
+        console.print(f"GPU-hours of all runs: {hours:,.0f}")
 
 
-def show(plan: DryRun, executor: str) -> None:
-    """Print a dry run; ``executor`` says where the ranks would run."""
+def show(plan: DryRun, executor: str, mfu: float | None = None) -> None:
+    """Print a dry run; the arguments are those of ``show_series``."""
     recipe, train = plan.recipe, plan.recipe.train
     console.print(f"[bold]{recipe.title}[/]")
     console.print(f"parent: {recipe.parent.name}, {plan.parent}", soft_wrap=True)
@@ -64,7 +77,15 @@ def show(plan: DryRun, executor: str) -> None:
             console.print(f"masks of {one.name}: {learned.describe(plan.parent)}", soft_wrap=True)
     console.print(f"where: {executor}", soft_wrap=True)
     console.print(_targets_table(plan))
-    console.print(_arms_table(plan))
+    if _on_gpus(train):
+        for one in plan.targets:
+            distilled = any(recipe.distills(one.name, start) for start in recipe.arms_of(one.name))
+            teacher = teacher_shape(recipe, plan.parent) if distilled else None
+            reason = explain_layout(one.expected.shape, one.target.layout, train, teacher)
+            console.print(f"layout of {one.name}: {reason}", soft_wrap=True)
+    console.print(_arms_table(plan, mfu))
+    if _on_gpus(train):
+        console.print(_describe_gpu_time(train, mfu), soft_wrap=True)
 
 
 def _describe(distill: Distillation) -> str:
@@ -126,6 +147,7 @@ def _ranks(layout: Parallelism) -> str:
     }
     words = [f"{name} {size}" for name, size in more.items() if size is not None]
     words += ["SP"] * layout.sequence_parallel + ["plain optimizer"] * (not layout.distributed_optimizer)
+    words += [f"{layout.recompute} recomputation"] * (layout.recompute != "none")
     ranks = f"{layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}"
     return ", ".join([ranks, *words])
 
@@ -135,12 +157,17 @@ def _sizes(shape: Shape) -> str:
     return f"{shape.layers} x {shape.hidden}, ffn {ffn}, {heads} / {groups} heads"
 
 
-def _arms_table(plan: DryRun) -> Table:
-    distilled = bool(plan.recipe.train.distill)
-    columns = ["arm", "peak rate", "steps", "tokens", "from token", "training FLOPs", *["teacher FLOPs"] * distilled]
-    table = Table(*columns, "total FLOPs")
+def _arms_table(plan: DryRun, mfu: float | None) -> Table:
+    distilled, on_gpus = bool(plan.recipe.train.distill), _on_gpus(plan.recipe.train)
+    columns = ["arm", "peak rate", "steps", "tokens", "from token", "training FLOPs"]
+    columns += ["teacher FLOPs"] * distilled + ["total FLOPs"] + ["GPU-hours", "days"] * on_gpus
+    table = Table(*columns)
+    hours, longest = 0.0, 0.0
     for one in plan.arms:
         arm, total = one.arm, one.ledger.total.flops
+        arm_hours = _hours(plan, one, mfu)
+        days = arm_hours / arm.layout.processes / 24
+        hours, longest = hours + arm_hours, max(longest, days)
         table.add_row(
             arm.name,
             _rate(peak_of(arm.training.learning_rate, arm.initialisation)),
@@ -150,12 +177,29 @@ def _arms_table(plan: DryRun) -> Table:
             f"{one.ledger.training.flops:.4g}",
             *[_teacher_flops(one.ledger)] * distilled,
             "unknown" if total is None else f"{total:.4g}",
+            *[f"{arm_hours:,.0f}", f"{days:,.1f}"] * on_gpus,
         )
     flops = sum(one.ledger.training.flops or 0 for one in plan.arms)
-    table.add_row(
-        _arms(len(plan.arms)), "", "", f"{sum(one.arm.tokens for one in plan.arms):,}", "", f"{flops:.4g}", ""
-    )
+    tokens = sum(one.arm.tokens for one in plan.arms)
+    sums = [_arms(len(plan.arms)), "", "", f"{tokens:,}", "", f"{flops:.4g}", *[""] * distilled, ""]
+    table.add_row(*sums, *[f"{hours:,.0f}", f"{longest:,.1f} at once"] * on_gpus)
     return table
+
+
+def _on_gpus(train: Training) -> bool:
+    """Return whether a recipe is meant for GPUs, which its precision says."""
+    return train.precision in MFU
+
+
+def _hours(plan: DryRun, planned: PlannedArm, mfu: float | None) -> float:
+    return gpu_hours(training_flops(planned.ledger), plan.recipe.train.precision, mfu)
+
+
+def _describe_gpu_time(train: Training, mfu: float | None) -> str:
+    kind = "fp8" if train.precision == "fp8" else "bf16"
+    given = f"{100 * (MFU[kind] if mfu is None else mfu):.0f} % of {PEAK_FLOPS[kind] / 1e12:,.0f} TFLOPs per second"
+    source = "as given" if mfu is not None else "as published for 8 B and more; state your own with --mfu"
+    return f"GPU-hours: an H100 at {given} ({source}), without pruning, evaluation and waiting"
 
 
 def _rate(rate: float | Sweep) -> str:

@@ -31,6 +31,9 @@ def run(
     ] = False,
     prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, and do nothing")] = False,
+    mfu: Annotated[
+        Optional[float], typer.Option(help="with --dry-run: share of a GPU's peak FLOPs to expect, for GPU-hours")
+    ] = None,
     launch: Annotated[
         Optional[str], typer.Option(help="profile of where to run: local_cpu, local_gpu, slurm_h100, or a path")
     ] = None,
@@ -47,17 +50,21 @@ def run(
         raise UserError("--so-far trains nothing; leave it out with --force, --launch and --prepare-only.")
     if jobs is not None and (launch is not None or prepare_only):
         raise UserError("--jobs is for trainings of this command; leave it out with --launch and --prepare-only.")
+    if mfu is not None and not dry_run:
+        raise UserError("--mfu is for the GPU-hours of --dry-run; add --dry-run, or leave it out.")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError(f"--mfu is a share of the peak FLOPs, above 0 and at most 1, not {mfu:g}.")
     checked = load_recipe(recipe)  # before the heavy imports: a typo is answered at once
     folder = Path(out or f"runs/{checked.name}")
     if not dry_run:
         check_folder(folder)
     if launch is not None:
-        _launch(checked, recipe, folder, launch, dry_run=dry_run)
+        _launch(checked, recipe, folder, launch, dry_run=dry_run, mfu=mfu)
         return
     if dry_run:
         from nemo_pvs.cli.dry_run_table import executor_here, show_series
 
-        show_series(checked, folder, executor_here())
+        show_series(checked, folder, executor_here(), mfu)
         return
     if prepare_only:
         for job in prepare(checked, folder, force=force or (), ignore_manifest=ignore_manifest):
@@ -75,7 +82,7 @@ def run(
     _show(results, folder, compare_seeds(phases(checked, folder)[-1]) if checked.seeds else None)
 
 
-def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool) -> None:
+def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool, mfu: float | None) -> None:
     from nemo_pvs.cli.dry_run_table import show_series
     from nemo_pvs.cluster.experiment import launch, scripts, stages
     from nemo_pvs.cluster.profile import load_profile
@@ -83,7 +90,7 @@ def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_r
     profile = load_profile(profile_name)
     todo = stages(checked, recipe, folder, profile)
     if dry_run:
-        show_series(checked, folder, profile_name)
+        show_series(checked, folder, profile_name, mfu)
         for name, script in scripts(todo, checked.name, folder, profile).items():
             console.rule(name)
             console.print(script, soft_wrap=True, markup=False)

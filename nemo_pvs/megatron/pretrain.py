@@ -99,6 +99,10 @@ def model(job: TrainingJob, precision: str, machine: Machine, described: run.Con
         config.use_cpu_initialization = not machine.gpu
     if job.masks or job.pruning:
         config.transformer_layer_spec = gated_layer_spec
+    if job.layout.recompute == "selective":
+        config.recompute_granularity, config.recompute_modules = "selective", ["mlp"]
+    elif job.layout.recompute == "full":
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     if job.layout.virtual_pipeline:
         # With two stages each is both the previous and the next one of the other: batched messages would be mixed up.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
@@ -117,7 +121,7 @@ def data(job: TrainingJob, machine: Machine) -> run.Config:
         split=None,
         tokenizer=run.Config(AutoTokenizer, pretrained_model_name=str(job.initial / "context" / "tokenizer")),
         seq_length=training.sequence_length,
-        micro_batch_size=training.micro_batch_size,
+        micro_batch_size=job.layout.micro_batch_size or training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         seed=training.order_seed,
         num_workers=4 if machine.gpu and not job.loading else 0,

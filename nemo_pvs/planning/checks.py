@@ -25,7 +25,7 @@ def check_training(training: Training, layout: Parallelism, shape: Shape, *, exa
     """
     split = layout.split if exact else {**layout.split, "tensor_parallel": 1}
     shape.check_parallel(**split, fp8=exact and training.precision == "fp8")
-    batch = training.micro_batch_size * layout.data_parallel
+    batch = (layout.micro_batch_size or training.micro_batch_size) * layout.data_parallel
     if training.global_batch_size % batch:
         raise UserError(
             f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size x data_parallel = "
@@ -36,6 +36,11 @@ def check_training(training: Training, layout: Parallelism, shape: Shape, *, exa
         raise UserError(
             f"virtual_pipeline needs the micro-batches per step ({batches}) to be a multiple of pipeline_parallel "
             f"({layout.pipeline_parallel}); change micro_batch_size or data_parallel, or leave it out."
+        )
+    if layout.recompute == "full" and training.distill and training.distill.places:
+        raise UserError(
+            "recompute: full keeps no hidden states that distill could compare; set it to selective, or leave out "
+            "layer_pairs and embedding_weight."
         )
     _check_sequence(training.sequence_length, layout)
 

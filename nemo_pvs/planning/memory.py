@@ -17,7 +17,7 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
-    """Kept for the backward pass, logits included."""
+    """Kept for the backward pass with the layout's recomputation, logits included."""
     activations_recomputed: float
     """The same with full recomputation, which keeps only the input of every layer."""
     teacher: float = 0.0
@@ -25,7 +25,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """The sum, without recomputation."""
+        """The sum."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
 
     @property
@@ -43,10 +43,10 @@ def training_memory(shape: Shape, layout: Parallelism, training: Training, teach
     (2205.05198, sections 4.1 to 4.3 and 5) for a layer with RMSNorm, grouped queries, fused attention and a gated MLP
     without dropout: per token ``4 d`` values that only sequence parallelism shards (the inputs of both norms, of qkv
     and of gate|up), and ``(2 H + 2 G) h + 3 f`` values that tensor parallelism shards (q, k, v, the attention's
-    output, gate, up and their product). Pipeline stage i of p keeps p - i micro-batches (1F1B); with v interleaved
-    chunks per stage it keeps 2 (p - i - 1) + (v - 1) p + 1 of these chunks, which in the first stage is
-    1 + (p - 1) / (p v) times as much. The last stage has the logits and their fp32 copy. Precision ``auto`` counts as
-    bf16, which GPUs use.
+    output, gate, up and their product). Selective recomputation keeps the last three of one layer at a time. Pipeline
+    stage i of p keeps p - i micro-batches (1F1B); with v interleaved chunks per stage it keeps
+    2 (p - i - 1) + (v - 1) p + 1 of these chunks, which in the first stage is 1 + (p - 1) / (p v) times as much. The
+    last stage has the logits and their fp32 copy. Precision ``auto`` counts as bf16, which GPUs use.
 
     A ``teacher`` adds its weights on every stage. On the last stage it adds its logits and the gradient of the
     divergence and, with several stages, its final hidden states for a whole step (``teacher.Teacher``).
@@ -76,18 +76,21 @@ def _layers_of(shape: Shape, layout: Parallelism, stage: int) -> tuple[LayerSize
 
 
 def _stage(shape: Shape, layout: Parallelism, training: Training, stage: int, teacher: Shape | None) -> Memory:
+    micro_batch = layout.micro_batch_size or training.micro_batch_size
     value = 4 if training.precision == "fp32" else 2
     parameters = parameters_on(shape, layout, stage)
     replicas = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
     tensor = layout.tensor_parallel
-    tokens = training.micro_batch_size * training.sequence_length / layout.context_parallel
-    batches = training.global_batch_size // (training.micro_batch_size * layout.data_parallel)
+    tokens = micro_batch * training.sequence_length / layout.context_parallel
+    batches = training.global_batch_size // (micro_batch * layout.data_parallel)
     later, chunks = layout.pipeline_parallel - stage - 1, layout.virtual_pipeline
     in_flight = float(min(later + 1, batches))
     if chunks:
         in_flight = min(2 * later + (chunks - 1) * layout.pipeline_parallel + 1, batches * chunks) / chunks
     whole = value * shape.hidden / (tensor if layout.sequence_parallel else 1)
-    kept = [4 * whole + value * _sharded_values(shape, sizes) / tensor for sizes in _layers_of(shape, layout, stage)]
+    layers = _layers_of(shape, layout, stage)
+    kept = [4 * whole + value * (_attention_values(shape, sizes) + 3 * sizes.ffn) / tensor for sizes in layers]
+    without_mlp = [4 * whole + value * _attention_values(shape, sizes) / tensor for sizes in layers]
     head = 0.0
     if stage == layout.pipeline_parallel - 1:
         head = 2 * whole + (value + 4) * shape.vocab / tensor
@@ -96,12 +99,17 @@ def _stage(shape: Shape, layout: Parallelism, training: Training, stage: int, te
         of_teacher = _of_teacher(teacher, layout, stage, value, tokens, batches)
         held = tokens * (batches if layout.pipeline_parallel > 1 else 1)
         of_teacher += _of_hidden_states(shape, teacher, layout, training, value * held)
+    activations = {
+        "none": in_flight * sum(kept),
+        "selective": in_flight * sum(without_mlp) + value * 3 * max(sizes.ffn for sizes in layers) / tensor,
+        "full": in_flight * whole * len(kept) + max(kept),
+    }
     return Memory(
         weights=value * parameters,
         gradients=4 * parameters,
         optimizer=(8 if value == 4 else 12) * parameters / replicas,
-        activations=tokens * (in_flight * sum(kept) + head),
-        activations_recomputed=tokens * (in_flight * whole * len(kept) + max(kept) + head),
+        activations=tokens * (activations[layout.recompute] + head),
+        activations_recomputed=tokens * (activations["full"] + head),
         teacher=of_teacher,
     )
 
@@ -141,5 +149,6 @@ def _of_hidden_states(shape: Shape, teacher: Shape, layout: Parallelism, trainin
     return compared * held * teacher.hidden / shards + projection
 
 
-def _sharded_values(shape: Shape, sizes: LayerSizes) -> int:
-    return 2 * (sizes.heads + sizes.kv_groups) * shape.head_dim + 3 * sizes.ffn
+def _attention_values(shape: Shape, sizes: LayerSizes) -> int:
+    """Return the values per token of q, k, v and the attention's output."""
+    return 2 * (sizes.heads + sizes.kv_groups) * shape.head_dim

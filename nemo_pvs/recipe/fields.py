@@ -23,6 +23,9 @@ Initialisation = Literal["pruned", "random"]
 """An arm's initial weights: the pruned parent (R_N in arXiv 2606.14150), or random (S_N)."""
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
 class Block(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
@@ -45,6 +48,11 @@ class Parallelism(Block):
     data_parallel: Positive = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    micro_batch_size: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Sequences per forward pass of a rank, instead of ``train.micro_batch_size``."""
+    recompute: Recompute = Field(default="none", exclude_if=lambda given: given == "none")
+    """Activations that the backward pass computes again instead of keeping them. selective: inside the MLP, the most
+    bytes for the least work. full: everything but the input of each layer, a third more FLOPs."""
 
     @property
     def processes(self) -> int:

@@ -9,6 +9,7 @@ from functools import cache
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.gpu_time import H100_BYTES
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.planning.teacher import check_teacher
 from nemo_pvs.recipe.fields import Parallelism
@@ -75,8 +76,6 @@ class Machine:
 H100 = Machine(gpu=True, transformer_engine=True, bf16=True, processes_per_node=8)
 """A node of H100s with Transformer Engine, as in NVIDIA's containers; fixed values, not detected."""
 
-H100_BYTES = 80e9
-"""Memory of one GPU in bytes."""
 _USABLE = 0.9  # the rest is for NCCL buffers, kernel workspaces and fragmentation
 _SIZES = (1, 2, 4, 8)
 _PIECES = (4, 3, 2)  # chunks per pipeline stage; more chunks mean a smaller bubble and more communication

@@ -157,7 +157,7 @@ def test_masks_are_learned_before_anything_is_pruned(tmp_path):
         ("prepare", ["masks-4b-shear"]),
         ("train-4b-shear-pruned-10B", ["prepare"]),
     ]
-    assert made[1].layout.processes == 32
+    assert made[1].layout.processes == 8
     assert str(tmp_path / "masks" / "4b-shear" / "run" / "job.json") in made[1].arguments
     assert made[-1].after == [stage.name for stage in made[3:-1]]
 

@@ -111,8 +111,8 @@ def reference(job, tmp_path_factory) -> metrics.Metrics:
 @pytest.mark.parametrize(
     "layout",
     [
-        {"tensor_parallel": 2, "sequence_parallel": True},
-        {"pipeline_parallel": 2, "virtual_pipeline": 2},
+        {"tensor_parallel": 2, "sequence_parallel": True, "recompute": "full"},
+        {"pipeline_parallel": 2, "virtual_pipeline": 2, "recompute": "selective"},
         {"pipeline_parallel": 2, "last_stage_layers": 1},
         {"data_parallel": 2, "distributed_optimizer": False},
         {"tensor_parallel": 2, "pipeline_parallel": 2},

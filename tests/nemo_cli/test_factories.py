@@ -215,7 +215,13 @@ def _fp8_and_pipeline() -> dict[str, Any]:
     job = factories.Pipeline(recipe, Path("runs/x")).job(arm)
     training = arm.training.model_copy(update={"precision": "fp8"})
     layout = Parallelism(
-        tensor_parallel=2, pipeline_parallel=2, virtual_pipeline=2, context_parallel=2, sequence_parallel=True
+        tensor_parallel=2,
+        pipeline_parallel=2,
+        virtual_pipeline=2,
+        context_parallel=2,
+        sequence_parallel=True,
+        recompute="selective",
+        micro_batch_size=2,
     )
     from dataclasses import replace
 
@@ -237,12 +243,22 @@ def _fp8_and_pipeline() -> dict[str, Any]:
             if callback.__fn_or_cls__.__name__ == "MegatronCommOverlapCallback"
         ],
         "ranks": made.trainer.devices * made.trainer.num_nodes,
+        "recompute": (made.model.config.recompute_granularity, made.model.config.recompute_modules),
+        "micro batch": made.data.micro_batch_size,
     }
 
 
 def test_fp8_stages_and_overlap_for_h100():
     made = _in_nemo(_fp8_and_pipeline)
-    assert made == {"fp8": "hybrid", "gather": False, "layout": (2, 2, 2, 2), "overlap": [True], "ranks": 8}
+    assert made == {
+        "fp8": "hybrid",
+        "gather": False,
+        "layout": (2, 2, 2, 2),
+        "overlap": [True],
+        "ranks": 8,
+        "recompute": ("selective", ["mlp"]),
+        "micro batch": 2,
+    }
 
 
 def test_nemos_own_command_takes_our_factories_and_overrides(tmp_path):

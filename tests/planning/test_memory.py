@@ -24,6 +24,22 @@ def test_a_small_model_by_hand():
     assert memory.total - memory.total_recomputed == memory.activations - memory.activations_recomputed
 
 
+def test_recomputation_keeps_less_by_hand():
+    kept = {}
+    for recompute in ("none", "selective", "full"):
+        kept[recompute] = training_memory(SHAPE, Parallelism(recompute=recompute), TRAINING).activations
+    mlp = 2 * 3 * 96  # bytes a token in each of four layers, of which one is kept at a time
+    assert kept["none"] - kept["selective"] == 32 * 3 * mlp
+    assert kept["full"] == training_memory(SHAPE, Parallelism(), TRAINING).activations_recomputed
+
+
+def test_the_layouts_own_micro_batch_counts():
+    two = TRAINING.model_copy(update={"micro_batch_size": 2})
+    assert training_memory(SHAPE, Parallelism(micro_batch_size=2), TRAINING) == training_memory(
+        SHAPE, Parallelism(), two
+    )
+
+
 def test_fp32_and_shared_optimizer():
     fp32 = TRAINING.model_copy(update={"precision": "fp32"})
     one = training_memory(SHAPE, Parallelism(), fp32)

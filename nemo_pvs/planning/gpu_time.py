@@ -1,0 +1,75 @@
+"""Estimate the GPU time of trainings from their FLOPs, and say why a layout is as it is; no GPU is needed."""
+
+from __future__ import annotations
+
+from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.memory import training_memory
+from nemo_pvs.recipe.fields import Parallelism
+from nemo_pvs.recipe.training import Training
+
+H100_BYTES = 80e9
+"""Memory of one GPU."""
+PEAK_FLOPS = {"bf16": 989.4e12, "fp8": 1978.9e12}
+"""Dense FLOPs per second of an H100 SXM, from NVIDIA's data sheet."""
+MFU = {"bf16": 0.40, "fp8": 0.37}
+"""Model FLOPs utilisation to expect. bf16: Llama 3 on 8,192 and 16,384 H100s, 38 to 43 % (2407.21783, Table 4). fp8:
+LLAMA3-8B on 8 H100s, 744 TFLOPs per second (NVIDIA's performance summary for the NeMo 25.11 container). Models of
+fewer than about a billion parameters reach less."""
+_HOUR = 3600.0
+
+
+def gpu_hours(flops: float, precision: str, mfu: float | None = None) -> float:
+    """Return the GPU-hours of a training.
+
+    Args:
+        flops: Its model FLOPs, without recomputation.
+        precision: ``bf16``, ``fp8``, or ``auto``, which is bf16 on GPUs.
+        mfu: Model FLOPs utilisation; by default that of ``MFU``.
+    """
+    kind = "fp8" if precision == "fp8" else "bf16"
+    return flops / (PEAK_FLOPS[kind] * (MFU[kind] if mfu is None else mfu)) / _HOUR
+
+
+def training_flops(ledger: Ledger) -> float:
+    """Return the FLOPs of an arm's own training and of its teacher's forward passes in it."""
+    teacher = [charge.flops or 0 for charge in ledger.charges if charge.activity == "teacher" and charge.steps]
+    return float(sum(teacher) + (ledger.training.flops or 0))
+
+
+def explain_layout(shape: Shape, layout: Parallelism, training: Training, teacher: Shape | None = None) -> str:
+    """Return why a layout splits a model as it does: what one GPU would need without each split.
+
+    Args:
+        shape: Sizes of the model.
+        layout: How it is split.
+        training: Settings of the training run.
+        teacher: Sizes of the teacher, if there is one.
+
+    Example:
+        ``CP 2, as without it a GPU would need 92 GB of 80``
+    """
+
+    def need(**changes: object) -> str:
+        needed = training_memory(shape, layout.model_copy(update=changes), training, teacher).total
+        return f"{needed / 1e9:,.0f} GB of {H100_BYTES / 1e9:.0f}"
+
+    whole: dict[str, object] = {"tensor_parallel": 1, "sequence_parallel": False}
+    one_stage = {
+        "pipeline_parallel": 1,
+        "virtual_pipeline": None,
+        "first_stage_layers": None,
+        "last_stage_layers": None,
+    }
+    reasons = []
+    if layout.tensor_parallel > 1:
+        reasons.append(f"TP {layout.tensor_parallel}, as without it a GPU would need {need(**whole)}")
+    if layout.pipeline_parallel > 1:
+        reasons.append(f"PP {layout.pipeline_parallel}, as without it a GPU would need {need(**one_stage)}")
+    if layout.context_parallel > 1:
+        reasons.append(f"CP {layout.context_parallel}, as without it a GPU would need {need(context_parallel=1)}")
+    if layout.recompute != "none":
+        reasons.append(f"{layout.recompute} recomputation, as without it a GPU would need {need(recompute='none')}")
+    if not reasons:
+        return f"whole on each GPU ({need()}), so that only the optimizer communicates"
+    return "; ".join(reasons)
