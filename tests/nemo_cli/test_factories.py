@@ -174,7 +174,7 @@ BUDGET = {
     "trainer.max_steps",
     "trainer.val_check_interval",
 }
-PARALLEL = {"tensor_model_parallel_size", "sequence_parallel"}
+PARALLEL = {"context_parallel_size"}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ PARALLEL = {"tensor_model_parallel_size", "sequence_parallel"}
             | BUDGET
             | {f"model.config.{size}" for size in SIZES}
             | {f"trainer.strategy.{key}" for key in PARALLEL}
-            | {"trainer.num_nodes", "trainer.callbacks.2", "trainer.callbacks.2.tp_comm_overlap"},
+            | {"trainer.num_nodes"},
         ),
     ],
     ids=["retraining and scratch", "parent and scratch"],
