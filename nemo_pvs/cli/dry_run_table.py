@@ -177,13 +177,17 @@ def _arms_table(plan: DryRun, mfu: float | None) -> Table:
             f"{one.ledger.training.flops:.4g}",
             *[_teacher_flops(one.ledger)] * distilled,
             "unknown" if total is None else f"{total:.4g}",
-            *[f"{arm_hours:,.0f}", f"{days:,.1f}"] * on_gpus,
+            *[_amount(arm_hours), _amount(days)] * on_gpus,
         )
     flops = sum(one.ledger.training.flops or 0 for one in plan.arms)
     tokens = sum(one.arm.tokens for one in plan.arms)
     sums = [_arms(len(plan.arms)), "", "", f"{tokens:,}", "", f"{flops:.4g}", *[""] * distilled, ""]
-    table.add_row(*sums, *[f"{hours:,.0f}", f"{longest:,.1f} at once"] * on_gpus)
+    table.add_row(*sums, *[_amount(hours), f"{_amount(longest)} at once"] * on_gpus)
     return table
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _on_gpus(train: Training) -> bool:

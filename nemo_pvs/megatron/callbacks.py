@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from nemo import lightning as nl
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
@@ -16,6 +17,8 @@ from nemo_pvs.megatron.distillation.callback import EMBEDDINGS, HIDDEN, KL
 from nemo_pvs.megatron.optimizer_offsets import correct_saved_offsets
 from nemo_pvs.training import metrics
 from nemo_pvs.training.checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
+from nemo_pvs.training.gpu_use import flops_of, gpu_use
+from nemo_pvs.training.job import TrainingJob
 
 
 class MetricsLog(pl.Callback, IOMixin):
@@ -25,16 +28,29 @@ class MetricsLog(pl.Callback, IOMixin):
     reads values that rank 0 already has; it runs no collective.
     """
 
-    def __init__(self, path: str, tokens_per_step: int, total_steps: int) -> None:
+    def __init__(self, path: str, tokens_per_step: int, total_steps: int, job: str = "", precision: str = "") -> None:
+        """Write to ``path``.
+
+        Args:
+            path: The metrics file.
+            tokens_per_step: Tokens of one optimizer step.
+            total_steps: Steps of the run.
+            job: File of the job, for the model FLOPs utilisation on GPUs.
+            precision: ``bf16``, ``fp8`` or ``fp32``.
+        """
         self.path = Path(path)
         self.tokens_per_step = tokens_per_step
         self.total_steps = total_steps
+        self.job, self.precision = job, precision
+        self._flops: int | None = None
         self._step_began = self._run_began = time.monotonic()
         self._learning_rate = 0.0
         self._speeds: deque[float] = deque(maxlen=metrics.PACE_STEPS)
 
     def on_train_start(self, trainer, pl_module):
         """Start the clock, after setup and loading."""
+        if trainer.is_global_zero and self.job and torch.cuda.is_available():
+            self._flops = flops_of(TrainingJob.load(Path(self.job)))
         self._step_began = self._run_began = time.monotonic()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -59,6 +75,7 @@ class MetricsLog(pl.Callback, IOMixin):
         }
         distillation = {"kl": KL, "hidden_loss": HIDDEN, "embedding_loss": EMBEDDINGS}
         record.update({key: float(values[name]) for key, name in distillation.items() if name in values})
+        record.update(gpu_use(record["tokens_per_second"], self._flops, trainer.world_size, self.precision))
         metrics.append(self.path, record)
         self._speeds.append(record["tokens_per_second"])
         left = metrics.time_left((self.total_steps - record["step"]) * self.tokens_per_step, self._speeds)
@@ -66,6 +83,8 @@ class MetricsLog(pl.Callback, IOMixin):
             f"step {record['step']}/{self.total_steps}  tokens {record['tokens']:,}  loss {record['loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.3f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+            + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")
+            + (f"  {record['peak_gigabytes']:.1f} GB" if "peak_gigabytes" in record else "")
             + (f"  KL {record['kl']:.4f}" if "kl" in record else "")
             + (f"  hidden {record['hidden_loss']:.4f}" if "hidden_loss" in record else ""),
             flush=True,

@@ -161,7 +161,12 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
     callbacks = [
         *carry_optimizer_state(job),
         run.Config(
-            MetricsLog, path=str(job.metrics), tokens_per_step=training.tokens_per_step, total_steps=training.steps
+            MetricsLog,
+            path=str(job.metrics),
+            tokens_per_step=training.tokens_per_step,
+            total_steps=training.steps,
+            job=str(job.file),
+            precision=precision,
         ),
         *hold_masks(job),
         *distill(job),

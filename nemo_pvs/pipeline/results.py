@@ -100,7 +100,15 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
         seconds=seconds if speeds else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
+        mfu=_median("mfu", curve),
+        peak_gigabytes=max((point.get("peak_gigabytes", 0.0) for point in curve.training), default=0.0) or None,
     )
+
+
+def _median(key: str, curve: metrics.Metrics) -> float | None:
+    """Return the median of what only some machines measure; None if this one did not."""
+    values = [point[key] for point in curve.training if key in point]
+    return statistics.median(values) if values else None
 
 
 def _losses(measured: EvaluationRecord) -> dict[str, float]:

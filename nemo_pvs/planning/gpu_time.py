@@ -12,6 +12,9 @@ H100_BYTES = 80e9
 """Memory of one GPU."""
 PEAK_FLOPS = {"bf16": 989.4e12, "fp8": 1978.9e12}
 """Dense FLOPs per second of an H100 SXM, from NVIDIA's data sheet."""
+_BF16_OF_OTHERS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12}
+"""Dense bf16 FLOPs per second by a part of the device's name, the first that fits."""
+_WITHOUT_FP8 = ("A100",)
 MFU = {"bf16": 0.40, "fp8": 0.37}
 """Model FLOPs utilisation to expect. bf16: Llama 3 on 8,192 and 16,384 H100s, 38 to 43 % (2407.21783, Table 4). fp8:
 LLAMA3-8B on 8 H100s, 744 TFLOPs per second (NVIDIA's performance summary for the NeMo 25.11 container). Models of
@@ -29,6 +32,19 @@ def gpu_hours(flops: float, precision: str, mfu: float | None = None) -> float:
     """
     kind = "fp8" if precision == "fp8" else "bf16"
     return flops / (PEAK_FLOPS[kind] * (MFU[kind] if mfu is None else mfu)) / _HOUR
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """Return the dense FLOPs per second of a GPU; None if it is not known here, or for fp32.
+
+    Args:
+        device: Its name as CUDA reports it: ``NVIDIA H100 80GB HBM3``.
+        precision: ``bf16``, ``fp8`` or ``fp32``.
+    """
+    name = next((part for part in _BF16_OF_OTHERS if part in device), None)
+    if name is None or precision == "fp32" or (precision == "fp8" and name in _WITHOUT_FP8):
+        return None
+    return _BF16_OF_OTHERS[name] * (2 if precision == "fp8" else 1)
 
 
 def training_flops(ledger: Ledger) -> float:

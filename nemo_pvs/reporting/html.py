@@ -109,6 +109,8 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
     # Safe: our figures escape their inputs.
+    on_gpus = any(arm.peak_gigabytes is not None for arm in results.arms)
+
     def drawn(*figures: str) -> list[Markup]:
         return [Markup(figure) for figure in figures if figure]
 
@@ -149,7 +151,8 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
             (group, list(columns)) for group, columns in groupby(table.columns, lambda column: column.group)
         ],
         notes=notes_of(runs),
-        arms=[_run_row(arm) for arm in results.arms],
+        arms=[_run_row(arm, on_gpus=on_gpus) for arm in results.arms],
+        on_gpus=on_gpus,
         masked=_any_masked(results),
         ledgers=[(arm.name, _ledger_rows(arm.ledger)) for arm in results.arms],
         settings=[(run, _recipe_text(run.results)) for run in runs.runs],
@@ -217,7 +220,8 @@ def _any_masked(results: Results) -> bool:
     return any(charge.flops_zeros_skipped is not None for arm in results.arms for charge in arm.ledger.charges)
 
 
-def _run_row(arm: ArmResult) -> list[str]:
+def _run_row(arm: ArmResult, *, on_gpus: bool) -> list[str]:
+    """Return the formatted cells about how an arm was trained, with the use of its GPUs if any arm has it."""
     rates = [point.learning_rate for point in arm.training if point.learning_rate is not None]
     return [
         arm.name,
@@ -229,6 +233,7 @@ def _run_row(arm: ArmResult) -> list[str]:
         fixed(arm.training[-1].loss if arm.training else None),
         duration(arm.seconds),
         fixed(arm.tokens_per_second, 0),
+        *[fixed(arm.mfu, 3), fixed(arm.peak_gigabytes, 1)] * on_gpus,
     ]
 
 

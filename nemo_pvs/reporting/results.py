@@ -100,6 +100,10 @@ class ArmResult:
     seconds: float | None = None
     """Wall-clock time of the training."""
     tokens_per_second: float | None = None
+    mfu: float | None = None
+    """Median model FLOPs utilisation on GPUs."""
+    peak_gigabytes: float | None = None
+    """Peak memory of rank 0's GPU."""
 
     @property
     def validation_loss(self) -> float | None:

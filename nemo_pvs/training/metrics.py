@@ -22,8 +22,9 @@ class Metrics:
 
     training: list[dict[str, Any]]
     """step, tokens, loss (nats per token), learning_rate (of this step's update), grad_norm, tokens_per_second,
-    seconds; for a distilled run also kl, its divergence from the teacher (nats per token, scaled as in
-    ``vocabulary_parallel_kl``), and hidden_loss and embedding_loss if hidden states are compared."""
+    seconds; on GPUs also mfu (model FLOPs utilisation) and peak_gigabytes (on rank 0); for a distilled run also kl,
+    its divergence from the teacher (nats per token, scaled as in ``vocabulary_parallel_kl``), and hidden_loss and
+    embedding_loss if hidden states are compared."""
     validation: list[dict[str, Any]]
     """step, tokens, loss (nats per token)."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)

@@ -279,6 +279,10 @@ def latest(curve: metrics.Metrics) -> str:
     """Format the latest loss and speed, and the latest validation loss and share of zeros if there are any."""
     last = curve.training[-1]
     note = f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in last:
+        note += f", MFU {last['mfu']:.0%}"
+    if "peak_gigabytes" in last:
+        note += f", {last['peak_gigabytes']:.0f} GB"
     if curve.validation:
         note += f", validation {curve.validation[-1]['loss']:.3f}"
     if curve.sparsity:

@@ -163,6 +163,7 @@ PLACES = {
     "resume.restore_config.path",
     "resume.resume_from_directory",
     "trainer.callbacks.0.path",
+    "trainer.callbacks.0.job",
 }
 """Where a run reads its initial weights, and writes."""
 SIZES = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"}

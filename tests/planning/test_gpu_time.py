@@ -15,7 +15,12 @@ from nemo_pvs.recipe.training import Training
 
 LLAMA_8B = Shape(layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False)
 TRAINING = Training(
-    tokens=1e9, sequence_length=8192, global_batch_size=128, learning_rate=1e-4, validation_samples=128, precision="bf16"
+    tokens=1e9,
+    sequence_length=8192,
+    global_batch_size=128,
+    learning_rate=1e-4,
+    validation_samples=128,
+    precision="bf16",
 )
 _USABLE = 0.9
 """Share of a GPU's memory; the rest is for NCCL, kernels and fragmentation."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -165,3 +166,10 @@ def test_a_folder_that_cannot_be_written_is_named(results: Results, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises((UserError, OSError)):
         write_report(results, tmp_path / "file" / "report")
+
+
+def test_gpu_use_has_columns_only_if_it_was_measured(results: Results) -> None:
+    assert "MFU" not in html_report(compare([Run("run", results)]))
+    results.arms[0] = replace(results.arms[0], mfu=0.412, peak_gigabytes=61.5)
+    page = html_report(compare([Run("run", results)]))
+    assert "<td>0.412</td><td>61.5</td>" in page

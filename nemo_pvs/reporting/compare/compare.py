@@ -141,6 +141,8 @@ def _mean(arms: list[ArmResult]) -> ArmResult:
         text_losses=_mean_losses([arm.text_losses for arm in arms]),
         seconds=_mean_known([arm.seconds for arm in arms]),
         tokens_per_second=_mean_known([arm.tokens_per_second for arm in arms]),
+        mfu=_mean_known([arm.mfu for arm in arms]),
+        peak_gigabytes=_mean_known([arm.peak_gigabytes for arm in arms]),
     )
 
 
