@@ -15,7 +15,7 @@ import pytest
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.dry_run import dry_run
-from nemo_pvs.planning.memory import parameters_on, training_memory
+from nemo_pvs.planning.memory import parameters_on
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
 from tests.megatron.ranks import run_ranks
