@@ -1,4 +1,4 @@
-"""Converting a checkpoint between Hugging Face and NeMo."""
+"""Converting a checkpoint between Hugging Face and NeMo, and to GGUF."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_pvs.api.values import one_of, parse_bytes, parse_dtype, tokens_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.system.files import check_new_folder
+from nemo_pvs.system.files import check_new_file, check_new_folder
 from nemo_pvs.system.folder_lock import locked_target
 from nemo_pvs.system.progress import console, progress
 
 if TYPE_CHECKING:
     from nemo_pvs.checkpoints.manifest import Manifest
+    from nemo_pvs.checkpoints.source import WeightSource
     from nemo_pvs.layerwise.agreement import Agreement
+
+
+_GGUF_NAMES = {"fp32": "f32", "fp16": "f16"}
+"""What llama.cpp calls the dtypes that have other names here."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,13 @@ class ConvertedModel:
     """A converted checkpoint on disk."""
 
     path: Path
-    """Its folder."""
-    manifest: Manifest
-    """Every tensor with its checksum, and what the checkpoint was made from."""
+    """Its folder, or the GGUF file."""
+    manifest: Manifest | None
+    """Every tensor with its checksum, and what the checkpoint was made from; None for a GGUF file."""
     agreement: Agreement | None
     """How far its logits are from those of the source; None unless ``verify="logits"``."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about it, in sentences."""
 
 
 def convert(
@@ -45,13 +52,14 @@ def convert(
     ignore_manifest: bool = False,
     overwrite: bool = False,
 ) -> ConvertedModel:
-    """Convert between Hugging Face and NeMo, as a stream of tensors: a few of them are in memory at a time.
+    """Convert between Hugging Face and NeMo, or to GGUF, as a stream: a few tensors are in memory at a time.
 
     Args:
         source: Checkpoint folder of any format, ``.gguf`` file, ``smollm2-135m`` or ``hf://owner/name``.
-        target: The folder to write.
-        to: ``hf`` or ``nemo``; by default ``nemo`` for a Hugging Face source and ``hf`` for any other.
-        dtype: ``bf16``, ``fp16`` or ``fp32``; as stored by default.
+        target: The folder to write, or a file that ends in ``.gguf``.
+        to: ``hf``, ``nemo`` or ``gguf``; by default ``gguf`` for such a file, ``nemo`` for a Hugging Face source and
+            ``hf`` for any other.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; for GGUF also ``q8_0``. As stored by default.
         verify: ``checksum`` reads the target back and compares every tensor, ``logits`` also runs both models,
             ``none`` does neither.
         max_shard_size: Largest weights file of a Hugging Face target, such as ``5GB`` or ``500MB``.
@@ -76,6 +84,18 @@ def convert(
         ('nemo', 0.0)
     """
     target = Path(target)
+    if _is_gguf(target, to):
+        return _convert_to_gguf(
+            source,
+            target,
+            dtype=dtype,
+            verify=one_of("--verify", verify, ("checksum", "none")),
+            uneven=one_of("--uneven", uneven, ("keep", "pad")),
+            config=config,
+            allow_nonfinite=allow_nonfinite,
+            ignore_manifest=ignore_manifest,
+            overwrite=overwrite,
+        )
     one_of("--verify", verify, ("checksum", "logits", "none"))
     one_of("--uneven", uneven, ("keep", "pad"))
     shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
@@ -117,6 +137,58 @@ def convert(
             with progress("run both on the same tokens", "layers") as show:
                 agreement = compare(model, open_source(target), ids, progress=show)
     return ConvertedModel(target, manifest, agreement)
+
+
+def _is_gguf(target: Path, to: str | None) -> bool:
+    """Return whether a GGUF file is wanted, which its name says.
+
+    Raises:
+        UserError: the name and ``to`` contradict each other, or ``to`` is unknown.
+    """
+    named = target.suffix == ".gguf"
+    if to is not None and named != (one_of("--to", to, ("hf", "nemo", "gguf")) == "gguf"):
+        ends = "ends" if named else "does not end"
+        raise UserError(f"--to is {to}, but {target} {ends} in .gguf; change one of them.")
+    return named
+
+
+def _convert_to_gguf(
+    source: str | Path,
+    target: Path,
+    *,
+    dtype: str | None,
+    verify: str,
+    uneven: str,
+    config: str | Path | None,
+    allow_nonfinite: bool,
+    ignore_manifest: bool,
+    overwrite: bool,
+) -> ConvertedModel:
+    kind = None if dtype is None else one_of("--dtype", _GGUF_NAMES.get(dtype, dtype), ("f32", "f16", "bf16", "q8_0"))
+    check_new_file(target, overwrite=overwrite)
+    # Imported after the checks, which are answered at once: these take seconds.
+    from nemo_pvs.checkpoints.fetch import local_checkpoint
+    from nemo_pvs.checkpoints.gguf.write import verify_gguf, write_gguf
+    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+    from nemo_pvs.checkpoints.transforms.pad import pad_layers
+
+    with ignoring_manifests(ignore_manifest), locked_target(target), local_checkpoint(str(source), target) as folder:
+        model: WeightSource = open_source(folder, config)
+        if uneven == "pad":
+            model = pad_layers(model)
+        with progress("convert to gguf", "parameters") as show:
+            written = write_gguf(
+                model, target, dtype=kind, allow_nonfinite=allow_nonfinite, overwrite=overwrite, progress=show
+            )
+        if verify == "checksum":
+            try:
+                verify_gguf(written)
+            except UserError:
+                target.unlink()
+                raise
+    about = f"{written.parameters:,} parameters as {written.dtype}, llama.cpp's architecture {written.architecture}"
+    return ConvertedModel(target, None, None, (about, *written.notes))
 
 
 def _reference(folder: Path, config: str | Path | None, text: str) -> tuple[Any, Any]:

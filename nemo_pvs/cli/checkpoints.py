@@ -21,10 +21,15 @@ def convert(
     target: Destination,
     to: Annotated[
         Optional[str],
-        typer.Option(help="hf or nemo; by default nemo for a Hugging Face source, else hf", rich_help_panel=OUTPUT),
+        typer.Option(
+            help="hf, nemo or gguf; by default gguf for a target that ends in .gguf, nemo for a Hugging Face "
+            "source, else hf",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     dtype: Annotated[
-        Optional[str], typer.Option(help="bf16, fp16 or fp32; as stored by default", rich_help_panel=OUTPUT)
+        Optional[str],
+        typer.Option(help="bf16, fp16 or fp32, for GGUF also q8_0; as stored by default", rich_help_panel=OUTPUT),
     ] = None,
     verify: Annotated[
         str,
@@ -58,7 +63,7 @@ def convert(
     ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert between Hugging Face and NeMo, as a stream."""
+    """Convert between Hugging Face and NeMo, or to GGUF for llama.cpp, as a stream."""
     from nemo_pvs.api.convert import convert as convert_checkpoint
 
     converted = convert_checkpoint(
@@ -76,6 +81,12 @@ def convert(
         ignore_manifest=ignore_manifest,
         overwrite=overwrite,
     )
+    if converted.manifest is None:
+        about, *notes = converted.notes
+        console.print(f"{target}: {about}", soft_wrap=True)
+        for note in notes:
+            console.print(note, soft_wrap=True)
+        return
     from nemo_pvs.checkpoints.convert import describe
 
     console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True)

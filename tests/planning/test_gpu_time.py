@@ -33,7 +33,7 @@ def test_gpu_hours_by_hand() -> None:
 
 
 def test_nvidias_own_measurement_is_met() -> None:
-    """LLAMA3-8B at 14,451 tokens a second on each of 8 H100s in FP8 (NeMo 25.11 container): 19.2 GPU-hours a billion."""
+    """LLAMA3-8B at 14,451 tokens a second on each of 8 H100s in FP8 (NeMo 25.11 container): 19.2 hours a billion."""
     ledger = Ledger()
     ledger.charge("training", 10**9, LLAMA_8B, 8192, training=True)
     assert gpu_hours(training_flops(ledger), "fp8") == pytest.approx(1e9 / 14_451 / 3600, rel=0.05)

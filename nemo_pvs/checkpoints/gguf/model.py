@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,33 +11,13 @@ import numpy as np
 import torch
 
 from nemo_pvs.checkpoints.gguf.file import GgufFile
+from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, is_rotated, pairs_to_halves, stored_name
 from nemo_pvs.checkpoints.gguf.rope import llama3_scaling
 from nemo_pvs.checkpoints.huggingface.shards import few
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-_ROPE_FACTORS = "rope_freqs.weight"
-
-_MODEL_TENSORS = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_TENSORS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 # Keys under the architecture's name that are read here, and those that add nothing to the tensors.
 _READ = {
@@ -79,7 +58,7 @@ class GgufSource:
         self._file = file
         self.config: Mapping[str, Any] = _config(file)
         self._shape = Layout.for_config(self.config).shape(self.config)
-        self._names = {name: _stored_name(name) for name in Layout.for_config(self.config).parts(self._shape)}
+        self._names = {name: stored_name(name) for name in Layout.for_config(self.config).parts(self._shape)}
         self._check_tensors()
 
     @property
@@ -91,8 +70,8 @@ class GgufSource:
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in the stored dtype, or in bfloat16 if it is quantised."""
         tensor = self._file.read(self._names[name])
-        if self.config["model_type"] == "llama" and ("q_proj" in name or "k_proj" in name):
-            return _pairs_to_halves(tensor, self._shape.head_dim)
+        if self.config["model_type"] == "llama" and is_rotated(name):
+            return pairs_to_halves(tensor, self._shape.head_dim)
         return tensor
 
     def _check_tensors(self) -> None:
@@ -123,25 +102,7 @@ class GgufSource:
         return str(self._file.get("general.architecture"))
 
     def _read_as_config(self) -> set[str]:
-        return {_ROPE_FACTORS} if self._architecture == "llama" else set()
-
-
-def _stored_name(name: str) -> str:
-    """Return the GGUF name of a tensor from its Hugging Face name."""
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    if layer is None:
-        return _MODEL_TENSORS[name]
-    return f"blk.{layer[1]}.{_LAYER_TENSORS[layer[2]]}.{layer[3]}"
-
-
-def _pairs_to_halves(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Return the rows of ``q`` or ``k`` (weights or biases) in Hugging Face's order.
-
-    Rotary embeddings rotate pairs of channels. In ``llama`` files the two channels of a pair are adjacent, as in
-    Meta's checkpoints; Hugging Face stores the first of every pair in the first half of a head, the second in the
-    second half.
-    """
-    return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return {ROPE_FACTORS} if self._architecture == "llama" else set()
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
@@ -214,14 +175,14 @@ def _rope_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any] |
     """Return ``rope_scaling`` of config.json, from the keys or from Llama 3.1's tensor of factors."""
     prefix = f"{config['model_type']}.rope.scaling."
     kind = file.get(prefix + "type", "none")
-    if config["model_type"] == "llama" and _ROPE_FACTORS in file.tensors:
+    if config["model_type"] == "llama" and ROPE_FACTORS in file.tensors:
         if kind != "none":
-            raise UserError(f"{file.path} has both {prefix}type and {_ROPE_FACTORS}; convert the model to GGUF again.")
-        factors = file.read(_ROPE_FACTORS).double().numpy()
+            raise UserError(f"{file.path} has both {prefix}type and {ROPE_FACTORS}; convert the model to GGUF again.")
+        factors = file.read(ROPE_FACTORS).double().numpy()
         scaling = llama3_scaling(factors, config["rope_theta"], config["head_dim"])
         if scaling is None:
             raise UserError(
-                f"The factors in {_ROPE_FACTORS} of {file.path} are not those of Llama 3's rope scaling; use the "
+                f"The factors in {ROPE_FACTORS} of {file.path} are not those of Llama 3's rope scaling; use the "
                 "model's Hugging Face folder."
             )
         return scaling

@@ -1,8 +1,9 @@
-"""Recovers Llama 3.1's rope scaling from the frequency factors that a GGUF file stores instead."""
+"""Llama 3.1's rope scaling as the frequency factors that a GGUF file stores, and back."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,12 @@ def llama3_scaling(factors: npt.NDArray[np.float64], theta: float, head_dim: int
         "high_freq_factor": high,
         "original_max_position_embeddings": round(float(slope) * (high - 1)),
     }
-    return scaling if np.allclose(_factors(scaling, wavelengths), factors, rtol=1e-4) else None
+    return scaling if np.allclose(llama3_factors(scaling, theta, head_dim), factors, rtol=1e-4) else None
 
 
-def _factors(scaling: dict[str, Any], wavelengths: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the divisor of the frequency of each wavelength under a setting."""
+def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> npt.NDArray[np.float64]:
+    """Return the divisor of each frequency under a ``rope_scaling`` of type llama3: (head_dim / 2), highest first."""
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
     smooth = np.clip(smooth, 0, 1)

@@ -51,7 +51,7 @@ _TEKKEN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_SPLITS = {
+PRE_TOKENIZERS = {
     "gpt-2": _Split(None),
     "smollm": _Split(None, digits=True),
     "starcoder": _Split(None, digits=True),
@@ -154,13 +154,13 @@ class _Vocabulary:
 
 def _split(file: GgufFile) -> _Split:
     name = file.get("tokenizer.ggml.pre", "")
-    if name not in _SPLITS:
+    if name not in PRE_TOKENIZERS:
         fault = f"splits text as {name} does" if name else "does not say how text is split (tokenizer.ggml.pre)"
         raise UserError(
-            f"The tokenizer in {file.path} {fault}; supported are {', '.join(_SPLITS)}, so use the model's Hugging "
-            "Face folder."
+            f"The tokenizer in {file.path} {fault}; supported are {', '.join(PRE_TOKENIZERS)}, so use the model's "
+            "Hugging Face folder."
         )
-    return _SPLITS[name]
+    return PRE_TOKENIZERS[name]
 
 
 def _byte_level(file: GgufFile, vocabulary: _Vocabulary, split: _Split) -> Tokenizer:

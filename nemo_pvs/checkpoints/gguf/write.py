@@ -1,0 +1,301 @@
+"""Writes a model as one GGUF file for llama.cpp and what is built on it, one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf.quants import quant_shape_to_byte_shape, quantize
+
+from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, halves_to_pairs, is_rotated, stored_name
+from nemo_pvs.checkpoints.gguf.rope import llama3_factors
+from nemo_pvs.checkpoints.gguf.write_tokenizer import add_tokenizer
+from nemo_pvs.checkpoints.manifest import is_finite
+from nemo_pvs.checkpoints.read_ahead import ReadAhead
+from nemo_pvs.checkpoints.source import Progress, WeightSource, shape_of
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import Shape
+from nemo_pvs.system.files import check_new_file, disk_errors
+from nemo_pvs.system.folder_lock import locked_target
+
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+"""How matrices can be stored."""
+
+_KINDS = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_TORCH = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+_BLOCK = 32
+"""Weights that share a scale in q8_0; rows of another length are stored as f16."""
+_ROWS_AT_ONCE = 4096
+"""Rows that are quantised at a time, so that a large embedding is never in memory as fp32."""
+_PAIRS = ("llama", "deci")
+"""Architectures in which the two channels that a rotary embedding rotates are adjacent."""
+_PLAIN_ROPE = ("default", None)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished GGUF file."""
+
+    path: Path
+    architecture: str
+    """llama.cpp's name of the model's graph."""
+    dtype: str
+    parameters: int
+    notes: tuple[str, ...] = ()
+    """What a user should know about it, in sentences."""
+    checksums: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """SHA-256 of the bytes of every tensor as written."""
+
+
+def write_gguf(
+    source: WeightSource,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    name: str | None = None,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write a model with its tokenizer as a GGUF file.
+
+    Vectors stay fp32. Layers of different sizes are written for llama.cpp's graph ``deci``, whose sizes are per layer.
+
+    Args:
+        source: The model.
+        target: The file to make.
+        dtype: How matrices are stored (``DTYPES``); by default as most of the source's are.
+        name: The model's name in the file; by default that of the file.
+        allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
+        overwrite: Replace an existing ``target``.
+        progress: Called with (done, total) parameters.
+
+    Raises:
+        UserError: llama.cpp would compute something else, the tokenizer cannot be expressed, or ``target`` exists or
+            cannot be written.
+    """
+    check_new_file(target, overwrite=overwrite)
+    shape, layout = shape_of(source), Layout.for_config(source.config)
+    config = {**layout.defaults, **source.config}
+    architecture = architecture_of(layout, shape)
+    _check_attention(config, layout, shape)
+    names = list(layout.parts(shape))
+    reads = ReadAhead(source, names)
+    first = {names[0]: reads.read(names[0])}  # says the dtype, unless that is given
+    kind = dtype or _dtype_of(first[names[0]].dtype)
+    writer = GGUFWriter(None, architecture)
+    _add_keys(writer, config, shape, name or target.stem, kind)
+    notes = add_tokenizer(writer, source.assets, config, shape.vocab)
+    extra = _rope(writer, architecture, config, shape)
+    sizes = {tensor: part.size(shape) for tensor, (part, _) in layout.parts(shape).items()}
+    for tensor, values in extra.items():
+        writer.add_tensor_info(tensor, values.shape, values.dtype, values.nbytes, GGMLQuantizationType.F32)
+    for tensor in names:
+        _declare(writer, stored_name(tensor), sizes[tensor], _type_of(sizes[tensor], kind))
+    checksums: dict[str, str] = {}
+    done = 0
+    with locked_target(target), _partial(target) as partial, disk_errors(target):
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        try:
+            for tensor, values in extra.items():
+                _write(writer, tensor, values, checksums)
+            for tensor in names:
+                weight = first.pop(tensor) if tensor in first else reads.read(tensor)
+                if tuple(weight.shape) != sizes[tensor]:
+                    raise UserError(f"{tensor} is {list(weight.shape)}, but the config implies {list(sizes[tensor])}.")
+                if architecture in _PAIRS and is_rotated(tensor):
+                    weight = halves_to_pairs(weight, shape.head_dim)
+                stored = _stored(tensor, weight, _type_of(sizes[tensor], kind), allow_nonfinite=allow_nonfinite)
+                _write(writer, stored_name(tensor), stored, checksums)
+                done += weight.numel()
+                if progress:
+                    progress(done, shape.parameters)
+        finally:
+            writer.close()
+    if kind == "q8_0" and any(len(size) > 1 and size[-1] % _BLOCK for size in sizes.values()):
+        notes.append(
+            f"Matrices whose rows are no multiple of {_BLOCK} weights are stored as f16, since q8_0 cannot hold them; "
+            "prune with sizes that are such multiples to avoid it."
+        )
+    return Written(target, architecture, kind, shape.parameters, tuple(notes), checksums)
+
+
+def verify_gguf(written: Written) -> None:
+    """Read a file back and compare every tensor with what was written.
+
+    Raises:
+        UserError: a tensor is missing or differs.
+    """
+    stored = {tensor.name: tensor for tensor in GGUFReader(written.path).tensors}
+    for name, checksum in written.checksums.items():
+        if name not in stored or _checksum(stored[name].data) != checksum:
+            raise UserError(
+                f"{name} in {written.path} does not read back as written; check the disk and convert again."
+            )
+
+
+def architecture_of(layout: Layout, shape: Shape) -> str:
+    """Return the architecture whose graph in llama.cpp computes what this model does.
+
+    Raises:
+        UserError: there is none.
+    """
+    family = layout.family
+    if family not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise UserError(
+            f"There is no GGUF architecture for the family {family} here; known are llama, mistral, qwen2, qwen3."
+        )
+    biased = {feature for feature in shape.features if feature.endswith("bias")}
+    if family == "qwen3" and (shape.uneven or biased):
+        what = "layers of different sizes" if shape.uneven else "biases"
+        raise UserError(
+            f"llama.cpp has no graph for Qwen 3 with {what}; "
+            + ("pad them by pvs convert --uneven pad." if shape.uneven else "use a method that adds no biases.")
+        )
+    if shape.uneven:
+        return "deci"
+    if family == "qwen2" and shape.heads * shape.head_dim == shape.hidden:
+        return "qwen2"
+    # Unlike the graph qwen2, that of llama has any head size, and biases if there are some.
+    return "qwen3" if family == "qwen3" else "llama"
+
+
+def _check_attention(config: Mapping[str, Any], layout: Layout, shape: Shape) -> None:
+    """Refuse a sliding window that is shorter than the context: llama.cpp attends to everything."""
+    window, context = config.get("sliding_window"), int(config["max_position_embeddings"])
+    used = config.get("use_sliding_window", layout.family == "mistral")
+    if used and window is not None and int(window) < context:
+        raise UserError(
+            f"The model attends to a window of {int(window):,} tokens, but llama.cpp's graph attends to all of the "
+            f"context of {context:,}; set max_position_embeddings in config.json to the window, within which both are "
+            "the same."
+        )
+
+
+def _dtype_of(dtype: torch.dtype) -> str:
+    return {torch.float32: "f32", torch.float16: "f16"}.get(dtype, "bf16")
+
+
+def _add_keys(writer: GGUFWriter, config: Mapping[str, Any], shape: Shape, name: str, kind: str) -> None:
+    """Add the sizes; those that llama.cpp would otherwise guess from others are always stated."""
+    layers = shape.layer_sizes
+    quantisation, file_type = _KINDS[kind]
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    if quantisation == GGMLQuantizationType.Q8_0:
+        writer.add_quantization_version(2)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length([size.ffn for size in layers] if shape.uneven else shape.ffn)
+    writer.add_head_count([size.heads for size in layers] if shape.uneven else shape.heads)
+    writer.add_head_count_kv([size.kv_groups for size in layers] if shape.uneven else shape.kv_groups)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_rope_freq_base(float(config["rope_theta"]))
+
+
+def _rope(
+    writer: GGUFWriter, architecture: str, config: Mapping[str, Any], shape: Shape
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Add the keys of a rope scaling, and return the tensors that express it.
+
+    Raises:
+        UserError: llama.cpp has no equivalent.
+    """
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in _PLAIN_ROPE:
+        return {}
+    if kind == "linear":
+        writer.add_string(f"{architecture}.rope.scaling.type", "linear")
+        writer.add_float32(f"{architecture}.rope.scaling.factor", float(scaling["factor"]))
+        return {}
+    if kind == "llama3" and architecture in _PAIRS:
+        factors = llama3_factors(scaling, float(config["rope_theta"]), shape.head_dim)
+        return {ROPE_FACTORS: factors.astype(np.float32)}
+    raise UserError(
+        f"llama.cpp's graph {architecture} has no equivalent of the rope scaling {kind}; what it has is none, linear"
+        f"{' and llama3' if architecture in _PAIRS else ''}."
+    )
+
+
+def _type_of(size: tuple[int, ...], kind: str) -> GGMLQuantizationType:
+    quantisation = _KINDS[kind][0]
+    if len(size) == 1:
+        return GGMLQuantizationType.F32
+    if quantisation == GGMLQuantizationType.Q8_0 and size[-1] % _BLOCK:
+        return GGMLQuantizationType.F16
+    return quantisation
+
+
+def _declare(writer: GGUFWriter, name: str, size: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+    stored = quant_shape_to_byte_shape(size, kind)
+    writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), kind)
+
+
+def _stored(name: str, weight: torch.Tensor, kind: GGMLQuantizationType, *, allow_nonfinite: bool) -> npt.NDArray[Any]:
+    """Return the bytes of a tensor in its type."""
+    if kind == GGMLQuantizationType.Q8_0:
+        rows = [quantize(part.float().numpy(), kind) for part in weight.split(_ROWS_AT_ONCE)]
+        if not allow_nonfinite and not is_finite(weight):
+            raise _nonfinite(name, "")
+        return np.concatenate(rows)
+    cast = weight.to(_TORCH[kind]).contiguous()
+    if not allow_nonfinite and not is_finite(cast):
+        raise _nonfinite(name, f" as {kind.name.lower()}")
+    return cast.view(torch.uint8).numpy()
+
+
+def _nonfinite(name: str, cast: str) -> UserError:
+    return UserError(
+        f"{name} has NaN or infinite values{cast}, so the model cannot compute anything; use an intact checkpoint or "
+        "another --dtype, or copy it as it is with --allow-nonfinite."
+    )
+
+
+def _write(writer: GGUFWriter, name: str, values: npt.NDArray[Any], checksums: dict[str, str]) -> None:
+    checksums[name] = _checksum(values)
+    writer.write_tensor_data(values)
+
+
+def _checksum(values: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of a file, which becomes the file when the block ends without an error."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

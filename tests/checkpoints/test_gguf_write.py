@@ -1,0 +1,273 @@
+"""GGUF files that we write: the tensors and keys of an independent writer, ids of the tokenizer, or a sentence."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config, Qwen3Config
+
+from nemo_pvs.checkpoints.fetch import dequantize_gguf
+from nemo_pvs.checkpoints.gguf.file import GgufFile
+from nemo_pvs.checkpoints.gguf.names import is_rotated, pairs_to_halves, stored_name
+from nemo_pvs.checkpoints.gguf.tokenizer import build_tokenizer
+from nemo_pvs.checkpoints.gguf.write import Written, verify_gguf
+from nemo_pvs.checkpoints.gguf.write import write_gguf as write_ours
+from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.checkpoints.transforms.random import RandomSource
+from nemo_pvs.errors import UserError
+from nemo_pvs.model.layout import Layout
+from tests.checkpoints.gguf_writer import BYTE_TOKENIZER, randomise
+from tests.checkpoints.gguf_writer import write_gguf as write_theirs
+from tests.checkpoints.test_gguf_model import SCALING, factors, llama, logits, qwen
+from tests.checkpoints.test_gguf_tokenizer import AWKWARD, PIECES, of_spm, spm, tokenizer_of  # noqa: F401 (a fixture)
+from tests.uneven_model import make_uneven_llama
+
+
+def saved(folder: Path, network: Any, **keys: Any) -> Path:
+    """Save a model with the tokenizer that these GGUF keys describe; return the folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer_of(Path(scratch), **{"bos_token_id": 256, **keys}).save_pretrained(folder)
+    network.config.eos_token_id = network.generation_config.eos_token_id = keys.get("eos_token_id", 256)
+    network.save_pretrained(folder)
+    return folder
+
+
+def written(folder: Path, **settings: Any) -> Written:
+    return write_ours(HuggingFaceSource(folder), folder.parent / "ours.gguf", **settings)
+
+
+def mistral(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 260, "head_dim": 16}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    return randomise(AutoModelForCausalLM.from_config(MistralConfig(**sizes, **heads, **settings)))
+
+
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "llama": (llama, {}),
+    "llama with a tied head": (lambda: llama(tie_word_embeddings=True), {}),
+    "llama with biases": (lambda: llama(attention_bias=True, mlp_bias=True), {}),
+    "llama 3.1": (lambda: llama(rope_scaling=SCALING, rope_theta=100.0), {}),
+    "llama, linear": (
+        lambda: llama(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    ),
+    "qwen2": (lambda: qwen(Qwen2Config), {}),
+    "qwen3": (lambda: qwen(Qwen3Config, head_dim=32, tie_word_embeddings=True), {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MODELS)
+def test_a_file_has_the_tensors_and_sizes_of_an_independent_writer(case: str, tmp_path: Path) -> None:
+    make, keys = MODELS[case]
+    model = make()
+    ours = written(saved(tmp_path / "model", model), dtype="f32")
+    extra = {"rope_freqs.weight": factors(model)} if case == "llama 3.1" else {}
+    theirs = GgufFile(write_theirs(tmp_path / "theirs.gguf", model, keys=keys, tensors=extra))
+    file = GgufFile(ours.path)
+    assert {*file.tensors} == {*theirs.tensors}
+    for name in theirs.tensors:
+        assert file.size(name) == theirs.size(name)
+        tolerance = 1e-6 if name == "rope_freqs.weight" else 0
+        assert torch.allclose(file.read(name), theirs.read(name), rtol=tolerance, atol=0), name
+    sizes = [key for key in theirs.keys if key.startswith(f"{ours.architecture}.")]
+    assert len(sizes) > 8
+    assert {key: file.get(key) for key in sizes} == {key: theirs.get(key) for key in sizes}
+    again = AutoModelForCausalLM.from_pretrained(dequantize_gguf(ours.path, tmp_path / "again"))
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.slow
+def test_mistral_is_a_llama_if_its_window_is_the_context(tmp_path: Path) -> None:
+    model = mistral(sliding_window=256)
+    ours = written(saved(tmp_path / "model", model), dtype="f32")
+    assert ours.architecture == "llama"
+    again = AutoModelForCausalLM.from_pretrained(dequantize_gguf(ours.path, tmp_path / "again"))
+    assert torch.equal(logits(again), logits(model))
+
+
+def _same_tensors(ours: Written, source: WeightSource) -> None:
+    file, shape = GgufFile(ours.path), shape_of(source)
+    parts = Layout.for_config(source.config).parts(shape)
+    assert len(file.tensors) == len(parts)
+    for name in parts:
+        tensor = file.read(stored_name(name))
+        if is_rotated(name) and ours.architecture != "qwen2":
+            tensor = pairs_to_halves(tensor, shape.head_dim)
+        assert torch.equal(tensor, source.read(name)), name
+
+
+def test_layers_of_different_sizes_are_for_the_graph_that_has_them(tmp_path: Path) -> None:
+    folder = make_uneven_llama(tmp_path / "model", vocab_size=260, attention_bias=True, mlp_bias=True)
+    tokenizer_of(tmp_path, bos_token_id=256).save_pretrained(folder)
+    ours = written(folder)
+    file, source = GgufFile(ours.path), HuggingFaceSource(folder)
+    assert (ours.architecture, ours.dtype) == ("deci", "f32")
+    sizes = shape_of(source).layer_sizes
+    assert file.get("deci.feed_forward_length") == [size.ffn for size in sizes]
+    assert file.get("deci.attention.head_count") == [size.heads for size in sizes]
+    assert file.get("deci.attention.head_count_kv") == [size.kv_groups for size in sizes]
+    _same_tensors(ours, source)
+
+
+def test_a_narrower_qwen2_is_a_llama_with_biases(tmp_path: Path) -> None:
+    """The graph of qwen2 takes heads of hidden / heads channels, and pruning by width keeps the heads' channels."""
+    whole = saved(tmp_path / "whole", qwen(Qwen2Config))
+    assert written(whole).architecture == "qwen2"
+    config = {**HuggingFaceSource(whole).config, "hidden_size": 48, "head_dim": 16}
+    narrow = RandomSource(config, 0, HuggingFaceSource(whole).assets, torch.float32)
+    ours = write_ours(narrow, tmp_path / "narrow.gguf")
+    assert ours.architecture == "llama"
+    assert "blk.0.attn_q.bias" in GgufFile(ours.path).tensors
+    _same_tensors(ours, narrow)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
+def test_matrices_are_cast_and_vectors_are_not(dtype: str, tmp_path: Path) -> None:
+    model = llama()
+    ours = written(saved(tmp_path / "model", model), dtype=dtype)
+    kind = GGMLQuantizationType[dtype.upper()]
+    stored = {tensor.name: tensor for tensor in GGUFReader(ours.path).tensors}
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert np.array_equal(stored["blk.1.ffn_down.weight"].data, quantize(model.state_dict()[name].numpy(), kind))
+    assert stored["blk.1.ffn_norm.weight"].tensor_type == GGMLQuantizationType.F32
+    assert not ours.notes
+    assert np.allclose(
+        dequantize(stored["blk.1.ffn_down.weight"].data, kind), model.state_dict()[name].numpy(), atol=0.01
+    )
+
+
+def test_rows_that_q8_0_cannot_hold_are_f16_and_that_is_said(tmp_path: Path) -> None:
+    ours = written(saved(tmp_path / "model", llama(intermediate_size=72)), dtype="q8_0")
+    stored = {tensor.name: tensor.tensor_type for tensor in GGUFReader(ours.path).tensors}
+    assert stored["blk.0.ffn_down.weight"] == GGMLQuantizationType.F16
+    assert stored["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q8_0
+    assert "no multiple of 32 weights are stored as f16" in ours.notes[0]
+
+
+def test_the_dtype_is_that_of_the_weights_by_default(tmp_path: Path) -> None:
+    assert written(saved(tmp_path / "model", llama().bfloat16())).dtype == "bf16"
+
+
+@pytest.mark.parametrize("pre", PIECES)
+def test_a_tokenizer_has_its_ids_again(pre: str, tmp_path: Path) -> None:
+    merges = {"tokens": [*BYTE_TOKENIZER["tokens"], "ab", "Ġx"], "token_type": [1] * 256 + [3, 1, 1]}
+    keys = {"pre": pre, **merges, "merges": ["a b", "Ġ x"], "add_bos_token": pre == "tekken"}
+    folder = saved(tmp_path / "model", llama(), **keys)
+    ours = written(folder)
+    file = GgufFile(ours.path)
+    assert file.get("tokenizer.ggml.pre") == pre
+    assert len(file.get("tokenizer.ggml.tokens")) == 260
+    before, after = AutoTokenizer.from_pretrained(folder), build_tokenizer(file)
+    for text in (AWKWARD, "abx ab x<|end|>ab", ""):
+        assert after(text)["input_ids"] == before(text)["input_ids"], text
+    assert after.eos_token == "<|end|>"
+    assert [note for note in ours.notes if "NFC" in note] == list(ours.notes) == list(ours.notes[: pre == "qwen2"])
+
+
+def test_sentencepiece_merges_have_scores(
+    spm: sentencepiece.SentencePieceProcessor,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = saved(tmp_path / "model", llama(), bos_token_id=1, unknown_token_id=0, **of_spm(spm))
+    source = HuggingFaceSource(folder)
+    wider = RandomSource({**source.config, "vocab_size": 384}, 0, source.assets)
+    file = GgufFile(write_ours(wider, tmp_path / "ours.gguf").path)
+    assert file.get("tokenizer.ggml.model") == "llama"
+    tokenizer = build_tokenizer(file)
+    for text in (AWKWARD, "In 1999 the boat", " a  b ", "ab" * 20):
+        assert tokenizer(text)["input_ids"] == [1, *spm.encode(text)], text
+
+
+def test_chat_template_and_end_of_text(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", llama())
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [256, 3]}))
+    file = GgufFile(written(folder).path)
+    assert file.get("tokenizer.chat_template") == "{{ messages[0].content }}"
+    assert file.get("tokenizer.ggml.eos_token_id") == 256
+
+
+def _change(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads((folder / file).read_text())
+    change(values)
+    (folder / file).write_text(json.dumps(values))
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str, Callable[[dict[str, Any]], Any]]] = {
+    "a window of 64 tokens, .* context of 256; set max_position_embeddings": (
+        lambda: mistral(sliding_window=64),
+        "config.json",
+        lambda config: None,
+    ),
+    "no equivalent of the rope scaling dynamic": (
+        llama,
+        "config.json",
+        lambda config: config.update(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+    ),
+    "no equivalent of the rope scaling llama3": (
+        lambda: qwen(Qwen3Config, head_dim=32),
+        "config.json",
+        lambda config: config.update(rope_scaling=SCALING),
+    ),
+    "is of the kind WordPiece": (llama, "tokenizer.json", lambda file: file["model"].update(type="WordPiece")),
+    "'<|end|>' .* has lstrip": (llama, "tokenizer.json", lambda file: file["added_tokens"][0].update(lstrip=True)),
+    "splits text in a way for which llama.cpp has no name": (
+        llama,
+        "tokenizer.json",
+        lambda file: file.update(pre_tokenizer={**file["pre_tokenizer"], "pretokenizers": [{"type": "Punctuation"}]}),
+    ),
+    r"changes text first \(Lowercase\)": (
+        llama,
+        "tokenizer.json",
+        lambda file: file.update(normalizer={"type": "Lowercase"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_llama_cpp_would_compute_differently_is_refused(said: str, tmp_path: Path) -> None:
+    make, file, change = REFUSED[said]
+    folder = saved(tmp_path / "model", make())
+    _change(folder, file, change)
+    with pytest.raises(UserError, match=said):
+        written(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_without_a_tokenizer_there_is_no_file(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", llama())
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json, without which llama.cpp reads no text"):
+        written(folder)
+
+
+def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6  # too large for f16
+    folder = saved(tmp_path / "model", model)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN or infinite values as f16"):
+        written(folder, dtype="f16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_damaged_file_does_not_verify(tmp_path: Path) -> None:
+    ours = written(saved(tmp_path / "model", llama()))
+    verify_gguf(ours)
+    data = bytearray(ours.path.read_bytes())
+    data[-40] ^= 1
+    ours.path.write_bytes(data)
+    with pytest.raises(UserError, match="does not read back as written"):
+        verify_gguf(ours)
