@@ -12,7 +12,7 @@ import yaml
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.layerwise.model import ON_CPU, Compute
-from nemo_pvs.pipeline.checks import check_machine, check_text
+from nemo_pvs.pipeline.checks import check_text
 from nemo_pvs.pipeline.earlier_records import adopt_earlier_records
 from nemo_pvs.pipeline.folder import HUGGING_FACE, RunFolder
 from nemo_pvs.pipeline.look_ahead import look_ahead
@@ -35,6 +35,7 @@ from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.files import write_text
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.machine import check_here
 from nemo_pvs.training.trainer import Trainer, is_finished
 
 
@@ -193,7 +194,9 @@ class Pipeline(RunFolder):
         self.tokens.check_texts(self.tokenizer, self.parent_shape.vocab)
         if trains_here:
             jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
-            check_machine([job for job in jobs if not is_finished(job)], self.jobs)
+            for job in jobs:
+                if not is_finished(job):
+                    check_here(job.name, job.layout, job.training, self.jobs)
         ahead = look_ahead(self)
         if "data" in ahead:
             self._check_text(ahead.data.splits)
