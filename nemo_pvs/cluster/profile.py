@@ -24,8 +24,9 @@ from nemo_pvs.training.preemption import PREEMPTED
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 _EXTENSIONS = "TORCH_EXTENSIONS_DIR"
-"""Where Megatron compiles when NeMo's command imports it before our code can prevent that (``import_megatron``). On the
-node and new for each attempt: a rank that is killed while it compiles leaves a lock, for which later ones would wait."""
+"""Where Megatron compiles if NeMo's command imports it before our code can prevent that (``import_megatron``).
+
+It is on the node, and new for each attempt: a rank that is killed while compiling leaves a lock that others wait for."""
 
 
 class _Profile(Block):

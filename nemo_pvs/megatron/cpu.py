@@ -1,8 +1,9 @@
 """Megatron on a CPU: temporarily redirect the few names of torch, Megatron and NeMo that assume CUDA.
 
 Importing this module changes nothing. The launcher enters `megatron_on_cpu` on a machine without CUDA, and commands
-enter it for ``--device cpu``; leaving it restores every name. A comment gives the reason for each redirection. Most replace ``torch.cuda`` functions that
-Megatron calls unconditionally; only the modules that hard-code ``device="cuda"`` get a stand-in for ``torch``.
+enter it for ``--device cpu``; leaving it restores every name. A comment gives the reason for each redirection. Most
+replace ``torch.cuda`` functions that Megatron calls unconditionally; only the modules that hard-code
+``device="cuda"`` get a stand-in for ``torch``.
 """
 
 from __future__ import annotations

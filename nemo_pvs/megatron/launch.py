@@ -62,6 +62,8 @@ def _run(job: TrainingJob, locked: bool) -> int:
     size, needed = found.size if found else 1, job.layout.processes
     if size != needed:
         raise UserError(f"{job.name} needs {needed} ranks, but the variable WORLD_SIZE is {size}; start {needed}.")
+    if not locked and os.environ.get("LOCAL_RANK") == "0":  # nobody else has written it
+        print(*_doctors_lines(), sep="\n", flush=True)
     _check_gpus_of_ranks()
     forked_die_with_this()
     with locked_folder(job.folder) if os.environ["RANK"] == "0" and not locked else nullcontext():
@@ -141,12 +143,21 @@ def _start(job: TrainingJob) -> int:
     """
     import torch
 
+    with open(job.log, "a") as log:
+        print(*_doctors_lines(), sep="\n", file=log)
     if not torch.cuda.is_available():
         return _fork_ranks(job)
     from nemo_pvs.training.machine import check_gpus
 
     check_gpus(job.name, job.layout, torch.cuda.device_count())
     return _torchrun(job)
+
+
+def _doctors_lines() -> list[str]:
+    """Return the lines with which the log of a job begins: where it runs, on what, and what is wrong there."""
+    from nemo_pvs.doctor.examine import log_lines
+
+    return log_lines()
 
 
 def _training() -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from functools import cache
 from importlib import metadata
 
@@ -11,9 +12,7 @@ from nemo_pvs.errors import UserError
 
 BUILD = "pip install --no-build-isolation -c constraints-gpu.txt 'transformer-engine[pytorch]==2.9.0'"
 """The command that builds it against the PyTorch that is installed; launch/README.md says what it needs."""
-REMOVE = (
-    "pip uninstall -y transformer-engine transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13"
-)
+REMOVE = "pip uninstall -y transformer-engine transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13"
 
 
 def is_installed() -> bool:
@@ -47,14 +46,20 @@ def import_problem() -> str | None:
 
 
 def check_import() -> None:
-    """Refuse an installed Transformer Engine that cannot be imported, because Megatron then fails with a traceback.
+    """Prepare for Megatron, which takes any package ``transformer_engine`` for one that works, and else fails.
 
-    Megatron takes any package ``transformer_engine`` for a working one and derives its layers from it at import.
+    An installed one that cannot be imported is refused where there is a GPU. Elsewhere, as on a login node without
+    the driver's library, it is hidden from Megatron, as nothing there can use it.
 
     Raises:
-        UserError: it is installed, but broken.
+        UserError: it is installed but broken, on a machine with a GPU.
     """
     if is_installed() and (problem := import_problem()):
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # importing it raises ImportError
+            return
         raise UserError(
             f"Transformer Engine {version()} is installed but cannot be imported ({problem}), so Megatron cannot "
             f"either; build it for this PyTorch ({BUILD}), or remove it ({REMOVE})."

@@ -159,7 +159,7 @@ def test_a_local_launch_starts_nothing_if_a_stage_has_more_ranks_than_gpus(tmp_p
     todo = stages(recipe, "llama31_8b/minitron_width", tmp_path / "run", profile)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    with pytest.raises(UserError, match="needs 128 ranks, but this machine has 8 GPUs; .* --launch"):
+    with pytest.raises(UserError, match=r"needs 128 ranks, but this machine has 8 GPUs; .* --launch"):
         launch(todo, recipe.name, tmp_path / "run", profile)
     assert not list(tmp_path.glob("run/nemo_run"))
 

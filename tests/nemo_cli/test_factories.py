@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nemo_pvs.cli.factory_names import arm_factory_name, factory_call, factory_name, prune_factory_name
 from nemo_pvs.pruning.presets import presets

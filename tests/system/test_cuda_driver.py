@@ -17,7 +17,10 @@ int cuInit(unsigned flags) { return INIT; }
 int cuGetErrorName(int code, const char **name) { *name = code == 802 ? "CUDA_ERROR_SYSTEM_NOT_READY" : 0; return 0; }
 int cuDeviceGetCount(int *count) { *count = 2; return 0; }
 int cuDeviceGet(int *device, int number) { *device = 10 + number; return 0; }
-int cuDeviceGetName(char *name, int size, int device) { strncpy(name, device == 10 ? "H100" : "A100", size); return 0; }
+int cuDeviceGetName(char *name, int size, int device) {
+  strncpy(name, device == 10 ? "H100" : "A100", size);
+  return 0;
+}
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 85899345920; return 0; }
 int cuDeviceGetAttribute(int *value, int which, int device) {
   if (which == 75) *value = device == 10 ? 9 : 8;
@@ -50,9 +53,9 @@ def test_each_gpu_with_its_memory_and_abilities(library):
 
 def test_a_driver_that_hides_all_gpus_has_none_and_one_that_does_not_start_says_why(library):
     assert gpus(library(100)) == []
-    with pytest.raises(DriverError, match="^CUDA_ERROR_SYSTEM_NOT_READY$"):
+    with pytest.raises(DriverError, match=r"^CUDA_ERROR_SYSTEM_NOT_READY$"):
         gpus(library(802))
-    with pytest.raises(DriverError, match="^error 999$"):
+    with pytest.raises(DriverError, match=r"^error 999$"):
         gpus(library(999))
 
 

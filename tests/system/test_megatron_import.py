@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -60,7 +61,8 @@ def engine(tmp_path, monkeypatch):
         ("assert False", "AssertionError: no message"),
     ],
 )
-def test_a_broken_transformer_engine_is_not_one_and_says_why(engine, code, reason):
+def test_a_broken_transformer_engine_is_not_one_and_says_why(engine, code, reason, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     engine(code)
     assert transformer_engine.is_installed()
     assert transformer_engine.import_problem() == reason
@@ -70,6 +72,15 @@ def test_a_broken_transformer_engine_is_not_one_and_says_why(engine, code, reaso
     assert "--no-build-isolation" in str(refused.value)
     assert "pip uninstall" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_one_that_is_broken_where_no_gpu_is_is_hidden_from_megatron(engine):
+    """As on a login node, where the driver's library is missing."""
+    engine("raise OSError('libcuda.so.1: cannot open')")
+    import_megatron()
+    with pytest.raises(ImportError):
+        importlib.import_module("transformer_engine")
+    assert not transformer_engine.is_installed()
 
 
 def test_one_that_imports_is_one(engine):
