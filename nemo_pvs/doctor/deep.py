@@ -23,7 +23,7 @@ from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.megatron_import import import_megatron
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.trainer import Trainer, is_finished
+from nemo_pvs.training.trainer import PreemptedError, Trainer, is_finished
 
 _SECONDS = 600
 """After this long an import or a sum does not end any more; on a slow file system an import takes minutes."""
@@ -97,6 +97,8 @@ def train_and_resume(ranks: int) -> Finding:
                 with Trainer(Path(folder, "launcher.log")) as trainer:
                     trainer.train(job)
                 assert is_finished(job)
+        except PreemptedError:
+            raise  # the user or Slurm has stopped the doctor
         except (TrainingError, UserError) as error:
             kept = Path(tempfile.mkdtemp(prefix="pvs-doctor-"), "log.txt")
             logs = [path.read_text(errors="replace") for path in sorted(Path(folder).rglob("*log*.txt"))]
