@@ -26,7 +26,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _EXTENSIONS = "TORCH_EXTENSIONS_DIR"
 """Where Megatron compiles if NeMo's command imports it before our code can prevent that (``import_megatron``).
 
-It is on the node, and new for each attempt: a rank that is killed while compiling leaves a lock, and others wait for it.
+It is on the node, and new for each attempt: a rank that is killed while it compiles leaves a lock that blocks others.
 """
 
 
