@@ -10,6 +10,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 from nemo_pvs.doctor.finding import Finding
 from nemo_pvs.system import transformer_engine
@@ -76,13 +77,21 @@ def check_packages(requirements: Iterable[str] | None, versions: Versions = inst
         needed = f"{name}{wanted.specifier}"
         if found is None:
             wrong.append(Finding("FAIL", name, f"not installed, {needed} is needed", f"{install} '{needed}'"))
-        elif not wanted.specifier.contains(found, prereleases=True):
+        elif not _within(found, wanted.specifier):
             level = "FAIL" if name in _DECISIVE else "warn"
             in_image = name in _DECISIVE and of_nvidia(versions)
             cure = f"use the image {IMAGE}" if in_image else f"{install} '{needed}'"
             wrong.append(Finding(level, name, f"{found}, but {needed} is needed", cure))
     named = ", ".join(f"{name} {found}" for name in _NAMED if (found := versions(name)))
     return [Finding("ok", "packages", named), *wrong]
+
+
+def _within(version: str, bounds: SpecifierSet) -> bool:
+    """Return whether a version is within bounds; one that is no version, as of a development build, is not."""
+    try:
+        return bounds.contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return False
 
 
 def check_transformer_engine(
@@ -111,7 +120,7 @@ def check_transformer_engine(
         return [Finding("FAIL", subject, f"{found} cannot be imported, nor can Megatron with it: {reason}", rebuild)]
     else:
         findings = [Finding("ok", subject, f"{found}, imported")]
-    if not TRANSFORMER_ENGINE.contains(found, prereleases=True):
+    if not _within(found, TRANSFORMER_ENGINE):
         text = f"{found}, but Megatron-Core 0.15 is made for {TRANSFORMER_ENGINE}"
         findings.append(Finding("warn", subject, text, rebuild))
     return findings

@@ -54,6 +54,11 @@ def test_a_container_whose_megatron_cannot_train_is_to_be_replaced_not_changed()
     assert _found({**TESTED, "nemo-toolkit": "2.5.0"})[1][0] == "FAIL"
 
 
+def test_a_version_that_is_none_is_a_finding_and_no_crash():
+    assert _found({**TESTED, "zarr": "main-3f2a"})[1][:2] == ("warn", "zarr")
+    assert [level for level, _, _ in _engine("unknown")] == ["ok", "warn"]
+
+
 def test_a_folder_of_sources_is_not_an_installation():
     assert _found(TESTED, None) == [("FAIL", "nemo_pvs", "pip install --no-deps --editable .")]
 
