@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from nemo_pvs.doctor.finding import Finding
+from nemo_pvs.doctor.finding import Finding, Level
 from nemo_pvs.system import transformer_engine
 
 TRANSFORMER_ENGINE = SpecifierSet(">=2.9,<2.10")
@@ -21,7 +21,15 @@ IMAGE = "nvcr.io/nvidia/nemo:25.11"
 """NVIDIA's container for which launch/ has a Dockerfile."""
 
 _PYTHONS = SpecifierSet(">=3.10,<3.13")
-_NAMED = ("torch", "nemo-toolkit", "megatron-core", "nemo-run", "nvidia-modelopt", "transformers", "lightning")
+_NAMED = (
+    "torch",
+    "nemo-toolkit",
+    "megatron-core",
+    "nemo-run",
+    "nvidia-modelopt",
+    "nvidia-resiliency-ext",
+    "transformers",
+)
 """Packages whose versions are shown even if nothing is wrong with them."""
 _DECISIVE = {"nemo-toolkit", "megatron-core"}
 """Training fails with other versions of these; for the others, pyproject.toml says what was seen to work."""
@@ -78,7 +86,7 @@ def check_packages(requirements: Iterable[str] | None, versions: Versions = inst
         if found is None:
             wrong.append(Finding("FAIL", name, f"not installed, {needed} is needed", f"{install} '{needed}'"))
         elif not _within(found, wanted.specifier):
-            level = "FAIL" if name in _DECISIVE else "warn"
+            level: Level = "FAIL" if name in _DECISIVE else "warn"
             in_image = name in _DECISIVE and of_nvidia(versions)
             cure = f"use the image {IMAGE}" if in_image else f"{install} '{needed}'"
             wrong.append(Finding(level, name, f"{found}, but {needed} is needed", cure))

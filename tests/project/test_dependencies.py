@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from nemo_pvs.doctor.packages import IMAGE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -83,6 +85,16 @@ def test_what_is_added_to_the_container_needs_nothing_of_nvidia_s():
         always = {_plain(one.name) for one in needed if not one.marker or one.marker.evaluate({"extra": ""})}
         if name != "nemo-run":  # needs torchx, which the container's own NeMo-Run has brought
             assert not [one for one in always if re.match(r"torch|nvidia|cuda|transformer-engine|megatron", one)], name
+
+
+def test_the_image_is_made_as_the_page_says_and_ends_with_the_doctor():
+    image = (ROOT / "launch" / "Dockerfile").read_text()
+    page = (ROOT / "launch" / "README.md").read_text()
+    (command,) = re.findall(r"^PIP_CONSTRAINT= (python .*)$", page, re.MULTILINE)
+    assert command in image.replace(" --no-cache-dir", "")
+    assert image.rstrip().endswith("&& pvs doctor --build")
+    assert f"ARG IMAGE={IMAGE}\n" in image
+    assert IMAGE in page
 
 
 def test_every_package_is_in_the_wheel():
