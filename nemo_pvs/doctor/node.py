@@ -67,6 +67,7 @@ class Node:
     def here(cls) -> Node:
         """Find out about this machine, without using memory of its GPUs."""
         import torch
+        from torch.distributed import is_nccl_available
 
         found: tuple[Gpu, ...] = ()
         driver, problem = driver_version(), None
@@ -86,7 +87,7 @@ class Node:
             torch_gpus=usable,
             torch_cuda=torch.version.cuda,
             torch_problem=_torch_problem() if found and not usable else "",
-            nccl=".".join(map(str, torch.cuda.nccl.version())) if usable else None,
+            nccl=".".join(map(str, torch.cuda.nccl.version())) if usable and is_nccl_available() else None,
             apex=find_spec("apex") is not None,
             visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
             cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
