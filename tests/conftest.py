@@ -42,6 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
     settings.load_profile("full" if config.getoption("full") else "suite")
+    if not asks_for_gpu(config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch is imported, also in what tests start
+
+
+def asks_for_gpu(marks: str) -> bool:
+    """Return whether ``-m`` names the tests that need a GPU; all others run on the CPU, also where there is one."""
+    return re.search(r"(?<!not )\bgpu\b", marks) is not None
 
 
 def cases(number: int) -> int:
@@ -55,8 +62,14 @@ def pytest_collectstart() -> None:
     import_megatron()  # before any test module imports a part of it
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take long first, or at the end one worker has a long one and the others nothing to do."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU unless ``-m`` asks for it, and put the files that take long first.
+
+    Otherwise, at the end, one worker has a long file and the others nothing to do.
+    """
+    if not asks_for_gpu(config.getoption("markexpr")):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
     def rank(item: pytest.Item) -> int:
         return sum(item.get_closest_marker(name) is not None for name in ("parallel", "slow"))

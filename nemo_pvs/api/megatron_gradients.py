@@ -32,6 +32,9 @@ def with_gradients(source: Any, scores: Any, compute: Compute, tensor_parallel: 
     from nemo_pvs.megatron.gradients import megatron_taylor_scores
     from nemo_pvs.megatron.inference import megatron_ranks
 
-    with megatron_ranks(tensor_parallel, pipeline_parallel), progress("gradients", "sequences") as show:
+    with (
+        megatron_ranks(tensor_parallel, pipeline_parallel, device=compute.device),
+        progress("gradients", "sequences") as show,
+    ):
         more = megatron_taylor_scores(source, scores.tokens, dtype=compute.dtype, device=compute.device, progress=show)
     return Scores({**scores.tensors, **more}, scores.manifest)

@@ -146,6 +146,7 @@ def train(
     from nemo_pvs.planning.charges import ancestry, charge_run, tokens_read
     from nemo_pvs.recipe.load import parse_layout, parse_training
     from nemo_pvs.training import metrics
+    from nemo_pvs.training.machine import check_here
     from nemo_pvs.training.prepare import prepare_job
     from nemo_pvs.training.trainer import Trainer
 
@@ -192,6 +193,7 @@ def train(
             "distill": distill if teacher else None,
         }
     )
+    check_here(out.name, layout, training)
     # Weights that were pruned mostly come from the teacher itself, and its pretraining counts once.
     weights_from = (Path(teacher) if teacher else None) if random_init else Path(initial)
     ledger = ancestry(weights_from, parent_tokens)

@@ -13,6 +13,7 @@ from nemo_pvs.cli.scaling import scaling_fit, scaling_predict
 from nemo_pvs.cli.verbs import VERBS
 from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.system.files import expand_home
+from nemo_pvs.system.gpu_environment import set_gpu_environment
 from nemo_pvs.system.processes import heeding_interrupts
 from nemo_pvs.system.progress import console
 
@@ -44,6 +45,7 @@ def _version(version: bool = typer.Option(False, "--version", help="print the ve
 def main() -> None:
     """Run the command line; exit with 2 for a mistake that the user can fix, 1 for a run that failed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    set_gpu_environment()  # for this process and for the ranks that it starts
     # A streamed tensor is fresh memory; in huge pages it costs a third of the time (tests/benchmarks/README.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:

@@ -7,6 +7,7 @@ functions: ``pvs --help`` starts in about a second.
 from __future__ import annotations
 
 from nemo_pvs.cli.checkpoints import convert, inspect
+from nemo_pvs.cli.doctor import doctor
 from nemo_pvs.cli.evaluation import evaluate
 from nemo_pvs.cli.methods import methods
 from nemo_pvs.cli.pruning import calibrate, prune
@@ -17,6 +18,7 @@ from nemo_pvs.cli.search import search
 from nemo_pvs.cli.training import tokenize, tokenizer, train
 
 VERBS = (
+    doctor,
     convert,
     inspect,
     tokenizer,

@@ -126,7 +126,8 @@ def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile 
     """Run the stages here and wait, or submit them all to the cluster and return.
 
     Raises:
-        UserError: as ``scripts``, or another command is using the folder.
+        UserError: as ``scripts``, this machine has fewer GPUs than a stage has ranks, or another command is using the
+            folder.
         TrainingError: a stage that ran here failed.
     """
     base = str(folder.resolve() / "nemo_run")
@@ -135,6 +136,7 @@ def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile 
         with _experiment(todo, title, folder, profile, base) as experiment:
             experiment.run(detach=True)
         return
+    _check_gpus_here(todo)
     # An experiment for each stage: on one machine NeMo-Run starts a stage even if those before it have failed.
     with locked_folder(folder):
         for stage in todo:
@@ -142,6 +144,16 @@ def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile 
                 experiment.run(detach=False)
             if str(experiment.status(return_dict=True)[stage.name]["status"]) != "SUCCEEDED":
                 raise TrainingError(f"Stage {stage.name} failed; its output is under {folder / 'nemo_run'}.")
+
+
+def _check_gpus_here(todo: list[Command]) -> None:
+    import torch
+
+    from nemo_pvs.training.machine import check_gpus
+
+    for stage in todo:
+        if stage.layout and torch.cuda.is_available():
+            check_gpus(stage.name, stage.layout, torch.cuda.device_count())
 
 
 def _experiment(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile, base: str) -> Any:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -17,16 +18,28 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.fields import Block, Parallelism, Positive
 from nemo_pvs.recipe.problems import first_problem
 from nemo_pvs.system.files import expand_home, read_yaml
+from nemo_pvs.system.gpu_environment import GPU_ENVIRONMENT
 from nemo_pvs.training.preemption import PREEMPTED
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+_EXTENSIONS = "TORCH_EXTENSIONS_DIR"
+"""Where Megatron compiles if NeMo's command imports it before our code can prevent that (``import_megatron``).
+
+It is on the node, and new for each attempt: a rank that is killed while it compiles leaves a lock that blocks others.
+"""
 
 
 class _Profile(Block):
     python: str
     """Python interpreter with nemo_pvs, on the machine where the stages run."""
     environment: dict[str, str] = Field(default={})
-    """Environment variables of every process."""
+    """More environment variables of every process; they take precedence over ``GPU_ENVIRONMENT``."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """All environment variables that processes are started with."""
+        return {**GPU_ENVIRONMENT, **self.environment}
 
 
 class LocalProfile(_Profile):
@@ -39,7 +52,7 @@ class LocalProfile(_Profile):
         """Return NeMo-Run's executor for a stage, whose command starts the ranks of a training itself."""
         import nemo_run as run
 
-        return run.LocalExecutor(env_vars=dict(self.environment))
+        return run.LocalExecutor(env_vars=self.variables)
 
     def function_executor(self, folder: Path) -> Any:
         """Return NeMo-Run's executor for a function on every rank: torchrun starts one per GPU, or a single one."""
@@ -49,7 +62,11 @@ class LocalProfile(_Profile):
         return run.LocalExecutor(
             ntasks_per_node=max(1, torch.cuda.device_count()),
             launcher="torchrun",
-            env_vars={"PATH": f"{Path(self.python).parent}:{os.environ.get('PATH', '')}", **self.environment},
+            env_vars={
+                "PATH": f"{Path(self.python).parent}:{os.environ.get('PATH', '')}",
+                _EXTENSIONS: f"{tempfile.gettempdir()}/torch_extensions-{os.getpid()}",
+                **self.variables,
+            },
         )
 
     def training(self, job: Path) -> list[str]:
@@ -123,7 +140,7 @@ class SlurmProfile(_Profile):
             srun_args=["--wait=120", "--kill-on-bad-exit=0", f"{work}={Path.cwd()}", *self.srun_args],
             setup_lines=_requeue_only(self.failures, jobs),
             additional_parameters={"requeue": True, **self.sbatch},
-            env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": "29500", **self.environment},
+            env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": "29500", **self.variables},
             retries=self.requeues,
             tunnel=tunnel,
             packager=run.Packager(),  # no code is copied: nemo_pvs is installed where it runs
@@ -136,6 +153,8 @@ class SlurmProfile(_Profile):
             UserError: the profile sets both ``python`` and a container, or as ``executor``.
         """
         executor = self.executor(Parallelism(data_parallel=self.gpus_per_node), folder)
+        attempt = "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+        executor.env_vars = {_EXTENSIONS: f"${{TMPDIR:-/tmp}}/torch_extensions-{attempt}", **executor.env_vars}
         if os.sep in self.python:
             # NeMo-Run starts functions with the first python in PATH.
             if self.container_image:

@@ -239,7 +239,7 @@ class Checkpoint:
         import_megatron()
         from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
 
-        with megatron_ranks(engine.tensor_parallel, engine.pipeline_parallel):
+        with megatron_ranks(engine.tensor_parallel, engine.pipeline_parallel, device=engine.compute.device):
             yield MegatronScorer(self.source, **options)
 
 

@@ -1,13 +1,12 @@
 """Megatron layers without Transformer Engine: causal SDPA attention and an RMSNorm that allows sequence parallelism.
 
-Used on CPUs and on GPUs where Transformer Engine is not installed. Megatron's own local attention builds the full
+Used on CPUs and on GPUs where Transformer Engine cannot be used. Megatron's own local attention builds the full
 score matrix and a mask; this one is fused, needs no mask and shards heads over tensor parallel ranks.
 """
 
 from __future__ import annotations
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -17,6 +16,7 @@ from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec, g
 from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.training.machine import has_transformer_engine
 
 # Kernels of Transformer Engine and Apex that NeMo's Llama configs enable; where these libraries are not installed,
 # Megatron rejects a config that enables them.
@@ -118,8 +118,8 @@ def sdpa_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> Transform
 
 
 def layer_spec(config: GPTConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return NeMo's default layers where Transformer Engine is installed, otherwise the SDPA block."""
-    return default_layer_spec(config, vp_stage) if HAVE_TE else sdpa_layer_spec(config, vp_stage)
+    """Return NeMo's default layers where Transformer Engine can be used, otherwise the SDPA block."""
+    return default_layer_spec(config, vp_stage) if has_transformer_engine() else sdpa_layer_spec(config, vp_stage)
 
 
 def causal_data_step(dataloader_iter, use_mtp: bool = False) -> dict[str, torch.Tensor | None]:

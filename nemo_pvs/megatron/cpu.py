@@ -1,8 +1,9 @@
 """Megatron on a CPU: temporarily redirect the few names of torch, Megatron and NeMo that assume CUDA.
 
-Importing this module changes nothing. The launcher enters `megatron_on_cpu` on a machine without CUDA; leaving it
-restores every name. A comment gives the reason for each redirection. Most replace ``torch.cuda`` functions that
-Megatron calls unconditionally; only the modules that hard-code ``device="cuda"`` get a stand-in for ``torch``.
+Importing this module changes nothing. The launcher enters `megatron_on_cpu` on a machine without CUDA, and commands
+enter it for ``--device cpu``; leaving it restores every name. A comment gives the reason for each redirection. Most
+replace ``torch.cuda`` functions that Megatron calls unconditionally; only the modules that hard-code
+``device="cuda"`` get a stand-in for ``torch``.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ _MODULES_WITH_LITERAL_CUDA = (
 
 
 @contextmanager
-def megatron_on_cpu() -> Iterator[None]:
+def megatron_on_cpu(*, although_there_is_a_gpu: bool = False) -> Iterator[None]:
     """Let NeMo and Megatron train on the CPU inside the block; outside it nothing changes.
+
+    Args:
+        although_there_is_a_gpu: The user has asked for the CPU (``--device cpu``); GPUs are hidden inside the block.
 
     Raises:
         RuntimeError: a CUDA device is present, so redirecting would silently train on the wrong device.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not although_there_is_a_gpu:
         raise RuntimeError("megatron_on_cpu is for machines without CUDA; this one has a CUDA device.")
     originals: list[tuple[Any, str, Any]] = []
     try:
@@ -127,6 +131,8 @@ def _cuda_names() -> dict[str, Any]:
         return None
 
     return {
+        "is_available": lambda: False,  # also where there is a GPU, so that nothing chooses its kernels
+        "device_count": lambda: 0,
         "current_device": lambda: _HOST,  # passed as device= wherever a buffer is created
         "synchronize": nothing,
         "empty_cache": nothing,

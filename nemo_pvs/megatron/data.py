@@ -5,6 +5,7 @@ from __future__ import annotations
 from nemo.collections import llm
 from torch.utils.data import Subset
 
+from nemo_pvs.data.sample_index import build_datasets
 from nemo_pvs.errors import UserError
 from nemo_pvs.training.job import TrainingJob
 
@@ -41,21 +42,23 @@ class PretrainingData(llm.PreTrainingDataModule):
     def build(self, trainer_max_steps: int, *args, **kwargs) -> None:
         """Build the datasets; the training set includes the samples before the first one, which are then skipped.
 
+        Their index is there already if the job was prepared on this file system (``nemo_pvs.data.sample_index``).
+
         Raises:
             UserError: the data end before the run does.
         """
         samples = self.first_sample + trainer_max_steps * self.data_sampler.global_batch_size
-        self.num_train_samples = samples
-        super().build(trainer_max_steps, *args, **kwargs)
+        built = build_datasets(self.dataset_cls, self.gpt_dataset_config, samples)
+        self._train_ds, self._validation_ds, self._test_ds = built
         self._refuse_repetition(samples)
         if self.first_sample:
             self._train_ds = Subset(self._train_ds, range(self.first_sample, len(self._train_ds)))
 
     def _refuse_repetition(self, samples: int) -> None:
-        """Raise UserError if a training file would be read more than once, which Megatron does silently."""
+        """Raise UserError if a training file would be read more than once, which Megatron does silently in a blend."""
         for dataset in getattr(self._train_ds, "datasets", [self._train_ds]):
             available = int(dataset.dataset.sequence_lengths[dataset.indices].sum())
-            if len(dataset) * self.seq_length >= available:
+            if len(dataset) * self.seq_length >= available or samples > len(self._train_ds):
                 raise UserError(
                     f"Training reads {samples * self.seq_length:,} tokens from the start of the data, but "
                     f"{dataset.dataset.path_prefix} has {available:,}; add text or train on fewer tokens."

@@ -39,15 +39,20 @@ _LOCAL_NORMS = {
 
 
 @contextmanager
-def megatron_ranks(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Iterator[None]:
+def megatron_ranks(
+    tensor_parallel: int = 1, pipeline_parallel: int = 1, *, device: str | None = None
+) -> Iterator[None]:
     """Initialise Megatron's parallel state inside the block, on the ranks of this job or on this process alone.
 
     Args:
         tensor_parallel: Ranks that share each matrix.
         pipeline_parallel: Ranks that share the layers. All further ranks hold copies of the model (DP).
+        device: ``cpu`` or ``cuda:<n>``; the GPU if there is one. On ``cpu`` GPUs are hidden inside the block, so that
+            models are built of layers that run there.
     """
     alone = not distributed.is_initialized()
-    with nullcontext() if torch.cuda.is_available() else megatron_on_cpu():
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    with megatron_on_cpu(although_there_is_a_gpu=True) if on_cpu else nullcontext():
         if alone:
             distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
         try:

@@ -12,6 +12,7 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from types import ModuleType
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.folder_lock import locked_folder
+from nemo_pvs.system.gpu_environment import set_gpu_environment
 from nemo_pvs.system.megatron_import import import_megatron
 from nemo_pvs.system.processes import die_with_parent, forked_die_with_this
 from nemo_pvs.system.rendezvous import rank_environment
@@ -31,6 +33,7 @@ from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_t
 
 def main(arguments: list[str]) -> int:
     """Train the jobs in order until one fails; return its exit code, or 0."""
+    set_gpu_environment()
     if arguments == ["-"]:
         return _serve()
     try:
@@ -59,6 +62,9 @@ def _run(job: TrainingJob, locked: bool) -> int:
     size, needed = found.size if found else 1, job.layout.processes
     if size != needed:
         raise UserError(f"{job.name} needs {needed} ranks, but the variable WORLD_SIZE is {size}; start {needed}.")
+    if not locked and os.environ.get("LOCAL_RANK") == "0":  # nobody else has written it
+        print(*_doctors_lines(), sep="\n", flush=True)
+    _check_gpus_of_ranks()
     forked_die_with_this()
     with locked_folder(job.folder) if os.environ["RANK"] == "0" and not locked else nullcontext():
         _training().train(job)
@@ -69,21 +75,55 @@ def _take_rank_from_slurm() -> None:
     """Set torchrun's environment variables from srun's; MASTER_ADDR comes from the batch script.
 
     Raises:
-        UserError: srun did not start this process.
+        UserError: srun did not start this process, or nodes have different numbers of tasks.
     """
     of_slurm = {
         "RANK": "SLURM_PROCID",
         "LOCAL_RANK": "SLURM_LOCALID",
         "GROUP_RANK": "SLURM_NODEID",
         "WORLD_SIZE": "SLURM_NTASKS",
-        "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
         "TORCHELASTIC_RUN_ID": "SLURM_JOB_ID",  # tells Lightning that the processes exist already
     }
     missing = [variable for variable in of_slurm.values() if variable not in os.environ]
     if missing:
         raise UserError(f"--slurm is for a task that srun starts, but {missing[0]} is not set; leave --slurm out.")
     os.environ.update({name: os.environ[variable] for name, variable in of_slurm.items()})
+    os.environ["LOCAL_WORLD_SIZE"] = str(_tasks_of_each_node())
     os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def _tasks_of_each_node() -> int:
+    """Return the number of this step's tasks on each node.
+
+    Slurm writes 8(x4) for four nodes of eight. SLURM_NTASKS_PER_NODE is set only if --ntasks-per-node was given.
+
+    Raises:
+        UserError: nodes have different numbers of tasks.
+    """
+    counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
+    numbers = {re.sub(r"\(x\d+\)", "", entry) for entry in counts.split(",")}
+    if len(numbers) != 1 or not (only := numbers.pop()).isdecimal():
+        raise UserError(
+            f"Slurm's tasks per node are {counts or 'not set'}, but every node must have the same number of ranks; "
+            "give srun --ntasks-per-node with the GPUs of a node."
+        )
+    return int(only)
+
+
+def _check_gpus_of_ranks() -> None:
+    """Refuse more ranks on this node than GPUs that each of them sees; without GPUs ranks share the CPU.
+
+    Raises:
+        UserError: there are more.
+    """
+    import torch
+
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < ranks:
+        raise UserError(
+            f"This node has {ranks} ranks, but each sees {gpus} of its GPUs; start one rank per GPU (gpus_per_node of "
+            "the --launch profile) and let every rank see all GPUs of its node (srun without --gpus-per-task)."
+        )
 
 
 def _serve() -> int:
@@ -96,9 +136,28 @@ def _serve() -> int:
 
 
 def _start(job: TrainingJob) -> int:
+    """Start all ranks of a job on this machine.
+
+    Raises:
+        UserError: it has fewer GPUs than the job has ranks.
+    """
     import torch
 
-    return _torchrun(job) if torch.cuda.is_available() else _fork_ranks(job)
+    with open(job.log, "a") as log:
+        print(*_doctors_lines(), sep="\n", file=log)
+    if not torch.cuda.is_available():
+        return _fork_ranks(job)
+    from nemo_pvs.training.machine import check_gpus
+
+    check_gpus(job.name, job.layout, torch.cuda.device_count())
+    return _torchrun(job)
+
+
+def _doctors_lines() -> list[str]:
+    """Return the lines with which the log of a job begins: where it runs, on what, and what is wrong there."""
+    from nemo_pvs.doctor.examine import log_lines
+
+    return log_lines()
 
 
 def _training() -> ModuleType:

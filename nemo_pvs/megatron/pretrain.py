@@ -126,7 +126,7 @@ def data(job: TrainingJob, machine: Machine) -> run.Config:
         seed=training.order_seed,
         num_workers=4 if machine.gpu and not job.loading else 0,
         pin_memory=machine.gpu,
-        index_mapping_dir=str(job.folder / "index"),
+        index_mapping_dir=str(job.index),
     )
 
 

@@ -16,8 +16,10 @@ import nemo_run
 
 from nemo_pvs.cli.verbs import VERBS
 from nemo_pvs.system.files import expand_home
+from nemo_pvs.system.gpu_environment import set_gpu_environment
 from nemo_pvs.system.megatron_import import import_megatron
 
+set_gpu_environment()  # for a training in this process; executors pass it to others
 import_megatron()
 
 from nemo_pvs.nemo_cli import executors, factories  # noqa: E402

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from nemo_pvs.data.token_set import check_length
-from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.tokens import RunData, Splits
 from nemo_pvs.planning.learned import end_of_reading
 from nemo_pvs.planning.parent_checks import check_unread
 from nemo_pvs.recipe.options import reads_calibration
 from nemo_pvs.recipe.recipe import Recipe
-from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.launcher import gpus_of_each
-from nemo_pvs.training.machine import Machine
 
 
 def check_text(recipe: Recipe, tokens: RunData, splits: Splits) -> None:
@@ -45,27 +39,3 @@ def check_text(recipe: Recipe, tokens: RunData, splits: Splits) -> None:
             seed=settings.seed,
             data_set="calibration",
         )
-
-
-def check_machine(jobs: Iterable[TrainingJob], at_once: int | None = None) -> None:
-    """Refuse training jobs that this machine cannot run.
-
-    Args:
-        jobs: The jobs.
-        at_once: Number of jobs that share its GPUs; None if each has all of them.
-
-    Raises:
-        UserError: it lacks GPUs, or kernels that a layout or a precision needs.
-    """
-    machine, gpus = Machine.here(), gpus_of_each(at_once or 1)
-    for job in jobs:
-        machine.check(job.layout)
-        machine.precision(job.training.precision)
-        if machine.gpu and job.layout.processes > gpus:
-            if at_once is None:
-                found, instead = f"this machine has {gpus} GPUs", "or run it elsewhere with --launch"
-            else:
-                found, instead = f"with --jobs {at_once} it gets {gpus} of this machine's GPUs", "or give fewer --jobs"
-            raise UserError(
-                f"{job.name} needs {job.layout.processes} ranks, but {found}; change its layout, {instead}."
-            )

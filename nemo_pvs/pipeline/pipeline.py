@@ -12,7 +12,7 @@ import yaml
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.layerwise.model import ON_CPU, Compute
-from nemo_pvs.pipeline.checks import check_machine, check_text
+from nemo_pvs.pipeline.checks import check_text
 from nemo_pvs.pipeline.earlier_records import adopt_earlier_records
 from nemo_pvs.pipeline.folder import HUGGING_FACE, RunFolder
 from nemo_pvs.pipeline.look_ahead import look_ahead
@@ -35,6 +35,7 @@ from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.files import write_text
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.machine import check_here
 from nemo_pvs.training.trainer import Trainer, is_finished
 
 
@@ -88,6 +89,7 @@ class Pipeline(RunFolder):
         trained next. It returns none when all are trained; ``run`` then does the rest of each stage.
         """
         self._begin(trains_here=True)
+        self._build_index()
         if jobs := self._learning_jobs() or self._make_initial_weights(None):
             return jobs
         return [job for arm in self.recipe.runs if (job := self._waits_for(train(self, arm)))]
@@ -99,6 +101,7 @@ class Pipeline(RunFolder):
         this again when they are done.
         """
         self._begin(trains_here=False)
+        self._build_index()
         if jobs := self._learning_jobs() or self._make_initial_weights(None):
             return [job.file for job in jobs]
         files = []
@@ -119,6 +122,7 @@ class Pipeline(RunFolder):
     def prepare(self, trainer: Trainer | None = None) -> None:
         """Run every stage that makes initial weights and token files; use ``trainer`` if it is given."""
         self._begin(trains_here=True)
+        self._build_index()
         with nullcontext(trainer) if trainer else self._trainer() as running:
             self._make_initial_weights(running)
 
@@ -193,7 +197,9 @@ class Pipeline(RunFolder):
         self.tokens.check_texts(self.tokenizer, self.parent_shape.vocab)
         if trains_here:
             jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
-            check_machine([job for job in jobs if not is_finished(job)], self.jobs)
+            for job in jobs:
+                if not is_finished(job):
+                    check_here(job.name, job.layout, job.training, self.jobs)
         ahead = look_ahead(self)
         if "data" in ahead:
             self._check_text(ahead.data.splits)
@@ -204,6 +210,19 @@ class Pipeline(RunFolder):
         if "data" not in ahead:
             self._check_text(self.records.data.splits)
             look_ahead(self)
+
+    def _build_index(self) -> None:
+        """Build the index of every order in which the jobs read the text; most recipes have one."""
+        jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
+        orders = {}
+        for job in jobs:
+            text = job.data["train"]
+            blended = isinstance(text, list) and len(text) > 1  # then the index also depends on how much is read
+            budget = (job.first_token, job.training.tokens) if blended else None
+            orders[job.training.sequence_length, job.training.order_seed, budget] = job
+        for job in orders.values():
+            if not is_finished(job):
+                job.build_index()
 
     def _check_text(self, splits: Splits) -> None:
         test, calibration = self.tokens.prefix("test"), self.tokens.prefix("calibration")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_pvs.data.sample_index import index_text
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.recipe.efficient import PruningAware
 from nemo_pvs.recipe.fields import Parallelism
@@ -124,6 +125,12 @@ class TrainingJob:
         return self.folder / LOG_FILE
 
     @property
+    def index(self) -> Path:
+        """The folder of Megatron's index of the text, which all jobs of a run share, as they do the validation."""
+        windows = self.data["validation"]
+        return Path(windows if isinstance(windows, str) else next(iter(windows.values()))).parent / "index"
+
+    @property
     def masks_file(self) -> Path:
         """File of the learned masks, written at the end of the run."""
         return self.folder / MASKS_FILE
@@ -132,6 +139,15 @@ class TrainingJob:
     def checkpoints(self) -> Path:
         """The folder of NeMo checkpoints."""
         return self.folder / CHECKPOINTS
+
+    def build_index(self) -> None:
+        """Build the index of the text unless it is there, so that ranks need not wait while the first builds it."""
+        train = self.data["train"]
+        texts = train.values() if isinstance(train, dict) else [train]
+        length = self.training.sequence_length
+        samples = self.first_token // length + self.training.steps * self.training.global_batch_size
+        for text in texts:
+            index_text(text, self.index, sequence_length=length, seed=self.training.order_seed, samples=samples)
 
     def save(self) -> Path:
         """Write the job into its folder and return the file's path."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from dataclasses import dataclass
-from functools import cache
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
@@ -14,12 +12,22 @@ from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.planning.teacher import check_teacher
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
+from nemo_pvs.system import transformer_engine
+from nemo_pvs.training.launcher import gpus_of_each
 
 
-@cache
 def has_transformer_engine() -> bool:
-    """Return whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Return whether models can be built of Transformer Engine's layers: it can be imported, and there is a GPU."""
+    return transformer_engine_problem() is None
+
+
+def transformer_engine_problem() -> str | None:
+    """Return why Transformer Engine cannot be used here, in one line; None if it can."""
+    import torch
+
+    if not torch.cuda.is_available():  # its layers run on GPUs only, wherever it is installed
+        return "this machine has no GPU that PyTorch can use"
+    return transformer_engine.import_problem()
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,10 @@ class Machine:
             UserError: the setting is fp8, and the machine has no kernels for it.
         """
         if setting == "fp8" and not (self.gpu and self.transformer_engine):
-            raise UserError("precision is fp8, which needs a GPU and Transformer Engine; choose bf16.")
+            raise UserError(
+                "precision is fp8, which needs a GPU and Transformer Engine; pvs doctor says what is missing here, or "
+                "choose bf16."
+            )
         if setting != "auto":
             return setting
         return "bf16" if self.bf16 else "fp32"
@@ -64,13 +75,53 @@ class Machine:
         """Check that this machine has the kernels that a layout needs.
 
         Raises:
-            UserError: the layout has context parallelism, and Transformer Engine is missing.
+            UserError: the layout has context parallelism, and Transformer Engine cannot be used.
         """
         if layout.context_parallel > 1 and not self.transformer_engine:
             raise UserError(
-                f"context_parallel is {layout.context_parallel}, which needs Transformer Engine; install it "
-                "(pip install 'nemo-pvs[gpu]') or set 1."
+                f"context_parallel is {layout.context_parallel}, which needs Transformer Engine; pvs doctor "
+                "says why it cannot be used here, or set 1."
             )
+
+
+def check_gpus(name: str, layout: Parallelism, gpus: int, *, jobs: int | None = None) -> None:
+    """Refuse a run that needs more ranks than there are GPUs for it.
+
+    Args:
+        name: Name of the run, for the message.
+        layout: Its layout.
+        gpus: Number of GPUs that it gets.
+        jobs: Number of runs that share the GPUs of this machine; None if each has all of them.
+
+    Raises:
+        UserError: it needs more.
+    """
+    if layout.processes <= gpus:
+        return
+    if jobs is None:
+        found, instead = f"this machine has {gpus} GPUs", "or run it elsewhere with --launch"
+    else:
+        found, instead = f"with --jobs {jobs} it gets {gpus} of this machine's GPUs", "or give fewer --jobs"
+    raise UserError(f"{name} needs {layout.processes} ranks, but {found}; change its layout, {instead}.")
+
+
+def check_here(name: str, layout: Parallelism, training: Training, jobs: int | None = None) -> None:
+    """Refuse a run that this machine cannot train; without GPUs, ranks share the CPU.
+
+    Args:
+        name: Name of the run, for the message.
+        layout: Its layout.
+        training: Its options.
+        jobs: As for ``check_gpus``.
+
+    Raises:
+        UserError: the machine lacks GPUs, or kernels that the layout or the precision needs.
+    """
+    machine = Machine.here()
+    machine.check(layout)
+    machine.precision(training.precision)
+    if machine.gpu:
+        check_gpus(name, layout, gpus_of_each(jobs or 1), jobs=jobs)
 
 
 H100 = Machine(gpu=True, transformer_engine=True, bf16=True, processes_per_node=8)

@@ -125,7 +125,7 @@ def prepare_job(
         write_validation_document(windows, out / "validation_windows", shape.vocab)
         write_json(settings_file, settings)
     folder = out.resolve()
-    return TrainingJob(
+    job = TrainingJob(
         name=out.name,
         folder=folder,
         initial=folder / "initial",
@@ -135,6 +135,8 @@ def prepare_job(
         first_token=read.first,
         teacher=teacher.resolve() if teacher else None,
     )
+    job.build_index()
+    return job
 
 
 def _whole_steps(first_token: int, training: Training) -> int:

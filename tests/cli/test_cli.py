@@ -399,7 +399,6 @@ def test_little_memory_for_activations_changes_nothing(pvs, model, text, tmp_pat
     _refused(pvs("calibrate", model, "--out", tmp_path / "x", "--activation-memory", "much"), "--activation-memory is")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(pvs, model, tmp_path):
     outcome = pvs("prune", model, tmp_path / "x", "--method", "flap", "--ratio", "0.2", "--device", "cuda")
     _refused(outcome, "PyTorch sees no GPU here")

@@ -53,7 +53,17 @@ _COMMANDS = {
     "prune": ("locked_target", "prune model OUT --method magnitude --sparsity 0.5"),
     "search": ("locked_target", "search model --scores scores --parameters 8e4 --tolerance 0.9 --out OUT"),
 }
-_READ_ONLY = {"inspect", "report", "methods", "recipes", "budget", "scaling_fit", "scaling_predict", "advise"}
+_READ_ONLY = {
+    "inspect",
+    "report",
+    "methods",
+    "recipes",
+    "budget",
+    "doctor",
+    "scaling_fit",
+    "scaling_predict",
+    "advise",
+}
 """They write nothing, or files that are replaced as a whole."""
 
 

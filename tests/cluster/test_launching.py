@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from nemo_pvs.cluster.experiment import scripts, stages
+from nemo_pvs.cluster.experiment import launch, scripts, stages
 from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile, load_profile, packaged_profiles
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.load import load_recipe
+from nemo_pvs.system.gpu_environment import GPU_ENVIRONMENT
 from tests.documents import DOCUMENTS
 
 SITE = {"SLURM_ACCOUNT": "physics", "SLURM_PARTITION": "h100", "PVS_IMAGE": "/images/pvs.sqsh", "PVS_SHARED": "/"}
@@ -122,6 +127,41 @@ def test_without_a_container_an_environment_is_used(tmp_path):
     assert "--container" not in script
     assert f"--chdir={Path.cwd()} /shared/venv/bin/python -m nemo_pvs.megatron.launch --slurm" in script
     assert _options(script)["ntasks-per-node"] == "2"
+
+
+def test_every_process_gets_the_same_environment_and_the_user_has_the_last_word(tmp_path):
+    """Commands and ranks of ours set it themselves; what NeMo's own command starts has only the executor's."""
+    slurm, local = (load_profile(name, SITE) for name in ("slurm_h100", "local_gpu"))
+    for profile in (slurm, local):
+        for executor in (profile.executor(None, tmp_path), profile.function_executor(tmp_path)):
+            assert GPU_ENVIRONMENT.items() <= executor.env_vars.items()
+        assert "torch_extensions-" in profile.function_executor(tmp_path).env_vars["TORCH_EXTENSIONS_DIR"]
+        mine = profile.model_copy(update={"environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}})
+        assert mine.executor(None, tmp_path).env_vars["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
+@pytest.mark.parametrize("start", ["nemo_pvs.megatron.launch", "nemo_pvs.cli.main"])
+def test_commands_and_ranks_set_the_environment_themselves(start, monkeypatch, capsys):
+    main = importlib.import_module(start).main
+    for name in GPU_ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "mine")
+    monkeypatch.setattr(sys, "argv", ["pvs", "--version"])
+    with contextlib.suppress(SystemExit):
+        main(*[[]] * (start == "nemo_pvs.megatron.launch"))
+    expected = {**GPU_ENVIRONMENT, "PYTORCH_CUDA_ALLOC_CONF": "mine"}
+    assert {name: os.environ[name] for name in GPU_ENVIRONMENT} == expected
+
+
+def test_a_local_launch_starts_nothing_if_a_stage_has_more_ranks_than_gpus(tmp_path, monkeypatch):
+    recipe, profile = load_recipe("llama31_8b/minitron_width"), load_profile("local_gpu")
+    todo = stages(recipe, "llama31_8b/minitron_width", tmp_path / "run", profile)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(UserError, match=r"needs 128 ranks, but this machine has 8 GPUs; .* --launch"):
+        launch(todo, recipe.name, tmp_path / "run", profile)
+    assert not list(tmp_path.glob("run/nemo_run"))
 
 
 def test_trainings_wait_for_each_other_on_one_machine_only(tmp_path):
@@ -235,17 +275,33 @@ def test_a_container_must_see_the_run_folder(tmp_path):
 def test_slurm_ranks_know_their_place(monkeypatch):
     from nemo_pvs.megatron.launch import _take_rank_from_slurm
 
-    of_slurm = {"PROCID": 11, "LOCALID": 3, "NODEID": 1, "NTASKS": 16, "JOB_ID": 7, "NTASKS_PER_NODE": 8}
+    of_slurm = {"PROCID": 11, "LOCALID": 3, "NODEID": 1, "NTASKS": 16, "JOB_ID": 7}
     ours = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
     for name in ours:
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)
     for name, value in of_slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)  # only set for --ntasks-per-node
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "4(x2)")  # of the allocation
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8(x2)")
     _take_rank_from_slurm()
-    import os
-
     assert [os.environ[name] for name in ours] == ["11", "3", "1", "16", "8", "7", "29500"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "tasks"), [("8(x2)", 8), ("8", 8), ("8(x2),8", 8), ("8,4", None), ("2(x3),1", None), ("", None)]
+)
+def test_every_node_has_the_same_number_of_tasks(monkeypatch, counts, tasks):
+    from nemo_pvs.megatron.launch import _tasks_of_each_node
+
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", counts)
+    monkeypatch.delenv("SLURM_TASKS_PER_NODE", raising=False)
+    if tasks:
+        assert _tasks_of_each_node() == tasks
+        return
+    with pytest.raises(UserError, match=f"Slurm's tasks per node are {re.escape(counts) or 'not set'}, .* --ntasks"):
+        _tasks_of_each_node()
 
 
 def test_a_task_that_srun_did_not_start_is_told_so(monkeypatch, capsys):

@@ -63,8 +63,13 @@ def _ranges(job: TrainingJob, more: list[str]) -> dict[str, object]:
     from nemo_pvs.errors import UserError
 
     torch.distributed.init_process_group("gloo")
-    whole = _served(job, 20, 1)
     step = BATCH * SEQUENCE
+    replace(job, training=job.training.model_copy(update={"tokens": 20.0 * step})).build_index()
+    prepared = {path.name: path.stat().st_mtime_ns for path in job.index.iterdir()}
+    assert len(prepared) == 4
+    whole = _served(job, 20, 1)
+    for_training = {path.name: path.stat().st_mtime_ns for path in job.index.glob("*-train-*")}
+    assert for_training == prepared, "the ranks have built what was there, or something else"
     found: dict[str, object] = {
         "whole": whole,
         "start": _served(job, 8, 1),
@@ -76,7 +81,10 @@ def _ranges(job: TrainingJob, more: list[str]) -> dict[str, object]:
         found[f"order {name}"] = _served(replace(job, training=job.training.model_copy(update=seeds)), 8, 1)
     for name, train in (("weighed", ["0.75", more[0], "0.25", more[1]]), ("by size", more)):
         blend = replace(job, data={**job.data, "train": train})
+        replace(blend, training=job.training.model_copy(update={"tokens": 20.0 * step})).build_index()
+        prepared = {path.name for path in job.index.iterdir()}
         found[name] = _served(blend, 20, 1)
+        assert {path.name for path in job.index.iterdir()} == prepared, name
         found[f"{name}, later"] = _served(replace(blend, first_token=8 * step), 12, 1)
     try:
         _served(replace(job, first_token=1000 * step), 20, 1)

@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nemo_pvs.errors import UserError
 from nemo_pvs.megatron import launch
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
@@ -75,6 +77,28 @@ def test_a_rank_locks_the_folder_unless_what_started_it_has(job, monkeypatch, ca
     with holder(job.folder):
         code = launch.main(["--locked", file] if locked else [file])
     assert (code, len(trained)) == ((0, 1) if locked else (2, 0)), capsys.readouterr().err
+
+
+def test_a_job_with_more_ranks_than_gpus_is_refused_before_it_starts(job, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr(launch, "_torchrun", lambda job: 0)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for ranks, code in ((8, 0), (128, 2)):
+        assert launch.main([str(replace(job, layout=Parallelism(data_parallel=ranks)).save())]) == code
+    assert "arm needs 128 ranks, but this machine has 8 GPUs; " in (said := capsys.readouterr().err)
+    assert "--launch" in said
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 4), (4, 4), (8, 4), (1, 4), (4, 8)])
+def test_ranks_that_something_else_starts_have_a_gpu_each(monkeypatch, gpus, ranks):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    if 0 < gpus < ranks:
+        with pytest.raises(UserError, match=f"{ranks} ranks, but each sees {gpus} of its GPUs"):
+            launch._check_gpus_of_ranks()
+    else:
+        launch._check_gpus_of_ranks()
 
 
 def test_torchrun_s_ranks_know_that_the_folder_is_locked(job, monkeypatch, tmp_path):

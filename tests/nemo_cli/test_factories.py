@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nemo_pvs.cli.factory_names import arm_factory_name, factory_call, factory_name, prune_factory_name
 from nemo_pvs.pruning.presets import presets
@@ -328,8 +327,6 @@ def _prepare_and_train(recipe: Any, folder: Path) -> list[int]:
 
 
 def test_a_factory_trains_what_was_prepared_on_this_machine(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this is the way without CUDA")
     parent = save_tiny_tokenizer(make_tiny_llama(tmp_path / "parent"))
     generator = random.Random(0)
     words = [f"w{generator.randint(2, 127)}" for _ in range(61)]

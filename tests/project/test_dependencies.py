@@ -6,10 +6,13 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from nemo_pvs.doctor.packages import IMAGE
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +42,59 @@ def test_every_import_is_declared() -> None:
     owners = packages_distributions()
     missing = {name: owners.get(name) for name in imported if declared.isdisjoint(map(_plain, owners.get(name, [])))}
     assert not missing
+
+
+def _pins(name: str) -> dict[str, str]:
+    """Return the pinned versions of a constraints file; markers are left out."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split(" ;")[0].split("==") for line in lines)
+    return {_plain(package): version for package, version in pins.items()}
+
+
+def _declared(extra: str = "") -> list[Requirement]:
+    text = (ROOT / "pyproject.toml").read_text()
+    block = re.search(rf"^{extra or 'dependencies'} = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    assert block
+    return [Requirement(line) for line in re.findall(r'^    "([^"]+)"', block[1], re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-gpu.txt", "constraints-nemo-25.11.txt"])
+def test_pinned_versions_are_within_the_declared_bounds(name):
+    pins = _pins(name)
+    declared = [*_declared(), *_declared("gpu")]
+    outside = [str(one) for one in declared if (pin := pins.get(_plain(one.name))) and pin not in one.specifier]
+    assert not outside
+
+
+def test_on_gpus_only_pytorch_and_what_is_built_for_it_differ():
+    cpu, gpu = _pins("constraints.txt"), _pins("constraints-gpu.txt")
+    assert {name for name in cpu if gpu.get(name) != cpu[name]} == {"torch", "cuda-bindings", "cuda-pathfinder"}
+    more = {name for name in gpu if name not in cpu and not name.startswith("nvidia-")}
+    engine = {"transformer-engine", "transformer-engine-torch", "transformer-engine-cu12"}
+    assert more == {*engine, "triton", "onnxscript", "onnx-ir"}
+    assert {gpu[name] for name in engine} == {"2.9.0"}
+    assert all(name.endswith("-cu12") for name in gpu if name.startswith("nvidia-") and name not in cpu)
+
+
+def test_what_is_added_to_the_container_needs_nothing_of_nvidia_s():
+    """So that pip cannot be led to replace its PyTorch, whatever is forgotten on the command line."""
+    added, tested = _pins("constraints-nemo-25.11.txt"), _pins("constraints.txt")
+    assert {name: tested[name] for name in added} == added
+    for name in added:
+        needed = [Requirement(text) for text in requires(name) or []]
+        always = {_plain(one.name) for one in needed if not one.marker or one.marker.evaluate({"extra": ""})}
+        if name != "nemo-run":  # needs torchx, which the container's own NeMo-Run has brought
+            assert not [one for one in always if re.match(r"torch|nvidia|cuda|transformer-engine|megatron", one)], name
+
+
+def test_the_image_is_made_as_the_page_says_and_ends_with_the_doctor():
+    image = (ROOT / "launch" / "Dockerfile").read_text()
+    page = (ROOT / "launch" / "README.md").read_text()
+    (command,) = re.findall(r"^PIP_CONSTRAINT= (python .*)$", page, re.MULTILINE)
+    assert command in image.replace(" --no-cache-dir", "")
+    assert image.rstrip().endswith("&& pvs doctor --build")
+    assert f"ARG IMAGE={IMAGE}\n" in image
+    assert IMAGE in page
 
 
 def test_every_package_is_in_the_wheel():

@@ -30,7 +30,7 @@ FILE_VERBS: dict[str, Callable[[Path], list[object]]] = {
     "search": lambda out: ["search", "absent", "--scores", "absent", "--parameters", "1e8", "--out", out],
     "scaling_fit": lambda out: ["scaling-fit", "published", "--out", out],
 }
-READ_ONLY_VERBS = {"inspect", "methods", "recipes", "budget", "scaling_predict", "advise"}
+READ_ONLY_VERBS = {"doctor", "inspect", "methods", "recipes", "budget", "scaling_predict", "advise"}
 
 
 def _below_a_file(tmp_path: Path) -> tuple[Path, str]:

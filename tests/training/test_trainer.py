@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,12 @@ import torch
 
 from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.megatron import launch
-from nemo_pvs.pipeline.checks import check_machine
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import trainer
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.launcher import share_of_machine
-from nemo_pvs.training.machine import H100, Machine
+from nemo_pvs.training.machine import H100, Machine, check_here
 from nemo_pvs.training.trainer import PreemptedError, Trainer
 from tests.system.lock_holder import holder
 
@@ -51,14 +51,22 @@ def test_every_launcher_has_its_own_gpus_and_one_thread(monkeypatch, devices, vi
 def test_ranks_must_fit_the_share_of_the_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(Machine, "here", lambda: H100)
-    two, three = (_job(tmp_path, "arm", tensor_parallel=ranks) for ranks in (2, 3))
-    check_machine([two], 2)
-    check_machine([three], 1)
-    check_machine([three])
+    training = _job(tmp_path, "arm").training
+
+    def check(ranks: int, jobs: int | None = None) -> None:
+        check_here("arm", Parallelism(tensor_parallel=ranks), training, jobs)
+
+    check(2, 2)
+    check(3, 1)
+    check(3)
     with pytest.raises(UserError, match="arm needs 3 ranks, but with --jobs 2 it gets 2 of this machine's GPUs"):
-        check_machine([two, three], 2)
+        check(3, 2)
+    with pytest.raises(UserError, match="arm needs 1 ranks, but with --jobs 5 it gets 0 of this machine's GPUs"):
+        check(1, 5)
     with pytest.raises(UserError, match=r"this machine has 4 GPUs; .* --launch"):
-        check_machine([_job(tmp_path, "arm", tensor_parallel=8)])
+        check(8)
+    monkeypatch.setattr(Machine, "here", lambda: replace(H100, gpu=False))
+    check(8)  # ranks share a CPU
 
 
 def _job(folder: Path, name: str, **layout: int) -> TrainingJob:

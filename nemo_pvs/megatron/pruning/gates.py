@@ -23,6 +23,7 @@ from torch.nn.functional import rms_norm
 from nemo_pvs.errors import UserError
 from nemo_pvs.megatron.attention import RMSNorm, sdpa_layer_spec
 from nemo_pvs.pruning.learned.gates import Gates
+from nemo_pvs.training.machine import has_transformer_engine
 
 if HAVE_TE:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
@@ -58,7 +59,7 @@ def gated_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> Transfor
 
     This is for ``transformer_layer_spec`` of a config; the names in checkpoints do not change.
     """
-    if HAVE_TE:
+    if has_transformer_engine():
         layer = transformer_engine_layer_spec(config)
         layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
         layer.submodules.mlp.submodules.linear_fc1 = TEColumnParallelLinear

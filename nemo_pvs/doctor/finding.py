@@ -1,0 +1,44 @@
+"""A finding of the doctor: one line that says what is, and the command that cures what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["ok", "note", "warn", "FAIL"]
+"""``FAIL``: training cannot work. ``warn``: it can, but not everything or not as fast. ``note``: good to know."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's answer."""
+
+    level: Level
+    subject: str
+    text: str
+    cure: str = ""
+    """The command, or what to change; empty if nothing is wrong."""
+
+    def line(self) -> str:
+        """Return the finding as one line."""
+        words = f"{self.level:<4}  {self.subject:<18}  {self.text}"
+        return f"{words}; cure: {self.cure}" if self.cure else words
+
+
+def failed(findings: Iterable[Finding]) -> bool:
+    """Return whether training cannot work."""
+    return any(finding.level == "FAIL" for finding in findings)
+
+
+def verdict(findings: Iterable[Finding], *, gpus: int, build: bool = False) -> str:
+    """Return the doctor's last line."""
+    found = list(findings)
+    wrong = sum(finding.level == "FAIL" for finding in found)
+    if wrong:
+        return f"Training cannot work here: {wrong} of these lines {'says' if wrong == 1 else 'say'} FAIL and why."
+    if build:
+        return "This image is complete, as far as can be seen without a GPU; run pvs doctor --deep where there is one."
+    if gpus:
+        return f"Nothing here speaks against training on {gpus} GPU{'s' * (gpus > 1)}; pvs doctor --deep tries it."
+    return "There is no GPU, and that is fine: everything works on this CPU, at the sizes of make demo."

@@ -1,0 +1,46 @@
+"""The index of a text is built once for all budgets, before any rank starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_pvs.data import sample_index
+from nemo_pvs.data.sample_index import index_text
+from tests.megatron.ranks import write_tokens
+
+
+def _index(prefix: str, folder: Path, *, samples: int = 3, seed: int = 5) -> dict[str, int]:
+    index_text(prefix, folder, sequence_length=8, seed=seed, samples=samples)
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    return write_tokens(tmp_path / "train", list(range(100)))
+
+
+def test_one_index_serves_every_budget_and_another_seed_needs_another(prefix, tmp_path):
+    first = _index(prefix, tmp_path / "index")
+    assert {name.rsplit("-", 1)[1] for name in first} == {
+        "description.txt",
+        "document_index.npy",
+        "sample_index.npy",
+        "shuffle_index.npy",
+    }
+    order = np.load(next((tmp_path / "index").glob("*-shuffle_index.npy")))
+    assert sorted(order) == list(range(99 // 8)), "every sample of the text once"
+    assert _index(prefix, tmp_path / "index", samples=9) == first
+    assert len(_index(prefix, tmp_path / "index", seed=6)) == 8
+
+
+def test_what_takes_long_is_announced(prefix, tmp_path, capsys, monkeypatch):
+    _index(prefix, tmp_path / "quick")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sample_index, "_DOCUMENTS_A_SECOND", 1 / 600)
+    _index(prefix, tmp_path / "slow")
+    assert capsys.readouterr().out.startswith("indexing 1 documents, about 10 minutes ...")
+    _index(prefix, tmp_path / "slow")
+    assert "indexing" not in capsys.readouterr().out, "it is there already"
