@@ -111,3 +111,16 @@ def test_a_state_that_is_not_written_makes_loading_fail(name, tmp_path):
     path.write_bytes(pickle.dumps(described))
     with pytest.raises(CheckpointException, match=f"Missing key.*{name}"):
         _load_as_nemo_does(_stock_model(tmp_path / "nemo"), tmp_path / "nemo")
+
+
+def test_our_own_inference_fills_every_weight_and_needs_no_main_gradient(source):
+    """With Apex, NeMo's models add up gradients in ``main_grad``, which weights have only in NeMo's training."""
+    from nemo_pvs.megatron.inference import LoadedModel
+
+    write_nemo(source, source.folder / "nemo")
+    assert _stock_model(source.folder / "nemo").config.gradient_accumulation_fusion, "Apex is not imitated"
+    loaded = LoadedModel(source, dtype=torch.float32, device="cpu")
+    linears = [module for module in loaded.model.modules() if hasattr(module, "fuse_wgrad_accumulation")]
+    assert len(linears) == 4 * len(loaded.model.decoder.layers)
+    assert not any(linear.fuse_wgrad_accumulation for linear in linears)
+    assert not loaded.model.config.gradient_accumulation_fusion
