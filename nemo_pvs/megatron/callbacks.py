@@ -14,7 +14,6 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
 
 from nemo_pvs.megatron.distillation.callback import EMBEDDINGS, HIDDEN, KL
-from nemo_pvs.megatron.optimizer_offsets import correct_saved_offsets
 from nemo_pvs.training import metrics
 from nemo_pvs.training.checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
 from nemo_pvs.training.gpu_use import flops_of, gpu_use
@@ -118,7 +117,7 @@ class Checkpoint(nl.ModelCheckpoint):
     The architecture never changes during a run, and that context names only stock NeMo classes, so every checkpoint
     of the run can be read without this package; NeMo's own context would name our layer and data classes. It is copied
     before the save is declared finished, because resuming needs it. The two newest checkpoints are kept
-    (``training.checkpoints``). The optimizer state that Megatron saves is corrected (``optimizer_offsets``).
+    (``training.checkpoints``).
     """
 
     def __init__(self, initial: str, **kwargs):
@@ -129,7 +128,6 @@ class Checkpoint(nl.ModelCheckpoint):
         """Move broken checkpoints out of the way; by now every rank has chosen what to resume from."""
         if trainer.is_global_zero:
             set_aside(newest_sound(Path(self.dirpath))[1])
-        correct_saved_offsets()
         super().setup(trainer, *args, **kwargs)
 
     def _save_last_checkpoint(self, trainer, monitor_candidates):

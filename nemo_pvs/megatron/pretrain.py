@@ -36,6 +36,7 @@ from nemo_pvs.megatron.pruning.efficient_callback import prune_while_training
 from nemo_pvs.megatron.pruning.gates import gated_layer_spec
 from nemo_pvs.megatron.pruning.sheared import learn_masks
 from nemo_pvs.megatron.schedule import PartOfSchedule, QuadraticWarmupCosine, decays_everything
+from nemo_pvs.megatron.strategy import Strategy
 from nemo_pvs.system.files import sha256_json
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import Machine
@@ -135,7 +136,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
     layout, training = job.layout, job.training
     overlap = machine.gpu and layout.distributed_optimizer
     strategy = run.Config(
-        nl.MegatronStrategy,
+        Strategy,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
@@ -148,7 +149,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         ckpt_parallel_load=machine.gpu,
         ckpt_parallel_save=machine.gpu,
         ckpt_optim_fully_reshardable=True,  # resume at another TP x PP x DP
-        ckpt_load_strictness="log_all",
+        ckpt_load_strictness="log_all",  # extra states may be missing; Strategy refuses missing weights
         ddp=run.Config(
             DistributedDataParallelConfig,
             use_distributed_optimizer=layout.distributed_optimizer,
