@@ -178,7 +178,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
     ]
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:
         # The settings above overlap data parallel communication; this callback overlaps that of TP and PP.
-        overlapped = layout.sequence_parallel and machine.transformer_engine
+        overlapped = machine.tp_overlap(layout, precision)
         callbacks.append(run.Config(MegatronCommOverlapCallback, tp_comm_overlap=overlapped))
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(layout.processes, machine.processes_per_node)))
     return run.Config(
