@@ -118,6 +118,8 @@ def _arms(count: int) -> str:
 
 def _targets_table(plan: DryRun) -> Table:
     table = Table("target", "method", "shape", "params", "removed", "ranks", "TP x PP x DP", "GB a GPU", "recomputed")
+    table.add_column("save: host GB a node")
+    table.add_column("save: s")
     for one in plan.targets:
         shape, layout = one.expected.shape, one.target.layout
         about = "" if one.expected.exact else "about "
@@ -133,6 +135,8 @@ def _targets_table(plan: DryRun) -> Table:
             _ranks(layout),
             f"{one.memory.total / 1e9:,.1f}",
             f"{one.memory.total_recomputed / 1e9:,.1f}",
+            f"{one.save.host / 1e9:,.1f}, last {one.last_save.host / 1e9:,.1f}",
+            f"{one.save.seconds:,.1f}, last {one.last_save.seconds:,.0f}",
         )
     return table
 

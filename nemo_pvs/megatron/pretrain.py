@@ -30,7 +30,7 @@ from nemo_pvs.megatron.data import PretrainingData, text_of
 from nemo_pvs.megatron.distillation.callback import distill
 from nemo_pvs.megatron.domains import DomainData, domains_of, follow_losses
 from nemo_pvs.megatron.masks.callback import CHECK_STEPS, HoldMasks
-from nemo_pvs.megatron.preemption import Resume, SaveOnSignal
+from nemo_pvs.megatron.preemption import Resume, SaveOnTimeOrSignal
 from nemo_pvs.megatron.pruning.carried_state import carry_optimizer_state
 from nemo_pvs.megatron.pruning.efficient_callback import prune_while_training
 from nemo_pvs.megatron.pruning.gates import gated_layer_spec
@@ -148,7 +148,8 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         ckpt_async_save=machine.gpu,
         ckpt_parallel_load=machine.gpu,
         ckpt_parallel_save=machine.gpu,
-        ckpt_optim_fully_reshardable=True,  # resume at another TP x PP x DP
+        # For checkpoints that can be resumed at another TP x PP; Checkpoint chooses which are.
+        distrib_optim_fully_reshardable_mem_efficient=True,
         ckpt_load_strictness="log_all",  # extra states may be missing; Strategy refuses missing weights
         ddp=run.Config(
             DistributedDataParallelConfig,
@@ -157,6 +158,8 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
             check_for_nan_in_grad=True,
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap,
+            # NeMo's recommendation. Megatron's default depends on DP, and a checkpoint of buckets fits only the same.
+            bucket_size=_BUCKET if overlap else None,
         ),
     )
     callbacks = [
@@ -174,7 +177,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         *prune_while_training(job),
         *learn_masks(job),
         *follow_losses(job),
-        run.Config(SaveOnSignal),
+        run.Config(SaveOnTimeOrSignal, minutes=training.checkpoint_minutes),
     ]
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:
         # The settings above overlap data parallel communication; this callback overlaps that of TP and PP.
@@ -327,4 +330,6 @@ def interval(steps: int, times: int) -> int:
     return max(1, steps // times)
 
 
+_BUCKET = 128 * 1024**2
+"""Gradients that are reduced together."""
 _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
