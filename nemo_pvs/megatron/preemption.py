@@ -17,12 +17,11 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from nemo_pvs.training.checkpoints import newest_sound, say_broken
 from nemo_pvs.training.preemption import PREEMPTED, SIGNALS
 
-
 _SAVE, _STOP = 1.0, 2.0
 
 
 class SaveOnTimeOrSignal(pl.Callback, IOMixin):
-    """Save some time after the last checkpoint; after a SIGTERM or SIGUSR1 to any rank save and exit with ``PREEMPTED``.
+    """Save by the clock; save and exit with ``PREEMPTED`` after a SIGTERM or SIGUSR1 to any rank.
 
     Lightning can save by time or by steps, but not by both. NeMo's own PreemptionCallback listens for one signal on
     rank 0 only and exits with 0, which tells Slurm that the job is done. Ranks agree, by rank 0's clock, through an

@@ -18,6 +18,11 @@ _STATE = 12
 _TO_HOST = 10e9  # of one GPU, to pageable memory over PCIe 5
 _NETWORK = 1e9  # of one rank that gathers from the others over gloo's TCP
 _DISK = 1e9  # of one process that writes to a shared file system
+RATES = (
+    f"{_TO_HOST / 1e9:g} GB/s from a GPU to its host, {_NETWORK / 1e9:g} GB/s to a rank that gathers, "
+    f"{_DISK / 1e9:g} GB/s from a rank to disk"
+)
+"""The assumptions, for people."""
 
 
 @dataclass(frozen=True)
