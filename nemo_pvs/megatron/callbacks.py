@@ -156,8 +156,9 @@ class Checkpoint(nl.ModelCheckpoint):
 
     def _save_checkpoint(self, trainer, filepath):
         last = self._stopping or trainer.global_step >= trainer.max_steps
-        copies = get_data_parallel_world_size(with_context_parallel=True)
-        trainer.strategy.ckpt_optim_fully_reshardable = last or copies == 1
+        sharded = trainer.strategy.ddp_config.use_distributed_optimizer
+        sharded = sharded and get_data_parallel_world_size(with_context_parallel=True) > 1
+        trainer.strategy.ckpt_optim_fully_reshardable = last or not sharded
         super()._save_checkpoint(trainer, filepath)
         self.last_saved = time.monotonic()
 

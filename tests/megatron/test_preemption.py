@@ -149,6 +149,17 @@ def test_a_checkpoint_of_the_middle_of_a_run_is_refused_in_another_split(broken_
     assert sentence in job.log.read_text()
 
 
+def test_with_a_plain_optimizer_any_checkpoint_fits_any_layout(finished, launcher, tmp_path):
+    training = finished.training.model_copy(update={"checkpoints": 2, "tokens": 1024})
+    layouts = [{"data_parallel": 2}, {"tensor_parallel": 2}]
+    first, second = (Parallelism(**layout, distributed_optimizer=False) for layout in layouts)
+    job = replace(finished, folder=tmp_path / "run", training=training, layout=first)
+    assert launcher.train(job) == 0, job.log.read_text()[-3000:]
+    shutil.rmtree(job.checkpoints / "step=3-last")
+    assert launcher.train(replace(job, layout=second)) == 0, job.log.read_text()[-3000:]
+    assert job.log.read_text().count("step 2/4  tokens") == 1, "it began anew"
+
+
 def test_it_is_saved_by_the_clock(finished, launcher, tmp_path):
     """Rank 0's; so much for a run without any other save before the last step."""
     training = finished.training.model_copy(update={"checkpoints": 1, "checkpoint_minutes": 1e-9, "tokens": 1024})
