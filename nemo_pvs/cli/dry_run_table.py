@@ -9,9 +9,10 @@ from rich.table import Table
 
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.planning.dry_run import DryRun, PlannedArm, describe_domains, dry_run
+from nemo_pvs.planning.dry_run import DryRun, PlannedArm, PlannedTarget, describe_domains, dry_run
 from nemo_pvs.planning.gpu_time import MFU, PEAK_FLOPS, explain_layout, gpu_hours, training_flops
 from nemo_pvs.planning.learned import learned_target
+from nemo_pvs.planning.saves import RATES
 from nemo_pvs.planning.teacher import teacher_shape
 from nemo_pvs.pruning.target import describe_removal
 from nemo_pvs.recipe.distillation import Distillation
@@ -83,9 +84,22 @@ def show(plan: DryRun, executor: str, mfu: float | None = None) -> None:
             teacher = teacher_shape(recipe, plan.parent) if distilled else None
             reason = explain_layout(one.expected.shape, one.target.layout, train, teacher)
             console.print(f"layout of {one.name}: {reason}", soft_wrap=True)
+        for one in plan.targets:
+            console.print(_describe_saves(one, train), soft_wrap=True)
+        console.print(f"these seconds are assumed, not measured: {RATES}", soft_wrap=True)
     console.print(_arms_table(plan, mfu))
     if _on_gpus(train):
         console.print(_describe_gpu_time(train, mfu), soft_wrap=True)
+
+
+def _describe_saves(one: PlannedTarget, train: Training) -> str:
+    """Return one line about what a checkpoint costs."""
+    save, last = one.save, one.last_save
+    seconds = "less than 1 s" if save.seconds < 1 else f"{save.seconds:,.0f} s"
+    return (
+        f"saves of {one.name}: every {train.checkpoint_minutes:g} min {save.host / 1e9:,.0f} GB of host memory a node "
+        f"and {seconds}; at the end and on a signal {last.host / 1e9:,.0f} GB and {last.seconds:,.0f} s"
+    )
 
 
 def _describe(distill: Distillation) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
 from torch.optim.adamw import adamw
 
 
@@ -52,7 +54,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 continue
             states = [self.state[weight] for weight in weights]
             # The kernel increments the step itself, in one tensor per weight; these tensors are then discarded.
-            before = torch.tensor(float(group["step"] - 1))
+            before = torch.full((), group["step"] - 1, dtype=torch.float32, device=weights[0].device)
             adamw(
                 weights,
                 [weight.grad for weight in weights],
@@ -70,3 +72,15 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 maximize=False,
             )
         return loss
+
+
+def stand_in_for_fused_adam() -> None:
+    """Have Megatron use ``GroupStepAdamW`` from now on, unless there is a FusedAdam, of Apex or Transformer Engine.
+
+    It is presented as Apex's, which has the same interface. These FusedAdams run on GPUs only.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE and torch.cuda.is_available():
+        return
+    optimizer.Adam = distrib_optimizer.Adam = GroupStepAdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

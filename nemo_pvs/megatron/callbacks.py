@@ -9,14 +9,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from megatron.core.parallel_state import get_data_parallel_world_size
 from nemo import lightning as nl
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
 
 from nemo_pvs.megatron.distillation.callback import EMBEDDINGS, HIDDEN, KL
-from nemo_pvs.megatron.optimizer_offsets import correct_saved_offsets
 from nemo_pvs.training import metrics
-from nemo_pvs.training.checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside
+from nemo_pvs.training.checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside, write_split
 from nemo_pvs.training.gpu_use import flops_of, gpu_use
 from nemo_pvs.training.job import TrainingJob
 
@@ -118,19 +118,49 @@ class Checkpoint(nl.ModelCheckpoint):
     The architecture never changes during a run, and that context names only stock NeMo classes, so every checkpoint
     of the run can be read without this package; NeMo's own context would name our layer and data classes. It is copied
     before the save is declared finished, because resuming needs it. The two newest checkpoints are kept
-    (``training.checkpoints``). The optimizer state that Megatron saves is corrected (``optimizer_offsets``).
+    (``training.checkpoints``).
+
+    During the run each rank saves its own part of the distributed optimizer's state, which needs no communication but
+    can only be resumed at the same TP x PP. The last checkpoint, also before an exit on a signal, can be resumed in
+    any layout: one data parallel rank gathers the state of all. ``tests/benchmarks/saves.py`` compares these.
     """
 
     def __init__(self, initial: str, **kwargs):
+        """Take the initial checkpoint, and the arguments of NeMo's callback."""
         super().__init__(always_save_context=False, save_context_on_train_end=False, **kwargs)
         self.initial = initial
+        self.last_saved = 0.0
+        self._stopping = False
+
+    def on_train_start(self, trainer, pl_module):
+        """Start the clock."""
+        self.last_saved = time.monotonic()
+        super().on_train_start(trainer, pl_module)
+
+    def save(self, trainer, *, stopping: bool = False) -> None:
+        """Save a checkpoint now, unless there is one of this step.
+
+        Args:
+            trainer: The trainer.
+            stopping: Whether the run then stops, and may be resumed in another layout.
+        """
+        self._stopping = stopping
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def setup(self, trainer, *args, **kwargs):
         """Move broken checkpoints out of the way; by now every rank has chosen what to resume from."""
         if trainer.is_global_zero:
             set_aside(newest_sound(Path(self.dirpath))[1])
-        correct_saved_offsets()
         super().setup(trainer, *args, **kwargs)
+
+    def _save_checkpoint(self, trainer, filepath):
+        last = self._stopping or trainer.global_step >= trainer.max_steps
+        sharded = trainer.strategy.ddp_config.use_distributed_optimizer
+        sharded = sharded and get_data_parallel_world_size(with_context_parallel=True) > 1
+        trainer.strategy.ckpt_optim_fully_reshardable = last or not sharded
+        super()._save_checkpoint(trainer, filepath)
+        self.last_saved = time.monotonic()
 
     def _save_last_checkpoint(self, trainer, monitor_candidates):
         super()._save_last_checkpoint(trainer, monitor_candidates)
@@ -144,11 +174,13 @@ class Checkpoint(nl.ModelCheckpoint):
 
     def _get_finalize_save_checkpoint_callback(self, trainer, filepath, global_step):
         finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+        split = None if trainer.strategy.ckpt_optim_fully_reshardable else trainer.strategy.split
 
         def finish_with_context():
             if trainer.is_global_zero:
                 context = ckpt_to_dir(filepath) / "context"
                 shutil.copytree(Path(self.initial) / "context", context, dirs_exist_ok=True)
+                write_split(ckpt_to_dir(filepath), split)
             finish()
 
         return finish_with_context

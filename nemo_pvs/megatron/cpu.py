@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.megatron.adamw import GroupStepAdamW
 from nemo_pvs.system.processes import die_with_parent
 
 _HOST = torch.device("cpu")
@@ -83,19 +82,6 @@ def _redirections() -> Iterator[tuple[Any, str, Any]]:
     # NeMo seeds the tracker only if there is a CUDA device.
     megatron_init = importlib.import_module("nemo.lightning.megatron_init")
     yield megatron_init, "_set_random_seed", _seed_tracker_too(megatron_init._set_random_seed)
-
-    # Without Apex and Transformer Engine, Megatron uses PyTorch's AdamW, whose state its distributed optimizer cannot
-    # save; ours has FusedAdam's interface, so it is presented as Apex's.
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    distributed_optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    yield optimizer, "Adam", GroupStepAdamW
-    yield optimizer, "USING_PYTORCH_OPTIMIZER", False
-    yield distributed_optimizer, "Adam", GroupStepAdamW
-    yield distributed_optimizer, "HAVE_APEX_OR_TE", True
-    yield distributed_optimizer, "USING_APEX_OPTIMIZER", True
-    # In fp32 the optimizer's shards are views of the weights themselves, and Megatron restores them in place.
-    restore = distributed_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
-    yield distributed_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", torch.no_grad()(restore)
 
     # The checkpoint writer spawns a helper process of 200 MB that imports the main module again and would never exit
     # if its rank were killed. Ours is forked, as the writer's own workers are, and dies with its rank.

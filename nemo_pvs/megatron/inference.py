@@ -123,6 +123,8 @@ class LoadedModel:
             "sequence_parallel": self._sequence_parallel,
             "perform_initialization": False,
             "parallel_output": True,  # each rank keeps its columns of the logits
+            # NeMo's default with Apex; it adds gradients to main_grad, which weights have only in NeMo's training.
+            "gradient_accumulation_fusion": False,
         }
         if not has_transformer_engine():
             settings.update(dict.fromkeys(FUSED_KERNELS, False))

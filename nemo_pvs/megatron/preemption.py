@@ -1,10 +1,11 @@
-"""Save and exit on a signal from the cluster, in NeMo's training loop; resume from the newest intact checkpoint."""
+"""Save by the clock, or on a signal from the cluster and exit; resume from the newest intact checkpoint."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,15 +17,20 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from nemo_pvs.training.checkpoints import newest_sound, say_broken
 from nemo_pvs.training.preemption import PREEMPTED, SIGNALS
 
+_SAVE, _STOP = 1.0, 2.0
 
-class SaveOnSignal(pl.Callback, IOMixin):
-    """After a SIGTERM or SIGUSR1 to any rank: finish the step, save, and exit with ``PREEMPTED``.
 
-    NeMo's own PreemptionCallback listens for one signal on rank 0 only and exits with 0, which tells Slurm that the
-    job is done. Ranks agree through an all-reduce of one number per step.
+class SaveOnTimeOrSignal(pl.Callback, IOMixin):
+    """Save by the clock; save and exit with ``PREEMPTED`` after a SIGTERM or SIGUSR1 to any rank.
+
+    Lightning can save by time or by steps, but not by both. NeMo's own PreemptionCallback listens for one signal on
+    rank 0 only and exits with 0, which tells Slurm that the job is done. Ranks agree, by rank 0's clock, through an
+    all-reduce of one number per step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: float) -> None:
+        """Take the time from one checkpoint to the next."""
+        self.minutes = minutes
         self._requested = False
         self._handlers: dict[int, object] = {}
 
@@ -38,18 +44,23 @@ class SaveOnSignal(pl.Callback, IOMixin):
             signal.signal(*self._handlers.popitem())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        """Save and exit if any rank was signalled, all ranks at the same step."""
-        requested = torch.tensor(float(self._requested), device=torch.cuda.current_device())
-        torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
-        if not requested.item() or trainer.global_step >= trainer.max_steps:
+        """Save, and exit if any rank was signalled, all ranks at the same step."""
+        checkpoint = trainer.checkpoint_callback
+        due = trainer.is_global_zero and time.monotonic() - checkpoint.last_saved >= 60 * self.minutes
+        wish = _STOP if self._requested else _SAVE if due else 0.0
+        wishes = torch.tensor(wish, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(wishes, op=torch.distributed.ReduceOp.MAX)
+        wish = wishes.item()
+        if not wish or trainer.global_step >= trainer.max_steps:
+            return
+        if wish == _SAVE:
+            checkpoint.save(trainer)
             return
         if trainer.is_global_zero:
             print(
                 f"step {trainer.global_step}: stop requested; saving, the same command resumes from here", flush=True
             )
-        checkpoint = trainer.checkpoint_callback
-        if checkpoint._last_global_step_saved != trainer.global_step:
-            checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+        checkpoint.save(trainer, stopping=True)
         if isinstance(trainer.strategy.checkpoint_io, AsyncFinalizableCheckpointIO):
             trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
         torch.distributed.barrier()

@@ -30,12 +30,13 @@ from nemo_pvs.megatron.data import PretrainingData, text_of
 from nemo_pvs.megatron.distillation.callback import distill
 from nemo_pvs.megatron.domains import DomainData, domains_of, follow_losses
 from nemo_pvs.megatron.masks.callback import CHECK_STEPS, HoldMasks
-from nemo_pvs.megatron.preemption import Resume, SaveOnSignal
+from nemo_pvs.megatron.preemption import Resume, SaveOnTimeOrSignal
 from nemo_pvs.megatron.pruning.carried_state import carry_optimizer_state
 from nemo_pvs.megatron.pruning.efficient_callback import prune_while_training
 from nemo_pvs.megatron.pruning.gates import gated_layer_spec
 from nemo_pvs.megatron.pruning.sheared import learn_masks
 from nemo_pvs.megatron.schedule import PartOfSchedule, QuadraticWarmupCosine, decays_everything
+from nemo_pvs.megatron.strategy import Strategy
 from nemo_pvs.system.files import sha256_json
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import Machine
@@ -135,7 +136,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
     layout, training = job.layout, job.training
     overlap = machine.gpu and layout.distributed_optimizer
     strategy = run.Config(
-        nl.MegatronStrategy,
+        Strategy,
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
@@ -147,8 +148,9 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         ckpt_async_save=machine.gpu,
         ckpt_parallel_load=machine.gpu,
         ckpt_parallel_save=machine.gpu,
-        ckpt_optim_fully_reshardable=True,  # resume at another TP x PP x DP
-        ckpt_load_strictness="log_all",
+        # For checkpoints that can be resumed at another TP x PP; Checkpoint chooses which are.
+        distrib_optim_fully_reshardable_mem_efficient=True,
+        ckpt_load_strictness="log_all",  # extra states may be missing; Strategy refuses missing weights
         ddp=run.Config(
             DistributedDataParallelConfig,
             use_distributed_optimizer=layout.distributed_optimizer,
@@ -156,6 +158,8 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
             check_for_nan_in_grad=True,
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap,
+            # NeMo's recommendation. Megatron's default depends on DP, and a checkpoint of buckets fits only the same.
+            bucket_size=_BUCKET if overlap else None,
         ),
     )
     callbacks = [
@@ -173,11 +177,11 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         *prune_while_training(job),
         *learn_masks(job),
         *follow_losses(job),
-        run.Config(SaveOnSignal),
+        run.Config(SaveOnTimeOrSignal, minutes=training.checkpoint_minutes),
     ]
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:
         # The settings above overlap data parallel communication; this callback overlaps that of TP and PP.
-        overlapped = layout.sequence_parallel and machine.transformer_engine
+        overlapped = machine.tp_overlap(layout, precision)
         callbacks.append(run.Config(MegatronCommOverlapCallback, tp_comm_overlap=overlapped))
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(layout.processes, machine.processes_per_node)))
     return run.Config(
@@ -326,4 +330,6 @@ def interval(steps: int, times: int) -> int:
     return max(1, steps // times)
 
 
+_BUCKET = 128 * 1024**2
+"""Gradients that are reduced together."""
 _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}

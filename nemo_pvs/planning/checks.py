@@ -43,6 +43,13 @@ def check_training(training: Training, layout: Parallelism, shape: Shape, *, exa
             "layer_pairs and embedding_weight."
         )
     _check_sequence(training.sequence_length, layout)
+    if layout.tp_overlap and not layout.sequence_parallel:
+        raise UserError("tp_overlap needs sequence_parallel; leave it out.")
+    if layout.tp_overlap and training.precision == "fp8":
+        raise UserError(
+            "tp_overlap cannot be combined with precision fp8, where the first and the last layer stay in bf16 and "
+            "Transformer Engine's buffers would be for FP8 only; leave tp_overlap out, or choose bf16."
+        )
 
 
 def _check_sequence(length: int, layout: Parallelism) -> None:

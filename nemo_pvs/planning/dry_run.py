@@ -19,6 +19,7 @@ from nemo_pvs.planning.equal_terms import arm_cost, pruning_cost, settle
 from nemo_pvs.planning.learned import end_of_reading, is_trained_first, untrained_first
 from nemo_pvs.planning.memory import Memory, training_memory
 from nemo_pvs.planning.parent_checks import check_unread
+from nemo_pvs.planning.saves import Save, last_save, save_during_run
 from nemo_pvs.planning.targets import check_recipe, expected_shape
 from nemo_pvs.planning.teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.pruning.method import Expected
@@ -38,6 +39,9 @@ class PlannedTarget:
     target: Target
     expected: Expected
     memory: Memory
+    save: Save
+    """A save in the middle of a run."""
+    last_save: Save
     spent: Ledger
     """Cost of pruning to it; a calibration that several targets share is included in each."""
 
@@ -143,7 +147,9 @@ def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: S
     expected = expected_shape(target, parent)
     distilled = any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name))
     memory = training_memory(expected.shape, target.layout, recipe.train, teacher if distilled else None)
-    return PlannedTarget(name, target, expected, memory, pruning_cost(recipe, target, expected.shape, parent))
+    run = expected.shape, target.layout, recipe.train
+    spent = pruning_cost(recipe, target, expected.shape, parent)
+    return PlannedTarget(name, target, expected, memory, save_during_run(*run), last_save(*run), spent)
 
 
 def _stages(recipe: Recipe) -> list[str]:

@@ -47,6 +47,9 @@ class Parallelism(Block):
     """Ranks that share every sequence; needs Transformer Engine."""
     data_parallel: Positive = 1
     sequence_parallel: bool = False
+    tp_overlap: bool | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Overlap the communication of tensor parallel layers with their computation (Transformer Engine's userbuffers);
+    needs ``sequence_parallel``, and not with FP8. By default it is on where the GPUs support CUDA multicast."""
     distributed_optimizer: bool = True
     micro_batch_size: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
     """Sequences per forward pass of a rank, instead of ``train.micro_batch_size``."""

@@ -52,6 +52,8 @@ class Training(Block):
     """Validation sequences, the same ones every time."""
     checkpoints: Positive = 2
     """Number of checkpoints saved during the run, at equal intervals and at the end."""
+    checkpoint_minutes: float = Field(default=30.0, gt=0, exclude_if=lambda given: given == 30.0)
+    """Minutes after the last checkpoint at which another is saved."""
     seed: Positive = 1234
     """Seed for random initialisation, and for the order of the training data unless ``data_seed`` is given."""
     data_seed: Positive | None = Field(default=None, exclude_if=lambda given: given is None)
@@ -76,6 +78,7 @@ class Training(Block):
             exclude={
                 "micro_batch_size": True,
                 "checkpoints": True,
+                "checkpoint_minutes": True,
                 "mask_check_steps": True,
                 "initialisation": True,  # the initial weights themselves show it
                 "distill": {"teacher", "arms", "pretraining_tokens"},

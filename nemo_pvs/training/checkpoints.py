@@ -8,13 +8,19 @@ the previous one.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
 from nemo_pvs.errors import UserError
+from nemo_pvs.system.files import read_json, write_json
 
 KEPT = 2
 """Number of checkpoints kept, the newest ones; while one is being written there is one more."""
+
+SPLIT_FILE = "split.json"
+"""In a checkpoint: how a model must be split to resume from it; null, or no file, if that does not matter."""
 
 _NAME = re.compile(r"step=(\d+)-last")
 _UNFINISHED = "-unfinished"  # NeMo's marker, next to a checkpoint that is being written or removed
@@ -54,6 +60,34 @@ def newest_sound(folder: Path) -> tuple[Path | None, dict[Path, str]]:
             return checkpoint, broken
         broken[checkpoint] = problem
     return None, broken
+
+
+def write_split(checkpoint: Path, split: Mapping[str, Any] | None) -> None:
+    """Note in a checkpoint how a model must be split (``Parallelism.split``) to resume from it; None: as one likes."""
+    write_json(checkpoint / SPLIT_FILE, split)
+
+
+def check_split(checkpoint: Path, split: Mapping[str, Any], *, distributed_optimizer: bool) -> None:
+    """Check that a run can be resumed from a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        split: How the run splits the model (``Parallelism.split``).
+        distributed_optimizer: Whether it uses the distributed optimizer.
+
+    Raises:
+        UserError: the checkpoint was saved during a run that split the model in another way.
+    """
+    file = checkpoint / SPLIT_FILE
+    saved = read_json(file) if file.is_file() else None
+    if saved is None or (saved == split and distributed_optimizer):
+        return
+    words = ", ".join(f"{name} {size}" for name, size in saved.items() if size is not None)
+    raise UserError(
+        f"{checkpoint} was saved in the middle of a run with {words} and the distributed optimizer, and can only be "
+        "resumed with the same; data_parallel may differ. A checkpoint of the last step, or after SIGTERM, can be "
+        "resumed in any layout."
+    )
 
 
 def state_to_carry(folder: Path) -> Path:

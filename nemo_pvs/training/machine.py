@@ -30,6 +30,13 @@ def transformer_engine_problem() -> str | None:
     return transformer_engine.import_problem()
 
 
+def has_multicast() -> bool:
+    """Return whether tensor parallel overlap can use CUDA multicast here; Transformer Engine checks the same."""
+    if not has_transformer_engine():
+        return False
+    return bool(importlib.import_module("transformer_engine_torch").device_supports_multicast())
+
+
 @dataclass(frozen=True)
 class Machine:
     """Properties of the hardware on which NeMo's configuration depends."""
@@ -40,6 +47,8 @@ class Machine:
     """Whether it has bf16 arithmetic; without it bf16 is slower than fp32."""
     processes_per_node: int = 1_000_000
     """Ranks per node; without a cluster all ranks of a run are on one node."""
+    multicast: bool = False
+    """Whether its GPUs, their driver and their switches support CUDA multicast."""
 
     @classmethod
     def here(cls) -> Machine:
@@ -54,6 +63,7 @@ class Machine:
             gpu=torch.cuda.is_available(),
             transformer_engine=has_transformer_engine(),
             bf16=bf16,
+            multicast=torch.cuda.is_available() and has_multicast(),
         )
 
     def precision(self, setting: str) -> str:
@@ -70,6 +80,22 @@ class Machine:
         if setting != "auto":
             return setting
         return "bf16" if self.bf16 else "fp32"
+
+    def tp_overlap(self, layout: Parallelism, precision: str) -> bool:
+        """Return whether tensor parallel communication is to overlap with computation.
+
+        Not with FP8: NeMo keeps the first and the last layer in bf16, for quality, but Transformer Engine's buffers
+        are set up for either FP8 or bf16, and a layer of the other kind fails. Having all layers in FP8 instead would
+        change what is learned for the sake of speed.
+
+        Args:
+            layout: The run's layout.
+            precision: bf16, fp32 or fp8.
+        """
+        possible = self.gpu and self.transformer_engine and precision != "fp8"
+        sharded = layout.sequence_parallel and layout.tensor_parallel > 1
+        wanted = self.multicast if layout.tp_overlap is None else layout.tp_overlap
+        return possible and sharded and wanted
 
     def check(self, layout: Parallelism) -> None:
         """Check that this machine has the kernels that a layout needs.

@@ -21,7 +21,7 @@ from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.processes import die_with_parent
 from nemo_pvs.system.progress import console, progress
 from nemo_pvs.training import metrics
-from nemo_pvs.training.checkpoints import checkpoint_name, newest_sound, say_broken, state_to_carry
+from nemo_pvs.training.checkpoints import check_split, checkpoint_name, newest_sound, say_broken, state_to_carry
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.launcher import Launcher, share_of_machine
 from nemo_pvs.training.preemption import PREEMPTED, handing_on
@@ -236,12 +236,14 @@ def _check_beginning(job: TrainingJob) -> None:
     The checkpoints that Megatron is about to load are read to verify their checksums, because Megatron does not.
 
     Raises:
-        UserError: the weights are damaged, or the optimizer state to start from is missing.
+        UserError: the weights are damaged, the optimizer state to start from is missing, or the newest
+            checkpoint can only be resumed in another layout.
     """
     newest, broken = newest_sound(job.checkpoints)
     for sentence in say_broken(newest, broken):
         console.print(sentence, soft_wrap=True)
     if newest is not None:
+        check_split(newest, job.layout.split, distributed_optimizer=job.layout.distributed_optimizer)
         return
     if job.carried:
         state_to_carry(job.carried.checkpoints)

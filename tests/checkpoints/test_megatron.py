@@ -17,6 +17,7 @@ from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.nemo.megatron_lm import MegatronSource
 from nemo_pvs.errors import UserError
+from tests.families import save_tiny
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -108,12 +109,16 @@ def test_names_and_rows_are_those_of_megatron(make_tiny_llama, tmp_path):
             assert torch.equal(stored[layer + kind][index], source.read(f"{prefix}{name}.weight"))
 
 
-def test_extra_states_are_lists_of_none(make_tiny_llama, tmp_path):
-    write_nemo(HuggingFaceSource(make_tiny_llama(tmp_path / "hf")), tmp_path / "nemo")
-    modules = "self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"
-    modules += "mlp.linear_fc1", "mlp.linear_fc2"
-    names = [f"module.decoder.layers.{name}._extra_state/shard_{index}_4" for name in modules for index in range(4)]
-    state = {name: io.BytesIO() for name in names}
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_extra_states_are_lists_of_none(family, tmp_path):
+    """tests/te has the modules of Transformer Engine ask for these names; here they are written by hand."""
+    write_nemo(HuggingFaceSource(save_tiny(tmp_path / "hf", family)), tmp_path / "nemo")
+    modules = ["self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"]
+    modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
+    if family == "qwen3":
+        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    names = [f"module.decoder.layers.{name}._extra_state/shard_{index}_3" for name in modules for index in range(3)]
+    state = {name: io.BytesIO() for name in (*names, "module.decoder.final_layernorm._extra_state/shard_0_1")}
     dcp.load(state, checkpoint_id=tmp_path / "nemo" / "weights", no_dist=True)
     assert all(value == [None] for value in state.values())
     common = torch.load(tmp_path / "nemo" / "weights" / "common.pt", weights_only=True)

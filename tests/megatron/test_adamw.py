@@ -1,6 +1,9 @@
+import pytest
 import torch
 
+from nemo_pvs.megatron import adamw
 from nemo_pvs.megatron.adamw import GroupStepAdamW
+from tests.megatron.ranks import run_ranks
 
 
 def _train(optimizer_class, steps: int, resume_at: int = 0) -> torch.Tensor:
@@ -38,3 +41,45 @@ def test_state_is_what_megatron_shards():
     state = optimizer.state_dict()
     assert state["param_groups"][0]["step"] == 1
     assert {name: value.shape for name, value in state["state"][0].items()} == {"exp_avg": (4,), "exp_avg_sq": (4,)}
+
+
+def _optimizers_of_megatron(gpu: bool, fused: bool) -> tuple[type, bool]:
+    """Return which Adam Megatron takes on a machine, and whether it considers it PyTorch's."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from nemo_pvs.megatron.adamw import stand_in_for_fused_adam
+
+    torch.cuda.is_available = lambda: gpu
+    if fused:  # what importing Megatron does where Apex is installed
+        optimizer.Adam = distrib_optimizer.Adam = torch.optim.SGD
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    stand_in_for_fused_adam()
+    assert optimizer.Adam is distrib_optimizer.Adam
+    assert distrib_optimizer.HAVE_APEX_OR_TE
+    return optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(
+    ("gpu", "fused", "expected"),
+    [
+        (True, True, torch.optim.SGD),  # stands for Apex's
+        (True, False, GroupStepAdamW),
+        (False, True, GroupStepAdamW),  # Apex's runs on GPUs only
+        (False, False, GroupStepAdamW),
+    ],
+)
+def test_it_stands_in_where_no_fused_adam_can_run(gpu, fused, expected):
+    assert run_ranks(1, _optimizers_of_megatron, gpu, fused) == [(expected, False)]
+
+
+def test_step_counts_are_on_the_device_of_the_weights(monkeypatch):
+    """CUDA's kernel takes them only there."""
+    devices = []
+    monkeypatch.setattr(adamw, "adamw", lambda *args, **_: devices.extend(step.device.type for step in args[5]))
+    weight = torch.nn.Parameter(torch.ones(4, device="meta"))
+    weight.grad = torch.ones_like(weight)
+    GroupStepAdamW([weight]).step()
+    assert devices == ["meta"]

@@ -275,6 +275,15 @@ def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
     assert _farthest(curve, reference) < 1e-4
 
 
+@pytest.mark.slow
+def test_the_settings_of_gpus_change_nothing(job, reference, tmp_path):
+    """Asynchronous and parallel saves, overlapped reduction in several buckets, workers that read the data."""
+    run = accumulating(replace(job, folder=tmp_path / "run", layout=Parallelism(data_parallel=2)))
+    run.folder.mkdir()
+    run_ranks(2, train, run, 0, 0, True)
+    assert _farthest(metrics.read(run.metrics), reference) < 1e-4
+
+
 def test_a_sparse_student_learns_under_its_masks(job, tmp_path):
     write_nemo(MaskedSource(HuggingFaceSource(job.teacher.parent / "model")), tmp_path / "initial")
     sparse = replace(job, initial=tmp_path / "initial")

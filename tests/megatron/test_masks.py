@@ -29,6 +29,7 @@ from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 from tests.masked_source import MaskedSource, RandomMasks
+from tests.megatron.gpu_settings import set_up_as_on_gpus
 from tests.megatron.jobs import accumulating, tiny_job
 from tests.megatron.ranks import run_ranks
 from tests.state_source import as_transformers
@@ -130,6 +131,7 @@ class Die:
     """Kill the last rank before a step."""
 
     step: int
+    as_on_gpus: bool = False
 
     def __call__(self) -> None:
         import os
@@ -140,6 +142,8 @@ class Die:
         from nemo_pvs.megatron import rank
 
         step = self.step
+        if self.as_on_gpus:
+            set_up_as_on_gpus()
 
         class Killer(pl.Callback):
             def on_train_batch_start(self, trainer, *_):
@@ -334,6 +338,17 @@ def test_masks_follow_from_tp_to_pp_to_dp(job, reference, tmp_path):
             _run(job, folder, layout, Die(step), checkpoints=3)
     run = _run(job, folder, {"data_parallel": 2})
     assert [point["step"] for point in run.curve.sparsity] == [0, 2, 4, STEPS], "it did not resume where it should"
+    assert torch.allclose(run.losses, reference.losses, atol=1e-4)
+    assert torch.allclose(run.grad_norms, reference.grad_norms, rtol=1e-3)
+    _assert_held(run.checkpoint, job.initial)
+
+
+@pytest.mark.slow
+def test_the_settings_of_gpus_hold_masks(job, reference, tmp_path):
+    """Killed and resumed: asynchronous saves, and overlapped reduction in several buckets."""
+    with pytest.raises(AssertionError, match="died without a word"):
+        _run(job, tmp_path / "run", {"data_parallel": 2}, Die(3, as_on_gpus=True), checkpoints=3)
+    run = _run(job, tmp_path / "run", {"data_parallel": 2}, set_up_as_on_gpus)
     assert torch.allclose(run.losses, reference.losses, atol=1e-4)
     assert torch.allclose(run.grad_norms, reference.grad_norms, rtol=1e-3)
     _assert_held(run.checkpoint, job.initial)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import Trainer, is_finished, last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.megatron.gpu_settings import set_up_as_on_gpus
 from tests.megatron.jobs import SEQUENCE, VALIDATION_SAMPLES, accumulating, tiny_job
 from tests.megatron.ranks import run_ranks
 
@@ -34,9 +36,8 @@ def job(tmp_path_factory) -> TrainingJob:
     return tiny_job(folder, model, steps=STEPS, learning_rate=5e-3, validations=4)
 
 
-def _train(job: TrainingJob, die_at_step: int = 0) -> None:
+def _train(job: TrainingJob, die_at_step: int = 0, end_by: int = signal.SIGKILL, as_on_gpus: bool = False) -> None:
     import os
-    import signal
 
     import lightning.pytorch as pl
 
@@ -45,12 +46,14 @@ def _train(job: TrainingJob, die_at_step: int = 0) -> None:
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if as_on_gpus:
+        set_up_as_on_gpus()
     if die_at_step:
 
         class Die(pl.Callback):
             def on_train_batch_start(self, trainer, *_):
                 if trainer.global_step == die_at_step and trainer.global_rank == trainer.world_size - 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), end_by)
 
         original = rank.pretrain_recipe
 
@@ -173,6 +176,29 @@ def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp
     assert resumed == 2, "it began anew instead of at the checkpoint of step 4"
     _assert_same(curve, reference)
     assert [point["step"] for point in curve.validation] == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end_by", "how", "after"),
+    [
+        (signal.SIGKILL, "died without a word", {"data_parallel": 2}),
+        (signal.SIGTERM, "SystemExit: 75", {"tensor_parallel": 2}),
+    ],
+    ids=["killed", "SIGTERM, then another layout"],
+)
+def test_the_settings_of_gpus_change_nothing(job, reference, end_by, how, after, tmp_path):
+    """Asynchronous and parallel saves, overlapped reduction in several buckets, workers that read the data."""
+    (tmp_path / "run").mkdir()
+    first = accumulating(replace(job, folder=tmp_path / "run", layout=Parallelism(data_parallel=2)))
+    with pytest.raises(AssertionError, match=how):
+        run_ranks(2, _train, first, 6, end_by, True)
+    second = accumulating(replace(first, layout=Parallelism(**after)))
+    run_ranks(2, _train, second, 0, end_by, True)
+    step = 5 if end_by == signal.SIGKILL else 7
+    assert first.log.read_text().count(f"step {step}/8  tokens") == (2 if end_by == signal.SIGKILL else 1)
+    _assert_same(metrics.read(first.metrics), reference)
+    assert is_finished(second)
 
 
 def test_tied_embeddings_on_two_stages_keep_their_optimizer_state(tmp_path):

@@ -147,7 +147,7 @@ def test_every_run_of_every_recipe_is_a_factory_of_its_shape(recipes):
     assert recipes[WIDTH]["steps"] == 11921  # ceil(50e9 / (512 * 8192))
     for name, made in recipes.items():
         assert ("HoldMasks" in made["callbacks"]) == made["sparse"], name
-        assert "SaveOnSignal" in made["callbacks"]
+        assert "SaveOnTimeOrSignal" in made["callbacks"]
 
 
 PLACES = {

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from nemo_pvs.errors import UserError
@@ -64,3 +66,25 @@ def test_a_machine_refuses_what_its_kernels_cannot():
     with pytest.raises(UserError, match="context_parallel is 2"):
         plain.check(Parallelism(context_parallel=2))
     H100.check(Parallelism(context_parallel=2))
+
+
+SHARDED = {"tensor_parallel": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("machine", "layout", "precision", "overlaps"),
+    [
+        ({}, SHARDED, "bf16", False),
+        ({"multicast": True}, SHARDED, "bf16", True),
+        ({}, {**SHARDED, "tp_overlap": True}, "bf16", True),
+        ({"multicast": True}, {**SHARDED, "tp_overlap": False}, "bf16", False),
+        ({"multicast": True}, SHARDED, "fp8", False),
+        ({"multicast": True}, {"tensor_parallel": 2}, "bf16", False),
+        ({"multicast": True}, {}, "bf16", False),
+        ({"multicast": True, "transformer_engine": False}, SHARDED, "bf16", False),
+        ({"multicast": True, "gpu": False}, {**SHARDED, "tp_overlap": True}, "bf16", False),
+    ],
+)
+def test_tensor_parallel_overlap_needs_multicast_or_a_wish(machine, layout, precision, overlaps):
+    chosen = replace(H100, **machine)
+    assert chosen.tp_overlap(Parallelism(**layout), precision) == overlaps

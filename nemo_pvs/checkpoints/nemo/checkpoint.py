@@ -34,14 +34,8 @@ _LAYERS = "module.decoder.layers."
 _EMBEDDING = "module.embedding.word_embeddings.weight"
 _HEAD = "module.output_layer.weight"
 
-# Transformer Engine modules whose extra state (FP8 scales) Megatron requests; a stored None means that there is none.
-_STATEFUL_MODULES = (
-    "self_attention.linear_qkv",
-    "self_attention.core_attention",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+# Modules without weights that have an extra state in some versions of Transformer Engine.
+_WEIGHTLESS_MODULES = ("self_attention.core_attention",)
 
 
 class NemoSource:
@@ -228,8 +222,9 @@ def write_nemo(
     recorder = Recorder(with_both_biases(source), dtype, progress, allow_nonfinite=allow_nonfinite)
     recorder.layout.require_class(recorder.shape)
     vocab_rows = -(-recorder.shape.vocab // pad_vocab_to_multiple) * pad_vocab_to_multiple
+    extra_states = _extra_states(recorder.layout, recorder.shape)
     with whole_folder(Path(target), overwrite=overwrite) as folder:
-        write_torch_dist(folder / "weights", _blocks(recorder, vocab_rows), _extra_states(recorder.shape))
+        write_torch_dist(folder / "weights", _blocks(recorder, vocab_rows), extra_states)
         write_context(folder / "context", recorder.config(), source.assets, vocab_rows=vocab_rows)
         if masks_of(source).names:
             write_masks(masks_of(source), folder / "context" / FILE)
@@ -299,12 +294,27 @@ def _fused(recorder: Recorder, entry: Entry, parts: tuple[Part, ...], dtype: tor
     return tensors[0] if len(tensors) == 1 else entry.join(tensors, recorder.shape)
 
 
-def _extra_states(shape: Shape) -> list[str]:
-    names = []
+def _extra_states(layout: Layout, shape: Shape) -> list[str]:
+    """Return the names of the extra states that Megatron requests where it has Transformer Engine's modules.
+
+    These hold FP8 scales; a stored None means that there are none. Every module with weights has one, apart from the
+    embedding and the output head, which are Megatron's own.
+    """
+    names = [
+        f"module.{_module(entry)}._extra_state/shard_0_1"
+        for entry in layout.entries(shape)
+        if entry.layer is None and entry.parts[0].axes[0] != "vocab"
+    ]
+    with_weights = dict.fromkeys(_module(entry) for entry in layout.entries(shape) if entry.layer is not None)
     for layer in range(shape.layers):
-        for module in _STATEFUL_MODULES:
+        for module in (*with_weights, *_WEIGHTLESS_MODULES):
             if shape.uneven:
                 names.append(f"{_LAYERS}{layer}.{module}._extra_state/shard_0_1")
             else:
                 names.append(f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.layers}")
     return names
+
+
+def _module(entry: Entry) -> str:
+    """Return the name of the Megatron module that a tensor belongs to."""
+    return entry.megatron.rpartition(".")[0]

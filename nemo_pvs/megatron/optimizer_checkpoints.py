@@ -1,9 +1,12 @@
-"""Save the right part of the distributed optimizer's state for every weight.
+"""Save and restore the right part of the distributed optimizer's state for every weight.
 
 Megatron-Core 0.15 gathers the state of all buckets of a gradient buffer without the padding at their ends, but then
 looks up each weight at its offset with that padding. After a padded bucket this offset is wrong, and the checkpoint
 gets other weights' numbers, or zeros, as moments and fp32 weights (Megatron-LM pull request 5077). Tied embeddings at
 PP > 1 have their own bucket, and overlapped reduction creates more buckets.
+
+In fp32 the optimizer's shards are views of the weights themselves. Megatron restores them in place, which PyTorch
+allows only where no gradient is recorded.
 """
 
 from __future__ import annotations
@@ -12,14 +15,16 @@ from functools import wraps
 from itertools import accumulate
 from typing import Any
 
+import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-_MARK = "reads_without_padding"
+_MARK = "corrected"
 
 
-def correct_saved_offsets() -> None:
-    """Make every distributed optimizer of this process save with correct offsets; calling it again has no effect."""
+def correct_optimizer_checkpoints() -> None:
+    """Make every distributed optimizer of this process save and restore its state correctly, from now on."""
     save = DistributedOptimizer.sharded_param_state_fully_reshardable
+    restore = DistributedOptimizer._set_main_param_and_optimizer_states
     if hasattr(save, _MARK):
         return
 
@@ -36,6 +41,7 @@ def correct_saved_offsets() -> None:
 
     setattr(corrected, _MARK, True)
     DistributedOptimizer.sharded_param_state_fully_reshardable = corrected
+    DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(restore)
 
 
 def without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
