@@ -16,6 +16,7 @@ from nemo_pvs.system.progress import console, progress
 if TYPE_CHECKING:
     from nemo_pvs.scaling.advise import Verdict
     from nemo_pvs.scaling.fit import Fit
+    from nemo_pvs.scaling.held_out import HeldOut
     from nemo_pvs.scaling.predict import Estimate
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
@@ -231,11 +232,21 @@ def _show_fit(fit: Fit) -> None:
         else:
             count = "1 point" if held.points == 1 else f"{held.points} points"
             console.print(
-                f"  without the {held.name} ({count}): rmse {held.rmse:.4f} nats, {_slope(held.slope_difference)}",
+                f"  without the {held.name} ({count}): rmse {held.rmse:.4f} nats, {_error(held)}, "
+                f"{_slope(held.slope_difference)}",
                 soft_wrap=True,
             )
     for warning in fit.warnings:
         console.print(f"  [yellow]![/] {warning}", soft_wrap=True)
+
+
+def _error(held: HeldOut) -> str:
+    """Return the mean error of a law on points that it has not seen, with its interval."""
+    assert held.error is not None
+    if held.error_interval is None:
+        return f"measured − predicted {held.error:+.4f}"
+    low, high = held.error_interval
+    return f"measured − predicted {held.error:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _slope(difference: float | None) -> str:

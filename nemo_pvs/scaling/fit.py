@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.scaling.bootstrap import CONFIDENCE, DRAWS, FEWEST_DRAWS, draw, interval, scatter
 from nemo_pvs.scaling.chinchilla import Chinchilla
-from nemo_pvs.scaling.estimate import Array, Points, estimate, polish, predict
+from nemo_pvs.scaling.estimate import Points, estimate, predict
 from nemo_pvs.scaling.held_out import HeldOut, held_out, slope_difference
 from nemo_pvs.scaling.law import Law, names
 from nemo_pvs.scaling.p2 import P2
@@ -27,14 +27,6 @@ LAWS: dict[str, Law] = {P2.name: P2(), Chinchilla.name: Chinchilla(), PerRun.nam
 _POINTS_A_PARAMETER = 3
 _EDGE = 1e-4
 
-DRAWS = 399
-"""With this many, an interval's bounds are exactly draws (``interval``)."""
-CONFIDENCE = 95.0
-"""Coverage of the intervals in per cent."""
-FEWEST_DRAWS = 39
-"""With fewer, even the full range of the draws is narrower than a 95 % interval should be."""
-_BLOCK = 100
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -45,7 +37,7 @@ class Fit:
     values: list[float]
     """Exponents, then coefficients, in the law's order; for parameters and tokens in billions."""
     draws: list[list[float]]
-    """Bootstrap draws of ``values``, each fitted to losses drawn around the fitted law (``_draw``)."""
+    """Bootstrap draws of ``values``, each fitted to losses drawn around the fitted law (``bootstrap.draw``)."""
     noise: list[float]
     """For each draw the standard deviation of ln(loss) with which its losses were drawn."""
     rmse: float
@@ -80,7 +72,7 @@ class Fit:
     def scatter(self) -> float:
         """The standard deviation of ln(loss) around the law, corrected for degrees of freedom."""
         points = Points.of(self.series)
-        return _scatter(points, predict(self.law, np.array(self.values), points), len(self.values))
+        return scatter(points, predict(self.law, np.array(self.values), points), len(self.values))
 
     @property
     def range(self) -> tuple[float, float]:
@@ -126,7 +118,7 @@ def fit(
                 f"{exponent.name} is {value:.3g}, the edge of where the fit looks: these losses hardly follow the law"
             )
     fitted = predict(law, values, points)
-    noise, drawn = _draw(law, points, values, draws, np.random.default_rng(seed), progress)
+    noise, drawn = draw(law, points, values, draws, np.random.default_rng(seed), progress)
     return Fit(
         form,
         list(series),
@@ -135,58 +127,9 @@ def fit(
         noise.tolist(),
         float(np.sqrt(np.mean((points.losses - fitted) ** 2))),
         slope_difference(law, values, series),
-        held_out(law, series, seed=seed),
+        held_out(law, series, draws=draws, seed=seed),
         warnings,
     )
-
-
-def _draw(
-    law: Law,
-    points: Points,
-    values: Array,
-    draws: int,
-    generator: np.random.Generator,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Array, Array]:
-    """Draw parameters from a parametric bootstrap around ``values`` whose noise level is itself uncertain.
-
-    Each draw takes a standard deviation, the residuals' times sqrt(dof / chi^2_dof), draws losses around the fitted
-    law with it, and fits them. For a linear law the draws' percentiles are exactly Student's interval. For the laws
-    here they are still calibrated, whereas those of resampled residuals cover 80 to 90 % on few points
-    (tests/benchmarks/scaling_intervals.py). Percentiles are invariant under monotonic transformations, so no scale has
-    to be chosen: intervals of positive quantities and of token counts, even infinite ones, are the same as on a
-    logarithmic scale.
-
-    Returns:
-        The standard deviation of ln(loss) in each draw [draws], and the parameters [draws, parameters].
-    """
-    fitted = predict(law, values, points)
-    freedom = len(fitted) - len(values)
-    noise = _scatter(points, fitted, len(values)) * np.sqrt(freedom / generator.chisquare(freedom, draws))
-    losses = fitted * np.exp(noise[:, None] * generator.standard_normal((draws, len(fitted))))
-    drawn = []
-    for start in range(0, draws, _BLOCK):
-        block = losses[start : start + _BLOCK]
-        drawn.append(polish(law, points, np.tile(values, (len(block), 1)), block)[1])
-        if progress:
-            progress(start + len(block), draws)
-    return noise, np.concatenate(drawn)
-
-
-def _scatter(points: Points, fitted: Array, parameters: int) -> float:
-    residuals = np.log(points.losses) - np.log(fitted)
-    return math.sqrt(float(np.sum(residuals**2)) / (len(residuals) - parameters))
-
-
-def interval(draws: Array) -> tuple[Array, Array]:
-    """Return the bounds of the 95 % interval from draws [draws, ...], which may be infinite.
-
-    The truth is equally likely to have any rank among the draws, so the bounds are the draws of rank
-    (draws + 1) x 2.5 % from each end.
-    """
-    ordered = np.sort(draws, axis=0)
-    rank = max(1, int((len(ordered) + 1) * (100 - CONFIDENCE) / 200))
-    return ordered[rank - 1], ordered[-rank]
 
 
 def save_fits(fits: Sequence[Fit], path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.scaling.bootstrap import DRAWS, draw, interval
 from nemo_pvs.scaling.curve import BILLION
 from nemo_pvs.scaling.estimate import Array, Points, estimate, predict
 from nemo_pvs.scaling.law import Law
@@ -27,11 +28,16 @@ class HeldOut:
     """Nats per token; None if it cannot be measured."""
     slope_difference: float | None = None
     """Nats per billion tokens; None if there are no two consecutive points."""
+    error: float | None = None
+    """Mean of measured minus predicted losses, nats per token."""
+    error_interval: tuple[float, float] | None = None
+    """95 % interval of ``error``, from how uncertain the law's parameters and the points are without these points;
+    None if there are no more points than parameters. If it contains zero, the law predicts these points."""
     reason: str = ""
     """Why it cannot be measured."""
 
 
-def held_out(law: Law, series: Sequence[Series], *, seed: int = 0) -> list[HeldOut]:
+def held_out(law: Law, series: Sequence[Series], *, draws: int = DRAWS, seed: int = 0) -> list[HeldOut]:
     """Fit again without the last 20 % of tokens, without the largest model and without the largest ratio (2411.10272).
 
     The last two are only for laws that depend on sizes and ratios.
@@ -42,7 +48,7 @@ def held_out(law: Law, series: Sequence[Series], *, seed: int = 0) -> list[HeldO
         splits["largest model"] = _largest(series, sizes)
     if law.name == "p2":
         splits["largest ratio"] = _largest(series, [round(run.ratio or 0, 2) for run in series])
-    return [_measure(law, name, series, unseen, seed) for name, unseen in splits.items()]
+    return [_measure(law, name, series, unseen, draws, seed) for name, unseen in splits.items()]
 
 
 def slope_difference(law: Law, values: Array, series: Sequence[Series]) -> float | None:
@@ -65,7 +71,9 @@ def _largest(series: Sequence[Series], sizes: Sequence[float]) -> list[NDArray[n
     return [np.full(len(run.tokens), size == max(sizes)) for run, size in zip(series, sizes, strict=True)]
 
 
-def _measure(law: Law, name: str, series: Sequence[Series], unseen: Sequence[NDArray[np.bool_]], seed: int) -> HeldOut:
+def _measure(
+    law: Law, name: str, series: Sequence[Series], unseen: Sequence[NDArray[np.bool_]], draws: int, seed: int
+) -> HeldOut:
     points = int(sum(mask.sum() for mask in unseen))
     fitted, held, slopes = [], [], []
     for run, mask in zip(series, unseen, strict=True):
@@ -83,6 +91,25 @@ def _measure(law: Law, name: str, series: Sequence[Series], unseen: Sequence[NDA
         values = estimate(law, Points.of(fitted), seed=seed)
     except UserError as error:
         return HeldOut(name, points, reason=str(error))
-    held_points = Points.of(held)
-    rmse = float(np.sqrt(np.mean((held_points.losses - predict(law, values, held_points)) ** 2)))
-    return HeldOut(name, points, rmse, slope_difference(law, values, slopes))
+    fitted_points, held_points = Points.of(fitted), Points.of(held)
+    errors = held_points.losses - predict(law, values, held_points)
+    rmse, mean = float(np.sqrt(np.mean(errors**2))), float(np.mean(errors))
+    bounds = _error_interval(law, fitted_points, held_points, values, draws, seed)
+    return HeldOut(name, points, rmse, slope_difference(law, values, slopes), mean, bounds)
+
+
+def _error_interval(
+    law: Law, fitted: Points, held: Points, values: Array, draws: int, seed: int
+) -> tuple[float, float] | None:
+    """Return the interval of the mean error on ``held`` of a law that is fitted to ``fitted``.
+
+    Each draw of the parameters predicts the held-out points, to which the scatter of measurements is added.
+    """
+    if len(fitted.losses) <= len(values):
+        return None
+    generator = np.random.default_rng([seed, 2])  # a different stream from the whole fit's
+    noise, drawn = draw(law, fitted, values, draws, generator)
+    predicted = np.array([predict(law, parameters, held) for parameters in drawn])  # [draws, points]
+    measured = predicted * np.exp(noise[:, None] * generator.standard_normal(predicted.shape))
+    low, high = interval(np.mean(held.losses - measured, axis=1))
+    return float(low), float(high)

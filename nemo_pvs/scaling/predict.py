@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.scaling.bootstrap import interval
 from nemo_pvs.scaling.curve import Curve
 from nemo_pvs.scaling.estimate import Array
-from nemo_pvs.scaling.fit import Fit, interval
+from nemo_pvs.scaling.fit import Fit
 from nemo_pvs.scaling.series import Conditions
 
 _FARTHEST = 10.0

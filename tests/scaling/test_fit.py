@@ -12,15 +12,17 @@ from scipy.optimize import least_squares
 from scipy.stats import t as student
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.scaling import fit as fit_module
+from nemo_pvs.scaling import bootstrap
 from nemo_pvs.scaling.advise import NOISE
 from nemo_pvs.scaling.estimate import Points, estimate, polish, predict
 from nemo_pvs.scaling.fit import LAWS, Form, fit, load_fits, save_fits
+from nemo_pvs.scaling.held_out import held_out, slope_difference
 from nemo_pvs.scaling.law import Bounds
 from nemo_pvs.scaling.per_run import PerRun
 from nemo_pvs.scaling.plot import write_figure
 from nemo_pvs.scaling.series import Series
 from nemo_pvs.scaling.sources import read_series
+from tests.conftest import cases
 
 from .conftest import TRUTH, Draw
 from .coverage import CASES, coverage
@@ -106,8 +108,8 @@ def test_the_widths_of_a_straight_line_are_students(drawn: Draw) -> None:
 
     points = Points.of([series])
     values = estimate(Line(), points)
-    _, draws = fit_module._draw(Line(), points, values, 9999, np.random.default_rng(0), None)
-    low, high = fit_module.interval(draws)
+    _, draws = bootstrap.draw(Line(), points, values, 9999, np.random.default_rng(0), None)
+    low, high = bootstrap.interval(draws)
     design = np.column_stack([np.ones(6), (points.tokens / 1e9) ** -0.4]) / points.losses[:, None]
     coefficients, _, _, _ = np.linalg.lstsq(design, np.ones(6), rcond=None)
     # Two parameters, but three are counted: the exponent usually is one.
@@ -158,6 +160,9 @@ def test_the_law_meets_what_was_held_out(drawn: Draw) -> None:
         assert held.rmse is not None
         assert held.rmse < 2e-3
         assert held.slope_difference is not None
+        assert held.error == pytest.approx(0, abs=2e-3)
+        assert held.error_interval is not None
+        assert held.error_interval[0] <= held.error <= held.error_interval[1]
     assert found.slope_difference == pytest.approx(0, abs=1e-4)
 
 
@@ -170,6 +175,21 @@ def test_a_law_that_is_wrong_fails_on_what_was_held_out(drawn: Draw) -> None:
     ]
     largest = next(held for held in fit("p2", series, draws=39).held_out if held.name == "largest model")
     assert largest.rmse == pytest.approx(0.3, abs=0.02)
+    assert largest.error_interval is not None
+    assert 0.25 < largest.error_interval[0] < largest.error_interval[1] < 0.35
+
+
+@pytest.mark.slow
+def test_95_of_100_intervals_of_the_held_out_error_contain_zero(drawn: Draw) -> None:
+    """If the law holds; four sizes of two targets each, of which the largest is held out."""
+    experiments, inside = cases(60), 0
+    for seed in range(experiments):
+        series = drawn("chinchilla", noise=0.003, seed=seed, ratios=(0.15, 0.35), billions=(0.05, 0.1, 0.3, 1))
+        largest = held_out(LAWS["chinchilla"], series, draws=79)[1]
+        assert largest.error_interval is not None
+        inside += largest.error_interval[0] < 0 < largest.error_interval[1]
+    # Within three standard errors of a binomial share.
+    assert inside / experiments > 0.95 - 3 * (0.95 * 0.05 / experiments) ** 0.5
 
 
 def test_slopes_are_compared_between_neighbours(drawn: Draw) -> None:
@@ -178,8 +198,6 @@ def test_slopes_are_compared_between_neighbours(drawn: Draw) -> None:
     values = np.array([0.4, 2.3, 0.9 + 0.5])  # the truth with B too large by 0.5
     apart = np.diff(points.tokens) / 1e9
     too_steep = np.abs(np.diff(0.5 * (points.tokens / 1e9) ** -0.4)) / apart
-    from nemo_pvs.scaling.held_out import slope_difference
-
     assert slope_difference(LAWS["per-run"], values, [series]) == pytest.approx(too_steep.mean())
     assert slope_difference(LAWS["per-run"], values, [dataclasses.replace(series, tokens=(1e9,), losses=(3,))]) is None
 
