@@ -46,7 +46,8 @@ class SaveOnTimeOrSignal(pl.Callback, IOMixin):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """Save, and exit if any rank was signalled, all ranks at the same step."""
         checkpoint = trainer.checkpoint_callback
-        due = trainer.is_global_zero and time.monotonic() - checkpoint.last_saved >= 60 * self.minutes
+        due = checkpoint is not None and time.monotonic() - checkpoint.last_saved >= 60 * self.minutes
+        due = due and trainer.is_global_zero  # the other ranks learn it from rank 0
         wish = _STOP if self._requested else _SAVE if due else 0.0
         wishes = torch.tensor(wish, device=torch.cuda.current_device())
         torch.distributed.all_reduce(wishes, op=torch.distributed.ReduceOp.MAX)

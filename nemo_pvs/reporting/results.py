@@ -217,7 +217,7 @@ class Results:
             if not data[name]:
                 del data[name]
         for model in filter(None, (data["parent"], *data["arms"])):
-            for name in ("text_losses", "origin"):
+            for name in ("text_losses", "origin", "mfu", "peak_gigabytes"):
                 if name in model and not model[name]:
                     del model[name]
         return _names_for_non_finite(data)

@@ -178,7 +178,8 @@ def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path)
             "prune", model, target, "--target", "ffn=48", "--method", "minitron-width", "--data", text,
             "--samples", 4, "--sequence-length", 100000,
         ),
-        "--to is 'gguf'; choose hf or nemo": ("convert", model, target, "--to", "gguf"),
+        "--to is 'onnx'; choose hf, nemo or gguf": ("convert", model, target, "--to", "onnx"),
+        "does not end in .gguf; change one of them": ("convert", model, target, "--to", "gguf"),
         "There is no recipe nothing": ("run", "nothing"),
         "--split is 'half'": ("tokenize", text, "--tokenizer", model, "--out", target, "--split", "half"),
     }  # fmt: skip

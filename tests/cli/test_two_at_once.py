@@ -115,7 +115,7 @@ def test_a_job_is_trained_by_one_command_only(tmp_path, capsys, monkeypatch):
         assert launch.main([file]) == 2
         for name, value in {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NODEID": 0}.items():
             monkeypatch.setenv(name, str(value))
-        for name, value in {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2, "SLURM_JOB_ID": 7}.items():
+        for name, value in {"SLURM_NTASKS": 2, "SLURM_STEP_TASKS_PER_NODE": 2, "SLURM_JOB_ID": 7}.items():
             monkeypatch.setenv(name, str(value))
         for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
             monkeypatch.setenv(name, "0")  # so that what the launcher sets is undone

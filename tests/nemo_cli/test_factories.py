@@ -254,7 +254,7 @@ def test_fp8_stages_and_overlap_for_h100():
         "fp8": "hybrid",
         "gather": False,
         "layout": (2, 2, 2, 2),
-        "overlap": [True],
+        "overlap": [False],  # not with FP8
         "ranks": 8,
         "recompute": ("selective", ["mlp"]),
         "micro batch": 2,

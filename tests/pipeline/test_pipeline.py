@@ -351,6 +351,7 @@ def test_token_files_are_used_where_they_are(values, tmp_path):
     pipeline = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
     jobs = [json.loads(job.read_text()) for job in pipeline.prepare_only()]
     assert {path.name for path in (tmp_path / "run" / "data").iterdir()} == {
+        "index",
         "validation_windows.bin",
         "validation_windows.idx",
     }

@@ -55,7 +55,7 @@ def test_fp8_asks_for_shards_that_suit_it() -> None:
 def test_an_overlap_that_cannot_be_is_refused() -> None:
     settings = {"tokens": 1e6, "sequence_length": 64, "global_batch_size": 8, "learning_rate": 1e-3}
     training = Training(**settings, validation_samples=8, precision="fp8")
-    even = TINY.replace(hidden=64, ffn=96, kv_groups=2, heads=4)
+    even = TINY.replace(hidden=64, ffn=96, kv_groups=4, heads=8)
     layout = Parallelism(tensor_parallel=2, sequence_parallel=True, tp_overlap=True)
     with pytest.raises(UserError, match="tp_overlap cannot be combined with precision fp8"):
         check_training(training, layout, even)
