@@ -89,7 +89,7 @@ class LayerSweep:
         pruned: dict[int | None, torch.Tensor] = {}
         for position, index in enumerate(layers):
             if position in starts:
-                pruned[position] = dense.clone()
+                pruned[position] = self.model.memory.copy(dense)
             moving = [states for start, states in pruned.items() if start is not None and position >= start + width]
             if whole or position < starts[-1]:
                 moving.append(dense)
