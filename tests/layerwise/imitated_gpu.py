@@ -1,4 +1,4 @@
-"""CUDA's streams as they may behave at worst: a copy happens as late as possible, and nobody waits who does not ask."""
+"""CUDA's streams at their worst: every copy happens as late as it may, and nobody waits who does not ask."""
 
 from __future__ import annotations
 
