@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.layerwise.state_memory import StateMemory
 from nemo_pvs.layerwise.transfers import Transfers
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.pruning.sparse.sequential import prune_layers
@@ -26,8 +30,8 @@ COMPUTE = Compute(batch_size=2)
 Results = dict[str, torch.Tensor]
 
 
-def _calibration(folder: Path) -> Results:
-    return dict(calibrate(StateSource(tiny_model()), _tokens(), gradients=True, compute=COMPUTE).tensors)
+def _calibration(folder: Path, *, gradients: bool = True) -> Results:
+    return dict(calibrate(StateSource(tiny_model()), _tokens(), gradients=gradients, compute=COMPUTE).tensors)
 
 
 def _losses(folder: Path) -> Results:
@@ -60,6 +64,33 @@ def test_states_on_the_host_give_the_results_of_states_on_the_device(
     seen.check()
     assert found.keys() == expected.keys()
     assert not [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+
+
+@pytest.mark.parametrize("work", [partial(_calibration, gradients=False), _losses])
+def test_no_more_states_are_held_than_the_limit(work, monkeypatch, tmp_path):
+    """Also while one part of the text follows another; otherwise the next would not find room on the device."""
+    sequence = 24 * 64 * 4
+    alive, most, parts = 0, 0, 0
+    empty = StateMemory.empty
+
+    def change(count: int) -> None:
+        nonlocal alive, most
+        alive += count
+        most = max(most, alive)
+
+    def counted(memory: StateMemory, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        nonlocal parts
+        parts += 1
+        states = empty(memory, size, dtype)
+        change(states.nbytes)
+        weakref.finalize(states.untyped_storage(), change, -states.nbytes)
+        return states
+
+    monkeypatch.setattr(StateMemory, "empty", counted)
+    monkeypatch.setattr(f"{__name__}.COMPUTE", replace(COMPUTE, memory_limit=4 * sequence))
+    work(tmp_path)
+    assert parts > 2
+    assert 3 * sequence < most <= 4 * sequence
 
 
 def test_few_batches_are_on_the_device_at_once(monkeypatch):
