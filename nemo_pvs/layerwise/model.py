@@ -61,7 +61,7 @@ class LayerwiseModel:
         self.shape = shape_of(source)
         self.compute = compute
         self.dtype = compute.dtype
-        self.device = torch.device(compute.device)
+        self.device = torch.empty(0, device=compute.device).device  # with its number
         self.memory = StateMemory(self.device, compute.memory_limit)
         self.transfers = Transfers(self.device)
         self._skeleton = _skeleton(source.config)
