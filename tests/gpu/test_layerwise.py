@@ -89,21 +89,24 @@ def _masks(source: Any, tokens: TokenSet, method: Method, folder: Path, where: s
 
 
 @pytest.fixture(scope="module")
-def wide() -> RandomSource:
-    """A model of three layers whose batches take a GPU long enough for a copy that comes too early to be seen."""
+def wide(device: str) -> tuple[RandomSource, TokenSet]:
+    """A model of three layers and text that take a GPU long enough for a copy that comes too early to be seen."""
+    if not device.startswith("cuda"):
+        return RandomSource(tiny_llama_config(num_hidden_layers=3).to_dict(), seed=0), TokenSet(random_ids(8, 64), {})
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "max_position_embeddings": 512}
-    return RandomSource(tiny_llama_config(**sizes, num_attention_heads=16, head_dim=64).to_dict(), seed=0)
+    config = tiny_llama_config(**sizes, num_attention_heads=16, head_dim=64).to_dict()
+    return RandomSource(config, seed=0), TokenSet(random_ids(48, 512), {})
 
 
 def test_results_do_not_depend_on_where_states_are(device, wide, tmp_path, monkeypatch, measured):
-    tokens = TokenSet(random_ids(48, 512), {})
+    source, tokens = wide
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, room in ROOMS.items():
         monkeypatch.setattr(Room, "here", lambda _, room=room: room)
         compute = Compute(device=device, batch_size=4, memory_limit=1 << 40)
-        results = dict(calibrate(wide, tokens, compute=compute).tensors)
-        results["scan"] = torch.tensor(scan_windows(wide, tokens, 1, compute=compute).losses)
-        results["mask"] = _masks_of_first(wide, tokens, tmp_path / name, compute)
+        results = dict(calibrate(source, tokens, compute=compute).tensors)
+        results["scan"] = torch.tensor(scan_windows(source, tokens, 1, compute=compute).losses)
+        results["mask"] = _mask_of_last(source, tokens, tmp_path / name, compute)
         found[name] = results
     on_device = found.pop("on the device")
     for place, results in found.items():
@@ -112,19 +115,19 @@ def test_results_do_not_depend_on_where_states_are(device, wide, tmp_path, monke
     measured(f"{len(on_device)} results equal, bit for bit, in {len(ROOMS)} places")
 
 
-def _masks_of_first(source: Any, tokens: TokenSet, folder: Path, compute: Compute) -> torch.Tensor:
+def _mask_of_last(source: Any, tokens: TokenSet, folder: Path, compute: Compute) -> torch.Tensor:
     pruned = prune_layers(source, tokens, Wanda(Sparsity.parse("2:4")), folder, compute=compute)
     return pruned.masks.read("model.layers.2.mlp.down_proj.weight")
 
 
 def test_gradients_do_not_depend_on_where_states_are(device, wide, monkeypatch, measured):
     """Attention's backward pass on a GPU adds in any order, so equality is only near."""
-    tokens = TokenSet(random_ids(16, 512), {})
+    source, tokens = wide
     found = []
     for room in ROOMS.values():
         monkeypatch.setattr(Room, "here", lambda _, room=room: room)
         compute = Compute(device=device, batch_size=4, memory_limit=1 << 40)
-        found.append(calibrate(wide, tokens, gradients=True, compute=compute).tensors)
+        found.append(calibrate(source, tokens, gradients=True, compute=compute).tensors)
     names = [name for name in found[0] if name.startswith(("groups.", "ffn.param", "ffn.vectorize"))]
     apart = max(_apart(other[name], found[0][name]) for other in found[1:] for name in names)
     measured(f"at most {apart:.1e} apart")
@@ -133,10 +136,11 @@ def test_gradients_do_not_depend_on_where_states_are(device, wide, monkeypatch, 
 
 def test_a_chunk_that_is_done_makes_room_for_the_next(gpu, wide, monkeypatch):
     """States go where there is room, and that of an earlier chunk is free again."""
-    assert LayerwiseModel(wide, Compute(device="cuda")).embed(random_ids(2, 512)).device == torch.device(gpu)
+    source, _ = wide
+    assert LayerwiseModel(source, Compute(device="cuda")).embed(random_ids(2, 512)).device == torch.device(gpu)
     two_chunks = 2 * 2 * 512 * 1024 * 4
     monkeypatch.setattr(Room, "here", lambda _: Room(two_chunks, 1 << 30))
-    model = LayerwiseModel(wide, Compute(device=gpu))
+    model = LayerwiseModel(source, Compute(device=gpu))
     for ids in random_ids(8, 512).split(2):
         hidden = model.embed(ids)  # for a moment there are two chunks
         assert hidden.device == torch.device(gpu)
