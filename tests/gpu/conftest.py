@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 
+from nemo_pvs.system.gpu_environment import set_gpu_environment
+
+set_gpu_environment()  # as every command does
+
 DEVICE = os.environ.get("PVS_GPU_TEST_DEVICE", "cuda:0")
 """Where they run. ``cpu`` tries the tests themselves, on a machine without a GPU."""
 
 _MEASURED = pytest.StashKey[str]()
+_SECONDS = pytest.StashKey[float]()
 _ROWS = pytest.StashKey[list[tuple[str, str, float, str]]]()
 
 
@@ -68,13 +73,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: Any = yield
+    seconds = item.stash[_SECONDS] = item.stash.get(_SECONDS, 0.0) + call.duration  # with what it has set up
     if report.when == "call" or not report.passed:
         said = item.stash.get(_MEASURED, "")
         if report.skipped and isinstance(report.longrepr, tuple):
             said = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
             said = call.excinfo.exconly().splitlines()[0] if call.excinfo else said
-        item.config.stash[_ROWS].append((item.nodeid.split("::", 1)[-1], report.outcome, call.duration, said))
+        item.config.stash[_ROWS].append((item.nodeid.split("::", 1)[-1], report.outcome, seconds, said))
     return report
 
 
