@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 from importlib import import_module
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 _WITH_THE_GPU = re.compile(r"(torch|triton|nvidia[-_](?!modelopt|resiliency).*|cuda[-_].*|pynvml)$", re.IGNORECASE)
@@ -20,13 +20,13 @@ _ALSO = ("hypothesis", "pytest", "tensorboard.summary.writer.event_file_writer",
 
 def needed() -> list[str]:
     """Return what is imported by now, sorted, without this package itself."""
-    modules = {name.split(".")[0] for name in sys.modules}
+    modules = {name.split(".")[0] for name in sys.modules} - {"tests"}  # wheels bring theirs by mistake
     distributions = packages_distributions()
-    found = {distribution for module in modules for distribution in distributions.get(module, ())}
-    return sorted(
-        (f"{name}=={version(name)}" for name in found if name != "nemo-pvs" and not _WITH_THE_GPU.match(name)),
-        key=str.lower,
-    )
+    found = {name for module in modules for name in distributions.get(module, ())}
+    packages = [distribution(name) for name in found if name != "nemo-pvs" and not _WITH_THE_GPU.match(name)]
+    # Setuptools brings some inside itself.
+    own = [one for one in packages if Path(str(one.locate_file(""))).name != "_vendor"]
+    return sorted((f"{one.metadata['Name']}=={one.version}" for one in own), key=str.lower)
 
 
 def _train(folder: Path) -> None:
