@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
+_PARTS = ("nemo_pvs", "recipes", "conversions", "launch", "pyproject.toml", "README.md", "LICENSE")
+"""Of the checkout, what this package is built from."""
 _LINUX = [f"manylinux_2_{minor}_x86_64" for minor in (39, 34, 31, 28, 27, 24, 17, 12, 5)]
 _NOT_IMPORTED = {
     "nemo_toolkit": [f"nemo/collections/{name}/*" for name in ("asr", "audio", "diffusion", "multimodal", "speechlm*",
@@ -39,7 +43,10 @@ def main() -> None:
     for requirement in listing.stdout.split():
         if not names(requirement) & have:
             _fetch(requirement, given.folder, given.python)
-    _pip("wheel", "--no-deps", "--wheel-dir", given.folder, _ROOT)
+    with tempfile.TemporaryDirectory() as copy:  # or what it builds would stay in the checkout
+        for name in _PARTS:
+            (shutil.copytree if (_ROOT / name).is_dir() else shutil.copy)(_ROOT / name, Path(copy) / name)
+        _pip("wheel", "--no-deps", "--wheel-dir", given.folder, copy)
     for wheel in given.folder.glob("*.whl"):
         slim(wheel)
     size = sum(wheel.stat().st_size for wheel in given.folder.glob("*.whl"))
