@@ -28,7 +28,7 @@ def calibrate(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     device: str | None = None,
-    activation_memory: str = "8GB",
+    activation_memory: str = "auto",
     ignore_manifest: bool = False,
     overwrite: bool = False,
 ) -> Scores:
@@ -47,7 +47,8 @@ def calibrate(
         tensor_parallel: For gradients on Megatron: ranks that share each matrix.
         pipeline_parallel: For gradients on Megatron: ranks that share the layers.
         device: ``cpu`` or ``cuda``; the GPU if there is one.
-        activation_memory: Hidden states that are held at once, such as ``8GB``.
+        activation_memory: Hidden states that are held at once, such as ``8GB``; ``auto`` is 8 GB on the CPU, and with
+            a GPU what fits there and in page-locked memory.
         ignore_manifest: Read weights that differ from the source's manifest.
         overwrite: Replace ``out``.
 

@@ -62,7 +62,7 @@ def evaluate(
     batch_size: int | None = None,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
-    activation_memory: str = "8GB",
+    activation_memory: str = "auto",
     compat: bool = False,
     ignore_manifest: bool = False,
     force: bool = False,
@@ -88,7 +88,8 @@ def evaluate(
         batch_size: Requests per batch; found out by default.
         tensor_parallel: Megatron ranks that share each matrix.
         pipeline_parallel: Megatron ranks that share the layers.
-        activation_memory: Hidden states that are held at once, such as ``8GB``.
+        activation_memory: Hidden states that are held at once, such as ``8GB``; ``auto`` is 8 GB on the CPU, and with
+            a GPU what fits there and in page-locked memory.
         compat: Perplexity on training text, as the paper's code has it, to compare with its numbers.
         ignore_manifest: Read weights that differ from their manifest.
         force: Measure again what has been measured.

@@ -64,7 +64,7 @@ def prune(
     pipeline_parallel: int = 1,
     fp8: bool = False,
     device: str | None = None,
-    activation_memory: str = "8GB",
+    activation_memory: str = "auto",
     parent_tokens: float | None = None,
     ignore_manifest: bool = False,
     overwrite: bool = False,
@@ -91,7 +91,8 @@ def prune(
         pipeline_parallel: Refuse a shape whose layers cannot be split over this many stages.
         fp8: Refuse a shape whose shards do not suit FP8.
         device: ``cpu`` or ``cuda``; the GPU if there is one.
-        activation_memory: Hidden states that are held at once, such as ``8GB``.
+        activation_memory: Hidden states that are held at once, such as ``8GB``; ``auto`` is 8 GB on the CPU, and with
+            a GPU what fits there and in page-locked memory.
         parent_tokens: Tokens that the weights were pretrained on, if no ledger says so.
         ignore_manifest: Read weights that differ from the source's manifest.
         overwrite: Replace ``target_folder``.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_pvs.api.values import compute_of
+from nemo_pvs.api.values import AUTO, compute_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.recipe.recipe import Recipe
@@ -111,4 +111,4 @@ def check_jobs(jobs: int | None) -> None:
 def _series(recipe: Recipe, folder: Path, force: Sequence[str], jobs: int | None = None) -> Series:
     from nemo_pvs.pipeline.series import Series  # takes seconds; what was checked before is answered at once
 
-    return Series(recipe, folder, force, compute_of(None, "8GB"), jobs)
+    return Series(recipe, folder, force, compute_of(None, AUTO), jobs)

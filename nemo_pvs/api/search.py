@@ -66,7 +66,7 @@ def search(
     data_parallel: int = 1,
     fp8: bool = False,
     device: str | None = None,
-    activation_memory: str = "8GB",
+    activation_memory: str = "auto",
     ignore_manifest: bool = False,
     overwrite: bool = False,
 ) -> SearchResult:
@@ -99,7 +99,8 @@ def search(
         data_parallel: Replicas of a candidate that is trained.
         fp8: Only shapes whose shards suit FP8.
         device: ``cpu`` or ``cuda``; the GPU if there is one.
-        activation_memory: Hidden states that are held at once, such as ``8GB``.
+        activation_memory: Hidden states that are held at once, such as ``8GB``; ``auto`` is 8 GB on the CPU, and with
+            a GPU what fits there and in page-locked memory.
         ignore_manifest: Read weights that differ from the source's manifest.
         overwrite: Replace ``out``.
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from nemo_pvs.checkpoints.source import WeightSource
     from nemo_pvs.layerwise.model import Compute
 
+AUTO = "auto"
+
 
 def tokens_of(
     checkpoint: str | Path, data: str, samples: int, sequence_length: int, seed: int, loader: str | None = None
@@ -68,6 +70,10 @@ def scores_of(scores: str | Path | Scores, model: WeightSource) -> Scores:
 def compute_of(device: str | None, activation_memory: str) -> Compute:
     """Return where and how layers run: on the GPU if there is one, each rank on its own.
 
+    Args:
+        device: ``cpu`` or ``cuda``; None for the GPU if there is one.
+        activation_memory: A size such as ``8GB``; ``auto`` is 8 GB on the CPU and what there is room for with a GPU.
+
     Raises:
         UserError: there is no such device, or the size is none.
     """
@@ -80,10 +86,15 @@ def compute_of(device: str | None, activation_memory: str) -> Compute:
     one_of("--device", name, ("cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but PyTorch sees no GPU here; choose cpu.")
+    limit: int | None = None
+    if activation_memory != AUTO:
+        limit = parse_bytes("--activation-memory", activation_memory)
+    elif name == "cpu":
+        limit = 8 * 10**9
     return Compute(
         device=name if name == "cpu" else f"cuda:{local_rank()}",
         dtype=torch.float32 if name == "cpu" else torch.bfloat16,
-        memory_limit=parse_bytes("--activation-memory", activation_memory),
+        memory_limit=limit,
     )
 
 

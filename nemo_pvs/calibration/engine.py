@@ -76,6 +76,7 @@ def calibrate(
             if not statistics.finite:
                 raise UserError(f"The activations of layer {index} are not finite; is the checkpoint damaged?")
             step()
+        del hidden  # before the next states take its memory
     for statistics in layers:
         statistics.all_reduce()
     tensors = _collect(layers, model.shape)

@@ -81,7 +81,7 @@ def layer_taylor_scores(
     backward = _Backward(model, tokens, batch_size, progress or (lambda: None))
     backward.run(room)
     layers = range(model.shape.layers)
-    similarity = torch.stack([backward.similarity[index] for index in layers])
+    similarity = torch.stack([backward.similarity[index].cpu() for index in layers])
     return [backward.scores[index] for index in layers], ranks.all_reduce(similarity).div_(tokens.ids.numel())
 
 
@@ -96,11 +96,12 @@ def _room(model: LayerwiseModel, tokens: TokenSet) -> int:
     samples, length = tokens.ids.shape
     copy = -(-samples // ranks.world_size()) * length * model.shape.hidden * model.dtype.itemsize
     # Two copies are in use: the states that pass through the layers, and their gradient.
-    needed, available = _levels(model.shape.layers) + 2, model.memory_limit // copy
+    limit = ranks.from_main(lambda: model.memory.limit)  # which may have been measured
+    needed, available = _levels(model.shape.layers) + 2, limit // copy
     if available < needed:
         raise UserError(
             f"Gradients of {samples} sequences of {length} tokens need {needed * copy / 1e9:.2g} GB of hidden states, "
-            f"but {model.memory_limit / 1e9:.2g} GB are allowed; take fewer samples, or "
+            f"but {limit / 1e9:.2g} GB are allowed; take fewer samples, or "
             "allow more with pvs calibrate --activation-memory."
         )
     return available - 2
@@ -148,7 +149,7 @@ class _Backward:
         bounds = [first + (end - first) * part // parts for part in range(parts + 1)]
         kept = [states]
         for start, stop in pairwise(bounds[:-1]):
-            kept.append(self._forward(start, stop, kept[-1].clone()))
+            kept.append(self._forward(start, stop, self._model.memory.copy(kept[-1])))
         for part in reversed(range(parts)):
             self._back(bounds[part], bounds[part + 1], kept.pop(), room - part)
 
@@ -160,7 +161,7 @@ class _Backward:
     def _back_through_layer(self, index: int, states: torch.Tensor) -> None:
         layer = self._model.layer(index)
         if index == self._model.shape.layers - 1:
-            self._gradient = self._model.run_layer(layer, states.clone(), self._batch_size)
+            self._gradient = self._model.run_layer(layer, self._model.memory.copy(states), self._batch_size)
             self._model.replace_by_loss_gradient(self._gradient, next_tokens(self._ids))
             self._gradient /= self._ids.shape[1] - 1
             self._model.drop_head()
@@ -179,7 +180,7 @@ class _Backward:
     ) -> None:
         wide = torch.promote_types(outputs.dtype, torch.float32)
         cosines = functional.cosine_similarity(inputs[0].detach().to(wide), outputs.detach().to(wide), dim=-1)
-        self.similarity[index] += cosines.sum(dtype=torch.float64).cpu()
+        self.similarity[index] = self.similarity[index].to(cosines.device) + cosines.sum(dtype=torch.float64)
 
 
 class _MatrixGradient:

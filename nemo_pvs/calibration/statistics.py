@@ -1,7 +1,8 @@
 """Statistics of activations that can be updated batch by batch, and merged or summed over ranks.
 
 Sums are in fp32 within a batch and in fp64 across batches, so the result depends on the batching only by fp32
-rounding. In bf16 a sum of equal terms would stop growing after 256 of them.
+rounding. Sums stay on the device of the activations until they are asked for: reading one would keep this process
+waiting for the device in every batch. In bf16 a sum of equal terms would stop growing after 256 of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class ChannelStatistic(ABC):
 
     def update(self, activations: torch.Tensor) -> None:
         """Add a batch of whole sequences [n, S, channels]."""
-        self._sum += self._summand(activations.float()).double().cpu()
+        summand = self._summand(activations.float()).double()
+        self._sum = self._sum.to(summand.device).add_(summand)
 
     def merge(self, other: ChannelStatistic) -> None:
         """Add another process's statistic."""
@@ -29,7 +31,7 @@ class ChannelStatistic(ABC):
 
     def all_reduce(self) -> None:
         """Combine the statistics of all ranks, on every rank."""
-        ranks.all_reduce(self._sum)
+        self._sum = ranks.all_reduce(self._sum.cpu())
 
     @abstractmethod
     def _summand(self, activations: torch.Tensor) -> torch.Tensor:
@@ -48,7 +50,7 @@ class Energy(ChannelStatistic):
 
     def result(self) -> torch.Tensor:
         """Return the energies, float64 [channels]."""
-        return self._sum.clone()
+        return self._sum.to("cpu", copy=True)
 
 
 class MeanAbsL2(ChannelStatistic):
@@ -63,7 +65,7 @@ class MeanAbsL2(ChannelStatistic):
 
     def result(self) -> torch.Tensor:
         """Return the norms, float64 [channels]."""
-        return self._sum.sqrt()
+        return self._sum.cpu().sqrt()
 
 
 class CosineDistance:
@@ -73,7 +75,7 @@ class CosineDistance:
     """
 
     def __init__(self) -> None:
-        self._sum = 0.0
+        self._sum = torch.zeros((), dtype=torch.float64)
         self._tokens = 0
 
     def update(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -81,7 +83,7 @@ class CosineDistance:
         x, y = inputs.float(), outputs.float()
         dot, x_square, y_square = ((a * b).sum(dim=-1).double() for a, b in ((x, y), (x, x), (y, y)))
         cosine = dot / (x_square * y_square).sqrt().clamp(min=1e-8)
-        self._sum += float((1 - cosine).sum())
+        self._sum = self._sum.to(cosine.device) + (1 - cosine).sum()
         self._tokens += dot.numel()
 
     def merge(self, other: CosineDistance) -> None:
@@ -91,12 +93,12 @@ class CosineDistance:
 
     def all_reduce(self) -> None:
         """Combine the statistics of all ranks, on every rank."""
-        total = ranks.all_reduce(torch.tensor([self._sum, self._tokens], dtype=torch.float64))
-        self._sum, self._tokens = float(total[0]), int(total[1])
+        total = ranks.all_reduce(torch.tensor([float(self._sum), self._tokens], dtype=torch.float64))
+        self._sum, self._tokens = total[0], int(total[1])
 
     def result(self) -> float:
         """Return the mean distance."""
-        return self._sum / self._tokens
+        return float(self._sum) / self._tokens
 
 
 class Moments:
@@ -118,10 +120,11 @@ class Moments:
         """Add a batch of whole sequences [n, S, channels]."""
         x = activations.float()
         sequence_means = x.mean(dim=1)
-        squares = (x - sequence_means[:, None]).square_().sum(dim=1).double().cpu()
-        means = sequence_means.double().cpu()
+        squares = (x - sequence_means[:, None]).square_().sum(dim=1).double()
+        means = sequence_means.double()
         sequences, length = x.shape[:2]
-        number = torch.arange(self._sequences + 1, self._sequences + sequences + 1).double()[:, None]
+        number = torch.arange(self._sequences + 1, self._sequences + sequences + 1, device=x.device).double()[:, None]
+        self._move(x.device)
         after = (self._mean * self._sequences + means.cumsum(dim=0)) / number  # mean of sequences 1 to n
         before = torch.cat([self._mean[None], after[:-1]])
         self._squares += (squares + length * (means - before) * (means - after)).sum(dim=0)
@@ -130,6 +133,11 @@ class Moments:
         self._mean = after[-1]
         self._sequences += sequences
         self._tokens += sequences * length
+
+    def _move(self, device: torch.device) -> None:
+        self._mean, self._squares = self._mean.to(device), self._squares.to(device)
+        if self._recurrence is not None:
+            self._recurrence = self._recurrence.to(device)
 
     def merge(self, other: Moments) -> None:
         """Add another process's moments; the recurrence, which depends on the order of sequences, is lost."""
@@ -144,6 +152,7 @@ class Moments:
         """Combine the moments of all ranks, on every rank; with more than one rank the recurrence is lost."""
         if ranks.world_size() == 1:
             return
+        self._move(torch.device("cpu"))
         counts = ranks.all_reduce(torch.tensor([self._sequences, self._tokens]))
         mean = ranks.all_reduce(self._mean * self._tokens) / counts[1]
         self._squares = ranks.all_reduce(self._squares + self._tokens * (self._mean - mean).square())
@@ -152,11 +161,11 @@ class Moments:
 
     def mean(self) -> torch.Tensor:
         """Return the mean over tokens, float64 [channels]."""
-        return self._mean.clone()
+        return self._mean.to("cpu", copy=True)
 
     def variance(self) -> torch.Tensor:
         """Return the unbiased variance over tokens, float64 [channels]."""
-        return self._squares / max(1, self._tokens - 1)
+        return self._squares.cpu() / max(1, self._tokens - 1)
 
     def fluctuation(self) -> torch.Tensor | None:
         """Return the fluctuation as FLAP's script computes it, float64 [channels]; None after merging.
@@ -166,4 +175,4 @@ class Moments:
         the mean of sequences 1 to n, that is ``sum_{n=2..N} D_n (n - 1) / n / (N - 1)``. It depends on the order of
         the sequences.
         """
-        return None if self._recurrence is None else self._recurrence / max(1, self._sequences - 1)
+        return None if self._recurrence is None else self._recurrence.cpu() / max(1, self._sequences - 1)

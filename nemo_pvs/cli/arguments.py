@@ -42,7 +42,8 @@ Device = Annotated[
 ActivationMemory = Annotated[
     str,
     typer.Option(
-        help="hidden states held at once; more text takes several sweeps over the layers",
+        help="hidden states held at once, e.g. 8GB, or auto: 8 GB on a CPU, and with a GPU what fits there and in "
+        "page-locked memory; more text takes several sweeps over the layers",
         rich_help_panel=RESOURCES,
     ),
 ]

@@ -70,7 +70,7 @@ def evaluate(
     pipeline_parallel: Annotated[
         int, typer.Option(help="Megatron ranks that share the layers", rich_help_panel=ENGINE)
     ] = 1,
-    activation_memory: ActivationMemory = "8GB",
+    activation_memory: ActivationMemory = "auto",
     compat: Annotated[
         bool,
         typer.Option(

@@ -53,7 +53,7 @@ def calibrate(
         int, typer.Option(help="on Megatron: ranks that share the layers", rich_help_panel=GRADIENTS)
     ] = 1,
     device: Device = None,
-    activation_memory: ActivationMemory = "8GB",
+    activation_memory: ActivationMemory = "auto",
     ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -119,7 +119,7 @@ def prune(
     ] = 1,
     fp8: Annotated[bool, typer.Option(help="whose shards do not suit FP8", rich_help_panel=_CHECK)] = False,
     device: Device = None,
-    activation_memory: ActivationMemory = "8GB",
+    activation_memory: ActivationMemory = "auto",
     ignore_manifest: IgnoreManifest = False,
     **options: Any,
 ) -> None:

@@ -78,7 +78,7 @@ def search(
     ] = 1,
     fp8: Annotated[bool, typer.Option(help="only shapes whose shards suit FP8", rich_help_panel=PARALLEL)] = False,
     device: Device = None,
-    activation_memory: ActivationMemory = "8GB",
+    activation_memory: ActivationMemory = "auto",
     ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:

@@ -18,11 +18,10 @@ from torch.nn import functional
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.state_memory import StateMemory
+from nemo_pvs.layerwise.transfers import Transfers
 from nemo_pvs.model.hf_classes import model_class
 from nemo_pvs.model.layout import Layout
-
-MEMORY_LIMIT = 8 << 30
-"""Default limit in bytes on the hidden states held at once."""
 
 IGNORED = -100
 """A target whose loss is not counted."""
@@ -38,8 +37,9 @@ class Compute:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     """Of layers and hidden states; weights are cast to it as they are read."""
-    memory_limit: int = MEMORY_LIMIT
-    """Bytes that hidden states may take; text that exceeds it is read in several sweeps over the layers."""
+    memory_limit: int | None = None
+    """Bytes that hidden states may take; text that exceeds it is read in several sweeps over the layers. None is 8 GiB
+    on the CPU; with a GPU, what there is room for in its memory and in page-locked memory of the host."""
     batch_size: int = 8
     """Sequences per batch; affects speed and memory, and results only by rounding."""
 
@@ -51,7 +51,8 @@ ON_CPU = Compute()
 class LayerwiseModel:
     """A causal language model whose weights stay in the checkpoint until they are needed.
 
-    Hidden states stay on the CPU; batches are moved to the device one at a time.
+    Hidden states stay on the device while they fit there, otherwise on the host, from where batches are moved to the
+    device and back while it computes.
     """
 
     def __init__(self, source: WeightSource, compute: Compute = ON_CPU) -> None:
@@ -60,8 +61,9 @@ class LayerwiseModel:
         self.shape = shape_of(source)
         self.compute = compute
         self.dtype = compute.dtype
-        self.device = torch.device(compute.device)
-        self.memory_limit = compute.memory_limit
+        self.device = torch.empty(0, device=compute.device).device  # with its number
+        self.memory = StateMemory(self.device, compute.memory_limit)
+        self.transfers = Transfers(self.device)
         self._skeleton = _skeleton(source.config)
         self._rotary = type(self._skeleton.model.rotary_emb)(config=self._skeleton.config).to(self.device)
         self._layer_names: dict[int, list[str]] = {layer: [] for layer in range(self.shape.layers)}
@@ -70,12 +72,12 @@ class LayerwiseModel:
                 self._layer_names[entry.layer].append(name)
 
     def chunks(self, ids: torch.Tensor, states: int = 1) -> Iterator[torch.Tensor]:
-        """Split token ids [N, S] along N so that ``states`` copies of a chunk's hidden states fit ``memory_limit``."""
+        """Split token ids [N, S] along N so that ``states`` copies of a chunk's hidden states fit in memory."""
         bytes_per_sequence = states * ids.shape[1] * self.shape.hidden * self.dtype.itemsize
-        yield from ids.split(max(1, self.memory_limit // bytes_per_sequence))
+        yield from ids.split(max(1, self.memory.limit // bytes_per_sequence))
 
     @torch.no_grad()
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
         """Return the hidden states [N, S, d] before the first layer, for token ids [N, S].
 
         Raises:
@@ -93,8 +95,13 @@ class LayerwiseModel:
                 f"Token ids reach from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has "
                 f"{self.shape.vocab} entries; tokenise the text with this model's tokenizer."
             )
-        table = self.source.read("model.embed_tokens.weight")
-        return functional.embedding(ids.long(), table).to(self.dtype)
+        table = self.source.read("model.embed_tokens.weight").to(self.device)
+        states = self.memory.empty((*ids.shape, self.shape.hidden), self.dtype)
+        for text, place in zip(ids.split(batch_size), states.split(batch_size), strict=True):
+            embedded = functional.embedding(text.to(self.device).long(), table)
+            self.transfers.store(embedded.to(self.dtype), place)
+        self.transfers.finish()
+        return states
 
     def layer(self, index: int) -> nn.Module:
         """Load decoder layer ``index`` (from 0), ready for ``run_layer``; drop it to free its weights."""
@@ -110,9 +117,10 @@ class LayerwiseModel:
 
         Attention is causal; sequences carry no padding, so there is no mask tensor.
         """
-        rotary = self._positions(hidden)
-        for batch in hidden.split(batch_size):
-            batch.copy_(layer(batch.to(self.device), position_embeddings=rotary))
+        rotary = self.positions(hidden)
+        places = hidden.split(batch_size)
+        for batch, place in zip(self.transfers.batches(hidden, batch_size), places, strict=True):
+            self.transfers.store(layer(batch, position_embeddings=rotary), place)
         return hidden
 
     def back_through_layer(
@@ -128,17 +136,18 @@ class LayerwiseModel:
             gradient: Gradient of any loss with respect to the layer's outputs [N, S, d]; replaced in place.
             batch_size: Sequences per batch.
         """
-        rotary = self._positions(hidden)
-        for batch, gradients in zip(hidden.split(batch_size), gradient.split(batch_size), strict=True):
+        rotary = self.positions(hidden)
+        batches = (self.transfers.batches(states, batch_size) for states in (hidden, gradient))
+        for batch, behind, place in zip(*batches, gradient.split(batch_size), strict=True):
             with torch.enable_grad():
-                inputs = batch.to(self.device, copy=True).requires_grad_()
+                inputs = batch.clone().requires_grad_()
                 outputs = layer(inputs, position_embeddings=rotary)
-                gradients.copy_(torch.autograd.grad(outputs, inputs, gradients.to(self.device))[0])
+                self.transfers.store(torch.autograd.grad(outputs, inputs, behind)[0], place)
         return gradient
 
     @torch.no_grad()
-    def _positions(self, hidden: torch.Tensor) -> Any:
-        """Return the cosines and sines of rotary positions, shared by all layers."""
+    def positions(self, hidden: torch.Tensor) -> Any:
+        """Return the cosines and sines of rotary positions, shared by all layers, for states [N, S, d]."""
         positions = torch.arange(hidden.shape[1], device=self.device)[None]
         return self._rotary(hidden.new_empty(0, device=self.device), positions)
 
@@ -167,15 +176,18 @@ class LayerwiseModel:
         """
         norm, head = self._head
         size = max(1, _LOGITS_AT_ONCE // self.shape.vocab)
-        for states, ids in zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True):
+        tokens = hidden.flatten(0, 1)
+        for states, ids, place in zip(
+            self.transfers.batches(tokens, size), targets.flatten().split(size), tokens.split(size), strict=True
+        ):
             with torch.enable_grad():
-                inputs = states.to(self.device, copy=True).requires_grad_()
+                inputs = states.clone().requires_grad_()
                 logits = functional.linear(norm(inputs), head)
                 wide = logits.to(torch.promote_types(self.dtype, torch.float32))
                 loss = functional.cross_entropy(
                     wide, ids.to(self.device).long(), ignore_index=IGNORED, reduction="sum"
                 )
-                states.copy_(torch.autograd.grad(loss, inputs)[0])
+                self.transfers.store(torch.autograd.grad(loss, inputs)[0], place)
 
     def drop_head(self) -> None:
         """Free the output matrix; it is read again when needed."""
@@ -189,8 +201,9 @@ class LayerwiseModel:
             hidden: Outputs of the last decoder layer [N, S, d].
         """
         norm, head = self._head
-        for states in hidden.flatten(0, 1).split(max(1, _LOGITS_AT_ONCE // self.shape.vocab)):
-            yield functional.linear(norm(states.to(self.device)), head).float()
+        size = max(1, _LOGITS_AT_ONCE // self.shape.vocab)
+        for states in self.transfers.batches(hidden.flatten(0, 1), size):
+            yield functional.linear(norm(states), head).float()
 
     @cached_property
     def _head(self) -> tuple[nn.Module, torch.Tensor]:

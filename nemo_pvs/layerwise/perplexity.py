@@ -58,6 +58,7 @@ def perplexity(
             losses[window] = torch.tensor(
                 model.losses(states[None, scored], targets[None, scored]), dtype=torch.float64
             )
+        del hidden, states  # before the next ones take their memory
     measured = loss_statistics(ranks.all_reduce(losses))
     # The exponential of an untrained or broken model's loss can overflow.
     value = math.exp(measured["loss"]) if measured["loss"] < 700 else math.inf

@@ -119,10 +119,12 @@ def prune_layers(
         passes = _Passes(model, compute.batch_size, len(ids), work.layers_done, calibration, progress)
         if work.layers_done == 0:
             _embed(model, ids, work.states(0, size, compute.dtype, new=True))
+        after: torch.Tensor | None = None
         for index in range(work.layers_done, model.shape.layers):
             layer = model.layer(index)
-            before = work.states(index, size, compute.dtype)
-            after = work.states(index + 1, size, compute.dtype, new=True) if index + 1 < model.shape.layers else None
+            before = _near(model, work.states(index, size, compute.dtype)) if after is None else after
+            file = work.states(index + 1, size, compute.dtype, new=True) if index + 1 < model.shape.layers else None
+            after = None if file is None else model.memory.near(file)
             with _watching(layer, inputs[index], method, model.shape, stop=calibration != "dense") as statistics:
                 passes.run(layer, before, after if calibration == "dense" else None)
             matrices: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -132,6 +134,8 @@ def prune_layers(
             if calibration == "sequential" and after is not None:
                 _replace(layer, index, matrices)
                 passes.run(layer, before, after)
+            if file is not None and after is not None:
+                file.copy_(after)  # on the CPU they are the same
             work.finish_layer(index, matrices)
         return SparseSource(source, folder, work.record)
 
@@ -141,6 +145,11 @@ def _embed(model: LayerwiseModel, ids: torch.Tensor, states: torch.Tensor) -> No
     for text in model.chunks(ids):
         states[start : start + len(text)] = model.embed(text)
         start += len(text)
+
+
+def _near(model: LayerwiseModel, file: torch.Tensor) -> torch.Tensor:
+    """Return the states in a file, near the device; on the CPU they are used where they are."""
+    return model.memory.near(file).copy_(file)
 
 
 class _Passes:
@@ -165,13 +174,14 @@ class _Passes:
 
     def run(self, layer: nn.Module, before: torch.Tensor, after: torch.Tensor | None) -> None:
         """Run the layer on the states ``before`` it, and write its outputs to ``after``, if given."""
-        for start in range(0, len(before), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            states = before[batch].clone()
-            with suppress(_AllSeenError):
-                self._model.run_layer(layer, states, self._batch_size)
-            if after is not None:
-                after[batch] = states
+        rotary = self._model.positions(before)
+        places = (before if after is None else after).split(self._batch_size)
+        batches = self._model.transfers.batches(before, self._batch_size)
+        for states, place in zip(batches, places, strict=True):
+            with suppress(_AllSeenError), torch.no_grad():
+                outputs = layer(states, position_embeddings=rotary)
+                if after is not None:
+                    self._model.transfers.store(outputs, place)
             self._done += len(states)
             if self._progress:
                 self._progress(self._done, self._total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -70,8 +70,9 @@ class LayerSweep:
         predicted = 0
         for ids in self.model.chunks(self._ids, states=len(wanted) + 1):
             share = len(ids) / len(self._ids)
-            for start, states in self._run(ids, layers, width, wanted, whole, share).items():
-                loss, count = self.model.losses(states, ids[:, 1:])
+            last = self._run(ids, layers, width, wanted, whole, share)
+            for start in totals:
+                loss, count = self.model.losses(last.pop(start), ids[:, 1:])  # frees them for the next part
                 totals[start] += loss
             predicted += count
         sums = ranks.all_reduce(torch.tensor([*totals.values(), predicted], dtype=torch.float64)).tolist()
@@ -83,13 +84,13 @@ class LayerSweep:
 
     def _run(
         self, ids: torch.Tensor, layers: Sequence[int], width: int, starts: list[int], whole: bool, share: float
-    ) -> Mapping[int | None, torch.Tensor]:
+    ) -> dict[int | None, torch.Tensor]:
         """Return the last hidden states of every candidate by its start, and under None those of the whole model."""
         dense = self.model.embed(ids[:, :-1])
         pruned: dict[int | None, torch.Tensor] = {}
         for position, index in enumerate(layers):
             if position in starts:
-                pruned[position] = dense.clone()
+                pruned[position] = self.model.memory.copy(dense)
             moving = [states for start, states in pruned.items() if start is not None and position >= start + width]
             if whole or position < starts[-1]:
                 moving.append(dense)
