@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,7 +121,10 @@ def test_ranges_are_pieces_of_one_order(job, tmp_path):
         write_tokens(tmp_path / name, [2 + index * seed % 101 for index in range(2500)])
         for name, seed in (("a", 31), ("b", 43))
     ]
-    (found,) = run_ranks(1, _ranges, replace(job, first_token=0), more)
+    for file in Path(job.data["validation"]).parent.glob(Path(job.data["validation"]).name + ".*"):
+        shutil.copy(file, tmp_path / f"validation{file.suffix}")  # next to which the index is built
+    own = replace(job, first_token=0, data={**job.data, "validation": str(tmp_path / "validation")})
+    (found,) = run_ranks(1, _ranges, own, more)
     whole = found["whole"]
     assert whole[:8] == found["start"] == found["on two ranks"]
     assert whole[8:] == found["later"] == found["later on two ranks"]

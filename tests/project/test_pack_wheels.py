@@ -32,7 +32,7 @@ def test_what_nothing_imports_is_left_out_of_a_wheel(tmp_path):
 def test_what_belongs_to_the_gpu_is_not_packed():
     lines = needed.needed()  # of this process
     assert f"pytest=={version('pytest')}" in lines
-    assert not [line for line in lines if line.startswith(("torch==", "triton", "nemo", "nvidia-cu"))]
+    assert not [line for line in lines if line.startswith(("torch==", "triton", "nemo-pvs", "nemo_pvs", "nvidia-cu"))]
     belong = ("torch", "triton", "nvidia-cudnn-cu12", "cuda-bindings", "pynvml")
     assert all(needed._WITH_THE_GPU.match(name) for name in belong)
     assert not any(needed._WITH_THE_GPU.match(name) for name in ("torchx", "nvidia-modelopt", "nvidia-resiliency-ext"))
