@@ -98,6 +98,9 @@ def model(job: TrainingJob, precision: str, machine: Machine, described: run.Con
         config.data_step_fn = causal_data_step
         # Initialisation must not need a CUDA generator; the restored weights overwrite it in any case.
         config.use_cpu_initialization = not machine.gpu
+    elif job.teacher is None:
+        # No fp32 copy of the logits. It puts the gradient in their place, so a teacher's loss could not read them.
+        config.cross_entropy_fusion_impl = "te"
     if job.masks or job.pruning:
         config.transformer_layer_spec = gated_layer_spec
     if job.layout.recompute == "selective":
@@ -158,6 +161,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
             check_for_nan_in_grad=True,
             overlap_grad_reduce=overlap,
             overlap_param_gather=overlap,
+            average_in_collective=machine.gpu,  # NCCL divides while it sums; gloo cannot
             # NeMo's recommendation. Megatron's default depends on DP, and a checkpoint of buckets fits only the same.
             bucket_size=_BUCKET if overlap else None,
         ),

@@ -245,6 +245,8 @@ def _fp8_and_pipeline() -> dict[str, Any]:
         "ranks": made.trainer.devices * made.trainer.num_nodes,
         "recompute": (made.model.config.recompute_granularity, made.model.config.recompute_modules),
         "micro batch": made.data.micro_batch_size,
+        "cross entropy": made.model.config.cross_entropy_fusion_impl,
+        "average in collective": strategy.ddp.average_in_collective,
     }
 
 
@@ -258,6 +260,8 @@ def test_fp8_stages_and_overlap_for_h100():
         "ranks": 8,
         "recompute": ("selective", ["mlp"]),
         "micro batch": 2,
+        "cross entropy": "te",
+        "average in collective": True,
     }
 
 
