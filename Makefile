@@ -34,7 +34,7 @@ test-quick: $(STAMP)
 test-full: $(STAMP)
 	$(PYTEST) --full
 
-# Only its Python code, 0.7 MB, in a folder of its own: the CUDA libraries are 300 MB and need a GPU.
+# Only its Python code, 0.7 MB, in a separate folder: the CUDA libraries are 300 MB and need a GPU.
 TE := build/transformer-engine
 test-te: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TE) 'transformer-engine==2.9.*'

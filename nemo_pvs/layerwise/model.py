@@ -138,11 +138,11 @@ class LayerwiseModel:
         """
         rotary = self.positions(hidden)
         batches = (self.transfers.batches(states, batch_size) for states in (hidden, gradient))
-        for batch, behind, place in zip(*batches, gradient.split(batch_size), strict=True):
+        for batch, after, place in zip(*batches, gradient.split(batch_size), strict=True):
             with torch.enable_grad():
                 inputs = batch.clone().requires_grad_()
                 outputs = layer(inputs, position_embeddings=rotary)
-                self.transfers.store(torch.autograd.grad(outputs, inputs, behind)[0], place)
+                self.transfers.store(torch.autograd.grad(outputs, inputs, after)[0], place)
         return gradient
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 class Transfers:
     """Transfers between the device and the host; states that are on the device, or on the CPU for it, stay there.
 
-    Each direction has a stream of its own, so three things happen at the same time: the next batch arrives, the layer
+    Each direction has its own stream, so three things happen at the same time: the next batch arrives, the layer
     runs on the current one, and the outputs for the one before leave. Copies only overlap from and to page-locked
     memory; with other memory the results are the same.
     """
