@@ -120,7 +120,7 @@ def _rank(job: TrainingJob, repeat: int) -> dict[str, list[tuple[float, float]]]
 
 
 def _reset_peak() -> int:
-    """Let the peak of this process's memory begin anew, and return what it has now."""
+    """Reset the peak of this process's memory, and return its current memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
 

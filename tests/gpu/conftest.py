@@ -58,7 +58,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Say what goes into the test's row of the table."""
+    """Set the text of the test's row in the table."""
 
     def say(text: str) -> None:
         request.node.stash[_MEASURED] = text

@@ -1,4 +1,4 @@
-"""Train a job by our recipe or by NeMo's in a process of its own: ``python -m tests.gpu.step JOB NAME OUT``."""
+"""Train a job by our recipe or by NeMo's in a separate process: ``python -m tests.gpu.step JOB NAME OUT``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training on a GPU: curves, precisions, checkpoints, masks, distillation, and what it costs.
 
-Every training is a launcher of its own, which imports NeMo, so that a failure leaves the others alone.
+Every training has its own launcher, which imports NeMo, so that a failure does not affect the others.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def job(parent: Path, device: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def cpu(job: TrainingJob, environment: dict[str, str], tmp_path_factory) -> Iterator[Any]:
-    """The run on the CPU: a job and its launcher, which works beside the GPU."""
-    beside = replace(job, folder=tmp_path_factory.mktemp("cpu") / "run")
-    process = _start(beside, {**environment, **ON_CPU})
-    yield beside, process
+    """The run on the CPU: a job and its launcher, which runs while the GPU trains."""
+    on_cpu = replace(job, folder=tmp_path_factory.mktemp("cpu") / "run")
+    process = _start(on_cpu, {**environment, **ON_CPU})
+    yield on_cpu, process
     process.kill()
 
 
@@ -197,7 +197,7 @@ def test_memory_and_speed_of_1_b(one_b, ours, measured):
     assert all(0.1 < value < 1 for value in mfu)
 
 
-def test_1_b_beside_nemo_s_own_recipe(one_b, ours, transformer_engine, environment, tmp_path, measured):
+def test_1_b_compared_with_nemo_s_own_recipe(one_b, ours, transformer_engine, environment, tmp_path, measured):
     """NeMo's recipe has layers of Transformer Engine only."""
     answer = tmp_path / "steps.json"
     job = replace(one_b, folder=tmp_path / "run")

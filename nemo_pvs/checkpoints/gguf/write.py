@@ -28,9 +28,6 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.system.files import check_new_file, disk_errors
 from nemo_pvs.system.folder_lock import locked_target
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
-"""How matrices can be stored."""
-
 _KINDS = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -83,7 +80,7 @@ def write_gguf(
     Args:
         source: The model.
         target: The file to make.
-        dtype: How matrices are stored (``DTYPES``); by default as most of the source's are.
+        dtype: How matrices are stored, ``f32``, ``f16``, ``bf16`` or ``q8_0``; by default as most of the source's are.
         name: The model's name in the file; by default that of the file.
         allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
         overwrite: Replace an existing ``target``.
