@@ -3,6 +3,7 @@
 # make test-quick   what is fast and needs no NeMo, in a minute
 # make test-full    the suite with ten times the random cases, for a night
 # make test-te      checkpoints and models on Transformer Engine's own modules, without a GPU
+# make test-llamacpp our GGUF files in llama.cpp, which it compiles first, in 10 minutes on two cores
 # make fuzz         ten thousand damaged inputs, of which the suite has a hundred
 # make lint         format, lint and type checks
 # make docs         the documentation, into build/docs
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-quick test-full test-te fuzz lint docs install clean
+.PHONY: demo test test-quick test-full test-te test-llamacpp fuzz lint docs install clean
 
 demo: $(STAMP)
 	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
@@ -39,6 +40,14 @@ TE := build/transformer-engine
 test-te: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TE) 'transformer-engine==2.9.*'
 	NVTE_PROJECT_BUILDING=1 PYTHONPATH=$(TE) $(BIN)/python -m pytest tests/te
+
+# Without what only multimodal models need.
+LLAMA_CPP := build/llama-cpp
+$(LLAMA_CPP): | $(STAMP)
+	@echo "Compiling llama.cpp (10 minutes on two cores) ..."
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ 'llama-cpp-python==0.3.36' diskcache
+test-llamacpp: $(LLAMA_CPP)
+	PYTHONPATH=$(LLAMA_CPP) $(BIN)/python -m pytest tests/llamacpp
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 10000

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_pvs.api.values import one_of, parse_bytes, parse_dtype, tokens_of
+from nemo_pvs.checkpoints.gguf import DTYPES as GGUF_DTYPES
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import check_new_file, check_new_folder
 from nemo_pvs.system.folder_lock import locked_target
@@ -43,7 +44,7 @@ def convert(
     to: str | None = None,
     dtype: str | None = None,
     verify: str = "checksum",
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     uneven: str = "keep",
     text: str | Path = "wikipedia-sample",
     config: str | Path | None = None,
@@ -62,7 +63,7 @@ def convert(
         dtype: ``bf16``, ``fp16`` or ``fp32``; for GGUF also ``q8_0``. As stored by default.
         verify: ``checksum`` reads the target back and compares every tensor, ``logits`` also runs both models,
             ``none`` does neither.
-        max_shard_size: Largest weights file of a Hugging Face target, such as ``5GB`` or ``500MB``.
+        max_shard_size: Largest weights file of a Hugging Face target, such as ``500MB``; 5 GB by default.
         uneven: ``keep`` layers of different sizes, or ``pad`` them with zeros.
         text: The text for ``verify="logits"``, as ``data`` of ``calibrate``.
         config: ``config.json`` for a bare Megatron-LM folder.
@@ -85,6 +86,7 @@ def convert(
     """
     target = Path(target)
     if _is_gguf(target, to):
+        _check_options("gguf", max_shard_size, pad_vocab_to_multiple)
         return _convert_to_gguf(
             source,
             target,
@@ -98,12 +100,13 @@ def convert(
         )
     one_of("--verify", verify, ("checksum", "logits", "none"))
     one_of("--uneven", uneven, ("keep", "pad"))
-    shard_bytes = parse_bytes("--max-shard-size", max_shard_size)
+    shard_bytes = None if max_shard_size is None else parse_bytes("--max-shard-size", max_shard_size)
     check_new_folder(target, overwrite=overwrite)
     # Imported after the checks, which are answered at once: these take seconds.
     from nemo_pvs.checkpoints.convert import convert as convert_stream
     from nemo_pvs.checkpoints.convert import describe
     from nemo_pvs.checkpoints.fetch import local_checkpoint
+    from nemo_pvs.checkpoints.huggingface.folder import MAX_SHARD_BYTES
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.layerwise.agreement import compare
@@ -115,6 +118,7 @@ def convert(
     ):
         found = describe(folder, config=config)["format"]
         wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))
+        _check_options(wanted, max_shard_size, pad_vocab_to_multiple)
         reference = _reference(folder, config, str(text)) if verify == "logits" else None
         with progress(f"convert to {wanted}", "parameters") as show:
             manifest = convert_stream(
@@ -122,7 +126,7 @@ def convert(
                 target,
                 to=wanted,
                 dtype=parse_dtype(dtype),
-                max_shard_bytes=shard_bytes,
+                max_shard_bytes=shard_bytes or MAX_SHARD_BYTES,
                 pad_vocab_to_multiple=pad_vocab_to_multiple,
                 allow_nonfinite=allow_nonfinite,
                 uneven=one_of("--uneven", uneven, ("keep", "pad")),
@@ -152,6 +156,20 @@ def _is_gguf(target: Path, to: str | None) -> bool:
     return named
 
 
+def _check_options(wanted: str, max_shard_size: str | None, pad_vocab_to_multiple: int) -> None:
+    """Refuse options that the target's format would ignore."""
+    if max_shard_size is not None and wanted != "hf":
+        raise UserError(
+            f"--max-shard-size splits the weights of a Hugging Face folder, but the target's format is {wanted}; "
+            "leave it out, or convert --to hf."
+        )
+    if pad_vocab_to_multiple != 1 and wanted != "nemo":
+        raise UserError(
+            f"--pad-vocab-to-multiple is for NeMo checkpoints, but the target's format is {wanted}; leave it out, or "
+            "convert --to nemo."
+        )
+
+
 def _convert_to_gguf(
     source: str | Path,
     target: Path,
@@ -164,7 +182,7 @@ def _convert_to_gguf(
     ignore_manifest: bool,
     overwrite: bool,
 ) -> ConvertedModel:
-    kind = None if dtype is None else one_of("--dtype", _GGUF_NAMES.get(dtype, dtype), ("f32", "f16", "bf16", "q8_0"))
+    kind = None if dtype is None else one_of("--dtype", _GGUF_NAMES.get(dtype, dtype), GGUF_DTYPES)
     check_new_file(target, overwrite=overwrite)
     # Imported after the checks, which are answered at once: these take seconds.
     from nemo_pvs.checkpoints.fetch import local_checkpoint

@@ -38,9 +38,12 @@ def convert(
         ),
     ] = "checksum",
     max_shard_size: Annotated[
-        str,
-        typer.Option(help="largest weights file of a Hugging Face target, e.g. 5GB or 500MB", rich_help_panel=OUTPUT),
-    ] = "5GB",
+        Optional[str],
+        typer.Option(
+            help="largest weights file of a Hugging Face target, such as 500MB; 5 GB by default",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     uneven: Annotated[
         str, typer.Option(help="keep layers of different sizes, or pad them with zeros", rich_help_panel=OUTPUT)
     ] = "keep",

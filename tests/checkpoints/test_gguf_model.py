@@ -140,7 +140,7 @@ def test_the_scaling_of_llama_3_1_and_3_2_is_found_in_its_factors(factor, theta,
 
 
 ALTERED = {
-    "architecture gemma2; the GGUF architectures that are read are llama, qwen2, qwen3": {
+    "architecture gemma2; the GGUF architectures that are read are llama, deci, qwen2, qwen3": {
         "general.architecture": "gemma2"
     },
     "has llama.logit_scale = 0.5, which is not supported": {"llama.logit_scale": 0.5},

@@ -121,6 +121,30 @@ def test_layers_of_different_sizes_are_for_the_graph_that_has_them(tmp_path: Pat
     _same_tensors(ours, source)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"attention_bias": True, "mlp_bias": True}, {"rope_scaling": SCALING, "rope_theta": 100.0}]
+)
+def test_layers_of_different_sizes_are_read_back(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_uneven_llama(tmp_path / "model", vocab_size=260, **settings)
+    tokenizer_of(tmp_path, bos_token_id=256).save_pretrained(folder)
+    again = dequantize_gguf(written(folder).path, tmp_path / "again")
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, again))
+    assert shape_of(HuggingFaceSource(again)) == shape_of(HuggingFaceSource(folder))
+    assert torch.equal(logits(after), logits(before))
+
+
+def test_a_layer_without_attention_is_refused(tmp_path: Path) -> None:
+    """llama.cpp has deci for Nemotron, whose layers may lack attention; these models are another family."""
+    keys = {
+        f"deci.{name}": value for name, value in (("feed_forward_length", [96, 48]), ("attention.head_count", [8, 0]))
+    }
+    model = llama()
+    model.config.model_type = "deci"
+    file = write_theirs(tmp_path / "theirs.gguf", model, keys=keys)
+    with pytest.raises(UserError, match=r"deci\.attention\.head_count in .* is not one size for each of 2 layers"):
+        dequantize_gguf(file, tmp_path / "again")
+
+
 def test_a_narrower_qwen2_is_a_llama_with_biases(tmp_path: Path) -> None:
     """The graph of qwen2 takes heads of hidden / heads channels, and pruning by width keeps the heads' channels."""
     whole = saved(tmp_path / "whole", qwen(Qwen2Config))

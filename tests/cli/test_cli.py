@@ -180,6 +180,10 @@ def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path)
         ),
         "--to is 'onnx'; choose hf, nemo or gguf": ("convert", model, target, "--to", "onnx"),
         "does not end in .gguf; change one of them": ("convert", model, target, "--to", "gguf"),
+        "the target's format is nemo; leave it out": ("convert", model, target, "--max-shard-size", "1GB"),
+        "the target's format is gguf; leave it out": (
+            "convert", model, target.with_suffix(".gguf"), "--pad-vocab-to-multiple", 8,
+        ),
         "There is no recipe nothing": ("run", "nothing"),
         "--split is 'half'": ("tokenize", text, "--tokenizer", model, "--out", target, "--split", "half"),
     }  # fmt: skip

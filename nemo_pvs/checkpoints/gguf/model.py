@@ -11,13 +11,24 @@ import numpy as np
 import torch
 
 from nemo_pvs.checkpoints.gguf.file import GgufFile
-from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, is_rotated, pairs_to_halves, stored_name
+from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, is_rotated, pairs_to_halves, stored_name
 from nemo_pvs.checkpoints.gguf.rope import llama3_scaling
 from nemo_pvs.checkpoints.huggingface.shards import few
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "deci": ("PrunedLlamaForCausalLM", "pruned_llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
+"""The class and the model type in config.json; ``deci`` has sizes per layer."""
+_PER_LAYER = {
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+}
 
 # Keys under the architecture's name that are read here, and those that add nothing to the tensors.
 _READ = {
@@ -70,7 +81,7 @@ class GgufSource:
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in the stored dtype, or in bfloat16 if it is quantised."""
         tensor = self._file.read(self._names[name])
-        if self.config["model_type"] == "llama" and is_rotated(name):
+        if self._architecture in ROTATES_PAIRS and is_rotated(name):
             return pairs_to_halves(tensor, self._shape.head_dim)
         return tensor
 
@@ -102,7 +113,7 @@ class GgufSource:
         return str(self._file.get("general.architecture"))
 
     def _read_as_config(self) -> set[str]:
-        return {ROPE_FACTORS} if self._architecture == "llama" else set()
+        return {ROPE_FACTORS} if self._architecture in ROTATES_PAIRS else set()
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
@@ -114,26 +125,25 @@ def _config(file: GgufFile) -> dict[str, Any]:
             f"read are {', '.join(_ARCHITECTURES)} (Mistral is llama there), so use the model's Hugging Face folder."
         )
     _check_keys(file, architecture)
-    layers, heads = _size(file, "block_count"), _size(file, "attention.head_count")
+    layers = _size(file, "block_count")
     if f"blk.{layers - 1}.attn_norm.weight" not in file.tensors:  # before anything is allocated per layer
         raise UserError(f"{file.path} does not have the {layers} layers that its keys state; download it again.")
-    hidden = _size(file, "embedding_length")
+    sizes = _layer_sizes(file, layers)
+    heads, hidden = sizes[0]["num_attention_heads"], _size(file, "embedding_length")
     head_dim = _size(file, "attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if _size(file, key, head_dim) != head_dim:
             raise UserError(
                 f"{architecture}.{key} in {file.path} is {_size(file, key)}, but heads have {head_dim} channels; "
-                f"{_ARCHITECTURES[architecture]} does not support that, so use the model's Hugging Face folder."
+                f"{_ARCHITECTURES[architecture][0]} does not support that, so use the model's Hugging Face folder."
             )
     config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[architecture]],
-        "model_type": architecture,
+        "architectures": [_ARCHITECTURES[architecture][0]],
+        "model_type": _ARCHITECTURES[architecture][1],
         "hidden_act": "silu",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
-        "intermediate_size": _size(file, "feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _size(file, "attention.head_count_kv", heads),
+        **{name: max(size[name] for size in sizes) for name in _PER_LAYER},
         "head_dim": head_dim,
         "vocab_size": _rows(file, "token_embd.weight"),
         "max_position_embeddings": _size(file, "context_length"),
@@ -145,8 +155,10 @@ def _config(file: GgufFile) -> dict[str, Any]:
     }
     if architecture != "qwen2":  # Qwen2 always has biases for q, k and v
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if architecture == "llama":
+    if architecture in ROTATES_PAIRS:
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    if architecture == "deci":
+        config["layer_shapes"] = sizes
     tokens = len(file.get("tokenizer.ggml.tokens", []))
     if tokens > config["vocab_size"]:
         raise UserError(
@@ -171,11 +183,35 @@ def _check_keys(file: GgufFile, architecture: str) -> None:
             )
 
 
+def _layer_sizes(file: GgufFile, layers: int) -> list[dict[str, int]]:
+    """Return the sizes of every layer, which are lists in the keys of ``deci``.
+
+    Raises:
+        UserError: they differ in an architecture whose layers are equal, or a layer has none.
+    """
+    architecture = file.get("general.architecture")
+    columns = {}
+    for name, key in _PER_LAYER.items():
+        values = file.get(f"{architecture}.{key}", None)
+        if architecture == "deci" and isinstance(values, list):
+            if len(values) != layers or not all(isinstance(value, int) and value > 0 for value in values):
+                raise UserError(
+                    f"{architecture}.{key} in {file.path} is not one size for each of {layers} layers; use the "
+                    "model's Hugging Face folder."
+                )
+            columns[name] = values
+        else:
+            default = columns["num_attention_heads"][0] if name == "num_key_value_heads" else None
+            columns[name] = [_size(file, key, default)] * layers
+    return [{name: values[layer] for name, values in columns.items()} for layer in range(layers)]
+
+
 def _rope_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return ``rope_scaling`` of config.json, from the keys or from Llama 3.1's tensor of factors."""
-    prefix = f"{config['model_type']}.rope.scaling."
+    architecture = file.get("general.architecture")
+    prefix = f"{architecture}.rope.scaling."
     kind = file.get(prefix + "type", "none")
-    if config["model_type"] == "llama" and ROPE_FACTORS in file.tensors:
+    if architecture in ROTATES_PAIRS and ROPE_FACTORS in file.tensors:
         if kind != "none":
             raise UserError(f"{file.path} has both {prefix}type and {ROPE_FACTORS}; convert the model to GGUF again.")
         factors = file.read(ROPE_FACTORS).double().numpy()

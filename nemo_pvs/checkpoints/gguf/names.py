@@ -9,6 +9,9 @@ import torch
 ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's rope scaling: how much longer the period of each pair of channels is."""
 
+ROTATES_PAIRS = ("llama", "deci")
+"""Architectures in which the two channels that a rotary embedding rotates are adjacent."""
+
 _MODEL_TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -46,7 +49,7 @@ def is_rotated(name: str) -> bool:
 def pairs_to_halves(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Return the rows of ``q`` or ``k`` (weights or biases) in Hugging Face's order.
 
-    Rotary embeddings rotate pairs of channels. In ``llama`` files the two channels of a pair are adjacent, as in
+    Rotary embeddings rotate pairs of channels. In the files of ``ROTATES_PAIRS`` the two channels of a pair are adjacent, as in
     Meta's checkpoints; Hugging Face stores the first of every pair in the first half of a head, the second in the
     second half.
     """

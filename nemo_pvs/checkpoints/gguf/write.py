@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
-from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, halves_to_pairs, is_rotated, stored_name
+from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, halves_to_pairs, is_rotated, stored_name
 from nemo_pvs.checkpoints.gguf.rope import llama3_factors
 from nemo_pvs.checkpoints.gguf.write_tokenizer import add_tokenizer
 from nemo_pvs.checkpoints.manifest import is_finite
@@ -28,12 +28,6 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.system.files import check_new_file, disk_errors
 from nemo_pvs.system.folder_lock import locked_target
 
-_KINDS = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
 _TORCH = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -43,8 +37,6 @@ _BLOCK = 32
 """Weights that share a scale in q8_0; rows of another length are stored as f16."""
 _ROWS_AT_ONCE = 4096
 """Rows that are quantised at a time, so that a large embedding is never in memory as fp32."""
-_PAIRS = ("llama", "deci")
-"""Architectures in which the two channels that a rotary embedding rotates are adjacent."""
 _PLAIN_ROPE = ("default", None)
 
 
@@ -80,7 +72,7 @@ def write_gguf(
     Args:
         source: The model.
         target: The file to make.
-        dtype: How matrices are stored, ``f32``, ``f16``, ``bf16`` or ``q8_0``; by default as most of the source's are.
+        dtype: How matrices are stored, one of ``gguf.DTYPES``; by default as most of the source's are.
         name: The model's name in the file; by default that of the file.
         allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
         overwrite: Replace an existing ``target``.
@@ -121,7 +113,7 @@ def write_gguf(
                 weight = first.pop(tensor) if tensor in first else reads.read(tensor)
                 if tuple(weight.shape) != sizes[tensor]:
                     raise UserError(f"{tensor} is {list(weight.shape)}, but the config implies {list(sizes[tensor])}.")
-                if architecture in _PAIRS and is_rotated(tensor):
+                if architecture in ROTATES_PAIRS and is_rotated(tensor):
                     weight = halves_to_pairs(weight, shape.head_dim)
                 stored = _stored(tensor, weight, _type_of(sizes[tensor], kind), allow_nonfinite=allow_nonfinite)
                 _write(writer, stored_name(tensor), stored, checksums)
@@ -197,7 +189,8 @@ def _dtype_of(dtype: torch.dtype) -> str:
 def _add_keys(writer: GGUFWriter, config: Mapping[str, Any], shape: Shape, name: str, kind: str) -> None:
     """Add the sizes; those that llama.cpp would otherwise guess from others are always stated."""
     layers = shape.layer_sizes
-    quantisation, file_type = _KINDS[kind]
+    quantisation = GGMLQuantizationType[kind.upper()]
+    file_type = LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"]
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(file_type)
@@ -233,17 +226,17 @@ def _rope(
         writer.add_string(f"{architecture}.rope.scaling.type", "linear")
         writer.add_float32(f"{architecture}.rope.scaling.factor", float(scaling["factor"]))
         return {}
-    if kind == "llama3" and architecture in _PAIRS:
+    if kind == "llama3" and architecture in ROTATES_PAIRS:
         factors = llama3_factors(scaling, float(config["rope_theta"]), shape.head_dim)
         return {ROPE_FACTORS: factors.astype(np.float32)}
     raise UserError(
         f"llama.cpp's graph {architecture} has no equivalent of the rope scaling {kind}; what it has is none, linear"
-        f"{' and llama3' if architecture in _PAIRS else ''}."
+        f"{' and llama3' if architecture in ROTATES_PAIRS else ''}."
     )
 
 
 def _type_of(size: tuple[int, ...], kind: str) -> GGMLQuantizationType:
-    quantisation = _KINDS[kind][0]
+    quantisation = GGMLQuantizationType[kind.upper()]
     if len(size) == 1:
         return GGMLQuantizationType.F32
     if quantisation == GGMLQuantizationType.Q8_0 and size[-1] % _BLOCK:
