@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_pvs.checkpoints.convert import convert, verify_checkpoint
+from nemo_pvs.checkpoints.gguf.write import verify_gguf, write_gguf
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
@@ -35,7 +36,7 @@ SHAPES = {
         layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False
     ),
     "1b": Shape(layers=16, hidden=2048, ffn=8192, heads=32, kv_groups=8, head_dim=64, vocab=32000, tied=False),
-    "tiny": Shape(layers=4, hidden=64, ffn=112, heads=8, kv_groups=2, head_dim=16, vocab=128, tied=False),
+    "tiny": Shape(layers=4, hidden=64, ffn=112, heads=8, kv_groups=2, head_dim=16, vocab=256, tied=False),
 }
 
 
@@ -60,8 +61,18 @@ class NoiseSource:
 
 
 def make_input(shape: Shape, folder: Path) -> None:
+    """Write the model with a tokenizer of bytes; run in a process of its own, which the imports make large."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     torch.set_num_threads(1)
     write_huggingface(NoiseSource(shape), folder)
+    tokenizer = Tokenizer(
+        models.BPE({byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def half_width(parent: Shape) -> Plan:
@@ -99,6 +110,12 @@ def pruned(source: Path, target: Path, write: Callable[..., Any], verify: bool) 
         verify_checkpoint(target)
 
 
+def to_gguf(source: Path, target: Path, dtype: str) -> None:
+    torch.set_num_threads(1)
+    target.mkdir()
+    verify_gguf(write_gguf(open_source(source), target / "model.gguf", dtype=dtype))
+
+
 def contenders(folder: Path) -> Iterator[tuple[str, Measured]]:
     """Run everything in turn, each reading a disk whose cache was dropped; yields (label, measured)."""
     source, nemo, product = folder / "hf", folder / "nemo", folder / "product"
@@ -111,6 +128,8 @@ def contenders(folder: Path) -> Iterator[tuple[str, Measured]]:
         return label, measured
 
     yield run("cp and sync of the HF folder", copy, source, product)
+    yield run("HF to GGUF as bf16", to_gguf, source, product, "bf16")
+    yield run("HF to GGUF as q8_0", to_gguf, source, product, "q8_0")
     yield run("HF to NeMo, not verified", converted, source, product, "nemo", "none")
     yield run("prune to HF, not verified", pruned, source, product, write_huggingface, False)
     yield run("prune to HF", pruned, source, product, write_huggingface, True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import nemo_pvs as pvs
 import nemo_pvs.checkpoints.gguf.write as writer
-import nemo_pvs.modeling  # noqa: F401 (layers of different sizes in Transformers)
+import nemo_pvs.modeling  # layers of different sizes in Transformers
 from nemo_pvs.data.wikipedia import sample_articles
 from tests.checkpoints.test_gguf_model import qwen
 from tests.checkpoints.test_gguf_tokenizer import AWKWARD, PUBLISHED, tokenizer_of

@@ -49,9 +49,9 @@ def is_rotated(name: str) -> bool:
 def pairs_to_halves(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Return the rows of ``q`` or ``k`` (weights or biases) in Hugging Face's order.
 
-    Rotary embeddings rotate pairs of channels. In the files of ``ROTATES_PAIRS`` the two channels of a pair are adjacent, as in
-    Meta's checkpoints; Hugging Face stores the first of every pair in the first half of a head, the second in the
-    second half.
+    Rotary embeddings rotate pairs of channels. In the files of ``ROTATES_PAIRS`` the two channels of a pair are
+    adjacent, as in Meta's checkpoints; Hugging Face stores the first of every pair in the first half of a head, the
+    second in the second half.
     """
     return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
