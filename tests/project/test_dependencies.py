@@ -6,11 +6,12 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from nemo_pvs.doctor.packages import IMAGE
 
@@ -49,6 +50,27 @@ def _pins(name: str) -> dict[str, str]:
     lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.split(" ;")[0].split("==") for line in lines)
     return {_plain(package): version for package, version in pins.items()}
+
+
+@pytest.mark.slow
+def test_pinned_versions_install_on_every_supported_python() -> None:
+    """Debian 12 has Python 3.11.2, so a package that needs 3.11.5 must not be pinned."""
+    refused = []
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        for python in ("3.10.0", "3.11.0", "3.12.0"):
+            environment = {"python_version": python.rpartition(".")[0], "python_full_version": python}
+            if pin.marker and not pin.marker.evaluate(environment):
+                continue
+            try:
+                supported = metadata(pin.name)["Requires-Python"]
+            except PackageNotFoundError:
+                continue  # of another platform or extra
+            if supported and python not in SpecifierSet(supported):
+                refused.append(f"{pin}: {supported}")
+    assert not refused
 
 
 def _declared(extra: str = "") -> list[Requirement]:
