@@ -36,7 +36,7 @@ SHAPES = {
         layers=32, hidden=4096, ffn=14336, heads=32, kv_groups=8, head_dim=128, vocab=128256, tied=False
     ),
     "1b": Shape(layers=16, hidden=2048, ffn=8192, heads=32, kv_groups=8, head_dim=64, vocab=32000, tied=False),
-    "tiny": Shape(layers=4, hidden=64, ffn=112, heads=8, kv_groups=2, head_dim=16, vocab=256, tied=False),
+    "tiny": Shape(layers=4, hidden=64, ffn=112, heads=8, kv_groups=2, head_dim=16, vocab=128, tied=False),
 }
 
 
@@ -67,9 +67,8 @@ def make_input(shape: Shape, folder: Path) -> None:
 
     torch.set_num_threads(1)
     write_huggingface(NoiseSource(shape), folder)
-    tokenizer = Tokenizer(
-        models.BPE({byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
-    )
+    vocabulary = {byte: index for index, byte in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet())[:127], "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

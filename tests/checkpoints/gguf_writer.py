@@ -23,6 +23,15 @@ BYTE_TOKENIZER: dict[str, Any] = {
     "eos_token_id": 256,
 }
 
+MERGING_TOKENIZER: dict[str, Any] = {
+    **BYTE_TOKENIZER,
+    "tokens": [*BYTE_TOKENIZER["tokens"], "ab", "Ġx"],
+    "token_type": [1] * 256 + [3, 1, 1],
+    "merges": ["a b", "Ġ x"],
+    "bos_token_id": 256,
+}
+"""One that llama.cpp loads: it refuses files without merges."""
+
 _NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

@@ -26,7 +26,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
-from tests.checkpoints.gguf_writer import BYTE_TOKENIZER, randomise
+from tests.checkpoints.gguf_writer import MERGING_TOKENIZER, randomise
 from tests.checkpoints.gguf_writer import write_gguf as write_theirs
 from tests.checkpoints.test_gguf_model import SCALING, factors, llama, logits, qwen
 from tests.checkpoints.test_gguf_tokenizer import AWKWARD, PIECES, of_spm, spm, tokenizer_of  # noqa: F401 (a fixture)
@@ -36,7 +36,7 @@ from tests.uneven_model import make_uneven_llama
 def saved(folder: Path, network: Any, **keys: Any) -> Path:
     """Save a model with the tokenizer that these GGUF keys describe; return the folder."""
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer_of(Path(scratch), **{"bos_token_id": 256, **keys}).save_pretrained(folder)
+        tokenizer_of(Path(scratch), **keys or MERGING_TOKENIZER).save_pretrained(folder)
     network.config.eos_token_id = network.generation_config.eos_token_id = keys.get("eos_token_id", 256)
     network.save_pretrained(folder)
     return folder
@@ -110,7 +110,7 @@ def _same_tensors(ours: Written, source: WeightSource) -> None:
 
 def test_layers_of_different_sizes_are_for_the_graph_that_has_them(tmp_path: Path) -> None:
     folder = make_uneven_llama(tmp_path / "model", vocab_size=260, attention_bias=True, mlp_bias=True)
-    tokenizer_of(tmp_path, bos_token_id=256).save_pretrained(folder)
+    tokenizer_of(tmp_path, **MERGING_TOKENIZER).save_pretrained(folder)
     ours = written(folder)
     file, source = GgufFile(ours.path), HuggingFaceSource(folder)
     assert (ours.architecture, ours.dtype) == ("deci", "f32")
@@ -126,7 +126,7 @@ def test_layers_of_different_sizes_are_for_the_graph_that_has_them(tmp_path: Pat
 )
 def test_layers_of_different_sizes_are_read_back(settings: dict[str, Any], tmp_path: Path) -> None:
     folder = make_uneven_llama(tmp_path / "model", vocab_size=260, **settings)
-    tokenizer_of(tmp_path, bos_token_id=256).save_pretrained(folder)
+    tokenizer_of(tmp_path, **MERGING_TOKENIZER).save_pretrained(folder)
     again = dequantize_gguf(written(folder).path, tmp_path / "again")
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, again))
     assert shape_of(HuggingFaceSource(again)) == shape_of(HuggingFaceSource(folder))
@@ -186,8 +186,7 @@ def test_the_dtype_is_that_of_the_weights_by_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pre", PIECES)
 def test_a_tokenizer_has_its_ids_again(pre: str, tmp_path: Path) -> None:
-    merges = {"tokens": [*BYTE_TOKENIZER["tokens"], "ab", "Ġx"], "token_type": [1] * 256 + [3, 1, 1]}
-    keys = {"pre": pre, **merges, "merges": ["a b", "Ġ x"], "add_bos_token": pre == "tekken"}
+    keys = {**MERGING_TOKENIZER, "pre": pre, "add_bos_token": pre == "tekken"}
     folder = saved(tmp_path / "model", llama(), **keys)
     ours = written(folder)
     file = GgufFile(ours.path)
@@ -246,6 +245,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, Callable[[dict[str, Any]], Any]
         "config.json",
         lambda config: config.update(rope_scaling=SCALING),
     ),
+    "has no merges": (llama, "tokenizer.json", lambda file: file["model"].update(merges=[])),
     "is of the kind WordPiece": (llama, "tokenizer.json", lambda file: file["model"].update(type="WordPiece")),
     "'<|end|>' .* has lstrip": (llama, "tokenizer.json", lambda file: file["added_tokens"][0].update(lstrip=True)),
     "splits text in a way for which llama.cpp has no name": (

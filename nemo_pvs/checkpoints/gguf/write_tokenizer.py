@@ -103,6 +103,10 @@ def _add_byte_level(writer: GGUFWriter, where: Path, described: Mapping[str, Any
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(where, described))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise UserError(
+            f"The tokenizer in {where} has no merges, and llama.cpp loads no byte-level tokenizer without."
+        )
     writer.add_token_merges(merges)
 
 
