@@ -4,6 +4,7 @@
 # make test-full    the suite with ten times the random cases, for a night
 # make test-te      checkpoints and models on Transformer Engine's own modules, without a GPU
 # make test-llamacpp our GGUF files in llama.cpp, which it compiles first, in 10 minutes on two cores
+# make test-transformers5 models that Transformers 5 saved or is to load
 # make fuzz         ten thousand damaged inputs, of which the suite has a hundred
 # make lint         format, lint and type checks
 # make docs         the documentation, into build/docs
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-quick test-full test-te test-llamacpp fuzz lint docs install clean
+.PHONY: demo test test-quick test-full test-te test-llamacpp test-transformers5 fuzz lint docs install clean
 
 demo: $(STAMP)
 	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
@@ -48,6 +49,12 @@ $(LLAMA_CPP): | $(STAMP)
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ 'llama-cpp-python==0.3.36' diskcache
 test-llamacpp: $(LLAMA_CPP)
 	PYTHONPATH=$(LLAMA_CPP) $(BIN)/python -m pytest tests/llamacpp
+
+# Version 4 writes and compares; an interpreter with these packages in front loads and saves.
+TRANSFORMERS_5 := build/transformers-5
+test-transformers5: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRANSFORMERS_5) 'transformers>=5.24,<6' 'huggingface-hub>=1.3,<2' 'tokenizers>=0.22,<0.24'
+	PVS_TRANSFORMERS_5=$(abspath $(TRANSFORMERS_5)) $(BIN)/python -m pytest tests/transformers5
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 10000

@@ -17,6 +17,7 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.ledger.ledger import LEDGER, Charge, Ledger
+from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import ancestry, charge_scores, pruning_charges
 from nemo_pvs.pruning.plan import Plan
@@ -178,6 +179,8 @@ def prune(
         ledger.charges += pruning_charges(spent, options.get("task"))
         shape = shape_of(pruned.source)
         if ranks.is_main():
+            if note := Layout.for_config(model.config).loading_note(shape):
+                console.print(note, soft_wrap=True)
             with progress(f"write {wanted}", "parameters") as show:
                 write(pruned, target_folder, wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)
             ledger.save(target_folder / LEDGER)

@@ -31,6 +31,8 @@ class SearchResult:
     """Tokens that went through all models that were run or trained."""
     flops: int
     """What that took."""
+    note: str | None = None
+    """What a user should know about the best architecture, in a sentence."""
 
     @property
     def shape(self) -> Shape:
@@ -125,6 +127,7 @@ def search(
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
+    from nemo_pvs.model.layout import Layout
     from nemo_pvs.pruning.search.grid import Grid, SizeLimit, flops_at, legal_shapes
     from nemo_pvs.pruning.search.search import search as rank
     from nemo_pvs.pruning.target import write_target
@@ -209,4 +212,5 @@ def search(
             flops += trained * shape.flops_per_token(sequence_length=sequence_length, training=True)
         if ranks.is_main():
             write_target(ranking.candidates[0].shape, out, {"tokens": tokens, "flops": flops})
-    return SearchResult(out, ranking.candidates, tokens, flops)
+    note = Layout.for_config(model.config).loading_note(ranking.candidates[0].shape)
+    return SearchResult(out, ranking.candidates, tokens, flops, note)

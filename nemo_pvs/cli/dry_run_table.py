@@ -78,6 +78,8 @@ def show(plan: DryRun, executor: str, mfu: float | None = None) -> None:
             console.print(f"masks of {one.name}: {learned.describe(plan.parent)}", soft_wrap=True)
     console.print(f"where: {executor}", soft_wrap=True)
     console.print(_targets_table(plan))
+    for note in plan.notes:
+        console.print(note, soft_wrap=True)
     if _on_gpus(train):
         for one in plan.targets:
             distilled = any(recipe.distills(one.name, start) for start in recipe.arms_of(one.name))

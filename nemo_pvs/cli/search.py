@@ -135,3 +135,5 @@ def search(
         )
     console.print(table)
     console.print(f"{len(result.candidates):,} shapes within the budget; the best is in {out}", soft_wrap=True)
+    if result.note:
+        console.print(result.note, soft_wrap=True)

@@ -124,6 +124,16 @@ class Layout:
         """Features that only some models of the family have."""
         return tuple(self.table.get("optional", ()))
 
+    def loading_note(self, shape: Shape) -> str | None:
+        """Return a sentence about what Transformers 5 refuses to load, or None; version 4 loads it."""
+        if self.family != "llama" or shape.uneven or shape.hidden % shape.heads == 0:
+            return None
+        return (
+            f"Transformers 5 refuses a Llama whose hidden size ({shape.hidden:,}) is not a multiple of its "
+            f"{shape.heads} heads, and Transformers 4 loads it; for both, choose a multiple of {shape.heads}, such as "
+            f"{max(1, shape.hidden // shape.heads) * shape.heads:,}."
+        )
+
     @classmethod
     def for_config(cls, config: Mapping[str, Any]) -> Layout:
         """Return the layout for a Hugging Face ``config.json``.

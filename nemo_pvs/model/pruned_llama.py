@@ -27,7 +27,13 @@ class PrunedLlamaConfig(LlamaConfig):
         Raises:
             ValueError: the number of entries is not the number of layers.
         """
-        super().__init__(**settings)
+        heads = settings.get("num_attention_heads")
+        if heads and settings.get("head_dim") and settings.get("num_key_value_heads"):
+            # Transformers 5 would refuse a number of heads, here a bound, that does not divide the hidden size.
+            super().__init__(**{**settings, "num_attention_heads": 1})
+            self.num_attention_heads = heads
+        else:
+            super().__init__(**settings)
         even = {name: getattr(self, name) for name in _PER_LAYER}
         self.layer_shapes = [dict(shape) for shape in layer_shapes or [even] * self.num_hidden_layers]
         if len(self.layer_shapes) != self.num_hidden_layers:

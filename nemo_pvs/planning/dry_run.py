@@ -63,6 +63,8 @@ class DryRun:
     targets: tuple[PlannedTarget, ...]
     arms: tuple[PlannedArm, ...]
     stages: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What a user should know about the models, in sentences."""
 
 
 def dry_run(recipe: Recipe) -> DryRun:
@@ -72,7 +74,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         UserError: something in the recipe is impossible, or the parent's sizes are not known here.
     """
     config = parent_config(recipe)
-    parent = WeightLayout.for_config(config).shape(config)
+    weights = WeightLayout.for_config(config)
+    parent = weights.shape(config)
     check_recipe(recipe, parent, int(config.get("max_position_embeddings", 0)))
     check_recipe_teacher(recipe, parent)
     recipe = settle(recipe, parent)
@@ -83,7 +86,11 @@ def dry_run(recipe: Recipe) -> DryRun:
     targets = tuple(_target(recipe, name, target, parent, teacher) for name, target in recipe.targets.items())
     shapes = {planned.name: planned.expected.shape for planned in targets}
     arms = tuple(PlannedArm(arm, arm_cost(recipe, arm, shapes[arm.target], parent)) for arm in recipe.runs)
-    return DryRun(recipe, parent, targets, arms, tuple(_stages(recipe)))
+    notes = []
+    for name, shape in shapes.items():
+        if note := weights.loading_note(shape):
+            notes.append(f"{name}: {note}")
+    return DryRun(recipe, parent, targets, arms, tuple(_stages(recipe)), tuple(notes))
 
 
 def settled(recipe: Recipe) -> Recipe:
