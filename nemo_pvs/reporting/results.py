@@ -35,6 +35,7 @@ class ParentResult:
     """The model that was pruned."""
 
     name: str
+    """What the recipe names: a model or a path."""
     shape: Shape
     validation_loss: float | None = None
     """Nats per token."""
@@ -44,6 +45,11 @@ class ParentResult:
     """Loss on each further text of the recipe (``evaluate.texts``), nats per token."""
     origin: dict[str, Any] | None = None
     """How it was trained, if nemo_pvs did: ``recipe`` (a hash without the seeds), ``seed`` and ``data_seed``."""
+
+    @property
+    def label(self) -> str:
+        """The name in tables: of a path, only its end."""
+        return Path(self.name).name
 
 
 @dataclass

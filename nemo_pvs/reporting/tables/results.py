@@ -229,7 +229,7 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
 
 def _parent_row(parent: ParentResult, size: tuple[float, str], runs: SideBySide | None) -> list[str]:
     return [
-        f"{parent.name} (parent)",
+        f"{parent.label} (parent)",
         scaled(parent.shape.parameters, size),
         DASH,
         scaled(parent.shape.body_parameters, size),

@@ -23,5 +23,5 @@ def text_cells(results: Results) -> list[list[str]]:
 
 
 def _models(results: Results) -> list[tuple[str, dict[str, float]]]:
-    parent = [(results.parent.name, results.parent.text_losses)] if results.parent else []
+    parent = [(results.parent.label, results.parent.text_losses)] if results.parent else []
     return [*parent, *((arm.name, arm.text_losses) for arm in results.arms)]
