@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field, create_model
 
-from nemo_pvs.pruning.options import SIZES, Options
+from nemo_pvs.pruning.options import SIZES, TARGET_SIZES, Options
 from nemo_pvs.pruning.registry import method_named, methods
 from nemo_pvs.recipe.efficient import PruningAware
 from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive
@@ -78,7 +78,7 @@ class Target(_MethodKeys):
     def options(self) -> dict[str, Any]:
         """The method's options as in the records of a run, where all sizes together are the ``target``."""
         given = self.given
-        sizes = ",".join(f"{name}={given.pop(name)}" for name in SIZES if name in given)
+        sizes = ",".join(f"{name}={given.pop(name)}" for name in TARGET_SIZES if name in given)
         return {**({"target": sizes} if sizes else {}), **given}
 
     @property
