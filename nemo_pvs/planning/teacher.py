@@ -20,6 +20,7 @@ from nemo_pvs.planning.checks import check_context
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.distillation import PARENT, Distillation
 from nemo_pvs.recipe.fields import Initialisation, Parallelism
+from nemo_pvs.recipe.options import vocabulary_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 
 
@@ -73,6 +74,11 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
     for name, target in recipe.targets.items():
         if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
             try:
+                if vocabulary_of(target) is not None:
+                    raise UserError(
+                        "distillation compares student and teacher token by token, but vocab changes the student's "
+                        "tokens; set distill: false for the target, or leave vocab out."
+                    )
                 check_teacher(teacher, parent, target.layout)
                 if recipe.train.distill:
                     check_pairs(recipe.train.distill, teacher, expected_shape(target, parent).shape)

@@ -119,7 +119,7 @@ class Vocabulary(Options):
     vocab: Positive | None = option("tokens to keep")
 
 
-class SizesOrRatio(SizesOrPreset, Vocabulary):
+class SizesOrRatio(Vocabulary, SizesOrPreset):
     """The size to reach: numbers, a share of the parameters, or a published name."""
 
     amounts: ClassVar[tuple[str, ...]] = ("sizes", "ratio", "preset")
@@ -142,7 +142,7 @@ class Multiples(Options):
     kv_groups_multiple: Positive = option("KV groups remain in multiples of this", 1)
 
 
-class Units(Multiples, Vocabulary):
+class Units(Vocabulary, Multiples):
     """KV groups and FFN channels are counted layer by layer, or over all layers."""
 
     amounts: ClassVar[tuple[str, ...]] = ("ratio",)

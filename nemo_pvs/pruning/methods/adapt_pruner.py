@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NAME = "adapt-pruner"
 
 
-class AdaptPrunerOptions(Multiples, Vocabulary):
+class AdaptPrunerOptions(Vocabulary, Multiples):
     """The options of Adapt-Pruner."""
 
     amounts: ClassVar[tuple[str, ...]] = ("ratio",)
