@@ -28,6 +28,9 @@ from tokenizers import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_pvs.api.prune import prune
+from nemo_pvs.checkpoints.gguf.file import GgufFile
+from nemo_pvs.checkpoints.gguf.tokenizer import build_tokenizer
+from nemo_pvs.checkpoints.gguf.write import write_gguf
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.data.corpus import Document
@@ -288,6 +291,13 @@ def test_from_and_to_nemo(parent: Path, small: Path, tmp_path: Path) -> None:
     assert source.config["eos_token_id"] == json.loads((small / "config.json").read_text())["eos_token_id"]
     name = "model.embed_tokens.weight"
     assert torch.equal(source.read(name), HuggingFaceSource(small).read(name))
+
+
+def test_a_gguf_file_has_the_kept_tokens(small: Path, tmp_path: Path) -> None:
+    write_gguf(HuggingFaceSource(small), tmp_path / "small.gguf", dtype="f32")
+    tokenizer, theirs = load_tokenizer(small), build_tokenizer(GgufFile(tmp_path / "small.gguf"))
+    for text in (TEXT[:300], "<|im_start|>wonderful<tool>\n 42"):
+        assert theirs(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_together_with_a_width(parent: Path, small: Path, tmp_path: Path) -> None:
