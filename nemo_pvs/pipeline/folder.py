@@ -34,7 +34,7 @@ HUGGING_FACE, NEMO = "huggingface", "nemo"
 """The folders of a pruned target that hold its checkpoints."""
 PLAN, SETTINGS = "plan.json", "pruning.json"
 """The files of a pruned target that record how it was made."""
-STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
+STAGES = ("parent", "data", "calibrate", "masks", "prune", "teacher", "random", "train", "evaluate", "report")
 
 
 def check_forced(force: Sequence[str]) -> None:
@@ -110,6 +110,12 @@ class RunFolder:
             return Path(distill.teacher)
         return Path(source) if source and Path(source).is_dir() else self.folder / "parent"
 
+    def teacher_of(self, target: str) -> Path | None:
+        """Return the checkpoint folder of a target's teacher, which has the target's tokens; it may not exist yet."""
+        if self.teacher_path is None or vocabulary_of(self.recipe.targets[target]) is None:
+            return self.teacher_path
+        return self.folder / "teachers" / target
+
     @property
     def parent_source(self) -> WeightSource:
         """The parent's weights."""
@@ -172,6 +178,7 @@ class RunFolder:
             number: Number of the share, counted from 1.
         """
         plan = (initial.parent / PLAN).resolve()
+        teacher = self.teacher_of(arm.target)
         before = self.share_folder(arm.target, number - 1) / CHECKPOINTS
         return TrainingJob(
             name=name,
@@ -183,7 +190,7 @@ class RunFolder:
             first_token=share.first_token,
             first_step=share.first_step,
             all_steps=share.all_steps,
-            teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
+            teacher=teacher.resolve() if arm.training.distill and teacher else None,
             carried=CarriedState(before, plan if plan.exists() else None) if self.carries(arm, number) else None,
             loading=self.loading(arm),
         )

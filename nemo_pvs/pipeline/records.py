@@ -91,6 +91,13 @@ class DataRecord(Record):
 
 
 @dataclass(frozen=True)
+class TeacherRecord(Record):
+    """The parent with the tokens that a target keeps."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class ScoresRecord(Record):
     """The importance scores of a calibration."""
 
@@ -293,6 +300,11 @@ class Records:
 def data_stage(target: str | None = None) -> str:
     """Return the name of the stage that tokenises the text; with ``target``, in the tokens that it keeps."""
     return "data" if target is None else f"data/{target}"
+
+
+def teacher_stage(target: str) -> str:
+    """Return the name of the stage that writes the teacher of a target whose vocabulary is pruned."""
+    return f"teacher/{target}"
 
 
 def masks_stage(target: str) -> str:

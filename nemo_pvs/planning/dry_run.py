@@ -172,6 +172,8 @@ def _stages(recipe: Recipe) -> list[str]:
             stages.append(f"prune/{name}{between}")
         if vocabulary_of(target) is not None:
             stages.append(f"data/{name}")
+            if any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
+                stages.append(f"teacher/{name}")
         if "random" in recipe.arms_of(name):
             stages.append(f"random/{name}")
     stages += [f"train/{arm.name}" for arm in recipe.runs]

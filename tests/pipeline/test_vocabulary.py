@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.open import open_source
@@ -21,6 +22,7 @@ from nemo_pvs.pipeline.folder import HUGGING_FACE
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.pipeline.stages.evaluate import evaluate
 from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.planning.equal_terms import arm_cost
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import parse_recipe
 from tests.conftest import make_tiny_llama
@@ -106,12 +108,41 @@ def test_a_target_with_fewer_tokens_has_its_own_text(values: dict[str, Any], tmp
     assert {name for name in again if not name.endswith("begun.json") and again[name] != records[name]} == set()
 
 
+@pytest.mark.slow
+def test_the_teacher_of_a_target_with_fewer_tokens_has_these_tokens(values: dict[str, Any], tmp_path: Path) -> None:
+    values["train"]["distill"] = {"teacher": "parent"}
+    run = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
+    run.prepare_only()
+    teachers = {arm.name: run.job(arm).teacher for arm in run.recipe.runs}
+    assert teachers["plain-pruned"] == teachers["plain-random"] == run.parent_path.resolve()
+    assert teachers["small-pruned"] == teachers["small-random"]
+    teacher = teachers["small-pruned"]
+    assert teacher is not None
+    assert shape_of(open_source(teacher)) == run.parent_shape.replace(vocab=400)
+    assert tokenizer_hash(teacher) == tokenizer_hash(run.pruned("small") / HUGGING_FACE)
+    kept = Plan.load(run.pruned("small") / "plan.json").keep_vocab
+    assert kept is not None
+    ids = torch.tensor([[5, 300, 17, 399, 40]])
+    with torch.no_grad():
+        parent, sliced = (
+            AutoModelForCausalLM.from_pretrained(folder)(tokens).logits.softmax(-1)
+            for folder, tokens in ((run.parent_path, torch.tensor(kept)[ids]), (teacher, ids))
+        )
+    renormalised = parent[..., list(kept)] / parent[..., list(kept)].sum(-1, keepdim=True)
+    torch.testing.assert_close(sliced, renormalised)
+    (arm,) = (arm for arm in run.recipe.runs if arm.name == "small-random")
+    charged = arm_cost(run.recipe, arm, run.parent_shape.replace(ffn=48, vocab=400), run.parent_shape)
+    (lessons,) = (charge for charge in charged.charges if charge.activity == "teacher")
+    forward = run.parent_shape.replace(vocab=400).flops_per_token(sequence_length=32, training=False)
+    assert lessons.flops == arm.tokens * forward
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
         (("data", "token_files"), dict.fromkeys(("train", "validation", "calibration", "test"), "x"), "token_files"),
         (("targets", "small", "stages"), 2, "cannot be reached in stages"),
-        (("train", "distill"), {"teacher": "parent"}, "token by token"),
+        (("train", "distill"), None, "only the parent can be the teacher"),
         (("targets", "small", "vocab"), 9999, "pruning only removes"),
     ],
 )
@@ -123,6 +154,8 @@ def test_what_a_smaller_vocabulary_excludes(
     for key in path[:-1]:
         block = block.setdefault(key, {})
     block[path[-1]] = value
+    if path == ("train", "distill"):
+        block["distill"] = {"teacher": values["parent"]["source"]}
     if path == ("data", "token_files"):
         changed["data"] = {"token_files": value}
     with pytest.raises(UserError, match=message):
@@ -145,3 +178,6 @@ def test_the_dry_run_names_the_stage(values: dict[str, Any]) -> None:
     assert stages.index("prune/small") < stages.index("data/small") < stages.index("random/small")
     assert "data/plain" not in stages
     assert planned.targets[0].expected.shape.vocab == 400
+    values["train"]["distill"] = {"teacher": "parent"}
+    stages = list(dry_run(parse_recipe(values, "test")).stages)
+    assert stages.index("data/small") < stages.index("teacher/small") < stages.index("train/small-pruned")

@@ -12,7 +12,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.ledger.ledger import LEDGER
 from nemo_pvs.pipeline.folder import RunFolder, forget_optimizer
 from nemo_pvs.pipeline.ledger import run_ledger
-from nemo_pvs.pipeline.records import TrainedRecord, data_stage, prune_stage, random_stage, train_stage
+from nemo_pvs.pipeline.records import TrainedRecord, data_stage, prune_stage, random_stage, teacher_stage, train_stage
 from nemo_pvs.pipeline.stage import Inputs, TrainingStage
 from nemo_pvs.planning.rounds import Round, shares
 from nemo_pvs.recipe.identity import origin_of, read_origin
@@ -27,7 +27,13 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
     """Return the stage that trains an arm; for an arm with stages, the last share of its training."""
     folder, model = run.arm_folder(arm.name), run.model(arm.name)
     pruned = arm.initialisation == "pruned"
-    data = data_stage(None if vocabulary_of(run.recipe.targets[arm.target]) is None else arm.target)
+    after = [prune_stage(arm.target) if pruned else random_stage(arm.target)]
+    if vocabulary_of(run.recipe.targets[arm.target]) is None:
+        after.append(data_stage())
+    else:
+        after.append(data_stage(arm.target))
+        if arm.training.distill:
+            after.append(teacher_stage(arm.target))
 
     def inputs() -> Inputs:
         initial = run.records.pruned(arm.target) if pruned else run.records.random(arm.target)
@@ -49,7 +55,7 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
         prepare=lambda: run.job(arm).save(),
         work=lambda: TrainedRecord(hand_over(last_checkpoint(run.job(arm)), model), arm.layout.model_dump()),
         outputs=[folder, model],
-        after=[data, prune_stage(arm.target) if pruned else random_stage(arm.target)],
+        after=after,
         precious=[folder / CHECKPOINTS, model],
         keep_partial=True,
         then=then,

@@ -15,7 +15,7 @@ import torch
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.plan import Indices, Plan
+from nemo_pvs.pruning.plan import Indices, Plan, whole_layers
 from nemo_pvs.pruning.request import PruneRequest
 from nemo_pvs.pruning.target import with_vocabulary
 from nemo_pvs.pruning.vocabulary.tokenizer import BpeTokenizer
@@ -47,6 +47,19 @@ def with_fewer_tokens(plan: Plan, request: PruneRequest[Any], size: int) -> Plan
         target=plan.target.replace(vocab=size),
         keep_vocab=choose_tokens(tokenizer, counts, size),
         provenance={**plan.provenance, "vocabulary": provenance},
+    )
+
+
+def with_tokens_of(plan: Plan) -> Plan:
+    """Return the plan that keeps a plan's tokens, and everything else of its parent."""
+    parent = plan.parent
+    return Plan(
+        method=plan.method,
+        parent=parent,
+        target=parent.replace(vocab=plan.target.vocab),
+        **whole_layers(parent, range(parent.layers)),
+        keep_vocab=plan.keep_vocab,
+        provenance=plan.provenance,
     )
 
 
