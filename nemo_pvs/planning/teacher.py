@@ -74,15 +74,15 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
     for name, target in recipe.targets.items():
         if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
             try:
-                shapes = [teacher, parent]
-                if (size := vocabulary_of(target)) is not None:
-                    if recipe.train.distill.teacher != PARENT:
+                student, size = parent, vocabulary_of(target)
+                if size is not None:
+                    if recipe.train.distill and recipe.train.distill.teacher != PARENT:
                         raise UserError(
                             "with vocab only the parent can be the teacher, as its tokens are removed too; give "
                             "teacher: parent, set distill: false for the target, or leave vocab out."
                         )
-                    shapes = [shape.replace(vocab=size) for shape in shapes]
-                check_teacher(*shapes, target.layout)
+                    student = parent.replace(vocab=size)
+                check_teacher(teacher if size is None else student, student, target.layout)
                 if recipe.train.distill:
                     check_pairs(recipe.train.distill, teacher, expected_shape(target, parent).shape)
             except UserError as error:

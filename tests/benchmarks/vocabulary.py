@@ -29,6 +29,7 @@ from nemo_pvs.data.corpus import WIKIPEDIA_SAMPLE, read_documents
 from nemo_pvs.data.split import split_documents
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.result import PLAN
+from nemo_pvs.system.progress import console
 
 CHUNK = 1500
 """Characters of a chunk."""
@@ -51,13 +52,16 @@ def main() -> None:
     headings = ("tokens", "parameters (M)", "tokens per byte", "nats per token", "bits per byte", "words", "changed")
     table = Table(*headings, "with a removed token", box=box.MARKDOWN)
     table.add_row(*measured(folder, chunks, test), "", "", "")
+    console.print("measured the parent")
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "train.txt"
         text.write_text(train)
         for size in given.sizes:
             small = Path(scratch) / str(size)
             prune(folder, small, "vocabulary", target=f"vocab={size}", data=text)
-            table.add_row(*measured(small, chunks, test), *words(folder, small, train[:300_000] + test))
+            row = [*measured(small, chunks, test), *words(folder, small, train[:300_000] + test)]
+            console.print("measured", *row)
+            table.add_row(*row)
     Console(width=160, highlight=False).print(table)
 
 

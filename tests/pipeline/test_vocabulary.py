@@ -20,11 +20,14 @@ from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.folder import HUGGING_FACE
 from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.results import assemble
 from nemo_pvs.pipeline.stages.evaluate import evaluate
 from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.planning.equal_terms import arm_cost
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import parse_recipe
+from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.tables.results import markdown_table
 from tests.conftest import make_tiny_llama
 from tests.pruning.test_vocabulary import ROWS, TEXT, byte_level, save
 
@@ -181,3 +184,31 @@ def test_the_dry_run_names_the_stage(values: dict[str, Any]) -> None:
     values["train"]["distill"] = {"teacher": "parent"}
     stages = list(dry_run(parse_recipe(values, "test")).stages)
     assert stages.index("data/small") < stages.index("teacher/small") < stages.index("train/small-pruned")
+
+
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_a_smaller_vocabulary_trains_to_the_report(
+    values: dict[str, Any], tmp_path: Path, forked_launcher: None
+) -> None:
+    del values["targets"]["plain"]
+    values["train"] |= {"tokens": 512, "distill": {"teacher": "parent"}}
+    run = Pipeline(parse_recipe(values, "test"), tmp_path / "run")
+    run.run()
+    results = assemble(run)
+    assert results.parent is not None
+    assert results.parent.test_bits_per_byte is not None
+    assert not results.all_same_tokens
+    for arm in results.arms:
+        assert arm.shape.vocab == 400
+        assert arm.ledger.training.tokens == 512
+        assert arm.validation[-1].loss < arm.validation[0].loss
+        assert arm.test_bits_per_byte_after is not None
+    assert (
+        results.hashes["tokenizer of small"]
+        == tokenizer_hash(run.model("small-pruned"))
+        != results.hashes["tokenizer"]
+    )
+    results.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json").arms == results.arms
+    assert "test bits per byte after" in markdown_table(results)

@@ -354,6 +354,8 @@ def test_what_cannot_be_pruned_is_refused(parent: Path, tmp_path: Path, pvs: Cal
         assert message in refused(other, "vocab=400")
     (other / "tokenizer.json").write_text(json.dumps({**content, "pre_tokenizer": {"type": "Whitespace"}}))
     assert "is BPE without bytes" in refused(other, "vocab=400")
+    (other / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}}))
+    assert "is not a tokenizer" in refused(other, "vocab=400")
     (other / "tokenizer.json").unlink()
     assert "has no tokenizer.json" in refused(other, "vocab=400")
     (other / "tokenizer.json").write_text(json.dumps(content))

@@ -54,11 +54,16 @@ class BpeTokenizer:
         self.path = self.files[TOKENIZER]
         self.content: dict[str, Any] = read_json(self.path)
         self._config = config
-        self._check_kind()
+        self._encoder = self._open()
         self.vocab: dict[str, int] = self.model["vocab"]
-        self.added: dict[int, str] = {token["id"]: token["content"] for token in self.content.get("added_tokens", [])}
-        for index, token in self.optional(TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items():
-            self.added.setdefault(int(index), token["content"])
+        self.added = {int(token["id"]) for token in self.content.get("added_tokens", [])}
+        decoder = self.optional(TOKENIZER_CONFIG).get("added_tokens_decoder", {})
+        try:
+            self.added.update(int(index) for index in decoder)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"added_tokens_decoder in {self.files[TOKENIZER_CONFIG]} does not map ids to tokens; restore the file."
+            ) from None
         largest = max([*self.vocab.values(), *self.added])
         if largest >= config["vocab_size"]:
             raise UserError(
@@ -121,9 +126,8 @@ class BpeTokenizer:
         for name in self._named_tokens():
             if name in self.vocab:
                 kept.add(self.vocab[name])
-        encoder = Tokenizer.from_file(str(self.path))
         for text in self._template_texts():
-            for token in encoder.encode(text, add_special_tokens=False).tokens:
+            for token in self._encoder.encode(text, add_special_tokens=False).tokens:
                 if token in self.vocab:
                     kept.update(self.closure(token) or ())
         return frozenset(kept)
@@ -187,15 +191,28 @@ class BpeTokenizer:
         for file in self.templates:
             yield file.read_text(encoding="utf-8")
 
-    def _check_kind(self) -> None:
-        kind = self.model.get("type")
-        unusual = [
-            key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if self.model.get(key)
-        ]
-        if kind == "BPE" and not unusual and (_is_byte_level(self.content) or self.model.get("byte_fallback")):
-            return
-        fault = f"has {unusual[0]}" if unusual else f"is {kind} without bytes" if kind == "BPE" else f"is {kind}"
-        raise UserError(
+    def _open(self) -> Tokenizer:
+        """Open the tokenizer, which checks the structure of its file, and refuse kinds that are not supported."""
+        model = self.content.get("model") if isinstance(self.content, dict) else None
+        if not isinstance(model, dict):
+            raise UserError(f"{self.path} is not a tokenizer; download it again.")
+        kind = model.get("type", "BPE" if "merges" in model else "of an unknown kind")  # old files have no type
+        if kind != "BPE":
+            raise self._unsupported(f"is {kind}")
+        try:
+            encoder = Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the Rust library raises plain exceptions
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{self.path} is not a tokenizer ({reason}); download it again.") from error
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise self._unsupported(f"has {key}")
+        if not _is_byte_level(self.content) and not model.get("byte_fallback"):
+            raise self._unsupported("is BPE without bytes")
+        return encoder
+
+    def _unsupported(self, fault: str) -> UserError:
+        return UserError(
             f"The tokenizer in {self.path} {fault}; vocabularies can be pruned of BPE over bytes, or over characters "
             "with a byte fallback."
         )
