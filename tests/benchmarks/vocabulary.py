@@ -52,39 +52,42 @@ def main() -> None:
     headings = ("tokens", "parameters (M)", "tokens per byte", "nats per token", "bits per byte", "words", "changed")
     table = Table(*headings, "with a removed token", box=box.MARKDOWN)
     table.add_row(*measured(folder, chunks, test), "", "", "")
-    console.print("measured the parent")
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "train.txt"
         text.write_text(train)
         for size in given.sizes:
             small = Path(scratch) / str(size)
             prune(folder, small, "vocabulary", target=f"vocab={size}", data=text)
-            row = [*measured(small, chunks, test), *words(folder, small, train[:300_000] + test)]
-            console.print("measured", *row)
-            table.add_row(*row)
+            table.add_row(*measured(small, chunks, test), *words(folder, small, train[:300_000] + test))
     Console(width=160, highlight=False).print(table)
 
 
 def measured(folder: Path, chunks: list[str], text: str) -> list[str]:
-    """Return tokens, parameters, and loss on the chunks; tokens per byte are of the whole text."""
+    """Return tokens, parameters, and loss on the chunks, and print them; tokens per byte are of the whole text.
+
+    Computed in bf16, four times as fast as fp32 on processors that have instructions for it.
+    """
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     loss = tokens = 0.0
     for chunk in chunks:
         ids = torch.tensor([[model.config.bos_token_id, *tokenizer.encode(chunk, add_special_tokens=False).ids]])
         with torch.no_grad():
-            loss += float(model(ids, labels=ids).loss) * (ids.numel() - 1)
+            logits = model(ids).logits[0, :-1].float()
+        loss += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
         tokens += ids.numel() - 1
     shape = shape_of(open_source(folder))
     bits = loss / math.log(2) / sum(len(chunk.encode()) for chunk in chunks)
     per_byte = len(tokenizer.encode(text, add_special_tokens=False).ids) / len(text.encode())
-    return [
+    row = [
         f"{shape.vocab:,}",
         f"{shape.parameters / 1e6:.1f}",
         f"{per_byte:.4f}",
         f"{loss / tokens:.3f}",
         f"{bits:.3f}",
     ]
+    console.print(*row)
+    return row
 
 
 def words(parent: Path, small: Path, text: str) -> list[str]:

@@ -118,13 +118,14 @@ def save(folder: Path, tokenizer: Tokenizer) -> Path:
 
 
 class Pair:
-    """A tokenizer before and after pruning."""
+    """A tokenizer before and after pruning to a size that has room for the tokens of COMMON and for few others."""
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.parsed = BpeTokenizer(sorted(folder.iterdir()), {"vocab_size": ROWS})
         self.old = Tokenizer.from_file(str(folder / "tokenizer.json"))
         counts = torch.bincount(torch.tensor(self.old.encode(COMMON, add_special_tokens=False).ids), minlength=ROWS)
-        self.kept = choose_tokens(self.parsed, counts, size)
+        self.size = len(self.parsed.required) + 60
+        self.kept = choose_tokens(self.parsed, counts, self.size)
         self.new = self.with_tokens(self.kept)
 
     def with_tokens(self, kept: tuple[int, ...]) -> Tokenizer:
@@ -145,7 +146,7 @@ class Pair:
 def pairs_fixture(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     pairs = {}
     for kind, make in KINDS.items():
-        pairs[kind] = Pair(save(tmp_path_factory.mktemp("tokenizer"), make()), 400)
+        pairs[kind] = Pair(save(tmp_path_factory.mktemp("tokenizer"), make()))
     return pairs
 
 
@@ -172,7 +173,7 @@ def test_words_of_kept_tokens_keep_their_tokens(kind: str, pairs: dict[str, Pair
     pair = pairs[kind]
     words = [start + word + end for word in WORDS for start in ("", " ", "un", " re") for end in ("", "s", "ers")]
     same, others = pair.changed(pair.new, pair.kept, words)
-    assert same > 100
+    assert same > 20
     assert same < len(words)  # others have a removed token
     assert others == 0
     # The tokens of the text alone, without their derivations, are not enough.
@@ -182,13 +183,12 @@ def test_words_of_kept_tokens_keep_their_tokens(kind: str, pairs: dict[str, Pair
 
 def test_frequent_tokens_stay_and_the_size_is_exact(pairs: dict[str, Pair]) -> None:
     for pair in pairs.values():
-        assert len(pair.kept) == 400
-        assert pair.new.get_vocab_size() == 400
+        assert len(pair.kept) == pair.new.get_vocab_size() == pair.size
         for index in new_ids(pair.kept).items():
             assert pair.old.id_to_token(index[0]) == pair.new.id_to_token(index[1])
         assert pair.parsed.required <= {*pair.kept}
         counts = Counter(pair.old.encode(COMMON, add_special_tokens=False).ids)
-        assert {index for index, _ in counts.most_common(30)} <= {*pair.kept}
+        assert {*sorted(counts, key=lambda index: (-counts[index], index))[:5]} <= {*pair.kept}
 
 
 def test_all_sizes_are_reached(pairs: dict[str, Pair]) -> None:
