@@ -23,7 +23,7 @@ class Measurement(TypedDict):
     task: str
     """The task with its shots (``arc_easy/0-shot``), the text (``perplexity/wikitext``) or the preset (``paper``)."""
     metric: str
-    """``acc``, ``acc_norm``, ``perplexity``, ``loss`` (nats per token), ``average``, ..."""
+    """``acc``, ``acc_norm``, ``perplexity``, ``loss`` (nats per token), ``bits_per_byte``, ``average``, ..."""
     value: float
     stderr: float | None
     """Standard error; None where there is none, as for a single question."""

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.api.values import compute_of, one_of, scores_of, tokens_of
+from nemo_pvs.api.values import compute_of, one_of, scores_of, token_counts_of, tokens_of
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.convert import describe
@@ -77,7 +77,8 @@ def prune(
         source: Checkpoint folder of any format, ``.gguf`` file, ``smollm2-135m`` or ``hf://owner/name``.
         target_folder: The folder to write.
         method: A name that ``pvs methods`` lists.
-        target: Sizes as a text, ``hidden=288,ffn=768``, or the file of ``pvs search``; instead of sizes as options.
+        target: Sizes as a text, ``hidden=288,ffn=768`` or ``vocab=32000``, or the file of ``pvs search``; instead of
+            sizes as options.
         scores: What ``calibrate`` returned, or its folder; without it a method that needs scores measures them now.
         data: The calibration text: ``.txt``, ``.jsonl``, ``.parquet``, a folder of them, a token file (``.bin``), or
             ``wikipedia-sample``.
@@ -168,6 +169,7 @@ def prune(
                 overwrite=overwrite,
                 task_score=score_by_task,
                 compute=compute,
+                token_counts=lambda: token_counts_of(folder, str(data), parent.vocab),
             ),
         )
         if chosen.scored:

@@ -21,6 +21,7 @@ def tokens_of(
     """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file."""
     from nemo_pvs.data.assets import tokenizer_folder
     from nemo_pvs.data.corpus import read_documents
+    from nemo_pvs.data.token_files import check_tokenizer, token_file_manifest
     from nemo_pvs.data.token_set import TokenSet
     from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 
@@ -40,9 +41,12 @@ def tokens_of(
             sequence_length=sequence_length,
             seed=max(seed, 0),
         )
-    if data.endswith(".bin"):
-        return TokenSet.from_token_file(Path(data.removesuffix(".bin")), **settings)
     folder = tokenizer_folder(Path(checkpoint))
+    if data.endswith(".bin"):
+        prefix = Path(data.removesuffix(".bin"))
+        if token_file_manifest(prefix):
+            check_tokenizer(prefix, tokenizer_hash(folder))
+        return TokenSet.from_token_file(prefix, **settings)
     tokenizer = load_tokenizer(folder)
     return TokenSet.from_documents(
         (document.text for document in read_documents(data)),
@@ -51,6 +55,28 @@ def tokens_of(
         tokenizer_sha256=tokenizer_hash(folder),
         **settings,
     )
+
+
+def token_counts_of(checkpoint: str | Path, data: str, vocab: int) -> Any:
+    """Return how often each of a model's ``vocab`` tokens occurs in a whole text or token file.
+
+    Raises:
+        UserError: the text or the tokenizer is missing, or the token file was made with another tokenizer.
+    """
+    from nemo_pvs.data.assets import tokenizer_folder
+    from nemo_pvs.data.corpus import read_documents
+    from nemo_pvs.data.token_counts import counts_of_documents, counts_of_token_file
+    from nemo_pvs.data.token_files import describe_token_file
+    from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
+    from nemo_pvs.system.progress import progress
+
+    folder = tokenizer_folder(Path(checkpoint))
+    if data.endswith(".bin"):
+        prefix = Path(data.removesuffix(".bin"))
+        describe_token_file(prefix, tokenizer_hash(folder), vocab)
+        return counts_of_token_file(prefix, vocab)
+    with progress("count tokens", "documents") as show:
+        return counts_of_documents(read_documents(data), load_tokenizer(folder), vocab, show)
 
 
 def scores_of(scores: str | Path | Scores, model: WeightSource) -> Scores:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Optional, get_args, get_origin
 
 import typer
 
-from nemo_pvs.pruning.options import SIZES
+from nemo_pvs.pruning.options import TARGET_SIZES
 from nemo_pvs.pruning.registry import methods
 
 # nemo_run reads these annotations too, and knows Optional[X] but not X | None.
@@ -44,7 +44,7 @@ def _annotations() -> dict[str, Any]:
     for method in methods().values():
         amounts.update(method.options.amounts)
         for name, field in method.options.model_fields.items():
-            if name not in SIZES:
+            if name not in TARGET_SIZES:
                 types[name] = _plain(field.annotation)
                 docs.setdefault(name, {}).setdefault(field.description or "", []).append(method.name)
     annotations = {}

@@ -90,7 +90,7 @@ def prune(
     target: Annotated[
         Optional[str],
         typer.Option(
-            help="sizes to reach, e.g. hidden=288,ffn=768 or layers=14, or the file of pvs search",
+            help="sizes to reach, e.g. hidden=288,ffn=768, layers=14 or vocab=32000, or the file of pvs search",
             rich_help_panel=AMOUNT,
         ),
     ] = None,

@@ -33,12 +33,7 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
     tokens = count_tokens(prefix)
     if not tokens:
         raise UserError(f"{prefix}.bin contains no tokens; tokenise some text into it.")
-    made_with = str(token_file_manifest(prefix).get("tokenizer_sha256", tokenizer_sha256))
-    if made_with != tokenizer_sha256:
-        raise UserError(
-            f"{prefix}.bin was made with another tokenizer than the model's ({made_with[:12]}, not "
-            f"{tokenizer_sha256[:12]}); tokenise the text with the model's."
-        )
+    check_tokenizer(prefix, tokenizer_sha256)
     smallest, largest = _extreme_ids(prefix, tokens)
     if smallest < 0:
         raise UserError(
@@ -51,6 +46,20 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
             "tokenise the text with the model's tokenizer."
         )
     return {"tokens": tokens, "bin_sha256": token_file_hash(prefix)}
+
+
+def check_tokenizer(prefix: Path, tokenizer_sha256: str) -> None:
+    """Refuse a token file whose manifest names another tokenizer than the model's.
+
+    Raises:
+        UserError: naming the file.
+    """
+    made_with = str(token_file_manifest(prefix).get("tokenizer_sha256", tokenizer_sha256))
+    if made_with != tokenizer_sha256:
+        raise UserError(
+            f"{prefix}.bin was made with another tokenizer than the model's ({made_with[:12]}, not "
+            f"{tokenizer_sha256[:12]}); tokenise the text with the model's."
+        )
 
 
 def token_file_manifest(prefix: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.assets import tokenizer_folder
+from nemo_pvs.data.token_bytes import token_bytes
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
@@ -118,7 +119,7 @@ class Checkpoint:
     def measure_text(
         self, name: str, tokens: TokenSet, store: Store, engine: Engine, progress: Progress, *, force: bool = False
     ) -> dict[str, dict[str, Any]]:
-        """Return loss and perplexity on a text's windows.
+        """Return loss, perplexity and bits per byte on a text's windows.
 
         The model is run layer by layer, so it need not fit into memory.
 
@@ -131,7 +132,8 @@ class Checkpoint:
             force: Measure again even if the store has the result.
 
         Returns:
-            For ``loss`` (nats per token) and ``perplexity``: value, standard error and what was measured.
+            For ``loss`` (nats per token), ``perplexity`` and, where tokens are pieces of text, ``bits_per_byte``: the
+            value, its standard error and what was measured.
         """
         settings = {
             "model": self.fingerprint,
@@ -145,6 +147,7 @@ class Checkpoint:
                 tokens,
                 engine.compute,
                 stride=tokens.manifest["stride"],
+                token_bytes=token_bytes(tokenizer_folder(Path(self.path))),
                 progress=progress,
             )
             size = {"documents": len(tokens.ids), "tokens": result["tokens"], "windows": tokens.manifest["cut"]}
@@ -155,7 +158,8 @@ class Checkpoint:
                     "higher_is_better": False,
                     **size,
                 }
-                for metric in ("loss", "perplexity")
+                for metric in ("loss", "perplexity", "bits_per_byte")
+                if metric in result
             }
 
         return _measure_once(store, name, settings, measure, force=force)

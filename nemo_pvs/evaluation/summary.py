@@ -111,6 +111,6 @@ def _size(result: dict[str, Any]) -> str:
 def _cell(name: str, result: dict[str, Any]) -> str:
     """Format value and standard error; accuracies are shown in percent."""
     share = name.rpartition("/")[2].partition(",")[0] in ("acc", "acc_norm", "average")
-    scale, digits = (100, 2) if share else (1, 4 if name.endswith("loss") else 3)
+    scale, digits = (100, 2) if share else (1, 4 if name.endswith(("loss", "bits_per_byte")) else 3)
     numbers = [result["value"]] if result["stderr"] is None else [result["value"], result["stderr"]]
     return " ± ".join(f"{scale * number:,.{digits}f}" if number < 1e6 else f"{number:.3g}" for number in numbers)

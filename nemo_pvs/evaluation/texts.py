@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nemo_pvs.data.corpus import read_documents
 from nemo_pvs.data.reference_sets import read_rows
+from nemo_pvs.data.token_files import check_tokenizer
 from nemo_pvs.data.token_set import TokenSet, check_size, read_token_file
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
@@ -82,7 +83,8 @@ def windows_of(
         data: Folder with the named texts, one subfolder per repository.
 
     Raises:
-        UserError: the text is missing or shorter than one window, or a number is invalid.
+        UserError: the text is missing, shorter than one window or in the tokens of another tokenizer, or a number is
+            invalid.
     """
     check_size(samples, sequence_length)
     if stride is not None and not 1 <= stride < sequence_length:
@@ -92,7 +94,9 @@ def windows_of(
     if train_split and text not in TEXTS:
         raise UserError(f"--compat is for {', '.join(TEXTS)}; leave it out for {text}.")
     if text.endswith(".bin"):
-        stream, source = read_token_file(Path(text.removesuffix(".bin"))), sha256_file(Path(text))
+        prefix = Path(text.removesuffix(".bin"))
+        check_tokenizer(prefix, tokenizer_hash(tokenizer_folder))
+        stream, source = read_token_file(prefix), sha256_file(Path(text))
     else:
         if text in TEXTS:
             joined = _named_text(TEXTS[text], data, train_split)

@@ -17,13 +17,14 @@ from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pipeline.records import Records
+from nemo_pvs.pipeline.records import DataRecord, Records
 from nemo_pvs.pipeline.store import Stages
 from nemo_pvs.pipeline.tokens import RunData
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.rounds import Round, shares
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.fields import Initialisation
+from nemo_pvs.recipe.options import vocabulary_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import CHECKPOINTS, METRICS_FILE, CarriedState, Loading, TrainingJob
@@ -33,7 +34,7 @@ HUGGING_FACE, NEMO = "huggingface", "nemo"
 """The folders of a pruned target that hold its checkpoints."""
 PLAN, SETTINGS = "plan.json", "pruning.json"
 """The files of a pruned target that record how it was made."""
-STAGES = ("parent", "data", "calibrate", "masks", "prune", "random", "train", "evaluate", "report")
+STAGES = ("parent", "data", "calibrate", "masks", "prune", "teacher", "random", "train", "evaluate", "report")
 
 
 def check_forced(force: Sequence[str]) -> None:
@@ -82,6 +83,18 @@ class RunFolder:
         """The arms that are trained, measured and reported: all, or with ``finished_only`` those that are trained."""
         return [arm for arm in self.recipe.runs if not self.finished_only or is_finished(self.job(arm))]
 
+    def tokens_of(self, target: str | None) -> RunData:
+        """Return the token files of a target, which has its own if it prunes the vocabulary; None: of the parent."""
+        if target is None or vocabulary_of(self.recipe.targets[target]) is None:
+            return self.tokens
+        return RunData(self.recipe, self.folder / "retokenised" / target)
+
+    def data_of(self, target: str | None) -> DataRecord:
+        """Return the description of a target's token files; None: of the parent's."""
+        if target is None or vocabulary_of(self.recipe.targets[target]) is None:
+            return self.records.data
+        return self.records.retokenised(target)
+
     @property
     def parent_path(self) -> Path:
         """The parent's checkpoint folder."""
@@ -96,6 +109,12 @@ class RunFolder:
         if distill.teacher != PARENT:
             return Path(distill.teacher)
         return Path(source) if source and Path(source).is_dir() else self.folder / "parent"
+
+    def teacher_of(self, target: str) -> Path | None:
+        """Return the checkpoint folder of a target's teacher, which has the target's tokens; it may not exist yet."""
+        if self.teacher_path is None or vocabulary_of(self.recipe.targets[target]) is None:
+            return self.teacher_path
+        return self.folder / "teachers" / target
 
     @property
     def parent_source(self) -> WeightSource:
@@ -120,6 +139,12 @@ class RunFolder:
         """A folder with the parent's tokenizer."""
         stated = self.recipe.parent.tokenizer if self.recipe.parent.source is None else None
         return tokenizer_folder(Path(stated) if stated and not self.parent_path.exists() else self.parent_path)
+
+    def tokenizer_of(self, target: str | None) -> Path:
+        """Return a folder with a target's tokenizer: that of the pruned model if its vocabulary is pruned."""
+        if target is None or vocabulary_of(self.recipe.targets[target]) is None:
+            return self.tokenizer
+        return self.pruned(target) / HUGGING_FACE
 
     def pruned(self, target: str) -> Path:
         """The folder of a pruned target: plan.json, huggingface/, nemo/."""
@@ -153,18 +178,19 @@ class RunFolder:
             number: Number of the share, counted from 1.
         """
         plan = (initial.parent / PLAN).resolve()
+        teacher = self.teacher_of(arm.target)
         before = self.share_folder(arm.target, number - 1) / CHECKPOINTS
         return TrainingJob(
             name=name,
             folder=folder,
             initial=initial.resolve(),
-            data=self.training_data,
+            data=self.training_data_of(arm.target),
             layout=arm.layout,
             training=share.training,
             first_token=share.first_token,
             first_step=share.first_step,
             all_steps=share.all_steps,
-            teacher=self.teacher_path.resolve() if arm.training.distill and self.teacher_path else None,
+            teacher=teacher.resolve() if arm.training.distill and teacher else None,
             carried=CarriedState(before, plan if plan.exists() else None) if self.carries(arm, number) else None,
             loading=self.loading(arm),
         )
@@ -197,16 +223,21 @@ class RunFolder:
 
     @property
     def training_data(self) -> dict[str, Any]:
-        """Prefixes of the token files that training reads, in the form of ``TrainingJob.data``."""
-        return {"train": self.tokens.training_paths, "validation": self.tokens.validation_paths}
+        """Prefixes of the token files that training the parent reads, in the form of ``TrainingJob.data``."""
+        return self.training_data_of(None)
 
-    def text(self, split: str) -> str:
-        """Return the hash of a split's tokens."""
-        return self.records.data.splits[split].sha256
+    def training_data_of(self, target: str | None) -> dict[str, Any]:
+        """Return the prefixes of the token files that training a target reads, in the form of ``TrainingJob.data``."""
+        tokens = self.tokens_of(target)
+        return {"train": tokens.training_paths, "validation": tokens.validation_paths}
+
+    def text(self, split: str, target: str | None = None) -> str:
+        """Return the hash of a split's tokens; with ``target``, of those that it is trained and measured on."""
+        return self.data_of(target).splits[split].sha256
 
     def reads(self, arm: Arm) -> TokensRead | None:
         """Return the tokens that all shares of an arm read; None if several files are blended."""
-        file = self.tokens.training_file(self.records.data.splits)
+        file = self.tokens_of(arm.target).training_file(self.data_of(arm.target).splits)
         return tokens_read(file, arm.training, arm.first_token) if file else None
 
     def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:

@@ -11,12 +11,14 @@ from typing import Any
 from nemo_pvs.pipeline.folder import RunFolder
 from nemo_pvs.pipeline.stage import Stage
 from nemo_pvs.pipeline.stages.calibrate import calibrate
+from nemo_pvs.pipeline.stages.data import retokenise
 from nemo_pvs.pipeline.stages.learned import learn
 from nemo_pvs.pipeline.stages.prune import prune
 from nemo_pvs.pipeline.stages.random import random
 from nemo_pvs.pipeline.stages.rounds import rounds
+from nemo_pvs.pipeline.stages.teacher import slice_teacher
 from nemo_pvs.planning.learned import is_trained_first, untrained_first
-from nemo_pvs.recipe.options import needs_scores, stages_of
+from nemo_pvs.recipe.options import needs_scores, stages_of, vocabulary_of
 from nemo_pvs.recipe.target import DENSE, Target
 
 
@@ -39,5 +41,9 @@ def _target(run: RunFolder, name: str, target: Target) -> Iterator[Stage[Any]]:
             yield from rounds(run, name, target)
     elif target.method != DENSE or "pruned" in run.recipe.arms_of(name):
         yield prune(run, name, target)
+    if vocabulary_of(target) is not None:
+        yield retokenise(run, name)
+        if any(run.recipe.distills(name, initialisation) for initialisation in run.recipe.arms_of(name)):
+            yield slice_teacher(run, name)
     if "random" in run.recipe.arms_of(name):
         yield random(run, name, target)

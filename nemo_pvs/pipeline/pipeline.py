@@ -211,15 +211,21 @@ class Pipeline(RunFolder):
             self._check_text(self.records.data.splits)
             look_ahead(self)
 
-    def _build_index(self) -> None:
-        """Build the index of every order in which the jobs read the text; most recipes have one."""
+    def _build_index(self, *, retokenised: bool = False) -> None:
+        """Build the index of every order in which the jobs read the text; most recipes have one.
+
+        Args:
+            retokenised: Of the targets with their own tokens, once these exist; by default of all others.
+        """
         jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
         orders = {}
         for job in jobs:
+            if (job.data != self.training_data) != retokenised:
+                continue
             text = job.data["train"]
             blended = isinstance(text, list) and len(text) > 1  # then the index also depends on how much is read
             budget = (job.first_token, job.training.tokens) if blended else None
-            orders[job.training.sequence_length, job.training.order_seed, budget] = job
+            orders[str(text), job.training.sequence_length, job.training.order_seed, budget] = job
         for job in orders.values():
             if not is_finished(job):
                 job.build_index()
@@ -251,6 +257,7 @@ class Pipeline(RunFolder):
         shapes = {name: shape_of(open_source(self.pruned(name) / HUGGING_FACE)) for name in made}
         self.recipe = settle(self.recipe, self.parent_shape, shapes)
         check_text(self.recipe, self.tokens, self.records.data.splits)
+        self._build_index(retokenised=True)
         for name, shape in shapes.items():
             check_training(self.recipe.train, self.recipe.targets[name].layout, shape)
         return []

@@ -91,6 +91,13 @@ class DataRecord(Record):
 
 
 @dataclass(frozen=True)
+class TeacherRecord(Record):
+    """The parent with the tokens that a target keeps."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class ScoresRecord(Record):
     """The importance scores of a calibration."""
 
@@ -165,13 +172,24 @@ class TrainedRecord(Record):
 
 @dataclass(frozen=True)
 class Measured:
-    """The loss of a model on a text in nats per token, and its perplexity (``layerwise.perplexity``)."""
+    """The loss of a model on a text in nats per token, its perplexity and bits per byte (``layerwise.perplexity``)."""
 
     loss: float
     loss_stderr: float | None
     tokens: int | None
     perplexity: float
     perplexity_stderr: float | None
+    bits_per_byte: float | None = None
+    bits_per_byte_stderr: float | None = None
+    bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as plain data, without bits per byte if they were not measured."""
+        values = asdict(self)
+        if self.bits_per_byte is None:
+            for name in ("bits_per_byte", "bits_per_byte_stderr", "bytes"):
+                del values[name]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Measured:
@@ -192,11 +210,11 @@ class EvaluationRecord(Record):
 
     def to_json(self) -> dict[str, Any]:
         """Return the values as plain data."""
-        values: dict[str, Any] = {"test": asdict(self.test)}
+        values: dict[str, Any] = {"test": self.test.to_json()}
         if self.validation is not None:
-            values["validation"] = asdict(self.validation)
+            values["validation"] = self.validation.to_json()
         if self.texts is not None:
-            values["texts"] = {name: asdict(measured) for name, measured in self.texts.items()}
+            values["texts"] = {name: measured.to_json() for name, measured in self.texts.items()}
         return values
 
     @classmethod
@@ -241,8 +259,12 @@ class Records:
 
     @property
     def data(self) -> DataRecord:
-        """The tokenised text."""
-        return self._get("data", DataRecord)
+        """The text in the parent's tokens."""
+        return self._get(data_stage(), DataRecord)
+
+    def retokenised(self, target: str) -> DataRecord:
+        """The text in the tokens of a target whose vocabulary is pruned."""
+        return self._get(data_stage(target), DataRecord)
 
     @property
     def scores(self) -> ScoresRecord:
@@ -273,6 +295,16 @@ class Records:
         record = self._records[stage]
         assert isinstance(record, kind), (stage, record)
         return record
+
+
+def data_stage(target: str | None = None) -> str:
+    """Return the name of the stage that tokenises the text; with ``target``, in the tokens that it keeps."""
+    return "data" if target is None else f"data/{target}"
+
+
+def teacher_stage(target: str) -> str:
+    """Return the name of the stage that writes the teacher of a target whose vocabulary is pruned."""
+    return f"teacher/{target}"
 
 
 def masks_stage(target: str) -> str:

@@ -14,11 +14,13 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.pipeline.folder import RunFolder
 from nemo_pvs.pipeline.records import (
+    DataRecord,
     EvaluationRecord,
     PrunedRecord,
     Records,
     ScoresRecord,
     TrainedRecord,
+    data_stage,
     evaluation_stage,
 )
 from nemo_pvs.pipeline.stages.evaluate import initial_label
@@ -57,6 +59,7 @@ def _parent(run: RunFolder) -> ParentResult:
         shape=shape_of(run.parent_source),
         validation_loss=measured.validation.loss,
         test_perplexity=measured.test.perplexity,
+        test_bits_per_byte=measured.test.bits_per_byte,
         text_losses=_losses(measured),
         origin=read_origin(run.parent_path),
     )
@@ -96,6 +99,8 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         # The initial model of an arm with stages is pruned further before it could be compared.
         test_perplexity_before=None if first_step else before.test.perplexity,
         test_perplexity_after=after.test.perplexity,
+        test_bits_per_byte_before=None if first_step else before.test.bits_per_byte,
+        test_bits_per_byte_after=after.test.bits_per_byte,
         text_losses=_losses(after),
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
         seconds=seconds if speeds else None,
@@ -141,6 +146,11 @@ def _hashes(records: Records) -> dict[str, str]:
     if tokenizer := next((split.tokenizer_sha256 for split in splits.values()), None):
         hashes["tokenizer"] = tokenizer
     hashes |= {f"{name} tokens": split.sha256 for name, split in splits.items()}
+    for stage, data in records.of(DataRecord).items():
+        if stage != data_stage():
+            target = _subject(stage)
+            hashes[f"tokenizer of {target}"] = str(data.splits["train"].tokenizer_sha256)
+            hashes |= {f"{name} tokens of {target}": split.sha256 for name, split in data.splits.items()}
     for stage, pruned in records.of(PrunedRecord).items():
         if pruned.plan is not None:
             hashes[f"plan {_subject(stage)}"] = pruned.plan

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
@@ -34,6 +36,7 @@ def prune_target(
     draw: Callable[[int], TokenSet],
     scores: Callable[[], Scores],
     task_score: Callable[[], TaskScorer],
+    token_counts: Callable[[], torch.Tensor] | None = None,
     compute: Compute,
 ) -> PrunedRecord:
     """Prune ``source`` into ``folder``: ``huggingface/``, ``nemo/``, and a plan or settings file.
@@ -45,6 +48,7 @@ def prune_target(
         draw: Draws the calibration text of an iteration; methods without iterations use iteration 0.
         scores: Loads or measures the scores.
         task_score: Returns the scorer for the target's task.
+        token_counts: Counts the tokens of the training text, if the target prunes the vocabulary.
         compute: Where and how layers run (``PruneRequest``).
 
     Raises:
@@ -68,6 +72,7 @@ def prune_target(
             task_score=task_score,
             draw=draw,
             compute=compute,
+            token_counts=token_counts,
         ),
     )
     _write(pruned.source, folder)

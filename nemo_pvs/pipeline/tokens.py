@@ -10,6 +10,7 @@ import torch
 
 from nemo_pvs.data.corpus import Document, input_files, read_documents
 from nemo_pvs.data.split import split_documents
+from nemo_pvs.data.token_counts import counts_of_token_file
 from nemo_pvs.data.token_files import check_end, describe_token_file, token_file_hash
 from nemo_pvs.data.token_set import TokenSet, check_length
 from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
@@ -55,6 +56,12 @@ class RunData:
         if weights is None:
             return files
         return [entry for pair in zip(map(str, weights), files, strict=True) for entry in pair]
+
+    def token_counts(self, vocab: int) -> torch.Tensor:
+        """Return how often each token occurs in the training text, int64 [vocab]."""
+        domains = self._data.domains
+        prefixes = [self.prefix("train", name) for name in domains] if domains else [self.prefix("train")]
+        return torch.stack([counts_of_token_file(prefix, vocab) for prefix in prefixes]).sum(dim=0)
 
     @property
     def validation_paths(self) -> str | dict[str, str]:

@@ -126,8 +126,11 @@ def lesson_flops(distill: Distillation, sequence_length: int, teacher: Shape, st
     """Return the FLOPs per token that distillation adds to a training step.
 
     These are the teacher's forward pass and, if hidden states of different widths d and D are compared, one projection
-    per compared state: ``2 d D`` forward, and as much each for the gradients of its weight and of its input.
+    per compared state: ``2 d D`` forward, and as much each for the gradients of its weight and of its input. A teacher
+    with more tokens computes the logits of the student's only.
     """
+    if teacher.vocab > student.vocab:
+        teacher = teacher.replace(vocab=student.vocab)
     forward = teacher.flops_per_token(sequence_length=sequence_length, training=False)
     projected = distill.places if student.hidden != teacher.hidden else 0
     return forward + 6 * projected * student.hidden * teacher.hidden

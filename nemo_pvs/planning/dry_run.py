@@ -23,7 +23,7 @@ from nemo_pvs.planning.saves import Save, last_save, save_during_run
 from nemo_pvs.planning.targets import check_recipe, expected_shape
 from nemo_pvs.planning.teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.pruning.method import Expected
-from nemo_pvs.recipe.options import needs_scores, stages_of
+from nemo_pvs.recipe.options import needs_scores, stages_of, vocabulary_of
 from nemo_pvs.recipe.recipe import _TRAIN, Arm, Recipe, _blocks, _key
 from nemo_pvs.recipe.target import DENSE, Target
 
@@ -170,6 +170,10 @@ def _stages(recipe: Recipe) -> list[str]:
         if target.method != DENSE or "pruned" in recipe.arms_of(name):
             between = f" ({stages_of(target)} times, training between)" if stages_of(target) > 1 else ""
             stages.append(f"prune/{name}{between}")
+        if vocabulary_of(target) is not None:
+            stages.append(f"data/{name}")
+            if any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
+                stages.append(f"teacher/{name}")
         if "random" in recipe.arms_of(name):
             stages.append(f"random/{name}")
     stages += [f"train/{arm.name}" for arm in recipe.runs]

@@ -11,7 +11,8 @@ from nemo_pvs.planning.rounds import check_stages
 from nemo_pvs.pruning.method import Expected
 from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
-from nemo_pvs.recipe.options import is_sparse, reads_calibration
+from nemo_pvs.pruning.target import with_vocabulary
+from nemo_pvs.recipe.options import is_sparse, reads_calibration, vocabulary_of
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import DENSE, Target
 
@@ -32,7 +33,22 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
     expected = method_named(target.method).expected
     if expected is None:
         return Expected(about_shape(target, parent), exact=False)
-    return expected(target.asked, parent)
+    shape, exact = expected(target.asked, parent)
+    return Expected(with_vocabulary(shape, target.asked), exact)
+
+
+def _check_vocabulary(recipe: Recipe, target: Target) -> None:
+    """Refuse to prune the vocabulary where the text is given in tokens of the parent only."""
+    if vocabulary_of(target) is None:
+        return
+    given = "data.token_files" if recipe.data.token_files else "evaluate.texts" if recipe.evaluate.texts else None
+    if given:
+        raise UserError(
+            f"vocab changes the tokenizer, but {given} holds the parent's tokens; give the text in data.source, or "
+            "prune the vocabulary first (pvs prune --method vocabulary) and make the result the parent."
+        )
+    if target.stages is not None:
+        raise UserError("a target with vocab cannot be reached in stages; leave out vocab, or stages.")
 
 
 def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
@@ -48,6 +64,7 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
         try:
             expected = expected_shape(target, parent)
             check_stages(recipe, name, target, parent)
+            _check_vocabulary(recipe, target)
             check_training(recipe.train, target.layout, expected.shape, exact=expected.exact)
             if learned := learned_target(recipe, target):
                 learned.check(expected.shape, parent)

@@ -20,6 +20,7 @@ from nemo_pvs.planning.checks import check_context
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.distillation import PARENT, Distillation
 from nemo_pvs.recipe.fields import Initialisation, Parallelism
+from nemo_pvs.recipe.options import vocabulary_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 
 
@@ -73,7 +74,15 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
     for name, target in recipe.targets.items():
         if teacher and any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name)):
             try:
-                check_teacher(teacher, parent, target.layout)
+                student, size = parent, vocabulary_of(target)
+                if size is not None:
+                    if recipe.train.distill and recipe.train.distill.teacher != PARENT:
+                        raise UserError(
+                            "with vocab only the parent can be the teacher, as its tokens are removed too; give "
+                            "teacher: parent, set distill: false for the target, or leave vocab out."
+                        )
+                    student = parent.replace(vocab=size)
+                check_teacher(teacher if size is None else student, student, target.layout)
                 if recipe.train.distill:
                     check_pairs(recipe.train.distill, teacher, expected_shape(target, parent).shape)
             except UserError as error:

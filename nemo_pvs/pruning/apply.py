@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ import torch
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.data.assets import asset_files
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout, Part
 from nemo_pvs.pruning.input_means import AXES
 from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.vocabulary.files import new_ids, renumbered, write_tokenizer
+from nemo_pvs.pruning.vocabulary.tokenizer import BpeTokenizer
 
 
 class PrunedSource:
@@ -36,6 +40,10 @@ class PrunedSource:
             raise UserError("The plan was made for a model of this size with other weights; plan again for this one.")
         layout = Layout.for_config(source.config)
         self.config: Mapping[str, Any] = layout.config(plan.target, source.config)
+        self._tokenizer = None
+        if plan.keep_vocab is not None:
+            self._tokenizer = BpeTokenizer(source.assets, source.config)
+            self.config = renumbered(self.config, new_ids(plan.keep_vocab))
         kept = plan.kept_parameters(layout)
         if kept != plan.target.parameters:
             raise UserError(
@@ -52,8 +60,17 @@ class PrunedSource:
 
     @property
     def assets(self) -> tuple[Path, ...]:
-        """The parent's tokenizer and other files: the vocabulary does not change."""
-        return self._source.assets
+        """The parent's tokenizer and other files; written without the removed tokens if the plan removes any."""
+        return self._source.assets if self._tokenizer is None else asset_files(Path(self._written_tokenizer.name))
+
+    @cached_property
+    def _written_tokenizer(self) -> TemporaryDirectory[str]:
+        """A folder with the pruned tokenizer, which exists as long as this source."""
+        assert self._tokenizer is not None
+        assert self._plan.keep_vocab is not None
+        folder = TemporaryDirectory(prefix="nemo_pvs_tokenizer_")
+        write_tokenizer(self._tokenizer, self._plan.keep_vocab, Path(folder.name))
+        return folder
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor of the pruned model, in the parent's dtype.

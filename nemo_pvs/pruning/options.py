@@ -14,7 +14,11 @@ from pydantic_core import ErrorDetails
 from nemo_pvs.errors import UserError
 
 SIZES = ("layers", "hidden", "ffn", "kv_groups")
-"""The sizes of a model that pruning can reduce; query heads follow the KV groups."""
+"""The sizes of a model's layers that pruning can reduce; query heads follow the KV groups."""
+VOCAB = "vocab"
+"""The size of the vocabulary, which can be reduced in addition to the layers."""
+TARGET_SIZES = (*SIZES, VOCAB)
+"""All sizes that a target can give."""
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -46,6 +50,11 @@ class Options(BaseModel):
         """
         given = {name: value for name, value in values.items() if value is not None}
         foreign = [name for name in given if name not in cls.model_fields]
+        sizes = [name for name in cls.model_fields if name in TARGET_SIZES]
+        if sizes and foreign and foreign[0] in TARGET_SIZES:
+            raise UserError(
+                f"{method} does not change {foreign[0]}; the sizes that it changes are {', '.join(sizes)}."
+            )
         if foreign:
             names = " or ".join(dict.fromkeys(cls.spelt(name, spelling) for name in foreign))
             known = ", ".join(cls.names(spelling)) or "none"
@@ -64,7 +73,7 @@ class Options(BaseModel):
     def spelt(name: str, spelling: str) -> str:
         """Return an option as messages spell it."""
         if spelling.startswith("--"):
-            return "--target" if name in SIZES else spelling.format(name.replace("_", "-"))
+            return "--target" if name in TARGET_SIZES else spelling.format(name.replace("_", "-"))
         return spelling.format(name)
 
     def given(self, *names: str) -> dict[str, Any]:
@@ -104,7 +113,13 @@ class SizesOrPreset(Options):
         return self.given(*SIZES)
 
 
-class SizesOrRatio(SizesOrPreset):
+class Vocabulary(Options):
+    """The size of the vocabulary, which any structured method may reduce together with the layers."""
+
+    vocab: Positive | None = option("tokens to keep")
+
+
+class SizesOrRatio(Vocabulary, SizesOrPreset):
     """The size to reach: numbers, a share of the parameters, or a published name."""
 
     amounts: ClassVar[tuple[str, ...]] = ("sizes", "ratio", "preset")
@@ -127,7 +142,7 @@ class Multiples(Options):
     kv_groups_multiple: Positive = option("KV groups remain in multiples of this", 1)
 
 
-class Units(Multiples):
+class Units(Vocabulary, Multiples):
     """KV groups and FFN channels are counted layer by layer, or over all layers."""
 
     amounts: ClassVar[tuple[str, ...]] = ("ratio",)

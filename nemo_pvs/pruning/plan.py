@@ -1,4 +1,4 @@
-"""Plan: which layers, channels and heads of a model are kept; small, readable, and made without a model in memory."""
+"""Plan: which layers, channels, heads and tokens a pruned model keeps; small, readable, made without a model."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class Plan:
     """KV groups of each kept layer; a group's query heads are kept or removed with it."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the plan was made from: ``model_fingerprint``, hashes of scores or tokens, and settings."""
+    keep_vocab: Indices | None = field(default=None, repr=False)
+    """Tokens, which are renumbered in their order; None keeps the vocabulary and the tokenizer as they are."""
     input_means: InputMeans | None = field(default=None, repr=False)
     """Means of the removed inputs of ``o_proj`` and ``down_proj``, if biases compensate for them. The pruned model
     then has attention_bias and mlp_bias (Llama's own switches); other biases that these add are zero."""
@@ -59,10 +61,13 @@ class Plan:
         if self.input_means is not None:
             kept = kept.replace(features=tuple(sorted({*kept.features, *FEATURES})))
             self._check_input_means(self.input_means)
+        if self.keep_vocab is not None:
+            _check("keep_vocab", self.keep_vocab, self.parent.vocab)
+            kept = kept.replace(vocab=len(self.keep_vocab))
         if kept != self.target:
             raise UserError(
                 f"The plan keeps [{kept}], but its target is [{self.target}]; it removes layers, hidden and FFN "
-                "channels and whole KV groups, and leaves head_dim, the heads of a group and the vocabulary alone."
+                "channels, whole KV groups and tokens, and leaves head_dim and the heads of a group alone."
             )
 
     def _check_input_means(self, means: InputMeans) -> None:
@@ -82,6 +87,8 @@ class Plan:
         """
         if axis == "hidden":
             return self.keep_hidden
+        if axis == "vocab" and self.keep_vocab is not None:
+            return self.keep_vocab
         if layer is None or axis in {"vocab", "head_dim"}:
             return tuple(range(self.parent.axis(axis)))
         if axis == "ffn":
@@ -118,6 +125,7 @@ class Plan:
             "keep_hidden": format_ranges(self.keep_hidden),
             "keep_ffn": by_layer(self.keep_ffn),
             "keep_kv_groups": by_layer(self.keep_kv_groups),
+            **({} if self.keep_vocab is None else {"keep_vocab": format_ranges(self.keep_vocab)}),
             "provenance": dict(self.provenance),
             **({"input_means": self.input_means.content_hash} if self.input_means else {}),
         }
@@ -144,6 +152,7 @@ class Plan:
                 keep_hidden=parse_ranges(values["keep_hidden"]),
                 keep_ffn=tuple(parse_ranges(row) for row in values["keep_ffn"].values()),
                 keep_kv_groups=tuple(parse_ranges(row) for row in values["keep_kv_groups"].values()),
+                keep_vocab=parse_ranges(values["keep_vocab"]) if "keep_vocab" in values else None,
                 provenance=dict(values["provenance"]),
                 input_means=input_means,
             )

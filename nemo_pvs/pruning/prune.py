@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.token_set import TokenSet
+from nemo_pvs.pruning.options import VOCAB
 from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.pruning.request import PruneRequest
 from nemo_pvs.pruning.result import Pruned
 from nemo_pvs.pruning.spent import spent
+from nemo_pvs.pruning.vocabulary.choice import check_vocabulary
 
 
 class Finished(NamedTuple):
@@ -31,6 +33,8 @@ def prune(method: str, request: PruneRequest[Any]) -> Finished:
     Raises:
         UserError: there is no such method, or the request does not suit the model.
     """
+    if getattr(request.options, VOCAB, None) is not None:
+        check_vocabulary(request)
     read: list[TokenSet] = []
 
     def read_tokens() -> TokenSet:

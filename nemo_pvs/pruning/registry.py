@@ -21,6 +21,7 @@ from nemo_pvs.pruning.methods import (
     sheared_llama,
     shortgpt,
     sparsegpt,
+    vocabulary,
     wanda,
     wanda_sp,
 )
@@ -41,6 +42,7 @@ _OURS = (
     sheared_llama,
     efficient_llm,
     adapt_pruner,
+    vocabulary,
     magnitude,
     wanda,
     sparsegpt,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
+import torch
+
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.token_set import TokenSet
@@ -39,6 +41,8 @@ class PruneRequest(Generic[OptionsT]):
     draw: Callable[[int], TokenSet] | None = None
     """Draws new text for each iteration of an iterative method; by default all iterations read the same."""
     compute: Compute = ON_CPU
+    token_counts: Callable[[], torch.Tensor] | None = None
+    """Counts how often each token of the model occurs in the text (int64 [vocab]), when tokens are removed."""
 
 
 class Scored(NamedTuple):

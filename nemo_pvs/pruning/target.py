@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.options import SIZES
+from nemo_pvs.pruning.options import SIZES, TARGET_SIZES, VOCAB, Options
 from nemo_pvs.pruning.presets import find_preset
 from nemo_pvs.system.files import read_json, write_json
 
@@ -96,6 +96,16 @@ def with_sizes(parent: Shape, sizes: Mapping[str, int]) -> Shape:
                 f"The target {text!r} asks for {name}={size}, but the model has {largest}; pruning only removes."
             )
     return parent.replace(**sizes)
+
+
+def with_vocabulary(shape: Shape, options: Options) -> Shape:
+    """Return a target's Shape with the vocabulary that its options ask for, if any.
+
+    Raises:
+        UserError: the vocabulary is larger than the model's.
+    """
+    size = getattr(options, VOCAB, None)
+    return shape if size is None else with_sizes(shape, {VOCAB: size})
 
 
 def target_for_ratio(parent: Shape, ratio: float, method: str, of: str = "body") -> Shape:
@@ -186,9 +196,9 @@ def read_sizes(path: Path) -> FoundSizes:
 
 
 def _check_name(name: str, where: str) -> None:
-    if name not in SIZES:
-        near = difflib.get_close_matches(name, SIZES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(SIZES)}."
+    if name not in TARGET_SIZES:
+        near = difflib.get_close_matches(name, TARGET_SIZES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(TARGET_SIZES)}."
         raise UserError(f"{where} names an unknown size {name!r}; {hint}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.methods import efficient_llm, sheared_llama
 from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
-from nemo_pvs.pruning.options import SIZES
+from nemo_pvs.pruning.options import SIZES, VOCAB
 from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.recipe.target import DENSE, Target
 
@@ -91,6 +91,12 @@ def reads_calibration(target: Target) -> bool:
 def is_sparse(target: Target) -> bool:
     """Return whether a target keeps the parent's shape and has masks."""
     return "sparsity" in target.given
+
+
+def vocabulary_of(target: Target) -> int | None:
+    """Return the number of tokens that a target keeps; None if it keeps the parent's vocabulary."""
+    size = target.given.get(VOCAB)
+    return None if size is None else int(size)
 
 
 def stages_of(target: Target) -> int:

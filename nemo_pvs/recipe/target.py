@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field, create_model
 
-from nemo_pvs.pruning.options import SIZES, Options
+from nemo_pvs.pruning.options import SIZES, TARGET_SIZES, VOCAB, Options
 from nemo_pvs.pruning.registry import method_named, methods
 from nemo_pvs.recipe.efficient import PruningAware
 from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive
@@ -24,7 +24,10 @@ def _keys_of_methods() -> dict[str, Any]:
         for name, field in method.options.model_fields.items():
             declared = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
             types[name] = _either(types[name], declared) if name in types else declared
-    return {name: (declared | None, None) for name, declared in types.items()}
+    fields: dict[str, Any] = {name: (declared | None, None) for name, declared in types.items()}
+    # Younger than the records of finished runs, in which it is absent.
+    fields[VOCAB] = (types[VOCAB] | None, Field(default=None, exclude_if=lambda given: given is None))
+    return fields
 
 
 def _either(left: Any, right: Any) -> Any:
@@ -78,7 +81,7 @@ class Target(_MethodKeys):
     def options(self) -> dict[str, Any]:
         """The method's options as in the records of a run, where all sizes together are the ``target``."""
         given = self.given
-        sizes = ",".join(f"{name}={given.pop(name)}" for name in SIZES if name in given)
+        sizes = ",".join(f"{name}={given.pop(name)}" for name in TARGET_SIZES if name in given)
         return {**({"target": sizes} if sizes else {}), **given}
 
     @property

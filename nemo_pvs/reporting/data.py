@@ -17,7 +17,7 @@ from nemo_pvs.reporting.compare.scores import Score
 from nemo_pvs.reporting.compare.tasks import TaskRow, averages, task_rows
 from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
 from nemo_pvs.reporting.figures.gap import published_gaps
-from nemo_pvs.reporting.results import ArmResult
+from nemo_pvs.reporting.results import ArmResult, ParentResult
 from nemo_pvs.reporting.statistics import Estimate
 from nemo_pvs.reporting.tables.sweeps import sweeps_of
 
@@ -54,9 +54,7 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
         "not_comparable": list(runs.differences),
         "warnings": runs.warnings,
         "findings": [_finding(finding) for finding in runs.findings],
-        "parent": {**asdict(results.parent), **_interval("validation_loss", parent_loss(runs))}
-        if results.parent
-        else None,
+        "parent": _parent(runs, results.parent) if results.parent else None,
         "arms": arm_rows(runs),
         "equal_terms": equal_terms(runs),
         "by_budget": [_budget(row) for row in budget_rows(runs, reference=reference)],
@@ -76,6 +74,13 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
         data["published"] = published_rows
     plain: dict[str, Any] = _plain(data)
     return plain
+
+
+def _parent(runs: SideBySide, parent: ParentResult) -> dict[str, Any]:
+    values = {**asdict(parent), **_interval("validation_loss", parent_loss(runs))}
+    if parent.test_bits_per_byte is None:
+        del values["test_bits_per_byte"]
+    return values
 
 
 def arm_rows(runs: SideBySide) -> Rows:
@@ -129,6 +134,14 @@ def _arm(runs: SideBySide, arm: ArmResult) -> dict[str, Any]:
         "test_perplexity_before": arm.test_perplexity_before,
         "test_perplexity_after": arm.test_perplexity_after,
         **_interval("test_perplexity_after", perplexity_after(runs, arm)),
+        **(
+            {
+                "test_bits_per_byte_before": arm.test_bits_per_byte_before,
+                "test_bits_per_byte_after": arm.test_bits_per_byte_after,
+            }
+            if results.has_bits_per_byte
+            else {}
+        ),
     }
 
 

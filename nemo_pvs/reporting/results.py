@@ -41,6 +41,8 @@ class ParentResult:
     """Nats per token."""
     test_perplexity: float | None = None
     """exp of the mean cross-entropy per token on the test split."""
+    test_bits_per_byte: float | None = None
+    """The same cross-entropy in bits per byte of text, which is comparable between tokenizers."""
     text_losses: dict[str, float] = field(default_factory=dict)
     """Loss on each further text of the recipe (``evaluate.texts``), nats per token."""
     origin: dict[str, Any] | None = None
@@ -100,6 +102,8 @@ class ArmResult:
     test_perplexity_before: float | None = None
     """Perplexity of the model that training starts from, pruned or random."""
     test_perplexity_after: float | None = None
+    test_bits_per_byte_before: float | None = None
+    test_bits_per_byte_after: float | None = None
     text_losses: dict[str, float] = field(default_factory=dict)
     """Loss of the trained model on each further text of the recipe (``evaluate.texts``), nats per token."""
     ledger: Ledger = field(default_factory=Ledger)
@@ -150,6 +154,21 @@ class Results:
     def parent_origin(self) -> str | None:
         """A hash of how the parent was trained, without its seeds; None if unknown."""
         return self.parent.origin["recipe"] if self.parent and self.parent.origin else None
+
+    @property
+    def all_same_tokens(self) -> bool:
+        """Whether the parent and all arms have vocabularies of one size, so that losses per token are comparable."""
+        sizes = {arm.shape.vocab for arm in self.arms}
+        return len(sizes | ({self.parent.shape.vocab} if self.parent else set())) <= 1
+
+    @property
+    def has_bits_per_byte(self) -> bool:
+        """Whether bits per byte were measured of any arm."""
+        return any(arm.test_bits_per_byte_after is not None for arm in self.arms)
+
+    def same_tokens(self, arm: ArmResult) -> bool:
+        """Return whether an arm has the parent's vocabulary, so that their losses per token are comparable."""
+        return self.parent is None or arm.shape.vocab == self.parent.shape.vocab
 
     @property
     def targets(self) -> dict[str, list[ArmResult]]:
@@ -223,7 +242,14 @@ class Results:
             if not data[name]:
                 del data[name]
         for model in filter(None, (data["parent"], *data["arms"])):
-            for name in ("text_losses", "origin", "mfu", "peak_gigabytes"):
+            optional = (
+                "text_losses",
+                "origin",
+                "mfu",
+                "peak_gigabytes",
+                *(name for name in model if "bits_per" in name),
+            )
+            for name in optional:
                 if name in model and not model[name]:
                     del model[name]
         return _names_for_non_finite(data)

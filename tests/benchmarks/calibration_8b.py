@@ -26,12 +26,13 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.prune import prune
-from nemo_pvs.pruning.registry import at_once, method_named
+from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.pruning.request import PruneRequest
 from nemo_pvs.system.progress import console, progress
 from tests.benchmarks.conversion import SHAPES, make_input
 from tests.benchmarks.llm_compressor import random_tokens
 from tests.benchmarks.measure import Measured, forget_cached, measure
+from tests.benchmarks.methods import METHODS
 
 
 def options_of(method: str, shape: Shape) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="another depth")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--only", action="append", choices=at_once(), help="may be repeated")
+    parser.add_argument("--only", action="append", choices=METHODS, help="may be repeated")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_calibration"))
     given = parser.parse_args()
     shape = SHAPES[given.shape]
@@ -69,7 +70,7 @@ def main() -> None:
     elif shape_of(HuggingFaceSource(model)) != shape:
         raise SystemExit(f"{model} holds another model; remove it.")
     results = {}
-    for name in ("calibrate", *(given.only or at_once())):
+    for name in ("calibrate", *(given.only or METHODS)):
         work = calibrated if name == "calibrate" else pruned
         forget_cached(model)
         results[name] = measure(work, name, model, given.folder, size)
@@ -124,7 +125,7 @@ def table(shape: Shape, size: tuple[int, int], results: dict[str, Measured]) -> 
     for column in ("", "s", "s a layer", "CPU s", "peak MB", "before MB", "options"):
         made.add_column(column, justify="right" if column not in {"", "options"} else "left")
     for name, measured in results.items():
-        chosen = options_of(name, shape) if name in at_once() else {}
+        chosen = options_of(name, shape) if name in METHODS else {}
         made.add_row(
             name,
             f"{measured.seconds:.1f}",

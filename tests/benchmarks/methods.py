@@ -32,6 +32,7 @@ from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.pruning.methods import vocabulary
 from nemo_pvs.pruning.options import Options
 from nemo_pvs.pruning.prune import prune
 from nemo_pvs.pruning.registry import at_once, method_named
@@ -40,6 +41,9 @@ from nemo_pvs.pruning.result import write
 from nemo_pvs.pruning.target import parse_sizes
 from nemo_pvs.system.progress import progress
 from tests.benchmarks.structured_methods import texts
+
+METHODS = [name for name in at_once() if name != vocabulary.NAME]
+"""The methods whose losses per token can be compared; ``tests.benchmarks.vocabulary`` measures the other one."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def main() -> None:
     options.add_argument("--parent", default="smollm2-135m", help="as in a recipe")
     options.add_argument("--samples", type=int, default=32, help="calibration windows; half as many are predicted")
     options.add_argument("--sequence-length", type=int, default=256)
-    options.add_argument("--only", action="append", choices=at_once(), help="may be repeated")
+    options.add_argument("--only", action="append", choices=METHODS, help="may be repeated")
     options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "pvs_benchmark_parent")
     given = options.parse_args()
     folder = given.folder if given.folder.is_dir() else prepare_parent(given.parent, given.folder)

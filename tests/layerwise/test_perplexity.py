@@ -83,3 +83,26 @@ def test_windows_may_end_one_token_behind_the_context() -> None:
     assert perplexity(source, token_set())["tokens"] == 5 * 29
     with pytest.raises(UserError, match="do not fit the model's context of 28"):
         perplexity(StateSource(tiny_model(max_position_embeddings=28)), token_set())
+
+
+def test_bits_per_byte_are_of_the_bytes_that_are_predicted() -> None:
+    source, tokens = StateSource(tiny_model()), token_set()
+    size = torch.arange(128) % 7
+    measured = perplexity(source, tokens, token_bytes=size)
+    plain = perplexity(source, tokens)
+    assert {name: measured[name] for name in plain} == plain
+    assert measured["bytes"] == int(size[tokens.ids[:, 1:].long()].sum())
+    bits = measured["loss"] * measured["tokens"] / math.log(2)
+    assert measured["bits_per_byte"] == pytest.approx(bits / measured["bytes"])
+    # One byte each: bits per byte are bits per token, and so is their error.
+    single = perplexity(source, tokens, token_bytes=torch.ones(128))
+    assert single["bits_per_byte"] == pytest.approx(plain["loss"] / math.log(2))
+    assert single["bits_per_byte_stderr"] == pytest.approx(plain["loss_stderr"] / math.log(2))
+
+
+def test_bits_per_byte_of_sliding_windows_count_each_byte_once() -> None:
+    source, stream = StateSource(tiny_model()), random_ids(1, 50, seed=3)[0].numpy()
+    windows = [stream[start : start + 20] for start in range(0, 31, 10)]
+    names = {"data_set": "x", "source_sha256": None, "tokenizer_sha256": None, "seed": None}
+    measured = perplexity(source, TokenSet.from_windows(windows, **names), stride=10, token_bytes=torch.ones(128))
+    assert measured["bytes"] == measured["tokens"] == 49

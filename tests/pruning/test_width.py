@@ -121,7 +121,7 @@ def test_the_plan_is_deterministic_and_names_its_scores() -> None:
         (PARENT.replace(layers=1), "energy", "remove layers with depth pruning"),
         (PARENT, "l1", "Unknown aggregation 'l1'; choose energy or meanabs_l2"),
         (PARENT.replace(hidden=5), "energy", "keeps .*hidden 4,.* target is .*hidden 5,"),
-        (PARENT.replace(vocab=4), "energy", "the vocabulary alone"),
+        (PARENT.replace(vocab=4), "energy", "the heads of a group alone"),
     ],
 )
 def test_impossible_targets_are_refused(target: Shape, aggregation: str, message: str) -> None:

@@ -172,3 +172,31 @@ def test_the_page_says_how_random_weights_were_drawn_and_what_budgets_count(resu
     assert "2^20 tokens for a million; all other numbers are of tokens that were seen" in paper
     results.arms = [arm for arm in results.arms if arm.initialisation == "pruned"]
     assert "Random weights" not in notes({})
+
+
+def _with_a_smaller_vocabulary(results: Results) -> Results:
+    """Return the results with 600 of 1,000 tokens in both arms of width, and bits per byte of every model."""
+    assert results.parent is not None
+    results.parent.test_bits_per_byte = 1.134
+    for index, arm in enumerate(results.arms):
+        arm.test_bits_per_byte_before, arm.test_bits_per_byte_after = 2.5, 1.2 + index / 100
+        if arm.target == "width":
+            arm.shape = arm.shape.replace(vocab=600)
+    return results
+
+
+def test_models_of_several_vocabularies_are_compared_by_bits_per_byte(results: Results) -> None:
+    run = Run("run", _with_a_smaller_vocabulary(results), {})
+    table = results_rows(run.results)
+    assert [column.plain for column in table.columns][-2:] == ["test bits per byte before", "test bits per byte after"]
+    assert [row[-2:] for row in table.rows][:2] == [["–", "1.134"], ["2.500", "1.200"]]
+    assert "bits" in _terminal(results, 100)
+    assert any("across vocabularies compare bits per byte" in note for note in notes_of(compare([run])))
+    # Within a target the tokens are the same, and so are the terms of the gap.
+    assert results.gap(results.arms[2]) == pytest.approx(-0.20)
+
+
+def test_bits_per_byte_that_were_not_measured_take_no_column(results: Results) -> None:
+    assert not [column for column in results_rows(results).columns if "bits" in column.plain]
+    assert "bits" not in _terminal(results, 100)
+    assert not any("bits" in name for name in results.to_json()["arms"][0])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.data.token_bytes import token_bytes
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pipeline.folder import RunFolder
@@ -31,28 +32,32 @@ def evaluate(run: RunFolder, label: str, path: Path) -> Stage[EvaluationRecord]:
     """
     settings = run.recipe.evaluate
     arm = next((arm for arm in run.recipe.runs if arm.name == label), None)
+    target = next((arm.target for arm in run.arms if label in (arm.name, initial_label(arm))), None)
+    tokens = run.tokens_of(target)
     validated = arm is not None and _is_validated(run, arm)
 
     def inputs() -> Inputs:
         return {
             "model": fingerprint(open_source(path)),
-            "text": run.text("test"),
+            "text": run.text("test", target),
             "settings": settings.model_dump(include={"samples", "sequence_length"}),
-            "validation": run.records.data.windows_sha256,
+            "validation": run.data_of(target).windows_sha256,
             **({"validated": False} if arm is not None and not validated else {}),
             **({"texts": run.tokens.text_hashes} if settings.texts else {}),
         }
 
-    def measure(text: str, tokens: TokenSet) -> Measured:
+    def measure(text: str, token_set: TokenSet) -> Measured:
         with progress(f"{text} loss of {label}", "layers") as show:
-            return Measured.from_json(perplexity(open_source(path), tokens, run.compute, progress=show))
+            size = token_bytes(run.tokenizer_of(target))
+            measured = perplexity(open_source(path), token_set, run.compute, token_bytes=size, progress=show)
+            return Measured.from_json(measured)
 
     def windows(prefix: Path) -> TokenSet:
         return TokenSet.from_token_file(prefix, samples=settings.samples, sequence_length=settings.sequence_length)
 
     def work() -> EvaluationRecord:
-        measured = measure("test", windows(run.tokens.prefix("test")))
-        validation = None if validated else measure("validation", run.tokens.validation_windows)
+        measured = measure("test", windows(tokens.prefix("test")))
+        validation = None if validated else measure("validation", tokens.validation_windows)
         texts = {name: measure(name, windows(Path(prefix))) for name, prefix in settings.texts.items()}
         return EvaluationRecord(measured, validation, texts or None)
 

@@ -17,7 +17,10 @@ from nemo_pvs.pipeline.stage import Stage
 from nemo_pvs.planning.parent_checks import check_dense_parent
 from nemo_pvs.planning.targets import check_recipe
 from nemo_pvs.planning.teacher import check_recipe_teacher, check_tokens
+from nemo_pvs.pruning.vocabulary.choice import check_size
+from nemo_pvs.pruning.vocabulary.tokenizer import BpeTokenizer
 from nemo_pvs.recipe.distillation import PARENT
+from nemo_pvs.recipe.options import vocabulary_of
 from nemo_pvs.system.files import sha256_json, whole_folder, write_json
 
 
@@ -92,11 +95,22 @@ def check_parent(run: RunFolder) -> None:
     _check(run)
     if run.recipe.parent.source:
         check_dense_parent(run.recipe, run.parent_source)
+        _check_vocabularies(run)
     check_recipe(run.recipe, run.parent_shape, int(run.parent_config.get("max_position_embeddings", 0)))
     check_recipe_teacher(run.recipe, run.parent_shape)
     distill = run.recipe.train.distill
     if distill and distill.teacher != PARENT:
         check_tokens(Path(distill.teacher), run.tokenizer)
+
+
+def _check_vocabularies(run: RunFolder) -> None:
+    for name, target in run.recipe.targets.items():
+        size = vocabulary_of(target)
+        if size is not None:
+            try:
+                check_size(BpeTokenizer(run.parent_source.assets, run.parent_config), size)
+            except UserError as error:
+                raise UserError(f"Target {name}: {error}") from None
 
 
 def _check(run: RunFolder) -> None:

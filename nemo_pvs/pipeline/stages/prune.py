@@ -12,7 +12,7 @@ from nemo_pvs.pipeline.target import prune_target, write_planned
 from nemo_pvs.planning.learned import is_trained_first
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.pruning.methods import adapt_pruner
-from nemo_pvs.recipe.options import is_sparse, needs_scores, scans
+from nemo_pvs.recipe.options import is_sparse, needs_scores, scans, vocabulary_of
 from nemo_pvs.recipe.target import Target
 
 
@@ -33,6 +33,7 @@ def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
             "scores": run.records.scores.scores if needs_scores(target) else None,
             "text": text,
             **({"masks": run.records.masks(name).masks} if is_trained_first(target) else {}),
+            **({"counted": run.text("train")} if vocabulary_of(target) is not None else {}),
         }
 
     def work() -> PrunedRecord:
@@ -48,6 +49,7 @@ def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
             task_score=lambda: search_score(
                 target, run.tokens.prefix("calibration"), run.tokenizer, questions, run.compute
             ),
+            token_counts=lambda: run.tokens.token_counts(run.parent_shape.vocab),
             compute=run.compute,
         )
 

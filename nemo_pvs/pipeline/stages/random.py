@@ -18,7 +18,7 @@ from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, RunFolder
 from nemo_pvs.pipeline.records import RandomRecord, prune_stage, random_stage
 from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.planning.targets import expected_shape
-from nemo_pvs.recipe.options import is_sparse
+from nemo_pvs.recipe.options import is_sparse, vocabulary_of
 from nemo_pvs.recipe.target import DENSE, Target
 
 
@@ -79,6 +79,8 @@ def _needs_shape_only(run: RunFolder, name: str, target: Target) -> bool:
     """Return whether the weights depend only on the shape, and the shape is known before the target is pruned."""
     if target.method == DENSE:
         return True
+    if vocabulary_of(target) is not None:
+        return False  # the tokenizer is known only after pruning
     if prune_stage(name) in run.records or "parent" not in run.records or target.keep_parent_embeddings:
         return False
     masked = is_sparse(target) or bool(masks_of(run.parent_source).names)

@@ -12,11 +12,11 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.ledger.ledger import LEDGER
 from nemo_pvs.pipeline.folder import RunFolder, forget_optimizer
 from nemo_pvs.pipeline.ledger import run_ledger
-from nemo_pvs.pipeline.records import TrainedRecord, prune_stage, random_stage, train_stage
+from nemo_pvs.pipeline.records import TrainedRecord, data_stage, prune_stage, random_stage, teacher_stage, train_stage
 from nemo_pvs.pipeline.stage import Inputs, TrainingStage
 from nemo_pvs.planning.rounds import Round, shares
 from nemo_pvs.recipe.identity import origin_of, read_origin
-from nemo_pvs.recipe.options import stages_of
+from nemo_pvs.recipe.options import stages_of, vocabulary_of
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.system.files import write_json
 from nemo_pvs.training.job import CHECKPOINTS
@@ -27,6 +27,13 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
     """Return the stage that trains an arm; for an arm with stages, the last share of its training."""
     folder, model = run.arm_folder(arm.name), run.model(arm.name)
     pruned = arm.initialisation == "pruned"
+    after = [prune_stage(arm.target) if pruned else random_stage(arm.target)]
+    if vocabulary_of(run.recipe.targets[arm.target]) is None:
+        after.append(data_stage())
+    else:
+        after.append(data_stage(arm.target))
+        if arm.training.distill:
+            after.append(teacher_stage(arm.target))
 
     def inputs() -> Inputs:
         initial = run.records.pruned(arm.target) if pruned else run.records.random(arm.target)
@@ -48,7 +55,7 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
         prepare=lambda: run.job(arm).save(),
         work=lambda: TrainedRecord(hand_over(last_checkpoint(run.job(arm)), model), arm.layout.model_dump()),
         outputs=[folder, model],
-        after=["data", prune_stage(arm.target) if pruned else random_stage(arm.target)],
+        after=after,
         precious=[folder / CHECKPOINTS, model],
         keep_partial=True,
         then=then,
@@ -64,8 +71,8 @@ def training_inputs(run: RunFolder, arm: Arm, share: Round, initial: str) -> Inp
     loading, teacher = run.loading(arm), run.job(arm).teacher
     return {
         "initial": str(initial),
-        "text": run.text("train"),
-        "validation": run.records.data.windows_sha256,
+        "text": run.text("train", arm.target),
+        "validation": run.data_of(arm.target).windows_sha256,
         "first_token": share.first_token,
         **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
         **({"optimizer": "sliced"} if share.first_step and run.carries(arm, 2) else {}),

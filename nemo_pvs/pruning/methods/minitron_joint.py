@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.method import Method
 from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
-from nemo_pvs.pruning.options import SizesOrPreset, option
+from nemo_pvs.pruning.options import SizesOrPreset, Vocabulary, option
 
 if TYPE_CHECKING:
     from nemo_pvs.pruning.plan import Plan
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "minitron-joint"
 
 
-class MinitronJointOptions(SizesOrPreset):
+class MinitronJointOptions(Vocabulary, SizesOrPreset):
     """The options of Minitron-joint."""
 
     aggregation: Literal["energy", "meanabs_l2"] = option(

@@ -55,16 +55,22 @@ def planned(request: PruneRequest[Any], plan: Plan) -> Pruned:
 
 
 def _announce(request: PruneRequest[Any], parent: Shape, target: Shape) -> None:
-    from nemo_pvs.pruning.target import describe_removal
+    from nemo_pvs.pruning.target import describe_removal, with_vocabulary
 
+    target = with_vocabulary(target, request.options)
     request.check(target)
     request.say(f"target: {target}; {describe_removal(parent, target)}")
 
 
 def _pruned(request: PruneRequest[Any], plan: Plan) -> Pruned:
     from nemo_pvs.pruning.apply import PrunedSource
+    from nemo_pvs.pruning.options import VOCAB
     from nemo_pvs.pruning.result import Pruned
+    from nemo_pvs.pruning.vocabulary.choice import with_fewer_tokens
 
+    size = getattr(request.options, VOCAB, None)
+    if size is not None:
+        plan = with_fewer_tokens(plan, request, size)
     return Pruned(PrunedSource(request.source, plan), plan, {"method": plan.method})
 
 

@@ -57,6 +57,7 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
     perplexity = ("evaluate.samples", "evaluate.sequence_length")
     return {
         ("tokenizer", "its SHA-256"): hashes.get("tokenizer"),
+        **{("tokenizer", f"the {name}"): value for name, value in hashes.items() if name.startswith("tokenizer of ")},
         ("architecture", "the parent's shape"): str(results.parent.shape) if results.parent else None,
         **{("architecture", f"{_SHAPE_OF}{name}"): str(arms[0].shape) for name, arms in results.targets.items()},
         **{("data order", f"the SHA-256 of {name}"): value for name, value in hashes.items() if _is_training(name)},

@@ -99,6 +99,7 @@ def _mean_parent(runs: Sequence[Run]) -> ParentResult | None:
         parents[0],
         validation_loss=_mean_known([parent.validation_loss for parent in parents]),
         test_perplexity=_mean_known([parent.test_perplexity for parent in parents]),
+        test_bits_per_byte=_mean_known([parent.test_bits_per_byte for parent in parents]),
         text_losses=_mean_losses([parent.text_losses for parent in parents]),
     )
 
@@ -138,6 +139,8 @@ def _mean(arms: list[ArmResult]) -> ArmResult:
         training=_mean_points([arm.training for arm in arms]),
         test_perplexity_before=_mean_known([arm.test_perplexity_before for arm in arms]),
         test_perplexity_after=_mean_known([arm.test_perplexity_after for arm in arms]),
+        test_bits_per_byte_before=_mean_known([arm.test_bits_per_byte_before for arm in arms]),
+        test_bits_per_byte_after=_mean_known([arm.test_bits_per_byte_after for arm in arms]),
         text_losses=_mean_losses([arm.text_losses for arm in arms]),
         seconds=_mean_known([arm.seconds for arm in arms]),
         tokens_per_second=_mean_known([arm.tokens_per_second for arm in arms]),

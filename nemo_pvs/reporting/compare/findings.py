@@ -80,12 +80,13 @@ def gap_shrinks_with_ratio(runs: SideBySide) -> Finding:
 
     Per method and budget, the gap at the smallest share removed minus that at the largest.
     """
-    groups: dict[tuple[str, int], list[ArmResult]] = {}
+    groups: dict[tuple[str, int, int], list[ArmResult]] = {}
     for arm in _pruned(runs):
         if gap_by_seed(runs, arm):
-            groups.setdefault((method_of(runs, arm), _tokens(arm)), []).append(arm)
+            # Gaps per token of different vocabularies cannot be compared.
+            groups.setdefault((method_of(runs, arm), _tokens(arm), arm.shape.vocab), []).append(arm)
     evidence: list[Evidence] = []
-    for (method, tokens), arms in groups.items():
+    for (method, tokens, _), arms in groups.items():
         ordered = sorted(arms, key=lambda arm: arm.shape.parameters - arm.masked_parameters, reverse=True)
         least, most = (removed_share(runs.results, arm) or 0.0 for arm in (ordered[0], ordered[-1]))
         if most - least < _SAME_SHARE:

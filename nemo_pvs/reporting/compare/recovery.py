@@ -83,6 +83,9 @@ def judge_recovery(runs: SideBySide, margin: float, unit: Unit = "points") -> tu
 
 
 def _loss(runs: SideBySide, arm: ArmResult, margin: float) -> Recovery:
+    if not runs.results.same_tokens(arm):
+        basis = "the arm has another vocabulary than its parent, so their losses per token are not comparable"
+        return _recovery(arm, "validation loss", "nats", margin, None, basis)
     differences = []
     for run, repeated in runs.repetitions[arm.name]:
         parent = run.results.parent.validation_loss if run.results.parent else None

@@ -95,7 +95,9 @@ def _finite(points: list[Point]) -> list[Point]:
 
 
 def _parent_loss(results: Results) -> float | None:
-    """Return the parent's validation loss if it was measured and is finite."""
+    """Return the parent's validation loss if it was measured, is finite and is comparable with every arm's."""
+    if not results.all_same_tokens:
+        return None
     loss = results.parent.validation_loss if results.parent else None
     return loss if loss is not None and math.isfinite(loss) else None
 

@@ -68,9 +68,17 @@ NOTES = (
 )
 
 
+_OTHER_TOKENS = (
+    "Models with different vocabularies split text into different tokens: losses, gaps and perplexities are per token "
+    "and comparable within a target only; across vocabularies compare bits per byte."
+)
+
+
 def notes_of(runs: SideBySide) -> list[str]:
     """Return the notes below the table of these runs."""
     notes = [note for note in NOTES if note != _GAP or runs.results.parent]
+    if not runs.results.all_same_tokens:
+        notes.append(_OTHER_TOKENS)
     notes += _of_training(runs)
     if runs.seeds == 1:
         return notes
@@ -222,9 +230,23 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
         Column("Test perplexity", "before", "test PPL before", "PPL\nbefore"),
         Column("Test perplexity", "after", "test PPL after", "PPL\nafter"),
     ]
+    if results.has_bits_per_byte:
+        terminal = None if results.all_same_tokens else "bits\nper byte"
+        columns += [
+            Column("Test bits per byte", "before", "test bits per byte before"),
+            Column("Test bits per byte", "after", "test bits per byte after", terminal),
+        ]
     rows = [_arm_row(results, arm, size, tokens, runs) for arm in results.arms]
-    missing = [[f"{target}, {start} (missing)", *[DASH] * 12] for target, start in (runs.missing if runs else [])]
-    return ResultsTable(columns, [*([_parent_row(parent, size, runs)] if parent else []), *rows, *missing])
+    dashes = [DASH] * (len(columns) - 1)
+    missing = [[f"{target}, {start} (missing)", *dashes] for target, start in (runs.missing if runs else [])]
+    if results.has_bits_per_byte:
+        for row, arm in zip(rows, results.arms, strict=True):
+            row += [fixed(arm.test_bits_per_byte_before, 3), fixed(arm.test_bits_per_byte_after, 3)]
+    of_parent = []
+    if parent:
+        bits = [DASH, fixed(parent.test_bits_per_byte, 3)] if results.has_bits_per_byte else []
+        of_parent.append([*_parent_row(parent, size, runs), *bits])
+    return ResultsTable(columns, [*of_parent, *rows, *missing])
 
 
 def _parent_row(parent: ParentResult, size: tuple[float, str], runs: SideBySide | None) -> list[str]:
