@@ -263,7 +263,7 @@ def _id_type(vocab: int) -> np.dtype[Any]:
 def _checksum(answers: Answers) -> int:
     crc = 0
     for array in answers:
-        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return crc
 
 

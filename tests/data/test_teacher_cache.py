@@ -45,6 +45,12 @@ def _write(folder: Path, content: CacheContent, shards: list[int] | None = None)
     return cache
 
 
+def _read(folder: Path, samples: range) -> None:
+    cache = TeacherCache.open(folder)
+    for sample in samples:
+        cache.read(sample)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 @pytest.mark.parametrize("vocab", [65536, 65537, 128256], ids=["16-bit ids", "32-bit ids", "Llama 3"])
 def test_every_sample_comes_back_bit_for_bit(tmp_path, vocab, precision):
@@ -136,8 +142,7 @@ def test_damage_is_found_when_the_sample_is_read(tmp_path):
     for position in range(len(whole) - 4 * len(samples), len(whole), 2):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(UserError, match=r"000001.safetensors is damaged"):
-            for sample in samples:
-                TeacherCache.open(tmp_path).read(sample)
+            _read(tmp_path, samples)
     for damaged in (whole[:-1], whole[:5], b"", b"\xff" * 100):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"remove this file and run the command that made the cache again"):
