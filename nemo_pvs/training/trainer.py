@@ -173,7 +173,8 @@ class Trainer:
             if answer == "0" and is_finished(job):
                 trained[job.folder] = _result(job)
             elif not received:
-                raise TrainingError(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
+                what = f"{'Job' if isinstance(job, TeachingJob) else 'Training of'} {job.name}"
+                raise TrainingError(f"{what} failed; the reason is at the end of {job.log}.")
 
     def _free_launcher(self) -> Launcher:
         """Return a launcher without a job, and start it if necessary."""
