@@ -21,7 +21,7 @@ from nemo_pvs.pipeline.records import MasksRecord, RecordT, TaughtRecord, prune_
 from nemo_pvs.pipeline.stage import Stage, TrainingStage
 from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.evaluate import evaluate, models_to_evaluate
-from nemo_pvs.pipeline.stages.learned import learn
+from nemo_pvs.pipeline.stages.learned import learn, learning_job
 from nemo_pvs.pipeline.stages.parent import check_parent, parent
 from nemo_pvs.pipeline.stages.tasks import ask_tasks, check_questions, check_tasks
 from nemo_pvs.pipeline.stages.teach import teach
@@ -36,6 +36,7 @@ from nemo_pvs.planning.parent_checks import check_costs
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.files import write_text
 from nemo_pvs.training import metrics
+from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import check_here
 from nemo_pvs.training.teaching_job import Job, TeachingJob
 from nemo_pvs.training.trainer import Trainer, is_finished
@@ -200,8 +201,7 @@ class Pipeline(RunFolder):
         check_tasks(self.recipe)
         self.tokens.check_texts(self.tokenizer, self.parent_shape.vocab)
         if trains_here:
-            jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
-            for job in jobs:
+            for job in self._training_jobs():
                 if not is_finished(job):
                     check_here(job.name, job.layout, job.training, self.jobs)
             for _, tokens in self._unfinished_caches():
@@ -219,9 +219,8 @@ class Pipeline(RunFolder):
 
     def _build_index(self) -> None:
         """Build the index of every order in which the jobs read the text; most recipes have one."""
-        jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
         orders = {}
-        for job in jobs:
+        for job in self._training_jobs():
             text = job.data["train"]
             blended = isinstance(text, list) and len(text) > 1  # then the index also depends on how much is read
             budget = (job.first_token, job.training.tokens) if blended else None
@@ -229,6 +228,12 @@ class Pipeline(RunFolder):
         for job in orders.values():
             if not is_finished(job):
                 job.build_index()
+
+    def _training_jobs(self) -> list[TrainingJob]:
+        """Return the jobs of every training but those between the stages of a target."""
+        learned = [name for name, _ in first_of_each_training(self.recipe)]
+        learning = [learning_job(self, name, self.recipe.targets[name]) for name in learned]
+        return [*learning, *map(self.job, self.recipe.runs)]
 
     def _check_text(self, splits: Splits) -> None:
         test, calibration = self.tokens.prefix("test"), self.tokens.prefix("calibration")
