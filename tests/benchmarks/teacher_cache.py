@@ -30,7 +30,7 @@ from tests.benchmarks.step_costs import make_run
 from tests.megatron.ranks import run_ranks
 
 K = 32
-WARM_UP = 2
+WARM_UP = 1
 VOCAB = 49_152
 TEACHER = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 STUDENT = {"hidden_size": 288, "intermediate_size": 768, "num_attention_heads": 9, "num_key_value_heads": 3}

@@ -129,9 +129,14 @@ class _TopKKL(torch.autograd.Function):
         for s, log_p_of_part, ids_of_part, gradient_of_part in zip(
             *rows, gradient.flatten(0, -2).split(TOKENS_AT_ONCE), strict=True
         ):
-            s = s.to(precise) / temperature
-            kl = _kl_into_gradient(s, log_p_of_part, ids_of_part.long(), rest is not None, first, group)
-            gradient_of_part.copy_(s.mul_(temperature))
+            # In the memory of the result where it is as precise: fresh memory takes longer than the arithmetic.
+            scaled = gradient_of_part if gradient.dtype == precise else torch.empty_like(s, dtype=precise)
+            torch.div(s.to(precise), temperature, out=scaled)
+            kl = _kl_into_gradient(scaled, log_p_of_part, ids_of_part.long(), rest is not None, first, group)
+            if temperature != 1:
+                scaled.mul_(temperature)
+            if scaled is not gradient_of_part:
+                gradient_of_part.copy_(scaled)
             parts.append(temperature**2 * kl)
         ctx.save_for_backward(gradient)
         return torch.cat(parts).view(student.shape[:-1])
@@ -139,7 +144,7 @@ class _TopKKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].unsqueeze(-1).to(gradient.dtype), None, None, None, None, None
+        return gradient.mul_(gradients[0].unsqueeze(-1)), None, None, None, None, None
 
 
 def _kl_into_gradient(
