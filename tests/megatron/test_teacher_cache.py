@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
-from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.data.sample_index import training_samples
 from nemo_pvs.data.teacher_cache import TeacherCache
 from nemo_pvs.recipe.distillation import Cache, Distillation
@@ -23,7 +24,9 @@ from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.teaching_job import TeachingJob, content_for, load_job
+from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.masked_source import MaskedSource
 from tests.megatron.jobs import accumulating
 from tests.megatron.ranks import run_ranks, write_tokens
 from tests.megatron.test_training import _largest_difference, _losses
@@ -258,6 +261,17 @@ def test_half_precision_costs_little(job, online, tmp_path):
     curve = _run(_from(job, cache), tmp_path / "run", distributed_optimizer=False)
     assert 1e-7 < _farthest(curve, online, steps=1) < 1e-3
     assert _farthest(curve, online) < 1e-2
+
+
+def test_a_sparse_student_reads_the_same_answers(job, cache, tmp_path):
+    write_nemo(MaskedSource(HuggingFaceSource(job.teacher.parent / "model")), tmp_path / "initial")
+    sparse = replace(job, initial=tmp_path / "initial")
+    runs = {"online": sparse, "cached": _from(sparse, cache)}
+    curves = [_run(run, tmp_path / name, distributed_optimizer=False) for name, run in runs.items()]
+    assert _farthest(*curves, steps=1) < 1e-6
+    matrices = list(matrix_sparsity(NemoSource(last_checkpoint(replace(sparse, folder=tmp_path / "cached")))))
+    assert matrices
+    assert all(matrix.zeros == matrix.masked > 0 for matrix in matrices)
 
 
 def test_ranks_refuse_a_cache_of_other_samples(job, cache, tmp_path):
