@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nemo_pvs.api.report import report as report
     from nemo_pvs.api.run import run as run
     from nemo_pvs.api.search import search as search
+    from nemo_pvs.api.teach import teach as teach
     from nemo_pvs.api.tokenize import tokenize as tokenize
     from nemo_pvs.api.train import train as train
     from nemo_pvs.api.train_tokenizer import train_tokenizer as train_tokenizer
@@ -50,6 +51,7 @@ _MODULES = {
     "report": "api.report",
     "run": "api.run",
     "search": "api.search",
+    "teach": "api.teach",
     "tokenize": "api.tokenize",
     "train": "api.train",
     "train_tokenizer": "api.train_tokenizer",

@@ -60,6 +60,8 @@ def train(
     teacher: str | Path | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
+    rest: str = "renormalise",
+    cache: str | Path | None = None,
     lm_weight: float = 0.0,
     kl_weight: float = 1.0,
     layer_pairs: str | Sequence[tuple[int, int]] | None = None,
@@ -101,7 +103,10 @@ def train(
         allow_overlap: Read again what the weights were trained on, according to their ledger.
         teacher: Checkpoint to distil from, with the same tokenizer.
         temperature: Temperature of teacher and student in the divergence.
-        top_k: Only the teacher's most likely tokens, this many.
+        top_k: Only the teacher's most likely tokens, this many; by default all, or all that the cache keeps.
+        rest: What becomes of the other tokens' probability with ``top_k``: ``renormalise`` leaves it out, ``class``
+            makes it one more class.
+        cache: Folder of ``teach``, from which the teacher's answers are read.
         lm_weight: Weight of the loss against the text, in addition to the divergence.
         kl_weight: Weight of the divergence from the teacher.
         layer_pairs: Student and teacher layers whose hidden states are compared: ``[(4, 6), (8, 13)]``.
@@ -155,6 +160,8 @@ def train(
         "teacher": str(teacher) if teacher else None,
         "temperature": temperature,
         "top_k": top_k,
+        "rest": rest,
+        "cache": _cache_block(Path(cache)) if cache else None,
         "lm_weight": lm_weight,
         "kl_weight": kl_weight,
         "layer_pairs": pairs or (),
@@ -163,10 +170,11 @@ def train(
         "hidden_loss": hidden_loss,
         "dynamic_weight": dynamic_weight,
     }
-    if teacher is None and tuple(distill.values()) != (None, 1.0, None, 0.0, 1.0, (), 0.0, 0.0, "cosine", False):
+    untaught = (None, 1.0, None, "renormalise", None, 0.0, 1.0, (), 0.0, 0.0, "cosine", False)
+    if teacher is None and tuple(distill.values()) != untaught:
         raise UserError(
-            "--temperature, --top-k, --layer-pairs, --hidden-loss and the weights of losses are about distillation; "
-            "give --teacher."
+            "--temperature, --top-k, --rest, --cache, --layer-pairs, --hidden-loss and the weights of losses are "
+            "about distillation; give --teacher."
         )
     layout = parse_layout(
         {
@@ -208,6 +216,7 @@ def train(
             keep_parent_embeddings=keep_parent_embeddings,
             first_token=int(first_token),
             before=[] if random_init or allow_overlap else ledger.read,
+            cache=Path(cache) if cache else None,
         )
         read = tokens_read(token_file_hash(data / "train"), training, job.first_token)
         with Trainer(out / "launcher.log") as trainer:
@@ -216,3 +225,11 @@ def train(
         for folder in (out, checkpoint):  # next to the weights, so that what is made of them inherits their cost
             ledger.save(folder / LEDGER)
     return TrainedModel(checkpoint, job, metrics.read(job.metrics), ledger)
+
+
+def _cache_block(folder: Path) -> dict[str, object]:
+    """Return the recipe's block for a cache on disk."""
+    from nemo_pvs.data.teacher_cache import TeacherCache
+
+    content = TeacherCache.open(folder).content
+    return {"top_k": content.top_k, "precision": content.precision}

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.cached_teacher import cached_ranges, describe_caches
 from nemo_pvs.planning.dry_run import DryRun, PlannedArm, PlannedTarget, describe_domains, dry_run
 from nemo_pvs.planning.gpu_time import MFU, PEAK_FLOPS, explain_layout, gpu_hours, training_flops
 from nemo_pvs.planning.learned import learned_target
@@ -42,7 +43,7 @@ def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None =
     """
     steps = phases(recipe, folder)
     if len(steps) == 1 and not recipe.seeds:
-        show(dry_run(recipe), executor, mfu)
+        show(dry_run(recipe), folder, executor, mfu)
         return
     total, hours = 0, 0.0
     for phase in steps:
@@ -50,7 +51,7 @@ def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None =
         console.rule()
         each = f", {len(phase)} times" if len(phase) > 1 else ""
         console.print(f"{', '.join(str(member.folder) for member in phase)}{each}:", soft_wrap=True)
-        show(plan, executor, mfu)
+        show(plan, phase[0].folder, executor, mfu)
         total += len(phase) * sum(planned.arm.tokens for planned in plan.arms)
         hours += len(phase) * sum(_hours(plan, planned, mfu) for planned in plan.arms)
     console.print(f"training tokens of all runs: {total:,}")
@@ -58,8 +59,8 @@ def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None =
         console.print(f"GPU-hours of all runs: {hours:,.0f}")
 
 
-def show(plan: DryRun, executor: str, mfu: float | None = None) -> None:
-    """Print a dry run; the arguments are those of ``show_series``."""
+def show(plan: DryRun, folder: Path, executor: str, mfu: float | None = None) -> None:
+    """Print a dry run; the other arguments are those of ``show_series``."""
     recipe, train = plan.recipe, plan.recipe.train
     console.print(f"[bold]{recipe.title}[/]")
     console.print(f"parent: {recipe.parent.name}, {plan.parent}", soft_wrap=True)
@@ -73,6 +74,9 @@ def show(plan: DryRun, executor: str, mfu: float | None = None) -> None:
         console.print(line, soft_wrap=True)
     if train.distill:
         console.print(_describe(train.distill), soft_wrap=True)
+    teacher = teacher_shape(recipe, plan.parent)
+    for line in describe_caches(recipe, teacher, folder) if teacher else ():
+        console.print(line, soft_wrap=True)
     for one in plan.targets:
         if learned := learned_target(recipe, one.target):
             console.print(f"masks of {one.name}: {learned.describe(plan.parent)}", soft_wrap=True)
@@ -83,8 +87,8 @@ def show(plan: DryRun, executor: str, mfu: float | None = None) -> None:
     if _on_gpus(train):
         for one in plan.targets:
             distilled = any(recipe.distills(one.name, start) for start in recipe.arms_of(one.name))
-            teacher = teacher_shape(recipe, plan.parent) if distilled else None
-            reason = explain_layout(one.expected.shape, one.target.layout, train, teacher)
+            online = distilled and train.distill and not train.distill.cache
+            reason = explain_layout(one.expected.shape, one.target.layout, train, teacher if online else None)
             console.print(f"layout of {one.name}: {reason}", soft_wrap=True)
         for one in plan.targets:
             console.print(_describe_saves(one, train), soft_wrap=True)
@@ -92,6 +96,11 @@ def show(plan: DryRun, executor: str, mfu: float | None = None) -> None:
     console.print(_arms_table(plan, mfu))
     if _on_gpus(train):
         console.print(_describe_gpu_time(train, mfu), soft_wrap=True)
+        if taught := sum(part.tokens for part in cached_ranges(recipe)):
+            assert teacher is not None
+            flops = taught * teacher.flops_per_token(sequence_length=train.sequence_length, training=False)
+            hours = gpu_hours(flops, train.precision, mfu)
+            console.print(f"GPU-hours of the teacher, in addition: {_amount(hours)}", soft_wrap=True)
 
 
 def _describe_saves(one: PlannedTarget, train: Training) -> str:
@@ -116,7 +125,9 @@ def _describe(distill: Distillation) -> str:
         loss += f" + {distill.embedding_weight:g} x {distill.hidden_loss} of embeddings"
     if distill.dynamic_weight:
         loss += ", hidden states scaled to the size of the divergence"
-    top = f", top {distill.top_k} of its tokens" if distill.top_k else ""
+    top = f", top {distill.kept} of its tokens" if distill.kept else ""
+    top += ", the rest as one more class" if distill.rest == "class" else ""
+    top += ", from a cache" if distill.cache else ""
     arms = " and ".join(distill.arms)
     return f"distilled: {arms} arms from {distill.teacher}; {loss}, T = {distill.temperature:g}{top}"
 
@@ -229,5 +240,5 @@ def _rate(rate: float | Sweep) -> str:
 
 
 def _teacher_flops(ledger: Ledger) -> str:
-    flops = [charge.flops or 0 for charge in ledger.charges if charge.activity == "teacher" and charge.steps]
+    flops = [charge.flops or 0 for charge in ledger.charges if charge.is_lesson]
     return f"{sum(flops):.4g}" if flops else ""

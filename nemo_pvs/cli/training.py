@@ -1,4 +1,4 @@
-"""The verbs about tokens and training: tokenizer, tokenize, train."""
+"""The verbs about tokens and training: tokenizer, tokenize, teach, train."""
 
 from __future__ import annotations
 
@@ -48,6 +48,68 @@ def tokenize(
     for name, manifest in made.items():
         about = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
         console.print(f"{Path(out) / name}.bin: {about}", soft_wrap=True)
+
+
+def teach(
+    teacher: Annotated[str, typer.Argument(help="checkpoint of the teacher, of any format")],
+    out: Annotated[str, typer.Option(help="folder of the cache; an interrupted one in it is completed")],
+    data: Annotated[str, typer.Option(help="folder with train.bin from pvs tokenize", rich_help_panel=DATA)],
+    tokens: Annotated[
+        float, typer.Option(help="tokens to answer, rounded up to whole steps, e.g. 50e9", rich_help_panel=DATA)
+    ],
+    top_k: Annotated[int, typer.Option(help="tokens whose log-probabilities are kept for each position")] = 32,
+    cache_precision: Annotated[
+        str, typer.Option(help="fp16, or fp32 for log-probabilities that are not rounded")
+    ] = "fp16",
+    sequence_length: Annotated[int, typer.Option(help="tokens per sequence", rich_help_panel=DATA)] = 8192,
+    global_batch_size: Annotated[
+        int, typer.Option(help="sequences per optimizer step of the training", rich_help_panel=DATA)
+    ] = 512,
+    micro_batch_size: Annotated[
+        int, typer.Option(help="sequences per forward pass of a rank", rich_help_panel=PARALLEL)
+    ] = 1,
+    data_seed: Annotated[
+        int,
+        typer.Option(help="for the order of the data: --data-seed or else --seed of pvs train", rich_help_panel=DATA),
+    ] = 1234,
+    first_token: Annotated[
+        float, typer.Option(help="where in that order to begin; rounded up to whole steps", rich_help_panel=DATA)
+    ] = 0,
+    tensor_parallel: Annotated[int, typer.Option(help="ranks that share every layer", rich_help_panel=PARALLEL)] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="stages that share the layers", rich_help_panel=PARALLEL)] = 1,
+    data_parallel: Annotated[int, typer.Option(help="replicas that share the samples", rich_help_panel=PARALLEL)] = 1,
+    precision: Annotated[
+        str, typer.Option(help="arithmetic of the teacher: auto, bf16 or fp32", rich_help_panel=PARALLEL)
+    ] = "auto",
+    ignore_manifest: IgnoreManifest = False,
+) -> None:
+    """Write a teacher's most likely tokens to disk, once for all trainings that distil from it."""
+    from nemo_pvs.api.teach import teach as write
+
+    made = write(
+        teacher,
+        out,
+        data,
+        tokens,
+        top_k=top_k,
+        cache_precision=cache_precision,
+        sequence_length=sequence_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        data_seed=data_seed,
+        first_token=first_token,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        data_parallel=data_parallel,
+        precision=precision,
+        ignore_manifest=ignore_manifest,
+    )
+    content = made.content
+    console.print(
+        f"teacher cache: {made.folder}, {content.tokens:,} tokens, {content.bytes_per_token:,.0f} bytes each, from "
+        f"token {content.first * content.sequence_length:,} of the training order",
+        soft_wrap=True,
+    )
 
 
 def train(
@@ -138,6 +200,17 @@ def train(
         Optional[int],
         typer.Option(help="only this many of the teacher's most likely tokens", rich_help_panel=DISTILLATION),
     ] = None,
+    rest: Annotated[
+        str,
+        typer.Option(
+            help="with --top-k: renormalise, or class, which makes the other tokens one more class",
+            rich_help_panel=DISTILLATION,
+        ),
+    ] = "renormalise",
+    cache: Annotated[
+        Optional[str],
+        typer.Option(help="folder of pvs teach with the teacher's answers", rich_help_panel=DISTILLATION),
+    ] = None,
     lm_weight: Annotated[
         float,
         typer.Option(
@@ -201,6 +274,8 @@ def train(
         teacher=teacher,
         temperature=temperature,
         top_k=top_k,
+        rest=rest,
+        cache=cache,
         lm_weight=lm_weight,
         kl_weight=kl_weight,
         layer_pairs=layer_pairs,

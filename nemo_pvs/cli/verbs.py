@@ -15,7 +15,7 @@ from nemo_pvs.cli.recipes import recipes
 from nemo_pvs.cli.results import report, run
 from nemo_pvs.cli.scaling import advise, budget, scaling_fit, scaling_predict
 from nemo_pvs.cli.search import search
-from nemo_pvs.cli.training import tokenize, tokenizer, train
+from nemo_pvs.cli.training import teach, tokenize, tokenizer, train
 
 VERBS = (
     doctor,
@@ -27,6 +27,7 @@ VERBS = (
     search,
     methods,
     prune,
+    teach,
     train,
     evaluate,
     recipes,

@@ -40,7 +40,8 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     """Return the stages of ``pvs run`` as commands: prepare, train each arm, report.
 
     Mask learning comes before these, and so does the training between the pruning stages of targets: after the first
-    stages, then after the second, and so on, each prepared when the previous ones are done. If the recipe trains its
+    stages, then after the second, and so on, each prepared when the previous ones are done. A teacher whose answers
+    are cached runs right before the arms. If the recipe trains its
     parent, sweeps learning rates or has several seeds, this is repeated for the parents, the sweep and all seeds.
 
     Args:
@@ -49,6 +50,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         folder: Run folder; every stage must see it under this absolute path.
         profile: Where to run; trainings run one after another on one machine, and at the same time on a cluster.
     """
+    from nemo_pvs.planning.cached_teacher import cached_ranges, teaching_layout
     from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
     from nemo_pvs.planning.learned import first_of_each_training
     from nemo_pvs.recipe.options import stages_of
@@ -75,7 +77,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     for phase in steps:
         first = "" if phase is steps[-1] else _prefix(phase[0].folder, folder)
         prefixes = [_prefix(member.folder, folder) for member in phase]
-        masks, arms = {}, {}
+        masks, teachers, arms = {}, {}, {}
         shares: dict[int, dict[str, tuple[Path, Parallelism]]] = {}
         for member, prefix in zip(phase, prefixes, strict=True):
             run, place = settled(member.recipe), member.folder
@@ -86,12 +88,17 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
                 for number in range(1, stages_of(target)):
                     job = place / "train" / f"{target_name}-stages" / str(number) / JOB_FILE
                     shares.setdefault(number, {})[f"{prefix}train-{target_name}-stage-{number}"] = (job, target.layout)
+            for number in range(1, len(cached_ranges(run)) + 1):
+                job = place / "teacher" / str(number) / JOB_FILE
+                teachers[f"{prefix}teach-{number}"] = (job, teaching_layout(run))
             for arm in run.runs:
                 arms[f"{prefix}train-{arm.name}"] = (place / "train" / arm.name / JOB_FILE, arm.layout)
         if masks:
             train(f"{first}prepare-masks", masks)
         for number, jobs in sorted(shares.items()):
             train(f"{first}prepare-stage-{number}", jobs)
+        if teachers:
+            train(f"{first}prepare-teacher", teachers)
         train(f"{first}prepare", arms)
     return [*todo, Command("report", "nemo_pvs.cli", command, ends)]
 

@@ -20,7 +20,12 @@ _SECONDS_WORTH_SAYING = 30
 
 
 class _Tokenizer:
-    """What Megatron's index needs of NeMo's tokenizer: the name by which it recognises an index that is there."""
+    """What Megatron's dataset needs of NeMo's tokenizer: the name by which it recognises an index that is there.
+
+    The end-of-document token would be used only by options that are off: masks and positions per document.
+    """
+
+    eod = 0
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
@@ -56,6 +61,11 @@ def index_text(text: str | Sequence[str], folder: Path, *, sequence_length: int,
         seed: Seed of the order.
         samples: As for ``build_datasets``.
     """
+    training_samples(text, folder, sequence_length=sequence_length, seed=seed, samples=samples)
+
+
+def training_samples(text: str | Sequence[str], folder: Path, *, sequence_length: int, seed: int, samples: int) -> Any:
+    """Return Megatron's dataset of the training samples in order; the arguments are those of ``index_text``."""
     import_megatron()
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -79,4 +89,4 @@ def index_text(text: str | Sequence[str], folder: Path, *, sequence_length: int,
         console.print(f"indexing {documents:,} documents, about {seconds / 60:.0f} minutes ...", soft_wrap=True)
     with progress("index the text", "documents") as show:
         show(0, documents)
-        build_datasets(GPTDataset, config, samples)
+        return build_datasets(GPTDataset, config, samples)[0]

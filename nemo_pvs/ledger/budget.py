@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal, get_args
 
 from nemo_pvs.errors import UserError
@@ -31,6 +33,8 @@ class PrunedArm:
     """Weights that a mask holds at zero in both arms."""
     scratch_teacher_flops: int = 0
     """FLOPs per token of the scratch arm's teacher; 0 if the arm is not distilled."""
+    scratch_teacher_share: Fraction = Fraction(1)
+    """Part of the teacher's forward pass that a token is charged, if several arms share its answers."""
     scratch_before: Ledger = field(default_factory=Ledger)
     """What the scratch arm costs before its training: its teacher's pretraining."""
 
@@ -95,20 +99,21 @@ def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = Fa
         raise UserError(
             f"{setting} cannot be computed for {arm.name}, whose ledger has no training; choose a number of tokens."
         )
-    before, rate, per_token = 0, _training_flops(arm, zeros_skipped), 1
+    before, rate, per_token = 0, Fraction(_training_flops(arm, zeros_skipped)), Fraction(1)
     if arm.scratch_teacher_flops and not in_training:
         total = arm.scratch_before.total_zeros_skipped if zeros_skipped else arm.scratch_before.total
         before = (total.tokens if of_tokens else total.flops) or 0  # known, or the pruned arm's were not
-        per_token = 2
-        rate += arm.scratch_teacher_flops
+        per_token += arm.scratch_teacher_share
+        rate += arm.scratch_teacher_share * arm.scratch_teacher_flops
     if amount <= before:
         raise UserError(
             f"{setting} cannot be computed for {arm.name}, which costs less than the scratch arm's teacher alone; "
             "distil both arms, or neither."
         )
-    tokens = -(-(amount - before) // (per_token if of_tokens else rate))
+    tokens = math.ceil((amount - before) / (per_token if of_tokens else rate))
     steps = -(-tokens // arm.tokens_per_step)
-    return ScratchBudget(setting, spent, tokens, steps, arm.tokens_per_step, steps * arm.tokens_per_step * rate)
+    flops = math.ceil(steps * arm.tokens_per_step * rate)
+    return ScratchBudget(setting, spent, tokens, steps, arm.tokens_per_step, flops)
 
 
 def _training_flops(arm: PrunedArm, zeros_skipped: bool) -> int:

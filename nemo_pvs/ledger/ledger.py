@@ -15,6 +15,9 @@ from nemo_pvs.system.files import read_json, write_json
 Activity = Literal["parent pretraining", "calibration", "search", "mask learning", "teacher", "training", "evaluation"]
 """What tokens are spent on; ``teacher`` is the teacher's forward pass in distillation."""
 
+SHARED_ANSWERS = "forward, shared by all arms that read the answers"
+"""The note of a charge for an arm's part of a teacher cache, which has no steps of its own."""
+
 LEDGER = "ledger.json"
 """Name of the ledger file in the folder of a run or a checkpoint."""
 
@@ -62,6 +65,11 @@ class Charge:
     def steps(self) -> int | None:
         """Number of optimizer steps; None if there are none or it is unknown."""
         return self.tokens // self.tokens_per_step if self.tokens is not None and self.tokens_per_step else None
+
+    @property
+    def is_lesson(self) -> bool:
+        """Whether it is for the teacher's answers in a training run, computed in it or read from a cache."""
+        return self.activity == "teacher" and (bool(self.steps) or self.note == SHARED_ANSWERS)
 
 
 class Total(NamedTuple):

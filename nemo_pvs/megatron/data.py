@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.core import parallel_state
 from nemo.collections import llm
 from torch.utils.data import Subset
 
 from nemo_pvs.data.sample_index import build_datasets
+from nemo_pvs.data.teacher_cache import TeacherCache
 from nemo_pvs.errors import UserError
+from nemo_pvs.megatron.distillation.answers import AnsweredSamples
 from nemo_pvs.training.job import TrainingJob
 
 
 def text_of(job: TrainingJob) -> dict[str, object]:
     """Return the arguments of ``PretrainingData`` that describe the text of ``job``."""
     train, validation = job.data["train"], [job.data["validation"]]
+    distill = job.training.distill
+    answers = {"cache": str(job.cache), "top_k": distill.kept} if job.cache and distill else {}
     return {
+        **answers,
         "paths": {
             "train": [train] if isinstance(train, str) else train,
             "validation": validation,
@@ -34,10 +43,23 @@ class PretrainingData(llm.PreTrainingDataModule):
     causal mask itself, so a mask per sample would be wasted work.
     """
 
-    def __init__(self, *args, first_sample: int = 0, **kwargs):
+    def __init__(
+        self, *args, first_sample: int = 0, cache: str | None = None, top_k: int | None = None, **kwargs
+    ) -> None:
+        """Store where to start, and where a teacher's answers are.
+
+        Args:
+            *args: Arguments of NeMo's module.
+            first_sample: Number of the first sample.
+            cache: Folder of a teacher cache; every training sample then comes with its answers.
+            top_k: How many of the cached tokens count.
+            **kwargs: Arguments of NeMo's module.
+        """
         super().__init__(*args, **kwargs)
         self.create_attention_mask = False
         self.first_sample = first_sample
+        self.cache = cache
+        self.top_k = top_k
 
     def build(self, trainer_max_steps: int, *args, **kwargs) -> None:
         """Build the datasets; the training set includes the samples before the first one, which are then skipped.
@@ -45,7 +67,7 @@ class PretrainingData(llm.PreTrainingDataModule):
         Their index is there already if the job was prepared on this file system (``nemo_pvs.data.sample_index``).
 
         Raises:
-            UserError: the data end before the run does.
+            UserError: the data end before the run does, or the teacher cache does not have the run's samples.
         """
         samples = self.first_sample + trainer_max_steps * self.data_sampler.global_batch_size
         built = build_datasets(self.dataset_cls, self.gpt_dataset_config, samples)
@@ -53,6 +75,12 @@ class PretrainingData(llm.PreTrainingDataModule):
         self._refuse_repetition(samples)
         if self.first_sample:
             self._train_ds = Subset(self._train_ds, range(self.first_sample, len(self._train_ds)))
+        if self.cache:
+            cache = TeacherCache.open(Path(self.cache))
+            order = {"seed": self.seed, "sequence_length": self.seq_length, "top_k": self.top_k}
+            cache.check_serves(replace(cache.content, **order, first=self.first_sample, end=samples))
+            if parallel_state.is_pipeline_last_stage():
+                self._train_ds = AnsweredSamples(self._train_ds, cache, self.first_sample, self.top_k)
 
     def _refuse_repetition(self, samples: int) -> None:
         """Raise UserError if a training file would be read more than once, which Megatron does silently in a blend."""

@@ -95,7 +95,7 @@ class LoadedModel:
         self._last = parallel_state.is_pipeline_last_stage()
         self.replica = parallel_state.get_data_parallel_rank()
         self.replicas = parallel_state.get_data_parallel_world_size()
-        shape = shape_of(source)
+        shape = self.shape = shape_of(source)
         self.vocab = -(-shape.vocab // self._tensor_ranks)
         self._vocab = shape.vocab
         shape.replace(vocab=self.vocab * self._tensor_ranks).check_parallel(

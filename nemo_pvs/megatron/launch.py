@@ -27,8 +27,8 @@ from nemo_pvs.system.gpu_environment import set_gpu_environment
 from nemo_pvs.system.megatron_import import import_megatron
 from nemo_pvs.system.processes import die_with_parent, forked_die_with_this
 from nemo_pvs.system.rendezvous import rank_environment
-from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_to_each
+from nemo_pvs.training.teaching_job import Job, load_job
 
 
 def main(arguments: list[str]) -> int:
@@ -41,14 +41,14 @@ def main(arguments: list[str]) -> int:
             arguments = arguments[1:]
             _take_rank_from_slurm()
         locked = arguments[:1] == ["--locked"]
-        jobs = [TrainingJob.load(Path(argument)) for argument in arguments[locked:]]
+        jobs = [load_job(Path(argument)) for argument in arguments[locked:]]
         return next((code for job in jobs if (code := _run(job, locked))), 0)
     except UserError as error:
         print(f"pvs: {error}", file=sys.stderr, flush=True)
         return 2
 
 
-def _run(job: TrainingJob, locked: bool) -> int:
+def _run(job: Job, locked: bool) -> int:
     """Run one rank of a job, or start all of them; a single process holds the lock of the job's folder.
 
     Args:
@@ -131,11 +131,11 @@ def _serve() -> int:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(_start(TrainingJob.load(Path(line.strip()))), file=answers)
+        print(_start(load_job(Path(line.strip()))), file=answers)
     return 0
 
 
-def _start(job: TrainingJob) -> int:
+def _start(job: Job) -> int:
     """Start all ranks of a job on this machine.
 
     Raises:
@@ -174,7 +174,7 @@ def _training() -> ModuleType:
     return rank
 
 
-def _torchrun(job: TrainingJob) -> int:
+def _torchrun(job: Job) -> int:
     """Run the job's ranks under torchrun, with their output in the job's log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(job.layout.processes), "-m", "nemo_pvs.megatron.launch", "--locked", str(job.save())]
@@ -188,7 +188,7 @@ def _torchrun(job: TrainingJob) -> int:
     return PREEMPTED if code and came else code
 
 
-def _fork_ranks(job: TrainingJob) -> int:
+def _fork_ranks(job: Job) -> int:
     """Fork the job's ranks from this process, so that NeMo is imported once for all jobs and ranks."""
     train_on_cpu = _training().train_on_cpu
     context = multiprocessing.get_context("fork")
@@ -222,7 +222,7 @@ def _wait(ranks: list[multiprocessing.Process]) -> int:
     return 0
 
 
-def _rank(target, job: TrainingJob, rank: int, port: int) -> None:
+def _rank(target, job: Job, rank: int, port: int) -> None:
     """Run one rank: with torchrun's environment variables, output to the job's log, killed when the launcher dies."""
     die_with_parent()
     forked_die_with_this()

@@ -10,16 +10,19 @@ import torch
 from nemo.collections import llm
 
 from nemo_pvs.megatron.cpu import megatron_on_cpu
+from nemo_pvs.megatron.distillation.teach import teach
 from nemo_pvs.megatron.pretrain import pretrain_recipe
-from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.teaching_job import Job, TeachingJob
 
 
-def train(job: TrainingJob) -> None:
-    """Start or resume training as one rank, which environment variables identify."""
+def train(job: Job) -> None:
+    """Start or resume a job as one rank, which environment variables identify."""
     if not torch.cuda.is_available():
         train_on_cpu(job)
-        return
-    fiddle.build(pretrain_recipe(job))()
+    elif isinstance(job, TeachingJob):
+        teach(job)
+    else:
+        fiddle.build(pretrain_recipe(job))()
 
 
 def pretrain_on_cpu(
@@ -30,8 +33,11 @@ def pretrain_on_cpu(
         return llm.pretrain(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim)
 
 
-def train_on_cpu(job: TrainingJob) -> None:
-    """Train as one rank on this machine's CPU, with an equal share of its cores."""
+def train_on_cpu(job: Job) -> None:
+    """Run one rank of a job on this machine's CPU, with an equal share of its cores."""
     torch.set_num_threads(max(1, torch.get_num_threads() // job.layout.processes))
+    if isinstance(job, TeachingJob):
+        teach(job)
+        return
     with megatron_on_cpu():
         fiddle.build(pretrain_recipe(job))()

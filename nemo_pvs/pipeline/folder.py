@@ -34,7 +34,7 @@ HUGGING_FACE, NEMO = "huggingface", "nemo"
 """The folders of a pruned target that hold its checkpoints."""
 PLAN, SETTINGS = "plan.json", "pruning.json"
 """The files of a pruned target that record how it was made."""
-STAGES = ("parent", "data", "calibrate", "masks", "prune", "teacher", "random", "train", "evaluate", "report")
+STAGES = ("parent", "data", "calibrate", "masks", "prune", "teacher", "random", "teach", "train", "evaluate", "report")
 
 
 def check_forced(force: Sequence[str]) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pipeline.folder import HUGGING_FACE, RunFolder
 from nemo_pvs.pipeline.order import initial_weights
 from nemo_pvs.pipeline.records import Records, prune_stage
 from nemo_pvs.pipeline.stage import Stage
 from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.parent import parent
+from nemo_pvs.pipeline.stages.teach import teach
 from nemo_pvs.pipeline.stages.train import train
 from nemo_pvs.pipeline.store import Stages, difference
+from nemo_pvs.planning.cached_teacher import CachedRange, cached_ranges
 from nemo_pvs.planning.equal_terms import settle
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.recipe import Arm
@@ -91,7 +94,10 @@ def look_ahead(run: RunFolder) -> Records:
         for group in initial_weights(run):
             for stage in group:
                 ahead.look(stage)
-        for arm in _arms(run):
+        arms = _arms(run)
+        for number, tokens in enumerate(_caches(run, arms), 1):
+            ahead.look(teach(run, number, tokens))
+        for arm in arms:
             ahead.look(train(run, arm))
         return run.records
     finally:
@@ -104,8 +110,22 @@ def _arms(run: RunFolder) -> list[Arm]:
     if "parent" not in run.records:
         pruned = [name for name in recipe.targets if "pruned" in recipe.arms_of(name)]
         return [arm for name in pruned for arm in recipe.pruned_runs(name)]
-    folders = {name: run.pruned(name) / HUGGING_FACE for name in recipe.targets if prune_stage(name) in run.records}
-    shapes = {name: shape_of(open_source(folder)) for name, folder in folders.items() if folder.exists()}
+    shapes = _shapes(run)
     exact = {name for name, target in recipe.targets.items() if expected_shape(target, run.parent_shape).exact}
     arms = settle(recipe, run.parent_shape, shapes).runs
     return [arm for arm in arms if arm.setting is None or arm.target in exact | shapes.keys()]
+
+
+def _shapes(run: RunFolder) -> dict[str, Shape]:
+    """Return the shapes of the targets that have been pruned, by name."""
+    recipe = run.recipe
+    folders = {name: run.pruned(name) / HUGGING_FACE for name in recipe.targets if prune_stage(name) in run.records}
+    return {name: shape_of(open_source(folder)) for name, folder in folders.items() if folder.exists()}
+
+
+def _caches(run: RunFolder, arms: list[Arm]) -> list[CachedRange]:
+    """Return what the run's teacher caches cover; none if the text or the budget of an arm is not known yet."""
+    if "parent" not in run.records or "data" not in run.records:
+        return []
+    recipe = settle(run.recipe, run.parent_shape, _shapes(run))
+    return cached_ranges(recipe) if len(arms) == len(recipe.runs) else []

@@ -17,15 +17,17 @@ from nemo_pvs.pipeline.earlier_records import adopt_earlier_records
 from nemo_pvs.pipeline.folder import HUGGING_FACE, RunFolder
 from nemo_pvs.pipeline.look_ahead import look_ahead
 from nemo_pvs.pipeline.order import initial_weights
-from nemo_pvs.pipeline.records import MasksRecord, RecordT, prune_stage
+from nemo_pvs.pipeline.records import MasksRecord, RecordT, TaughtRecord, prune_stage
 from nemo_pvs.pipeline.stage import Stage, TrainingStage
 from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.evaluate import evaluate, models_to_evaluate
-from nemo_pvs.pipeline.stages.learned import learn
+from nemo_pvs.pipeline.stages.learned import learn, learning_job
 from nemo_pvs.pipeline.stages.parent import check_parent, parent
 from nemo_pvs.pipeline.stages.tasks import ask_tasks, check_questions, check_tasks
+from nemo_pvs.pipeline.stages.teach import teach
 from nemo_pvs.pipeline.stages.train import train
 from nemo_pvs.pipeline.tokens import Splits
+from nemo_pvs.planning.cached_teacher import CachedRange, cached_ranges, teaching_layout
 from nemo_pvs.planning.checks import check_training
 from nemo_pvs.planning.dry_run import settled
 from nemo_pvs.planning.equal_terms import settle
@@ -36,6 +38,7 @@ from nemo_pvs.system.files import write_text
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import check_here
+from nemo_pvs.training.teaching_job import Job, TeachingJob
 from nemo_pvs.training.trainer import Trainer, is_finished
 
 
@@ -69,6 +72,8 @@ class Pipeline(RunFolder):
         """Run every stage that is not done yet; use ``trainer`` if it is given."""
         with nullcontext(trainer) if trainer else self._trainer() as running:
             self.prepare(running)
+            for stage in self._teaching():
+                self.do(stage, running)
             for arm in self.recipe.runs:
                 self.do(train(self, arm), running)
         self.evaluate()
@@ -82,27 +87,27 @@ class Pipeline(RunFolder):
             self.do(train(self, arm))
         self.evaluate()
 
-    def trainable(self) -> list[TrainingJob]:
-        """Run every stage that needs no training, and return the jobs that can be trained now.
+    def trainable(self) -> list[Job]:
+        """Run every stage that needs no training, and return the jobs that can be run now.
 
-        Train them, in any order or at the same time, and call this again: what they were needed for may have to be
+        Run them, in any order or at the same time, and call this again: what they were needed for may have to be
         trained next. It returns none when all are trained; ``run`` then does the rest of each stage.
         """
         self._begin(trains_here=True)
         self._build_index()
-        if jobs := self._learning_jobs() or self._make_initial_weights(None):
+        if jobs := self._learning_jobs() or self._make_initial_weights(None) or self._teaching_jobs():
             return jobs
         return [job for arm in self.recipe.runs if (job := self._waits_for(train(self, arm)))]
 
     def prepare_only(self) -> list[Path]:
         """Run every stage before training, and return the job files for a launcher to run.
 
-        If masks must be learned first, or targets are trained between stages, these are the files of those jobs; call
-        this again when they are done.
+        If masks must be learned first, targets are trained between stages, or a teacher must answer, these are the
+        files of those jobs; call this again when they are done.
         """
         self._begin(trains_here=False)
         self._build_index()
-        if jobs := self._learning_jobs() or self._make_initial_weights(None):
+        if jobs := self._learning_jobs() or self._make_initial_weights(None) or self._teaching_jobs():
             return [job.file for job in jobs]
         files = []
         for arm in self.recipe.runs:
@@ -133,7 +138,7 @@ class Pipeline(RunFolder):
         if self.recipe.evaluate.tasks:
             self.do(ask_tasks(self))
 
-    def do(self, stage: Stage[Any], trainer: Trainer | None = None) -> TrainingJob | None:
+    def do(self, stage: Stage[Any], trainer: Trainer | None = None) -> Job | None:
         """Run a stage unless it is done.
 
         Args:
@@ -157,7 +162,7 @@ class Pipeline(RunFolder):
             stage.then()
         return None
 
-    def _waits_for(self, stage: TrainingStage[Any]) -> TrainingJob | None:
+    def _waits_for(self, stage: TrainingStage[Any]) -> Job | None:
         """Return a stage's job, with its files written, if the stage still needs it to be trained."""
         if not self.stages.begin(stage) or is_finished(stage.job()):
             return None
@@ -196,10 +201,11 @@ class Pipeline(RunFolder):
         check_tasks(self.recipe)
         self.tokens.check_texts(self.tokenizer, self.parent_shape.vocab)
         if trains_here:
-            jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
-            for job in jobs:
+            for job in self._training_jobs():
                 if not is_finished(job):
                     check_here(job.name, job.layout, job.training, self.jobs)
+            for _, tokens in self._unfinished_caches():
+                check_here("The teacher", teaching_layout(self.recipe), tokens.arms[0].training, self.jobs)
         ahead = look_ahead(self)
         if "data" in ahead:
             self._check_text(ahead.data.splits)
@@ -217,9 +223,8 @@ class Pipeline(RunFolder):
         Args:
             retokenised: Of the targets with their own tokens, once these exist; by default of all others.
         """
-        jobs = [*(stage.job() for stage in self._learning()), *map(self.job, self.recipe.runs)]
         orders = {}
-        for job in jobs:
+        for job in self._training_jobs():
             if (job.data != self.training_data) != retokenised:
                 continue
             text = job.data["train"]
@@ -230,19 +235,39 @@ class Pipeline(RunFolder):
             if not is_finished(job):
                 job.build_index()
 
+    def _training_jobs(self) -> list[TrainingJob]:
+        """Return the jobs of every training but those between the stages of a target."""
+        learned = [name for name, _ in first_of_each_training(self.recipe)]
+        learning = [learning_job(self, name, self.recipe.targets[name]) for name in learned]
+        return [*learning, *map(self.job, self.recipe.runs)]
+
     def _check_text(self, splits: Splits) -> None:
         test, calibration = self.tokens.prefix("test"), self.tokens.prefix("calibration")
         check_text(self.recipe, self.tokens, splits)
         check_questions(self.recipe, test, calibration, self.tokenizer)
 
-    def _learning_jobs(self) -> list[TrainingJob]:
+    def _teaching_jobs(self) -> list[Job]:
+        """Return the unfinished jobs in which a teacher answers."""
+        return [job for stage in self._teaching() if (job := self._waits_for(stage))]
+
+    def _teaching(self) -> list[TrainingStage[TaughtRecord]]:
+        return [teach(self, number, tokens) for number, tokens in self._unfinished_caches()]
+
+    def _unfinished_caches(self) -> list[tuple[int, CachedRange]]:
+        """Return the numbers and tokens of the caches that an arm still reads; others may have been removed."""
+        caches = enumerate(cached_ranges(self.recipe), 1)
+        return [
+            (number, tokens) for number, tokens in caches if not all(is_finished(self.job(arm)) for arm in tokens.arms)
+        ]
+
+    def _learning_jobs(self) -> list[Job]:
         """Return the unfinished jobs that learn which parts of the parent to keep."""
         return [job for stage in self._learning() if (job := self._waits_for(stage))]
 
     def _learning(self) -> list[TrainingStage[MasksRecord]]:
         return [learn(self, name, self.recipe.targets[name]) for name, _ in first_of_each_training(self.recipe)]
 
-    def _make_initial_weights(self, trainer: Trainer | None) -> list[TrainingJob]:
+    def _make_initial_weights(self, trainer: Trainer | None) -> list[Job]:
         """Make the initial weights of every arm; without a trainer return the jobs that must be run first, if any."""
         waiting = []
         for group in initial_weights(self):
@@ -264,6 +289,8 @@ class Pipeline(RunFolder):
 
 
 def _seconds_trained(stage: TrainingStage[Any]) -> float:
-    """Return how long the job of a stage has been trained so far."""
+    """Return how long the job of a stage has been trained so far; 0 for a teacher, which keeps no such record."""
     job = stage.job()
+    if isinstance(job, TeachingJob):
+        return 0.0
     return metrics.training_seconds(metrics.read(job.metrics), job.training.tokens_per_step)

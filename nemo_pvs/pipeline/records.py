@@ -162,6 +162,14 @@ class RandomRecord(Record):
 
 
 @dataclass(frozen=True)
+class TaughtRecord(Record):
+    """A cache of a teacher's answers."""
+
+    content: str
+    """Hash of the description of what it holds."""
+
+
+@dataclass(frozen=True)
 class TrainedRecord(Record):
     """A trained model."""
 
@@ -320,6 +328,11 @@ def prune_stage(target: str, number: int | None = None) -> str:
 def random_stage(target: str) -> str:
     """Return the name of the stage that draws a target's random weights."""
     return f"random/{target}"
+
+
+def teach_stage(number: int) -> str:
+    """Return the name of the stage that writes a cache of a teacher's answers, counted from 1."""
+    return f"teach/{number}"
 
 
 def train_stage(arm: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from nemo_pvs.pipeline.records import RecordT
-from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.teaching_job import Job
 
 Inputs = Mapping[str, Any]
 """Settings and hashes of what a stage reads, as plain data."""
@@ -52,9 +52,9 @@ class Stage(Generic[RecordT]):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStage(Stage[RecordT]):
-    """A stage that trains a job; ``work`` runs after the training."""
+    """A stage that a job on Megatron is run for, mostly a training; ``work`` runs after the job."""
 
-    job: Callable[[], TrainingJob]
+    job: Callable[[], Job]
     """Returns the job."""
     prepare: Callable[[], Path]
     """Writes the files that the ranks need, and returns the path of the job file."""

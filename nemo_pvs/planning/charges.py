@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.flops import calibration_flops
-from nemo_pvs.ledger.ledger import Charge, Ledger
+from nemo_pvs.ledger.ledger import SHARED_ANSWERS, Charge, Ledger
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.recipe.distillation import Distillation
@@ -112,11 +113,26 @@ def charge_training(
     )
 
 
-def charge_lessons(ledger: Ledger, training: Training, teacher: Shape, student: Shape) -> None:
-    """Charge the FLOPs that distillation adds to a training run of the student."""
+def charge_lessons(
+    ledger: Ledger, training: Training, teacher: Shape, student: Shape, share: Fraction | None = None
+) -> None:
+    """Charge the FLOPs that distillation adds to a training run of the student.
+
+    Args:
+        ledger: Gets the charge.
+        training: Settings of the run.
+        teacher: Sizes of the teacher.
+        student: Sizes of the model.
+        share: Fraction of the teacher's forward pass that each token is charged if several arms share a cache
+            (``cached_teacher.teacher_share``), rounded to whole tokens; None if the arm pays for all of it.
+    """
     assert training.distill is not None
     tokens = training.steps * training.tokens_per_step
     rate = lesson_flops(training.distill, training.sequence_length, teacher, student)
+    if share is not None:
+        shared = round(tokens * share)
+        ledger.charges.append(Charge("teacher", shared, shared * rate, SHARED_ANSWERS))
+        return
     ledger.charges.append(
         Charge("teacher", tokens, tokens * rate, "forward, this run", tokens_per_step=training.tokens_per_step)
     )

@@ -14,6 +14,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.layout import Layout as WeightLayout
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.cached_teacher import cached_ranges
 from nemo_pvs.planning.checks import check_domains_end
 from nemo_pvs.planning.equal_terms import arm_cost, pruning_cost, settle
 from nemo_pvs.planning.learned import end_of_reading, is_trained_first, untrained_first
@@ -153,7 +154,8 @@ def _training_file(recipe: Recipe) -> str | None:
 def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: Shape | None) -> PlannedTarget:
     expected = expected_shape(target, parent)
     distilled = any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name))
-    memory = training_memory(expected.shape, target.layout, recipe.train, teacher if distilled else None)
+    online = distilled and recipe.train.distill and not recipe.train.distill.cache
+    memory = training_memory(expected.shape, target.layout, recipe.train, teacher if online else None)
     run = expected.shape, target.layout, recipe.train
     spent = pruning_cost(recipe, target, expected.shape, parent)
     return PlannedTarget(name, target, expected, memory, save_during_run(*run), last_save(*run), spent)
@@ -176,6 +178,7 @@ def _stages(recipe: Recipe) -> list[str]:
                 stages.append(f"teacher/{name}")
         if "random" in recipe.arms_of(name):
             stages.append(f"random/{name}")
+    stages += [f"teach/{number}" for number, _ in enumerate(cached_ranges(recipe), 1)]
     stages += [f"train/{arm.name}" for arm in recipe.runs]
     stages += ["evaluate"] + ["evaluate/tasks"] * bool(recipe.evaluate.tasks)
     return [*stages, "report"]

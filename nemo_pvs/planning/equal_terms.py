@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 
 from nemo_pvs.ledger.budget import PrunedArm, scratch_budget
 from nemo_pvs.ledger.flops import (
@@ -14,6 +15,7 @@ from nemo_pvs.ledger.flops import (
 )
 from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.cached_teacher import teacher_share
 from nemo_pvs.planning.charges import DEPTH_SCAN, charge_scores, charge_training, lesson_flops
 from nemo_pvs.planning.learned import charge_learning, learned_target
 from nemo_pvs.planning.rounds import shares, stage_targets
@@ -26,6 +28,10 @@ from nemo_pvs.pruning.spent import depth_scan_cost
 from nemo_pvs.recipe.options import is_sparse, needs_gradients, needs_scores, scans, stages_of, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
+
+_ROUNDS = 30
+"""Budgets and shares of a teacher cache follow from each other; each round at least halves the error, so that this
+many leave less than one optimizer step."""
 
 
 def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = None) -> Recipe:
@@ -40,23 +46,41 @@ def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = N
     Raises:
         UserError: the pruned arm's cost is not known, or its counterpart would read past the end of its range.
     """
-    tokens = {}
-    for name, target in recipe.targets.items():
-        for run, setting, arm in recipe.matched_runs(name):
-            shape = (shapes or {}).get(name) or expected_shape(target, parent).shape
-            tokens[run] = scratch_budget(pruned_arm(recipe, arm, shape, parent), setting).tokens
-    return recipe.settled(tokens) if tokens else recipe
+    share = Fraction(1)
+    for _ in range(_ROUNDS):
+        tokens = {}
+        for name, target in recipe.targets.items():
+            for run, setting, arm in recipe.matched_runs(name):
+                shape = (shapes or {}).get(name) or expected_shape(target, parent).shape
+                tokens[run] = scratch_budget(pruned_arm(recipe, arm, shape, parent, share), setting).tokens
+        if not tokens:
+            return recipe
+        recipe, before = recipe.settled(tokens), share
+        # Of a shared teacher, budgets decide the shares, and shares the budgets.
+        share = teacher_share(recipe)
+        if share == before:
+            break
+    return recipe
 
 
-def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedArm:
-    """Return a pruned arm of a recipe with its cost, including that of its ancestors."""
+def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape, share: Fraction | None = None) -> PrunedArm:
+    """Return a pruned arm of a recipe with its cost, including that of its ancestors.
+
+    Args:
+        recipe: The recipe.
+        arm: The arm.
+        shape: Its final shape.
+        parent: Shape of the parent.
+        share: As for ``planning.teacher.charge_teacher``.
+    """
+    share = teacher_share(recipe) if share is None else share
     training, target = arm.training, recipe.targets[arm.target]
     distill = recipe.train.distill if recipe.distills(arm.target, "random") else None
     scratch_before, teacher = Ledger(), teacher_shape(recipe, parent)
     inherit_ancestors(scratch_before, recipe, arm.target, "random", parent)
     return PrunedArm(
         arm.name,
-        arm_cost(recipe, arm, shape, parent),
+        arm_cost(recipe, arm, shape, parent, share),
         shape,
         training.tokens_per_step,
         training.sequence_length,
@@ -64,12 +88,16 @@ def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> PrunedA
         scratch_teacher_flops=lesson_flops(distill, training.sequence_length, teacher, shape)
         if distill and teacher
         else 0,
+        scratch_teacher_share=share,
         scratch_before=scratch_before,
     )
 
 
-def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
-    """Return the ledger that an arm will have, including its parent, its pruning and its teacher."""
+def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape, share: Fraction | None = None) -> Ledger:
+    """Return the ledger that an arm will have, including its parent, its pruning and its teacher.
+
+    The arguments are those of ``pruned_arm``.
+    """
     ledger = Ledger()
     inherit_ancestors(ledger, recipe, arm.target, arm.initialisation, parent)
     target = recipe.targets[arm.target]
@@ -78,9 +106,9 @@ def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape) -> Ledger:
         shapes = [between for _, between in stage_targets(target, parent)] if stages_of(target) > 1 else [shape]
     else:
         shapes = [shape]
-    for share, between in zip(shares(recipe, arm), [*shapes[:-1], shape], strict=True):
-        charge_training(ledger, share.training, between, masked_parameters(target, between))
-    charge_teacher(ledger, recipe, arm, parent, shape)
+    for part, between in zip(shares(recipe, arm), [*shapes[:-1], shape], strict=True):
+        charge_training(ledger, part.training, between, masked_parameters(target, between))
+    charge_teacher(ledger, recipe, arm, parent, shape, share)
     return ledger
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
@@ -48,15 +49,23 @@ def _of_run(results: Results) -> list[PrunedArm]:
     ]
 
 
-def _scratch(results: Results, target: str) -> tuple[int, Ledger]:
-    """Return the teacher's FLOPs per token in a target's scratch arm, and the arm's cost before training."""
+def _scratch(results: Results, target: str) -> tuple[int, Fraction, Ledger]:
+    """Return what the teacher of a target's scratch arm costs, and the arm's cost before training.
+
+    The former is the FLOPs per token and the part of them that the arm is charged.
+    """
     scratch = next((arm for arm in results.arms if (arm.target, arm.initialisation) == (target, "random")), None)
     charges = scratch.ledger.charges if scratch else []
-    teacher = next((charge for charge in charges if charge.activity == "teacher" and charge.steps), None)
-    if teacher is None:
-        return 0, Ledger()
+    teacher = next((charge for charge in charges if charge.is_lesson), None)
+    if scratch is None or teacher is None:
+        return 0, Fraction(1), Ledger()
     rate = (teacher.flops or 0) // (teacher.tokens or 1)
-    return rate, Ledger([charge for charge in charges if charge is not teacher and charge.activity != "training"])
+    share = Fraction(teacher.tokens or 0, scratch.ledger.training.tokens or 1)
+    return (
+        rate,
+        share,
+        Ledger([charge for charge in charges if charge is not teacher and charge.activity != "training"]),
+    )
 
 
 def of_recipe(recipe: Recipe) -> list[PrunedArm]:

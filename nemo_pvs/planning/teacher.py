@@ -1,11 +1,13 @@
 """The teacher of a recipe's distilled arms: its shape, its cost and its checks. Does not use NeMo.
 
 Every distilled arm is charged for its teacher, whatever its initial weights: for the teacher's forward pass over each
-training token, and for the teacher's own pretraining.
+training token, and for the teacher's own pretraining. Arms that read a cache share the forward pass
+(``cached_teacher``).
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 from nemo_pvs.checkpoints.open import open_source
@@ -15,6 +17,7 @@ from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.planning.cached_teacher import check_cached_recipe, teacher_share
 from nemo_pvs.planning.charges import charge_lessons
 from nemo_pvs.planning.checks import check_context
 from nemo_pvs.planning.targets import expected_shape
@@ -36,11 +39,28 @@ def teacher_shape(recipe: Recipe, parent: Shape) -> Shape | None:
     return parent if distill.teacher == PARENT else shape_of(open_source(distill.teacher))
 
 
-def charge_teacher(ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape, student: Shape) -> None:
-    """Charge a distilled arm for its teacher, and other arms nothing; ``student`` is the arm's final shape."""
+def charge_teacher(
+    ledger: Ledger, recipe: Recipe, arm: Arm, parent: Shape, student: Shape, share: Fraction | None = None
+) -> None:
+    """Charge a distilled arm for its teacher, and other arms nothing.
+
+    Args:
+        ledger: Gets the charge.
+        recipe: The recipe.
+        arm: One of its arms.
+        parent: Shape of its parent.
+        student: The arm's final shape.
+        share: Part of a forward pass that a token of an arm that reads a cache is charged; by default
+            ``teacher_share`` of the recipe, for which all budgets must be known.
+    """
     teacher = teacher_shape(recipe, parent) if arm.training.distill else None
-    if teacher:
-        charge_lessons(ledger, arm.training, teacher, student)
+    if not teacher or not arm.training.distill:
+        return
+    if not arm.training.distill.cache:
+        share = None
+    elif share is None:
+        share = teacher_share(recipe)
+    charge_lessons(ledger, arm.training, teacher, student, share)
 
 
 def inherit_ancestors(
@@ -69,6 +89,9 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
         UserError: naming the target, or saying that the teacher cannot be opened.
     """
     teacher = teacher_shape(recipe, parent)
+    if teacher:
+        check_cached_recipe(recipe, teacher)
+    cached = bool(recipe.train.distill and recipe.train.distill.cache)
     if teacher and recipe.train.distill and recipe.train.distill.teacher != PARENT:
         check_teacher_context(recipe.train.distill.teacher, recipe.train.sequence_length, "train.sequence_length")
     for name, target in recipe.targets.items():
@@ -76,21 +99,32 @@ def check_recipe_teacher(recipe: Recipe, parent: Shape) -> None:
             try:
                 student, size = parent, vocabulary_of(target)
                 if size is not None:
+                    if cached:
+                        raise UserError(
+                            "with vocab the text has other tokens than those that a cache answers; leave "
+                            "train.distill.cache or vocab out, or set distill: false for the target."
+                        )
                     if recipe.train.distill and recipe.train.distill.teacher != PARENT:
                         raise UserError(
                             "with vocab only the parent can be the teacher, as its tokens are removed too; give "
                             "teacher: parent, set distill: false for the target, or leave vocab out."
                         )
                     student = parent.replace(vocab=size)
-                check_teacher(teacher if size is None else student, student, target.layout)
+                check_teacher(teacher if size is None else student, student, target.layout, cached=cached)
                 if recipe.train.distill:
                     check_pairs(recipe.train.distill, teacher, expected_shape(target, parent).shape)
             except UserError as error:
                 raise UserError(f"Target {name}: {error}") from None
 
 
-def check_teacher(teacher: Shape, student: Shape, layout: Parallelism) -> None:
+def check_teacher(teacher: Shape, student: Shape, layout: Parallelism, *, cached: bool = False) -> None:
     """Refuse a teacher that cannot run on its student's ranks or be compared with it token by token.
+
+    Args:
+        teacher: Shape of the teacher.
+        student: Shape of the student, of which only the vocabulary counts.
+        layout: The student's layout.
+        cached: Whether the teacher's answers are read from a cache, so that it does not run on the student's ranks.
 
     Raises:
         UserError: the vocabularies differ, the layout does not divide the teacher, or there is context parallelism.
@@ -105,6 +139,8 @@ def check_teacher(teacher: Shape, student: Shape, layout: Parallelism) -> None:
             f"Distillation does not support context_parallel {layout.context_parallel}; set it to 1, or train without "
             "distillation."
         )
+    if cached:
+        return
     try:
         teacher.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
     except UserError as error:

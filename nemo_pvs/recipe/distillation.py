@@ -7,10 +7,23 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nemo_pvs.recipe.fields import Block, Initialisation, Positive, Rate, Tokens
+from nemo_pvs.data.teacher_cache import CachePrecision
+from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive, Rate, Tokens
 
 PARENT = "parent"
 """The value of ``teacher`` that names the recipe's parent."""
+
+
+class Cache(Block):
+    """Where the teacher answers once, before training, and all arms read its answers from disk."""
+
+    top_k: Positive
+    """Number of tokens whose log-probabilities are kept for each position."""
+    precision: CachePrecision = Field(default="fp16", exclude_if=lambda given: given == "fp16")
+    """Type of the log-probabilities on disk. fp16 rounds them by at most 0.004 between -16 and -8, and by less above;
+    fp32 is exact and takes two more bytes for each."""
+    layout: Parallelism | None = Field(default=None, exclude_if=lambda given: given is None)
+    """How the teacher is spread over ranks; by default as the recipe's ``layout`` says for TP, PP and DP."""
 
 
 class Distillation(Block):
@@ -30,7 +43,15 @@ class Distillation(Block):
     temperature: Rate = 1.0
     """T: logits are divided by it before the softmax, in teacher and student."""
     top_k: Positive | None = None
-    """Restrict the divergence to the teacher's k most likely tokens, renormalised; all tokens by default."""
+    """Restrict the divergence to the teacher's k most likely tokens; all tokens by default, or all that ``cache``
+    keeps."""
+    rest: Literal["renormalise", "class"] = Field(
+        default="renormalise", exclude_if=lambda given: given == "renormalise"
+    )
+    """With ``top_k``, what becomes of the probability of all other tokens: it is left out and that of the k tokens is
+    renormalised, or it is one more class (at temperature 1), so that the student also learns how much there is."""
+    cache: Cache | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Compute the teacher's answers once and read them in every arm; by default each arm runs the teacher itself."""
     lm_weight: float = Field(default=0.0, ge=0)
     """Weight of the language modelling loss; Minitron found the divergence alone best."""
     kl_weight: Rate = 1.0
@@ -63,6 +84,26 @@ class Distillation(Block):
                     f"layer_pairs must increase in student and teacher, but {list(later)} follows {list(earlier)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _tokens_make_sense(self) -> Distillation:
+        if self.cache and self.top_k and self.top_k > self.cache.top_k:
+            raise ValueError(f"top_k is {self.top_k}, but cache.top_k keeps only {self.cache.top_k}; raise the latter")
+        if self.cache and self.places:
+            raise ValueError(
+                "a cache has the teacher's log-probabilities, not its hidden states; leave out cache, or layer_pairs "
+                "and embedding_weight"
+            )
+        if self.rest == "class" and not self.kept:
+            raise ValueError("rest says what becomes of tokens that top_k leaves out; give top_k, or leave rest out")
+        if self.rest == "class" and self.temperature != 1:
+            raise ValueError("rest: class needs temperature 1, at which the rest is known; renormalise, or leave it 1")
+        return self
+
+    @property
+    def kept(self) -> int | None:
+        """Number of the teacher's tokens that count; None for all."""
+        return self.top_k or (self.cache.top_k if self.cache else None)
 
     @property
     def places(self) -> int:

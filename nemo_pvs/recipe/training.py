@@ -81,7 +81,7 @@ class Training(Block):
                 "checkpoint_minutes": True,
                 "mask_check_steps": True,
                 "initialisation": True,  # the initial weights themselves show it
-                "distill": {"teacher", "arms", "pretraining_tokens"},
+                "distill": {"teacher": True, "arms": True, "pretraining_tokens": True, "cache": {"layout"}},
             },
         )
         if self.data_seed == self.seed:  # stating the default changes nothing

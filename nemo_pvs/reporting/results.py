@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.budget import Setting
-from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.ledger.ledger import SHARED_ANSWERS, Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.system.files import read_json, write_json
 
@@ -309,7 +309,10 @@ def _distance(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float:
     if pruned_cost == scratch_cost and pruned_cost is not None:
         return 0.0
     charges = [charge for charge in scratch.ledger.charges if charge.activity in ("training", "teacher")]
+    steps = max((charge.steps or 0 for charge in charges), default=0)
+    shared = [charge for charge in charges if charge.note == SHARED_ANSWERS]  # without steps of their own
     step_cost = sum((getattr(charge, kind) or 0) / charge.steps for charge in charges if charge.steps)
+    step_cost += sum((getattr(charge, kind) or 0) / steps for charge in shared if steps)
     if not pruned_cost or not scratch_cost or not step_cost:
         return math.inf
     return float(abs(pruned_cost - scratch_cost) / step_cost)

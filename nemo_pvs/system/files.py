@@ -21,6 +21,8 @@ from nemo_pvs.system.folder_lock import locked_target
 from nemo_pvs.system.output_paths import check_file, check_folder
 
 _BLOCK_BYTES = 1 << 20
+_PARTIAL = ".partial"
+"""Suffix of files that are being written."""
 
 # A tilde where a path may begin: ~/x, --out=~/x, ARM=~/x, ~/x,~/y.
 _HOME = re.compile(r"(?:^|(?<=[=,]))~[^/,]*(?=/|,|$)")
@@ -122,22 +124,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``; readers see either the old file or the complete new one; the last of several writers wins.
+    """Write ``text`` as UTF-8; as ``write_bytes``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content``; readers see either the old file or the complete new one; the last of several writers wins.
 
     Raises:
         UserError: the file cannot be written.
     """
     check_file(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content)
             _fsync(partial)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed writers have left in a folder in which nobody is writing."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

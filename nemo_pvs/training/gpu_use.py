@@ -28,7 +28,7 @@ def flops_of(job: TrainingJob) -> int | None:
     """Return ``flops_per_token`` of a job; None if its model becomes smaller during the training."""
     if job.pruning is not None:
         return None
-    return flops_per_token(job.initial, job.teacher, job.training.sequence_length)
+    return flops_per_token(job.initial, None if job.cache else job.teacher, job.training.sequence_length)
 
 
 def gpu_use(tokens_per_second: float, flops: int | None, gpus: int, precision: str) -> dict[str, float]:

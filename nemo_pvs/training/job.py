@@ -100,6 +100,8 @@ class TrainingJob:
     """Length of the learning-rate schedule in steps, if longer than this job."""
     teacher: Path | None = None
     """Checkpoint of the teacher, of any format, for ``training.distill``."""
+    cache: Path | None = None
+    """Folder of a teacher cache, from which its answers are read."""
     pruning: PruningAware | None = None
     """Options of a run that prunes while training."""
     masks: LearnedMasks | None = None
@@ -163,6 +165,7 @@ class TrainingJob:
             "layout": self.layout.model_dump(),
             "training": self.training.model_dump(),
             "teacher": self.teacher and str(self.teacher),
+            "cache": self.cache and str(self.cache),
             "pruning": self.pruning and self.pruning.model_dump(),
             "masks": self.masks and self.masks.to_json(),
             "carried": self.carried and self.carried.to_json(),
@@ -183,6 +186,7 @@ class TrainingJob:
             first_step=values.get("first_step", 0),
             all_steps=values.get("all_steps"),
             teacher=Path(values["teacher"]) if values.get("teacher") else None,
+            cache=Path(values["cache"]) if values.get("cache") else None,
             pruning=PruningAware.model_validate(values["pruning"]) if values.get("pruning") else None,
             masks=LearnedMasks.from_json(values["masks"]) if values.get("masks") else None,
             carried=CarriedState.from_json(values["carried"]) if values.get("carried") else None,

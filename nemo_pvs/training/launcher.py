@@ -10,7 +10,7 @@ from threading import Thread
 
 import torch
 
-from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.teaching_job import Job
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -54,7 +54,7 @@ class Launcher:
         self.ended = False
         Thread(target=self._listen, args=(answers,), daemon=True).start()
 
-    def train(self, job: TrainingJob) -> None:
+    def train(self, job: Job) -> None:
         """Have a job trained; return at once."""
         with suppress(BrokenPipeError):  # it has just ended, which its last answer says
             print(job.save(), file=self._process.stdin, flush=True)

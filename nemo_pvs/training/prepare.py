@@ -16,11 +16,13 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.sparsity import matrix_sparsity
 from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.data.assets import tokenizer_folder
+from nemo_pvs.data.teacher_cache import CachePrecision, TeacherCache
 from nemo_pvs.data.token_files import describe_token_file
 from nemo_pvs.data.tokenize import tokenizer_hash
 from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.tokens_read import TokensRead
+from nemo_pvs.planning.cached_teacher import disk_warning
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.checks import check_context, check_training
 from nemo_pvs.planning.teacher import check_pairs, check_teacher, check_teacher_context, check_tokens
@@ -29,6 +31,7 @@ from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, sha256_json, write_json
 from nemo_pvs.system.progress import console, progress
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.teaching_job import TeachingJob, content_for
 
 _SPARSE = 0.1
 """Share of zeros in a matrix above which they are unlikely to be chance."""
@@ -45,6 +48,7 @@ def prepare_job(
     keep_parent_embeddings: bool = False,
     first_token: int = 0,
     before: Sequence[TokensRead] = (),
+    cache: Path | None = None,
 ) -> TrainingJob:
     """Write initial weights and validation windows into ``out``, unless an earlier call did, and return the job.
 
@@ -61,12 +65,13 @@ def prepare_job(
             baseline does.
         first_token: First token to read, counted in training order; rounded up to whole steps.
         before: Token ranges that the initial weights were trained on, and must not be trained on again.
+        cache: Folder of a cache with the answers of the teacher of ``training.distill``.
 
     Raises:
         UserError: the layout does not fit the model or the batch, sequences are longer than the model's context,
             ``clip_before_mask`` is set for a model without masks, masks do not belong to the model, the data are too
             short, were made with another tokenizer or were read before, the teacher of ``training.distill`` cannot
-            teach this model, or ``out`` holds another run.
+            teach this model, the cache does not have its answers to these tokens, or ``out`` holds another run.
     """
     source: WeightSource = open_source(initial)
     shape = shape_of(source)
@@ -77,7 +82,7 @@ def prepare_job(
         raise UserError(f"{initial} has no masks, so there is nothing to clip before; leave out --clip-before-mask.")
     teacher = Path(training.distill.teacher) if training.distill else None
     if teacher and training.distill:
-        check_teacher(shape_of(open_source(teacher)), shape, layout)
+        check_teacher(shape_of(open_source(teacher)), shape, layout, cached=cache is not None)
         check_pairs(training.distill, shape_of(open_source(teacher)), shape)
         check_teacher_context(str(teacher), training.sequence_length, "--sequence-length")
         check_tokens(teacher, Path(initial))
@@ -85,13 +90,20 @@ def prepare_job(
     train_file = describe_token_file(data / "train", tokenizer, shape.vocab)
     describe_token_file(data / "validation", tokenizer, shape.vocab)
     read = tokens_read(train_file["bin_sha256"], training, _whole_steps(first_token, training))
-    if read.end >= train_file["tokens"]:  # one more token is needed, the label of the last one
-        start = f" from token {read.first:,} on" if read.first else ""
-        raise UserError(
-            f"The run reads {int(training.tokens):,} tokens{start}, but {data / 'train'}.bin has "
-            f"{train_file['tokens']:,}; tokenise more text or train on fewer tokens."
-        )
+    _check_enough(read, training, train_file["tokens"], data)
     read.check_new(before)
+    if cache and teacher and training.distill:
+        needed = content_for(
+            training,
+            read.first,
+            read.end,
+            teacher=fingerprint(open_source(teacher)),
+            tokenizer=tokenizer,
+            data=train_file["bin_sha256"],
+            vocab=shape.vocab,
+            top_k=training.distill.kept or 1,
+        )
+        TeacherCache.open(cache).check_serves(needed)
     windows = validation_windows(
         data / "validation", samples=training.validation_samples, sequence_length=training.sequence_length
     )
@@ -134,9 +146,89 @@ def prepare_job(
         training=training,
         first_token=read.first,
         teacher=teacher.resolve() if teacher else None,
+        cache=cache.resolve() if cache else None,
     )
     job.build_index()
     return job
+
+
+def prepare_teaching(
+    teacher: Path,
+    out: Path,
+    data: Path,
+    layout: Parallelism,
+    training: Training,
+    *,
+    top_k: int,
+    precision: CachePrecision,
+    first_token: int = 0,
+) -> TeachingJob:
+    """Begin a cache in ``out``, unless an earlier call did, and return the job that completes it.
+
+    Args:
+        teacher: Checkpoint of the teacher.
+        out: Folder of the cache.
+        data: Folder with the token file ``train``.
+        layout: TP, PP and DP of the teacher.
+        training: Options of a training that the cache is for.
+        top_k: Number of tokens for each position; of a small vocabulary all.
+        precision: Type of the log-probabilities.
+        first_token: First token to answer, counted in training order; rounded up to whole steps.
+
+    Raises:
+        UserError: the layout does not fit the teacher, sequences are longer than its context, the data are too short
+            or were made with another tokenizer, or ``out`` holds another cache.
+    """
+    source: WeightSource = open_source(teacher)
+    shape = shape_of(source)
+    shape.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
+    check_teacher_context(str(teacher), training.sequence_length, "--sequence-length")
+    tokenizer = tokenizer_hash(tokenizer_folder(teacher))
+    train_file = describe_token_file(data / "train", tokenizer, shape.vocab)
+    read = tokens_read(train_file["bin_sha256"], training, _whole_steps(first_token, training))
+    _check_enough(read, training, train_file["tokens"], data)
+    content = content_for(
+        training,
+        read.first,
+        read.end,
+        teacher=fingerprint(source),
+        tokenizer=tokenizer,
+        data=train_file["bin_sha256"],
+        vocab=shape.vocab,
+        top_k=top_k,
+        precision=precision,
+    )
+    cache = TeacherCache.begin(out, content)
+    needed = content.bytes_per_token * (content.tokens - cache.tokens_done)
+    if warning := disk_warning(needed, out):
+        console.print(warning, soft_wrap=True)
+    job = TeachingJob(
+        name=f"teach {out.name}",
+        folder=out.resolve(),
+        teacher=teacher.resolve(),
+        text=str((data / "train").resolve()),
+        index=out.resolve() / "index",
+        content=content,
+        layout=layout,
+        micro_batch_size=training.micro_batch_size,
+        precision=training.precision,
+    )
+    job.build_index()
+    return job
+
+
+def _check_enough(read: TokensRead, training: Training, available: int, data: Path) -> None:
+    """Refuse to read past the end of the training text; one more token is needed, the label of the last one.
+
+    Raises:
+        UserError: saying how many tokens there are.
+    """
+    if read.end >= available:
+        start = f" from token {read.first:,} on" if read.first else ""
+        raise UserError(
+            f"The run reads {int(training.tokens):,} tokens{start}, but {data / 'train'}.bin has {available:,}; "
+            "tokenise more text or train on fewer tokens."
+        )
 
 
 def _whole_steps(first_token: int, training: Training) -> int:

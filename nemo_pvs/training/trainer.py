@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -25,6 +27,7 @@ from nemo_pvs.training.checkpoints import check_split, checkpoint_name, newest_s
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.launcher import Launcher, share_of_machine
 from nemo_pvs.training.preemption import PREEMPTED, handing_on
+from nemo_pvs.training.teaching_job import Job, TeachingJob
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -39,8 +42,8 @@ class PreemptedError(TrainingError):
 class _Active:
     """A job that a launcher is training."""
 
-    job: TrainingJob
-    show: Callable[..., None]
+    job: Job
+    show: Callable[[], None]
     """Updates its row of progress."""
     held: ExitStack
     """The lock of its folder, and that row."""
@@ -77,8 +80,8 @@ class Trainer:
         """End the launchers."""
         self._end_launchers()
 
-    def train(self, job: TrainingJob) -> Path:
-        """Train ``job``, resuming an earlier attempt, and return its last checkpoint.
+    def train(self, job: Job) -> Path:
+        """Run ``job``, resuming an earlier attempt, and return its last checkpoint or its teacher cache.
 
         Raises:
             PreemptedError: as for ``train_all``.
@@ -87,8 +90,10 @@ class Trainer:
         """
         return self.train_all([job])[0]
 
-    def train_all(self, jobs: Sequence[TrainingJob]) -> list[Path]:
-        """Train jobs in order, several at the same time, resuming earlier attempts; return their last checkpoints.
+    def train_all(self, jobs: Sequence[Job]) -> list[Path]:
+        """Run jobs in order, several at the same time, resuming earlier attempts; return what each has made.
+
+        This is the last checkpoint of a training, and the folder of a teacher cache.
 
         If one fails, those that are running are trained to their end, and no others are started. To forward signals
         to the ranks, call this in the main thread.
@@ -99,7 +104,7 @@ class Trainer:
             UserError: the optimizer state to start from is missing, the initial weights or the teacher are damaged,
                 or another command is training the job.
         """
-        waiting, skipped = deque(jobs), list[TrainingJob]()
+        waiting, skipped = deque(jobs), list[Job]()
         trained: dict[Path, Path] = {}
         failures: list[TrainingError | UserError] = []
         try:
@@ -128,18 +133,21 @@ class Trainer:
             raise TrainingError(" ".join(map(str, failures)))
         return [trained[job.folder] for job in jobs]
 
-    def _start(self, job: TrainingJob, trained: dict[Path, Path], received: Sequence[int]) -> None:
+    def _start(self, job: Job, trained: dict[Path, Path], received: Sequence[int]) -> None:
         """Have a job trained, unless it is finished or a signal is ``received`` before."""
         with ExitStack() as held:
             held.enter_context(locked_folder(job.folder))
             if is_finished(job):
-                trained[job.folder] = _with_manifest(last_checkpoint(job))
+                trained[job.folder] = _result(job)
                 return
             _check_beginning(job)
             launcher = self._free_launcher()
-            show = held.enter_context(progress(f"train {job.name}", "tokens"))
+            if isinstance(job, TeachingJob):
+                update = _showing_cache(job, held.enter_context(progress(job.name, "tokens")))
+            else:
+                update = partial(_show, job, held.enter_context(progress(f"train {job.name}", "tokens")))
             # From here on signals reach the launcher.
-            self._active[launcher] = _Active(job, show, held.pop_all())
+            self._active[launcher] = _Active(job, update, held.pop_all())
         if received:
             self._active.pop(launcher).held.close()
         else:
@@ -155,7 +163,7 @@ class Trainer:
             launcher, answer = self._answers.get(timeout=_SECONDS_BETWEEN_LOOKS)
         except Empty:
             for active in self._active.values():
-                _show(active.job, active.show)
+                active.show()
             return
         ended = self._active.pop(launcher, None)
         if ended is None:  # a launcher without a job ended
@@ -163,9 +171,10 @@ class Trainer:
         job = ended.job
         with ended.held:
             if answer == "0" and is_finished(job):
-                trained[job.folder] = _with_manifest(last_checkpoint(job))
+                trained[job.folder] = _result(job)
             elif not received:
-                raise TrainingError(f"Training of {job.name} failed; the reason is at the end of {job.log}.")
+                what = f"{'Job' if isinstance(job, TeachingJob) else 'Training of'} {job.name}"
+                raise TrainingError(f"{what} failed; the reason is at the end of {job.log}.")
 
     def _free_launcher(self) -> Launcher:
         """Return a launcher without a job, and start it if necessary."""
@@ -212,8 +221,10 @@ def _launch(log: Path, share: Mapping[str, str]) -> subprocess.Popen[str]:
         )
 
 
-def is_finished(job: TrainingJob) -> bool:
-    """Return whether the checkpoint of the job's last step exists and is intact."""
+def is_finished(job: Job) -> bool:
+    """Return whether the checkpoint of the job's last step exists and is intact, or its teacher cache is complete."""
+    if isinstance(job, TeachingJob):
+        return job.is_finished
     newest, _ = newest_sound(job.checkpoints)
     return newest is not None and newest.name == checkpoint_name(job.training.steps)
 
@@ -230,7 +241,12 @@ def last_checkpoint(job: TrainingJob) -> Path:
     return newest
 
 
-def _check_beginning(job: TrainingJob) -> None:
+def _result(job: Job) -> Path:
+    """Return what a finished job has made."""
+    return job.folder if isinstance(job, TeachingJob) else _with_manifest(last_checkpoint(job))
+
+
+def _check_beginning(job: Job) -> None:
     """Check what a job starts from, and print which of its checkpoints are broken.
 
     The checkpoints that Megatron is about to load are read to verify their checksums, because Megatron does not.
@@ -239,6 +255,9 @@ def _check_beginning(job: TrainingJob) -> None:
         UserError: the weights are damaged, the optimizer state to start from is missing, or the newest
             checkpoint can only be resumed in another layout.
     """
+    if isinstance(job, TeachingJob):
+        _check_model("teacher", job.name, job.teacher)
+        return
     newest, broken = newest_sound(job.checkpoints)
     for sentence in say_broken(newest, broken):
         console.print(sentence, soft_wrap=True)
@@ -247,11 +266,19 @@ def _check_beginning(job: TrainingJob) -> None:
         return
     if job.carried:
         state_to_carry(job.carried.checkpoints)
-    models = {"initial weights": job.initial, "teacher": job.teacher}
-    for name, path in models.items():
-        if path is not None:
-            with progress(f"check the {name} of {job.name}", "parameters") as show:
-                read_through(open_source(path), progress=show)
+    _check_model("initial weights", job.name, job.initial)
+    if job.teacher is not None and job.cache is None:
+        _check_model("teacher", job.name, job.teacher)
+
+
+def _check_model(what: str, job: str, path: Path) -> None:
+    """Read all weights of a model to verify their checksums.
+
+    Raises:
+        UserError: a weight is damaged.
+    """
+    with progress(f"check the {what} of {job}", "parameters") as show:
+        read_through(open_source(path), progress=show)
 
 
 def _with_manifest(checkpoint: Path) -> Path:
@@ -264,6 +291,21 @@ def _with_manifest(checkpoint: Path) -> Path:
         with progress(f"checksums of {checkpoint.name}", "parameters") as show:
             describe_tensors(open_source(checkpoint), checkpoint, "nemo", progress=show)
     return checkpoint
+
+
+def _showing_cache(job: TeachingJob, show: Callable[..., None]) -> Callable[[], None]:
+    """Return a function that shows how much of a cache is written, and how fast since now."""
+    began, before = time.monotonic(), job.cache.tokens_done
+
+    def update() -> None:
+        done, total = job.cache.tokens_done, job.content.tokens
+        speed = (done - before) / max(time.monotonic() - began, 1e-3)
+        if speed:
+            show(done, total, note=f"{speed:,.0f} tokens/s", left=metrics.time_left(total - done, [speed]))
+        else:
+            show(done, total, note="starting NeMo and Megatron")
+
+    return update
 
 
 def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]

@@ -16,7 +16,7 @@ import nemo_pvs as pvs
 from nemo_pvs.system.progress import console
 
 FUNCTIONS = [name for name in pvs.__all__ if inspect.isfunction(getattr(pvs, name))]
-TRAINS = {"train", "run"}
+TRAINS = {"train", "teach", "run"}
 TALKS = {"prune"}
 """They say what they do while they work; the others print nothing in a log but progress, after 20 seconds."""
 
@@ -46,13 +46,14 @@ def test_the_example_in_a_docstring_runs(
 
 @pytest.mark.slow
 @pytest.mark.parallel
-def test_the_example_of_run_runs_in_an_event_loop(
-    namespace: dict[str, Any], forked_launcher: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["run", "teach"])
+def test_the_example_runs_in_an_event_loop(
+    name: str, namespace: dict[str, Any], forked_launcher: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "quiet", True)
 
     async def cell() -> None:
-        run_examples("run", namespace)
+        run_examples(name, namespace)
 
     asyncio.run(cell())
 

@@ -71,10 +71,19 @@ def make_job(folder: Path, hidden: int, layers: int, vocab: int, steps: int) -> 
         "head_dim": 64,
         "vocab_size": vocab,
     }
-    make_tiny_llama(folder / "teacher", num_hidden_layers=layers, **sizes)
-    student = save_tiny_tokenizer(make_tiny_llama(folder / "student", num_hidden_layers=layers // 2, **sizes), vocab)
-    write_nemo(HuggingFaceSource(student), folder / "initial")
-    tokens = steps * SAMPLES * SEQUENCE
+    teacher, student = {**sizes, "num_hidden_layers": layers}, {**sizes, "num_hidden_layers": layers // 2}
+    return make_run(folder, teacher, student, steps)
+
+
+def make_run(
+    folder: Path, teacher: dict[str, Any], student: dict[str, Any], steps: int, samples: int = SAMPLES
+) -> TrainingJob:
+    """Return a run in fp32 on random text; models have random weights and the given values of their config."""
+    vocab = student["vocab_size"]
+    make_tiny_llama(folder / "teacher", **teacher)
+    save_tiny_tokenizer(make_tiny_llama(folder / "student", **student), vocab)
+    write_nemo(HuggingFaceSource(folder / "student"), folder / "initial")
+    tokens = steps * samples * SEQUENCE
     text = torch.randint(3, vocab, (tokens + SEQUENCE + 1,)).tolist()
     return TrainingJob(
         name="benchmark",
@@ -82,18 +91,18 @@ def make_job(folder: Path, hidden: int, layers: int, vocab: int, steps: int) -> 
         initial=folder / "initial",
         data={
             "train": write_tokens(folder / "train", text),
-            "validation": write_tokens(folder / "validation", text[: SAMPLES * SEQUENCE + 1]),
+            "validation": write_tokens(folder / "validation", text[: samples * SEQUENCE + 1]),
         },
         layout=Parallelism(),
         training=Training(
             tokens=tokens,
             sequence_length=SEQUENCE,
-            global_batch_size=SAMPLES,
+            global_batch_size=samples,
             micro_batch_size=2,
             learning_rate=1e-4,
             precision="fp32",
             validations=1,
-            validation_samples=SAMPLES,
+            validation_samples=samples,
             checkpoints=1,
         ),
         teacher=folder / "teacher",

@@ -45,6 +45,7 @@ _COMMANDS = {
     "run prepare": ("locked_folder", "run recipe.yaml --out OUT --prepare-only"),
     "run launch": ("locked_folder", "run recipe.yaml --out OUT --launch local_cpu"),
     "train": ("locked_folder", "train model OUT --data nowhere --tokens 512"),
+    "teach": ("locked_folder", "teach model --out OUT --data nowhere --tokens 512"),
     "tokenizer": ("locked_target", "tokenizer text.jsonl --vocab 258 --out OUT"),
     "tokenize": ("locked_folder", "tokenize text.jsonl --tokenizer model --out OUT"),
     "evaluate": ("locked_folder", "evaluate model --perplexity text.jsonl --out OUT"),

@@ -22,6 +22,7 @@ FOLDER_VERBS: dict[str, Callable[[Path], list[object]]] = {
     "calibrate": lambda out: ["calibrate", "absent", "--out", out],
     "prune": lambda out: ["prune", "absent", out, "--method", "flap", "--ratio", "0.5"],
     "train": lambda out: ["train", "absent", out, "--data", "absent", "--tokens", "1e6"],
+    "teach": lambda out: ["teach", "absent", "--out", out, "--data", "absent", "--tokens", "1e6"],
     "evaluate": lambda out: ["evaluate", "absent", "--out", out],
     "run": lambda out: ["run", "smollm2_135m/demo", "--out", out],
     "report": lambda out: ["report", "absent", "--out", out],

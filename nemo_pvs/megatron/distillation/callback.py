@@ -8,7 +8,9 @@ It also has its own model class, which our other training callbacks (masks, gate
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import islice
+from typing import Any
 
 import lightning.pytorch as pl
 import nemo_run as run
@@ -20,9 +22,11 @@ from nemo.lightning.io import IOMixin
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.megatron.distillation.answers import answers_in
 from nemo_pvs.megatron.distillation.hidden_states import HiddenStates
 from nemo_pvs.megatron.distillation.losses import vocabulary_parallel_kl
 from nemo_pvs.megatron.distillation.teacher import EMBEDDING, Teacher
+from nemo_pvs.megatron.distillation.top_k import top_k_answers, top_k_kl
 from nemo_pvs.training.job import TrainingJob
 
 KL = "train_kl"
@@ -40,7 +44,9 @@ def distill(job: TrainingJob) -> list[run.Config]:
             Distill,
             teacher=str(job.teacher),
             temperature=how.temperature,
-            top_k=how.top_k,
+            top_k=how.kept,
+            rest=how.rest,
+            cached=job.cache is not None,
             lm_weight=how.lm_weight,
             kl_weight=how.kl_weight,
             hidden_weight=how.hidden_weight,
@@ -67,6 +73,8 @@ class Distill(pl.Callback, IOMixin):
         teacher: str,
         temperature: float = 1.0,
         top_k: int | None = None,
+        rest: str = "renormalise",
+        cached: bool = False,
         lm_weight: float = 0.0,
         kl_weight: float = 1.0,
         hidden_weight: float = 0.0,
@@ -83,6 +91,8 @@ class Distill(pl.Callback, IOMixin):
             teacher: Checkpoint of the teacher, of any format.
             temperature: T of ``vocabulary_parallel_kl``.
             top_k: How many of the teacher's tokens count; None for all (``vocabulary_parallel_kl``).
+            rest: ``renormalise`` or ``class``, for the tokens that ``top_k`` leaves out (``top_k_kl``).
+            cached: Whether the micro-batches come with the teacher's answers, so that it is not needed.
             lm_weight: Weight of the LM loss; 0 for distillation alone.
             kl_weight: Weight of the divergence.
             hidden_weight: Weight of the summed losses of ``layer_pairs`` (``HiddenStates``).
@@ -96,6 +106,8 @@ class Distill(pl.Callback, IOMixin):
         self.teacher = teacher
         self.temperature = temperature
         self.top_k = top_k
+        self.rest = rest
+        self.cached = cached
         self.lm_weight = lm_weight
         self.kl_weight = kl_weight
         self.hidden_weight = hidden_weight
@@ -108,19 +120,22 @@ class Distill(pl.Callback, IOMixin):
         self._training = False
         self._restored: dict = {}
         self._states: HiddenStates | None = None
+        self._model: Teacher | None = None
+        self._batches: deque[Any] = deque()
 
     def on_train_start(self, trainer, pl_module):
-        """Load the teacher, and replace the student's loss."""
+        """Load the teacher, unless its answers are read from a cache, and replace the student's loss."""
         places = [EMBEDDING] if self.embedding_weight > 0 else []
         if self.hidden_weight:
             places += [theirs for _, theirs in self.layer_pairs]
-        self._model = Teacher(
-            open_source(self.teacher),
-            dtype=pl_module.config.params_dtype,
-            device=torch.device(torch.cuda.current_device()),
-            sequence_parallel=pl_module.config.sequence_parallel,
-            places=places,
-        )
+        if not self.cached:
+            self._model = Teacher(
+                open_source(self.teacher),
+                dtype=pl_module.config.params_dtype,
+                device=torch.device(torch.cuda.current_device()),
+                sequence_parallel=pl_module.config.sequence_parallel,
+                places=places,
+            )
         self._reduction = _WeightedLosses(self.lm_weight, self.kl_weight)
         students = []
         for chunk in trainer.strategy.megatron_parallel:
@@ -166,12 +181,15 @@ class Distill(pl.Callback, IOMixin):
         self._training = not step.forward_only
         if self._training:
             batches = list(islice(step.data, step.num_microbatches))
-            self._model.read(
-                batches,
-                step.trainer.lightning_module.data_step,
-                sequence_length=step.seq_length,
-                micro_batch_size=step.micro_batch_size,
-            )
+            if self._model:
+                self._model.read(
+                    batches,
+                    step.trainer.lightning_module.data_step,
+                    sequence_length=step.seq_length,
+                    micro_batch_size=step.micro_batch_size,
+                )
+            else:
+                self._batches = deque(batches)
             if self._states:
                 self._states.begin([_loss_mask(batch) for batch in batches])
             step.data = iter(batches)
@@ -199,23 +217,35 @@ class Distill(pl.Callback, IOMixin):
         def losses(labels, logits):
             if not self._training:
                 return lm_loss(labels, logits)
-            kl = vocabulary_parallel_kl(
-                logits,
-                self._model.logits(),
-                temperature=self.temperature,
-                top_k=self.top_k,
-                group=group if group.size() > 1 else None,
-            )
+            kl = self._divergence(logits, group if group.size() > 1 else None)
             with torch.set_grad_enabled(self.lm_weight > 0):
                 lm = lm_loss(labels, logits)  # last, because it overwrites the logits
             return torch.stack([lm, kl.transpose(0, 1)])
 
         return losses
 
+    def _divergence(self, logits, group):
+        """Return the divergence [s, b] of the next micro-batch, given the student's logits [s, b, V / TP]."""
+        if self._model and self.rest == "renormalise":
+            teacher = self._model.logits()
+            return vocabulary_parallel_kl(logits, teacher, temperature=self.temperature, top_k=self.top_k, group=group)
+        if self._model:
+            ids, logprobs, rest = top_k_answers(self._model.logits(), self.top_k, vocab=self._model.vocab, group=group)
+        else:
+            ids, logprobs, rest = answers_in(_items(self._batches.popleft()), logits.device)
+        return top_k_kl(
+            logits, ids, logprobs, rest if self.rest == "class" else None, temperature=self.temperature, group=group
+        )
+
+
+def _items(batch):
+    """Return the items of a micro-batch by name."""
+    return batch[0] if isinstance(batch, tuple) else batch
+
 
 def _loss_mask(batch):
     """Return the loss mask [b, s] of a micro-batch; NeMo's data step gives it to the last stage only."""
-    return (batch[0] if isinstance(batch, tuple) else batch)["loss_mask"]
+    return _items(batch)["loss_mask"]
 
 
 class _WeightedLosses(MaskedTokenLossReduction):

@@ -55,6 +55,7 @@ class Teacher:
         """
         loaded = LoadedModel(source, dtype=dtype, device=device, sequence_parallel=sequence_parallel)
         self.model = loaded.model.requires_grad_(False)
+        self.vocab = loaded.shape.vocab
         self._pipelined = parallel_state.get_pipeline_model_parallel_world_size() > 1
         self._hidden: Iterator[torch.Tensor] = iter(())
         self._ahead: deque[torch.Tensor] = deque()
@@ -103,6 +104,11 @@ class Teacher:
         if self._sequence_parallel:
             length //= parallel_state.get_tensor_model_parallel_world_size()
         self._send((len(batches), length, micro_batch_size, self.model.config.hidden_size))
+
+    def inputs(self, data: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for the next micro-batch of tokens [b, s]: a data step for plain tokens."""
+        tokens = next(data).to(self._device)
+        return {"tokens": tokens, "position_ids": torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)}
 
     def deliver(self, places: Collection[int]) -> None:
         """Send the hidden states of these places to this stage in every step; call it on all stages."""

@@ -14,18 +14,23 @@ from nemo_pvs.pipeline.folder import RunFolder, forget_optimizer
 from nemo_pvs.pipeline.ledger import run_ledger
 from nemo_pvs.pipeline.records import TrainedRecord, data_stage, prune_stage, random_stage, teacher_stage, train_stage
 from nemo_pvs.pipeline.stage import Inputs, TrainingStage
+from nemo_pvs.pipeline.stages.teach import check_cache, reading_cache
 from nemo_pvs.planning.rounds import Round, shares
 from nemo_pvs.recipe.identity import origin_of, read_origin
 from nemo_pvs.recipe.options import stages_of, vocabulary_of
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.system.files import write_json
-from nemo_pvs.training.job import CHECKPOINTS
+from nemo_pvs.training.job import CHECKPOINTS, TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 
 
 def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
     """Return the stage that trains an arm; for an arm with stages, the last share of its training."""
     folder, model = run.arm_folder(arm.name), run.model(arm.name)
+
+    def job() -> TrainingJob:
+        return reading_cache(run, arm, run.job(arm))
+
     pruned = arm.initialisation == "pruned"
     after = [prune_stage(arm.target) if pruned else random_stage(arm.target)]
     if vocabulary_of(run.recipe.targets[arm.target]) is None:
@@ -39,6 +44,10 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
         initial = run.records.pruned(arm.target) if pruned else run.records.random(arm.target)
         return training_inputs(run, arm, shares(run.recipe, arm)[-1], initial.fingerprint)
 
+    def prepare() -> Path:
+        check_cache(run, arm)
+        return job().save()
+
     def then() -> None:
         if pruned and (number := stages_of(run.recipe.targets[arm.target])) > 1:
             forget_optimizer(run, arm.target, number - 1)
@@ -51,8 +60,8 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
         name=train_stage(arm.name),
         record=TrainedRecord,
         inputs=inputs,
-        job=lambda: run.job(arm),
-        prepare=lambda: run.job(arm).save(),
+        job=job,
+        prepare=prepare,
         work=lambda: TrainedRecord(hand_over(last_checkpoint(run.job(arm)), model), arm.layout.model_dump()),
         outputs=[folder, model],
         after=after,

@@ -11,6 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from nemo_pvs.ledger.ledger import SHARED_ANSWERS
 from nemo_pvs.reporting.compare.estimates import final_loss, gap, parent_loss, perplexity_after
 from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, plus_minus, scaled, scientific, unit_of
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
@@ -101,16 +102,23 @@ _PAPER_STEPS = (
     "Budgets in names are counted as the paper labels its runs, 2^20 tokens for a million; all other numbers are of "
     "tokens that were seen."
 )
+_SHARED_TEACHER = (
+    "The teacher read each token once, for all arms that learn from it; its forward passes are charged once, to these "
+    "arms in proportion to the tokens that each was trained on."
+)
 
 
 def _of_training(runs: SideBySide) -> list[str]:
-    """Return notes on the initialisation of random weights and on the unit of budgets, as given by the recipes."""
+    """Return notes on the initialisation of random weights, the unit of budgets and a shared teacher's cost."""
     trained = [train for run in runs.runs if isinstance(train := run.results.recipe.get("train"), Mapping)]
     drawn = any(arm.initialisation == "random" for run in runs.runs for arm in run.results.arms)
     schemes = dict.fromkeys(str(train.get("initialisation", "megatron")) for train in trained) if drawn else {}
     notes = [f"Random weights are drawn {_INITIALISATIONS[scheme]}." for scheme in schemes]
     if any(train.get("paper_steps") for train in trained):
         notes.append(_PAPER_STEPS)
+    arms = [arm for run in runs.runs for arm in run.results.arms]
+    if any(charge.note == SHARED_ANSWERS for arm in arms for charge in arm.ledger.charges):
+        notes.append(_SHARED_TEACHER)
     return notes
 
 
