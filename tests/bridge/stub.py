@@ -21,6 +21,7 @@ _ONLY_TO_IMPORT = (
     "transformer_engine.pytorch.ops",
     "triton",
     "triton.language",
+    "megatron.energon",
 )
 _LAYERS = ("Linear", "LayerNormLinear", "GroupedLinear", "LayerNormMLP", "LayerNorm", "RMSNorm", "TransformerLayer")
 _BEFORE = (
@@ -37,6 +38,8 @@ _BRIDGE = (
     "megatron.bridge.training.model_load_save",
     "megatron.bridge.training.checkpointing",
     "megatron.bridge.training.config",
+    "megatron.bridge.training.gpt_step",
+    "megatron.bridge.training.pretrain",
 )
 _FUSIONS = (
     "gradient_accumulation_fusion",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.models import gpt_provider
 from megatron.bridge.training import checkpointing, model_load_save
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig
+from megatron.bridge.training.optim import _get_scheduler
 from megatron.bridge.training.state import GlobalState
 from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
@@ -30,6 +32,7 @@ from nemo_pvs.checkpoints.megatron.source import MegatronSource
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.model.layout import Layout, layouts
+from tests.documents import ROOT, blocks
 from tests.families import CASES, save_tiny
 from tests.megatron.test_megatron_core import BOUNDS, LLAMA31, SAME_HEADS
 from tests.uneven_model import make_uneven_llama
@@ -189,3 +192,30 @@ def test_the_tokenizer_is_found_where_we_say(tmp_path):
     convert(folder, tmp_path / "root", to="megatron")
     shutil.rmtree(folder)
     assert model_load_save.load_tokenizer(str(tmp_path / "root" / "iter_0000001")).vocab_size == 128
+
+
+def test_bridge_cannot_export_biases(tmp_path):
+    """Which is what we tell users."""
+    folder = save_tiny(tmp_path / "hf", "llama", attention_bias=True, mlp_bias=True)
+    convert(folder, tmp_path / "root", to="megatron")
+    bridge = AutoBridge.from_hf_pretrained(str(folder))
+    with pytest.raises(AttributeError, match="mapping"):
+        bridge.export_ckpt(str(tmp_path / "root"), str(tmp_path / "out"), show_progress=False)
+
+
+def test_the_script_of_the_documentation_configures_a_training(tmp_path, monkeypatch):
+    convert(save_tiny(tmp_path / "hf", "llama"), tmp_path / "SMALLER-root", to="megatron")
+    monkeypatch.chdir(tmp_path)
+    (script,) = blocks(ROOT / "docs" / "megatron_bridge.md", "python")
+    begin, train = script.strip().rsplit("\n", 1)
+    assert train == "pretrain(config, forward_step)"
+    names: dict[str, Any] = {}
+    exec(begin, names)
+    config = names["config"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config.validate()
+    _get_scheduler(config.optimizer, config.scheduler, SimpleNamespace(param_groups=[]))  # checks further settings
+    assert type(config) is ConfigContainer
+    assert (config.model.num_layers, config.model.seq_length) == (3, config.dataset.seq_length)
+    assert checkpointing.checkpoint_exists(config.checkpoint.pretrained_checkpoint)
+    assert callable(names["forward_step"])

@@ -27,7 +27,7 @@ def how_to_load(target: Path) -> tuple[str, ...]:
     shape = shape_of(source)
     if {"attention_bias", "mlp_bias"} & {*shape.features}:
         notes.append(
-            "Megatron-Bridge trains the biases of this model, but its own export to Hugging Face leaves them out; use "
+            "Megatron-Bridge trains the biases of this model, but its own export to Hugging Face fails on them; use "
             "pvs convert --to hf."
         )
     if source.masks.names:
