@@ -138,7 +138,9 @@ def convert(
                 overwrite=overwrite,
                 progress=show,
             )
-        notes = _left_behind(open_source(folder, config)) + how_to_load(target) if wanted == "megatron" else ()
+        notes: tuple[str, ...] = ()
+        if wanted == "megatron":
+            notes = _left_behind(open_source(folder, config)) + how_to_load(target, open_source(target))
         agreement = None
         if reference is not None:
             model, ids = reference
