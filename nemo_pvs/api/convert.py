@@ -140,7 +140,7 @@ def convert(
             )
         notes: tuple[str, ...] = ()
         if wanted == "megatron":
-            notes = _left_behind(open_source(folder, config)) + how_to_load(target, open_source(target))
+            notes = _left_behind(open_source(folder, config)) + how_to_load(target)
         agreement = None
         if reference is not None:
             model, ids = reference

@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.checkpoints.megatron.rope import rope_factor
-from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
+from nemo_pvs.checkpoints.megatron.source import MegatronSource
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.megatron_run import latest_checkpoint
 
 _DTYPES = {"bfloat16": ["--bf16"], "float16": ["--fp16"]}
 
 
-def how_to_load(target: Path, source: NemoSource) -> tuple[str, ...]:
-    """Return what a user of a written checkpoint should know, in sentences and lines to copy.
-
-    Args:
-        target: The folder that was written.
-        source: The checkpoint in it.
-    """
+def how_to_load(target: Path) -> tuple[str, ...]:
+    """Return what a user of a written checkpoint should know, in sentences and lines to copy."""
+    source = MegatronSource(latest_checkpoint(target))
     notes = [
         f'Megatron-Bridge: checkpoint.pretrained_checkpoint = "{target.resolve()}" in the training config, or '
         f'megatron.bridge.training.model_load_save.load_megatron_model("{source.folder.resolve()}").',
