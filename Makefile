@@ -5,6 +5,7 @@
 # make test-te      checkpoints and models on Transformer Engine's own modules, without a GPU
 # make test-llamacpp our GGUF files in llama.cpp, which it compiles first, in 10 minutes on two cores
 # make test-transformers5 models that Transformers 5 saved or is to load
+# make test-bridge  what Megatron-Bridge itself makes of our checkpoints, without a GPU
 # make fuzz         ten thousand damaged inputs, of which the suite has a hundred
 # make lint         format, lint and type checks
 # make docs         the documentation, into build/docs
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-quick test-full test-te test-llamacpp test-transformers5 fuzz lint docs install clean
+.PHONY: demo test test-quick test-full test-te test-llamacpp test-transformers5 test-bridge fuzz lint docs install clean
 
 demo: $(STAMP)
 	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
@@ -55,6 +56,13 @@ TRANSFORMERS_5 := build/transformers-5
 test-transformers5: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRANSFORMERS_5) 'transformers>=5.24,<6' 'huggingface-hub>=1.3,<2' 'tokenizers>=0.22,<0.24'
 	PVS_TRANSFORMERS_5=$(abspath $(TRANSFORMERS_5)) $(BIN)/python -m pytest tests/transformers5
+
+# Only their Python code, 25 MB: Bridge needs a newer Megatron-Core than NeMo.
+BRIDGE := build/megatron-bridge
+$(BRIDGE): | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ megatron-bridge==0.3.1 megatron-core==0.16.1
+test-bridge: $(BRIDGE)
+	PYTHONPATH=$(BRIDGE) $(BIN)/python -m pytest tests/bridge
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 10000

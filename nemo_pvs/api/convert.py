@@ -1,4 +1,4 @@
-"""Converting a checkpoint between Hugging Face and NeMo, and to GGUF."""
+"""Converting a checkpoint between Hugging Face, NeMo and Megatron, and to GGUF."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from nemo_pvs.layerwise.agreement import Agreement
 
 
+_FORMATS = ("hf", "nemo", "megatron")
+"""Formats that are a folder."""
 _GGUF_NAMES = {"fp32": "f32", "fp16": "f16"}
 """What llama.cpp calls the dtypes that have other names here."""
 
@@ -53,13 +55,13 @@ def convert(
     ignore_manifest: bool = False,
     overwrite: bool = False,
 ) -> ConvertedModel:
-    """Convert between Hugging Face and NeMo, or to GGUF, as a stream: a few tensors are in memory at a time.
+    """Convert between Hugging Face, NeMo and Megatron, or to GGUF; a few tensors are in memory at a time.
 
     Args:
         source: Checkpoint folder of any format, ``.gguf`` file, ``smollm2-135m`` or ``hf://owner/name``.
         target: The folder to write, or a file that ends in ``.gguf``.
-        to: ``hf``, ``nemo`` or ``gguf``; by default ``gguf`` for such a file, ``nemo`` for a Hugging Face source and
-            ``hf`` for any other.
+        to: ``hf``, ``nemo``, ``megatron`` (for Megatron-Bridge and Megatron-LM) or ``gguf``; by default ``gguf`` for
+            such a file, ``nemo`` for a Hugging Face source and ``hf`` for any other.
         dtype: ``bf16``, ``fp16`` or ``fp32``; for GGUF also ``q8_0``. As stored by default.
         verify: ``checksum`` reads the target back and compares every tensor, ``logits`` also runs both models,
             ``none`` does neither.
@@ -107,6 +109,7 @@ def convert(
     from nemo_pvs.checkpoints.convert import describe
     from nemo_pvs.checkpoints.fetch import local_checkpoint
     from nemo_pvs.checkpoints.huggingface.folder import MAX_SHARD_BYTES
+    from nemo_pvs.checkpoints.megatron.how_to_load import how_to_load
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.layerwise.agreement import compare
@@ -117,7 +120,7 @@ def convert(
         local_checkpoint(str(source), target) as folder,
     ):
         found = describe(folder, config=config)["format"]
-        wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), ("hf", "nemo"))
+        wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), _FORMATS)
         _check_options(wanted, max_shard_size, pad_vocab_to_multiple)
         reference = _reference(folder, config, str(text)) if verify == "logits" else None
         with progress(f"convert to {wanted}", "parameters") as show:
@@ -135,12 +138,26 @@ def convert(
                 overwrite=overwrite,
                 progress=show,
             )
+        notes: tuple[str, ...] = ()
+        if wanted == "megatron":
+            notes = _left_behind(open_source(folder, config)) + how_to_load(target)
         agreement = None
         if reference is not None:
             model, ids = reference
             with progress("run both on the same tokens", "layers") as show:
                 agreement = compare(model, open_source(target), ids, progress=show)
-    return ConvertedModel(target, manifest, agreement)
+    return ConvertedModel(target, manifest, agreement, notes)
+
+
+def _left_behind(source: Any) -> tuple[str, ...]:
+    """Return what is said about the optimizer state of a training checkpoint, which only this project carries on."""
+    states = [name for name in source.extra_tensors if "optimizer." in name]
+    if not states:
+        return ()
+    return (
+        f"Only the weights are converted: the optimizer of {source.folder} ({len(states):,} tensors: moments and fp32 "
+        "weights) stays behind, and training there begins with a new one.",
+    )
 
 
 def _is_gguf(target: Path, to: str | None) -> bool:
@@ -150,7 +167,7 @@ def _is_gguf(target: Path, to: str | None) -> bool:
         UserError: the name and ``to`` contradict each other, or ``to`` is unknown.
     """
     named = target.suffix == ".gguf"
-    if to is not None and named != (one_of("--to", to, ("hf", "nemo", "gguf")) == "gguf"):
+    if to is not None and named != (one_of("--to", to, (*_FORMATS, "gguf")) == "gguf"):
         ends = "ends" if named else "does not end"
         raise UserError(f"--to is {to}, but {target} {ends} in .gguf; change one of them.")
     return named

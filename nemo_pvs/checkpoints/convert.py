@@ -12,6 +12,7 @@ import torch
 
 from nemo_pvs.checkpoints.huggingface.folder import MAX_SHARD_BYTES, write_huggingface
 from nemo_pvs.checkpoints.manifest import ORIGIN, Manifest
+from nemo_pvs.checkpoints.megatron.write import write_megatron
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.read_ahead import ReadAhead
@@ -22,6 +23,7 @@ from nemo_pvs.checkpoints.transforms.pad import pad_layers
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import LEDGER
 from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.megatron_run import latest_checkpoint
 from nemo_pvs.system.files import check_new_folder, sha256_file
 
 
@@ -29,7 +31,7 @@ def convert(
     source_path: str | Path,
     target: str | Path,
     *,
-    to: Literal["hf", "nemo"],
+    to: Literal["hf", "nemo", "megatron"],
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     pad_vocab_to_multiple: int = 1,
@@ -43,7 +45,7 @@ def convert(
     """Convert a checkpoint and copy its ledger; memory is a few tensors, whatever the model's size.
 
     Args:
-        source_path: A Hugging Face folder or a NeMo checkpoint.
+        source_path: A checkpoint folder of any format.
         target: The folder to make.
         to: The format of ``target``.
         dtype: Cast every tensor to this dtype; None keeps the stored dtypes.
@@ -64,9 +66,8 @@ def convert(
             back as written, in which case it is removed.
     """
     source_path, target = Path(source_path), Path(target)
-    source: WeightSource = open_source(source_path, config)
-    if uneven == "pad":
-        source = pad_layers(source)
+    opened = open_source(source_path, config)
+    source: WeightSource = pad_layers(opened) if uneven == "pad" else opened
     if source_path.resolve().is_relative_to(target.resolve()):
         raise UserError(f"{target} is or contains the checkpoint to convert; choose another target.")
     check_new_folder(target, overwrite=overwrite)
@@ -79,6 +80,10 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,
+        )
+    elif to == "megatron":
+        manifest = write_megatron(
+            source, target, dtype=dtype, allow_nonfinite=allow_nonfinite, overwrite=overwrite, progress=progress
         )
     else:
         manifest = write_nemo(
@@ -97,8 +102,8 @@ def convert(
             shutil.rmtree(target)
             raise
     for name in (LEDGER, ORIGIN):
-        if (source_path / name).is_file():
-            shutil.copyfile(source_path / name, target / name)
+        if (opened.folder / name).is_file():
+            shutil.copyfile(opened.folder / name, latest_checkpoint(target) / name)
     return manifest
 
 
@@ -108,7 +113,7 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
     Raises:
         UserError: there is no manifest, a tensor or file is missing or differs, or there is an extra tensor.
     """
-    folder = Path(path)
+    folder = latest_checkpoint(Path(path))
     manifest = Manifest.read(folder)
     if manifest is None:
         raise UserError(f"{folder} has no manifest to compare with; only checkpoints written by nemo_pvs have one.")
@@ -164,12 +169,12 @@ def describe(path: str | Path, *, tensors: bool = False, config: str | Path | No
     """Describe a checkpoint without reading its weights.
 
     Args:
-        path: A Hugging Face folder or a NeMo checkpoint.
+        path: A checkpoint folder of any format.
         config: As for ``open_source``.
         tensors: Add ``tensors``: the name, dtype, size, Megatron name and layer of each.
 
     Returns:
-        ``format`` (huggingface or nemo), ``family``, ``shape``, ``parameters``, ``body_parameters``,
+        ``format`` (huggingface, nemo or megatron), ``family``, ``shape``, ``parameters``, ``body_parameters``,
         ``flops_per_token`` (training, without attention), ``dtypes`` (parameters by dtype), ``bytes`` of weights,
         ``masks`` (number of matrices that have one), ``extra_tensors`` (number of stored tensors that are not weights
         of the model), ``assets`` (file names) and ``manifest``: absent, complete (all its files exist and have the
@@ -178,8 +183,7 @@ def describe(path: str | Path, *, tensors: bool = False, config: str | Path | No
     Raises:
         UserError: it is not a checkpoint that we read.
     """
-    folder = Path(path)
-    source = open_source(folder, config)
+    source = open_source(path, config)
     shape = Layout.for_config(source.config).shape(source.config)
     layout = Layout.for_config(source.config)
     parts = layout.parts(shape)
@@ -187,7 +191,7 @@ def describe(path: str | Path, *, tensors: bool = False, config: str | Path | No
     for name, (part, _) in parts.items():
         dtypes[source.dtype(name)] += math.prod(part.size(shape))
     description: dict[str, Any] = {
-        "format": "nemo" if isinstance(source, NemoSource) else "huggingface",
+        "format": source.format,
         "family": layout.family,
         "shape": shape.to_dict(),
         "parameters": shape.parameters,
@@ -198,7 +202,7 @@ def describe(path: str | Path, *, tensors: bool = False, config: str | Path | No
         "masks": len(source.masks.names),
         "extra_tensors": len(source.extra_tensors),
         "assets": [asset.name for asset in source.assets],
-        "manifest": _manifest_status(folder),
+        "manifest": _manifest_status(source.folder),
     }
     if tensors:
         description["tensors"] = []

@@ -43,7 +43,7 @@ class Manifest:
     """The contents of one checkpoint; two copies of a model in different formats have equal ``tensors``."""
 
     format: str
-    """huggingface or nemo."""
+    """huggingface, nemo or megatron."""
     source: str
     """Fingerprint of the model that was written (``fingerprint.fingerprint``), before any change of dtype."""
     tensors: Mapping[str, TensorRecord] = field(repr=False)

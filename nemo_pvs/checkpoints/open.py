@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.megatron.source import MegatronSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
-from nemo_pvs.checkpoints.nemo.megatron_lm import MegatronSource
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.megatron_run import TRACKER, latest_checkpoint
 from nemo_pvs.model.not_a_model import refuse_other_folders
 from nemo_pvs.system.files import read_json
-
-_TRACKER = "latest_checkpointed_iteration.txt"  # of a Megatron-LM run: an iteration number, or "release"
 
 
 def open_source(path: str | Path, config: str | Path | None = None) -> HuggingFaceSource | NemoSource:
     """Open a checkpoint of any supported format.
 
     Args:
-        path: A Hugging Face folder, a NeMo checkpoint, or a torch_dist folder of Megatron-LM (``iter_<n>``, or the
-            run's folder for its latest checkpoint).
+        path: A Hugging Face folder, a NeMo checkpoint, or a torch_dist folder of Megatron-LM or Megatron-Bridge
+            (``iter_<n>``, or the run's folder for its latest checkpoint).
         config: For a torch_dist folder without a usable config: ``config.json`` or the folder that contains it.
 
     Raises:
@@ -31,8 +30,7 @@ def open_source(path: str | Path, config: str | Path | None = None) -> HuggingFa
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give the folder of a checkpoint.")
     refuse_other_folders(folder)
-    if (folder / _TRACKER).is_file():
-        folder = _latest(folder)
+    folder = latest_checkpoint(folder)
     _refuse_other_formats(folder)
     if (folder / ".metadata").is_file():
         of_nemo = folder.name == "weights" and (folder.parent / "context").is_dir() and config is None
@@ -43,19 +41,15 @@ def open_source(path: str | Path, config: str | Path | None = None) -> HuggingFa
         raise UserError(f"{folder} is not a torch_dist checkpoint, so it needs no config; leave {config} out.")
     if (folder / "config.json").is_file():
         return HuggingFaceSource(folder)
+    if any(path.is_dir() for path in folder.glob("iter_*")):
+        raise UserError(
+            f"{folder} has no {TRACKER}, so none of its iterations is known to be finished; give the folder of one "
+            "that is (iter_...)."
+        )
     raise UserError(
         f"{folder} is not a Hugging Face model (no config.json), a NeMo checkpoint (no weights/ folder) or a "
-        "Megatron-LM checkpoint (no .metadata); give the folder of a checkpoint."
+        "Megatron-LM or Megatron-Bridge checkpoint (no .metadata); give the folder of a checkpoint."
     )
-
-
-def _latest(run: Path) -> Path:
-    """Return the folder of a Megatron-LM run's latest checkpoint."""
-    last = (run / _TRACKER).read_text().strip()
-    folder = run / (f"iter_{int(last):07d}" if last.isdecimal() else last)
-    if not folder.is_dir():
-        raise UserError(f"{run / _TRACKER} names {folder.name}, which does not exist; give the checkpoint's folder.")
-    return folder
 
 
 def _refuse_other_formats(folder: Path) -> None:

@@ -22,8 +22,8 @@ def convert(
     to: Annotated[
         Optional[str],
         typer.Option(
-            help="hf, nemo or gguf; by default gguf for a target that ends in .gguf, nemo for a Hugging Face "
-            "source, else hf",
+            help="hf, nemo, megatron (for Megatron-Bridge and Megatron-LM) or gguf; by default gguf for a target that "
+            "ends in .gguf, nemo for a Hugging Face source, else hf",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -66,7 +66,7 @@ def convert(
     ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert between Hugging Face and NeMo, or to GGUF for llama.cpp, as a stream."""
+    """Convert between Hugging Face, NeMo and Megatron, or to GGUF for llama.cpp, as a stream."""
     from nemo_pvs.api.convert import convert as convert_checkpoint
 
     converted = convert_checkpoint(
@@ -93,6 +93,8 @@ def convert(
     from nemo_pvs.checkpoints.convert import describe
 
     console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True)
+    for note in converted.notes:
+        console.print(note, soft_wrap=True)
     if converted.agreement is not None:
         console.print(f"source and target, {converted.agreement}", soft_wrap=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_pvs.data.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
+from nemo_pvs.model.megatron_run import latest_checkpoint
 from nemo_pvs.system.files import write_json
 
 _MORE_TEMPLATES = "additional_chat_templates"
@@ -56,9 +57,16 @@ def _holds_weights(path: Path) -> bool:
 
 
 def tokenizer_folder(checkpoint: Path) -> Path:
-    """Return the folder of a checkpoint's tokenizer: the checkpoint itself, or a folder in its NeMo context."""
-    inside = checkpoint / "context" / "tokenizer"
-    return inside if inside.is_dir() else checkpoint
+    """Return the folder of a checkpoint's tokenizer: the checkpoint itself, or the folder that its format has for it.
+
+    Raises:
+        UserError: the checkpoint is the folder of a Megatron run that has none (``latest_checkpoint``).
+    """
+    checkpoint = latest_checkpoint(checkpoint)
+    of_nemo, of_megatron = checkpoint / "context" / "tokenizer", checkpoint / "tokenizer"
+    if of_nemo.is_dir():
+        return of_nemo
+    return of_megatron if of_megatron.is_dir() and (checkpoint / ".metadata").is_file() else checkpoint
 
 
 def tokenizer_among(assets: Iterable[Path]) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.tokens_read import TokensRead
+from nemo_pvs.model.megatron_run import latest_checkpoint
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.system.files import read_json, write_json
 
@@ -247,7 +248,7 @@ class Ledger:
         Raises:
             UserError: as ``load``.
         """
-        file = folder / LEDGER
+        file = latest_checkpoint(folder) / LEDGER
         return cls.load(file) if file.exists() else None
 
     @classmethod

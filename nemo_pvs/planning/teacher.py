@@ -15,7 +15,7 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.errors import UserError
-from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.cached_teacher import check_cached_recipe, teacher_share
 from nemo_pvs.planning.charges import charge_lessons
@@ -75,7 +75,8 @@ def inherit_ancestors(
     if initialisation == "pruned" or (distill and distill.teacher == PARENT):
         source = Path(recipe.parent.source or "")
         stated = int(recipe.parent.pretraining_tokens) or None
-        ledger.inherit_checkpoint(source, parent, stated if (source / LEDGER).exists() else recipe.parent_tokens)
+        has_ledger = Ledger.of_checkpoint(source) is not None
+        ledger.inherit_checkpoint(source, parent, stated if has_ledger else recipe.parent_tokens)
     if distill and distill.teacher != PARENT:
         teacher = teacher_shape(recipe, parent)
         assert teacher is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.checkpoints.manifest import ORIGIN
+from nemo_pvs.model.megatron_run import latest_checkpoint
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.files import read_json, sha256_json
 
@@ -45,7 +46,7 @@ def origin_of(recipe: Recipe, arm: str, parent: Mapping[str, Any] | None) -> dic
 
 def read_origin(checkpoint: Path) -> dict[str, Any] | None:
     """Return how nemo_pvs trained a checkpoint; None if it did not, or an earlier version did."""
-    file = checkpoint / ORIGIN
+    file = latest_checkpoint(checkpoint) / ORIGIN
     return read_json(file) if file.is_file() else None
 
 

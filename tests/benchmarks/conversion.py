@@ -130,6 +130,8 @@ def contenders(folder: Path) -> Iterator[tuple[str, Measured]]:
     yield run("HF to GGUF as bf16", to_gguf, source, product, "bf16")
     yield run("HF to GGUF as q8_0", to_gguf, source, product, "q8_0")
     yield run("HF to NeMo, not verified", converted, source, product, "nemo", "none")
+    yield run("HF to Megatron, not verified", converted, source, product, "megatron", "none")
+    yield run("HF to Megatron", converted, source, product, "megatron", "checksum")
     yield run("prune to HF, not verified", pruned, source, product, write_huggingface, False)
     yield run("prune to HF", pruned, source, product, write_huggingface, True)
     yield run("prune to NeMo", pruned, source, product, write_nemo, True)

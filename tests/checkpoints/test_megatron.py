@@ -14,8 +14,8 @@ from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.manifest import MANIFEST
+from nemo_pvs.checkpoints.megatron.source import MegatronSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
-from nemo_pvs.checkpoints.nemo.megatron_lm import MegatronSource
 from nemo_pvs.errors import UserError
 from tests.families import save_tiny
 

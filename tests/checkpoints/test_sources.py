@@ -28,8 +28,8 @@ from nemo_pvs.checkpoints.files.pytorch_bin import PytorchBinReader
 from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, write_torch_dist
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+from nemo_pvs.checkpoints.megatron.source import MegatronSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
-from nemo_pvs.checkpoints.nemo.megatron_lm import MegatronSource
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import UserError
 from tests.conftest import save_tiny_tokenizer

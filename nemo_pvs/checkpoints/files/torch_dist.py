@@ -120,8 +120,13 @@ def write_torch_dist(folder: Path, blocks: Iterable[Block], empty_objects: Itera
         _append(file, exact, index, description)
     file.close()
     (folder / ".metadata").write_bytes(pickle.dumps(description))
-    torch.save({"content_metadata": _CONTENT}, folder / "common.pt")
+    write_common(folder)
     write_json(folder / "metadata.json", _FORMAT)
+
+
+def write_common(folder: Path, **values: Any) -> None:
+    """Write ``common.pt``, which holds what is not a tensor, with ``values`` in addition to what Megatron needs."""
+    torch.save({"content_metadata": _CONTENT, **values}, folder / "common.pt")
 
 
 def _append(file: StreamedWriter, value: Any, index: metadata.MetadataIndex, description: metadata.Metadata) -> None:

@@ -41,6 +41,9 @@ _HARMLESS = ("rotary_emb.inv_freq", _HEAD)
 class HuggingFaceSource:
     """A Hugging Face model folder: its weights in one file or many, of safetensors or of PyTorch."""
 
+    format = "huggingface"
+    """The format's name in manifests and descriptions."""
+
     def __init__(self, folder: str | Path) -> None:
         """Open a folder and check the names and sizes of its tensors against the config.
 

@@ -41,6 +41,9 @@ _WEIGHTLESS_MODULES = ("self_attention.core_attention",)
 class NemoSource:
     """A NeMo checkpoint: an imported model, one of ours, or a training checkpoint (its optimizer is not read)."""
 
+    format = "nemo"
+    """The format's name in manifests and descriptions."""
+
     def __init__(self, folder: str | Path) -> None:
         """Open a checkpoint; no weight is read yet.
 
@@ -82,10 +85,14 @@ class NemoSource:
         """Tokenizer files and generation config."""
         return context_assets(self.folder / "context")
 
+    @property
+    def _masks_path(self) -> Path:
+        return self.folder / "context" / FILE
+
     @cached_property
     def masks(self) -> Masks:
-        """The masks in the context; most models have none."""
-        path = self.folder / "context" / FILE
+        """The masks stored with the model; most models have none."""
+        path = self._masks_path
         sizes = {name: part.size(self._shape) for name, (part, _) in self._parts.items()}
         if not path.is_file():
             return NoMasks()
@@ -222,9 +229,9 @@ def write_nemo(
     recorder = Recorder(with_both_biases(source), dtype, progress, allow_nonfinite=allow_nonfinite)
     recorder.layout.require_class(recorder.shape)
     vocab_rows = -(-recorder.shape.vocab // pad_vocab_to_multiple) * pad_vocab_to_multiple
-    extra_states = _extra_states(recorder.layout, recorder.shape)
+    states = extra_states(recorder.layout, recorder.shape)
     with whole_folder(Path(target), overwrite=overwrite) as folder:
-        write_torch_dist(folder / "weights", _blocks(recorder, vocab_rows), extra_states)
+        write_torch_dist(folder / "weights", weight_blocks(recorder, vocab_rows), states)
         write_context(folder / "context", recorder.config(), source.assets, vocab_rows=vocab_rows)
         if masks_of(source).names:
             write_masks(masks_of(source), folder / "context" / FILE)
@@ -243,8 +250,13 @@ def _stored_size(entry: Entry, shape: Shape, vocab_rows: int, *, stacked: bool) 
     return (shape.layers, *size) if stacked and entry.layer is not None else size
 
 
-def _blocks(recorder: Recorder, vocab_rows: int) -> Iterator[Block]:
-    """Yield the blocks of a checkpoint in the order in which reading the source is fastest."""
+def weight_blocks(recorder: Recorder, vocab_rows: int) -> Iterator[Block]:
+    """Yield the blocks of a checkpoint in the order in which reading the source is fastest.
+
+    Args:
+        recorder: Reads the model.
+        vocab_rows: Rows of the stored embedding and output head, padding included.
+    """
     stacked = not recorder.shape.uneven
     dtypes: dict[str, torch.dtype] = {}
     for entry in recorder.layout.entries(recorder.shape):
@@ -294,7 +306,7 @@ def _fused(recorder: Recorder, entry: Entry, parts: tuple[Part, ...], dtype: tor
     return tensors[0] if len(tensors) == 1 else entry.join(tensors, recorder.shape)
 
 
-def _extra_states(layout: Layout, shape: Shape) -> list[str]:
+def extra_states(layout: Layout, shape: Shape) -> list[str]:
     """Return the names of the extra states that Megatron requests where it has Transformer Engine's modules.
 
     These hold FP8 scales; a stored None means that there are none. Every module with weights has one, apart from the

@@ -10,8 +10,7 @@ from nemo_pvs.checkpoints.nemo.fiddle_json import Symbol
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout, layouts
 
-# Hugging Face key, NeMo field: those that are the same for every family.
-_FIELDS = {
+FIELDS: Mapping[str, str] = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
@@ -25,6 +24,7 @@ _FIELDS = {
     "initializer_range": "init_method_std",
     "tie_word_embeddings": "share_embeddings_and_output_weights",
 }
+"""Hugging Face key, NeMo field: those that are the same for every family."""
 
 PLAIN: Mapping[str, Any] = {
     "activation_func": Symbol("torch.nn.functional", "silu"),
@@ -99,7 +99,7 @@ class NemoFamily:
     @property
     def fields(self) -> dict[str, str]:
         """Hugging Face key and NeMo field of every setting that both have."""
-        return {**_FIELDS, **self._section.get("fields", {})}
+        return {**FIELDS, **self._section.get("fields", {})}
 
     @property
     def fixed(self) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Builds a Hugging Face config from a Megatron-LM run's command-line arguments, which are stored in ``common.pt``."""
+"""The command-line arguments that Megatron-LM stores in ``common.pt``, as a Hugging Face config and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nemo_pvs.checkpoints.files.pytorch_bin import load_harmless
+from nemo_pvs.checkpoints.megatron.rope import rope_scaling
 from nemo_pvs.errors import UserError
 
 # Hugging Face key, argument of Megatron-LM.
@@ -25,6 +26,9 @@ _ARGUMENTS = {
     "initializer_range": "init_method_std",
 }
 
+# Arguments that Megatron-LM 0.16 renamed.
+_RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
+
 # Arguments that make a Megatron-LM GPT a Llama, and values that a Llama must have if the argument is present at all.
 _LLAMA = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope"}
 _PLAIN = {
@@ -33,6 +37,7 @@ _PLAIN = {
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
     "glu_linear_offset": 0.0,
+    "heterogeneous_layers_config_encoded_json": None,
     "heterogeneous_layers_config_path": None,
     "multi_latent_attention": False,
     "no_rope_freq": None,
@@ -45,14 +50,6 @@ _PLAIN = {
     "softmax_type": "vanilla",
     "window_attn_skip_freq": None,
     "window_size": None,
-}
-
-# The scaling of Llama 3 has one argument, the factor; Megatron-Core's RotaryEmbedding fixes the rest.
-_LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
 }
 
 _ELSE = "put the model's Hugging Face config.json next to it"
@@ -96,7 +93,7 @@ def config_from_arguments(common: Path, *, vocab_rows: int, dtype: str) -> dict[
             )
     grouped = arguments.get("group_query_attention", False)
     biases = bool(arguments.get("add_bias_linear", True))  # Megatron-LM's default
-    factor = arguments.get("rope_scaling_factor", 8.0)
+    scaling = rope_scaling(arguments.get("rope_scaling_factor", 8.0)) if arguments.get("use_rope_scaling") else None
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -104,12 +101,87 @@ def config_from_arguments(common: Path, *, vocab_rows: int, dtype: str) -> dict[
         "num_key_value_heads": arguments["num_query_groups" if grouped else "num_attention_heads"],
         "vocab_size": arguments.get("vocab_size") or vocab_rows,
         "tie_word_embeddings": not arguments.get("untie_embeddings_and_output_weights", False),
-        "rope_scaling": {**_LLAMA3_SCALING, "factor": factor} if arguments.get("use_rope_scaling") else None,
+        "rope_scaling": scaling,
         "hidden_act": "silu",
         "attention_bias": biases,
         "mlp_bias": biases,
         "torch_dtype": dtype,
     }
+
+
+# Argument of Megatron-LM, field of Megatron-Bridge's provider.
+_FIELDS = {
+    **{
+        name: name
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "seq_length",
+            "init_method_std",
+            "rotary_percent",
+            "rotary_interleaved",
+            "add_bias_linear",
+            "add_qkv_bias",
+            "qk_layernorm",
+            "attention_dropout",
+            "hidden_dropout",
+            "normalization",
+            "position_embedding_type",
+            "make_vocab_size_divisible_by",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "bf16",
+            "fp16",
+            "rope_scaling_factor",
+        )
+    },
+    "max_position_embeddings": "seq_length",
+    "padded_vocab_size": "vocab_size",
+    "use_rope_scaling": "rope_scaling",
+    **{name: field for old, field in _RENAMED.items() for name in (old, field)},
+}
+
+
+def arguments_of(fields: Mapping[str, Any], iteration: int) -> argparse.Namespace:
+    """Return the arguments of a Megatron-LM run that saved a model, as ``--use-checkpoint-args`` reads them.
+
+    Args:
+        fields: The fields of Megatron-Bridge's provider for the model (``run_config.provider_fields``).
+        iteration: The iteration of the checkpoint.
+    """
+    window, dtype = fields["window_size"], fields["params_dtype"]
+    return argparse.Namespace(
+        **{name: fields[field] for name, field in _FIELDS.items()},
+        rotary_base=int(fields["rotary_base"]),
+        window_size=tuple(window) if window else None,
+        params_dtype=getattr(torch, dtype.name),
+        group_query_attention=True,
+        swiglu=True,
+        squared_relu=False,
+        untie_embeddings_and_output_weights=not fields["share_embeddings_and_output_weights"],
+        add_position_embedding=True,
+        use_rotary_position_embeddings=True,
+        rotary_seq_len_interpolation_factor=None,
+        apply_query_key_layer_scaling=False,
+        num_experts=None,
+        multi_latent_attention=False,
+        heterogeneous_layers_config_path=None,
+        heterogeneous_layers_config_encoded_json=fields.get("heterogeneous_layers_config_encoded_json"),
+        transformer_impl="transformer_engine",
+        ckpt_format="torch_dist",
+        no_save_optim=True,
+        no_save_rng=True,
+        iteration=iteration,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+        world_size=1,
+        data_parallel_size=1,
+    )
 
 
 def _arguments(common: Path) -> Mapping[str, Any]:
@@ -121,7 +193,8 @@ def _arguments(common: Path) -> Mapping[str, Any]:
     arguments = content.get("args") if isinstance(content, dict) else None
     if not isinstance(arguments, argparse.Namespace):
         raise UserError(f"{common} does not contain the arguments of a Megatron-LM run; {_ELSE}.")
-    return vars(arguments)
+    values = vars(arguments)
+    return {**{old: values[new] for old, new in _RENAMED.items() if new in values}, **values}
 
 
 def _named(common: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""Reads and writes checkpoints of Megatron-Bridge and Megatron-LM."""
