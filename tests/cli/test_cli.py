@@ -167,6 +167,9 @@ def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path)
         "no/such/model does not exist": ("convert", "no/such/model", target),
         "not a Hugging Face model": ("convert", text, target),
         "asks for hidden=4096, but the model has 64": ("prune", model, target, "--target", "hidden=4096", *width),
+        "leaves 5 query heads in 2 KV groups, but every group keeps": (
+            "prune", model, target, "--target", "heads=5", *width,
+        ),
         "did you mean hidden?": ("prune", model, target, "--target", "hiden=32", *width),
         "Tensor parallelism 4 does not divide kv_groups=2": (
             "prune", model, target, "--target", "ffn=48", "--tensor-parallel", 4, *width,
@@ -254,6 +257,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
         ("minitron-depth", ["--target", "layers=2", "--search", "greedy"]),
         ("shortgpt", ["--ratio", "0.5"]),
         ("minitron-width", ["--target", "hidden=32,ffn=48", "--aggregation", "meanabs_l2"]),
+        ("minitron-width", ["--target", "hidden=32,heads=4"]),
         ("minitron-joint", ["--target", "layers=3,ffn=64"]),
         ("flap", ["--ratio", "0.3", "--uneven", "pad"]),
         ("wanda-sp", ["--ratio", "0.3"]),

@@ -26,11 +26,12 @@ def test_either_alone_is_the_method_of_its_own() -> None:
     assert shallow.keep_hidden == tuple(range(64))
 
 
-def test_both_at_once_is_one_after_the_other() -> None:
+@pytest.mark.parametrize("sizes", [{"kv_groups": 1}, {"heads": 4}], ids=["groups", "heads"])
+def test_both_at_once_is_one_after_the_other(sizes: dict[str, int]) -> None:
     """The same logits as a width plan whose model then loses its layers in transformers."""
     source = StateSource(six_layers())
     scores = calibrate(source, token_set())
-    target = scores.shape.replace(layers=4, hidden=48, ffn=64, kv_groups=1)
+    target = scores.shape.replace(layers=4, hidden=48, ffn=64, **sizes)
     plan = plan_joint(scores, target)
     assert Plan.from_json(plan.to_json()) == plan
     both = as_transformers(PrunedSource(source, plan))

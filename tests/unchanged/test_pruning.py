@@ -22,6 +22,7 @@ PLANNED = {
     "minitron-width": "minitron-width --target hidden=40,ffn=56",
     "minitron-width-ratio": "minitron-width --ratio 0.5",
     "minitron-width-meanabs": "minitron-width --target kv_groups=1,ffn=56 --aggregation meanabs_l2",
+    "minitron-width-heads": "minitron-width --target kv_groups=3,heads=3",
     "minitron-depth": "minitron-depth --target layers=2",
     "minitron-depth-greedy": "minitron-depth --target layers=2 --search greedy --protect-first 1",
     "minitron-depth-sleb": "minitron-depth --target layers=3 --search sleb",

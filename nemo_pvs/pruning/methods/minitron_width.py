@@ -1,4 +1,4 @@
-"""Minitron-width: hidden and FFN channels and KV groups, by their activations (Muralidharan et al., 2407.14679)."""
+"""Minitron-width: hidden and FFN channels, KV groups and query heads, by activations (2407.14679)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _plan(request: PruneRequest[MinitronWidthOptions], target: Shape) -> Plan:
 
 METHOD = Method(
     name=NAME,
-    removes="hidden and FFN channels and KV groups, by activations",
+    removes="hidden and FFN channels, KV groups and query heads, by activations",
     paper="2407.14679",
     options=MinitronWidthOptions,
     prune=to_shape(NAME, _plan),

@@ -16,9 +16,9 @@ from nemo_pvs.pruning.structured.width import plan_width
 def plan_joint(
     scores: Scores, target: Shape, aggregation: str = "energy", layer_order: Sequence[int] | None = None
 ) -> Plan:
-    """Choose layers, channels and KV groups of the dense model in one step, as ModelOpt's search does.
+    """Choose layers, channels, KV groups and query heads of the dense model in one step, as ModelOpt's search does.
 
-    Channels are chosen as in ``plan_width``, regardless of which layers are removed.
+    Widths are chosen as in ``plan_width``, regardless of which layers are removed.
 
     Args:
         scores: Result of ``calibrate``.
@@ -49,5 +49,6 @@ def plan_joint(
         keep_layers=kept,
         keep_ffn=tuple(width.keep_ffn[layer] for layer in kept),
         keep_kv_groups=tuple(width.keep_kv_groups[layer] for layer in kept),
+        keep_heads=tuple(width.keep_heads[layer] for layer in kept) if width.keep_heads else (),
         provenance={**width.provenance, "settings": settings},
     )

@@ -1,4 +1,4 @@
-"""Width pruning: keep the most active hidden channels, FFN channels and KV groups (Minitron, 2407.14679)."""
+"""Width pruning: keep the most active hidden and FFN channels, KV groups and query heads (Minitron, 2407.14679)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from nemo_pvs.pruning.plan import Indices, Plan
 
 
 def plan_width(scores: Scores, target: Shape, aggregation: str = "energy") -> Plan:
-    """Choose the channels and KV groups to keep.
+    """Choose the channels, KV groups and query heads to keep.
 
-    Hidden channels are chosen once for the whole model, FFN channels and KV groups layer by layer; a group's
-    importance is the sum over its query heads, which are kept with it. Counts are exact, and ties go to the lower
-    index. Kept units stay in their original order, which computes the same function as the order of importance that
-    llm-pruning-collection and ModelOpt use, and keeps checkpoints comparable.
+    Hidden channels are chosen once for the whole model, FFN channels, query heads and KV groups layer by layer. Every
+    kept group keeps its ``target.heads / target.kv_groups`` most important query heads, as in ModelOpt (since 0.41,
+    which keeps all groups); a group's importance is the sum over the heads that it would keep. Counts are exact, and
+    ties go to the lower index. Kept units stay in their original order, which computes the same function as the order
+    of importance that llm-pruning-collection and ModelOpt use, and keeps checkpoints comparable.
+
+    The importance of a query head is the norm of its output ``x_nt`` [h], the head's channels at the input of
+    ``o_proj``, for sequences n and tokens t. With ``energy`` it is ``sum_nt |x_nt|^2``, the square of the L2 norm over
+    everything. With ``meanabs_l2`` it is ``sqrt(sum_c sum_n (mean_t |x_ntc|)^2)``, as in ModelOpt's
+    ``mcore_minitron``: the mean over tokens first, then the L2 norm over sequences and channels c. The paper takes the
+    norm over channels first.
 
     Args:
         scores: Result of ``calibrate``.
@@ -37,7 +44,12 @@ def plan_width(scores: Scores, target: Shape, aggregation: str = "energy") -> Pl
         )
     hidden = scores.tensors[f"hidden.{aggregation}"]
     ffn = scores.tensors[f"ffn.{aggregation}"]
-    kv_groups = scores.tensors[f"heads.{aggregation}"].unflatten(1, (parent.kv_groups, -1)).sum(dim=2)
+    heads = scores.tensors[f"heads.{aggregation}"].unflatten(1, (parent.kv_groups, -1))
+    best = _best_of_each_group(heads, target.heads_per_group)
+    keep_kv_groups = tuple(most_important(layer, target.kv_groups) for layer in (heads * best).sum(dim=2))
+    keep_heads: tuple[Indices, ...] = ()
+    if target.heads_per_group != parent.heads_per_group:
+        keep_heads = tuple(_heads_of(*layer) for layer in zip(best, keep_kv_groups, strict=True))
     return Plan(
         method="minitron-width",
         parent=parent,
@@ -45,13 +57,27 @@ def plan_width(scores: Scores, target: Shape, aggregation: str = "energy") -> Pl
         keep_layers=tuple(range(parent.layers)),
         keep_hidden=most_important(hidden, target.hidden),
         keep_ffn=tuple(most_important(layer, target.ffn) for layer in ffn),
-        keep_kv_groups=tuple(most_important(layer, target.kv_groups) for layer in kv_groups),
+        keep_kv_groups=keep_kv_groups,
+        keep_heads=keep_heads,
         provenance={
             "model_fingerprint": scores.model_fingerprint,
             "scores": scores.content_hash,
             "settings": {"aggregation": aggregation},
         },
     )
+
+
+def _best_of_each_group(heads: torch.Tensor, count: int) -> torch.Tensor:
+    """Return which query heads are the ``count`` most important of their KV group, bool, given scores [L, G, g]."""
+    order = heads.sort(dim=2, descending=True, stable=True).indices
+    return torch.zeros_like(heads, dtype=torch.bool).scatter(2, order[:, :, :count], value=True)
+
+
+def _heads_of(best: torch.Tensor, groups: Indices) -> Indices:
+    """Return the indices of the best query heads of the kept groups of a layer, given bool [G, g]."""
+    kept = torch.zeros_like(best)
+    kept[list(groups)] = best[list(groups)]
+    return tuple(kept.flatten().nonzero().flatten().tolist())
 
 
 def most_important(scores: torch.Tensor, count: int) -> Indices:
