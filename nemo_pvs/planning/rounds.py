@@ -128,6 +128,10 @@ def check_stages(recipe: Recipe, name: str, target: Target, parent: Shape) -> No
     """
     if target.slice_optimizer_state and stages_of(target) == 1:
         raise UserError("slice_optimizer_state needs training between stages; give stages, or leave it out.")
+    if target.slice_optimizer_state and target.given.get("merge_heads"):
+        raise UserError(
+            "merged query heads have no optimizer state to keep; leave out merge_heads, or slice_optimizer_state."
+        )
     if target.stages is None:
         return
     staged = [name for name, method in methods().items() if method.rounds]

@@ -141,6 +141,14 @@ class SizesOrRatio(Vocabulary, SizesOrPreset):
     of: Literal["body", "total"] = option("what the ratio is a share of: body or total", "body")
 
 
+class QueryHeads(Options):
+    """Query heads can be removed inside their KV groups."""
+
+    merge_heads: bool = option(
+        "add the residual of removed query heads to kept ones, as in Minitron's paper", False, exclude_if=not_given
+    )
+
+
 class ProtectedLayers(Options):
     """Layers that are never removed or pruned."""
 

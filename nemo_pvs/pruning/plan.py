@@ -46,12 +46,17 @@ class Plan:
     then has attention_bias and mlp_bias (Llama's own switches); other biases that these add are zero."""
     keep_heads: tuple[Indices, ...] = field(default=(), repr=False)
     """Query heads of each kept layer, the same number in each of its kept groups; if empty, all heads of these."""
+    merged_heads: tuple[tuple[tuple[int, int], ...], ...] = field(default=(), repr=False)
+    """For each kept layer, pairs of a kept head i and a removed one j of its group: the rows of ``q_proj`` become
+    ``head_i + (head_i - head_j)`` (``structured.width.plan_width``). Empty if nothing is merged."""
 
     def __post_init__(self) -> None:
         """Raise UserError unless the indices are in order and add up to the target."""
-        rows_by_name = {"keep_ffn": self.keep_ffn, "keep_kv_groups": self.keep_kv_groups}
+        rows_by_name: dict[str, tuple[Any, ...]] = {"keep_ffn": self.keep_ffn, "keep_kv_groups": self.keep_kv_groups}
         if self.keep_heads:
             rows_by_name["keep_heads"] = self.keep_heads
+        if self.merged_heads:
+            rows_by_name["merged_heads"] = self.merged_heads
         for name, rows in rows_by_name.items():
             if len(rows) != len(self.keep_layers):
                 raise UserError(f"The plan's {name} has {len(rows)} layers, but {len(self.keep_layers)} are kept.")
@@ -65,6 +70,8 @@ class Plan:
             heads = self.heads(index)
             _check(f"keep_heads of layer {layer}", heads, parent.heads)
             _check_groups_of_heads(layer, heads, groups, parent.heads_per_group)
+            if self.merged_heads:
+                _check_merged(layer, self.merged_heads[index], heads, parent)
             sizes.append(LayerSizes(len(ffn), len(heads), len(groups)))
         kept = self.parent.replace(hidden=len(self.keep_hidden)).with_layers(sizes)
         if self.input_means is not None:
@@ -140,9 +147,16 @@ class Plan:
             "keep_kv_groups": by_layer(self.keep_kv_groups),
             **({} if self.keep_vocab is None else {"keep_vocab": format_ranges(self.keep_vocab)}),
             **({"keep_heads": by_layer(self.keep_heads)} if self.keep_heads else {}),
+            **({"merged_heads": self._merged_by_layer()} if self.merged_heads else {}),
             "provenance": dict(self.provenance),
             **({"input_means": self.input_means.content_hash} if self.input_means else {}),
         }
+
+    def _merged_by_layer(self) -> dict[str, str]:
+        rows = {}
+        for layer, pairs in zip(self.keep_layers, self.merged_heads, strict=True):
+            rows[str(layer)] = ",".join(f"{kept}:{removed}" for kept, removed in pairs)
+        return rows
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], input_means: InputMeans | None = None) -> Plan:
@@ -155,11 +169,8 @@ class Plan:
             if values.get("input_means") != (input_means and input_means.content_hash):
                 raise UserError("The plan's input means do not have the hash that it records; plan again.")
             layers = parse_ranges(values["keep_layers"])
-            names = ["keep_ffn", "keep_kv_groups"]
-            if "keep_heads" in values:
-                names.append("keep_heads")
-            for name in names:
-                if [int(layer) for layer in values[name]] != list(layers):
+            for name in ("keep_ffn", "keep_kv_groups", "keep_heads", "merged_heads"):
+                if name in values and [int(layer) for layer in values[name]] != list(layers):
                     raise UserError(f"The plan's {name} must name exactly the layers of keep_layers, in their order.")
             return cls(
                 method=str(values["method"]),
@@ -173,6 +184,7 @@ class Plan:
                 provenance=dict(values["provenance"]),
                 input_means=input_means,
                 keep_heads=tuple(parse_ranges(row) for row in values.get("keep_heads", {}).values()),
+                merged_heads=tuple(_parse_pairs(row) for row in values.get("merged_heads", {}).values()),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"This is not a plan of nemo_pvs ({type(error).__name__}: {error}); plan again.") from None
@@ -247,6 +259,28 @@ def _check_groups_of_heads(layer: int, heads: Indices, groups: Indices, heads_pe
             f"The plan's keep_heads of layer {layer} must name the same number of heads for every kept KV group, and "
             "none for the others."
         )
+
+
+def _check_merged(layer: int, pairs: Sequence[tuple[int, int]], heads: Indices, parent: Shape) -> None:
+    """Raise UserError unless each pair is a kept and a removed head of one KV group, and no head is in two pairs."""
+    named = [head for pair in pairs for head in pair]
+    for kept, removed in pairs:
+        same_group = kept // parent.heads_per_group == removed // parent.heads_per_group
+        if kept not in heads or removed in heads or not 0 <= removed < parent.heads or not same_group:
+            raise UserError(
+                f"The plan's merged_heads of layer {layer} must be pairs of a kept and a removed head of one group."
+            )
+    if len(set(named)) < len(named):
+        raise UserError(f"The plan's merged_heads of layer {layer} must not name a head twice.")
+
+
+def _parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Return pairs written as ``2:3,6:7``; raise ValueError if they are not."""
+    pairs = []
+    for piece in text.split(",") if text else ():
+        kept, removed = piece.split(":")
+        pairs.append((int(kept), int(removed)))
+    return tuple(pairs)
 
 
 def _check(name: str, indices: Indices, size: int) -> None:

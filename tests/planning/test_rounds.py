@@ -134,6 +134,10 @@ def test_every_stage_is_charged_at_its_own_size() -> None:
         ({"method": "minitron-depth", "layers": 6, "stages": 2, "task": "continuation"}, "leave out task"),
         (adapt(stages=1, slice_optimizer_state=True), "between stages; give stages"),
         (adapt(ratio=0.99), "leave nothing for the layers"),
+        (
+            {"method": "minitron-width", "heads": 4, "merge_heads": True, "stages": 2, "slice_optimizer_state": True},
+            "leave out merge_heads, or slice_optimizer_state",
+        ),
     ],
 )
 def test_stages_that_cannot_be_are_refused(target: dict[str, Any], sentence: str) -> None:

@@ -104,6 +104,46 @@ def test_sliced_is_masked(sizes: dict[str, int], tied: bool) -> None:
     torch.testing.assert_close(sliced, logits(masked(model, plan)), rtol=1e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("biases", [{}, {"attention_bias": True}], ids=["none", "attention"])
+def test_merged_queries_are_masked_with_the_residuals_added(biases: dict[str, bool]) -> None:
+    """Rows of ``q_proj`` become ``2 head_i - head_j``; nothing else changes but what is removed."""
+    model = tiny_model(**biases)  # 8 heads in 2 groups
+    plan = replace(
+        tiny_plan(model, layers=4, hidden=64, ffn=96, heads=4),
+        keep_heads=((0, 3, 4, 5),) * 4,
+        merged_heads=(((0, 2), (3, 1), (5, 6)),) * 4,
+    )
+    merged = PrunedSource(StateSource(model), plan)
+    plain = PrunedSource(StateSource(model), replace(plan, merged_heads=()))
+    changed = set()
+    for name in Layout.for_config(merged.config).parts(plan.target):
+        if not torch.equal(merged.read(name), plain.read(name)):
+            changed.add(name.split(".", 3)[-1])
+    assert changed == {"self_attn.q_proj.weight", *(["self_attn.q_proj.bias"] if biases else [])}
+    sliced, without = logits(as_transformers(merged)), logits(as_transformers(plain))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parameter in layer.self_attn.q_proj.parameters():
+                heads = parameter.unflatten(0, (8, 16)).clone()
+                for kept, removed in ((0, 2), (3, 1), (5, 6)):
+                    parameter[16 * kept : 16 * kept + 16] += heads[kept] - heads[removed]
+    torch.testing.assert_close(sliced, logits(masked(model, plan)), rtol=1e-5, atol=3e-5)
+    assert not torch.allclose(sliced, without, atol=0.1)
+
+
+def test_merging_is_in_fp32_and_refuses_masks() -> None:
+    model = tiny_model().bfloat16()
+    plan = replace(tiny_plan(model, heads=4), keep_heads=((0, 1, 4, 5),) * 3, merged_heads=(((1, 2),),) * 3)
+    query = PrunedSource(StateSource(model), plan).read("model.layers.0.self_attn.q_proj.weight")
+    whole = model.model.layers[plan.keep_layers[0]].self_attn.q_proj.weight[:, list(plan.keep_hidden)].float()
+    assert query.dtype == torch.bfloat16
+    assert torch.equal(query[16:32], (2 * whole[16:32] - whole[32:48]).bfloat16())
+    source = StateSource(model)
+    source.masks = RandomMasks(model)
+    with pytest.raises(UserError, match="would fill the zeros of this sparse model"):
+        PrunedSource(source, plan)
+
+
 def test_removing_layers_is_zeroing_their_branches_bit_for_bit() -> None:
     model = tiny_model()
     plan = Plan(

@@ -166,5 +166,10 @@ def test_refusals(trained, tmp_path):
         slice_optimizer_state(folder, replace(plan, provenance={"model_fingerprint": "0" * 64}))
     with pytest.raises(UserError, match="adds biases"):
         slice_optimizer_state(folder, with_means(plan))
+    merging = replace(
+        make_plan(plan.parent, heads=6), keep_heads=((0, 1, 2, 4, 5, 6),) * 3, merged_heads=(((2, 3),),) * 3
+    )
+    with pytest.raises(UserError, match="merges query heads, whose moments cannot be merged"):
+        slice_optimizer_state(folder, merging)
     with pytest.raises(UserError, match=r"has no optimizer\.state\.fp32_param"):
         OptimizerStateSource(folder, "fp32_param")

@@ -56,6 +56,14 @@ def make_plan(parent: Shape = PARENT, seed: int = 0, **sizes: int) -> Plan:
     )
 
 
+MERGING = replace(
+    make_plan(heads=2),
+    keep_kv_groups=((0, 1),) * 3,
+    keep_heads=((0, 3),) * 3,
+    merged_heads=(((0, 1), (3, 2)), ((3, 2),), ()),
+)
+
+
 def with_means(plan: Plan, seed: int = 0, scale: float = 1.0) -> Plan:
     """Return the plan with random means of what it removes."""
     generator = torch.Generator().manual_seed(seed)
@@ -87,10 +95,8 @@ def test_ranges_round_trip(indices: set[int]) -> None:
     assert all(after[0] - before[-1] > 1 for before, after in pairwise(pieces))
 
 
-@pytest.mark.parametrize("sizes", [{}, {"heads": 2}], ids=["groups", "heads"])
-def test_round_trip_on_disk(sizes: dict[str, int], tmp_path: Path) -> None:
-    plan = make_plan(**sizes)
-    assert bool(plan.keep_heads) == bool(sizes)
+@pytest.mark.parametrize("plan", [make_plan(), make_plan(heads=2), MERGING], ids=["groups", "heads", "merged"])
+def test_round_trip_on_disk(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == plan
@@ -121,8 +127,10 @@ def test_the_hash_follows_every_field() -> None:
         make_plan(heads=2),
         replace(make_plan(heads=2), keep_kv_groups=((0, 1),) * 3, keep_heads=((0, 2),) * 3),
         replace(make_plan(heads=2), keep_kv_groups=((0, 1),) * 3, keep_heads=((0, 3),) * 3),
+        MERGING,
+        replace(MERGING, merged_heads=(((0, 1), (3, 2)), (), ())),
     ]
-    assert len({plan.plan_hash, make_plan().plan_hash, *(other.plan_hash for other in others)}) == 8
+    assert len({plan.plan_hash, make_plan().plan_hash, *(other.plan_hash for other in others)}) == 10
 
 
 @given(
@@ -227,6 +235,23 @@ def test_contradictions_are_refused(change: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (((1, 0),), "a kept and a removed head of one group"),
+        (((0, 3),), "a kept and a removed head of one group"),
+        (((0, 2),), "a kept and a removed head of one group"),
+        (((0, -1),), "a kept and a removed head of one group"),
+        (((0, 1), (0, 1)), "must not name a head twice"),
+    ],
+)
+def test_heads_that_cannot_be_merged_are_refused(pairs: tuple[tuple[int, int], ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(MERGING, merged_heads=(pairs, (), ()))
+    with pytest.raises(UserError, match="merged_heads has 1 layers, but 3 are kept"):
+        replace(MERGING, merged_heads=((),))
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"keep_layers": None},
@@ -240,6 +265,8 @@ def test_contradictions_are_refused(change: dict[str, Any], message: str) -> Non
         {"provenance": None},
         {"keep_heads": "0-3"},
         {"keep_heads": {"0": "0-3"}},
+        {"merged_heads": {"0": "0:1"}},
+        {"merged_heads": {"0": "0-1", "1": "", "2": ""}},
     ],
 )
 def test_a_malformed_plan_is_one_sentence(change: dict[str, Any], tmp_path: Path) -> None:

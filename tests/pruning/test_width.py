@@ -13,6 +13,7 @@ from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.width import most_important, plan_width
 from tests.state_source import StateSource, random_ids, tiny_model
 
@@ -116,6 +117,27 @@ def test_planted_units_are_kept() -> None:
         assert plan.keep_hidden == tuple(hidden.tolist())
         assert plan.keep_ffn == tuple(tuple(row.tolist()) for row in ffn)
         assert plan.keep_kv_groups == tuple(tuple(row.tolist()) for row in groups)
+
+
+@pytest.mark.parametrize(
+    ("heads", "pairs"),
+    [
+        # Heads 0 to 3 by falling importance: 2, 0, 3, 1. Heads 4 to 7: 7, 6, 5, 4.
+        (6, ((3, 1), (5, 4))),
+        (4, ((0, 3), (2, 1), (6, 5), (7, 4))),
+        (2, ((2, 0), (7, 6))),
+        (8, None),
+    ],
+)
+def test_residuals_of_removed_heads_by_hand(heads: int, pairs: tuple[tuple[int, int], ...] | None) -> None:
+    """K of L heads: ``head_i`` takes in ``head_{2K-i+1}``; of L = 4 K = 1 leaves two heads that none takes in."""
+    parent = PARENT.replace(heads=8)
+    scores = make_scores(**{"heads.energy": [[3.0, 1.0, 4.0, 2.0, 0.0, 1.0, 2.0, 3.0]] * 2})
+    scores = Scores(scores.tensors, {**scores.manifest, "shape": parent.to_dict()})
+    plan = plan_width(scores, parent.replace(heads=heads), merge_heads=True)
+    assert plan.merged_heads == (() if pairs is None else (pairs,) * 2)
+    assert plan_width(scores, parent.replace(heads=heads)).merged_heads == ()
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize("aggregation", ["energy", "meanabs_l2"])

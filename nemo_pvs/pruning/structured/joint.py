@@ -14,7 +14,12 @@ from nemo_pvs.pruning.structured.width import plan_width
 
 
 def plan_joint(
-    scores: Scores, target: Shape, aggregation: str = "energy", layer_order: Sequence[int] | None = None
+    scores: Scores,
+    target: Shape,
+    aggregation: str = "energy",
+    layer_order: Sequence[int] | None = None,
+    *,
+    merge_heads: bool = False,
 ) -> Plan:
     """Choose layers, channels, KV groups and query heads of the dense model in one step, as ModelOpt's search does.
 
@@ -25,12 +30,13 @@ def plan_joint(
         target: The Shape to reach.
         aggregation: ``energy`` or ``meanabs_l2``, as in ``plan_width``.
         layer_order: Layers in order of removal, such as ``GreedyScan.removed``; by ascending block influence if None.
+        merge_heads: As in ``plan_width``.
 
     Raises:
         UserError: the aggregation is unknown, or the target removes more layers than ``layer_order`` has.
     """
     parent = scores.shape
-    width = plan_width(scores, target.replace(layers=parent.layers), aggregation)
+    width = plan_width(scores, target.replace(layers=parent.layers), aggregation, merge_heads=merge_heads)
     if target.layers == parent.layers:
         return width
     order = removal_order(scores) if layer_order is None else layer_order
@@ -50,5 +56,6 @@ def plan_joint(
         keep_ffn=tuple(width.keep_ffn[layer] for layer in kept),
         keep_kv_groups=tuple(width.keep_kv_groups[layer] for layer in kept),
         keep_heads=tuple(width.keep_heads[layer] for layer in kept) if width.keep_heads else (),
+        merged_heads=tuple(width.merged_heads[layer] for layer in kept) if width.merged_heads else (),
         provenance={**width.provenance, "settings": settings},
     )
