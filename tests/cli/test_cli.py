@@ -365,12 +365,13 @@ def test_a_search_writes_a_target_that_prune_takes(pvs, model, text, tmp_path):
     data = ["--data", text, "--samples", "4", "--sequence-length", "32"]
     assert pvs("calibrate", model, "--out", tmp_path / "scores", *data)[0] == 0
     best = tmp_path / "best.json"
-    grid = ["--hidden-step", "16", "--ffn-step", "16", "--layers-step", "1", "--tolerance", "0.2"]
+    grid = ["--hidden-step", "16", "--ffn-step", "32", "--layers-step", "1", "--heads-step", "2", "--tolerance", "0.2"]
     code, said, errors = pvs(
         "search", model, "--scores", tmp_path / "scores", "--out", best, "--parameters", "100e3", *grid
     )
     assert code == 0, errors
     assert "shapes within the budget" in said
+    assert json.loads(best.read_text())["heads"] in (6, 8)
     arguments = ["--method", "minitron-joint", "--target", best, "--scores", tmp_path / "scores"]
     code, _, errors = pvs("prune", model, tmp_path / "small", *arguments)
     assert code == 0, errors
