@@ -173,6 +173,12 @@ class Units(Vocabulary, Multiples):
         "whether scores are compared within a layer (UL) or across all (AL), and modules alike (UM) or mixed", "UL-UM"
     )
     remove_groups: NotNegative | None = option("KV groups to remove from every layer")
+    attention_unit: Literal["groups", "heads"] = option(
+        "what is removed from attention: groups (KV groups) or heads (query heads, as many from every KV group of a "
+        "layer)",
+        "groups",
+        exclude_if=not_given,
+    )
 
 
 def _pattern(value: Any) -> Any:

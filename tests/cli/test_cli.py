@@ -260,6 +260,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
         ("minitron-width", ["--target", "hidden=32,heads=4"]),
         ("minitron-joint", ["--target", "layers=3,ffn=64"]),
         ("flap", ["--ratio", "0.3", "--uneven", "pad"]),
+        ("flap", ["--ratio", "0.3", "--attention-unit", "heads", "--uneven", "pad"]),
         ("wanda-sp", ["--ratio", "0.3"]),
         ("magnitude-sp", ["--ratio", "0.3"]),
         ("llm-pruner", ["--ratio", "0.5", "--metric", "param_mix", "--protect-first", "1", "--uneven", "pad"]),

@@ -33,6 +33,7 @@ PLANNED = {
     "flap": "flap --ratio 0.3 --no-bias",
     "flap-uniform": "flap --ratio 0.3 --no-bias --structure UL-UM",
     "flap-compat": "flap --ratio 0.3 --no-bias --metric WIFN --compat",
+    "flap-heads": "flap --ratio 0.3 --no-bias --attention-unit heads",
     "wanda-sp": "wanda-sp --ratio 0.3",
     "magnitude-sp": "magnitude-sp --ratio 0.3 --ffn-multiple 8",
     "llm-pruner": "llm-pruner --ratio 0.3 --protect-first 1",
