@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.checkpoints.transforms.pad import pad_layers
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
@@ -194,6 +197,25 @@ def test_query_heads_go_and_the_rest_is_the_masked_model(make: Callable[..., Pla
         torch.testing.assert_close(
             as_transformers(PrunedSource(source, whole))(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4
         )
+
+
+def test_layers_of_different_query_heads_go_to_nemo_and_back_and_are_padded(
+    make_tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "parent"))
+    scores = make_scores(shape=shape_of(source))
+    scores = Scores(scores.tensors, {**scores.manifest, "model_fingerprint": fingerprint(source)})
+    plan = plan_flap(scores, 0.4, attention_unit="heads")
+    assert {sizes.kv_groups for sizes in plan.target.layer_sizes} == {2}
+    assert len({sizes.heads for sizes in plan.target.layer_sizes}) > 1
+    pruned = PrunedSource(source, plan)
+    write_nemo(pruned, tmp_path / "nemo")
+    in_nemo = NemoSource(tmp_path / "nemo")
+    assert fingerprint(in_nemo) == fingerprint(pruned)
+    ids = random_ids(2, 30, seed=8).long()
+    with torch.no_grad():
+        uneven, even = (as_transformers(it)(ids).logits for it in (in_nemo, pad_layers(in_nemo)))
+    torch.testing.assert_close(even, uneven, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", [plan_wanda_sp, plan_magnitude_sp])
