@@ -54,6 +54,7 @@ def search(
     hidden_step: int | None = None,
     ffn_step: int | None = None,
     kv_groups_step: int = 0,
+    heads_step: int = 0,
     max_width_pruning: float = 0.4,
     max_depth_pruning: float = 0.2,
     shortlist: int = 10,
@@ -87,6 +88,7 @@ def search(
         hidden_step: Grid of hidden channels; 0 keeps all.
         ffn_step: Grid of FFN channels; 0 keeps all.
         kv_groups_step: Grid of KV groups; 0 keeps all.
+        heads_step: Grid of query heads, the same number in every kept KV group; 0 keeps all of these.
         max_width_pruning: Largest share of a width to remove.
         max_depth_pruning: Largest share of layers to remove.
         shortlist: Candidates whose loss is measured.
@@ -153,6 +155,7 @@ def search(
         hidden_step=hidden_step,
         ffn_step=ffn_step,
         kv_groups_step=kv_groups_step,
+        heads_step=heads_step,
         max_width_pruning=max_width_pruning,
         max_depth_pruning=max_depth_pruning,
     )

@@ -31,7 +31,7 @@ def taylor_scores(
     batch_size: int = 8,
     progress: Callable[[], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the Taylor importance of every KV group and FFN channel of a model with even layers.
+    """Return the Taylor importance of every KV group, query head and FFN channel of a model with even layers.
 
     The loss is the mean cross entropy of each sequence's next tokens, over all sequences. With several ranks each
     reads its share of the sequences; gradients are summed before absolute values are taken, so the scores are those
@@ -44,7 +44,8 @@ def taylor_scores(
         progress: Called after each layer of the backward pass.
 
     Returns:
-        ``groups.<metric>`` [L, G] and ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``, float64.
+        ``groups.<metric>`` [L, G], ``heads.<metric>`` [L, H] and ``ffn.<metric>`` [L, f] for each of
+        ``taylor.METRICS``, float64.
 
     Raises:
         UserError: hidden states exceed the model's memory limit, the tokens do not fit the model, or gradients are not
@@ -70,8 +71,8 @@ def layer_taylor_scores(
         progress: Called after each layer of the backward pass.
 
     Returns:
-        For each layer ``groups.<metric>`` [its G] and ``ffn.<metric>`` [its f], float64; and the mean over all tokens
-        of the cosine between each layer's inputs and outputs, float64 [L].
+        For each layer ``groups.<metric>`` [its G], ``heads.<metric>`` [its H] and ``ffn.<metric>`` [its f], float64;
+        and the mean over all tokens of the cosine between each layer's inputs and outputs, float64 [L].
 
     Raises:
         UserError: hidden states exceed the model's memory limit, the tokens do not fit the model, or gradients are not
@@ -172,7 +173,8 @@ class _Backward:
         layer.register_forward_hook(partial(self._add_similarity, index))
         self._model.back_through_layer(layer, states, self._gradient, self._batch_size)
         sums = (gradient.matrix(self._samples, f"layer {index}") for gradient in gradients)
-        self.scores[index] = unit_scores(sums, self._model.shape.at(index).kv_groups)
+        shape = self._model.shape.at(index)
+        self.scores[index] = unit_scores(sums, shape.kv_groups, shape.heads)
         self._progress()
 
     def _add_similarity(

@@ -34,7 +34,8 @@ class Scores:
     ``energy``, ``mean``, ``variance`` and, only if measured on one rank, ``fluctuation`` (``statistics.Moments``); for
     the weight's columns ``weight_energy``, the sum of squares, and ``weight_mean_abs``, the mean absolute value.
 
-    With gradients also ``groups.<metric>`` [L, G] and ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``."""
+    With gradients also ``groups.<metric>`` [L, G], ``heads.<metric>`` [L, H] (not from earlier versions) and
+    ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``."""
     manifest: Mapping[str, Any]
     """The model (``model_fingerprint``, ``shape``), the token set (``tokens``) and the software ``versions``."""
 

@@ -1,8 +1,9 @@
 """Group Taylor importance: the estimated change of the loss without a unit (LLM-Pruner, 2305.11627, section 3.2).
 
 A unit is a KV group (its query heads' rows of ``q_proj`` and columns of ``o_proj``, its rows of ``k_proj`` and
-``v_proj``) or an FFN channel (a row of ``gate_proj`` and of ``up_proj``, a column of ``down_proj``). Its score is the
-sum over all its weights, or over its rows and columns for ``vectorize``. Biases and norms are not counted.
+``v_proj``), a query head (its rows of ``q_proj`` and columns of ``o_proj``) or an FFN channel (a row of ``gate_proj``
+and of ``up_proj``, a column of ``down_proj``). Its score is the sum over all its weights, or over its rows and columns
+for ``vectorize``. Biases and norms are not counted.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Matrix(NamedTuple):
     """Mean over sequences of the squared gradient of each sequence's loss."""
 
 
-def unit_scores(matrices: Iterable[Matrix], kv_groups: int) -> dict[str, torch.Tensor]:
+def unit_scores(matrices: Iterable[Matrix], kv_groups: int, heads: int) -> dict[str, torch.Tensor]:
     """Return the score of each unit of a layer under each metric.
 
     A group's heads are contiguous, as in transformers (``repeat_kv``) and Megatron; LLM-Pruner's script instead adds
@@ -46,9 +47,10 @@ def unit_scores(matrices: Iterable[Matrix], kv_groups: int) -> dict[str, torch.T
     Args:
         matrices: Matrices of one layer, read one at a time.
         kv_groups: Number of KV groups of the layer.
+        heads: Number of its query heads.
 
     Returns:
-        ``groups.<metric>`` [G] and ``ffn.<metric>`` [f], float64 on the CPU.
+        ``groups.<metric>`` [G], ``heads.<metric>`` [H] and ``ffn.<metric>`` [f], float64 on the CPU.
     """
     scores: dict[str, torch.Tensor] = {}
     for axes, weight, gradient, square in matrices:
@@ -56,12 +58,16 @@ def unit_scores(matrices: Iterable[Matrix], kv_groups: int) -> dict[str, torch.T
         for metric, score in METRICS.items():
             channels = score(weight, gradient, square, 1 - unit).cpu()
             if axes[unit] == "ffn":
-                site = "ffn"
+                _add(scores, f"ffn.{metric}", channels)
             else:
-                site, channels = "groups", channels.unflatten(0, (kv_groups, -1)).sum(dim=1)
-            name = f"{site}.{metric}"
-            scores[name] = scores[name] + channels if name in scores else channels
+                _add(scores, f"groups.{metric}", channels.unflatten(0, (kv_groups, -1)).sum(dim=1))
+            if axes[unit] == "query":
+                _add(scores, f"heads.{metric}", channels.unflatten(0, (heads, -1)).sum(dim=1))
     return scores
+
+
+def _add(scores: dict[str, torch.Tensor], name: str, summand: torch.Tensor) -> None:
+    scores[name] = scores[name] + summand if name in scores else summand
 
 
 def _sum(terms: torch.Tensor, axis: int) -> torch.Tensor:

@@ -46,6 +46,9 @@ def search(
         typer.Option(help="step in FFN channels; 0 keeps all; about 1/28 of them by default", rich_help_panel=GRID),
     ] = None,
     kv_groups_step: Annotated[int, typer.Option(help="step in KV groups; 0 keeps all", rich_help_panel=GRID)] = 0,
+    heads_step: Annotated[
+        int, typer.Option(help="step in query heads; 0 keeps all of the kept KV groups", rich_help_panel=GRID)
+    ] = 0,
     max_width_pruning: Annotated[
         float, typer.Option(help="largest share of a width to remove", rich_help_panel=GRID)
     ] = 0.4,
@@ -102,6 +105,7 @@ def search(
         hidden_step=hidden_step,
         ffn_step=ffn_step,
         kv_groups_step=kv_groups_step,
+        heads_step=heads_step,
         max_width_pruning=max_width_pruning,
         max_depth_pruning=max_depth_pruning,
         shortlist=shortlist,
@@ -122,13 +126,13 @@ def search(
     )
     from rich.table import Table
 
-    sizes = ("layers", "hidden", "ffn", "KV groups", "parameters (M)", "GFLOPs/token")
+    sizes = ("layers", "hidden", "ffn", "KV groups", "heads", "parameters (M)", "GFLOPs/token")
     table = Table(*sizes, "loss (nats/token)", *(["after training"] if retrain_tokens else []))
     for candidate in result.candidates[:shortlist]:
         shape = candidate.shape
         losses = (candidate.loss, candidate.retrained_loss) if retrain_tokens else (candidate.loss,)
         table.add_row(
-            *(f"{size:,}" for size in (shape.layers, shape.hidden, shape.ffn, shape.kv_groups)),
+            *(f"{size:,}" for size in (shape.layers, shape.hidden, shape.ffn, shape.kv_groups, shape.heads)),
             f"{shape.parameters / 1e6:,.1f}",
             f"{candidate.flops_per_token / 1e9:,.2f}",
             *("" if loss is None else f"{loss:.4f}" for loss in losses),

@@ -31,10 +31,10 @@ def megatron_taylor_scores(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the Taylor importance of every KV group and FFN channel; call it inside ``inference.megatron_ranks``.
+    """Return the Taylor importance of all units (``calibration.taylor``); call inside ``inference.megatron_ranks``.
 
-    Gradients are summed over the copies of the model (DP) before absolute values are taken. All weights of a KV group
-    or FFN channel are on one tensor rank and one stage, so the scores need no sum over TP or PP.
+    Gradients are summed over the copies of the model (DP) before absolute values are taken. All weights of a KV group,
+    query head or FFN channel are on one tensor rank and one stage, so the scores need no sum over TP or PP.
 
     Args:
         source: The dense model, of any format.
@@ -44,7 +44,8 @@ def megatron_taylor_scores(
         progress: Called with (sequences done, sequences in all) for this copy.
 
     Returns:
-        ``groups.<metric>`` [L, G] and ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``, float64, on every rank.
+        ``groups.<metric>`` [L, G], ``heads.<metric>`` [L, H] and ``ffn.<metric>`` [L, f] for each of
+        ``taylor.METRICS``, float64, on every rank.
 
     Raises:
         UserError: the model cannot be sharded this way, there are fewer sequences than copies, or gradients are not
@@ -128,7 +129,7 @@ class _MegatronGradients(MegatronScorer):
         for tensor in (*self._totals, *self._squares):
             distributed.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
             tensor /= samples
-        sizes = {"groups": self._shape.kv_groups, "ffn": self._shape.ffn}
+        sizes = {"groups": self._shape.kv_groups, "heads": self._shape.heads, "ffn": self._shape.ffn}
         scores = {
             f"{site}.{metric}": torch.zeros(self._shape.layers, size, dtype=torch.float64)
             for site, size in sizes.items()
@@ -136,7 +137,11 @@ class _MegatronGradients(MegatronScorer):
         }
         if self.replica == 0:  # all copies have the same sums
             for layer in sorted({entry.layer or 0 for entry, _ in self._matrices}):
-                local_scores = unit_scores(self._parts(layer), self._shape.kv_groups // self._tensor_ranks)
+                local_scores = unit_scores(
+                    self._parts(layer),
+                    self._shape.kv_groups // self._tensor_ranks,
+                    self._shape.heads // self._tensor_ranks,
+                )
                 for name, units in local_scores.items():
                     start = self._tensor_rank * len(units)
                     scores[name][layer, start : start + len(units)] = units

@@ -88,6 +88,8 @@ def stage_targets(target: Target, parent: Shape) -> list[tuple[Target, Shape]]:
     stages = []
     for number in numbers:
         sizes = {name: _between(target, parent, last, name, number) for name in _axes(target)}
+        if last.heads_per_group != parent.heads_per_group:
+            sizes["heads"] = sizes["kv_groups"] * _between(target, parent, last, "heads_per_group", number)
         changes: dict[str, Any] = {"ratio": None, "preset": None, "of": None, "stages": None, **sizes}
         stages.append((target.model_copy(update=changes), parent.replace(**sizes)))
     return stages
@@ -126,6 +128,10 @@ def check_stages(recipe: Recipe, name: str, target: Target, parent: Shape) -> No
     """
     if target.slice_optimizer_state and stages_of(target) == 1:
         raise UserError("slice_optimizer_state needs training between stages; give stages, or leave it out.")
+    if target.slice_optimizer_state and target.given.get("merge_heads"):
+        raise UserError(
+            "merged query heads have no optimizer state to keep; leave out merge_heads, or slice_optimizer_state."
+        )
     if target.stages is None:
         return
     staged = [name for name, method in methods().items() if method.rounds]
@@ -155,6 +161,10 @@ def _axes(target: Target) -> tuple[str, ...]:
 def _between(target: Target, parent: Shape, last: Shape, axis: str, stage: int) -> int:
     """Return a size after a stage, interpolated linearly and rounded to a common divisor of the first and the last."""
     first, end = getattr(parent, axis), getattr(last, axis)
-    limit = {"layers": target.layout.pipeline_parallel, "kv_groups": target.layout.tensor_parallel}
+    limit = {
+        "layers": target.layout.pipeline_parallel,
+        "kv_groups": target.layout.tensor_parallel,
+        "heads_per_group": 1,
+    }
     multiple = math.gcd(first, end, limit.get(axis, _WIDTH_MULTIPLE))
     return int(first - round((first - end) * stage / stages_of(target) / multiple) * multiple)

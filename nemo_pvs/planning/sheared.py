@@ -69,6 +69,8 @@ class ShearedTarget:
         """
         if shape == parent:
             raise UserError("it has the parent's sizes, so there is nothing to learn; make one of them smaller.")
+        if shape.heads_per_group != parent.heads_per_group:
+            raise UserError("its masks remove whole KV groups; leave heads out, and give kv_groups.")
         training, layout = self.training, self.layout
         if layout.context_parallel > 1:
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,6 +56,11 @@ class PrunedSource:
         self._bias_weights = _bias_weights(layout, plan, self._origins)
         self._biases: dict[str, torch.Tensor] = {}
         masks = masks_of(source)
+        if masks.names and plan.merged_heads:
+            raise UserError(
+                "The plan merges query heads, which would fill the zeros of this sparse model; plan again without "
+                "merge_heads."
+            )
         self.masks: Masks = _SlicedMasks(masks, plan, self._origins) if masks.names else NoMasks()
 
     @property
@@ -81,16 +86,22 @@ class PrunedSource:
             if name not in self._biases:
                 self._biases[name] = self._bias(name)
             return self._biases[name].clone()
+        return self._sliced(name)
+
+    def _sliced(self, name: str) -> torch.Tensor:
+        """Return the slice of a parent's tensor that the plan keeps, after merging query heads."""
         origin, layer = self._origins[name]
-        return _slice(self._source.read(origin.name), origin, layer, self._plan)
+        tensor = self._source.read(origin.name)
+        if layer is not None and self._plan.merged_heads and origin.axes[0] == "query":
+            tensor = _merge_heads(tensor, self._plan.merged_heads[layer], self._plan.parent.head_dim)
+        return _slice(tensor, origin, layer, self._plan)
 
     def _bias(self, name: str) -> torch.Tensor:
         """Return the parent's bias (or zeros) plus the mean contribution of the removed inputs, summed in fp32."""
         weight, layer = self._bias_weights[name]
         outputs, inputs = weight.axes
         if name in self._origins:
-            origin, _ = self._origins[name]
-            bias = _slice(self._source.read(origin.name), origin, layer, self._plan)
+            bias = self._sliced(name)
         else:
             bias = torch.zeros(len(self._plan.kept(outputs, layer)), dtype=self._dtype)
         if self._plan.input_means is None or inputs not in AXES:
@@ -124,6 +135,17 @@ class _SlicedMasks:
     def read(self, name: str) -> torch.Tensor:
         origin, layer = self._origins[name]
         return _slice(self._masks.read(origin.name), origin, layer, self._plan)
+
+
+def _merge_heads(tensor: torch.Tensor, pairs: Sequence[tuple[int, int]], head_dim: int) -> torch.Tensor:
+    """Return a weight or bias of ``q_proj`` [H*h, ...] with ``head_i + (head_i - head_j)`` for each pair (i, j).
+
+    Sums are fp32, the result has the tensor's dtype.
+    """
+    heads = tensor.unflatten(0, (-1, head_dim)).clone()
+    for kept, removed in pairs:
+        heads[kept] = (2 * heads[kept].float() - heads[removed].float()).to(heads.dtype)
+    return heads.flatten(0, 1)
 
 
 def _slice(tensor: torch.Tensor, origin: Part, layer: int | None, plan: Plan) -> torch.Tensor:

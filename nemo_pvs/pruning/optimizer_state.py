@@ -28,7 +28,8 @@ def slice_optimizer_state(checkpoint: str | Path, plan: Plan | None) -> Mapping[
         For each state, by its name in Megatron, a source whose tensors have the names and sizes of the pruned model's.
 
     Raises:
-        UserError: the checkpoint lacks the moments, or the plan was made for another model or adds biases.
+        UserError: the checkpoint lacks the moments, or the plan was made for another model, adds biases or merges
+            query heads.
     """
     trained = NemoSource(checkpoint)
     states = {state: OptimizerStateSource(checkpoint, state) for state in states_in(trained)}
@@ -38,6 +39,11 @@ def slice_optimizer_state(checkpoint: str | Path, plan: Plan | None) -> Mapping[
         raise UserError(
             "The plan adds biases, for which the optimizer has no state yet; choose a plan without biases, or restart "
             "the optimizer."
+        )
+    if plan.merged_heads:
+        raise UserError(
+            "The plan merges query heads, whose moments cannot be merged; choose a plan without merge_heads, or "
+            "restart the optimizer."
         )
     PrunedSource(trained, plan)  # refuses a plan that was made for another model
     # A fingerprint identifies weights, so the check of a state against it would fail.

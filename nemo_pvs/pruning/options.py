@@ -13,8 +13,9 @@ from pydantic_core import ErrorDetails
 
 from nemo_pvs.errors import UserError
 
-SIZES = ("layers", "hidden", "ffn", "kv_groups")
-"""The sizes of a model's layers that pruning can reduce; query heads follow the KV groups."""
+SIZES = ("layers", "hidden", "ffn", "kv_groups", "heads")
+"""The sizes of a model's layers that pruning can reduce; query heads follow the KV groups unless their number is
+given."""
 VOCAB = "vocab"
 """The size of the vocabulary, which can be reduced in addition to the layers."""
 TARGET_SIZES = (*SIZES, VOCAB)
@@ -83,9 +84,18 @@ class Options(BaseModel):
         }
 
 
-def option(doc: str, default: Any = None, **bounds: Any) -> Any:
-    """Declare an option: one line that says what it is, its default, and pydantic's bounds (``ge``, ``lt``, ...)."""
-    return Field(default=default, description=doc, **bounds)
+def option(doc: str, default: Any = None, **settings: Any) -> Any:
+    """Declare an option: one line that says what it is, its default, and pydantic's settings (``ge``, ``lt``, ...)."""
+    return Field(default=default, description=doc, **settings)
+
+
+def not_given(value: Any) -> bool:
+    """Return whether an option was not given.
+
+    As ``exclude_if`` of an option it leaves recipes without the option as they were before the option existed, so that
+    finished runs are recognised.
+    """
+    return value is None
 
 
 def _sentence(problem: ErrorDetails, spelling: str) -> str:
@@ -105,6 +115,9 @@ class SizesOrPreset(Options):
     hidden: Positive | None = option("hidden size to reach")
     ffn: Positive | None = option("FFN channels to keep in each layer")
     kv_groups: Positive | None = option("KV groups to keep in each layer")
+    heads: Positive | None = option(
+        "query heads to keep in each layer, the same number in every KV group", exclude_if=not_given
+    )
     preset: str | None = option("a published target, e.g. llama31_8b/4b-width")
 
     @property
@@ -116,7 +129,7 @@ class SizesOrPreset(Options):
 class Vocabulary(Options):
     """The size of the vocabulary, which any structured method may reduce together with the layers."""
 
-    vocab: Positive | None = option("tokens to keep")
+    vocab: Positive | None = option("tokens to keep", exclude_if=not_given)
 
 
 class SizesOrRatio(Vocabulary, SizesOrPreset):
@@ -126,6 +139,14 @@ class SizesOrRatio(Vocabulary, SizesOrPreset):
 
     ratio: Share | None = option("share to remove, e.g. 0.5")
     of: Literal["body", "total"] = option("what the ratio is a share of: body or total", "body")
+
+
+class QueryHeads(Options):
+    """Query heads can be removed inside their KV groups."""
+
+    merge_heads: bool = option(
+        "add the residual of removed query heads to kept ones, as in Minitron's paper", False, exclude_if=not_given
+    )
 
 
 class ProtectedLayers(Options):
@@ -152,6 +173,12 @@ class Units(Vocabulary, Multiples):
         "whether scores are compared within a layer (UL) or across all (AL), and modules alike (UM) or mixed", "UL-UM"
     )
     remove_groups: NotNegative | None = option("KV groups to remove from every layer")
+    attention_unit: Literal["groups", "heads"] = option(
+        "what is removed from attention: groups (KV groups) or heads (query heads, as many from every KV group of a "
+        "layer)",
+        "groups",
+        exclude_if=not_given,
+    )
 
 
 def _pattern(value: Any) -> Any:

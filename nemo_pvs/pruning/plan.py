@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -35,7 +36,7 @@ class Plan:
     keep_ffn: tuple[Indices, ...] = field(repr=False)
     """FFN channels of each kept layer, in the order of ``keep_layers``."""
     keep_kv_groups: tuple[Indices, ...] = field(repr=False)
-    """KV groups of each kept layer; a group's query heads are kept or removed with it."""
+    """KV groups of each kept layer."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the plan was made from: ``model_fingerprint``, hashes of scores or tokens, and settings."""
     keep_vocab: Indices | None = field(default=None, repr=False)
@@ -43,20 +44,35 @@ class Plan:
     input_means: InputMeans | None = field(default=None, repr=False)
     """Means of the removed inputs of ``o_proj`` and ``down_proj``, if biases compensate for them. The pruned model
     then has attention_bias and mlp_bias (Llama's own switches); other biases that these add are zero."""
+    keep_heads: tuple[Indices, ...] = field(default=(), repr=False)
+    """Query heads of each kept layer, the same number in each of its kept groups; if empty, all heads of these."""
+    merged_heads: tuple[tuple[tuple[int, int], ...], ...] = field(default=(), repr=False)
+    """For each kept layer, pairs of a kept head i and a removed one j of its group: the rows of ``q_proj`` become
+    ``head_i + (head_i - head_j)`` (``structured.width.plan_width``). Empty if nothing is merged."""
 
     def __post_init__(self) -> None:
         """Raise UserError unless the indices are in order and add up to the target."""
-        for name, rows in (("keep_ffn", self.keep_ffn), ("keep_kv_groups", self.keep_kv_groups)):
+        rows_by_name: dict[str, tuple[Any, ...]] = {"keep_ffn": self.keep_ffn, "keep_kv_groups": self.keep_kv_groups}
+        if self.keep_heads:
+            rows_by_name["keep_heads"] = self.keep_heads
+        if self.merged_heads:
+            rows_by_name["merged_heads"] = self.merged_heads
+        for name, rows in rows_by_name.items():
             if len(rows) != len(self.keep_layers):
                 raise UserError(f"The plan's {name} has {len(rows)} layers, but {len(self.keep_layers)} are kept.")
         _check("keep_layers", self.keep_layers, self.parent.layers)
         _check("keep_hidden", self.keep_hidden, self.parent.hidden)
         sizes = []
-        for layer, ffn, groups in zip(self.keep_layers, self.keep_ffn, self.keep_kv_groups, strict=True):
-            parent = self.parent.at(layer)
+        for index, layer in enumerate(self.keep_layers):
+            parent, ffn, groups = self.parent.at(layer), self.keep_ffn[index], self.keep_kv_groups[index]
             _check(f"keep_ffn of layer {layer}", ffn, parent.ffn)
             _check(f"keep_kv_groups of layer {layer}", groups, parent.kv_groups)
-            sizes.append(LayerSizes(len(ffn), len(groups) * parent.heads_per_group, len(groups)))
+            heads = self.heads(index)
+            _check(f"keep_heads of layer {layer}", heads, parent.heads)
+            _check_groups_of_heads(layer, heads, groups, parent.heads_per_group)
+            if self.merged_heads:
+                _check_merged(layer, self.merged_heads[index], heads, parent)
+            sizes.append(LayerSizes(len(ffn), len(heads), len(groups)))
         kept = self.parent.replace(hidden=len(self.keep_hidden)).with_layers(sizes)
         if self.input_means is not None:
             kept = kept.replace(features=tuple(sorted({*kept.features, *FEATURES})))
@@ -67,7 +83,7 @@ class Plan:
         if kept != self.target:
             raise UserError(
                 f"The plan keeps [{kept}], but its target is [{self.target}]; it removes layers, hidden and FFN "
-                "channels, whole KV groups and tokens, and leaves head_dim and the heads of a group alone."
+                "channels, KV groups, query heads and tokens, and leaves head_dim alone."
             )
 
     def _check_input_means(self, means: InputMeans) -> None:
@@ -77,6 +93,13 @@ class Plan:
                 raise UserError(
                     f"The plan's input means do not fit the channels that it removes ({axis}); plan again."
                 )
+
+    def heads(self, layer: int) -> Indices:
+        """Return the query heads that are kept of a layer, given its index in the pruned model."""
+        if self.keep_heads:
+            return self.keep_heads[layer]
+        per_group = self.parent.at(self.keep_layers[layer]).heads_per_group
+        return _channels(self.keep_kv_groups[layer], per_group)
 
     def kept(self, axis: str, layer: int | None) -> Indices:
         """Return the positions kept along a Layout axis.
@@ -93,10 +116,7 @@ class Plan:
             return tuple(range(self.parent.axis(axis)))
         if axis == "ffn":
             return self.keep_ffn[layer]
-        # A group's heads are contiguous, so a group is one run of channels: g*h for queries, h for keys and values.
-        parent = self.parent.at(self.keep_layers[layer])
-        run = parent.axis(axis) // parent.kv_groups
-        return tuple(group * run + channel for group in self.keep_kv_groups[layer] for channel in range(run))
+        return _channels(self.heads(layer) if axis == "query" else self.keep_kv_groups[layer], self.parent.head_dim)
 
     def removed(self, axis: str, layer: int) -> Indices:
         """Return the positions removed along a Layout axis (query or ffn) of the parent's layer kept as ``layer``."""
@@ -126,9 +146,17 @@ class Plan:
             "keep_ffn": by_layer(self.keep_ffn),
             "keep_kv_groups": by_layer(self.keep_kv_groups),
             **({} if self.keep_vocab is None else {"keep_vocab": format_ranges(self.keep_vocab)}),
+            **({"keep_heads": by_layer(self.keep_heads)} if self.keep_heads else {}),
+            **({"merged_heads": self._merged_by_layer()} if self.merged_heads else {}),
             "provenance": dict(self.provenance),
             **({"input_means": self.input_means.content_hash} if self.input_means else {}),
         }
+
+    def _merged_by_layer(self) -> dict[str, str]:
+        rows = {}
+        for layer, pairs in zip(self.keep_layers, self.merged_heads, strict=True):
+            rows[str(layer)] = ",".join(f"{kept}:{removed}" for kept, removed in pairs)
+        return rows
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], input_means: InputMeans | None = None) -> Plan:
@@ -141,8 +169,8 @@ class Plan:
             if values.get("input_means") != (input_means and input_means.content_hash):
                 raise UserError("The plan's input means do not have the hash that it records; plan again.")
             layers = parse_ranges(values["keep_layers"])
-            for name in ("keep_ffn", "keep_kv_groups"):
-                if [int(layer) for layer in values[name]] != list(layers):
+            for name in ("keep_ffn", "keep_kv_groups", "keep_heads", "merged_heads"):
+                if name in values and [int(layer) for layer in values[name]] != list(layers):
                     raise UserError(f"The plan's {name} must name exactly the layers of keep_layers, in their order.")
             return cls(
                 method=str(values["method"]),
@@ -155,6 +183,8 @@ class Plan:
                 keep_vocab=parse_ranges(values["keep_vocab"]) if "keep_vocab" in values else None,
                 provenance=dict(values["provenance"]),
                 input_means=input_means,
+                keep_heads=tuple(parse_ranges(row) for row in values.get("keep_heads", {}).values()),
+                merged_heads=tuple(_parse_pairs(row) for row in values.get("merged_heads", {}).values()),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"This is not a plan of nemo_pvs ({type(error).__name__}: {error}); plan again.") from None
@@ -214,6 +244,43 @@ def parse_ranges(text: str) -> Indices:
         first, _, last = piece.partition("-")
         indices.extend(range(int(first), int(last or first) + 1))
     return tuple(indices)
+
+
+def _channels(units: Indices, size: int) -> Indices:
+    """Return the positions of units that are runs of ``size`` contiguous positions, such as the channels of heads."""
+    return tuple(unit * size + position for unit in units for position in range(size))
+
+
+def _check_groups_of_heads(layer: int, heads: Indices, groups: Indices, heads_per_group: int) -> None:
+    """Raise UserError unless each of these KV groups keeps the same number of query heads, and no other group any."""
+    counts = Counter(head // heads_per_group for head in heads)
+    if counts.keys() != set(groups) or len(set(counts.values())) > 1:
+        raise UserError(
+            f"The plan's keep_heads of layer {layer} must name the same number of heads for every kept KV group, and "
+            "none for the others."
+        )
+
+
+def _check_merged(layer: int, pairs: Sequence[tuple[int, int]], heads: Indices, parent: Shape) -> None:
+    """Raise UserError unless each pair is a kept and a removed head of one KV group, and no head is in two pairs."""
+    named = [head for pair in pairs for head in pair]
+    for kept, removed in pairs:
+        same_group = kept // parent.heads_per_group == removed // parent.heads_per_group
+        if kept not in heads or removed in heads or not 0 <= removed < parent.heads or not same_group:
+            raise UserError(
+                f"The plan's merged_heads of layer {layer} must be pairs of a kept and a removed head of one group."
+            )
+    if len(set(named)) < len(named):
+        raise UserError(f"The plan's merged_heads of layer {layer} must not name a head twice.")
+
+
+def _parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Return pairs written as ``2:3,6:7``; raise ValueError if they are not."""
+    pairs = []
+    for piece in text.split(",") if text else ():
+        kept, removed = piece.split(":")
+        pairs.append((int(kept), int(removed)))
+    return tuple(pairs)
 
 
 def _check(name: str, indices: Indices, size: int) -> None:

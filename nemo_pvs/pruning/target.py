@@ -81,10 +81,10 @@ def parse_sizes(text: str) -> dict[str, int]:
 
 
 def with_sizes(parent: Shape, sizes: Mapping[str, int]) -> Shape:
-    """Return the parent's Shape with other sizes; query heads follow the KV groups.
+    """Return the parent's Shape with other sizes; query heads follow the KV groups unless their number is given.
 
     Raises:
-        UserError: a size is larger than the parent's, or less than 1.
+        UserError: a size is larger than the parent's or less than 1, or the query heads do not suit the KV groups.
     """
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
     for name, size in sizes.items():
@@ -95,6 +95,8 @@ def with_sizes(parent: Shape, sizes: Mapping[str, int]) -> Shape:
             raise UserError(
                 f"The target {text!r} asks for {name}={size}, but the model has {largest}; pruning only removes."
             )
+    if "heads" in sizes:
+        _check_heads(parent, sizes, text)
     return parent.replace(**sizes)
 
 
@@ -106,6 +108,18 @@ def with_vocabulary(shape: Shape, options: Options) -> Shape:
     """
     size = getattr(options, VOCAB, None)
     return shape if size is None else with_sizes(shape, {VOCAB: size})
+
+
+def _check_heads(parent: Shape, sizes: Mapping[str, int], text: str) -> None:
+    """Raise UserError unless every KV group that is kept can keep the same number of its query heads."""
+    heads, groups = sizes["heads"], sizes.get("kv_groups", parent.kv_groups)
+    if heads % groups or heads > groups * parent.heads_per_group:
+        legal = [groups * heads_per_group for heads_per_group in range(1, parent.heads_per_group + 1)]
+        raise UserError(
+            f"The target {text!r} leaves {heads} query heads in {groups} KV groups, but every group keeps the same "
+            f"number, at most {parent.heads_per_group}; choose heads={' or '.join(map(str, legal))}, or another "
+            "number of kv_groups."
+        )
 
 
 def target_for_ratio(parent: Shape, ratio: float, method: str, of: str = "body") -> Shape:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field, create_model
 
-from nemo_pvs.pruning.options import SIZES, TARGET_SIZES, VOCAB, Options
+from nemo_pvs.pruning.options import SIZES, TARGET_SIZES, Options
 from nemo_pvs.pruning.registry import method_named, methods
 from nemo_pvs.recipe.efficient import PruningAware
 from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive
@@ -20,14 +20,15 @@ DENSE = "dense"
 def _keys_of_methods() -> dict[str, Any]:
     """Return the fields for the options of all methods: the type that the method declares, or None if not given."""
     types: dict[str, Any] = {}
+    excluded: dict[str, Any] = {}
     for method in methods().values():
         for name, field in method.options.model_fields.items():
+            excluded[name] = field.exclude_if
             declared = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
             types[name] = _either(types[name], declared) if name in types else declared
-    fields: dict[str, Any] = {name: (declared | None, None) for name, declared in types.items()}
-    # Younger than the records of finished runs, in which it is absent.
-    fields[VOCAB] = (types[VOCAB] | None, Field(default=None, exclude_if=lambda given: given is None))
-    return fields
+    return {
+        name: (declared | None, Field(default=None, exclude_if=excluded[name])) for name, declared in types.items()
+    }
 
 
 def _either(left: Any, right: Any) -> Any:

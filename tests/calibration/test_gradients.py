@@ -69,6 +69,7 @@ def whole_model_scores(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]
     h, ffn, layers = config.head_dim, config.intermediate_size, config.num_hidden_layers
     scores = {f"groups.{metric}": torch.zeros(layers, groups).double() for metric in METRICS}
     scores |= {f"ffn.{metric}": torch.zeros(layers, ffn).double() for metric in METRICS}
+    scores |= {f"heads.{metric}": torch.zeros(layers, groups * per_group).double() for metric in METRICS}
     for name, elements in element_scores(model, ids):
         _, _, layer, *_, module, kind = f"{name}..".split(".")[:6] if "layers" in name else (None,) * 6
         if kind != "weight" or not module.endswith("_proj"):
@@ -83,11 +84,13 @@ def whole_model_scores(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]
                     head = channel // h
                     group = head if module in {"k_proj", "v_proj"} else head // per_group
                     scores[f"groups.{metric}"][int(layer), group] += score
+                    if module in {"q_proj", "o_proj"}:
+                        scores[f"heads.{metric}"][int(layer), head] += score
     return scores
 
 
 def taylor(scores: Scores) -> dict[str, torch.Tensor]:
-    names = [f"{site}.{metric}" for site in ("groups", "ffn") for metric in METRICS]
+    names = [f"{site}.{metric}" for site in ("groups", "heads", "ffn") for metric in METRICS]
     return {name: scores.tensors[name] for name in names}
 
 

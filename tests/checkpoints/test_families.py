@@ -90,19 +90,21 @@ def test_sequences_longer_than_the_window_are_refused(tmp_path):
 @pytest.mark.slow
 @every_case
 def test_a_model_cut_by_the_table_is_the_model_with_those_parts_silenced(family, settings, tmp_path):
-    """Layer 1 and the last KV group of each layer go; the parent without what they write is the oracle."""
+    """Layer 1, the last KV group of each layer and the first head of the others go; the parent without what they write
+    is the oracle."""
     source = HuggingFaceSource(save_tiny(tmp_path / "parent", family, **settings))
     shape = LAYOUTS[family].shape(source.config)
-    groups = tuple(range(shape.kv_groups - 1))
+    groups, per_group = tuple(range(shape.kv_groups - 1)), shape.heads_per_group
+    heads = tuple(head for head in range(len(groups) * per_group) if head % per_group or per_group == 1)
     plan = Plan(
         method="test",
         parent=shape,
-        target=shape.replace(layers=2, kv_groups=len(groups)),
+        target=shape.replace(layers=2, kv_groups=len(groups), heads=len(heads)),
         keep_layers=(0, 2),
         keep_hidden=tuple(range(shape.hidden)),
         keep_ffn=(tuple(range(shape.ffn)),) * 2,
         keep_kv_groups=(groups,) * 2,
-        provenance={},
+        keep_heads=(heads,) * 2,
     )
     write_huggingface(PrunedSource(source, plan), tmp_path / "child")
     child = AutoModelForCausalLM.from_pretrained(tmp_path / "child")
@@ -110,7 +112,8 @@ def test_a_model_cut_by_the_table_is_the_model_with_those_parts_silenced(family,
     ids = random_ids(2, 50).long()
     with torch.no_grad():
         for layer in oracle.model.layers:
-            layer.self_attn.o_proj.weight[:, len(groups) * shape.heads_per_group * shape.head_dim :] = 0
+            by_head = layer.self_attn.o_proj.weight.view(shape.hidden, shape.heads, shape.head_dim)
+            by_head[:, [head for head in range(shape.heads) if head not in heads]] = 0
         for part in (oracle.model.layers[1].self_attn.o_proj, oracle.model.layers[1].mlp.down_proj):
             for parameter in part.parameters():
                 parameter.zero_()

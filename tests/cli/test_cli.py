@@ -167,6 +167,9 @@ def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path)
         "no/such/model does not exist": ("convert", "no/such/model", target),
         "not a Hugging Face model": ("convert", text, target),
         "asks for hidden=4096, but the model has 64": ("prune", model, target, "--target", "hidden=4096", *width),
+        "leaves 5 query heads in 2 KV groups, but every group keeps": (
+            "prune", model, target, "--target", "heads=5", *width,
+        ),
         "did you mean hidden?": ("prune", model, target, "--target", "hiden=32", *width),
         "Tensor parallelism 4 does not divide kv_groups=2": (
             "prune", model, target, "--target", "ffn=48", "--tensor-parallel", 4, *width,
@@ -361,12 +364,13 @@ def test_a_search_writes_a_target_that_prune_takes(pvs, model, text, tmp_path):
     data = ["--data", text, "--samples", "4", "--sequence-length", "32"]
     assert pvs("calibrate", model, "--out", tmp_path / "scores", *data)[0] == 0
     best = tmp_path / "best.json"
-    grid = ["--hidden-step", "16", "--ffn-step", "16", "--layers-step", "1", "--tolerance", "0.2"]
+    grid = ["--hidden-step", "16", "--ffn-step", "32", "--layers-step", "1", "--heads-step", "2", "--tolerance", "0.2"]
     code, said, errors = pvs(
         "search", model, "--scores", tmp_path / "scores", "--out", best, "--parameters", "100e3", *grid
     )
     assert code == 0, errors
     assert "shapes within the budget" in said
+    assert json.loads(best.read_text())["heads"] in (6, 8)
     arguments = ["--method", "minitron-joint", "--target", best, "--scores", tmp_path / "scores"]
     code, _, errors = pvs("prune", model, tmp_path / "small", *arguments)
     assert code == 0, errors

@@ -213,6 +213,7 @@ def test_mask_learning_counts_among_what_is_read() -> None:
     [
         ({"hidden": 64, "ffn": 96}, "Target sheared: it has the parent's sizes"),
         ({"hidden": 65}, "asks for hidden=65"),
+        ({"heads": 4}, "its masks remove whole KV groups; leave heads out"),
         ({"method": "minitron-width"}, "learns no masks; leave learn out"),
         ({"learn": {"global_batch_size": 3}}, r"global_batch_size 3 is not a multiple"),
         ({"learn": {"global_batch_size": 6}}, r"validation_samples 8 is not a multiple"),

@@ -95,6 +95,16 @@ def test_minitron_in_stages_ends_at_its_target() -> None:
     ]
 
 
+def test_query_heads_go_in_stages_too() -> None:
+    """From 8 heads in 4 groups to 2 in 2: groups and the heads of a group are both halved, one after the other."""
+    target = recipe_of({"method": "minitron-width", "kv_groups": 2, "heads": 2, "stages": 2}).targets["one"]
+    stages = stage_targets(target, PARENT)
+    assert [(shape.kv_groups, shape.heads) for _, shape in stages] == [(3, 6), (2, 2)]
+    assert [stage.sizes["heads"] for stage, _ in stages] == [6, 2]
+    follow = recipe_of({"method": "minitron-width", "kv_groups": 2, "stages": 2}).targets["one"]
+    assert ["heads" in stage.sizes for stage, _ in stage_targets(follow, PARENT)] == [False, False]
+
+
 def test_every_stage_is_charged_at_its_own_size() -> None:
     recipe = recipe_of(adapt())
     arm = recipe.runs[0]
@@ -124,6 +134,10 @@ def test_every_stage_is_charged_at_its_own_size() -> None:
         ({"method": "minitron-depth", "layers": 6, "stages": 2, "task": "continuation"}, "leave out task"),
         (adapt(stages=1, slice_optimizer_state=True), "between stages; give stages"),
         (adapt(ratio=0.99), "leave nothing for the layers"),
+        (
+            {"method": "minitron-width", "heads": 4, "merge_heads": True, "stages": 2, "slice_optimizer_state": True},
+            "leave out merge_heads, or slice_optimizer_state",
+        ),
     ],
 )
 def test_stages_that_cannot_be_are_refused(target: dict[str, Any], sentence: str) -> None:

@@ -49,7 +49,7 @@ def logits(model: LlamaForCausalLM) -> torch.Tensor:
 
 def masked(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
     """Switch the removed units of a whole model off, without slicing anything."""
-    head_dim, heads_per_group = plan.parent.head_dim, plan.parent.heads_per_group
+    head_dim = plan.parent.head_dim
     hidden = torch.tensor(plan.keep_hidden)
     removed = torch.ones(plan.parent.hidden).index_fill(0, hidden, 0.0).bool()
 
@@ -71,7 +71,7 @@ def masked(model: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
             for channel in set(range(plan.parent.ffn)) - set(plan.keep_ffn[kept]):
                 layer.mlp.down_proj.weight[:, channel] = 0
             for head in range(plan.parent.heads):
-                if head // heads_per_group not in plan.keep_kv_groups[kept]:
+                if head not in plan.heads(kept):
                     layer.self_attn.o_proj.weight[:, head * head_dim : (head + 1) * head_dim] = 0
         model.model.norm = norm(model.model.norm)
     return model
@@ -90,15 +90,58 @@ def tiny_plan(model: LlamaForCausalLM, seed: int = 0, **sizes: int) -> Plan:
         {"layers": 4, "hidden": 64, "ffn": 50},
         {"layers": 4, "hidden": 64, "ffn": 96, "kv_groups": 3},
         {"layers": 2, "hidden": 64, "ffn": 96},
+        {"layers": 4, "hidden": 64, "ffn": 96, "heads": 4},
+        {"layers": 4, "hidden": 64, "ffn": 96, "kv_groups": 3, "heads": 3},
         {"layers": 3, "hidden": 24, "ffn": 31, "kv_groups": 1},
+        {"layers": 3, "hidden": 24, "ffn": 31, "kv_groups": 2, "heads": 2},
     ],
-    ids=["hidden", "ffn", "kv_groups", "layers", "all"],
+    ids=["hidden", "ffn", "kv_groups", "layers", "heads", "heads of kept groups", "all", "all with heads"],
 )
 def test_sliced_is_masked(sizes: dict[str, int], tied: bool) -> None:
     model = tiny_model(num_key_value_heads=4, tie_word_embeddings=tied)
     plan = tiny_plan(model, **sizes)
     sliced = logits(as_transformers(PrunedSource(StateSource(model), plan)))
-    torch.testing.assert_close(sliced, logits(masked(model, plan)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sliced, logits(masked(model, plan)), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("biases", [{}, {"attention_bias": True}], ids=["none", "attention"])
+def test_merged_queries_are_masked_with_the_residuals_added(biases: dict[str, bool]) -> None:
+    """Rows of ``q_proj`` become ``2 head_i - head_j``; nothing else changes but what is removed."""
+    model = tiny_model(**biases)  # 8 heads in 2 groups
+    plan = replace(
+        tiny_plan(model, layers=4, hidden=64, ffn=96, heads=4),
+        keep_heads=((0, 3, 4, 5),) * 4,
+        merged_heads=(((0, 2), (3, 1), (5, 6)),) * 4,
+    )
+    merged = PrunedSource(StateSource(model), plan)
+    plain = PrunedSource(StateSource(model), replace(plan, merged_heads=()))
+    changed = set()
+    for name in Layout.for_config(merged.config).parts(plan.target):
+        if not torch.equal(merged.read(name), plain.read(name)):
+            changed.add(name.split(".", 3)[-1])
+    assert changed == {"self_attn.q_proj.weight", *(["self_attn.q_proj.bias"] if biases else [])}
+    sliced, without = logits(as_transformers(merged)), logits(as_transformers(plain))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parameter in layer.self_attn.q_proj.parameters():
+                heads = parameter.unflatten(0, (8, 16)).clone()
+                for kept, removed in ((0, 2), (3, 1), (5, 6)):
+                    parameter[16 * kept : 16 * kept + 16] += heads[kept] - heads[removed]
+    torch.testing.assert_close(sliced, logits(masked(model, plan)), rtol=1e-5, atol=3e-5)
+    assert not torch.allclose(sliced, without, atol=0.1)
+
+
+def test_merging_is_in_fp32_and_refuses_masks() -> None:
+    model = tiny_model().bfloat16()
+    plan = replace(tiny_plan(model, heads=4), keep_heads=((0, 1, 4, 5),) * 3, merged_heads=(((1, 2),),) * 3)
+    query = PrunedSource(StateSource(model), plan).read("model.layers.0.self_attn.q_proj.weight")
+    whole = model.model.layers[plan.keep_layers[0]].self_attn.q_proj.weight[:, list(plan.keep_hidden)].float()
+    assert query.dtype == torch.bfloat16
+    assert torch.equal(query[16:32], (2 * whole[16:32] - whole[32:48]).bfloat16())
+    source = StateSource(model)
+    source.masks = RandomMasks(model)
+    with pytest.raises(UserError, match="would fill the zeros of this sparse model"):
+        PrunedSource(source, plan)
 
 
 def test_removing_layers_is_zeroing_their_branches_bit_for_bit() -> None:
@@ -192,11 +235,12 @@ def test_gate_up_and_down_lose_the_same_channels() -> None:
             assert torch.equal(down, source.read(f"{mlp}down_proj.weight")[:, channel])
 
 
+@pytest.mark.parametrize("sizes", [{"kv_groups": 1}, {"kv_groups": 2, "heads": 6}], ids=["groups", "heads"])
 def test_exports_keep_head_dim_and_load_in_transformers_and_nemo(
-    make_tiny_llama: Callable[..., Path], tmp_path: Path
+    sizes: dict[str, int], make_tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = HuggingFaceSource(make_tiny_llama(tmp_path / "parent", dtype=torch.bfloat16))
-    pruned = PrunedSource(source, make_plan(shape_of(source), kv_groups=1))
+    pruned = PrunedSource(source, make_plan(shape_of(source), **sizes))
     assert pruned.config["head_dim"] == 16
     assert pruned.config["hidden_size"] == 40
     write_huggingface(pruned, tmp_path / "huggingface")
@@ -204,7 +248,13 @@ def test_exports_keep_head_dim_and_load_in_transformers_and_nemo(
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface", dtype=torch.float32)
     assert exported.config.head_dim == 16
     assert torch.equal(logits(exported), logits(as_transformers(pruned)))
-    assert fingerprint(NemoSource(tmp_path / "nemo")) == fingerprint(pruned)
+    in_nemo = NemoSource(tmp_path / "nemo")
+    assert shape_of(in_nemo) == pruned._plan.target
+    assert fingerprint(in_nemo) == fingerprint(pruned)
+    write_huggingface(in_nemo, tmp_path / "back")
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)), logits(exported)
+    )
 
 
 def test_only_the_wanted_tensor_is_read() -> None:
@@ -246,11 +296,14 @@ def lost_means(model: LlamaForCausalLM, plan: Plan, layer: int, module: str) -> 
 
 @pytest.mark.parametrize("biases", [{}, {"attention_bias": True}, BIASES], ids=["none", "attention", "both"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_biases_are_the_mean_of_what_went_added_to_what_was_there(biases: dict[str, bool], tied: bool) -> None:
+@pytest.mark.parametrize("heads", [4, 2])
+def test_biases_are_the_mean_of_what_went_added_to_what_was_there(
+    biases: dict[str, bool], tied: bool, heads: int
+) -> None:
     model = tiny_model(num_key_value_heads=4, tie_word_embeddings=tied, **biases)
-    source, plan = StateSource(model), with_means(tiny_plan(model, kv_groups=2))
+    source, plan = StateSource(model), with_means(tiny_plan(model, kv_groups=2, heads=heads))
     pruned = PrunedSource(source, plan)
-    plain = PrunedSource(source, tiny_plan(model, kv_groups=2))
+    plain = PrunedSource(source, tiny_plan(model, kv_groups=2, heads=heads))
     names = set(Layout.for_config(source.config).parts(plan.target))
     had = set(Layout.for_config(source.config).parts(shape_of(plain)))
     assert {name.split(".", 3)[-1] for name in names if name.endswith("bias")} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
+from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.checkpoints.transforms.pad import pad_layers
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
+from nemo_pvs.pruning.input_means import InputMeans
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.flap import METRICS, plan_flap
 from nemo_pvs.pruning.structured.magnitude_sp import plan_magnitude_sp
@@ -143,6 +148,74 @@ def test_magnitude_sp_is_the_norm_of_columns() -> None:
         columns = module.self_attn.o_proj.weight.detach().double().numpy()
         groups = [sum(float(np.linalg.norm(columns[:, 32 * g + j])) for j in range(32)) for g in range(4)]
         assert plan.keep_kv_groups[layer] == best(groups, 2)
+
+
+@pytest.mark.parametrize("structure", ["UL-UM", "AL-AM"])
+def test_query_heads_of_each_metric(structure: str) -> None:
+    """Each group keeps its best heads, by the mean over their channels; how many depends on the layer in AL-AM."""
+    scores = make_scores()
+    plan = plan_flap(scores, 0.35, structure=structure, attention_unit="heads", bias=False)
+    assert plan.keep_kv_groups == (tuple(range(6)),) * 4
+    values = [[v**2 for v in metric_by_hand(scores, "attention", row, "WIFV", "variance")] for row in range(4)]
+    for layer, attention in enumerate(values):
+        heads = [sum(attention[8 * head : 8 * head + 8]) for head in range(12)]
+        kept = plan.target.layer_sizes[layer].heads // 6
+        expected = [2 * group + head for group in range(6) for head in best(heads[2 * group : 2 * group + 2], kept)]
+        assert list(plan.keep_heads[layer]) == expected
+    if structure == "UL-UM":
+        assert plan.target.layer_sizes == ((26, 12, 6),) * 4  # 35 % of two heads is none
+    else:
+        assert {sizes.heads for sizes in plan.target.layer_sizes} == {6, 12}
+        unit = 2 * 6 * 8 * 64
+        assert abs(plan.provenance["removed_of_matrices"] - 0.35) * TINY.matrix_parameters <= unit / 2
+    assert plan.provenance["settings"]["attention_unit"] == "heads"
+    assert "attention_unit" not in plan_flap(scores, 0.35).provenance["settings"]
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("make", [plan_flap, plan_wanda_sp, plan_magnitude_sp])
+def test_query_heads_go_and_the_rest_is_the_masked_model(make: Callable[..., Plan]) -> None:
+    """Half of the heads of every group do nothing, because ``o_proj`` does not read them."""
+    model = tiny_model()  # 8 heads in 2 groups
+    kept = [tuple(sorted((layer % 4, (layer + 1) % 4, 4, 5 + layer % 3))) for layer in range(4)]
+    with torch.no_grad():
+        for layer, module in enumerate(model.model.layers):
+            silent = [head for head in range(8) if head not in kept[layer]]
+            module.self_attn.o_proj.weight.view(64, 8, 16)[:, silent] = 0
+    source = StateSource(model)
+    plan = make(calibrate(source, token_set(samples=2)), 0.5, structure="UL-UM", attention_unit="heads")
+    assert plan.keep_heads == tuple(kept)
+    assert plan.target.layer_sizes == ((48, 4, 2),) * 4
+    whole = replace(
+        plan,
+        keep_ffn=(tuple(range(96)),) * 4,
+        target=plan.parent.replace(heads=4, features=plan.target.features),
+        input_means=plan.input_means and InputMeans.of(plan.input_means.query, [torch.zeros(0) for _ in range(4)]),
+    )
+    ids = random_ids(2, 30, seed=8).long()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            as_transformers(PrunedSource(source, whole))(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_layers_of_different_query_heads_go_to_nemo_and_back_and_are_padded(
+    make_tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = HuggingFaceSource(make_tiny_llama(tmp_path / "parent"))
+    scores = make_scores(shape=shape_of(source))
+    scores = Scores(scores.tensors, {**scores.manifest, "model_fingerprint": fingerprint(source)})
+    plan = plan_flap(scores, 0.4, attention_unit="heads")
+    assert {sizes.kv_groups for sizes in plan.target.layer_sizes} == {2}
+    assert len({sizes.heads for sizes in plan.target.layer_sizes}) > 1
+    pruned = PrunedSource(source, plan)
+    write_nemo(pruned, tmp_path / "nemo")
+    in_nemo = NemoSource(tmp_path / "nemo")
+    assert fingerprint(in_nemo) == fingerprint(pruned)
+    ids = random_ids(2, 30, seed=8).long()
+    with torch.no_grad():
+        uneven, even = (as_transformers(it)(ids).logits for it in (in_nemo, pad_layers(in_nemo)))
+    torch.testing.assert_close(even, uneven, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", [plan_wanda_sp, plan_magnitude_sp])

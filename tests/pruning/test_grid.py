@@ -26,27 +26,43 @@ def test_steps_are_the_users_and_the_parents_own_size_is_a_choice() -> None:
     assert grid == Grid(layers=(32,), hidden=(3000, 4000), ffn=(14336,), kv_groups=(4, 6, 8))
     with pytest.raises(UserError, match="steps of 0 or more"):
         Grid.of(LLAMA_8B, layers_step=-1)
+    with pytest.raises(UserError, match="steps of 0 or more"):
+        Grid.of(LLAMA_8B, heads_step=-8)
     with pytest.raises(UserError, match="from 0 to below 1"):
         Grid.of(LLAMA_8B, max_width_pruning=1.0)
 
 
+def test_query_heads_that_the_groups_share_equally() -> None:
+    grid = Grid.of(LLAMA_8B, heads_step=8, kv_groups_step=2)
+    assert (grid.kv_groups, grid.heads) == ((6, 8), (24, 32))
+    assert [grid.heads_in(groups, LLAMA_8B) for groups in (6, 8)] == [(24,), (24, 32)]
+    assert Grid.of(LLAMA_8B, heads_step=4).heads_in(8, LLAMA_8B) == (24, 32)
+    assert Grid.of(LLAMA_8B).heads_in(6, LLAMA_8B) == (24,)
+    for heads_step in (5, 32):
+        with pytest.raises(
+            UserError, match=f"step of {heads_step} in query heads gives no number .* at most 40%; cho"
+        ):
+            Grid.of(LLAMA_8B, heads_step=heads_step)
+
+
 def test_by_brute_force_over_every_size() -> None:
     """A small model, and every combination of its sizes tried one by one."""
-    parent = Shape(layers=4, hidden=32, ffn=48, heads=4, kv_groups=2, head_dim=8, vocab=64, tied=False)
-    settings = {"layers_step": 1, "hidden_step": 8, "ffn_step": 6, "kv_groups_step": 1}
+    parent = Shape(layers=4, hidden=32, ffn=48, heads=6, kv_groups=2, head_dim=8, vocab=64, tied=False)
+    settings = {"layers_step": 1, "hidden_step": 8, "ffn_step": 6, "kv_groups_step": 1, "heads_step": 1}
     grid = Grid.of(parent, **settings, max_width_pruning=0.9, max_depth_pruning=0.9)
     wanted = set()
     for layers in range(1, 5):
         for hidden in (8, 16, 24, 32):
             for ffn in (6, 12, 18, 24, 30, 36, 42, 48):
                 for groups in (1, 2):
-                    count = 2 * 64 * hidden + hidden
-                    count += layers * (hidden * 8 * 6 * groups + 3 * hidden * ffn + 2 * hidden)
-                    if 13300 <= count <= 14700 and groups == 2 and layers % 2 == 0:
-                        wanted.add((layers, hidden, ffn, groups))
+                    for heads in range(groups, 3 * groups + 1, groups):
+                        count = 2 * 64 * hidden + hidden
+                        count += layers * (hidden * 8 * 2 * (heads + groups) + 3 * hidden * ffn + 2 * hidden)
+                        if 13300 <= count <= 14700 and groups == 2 and layers % 2 == 0:
+                            wanted.add((layers, hidden, ffn, groups, heads))
     found = legal_shapes(parent, grid, SizeLimit(parameters=14000), tensor_parallel=2, pipeline_parallel=2)
-    assert {(one.layers, one.hidden, one.ffn, one.kv_groups) for one in found} == wanted
-    assert len(wanted) > 1
+    assert {(one.layers, one.hidden, one.ffn, one.kv_groups, one.heads) for one in found} == wanted
+    assert {heads for *_, heads in wanted} == {2, 4, 6}
     assert len(found) == len(set(found))
 
 

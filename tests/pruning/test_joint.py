@@ -26,15 +26,17 @@ def test_either_alone_is_the_method_of_its_own() -> None:
     assert shallow.keep_hidden == tuple(range(64))
 
 
-def test_both_at_once_is_one_after_the_other() -> None:
+@pytest.mark.parametrize("sizes", [{"kv_groups": 1}, {"heads": 4}], ids=["groups", "heads"])
+def test_both_at_once_is_one_after_the_other(sizes: dict[str, int]) -> None:
     """The same logits as a width plan whose model then loses its layers in transformers."""
     source = StateSource(six_layers())
     scores = calibrate(source, token_set())
-    target = scores.shape.replace(layers=4, hidden=48, ffn=64, kv_groups=1)
-    plan = plan_joint(scores, target)
+    target = scores.shape.replace(layers=4, hidden=48, ffn=64, **sizes)
+    plan = plan_joint(scores, target, merge_heads=True)
+    assert bool(plan.merged_heads) == ("heads" in sizes)
     assert Plan.from_json(plan.to_json()) == plan
     both = as_transformers(PrunedSource(source, plan))
-    one = as_transformers(PrunedSource(source, plan_width(scores, target.replace(layers=LAYERS))))
+    one = as_transformers(PrunedSource(source, plan_width(scores, target.replace(layers=LAYERS), merge_heads=True)))
     for layer in sorted(set(range(LAYERS)) - set(plan_shortgpt(scores, 2).keep_layers), reverse=True):
         del one.model.layers[layer]
     ids = random_ids(2, 20).long()

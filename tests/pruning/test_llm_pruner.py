@@ -28,7 +28,7 @@ def make_scores(seed: int = 0) -> Scores:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         f"{site}.{metric}": torch.rand(4, size, generator=generator, dtype=torch.float64)
-        for site, size in (("groups", 6), ("ffn", 40))
+        for site, size in (("groups", 6), ("ffn", 40), ("heads", 12))
         for metric in METRICS
     }
     return Scores(tensors, {"model_fingerprint": "f" * 64, "shape": TINY.to_dict(), "tokens": {}})
@@ -112,6 +112,69 @@ def test_layers_are_compared_by_the_importance_of_a_weight() -> None:
     ranked = sorted(units, reverse=True)[: len(kept)]
     assert {unit[1:] for unit in ranked} == kept
     assert plan.target.uneven
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_query_heads_by_their_own_importance(metric: str) -> None:
+    scores = make_scores()
+    plan = plan_llm_pruner(scores, 0.5, metric=metric, attention_unit="heads", protect_first=1)
+    assert plan.target.layer_sizes == (LayerSizes(40, 12, 6), *((LayerSizes(20, 6, 6),) * 3))
+    for layer in range(1, 4):
+        heads = scores.tensors[f"heads.{metric}"][layer].tolist()
+        assert list(plan.keep_heads[layer]) == [2 * g + best(heads[2 * g : 2 * g + 2], 1)[0] for g in range(6)]
+    expected = expected_shape(
+        Target(method="llm-pruner", ratio=0.5, attention_unit="heads", protect_first=1, metric=metric), TINY
+    )
+    assert (expected.shape, expected.exact) == (plan.target, True)
+
+
+def test_query_heads_are_compared_with_neurons_by_the_importance_of_a_weight() -> None:
+    """A unit is the best, or the second best, head of all six groups: 6 * 2 * 8 * 64 weights."""
+    random = make_scores()
+    # A weight of a head is about as important as one of a neuron, or no head would stay but the best.
+    heads = random.tensors["heads.param_first"] * (2 * 8 * 64) / (3 * 64)
+    scores = Scores({**random.tensors, "heads.param_first": heads}, random.manifest)
+    plan = plan_llm_pruner(scores, 0.3, structure="AL-AM", attention_unit="heads")
+    units = [
+        (float(score) / (3 * 64), layer)
+        for layer, row in enumerate(scores.tensors["ffn.param_first"])
+        for score in row
+    ]
+    kept = sum(map(len, plan.keep_ffn))
+    second = heads.view(4, 6, 2).min(dim=2).values.sum(dim=1)
+    kept_second = [layer for layer in range(4) if len(plan.keep_heads[layer]) == 12]
+    units += [(float(score) / (6 * 2 * 8 * 64), f"second of {layer}") for layer, score in enumerate(second)]
+    ranked = sorted(units, key=lambda unit: -unit[0])[: kept + len(kept_second)]
+    assert 0 < len(kept_second) < 4
+    assert {unit for _, unit in ranked if isinstance(unit, str)} == {f"second of {layer}" for layer in kept_second}
+
+
+def test_scores_of_an_earlier_version_have_no_heads() -> None:
+    scores = make_scores()
+    earlier = Scores(
+        {name: tensor for name, tensor in scores.tensors.items() if not name.startswith("heads")}, scores.manifest
+    )
+    assert plan_llm_pruner(earlier, 0.3).keep_heads == ()
+    with pytest.raises(UserError, match="without the gradients of query heads; measure them again with pvs calibrate"):
+        plan_llm_pruner(earlier, 0.3, attention_unit="heads")
+
+
+@torch.no_grad()
+def test_useless_heads_go_and_the_loss_stays() -> None:
+    model = tiny_model()  # 8 heads in 2 groups
+    useless = [[layer % 4, 4 + (layer + 1) % 4] for layer in range(4)]
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.weight.view(64, 8, 16)[:, useless[index]] = 0
+        layer.mlp.down_proj.weight[:, ::4] = 0
+    source = StateSource(model)
+    plan = plan_llm_pruner(calibrate(source, token_set(), gradients=True), 0.25, attention_unit="heads")
+    for layer in range(4):
+        assert set(range(8)) - set(plan.keep_heads[layer]) == set(useless[layer])
+        assert set(range(96)) - set(plan.keep_ffn[layer]) == set(range(0, 96, 4))
+    ids = random_ids(2, 30, seed=8).long()
+    torch.testing.assert_close(
+        as_transformers(PrunedSource(source, plan))(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_uniform_layers_are_a_plain_llama() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def trained_fixture(tmp_path_factory) -> tuple[LlamaForCausalLM, torch.optim.Opt
     return model, optimizer, save(model, kinds, tmp_path_factory.mktemp("trained") / "nemo")
 
 
-def rows_of(units: tuple[int, ...], size: int) -> list[int]:
+def rows_of(units: Sequence[int], size: int) -> list[int]:
     return [unit * size + place for unit in units for place in range(size)]
 
 
@@ -86,8 +87,9 @@ def kept_by_hand(name: str, tensor: torch.Tensor, plan: Plan, layer: int) -> tor
     """Slice a tensor of Llama's by what its name says, without the weight table."""
     shape, hidden = plan.parent, list(plan.keep_hidden)
     groups = plan.keep_kv_groups[layer]
+    heads = plan.keep_heads[layer] if plan.keep_heads else rows_of(groups, shape.heads_per_group)
     rows = {
-        "q_proj": rows_of(groups, shape.heads_per_group * shape.head_dim),
+        "q_proj": rows_of(heads, shape.head_dim),
         "k_proj": rows_of(groups, shape.head_dim),
         "v_proj": rows_of(groups, shape.head_dim),
         "gate_proj": list(plan.keep_ffn[layer]),
@@ -103,10 +105,11 @@ def kept_by_hand(name: str, tensor: torch.Tensor, plan: Plan, layer: int) -> tor
 
 
 @pytest.mark.slow
-def test_kept_units_have_the_states_of_the_unpruned_training_bit_by_bit(trained):
+@pytest.mark.parametrize("sizes", [{}, {"kv_groups": 1, "heads": 2}], ids=["groups", "heads"])
+def test_kept_units_have_the_states_of_the_unpruned_training_bit_by_bit(sizes, trained):
     model, optimizer, folder = trained
     source = NemoSource(folder)
-    plan = replace(make_plan(shape_of(source)), provenance={"model_fingerprint": fingerprint(source)})
+    plan = replace(make_plan(shape_of(source), **sizes), provenance={"model_fingerprint": fingerprint(source)})
     sliced = slice_optimizer_state(folder, plan)
     assert list(sliced) == ["exp_avg", "exp_avg_sq", "param"]
     for state, pruned in sliced.items():
@@ -163,5 +166,10 @@ def test_refusals(trained, tmp_path):
         slice_optimizer_state(folder, replace(plan, provenance={"model_fingerprint": "0" * 64}))
     with pytest.raises(UserError, match="adds biases"):
         slice_optimizer_state(folder, with_means(plan))
+    merging = replace(
+        make_plan(plan.parent, heads=6), keep_heads=((0, 1, 2, 4, 5, 6),) * 3, merged_heads=(((2, 3),),) * 3
+    )
+    with pytest.raises(UserError, match="merges query heads, whose moments cannot be merged"):
+        slice_optimizer_state(folder, merging)
     with pytest.raises(UserError, match=r"has no optimizer\.state\.fp32_param"):
         OptimizerStateSource(folder, "fp32_param")

@@ -32,16 +32,36 @@ def make_plan(parent: Shape = PARENT, seed: int = 0, **sizes: int) -> Plan:
     def keep(size: int, count: int) -> tuple[int, ...]:
         return tuple(sorted(choose.sample(range(size), count)))
 
+    keep_layers, keep_hidden = keep(parent.layers, target.layers), keep(parent.hidden, target.hidden)
+    keep_ffn = tuple(keep(parent.ffn, target.ffn) for _ in range(target.layers))
+    keep_kv_groups = tuple(keep(parent.kv_groups, target.kv_groups) for _ in range(target.layers))
+    keep_heads = []
+    if target.heads_per_group < parent.heads_per_group:
+        for groups in keep_kv_groups:
+            heads: list[int] = []
+            for group in groups:
+                chosen = keep(parent.heads_per_group, target.heads_per_group)
+                heads += [group * parent.heads_per_group + head for head in chosen]
+            keep_heads.append(tuple(heads))
     return Plan(
         method="random",
         parent=parent,
         target=target,
-        keep_layers=keep(parent.layers, target.layers),
-        keep_hidden=keep(parent.hidden, target.hidden),
-        keep_ffn=tuple(keep(parent.ffn, target.ffn) for _ in range(target.layers)),
-        keep_kv_groups=tuple(keep(parent.kv_groups, target.kv_groups) for _ in range(target.layers)),
+        keep_layers=keep_layers,
+        keep_hidden=keep_hidden,
+        keep_ffn=keep_ffn,
+        keep_kv_groups=keep_kv_groups,
+        keep_heads=tuple(keep_heads),
         provenance={"settings": {"seed": seed}},
     )
+
+
+MERGING = replace(
+    make_plan(heads=2),
+    keep_kv_groups=((0, 1),) * 3,
+    keep_heads=((0, 3),) * 3,
+    merged_heads=(((0, 1), (3, 2)), ((3, 2),), ()),
+)
 
 
 def with_means(plan: Plan, seed: int = 0, scale: float = 1.0) -> Plan:
@@ -75,8 +95,8 @@ def test_ranges_round_trip(indices: set[int]) -> None:
     assert all(after[0] - before[-1] > 1 for before, after in pairwise(pieces))
 
 
-def test_round_trip_on_disk(tmp_path: Path) -> None:
-    plan = make_plan()
+@pytest.mark.parametrize("plan", [make_plan(), make_plan(heads=2), MERGING], ids=["groups", "heads", "merged"])
+def test_round_trip_on_disk(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == plan
@@ -104,8 +124,13 @@ def test_the_hash_follows_every_field() -> None:
         replace(plan, method="other"),
         replace(plan, provenance={}),
         replace(plan, keep_hidden=tuple(range(40))),
+        make_plan(heads=2),
+        replace(make_plan(heads=2), keep_kv_groups=((0, 1),) * 3, keep_heads=((0, 2),) * 3),
+        replace(make_plan(heads=2), keep_kv_groups=((0, 1),) * 3, keep_heads=((0, 3),) * 3),
+        MERGING,
+        replace(MERGING, merged_heads=(((0, 1), (3, 2)), (), ())),
     ]
-    assert len({plan.plan_hash, make_plan().plan_hash, *(other.plan_hash for other in others)}) == 5
+    assert len({plan.plan_hash, make_plan().plan_hash, *(other.plan_hash for other in others)}) == 10
 
 
 @given(
@@ -113,10 +138,14 @@ def test_the_hash_follows_every_field() -> None:
     hidden=st.integers(1, 64),
     ffn=st.integers(1, 96),
     kv_groups=st.integers(1, 4),
+    heads_per_group=st.integers(1, 2),
     tied=st.booleans(),
 )
-def test_kept_tensors_add_up_to_the_target(layers: int, hidden: int, ffn: int, kv_groups: int, tied: bool) -> None:
-    plan = make_plan(replace(PARENT, tied=tied), layers=layers, hidden=hidden, ffn=ffn, kv_groups=kv_groups)
+def test_kept_tensors_add_up_to_the_target(
+    layers: int, hidden: int, ffn: int, kv_groups: int, heads_per_group: int, tied: bool
+) -> None:
+    sizes = {"layers": layers, "hidden": hidden, "ffn": ffn, "kv_groups": kv_groups}
+    plan = make_plan(replace(PARENT, tied=tied), **sizes, heads=kv_groups * heads_per_group)
     assert plan.kept_parameters(LAYOUT) == plan.target.parameters
 
 
@@ -151,6 +180,22 @@ def test_query_heads_follow_their_group() -> None:
     assert plan.kept("vocab", None) == tuple(range(128))
 
 
+def test_query_heads_within_their_groups() -> None:
+    plan = Plan(
+        method="by hand",
+        parent=PARENT,
+        target=PARENT.replace(layers=1, kv_groups=2, heads=2),
+        keep_layers=(2,),
+        keep_hidden=tuple(range(64)),
+        keep_ffn=(tuple(range(96)),),
+        keep_kv_groups=((1, 3),),
+        keep_heads=((3, 6),),
+    )
+    assert format_ranges(plan.kept("query", 0)) == "48-63,96-111"
+    assert format_ranges(plan.kept("key", 0)) == "16-31,48-63"
+    assert plan.to_json()["keep_heads"] == {"2": "3,6"}
+
+
 def test_whole_layers_keep_everything_in_them() -> None:
     plan = Plan("depth", PARENT, PARENT.replace(layers=2), **whole_layers(PARENT, [0, 3]))
     assert plan.kept_parameters(LAYOUT) == PARENT.replace(layers=2).parameters
@@ -171,7 +216,15 @@ def test_whole_layers_keep_everything_in_them() -> None:
         ({"keep_ffn": (tuple(range(50)), tuple(range(49)), tuple(range(50)))}, "ffn 49 to 50"),
         ({"keep_kv_groups": ((0, 4),) * 3}, "keep_kv_groups of layer 0 must be"),
         ({"target": replace(PARENT, layers=3, vocab=100)}, "leaves head_dim"),
-        ({"target": PARENT.replace(layers=3, kv_groups=2, heads=2)}, "whole KV groups"),
+        ({"target": PARENT.replace(layers=3, kv_groups=2, heads=2)}, "2 heads in 2 KV groups"),
+        ({"keep_heads": ((0, 1, 2, 3),) * 2}, "keep_heads has 2 layers, but 3 are kept"),
+        ({"keep_heads": ((0, 1, 2, 8),) * 3}, "keep_heads of layer 0 must be ascending, .* within 0-7"),
+        ({"keep_heads": ((0, 1, 2),) * 3, "keep_kv_groups": ((0, 1),) * 3}, "the same number of heads"),
+        ({"keep_heads": ((0, 4),) * 3, "keep_kv_groups": ((0, 1),) * 3}, "layer 0 .* none for the others"),
+        (
+            {"keep_heads": ((0, 2),) * 3, "keep_kv_groups": ((0, 1),) * 3},
+            "keeps .*2 heads in 2 .* target is .*4 heads",
+        ),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, Any], message: str) -> None:
@@ -179,6 +232,23 @@ def test_contradictions_are_refused(change: dict[str, Any], message: str) -> Non
     with pytest.raises(UserError, match=message) as caught:
         replace(plan, **change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (((1, 0),), "a kept and a removed head of one group"),
+        (((0, 3),), "a kept and a removed head of one group"),
+        (((0, 2),), "a kept and a removed head of one group"),
+        (((0, -1),), "a kept and a removed head of one group"),
+        (((0, 1), (0, 1)), "must not name a head twice"),
+    ],
+)
+def test_heads_that_cannot_be_merged_are_refused(pairs: tuple[tuple[int, int], ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(MERGING, merged_heads=(pairs, (), ()))
+    with pytest.raises(UserError, match="merged_heads has 1 layers, but 3 are kept"):
+        replace(MERGING, merged_heads=((),))
 
 
 @pytest.mark.parametrize(
@@ -193,6 +263,10 @@ def test_contradictions_are_refused(change: dict[str, Any], message: str) -> Non
         {"parent": {"layers": 4}},
         {"target": {"layers": 4, "colour": 1}},
         {"provenance": None},
+        {"keep_heads": "0-3"},
+        {"keep_heads": {"0": "0-3"}},
+        {"merged_heads": {"0": "0:1"}},
+        {"merged_heads": {"0": "0-1", "1": "", "2": ""}},
     ],
 )
 def test_a_malformed_plan_is_one_sentence(change: dict[str, Any], tmp_path: Path) -> None:
@@ -209,6 +283,10 @@ def test_a_plan_that_lacks_a_field_is_refused() -> None:
         del values[name]
         with pytest.raises(UserError, match="not a plan of nemo_pvs"):
             Plan.from_json(values)
+    values = make_plan(heads=2).to_json()
+    del values["keep_heads"]
+    with pytest.raises(UserError, match=r"its target is .*2 heads in 2 KV groups"):
+        Plan.from_json(values)
     with pytest.raises(UserError, match="not a plan of nemo_pvs"):
         Plan.from_json([])  # type: ignore[arg-type]
 

@@ -32,10 +32,11 @@ FLOPS = flops_at(25)
 def measured_model() -> tuple[StateSource, Scores, TokenSet, list[Shape]]:
     source, tokens = StateSource(six_layers()), token_set()
     scores = calibrate(source, tokens)
-    steps = {"layers_step": 1, "hidden_step": 8, "ffn_step": 16, "kv_groups_step": 1}
+    steps = {"layers_step": 2, "hidden_step": 8, "ffn_step": 32, "kv_groups_step": 1, "heads_step": 1}
     grid = Grid.of(scores.shape, **steps, max_width_pruning=0.6, max_depth_pruning=0.5)
     shapes = legal_shapes(scores.shape, grid, SizeLimit(parameters=0.6 * scores.shape.parameters, tolerance=0.1))
     assert 12 <= len(shapes) <= 40
+    assert len({(shape.kv_groups, shape.heads) for shape in shapes}) > 2
     return source, scores, tokens, shapes
 
 
@@ -74,11 +75,12 @@ def test_the_shortlist_has_those_whose_sizes_cost_least_one_by_one(model: Any) -
     )
     dense = loss_by_transformers(source, plan_joint(scores, parent), tokens.ids)
     costs: dict[str, dict[int, float]] = {}
-    for name in ("layers", "hidden", "ffn", "kv_groups"):
+    for name in ("layers", "hidden", "ffn", "kv_groups", "heads_per_group"):
         values = sorted({getattr(shape, name) for shape in shapes})
         costs[name] = {getattr(parent, name): 0.0}
         for value in {values[0], values[len(values) // 2]} - costs[name].keys():
-            plan = plan_joint(scores, parent.replace(**{name: value}))
+            alone = parent.replace(heads=2 * value) if name == "heads_per_group" else parent.replace(**{name: value})
+            plan = plan_joint(scores, alone)
             costs[name][value] = loss_by_transformers(source, plan, tokens.ids) - dense
 
     def cost(name: str, size: int) -> float:
@@ -171,14 +173,17 @@ def test_the_state_has_the_keys_that_earlier_versions_wrote(model: Any, tmp_path
     """A search that an earlier version began goes on with them."""
     source, scores, tokens, shapes = model
     state = tmp_path / "search.json"
-    search(source, scores, tokens, shapes[:1], FLOPS, state=state, retrain=lambda plan: 1.0, retrained="so")
+    shape = next(shape for shape in shapes if shape.heads_per_group == 4)
+    search(source, scores, tokens, [shape], FLOPS, state=state, retrain=lambda plan: 1.0, retrained="so")
     written = json.loads(state.read_text())
-    shape = shapes[0]
     key = f"layers={shape.layers},hidden={shape.hidden},ffn={shape.ffn},kv_groups={shape.kv_groups}"
     assert written.keys() == {"settings_sha256", "settings", "loss", "retrained_loss so"}
     assert written["settings"].keys() == {"scores", "tokens", "aggregation", "layer_order", "dtype"}
     assert written["settings_sha256"] == sha256_json(written["settings"])
     assert written["loss"].keys() == written["retrained_loss so"].keys() == {key}
+    fewer_heads = shape.replace(heads=shape.heads // 2)
+    search(source, scores, tokens, [fewer_heads], FLOPS, state=state)
+    assert json.loads(state.read_text())["loss"].keys() == {key, f"{key},heads={fewer_heads.heads}"}
 
 
 def test_the_file_of_another_search_is_refused(model: Any, tmp_path: Path) -> None:

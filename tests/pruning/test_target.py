@@ -28,6 +28,9 @@ def test_named_sizes_change_and_query_heads_follow_their_groups() -> None:
     assert target == PARENT.replace(hidden=384, ffn=1024, kv_groups=2, heads=6)
     assert with_sizes(PARENT, {"layers": 14}) == PARENT.replace(layers=14)
     assert with_sizes(PARENT, {"hidden": 576}) == PARENT
+    assert with_sizes(PARENT, parse_sizes("heads=6")) == PARENT.replace(heads=6)
+    assert with_sizes(PARENT, parse_sizes("kv_groups=2,heads=2")) == PARENT.replace(kv_groups=2, heads=2)
+    assert with_sizes(LLAMA_8B, {"heads": 24}).heads_per_group == 3
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,13 @@ def test_named_sizes_change_and_query_heads_follow_their_groups() -> None:
     [
         ("hiden=384", r"unknown size 'hiden'; did you mean hidden\?"),
         ("kv_group=2", r"did you mean kv_groups\?"),
-        ("xyz=2", "choose among layers, hidden, ffn, kv_groups"),
+        ("xyz=2", "choose among layers, hidden, ffn, kv_groups, heads"),
+        ("heads=8", "leaves 8 query heads in 3 KV groups, .* at most 3; choose heads=3 or 6 or 9, or another"),
+        ("heads=2", "leaves 2 query heads in 3 KV groups"),
+        ("heads=0", "leaves nothing of heads; choose from 1 to 9"),
+        ("heads=12", "asks for heads=12, but the model has 9"),
+        ("kv_groups=2,heads=3", "leaves 3 query heads in 2 KV groups, .*; choose heads=2 or 4 or 6, or another"),
+        ("kv_groups=2,heads=8", "leaves 8 query heads in 2 KV groups, .* at most 3"),
         ("hidden=577", "asks for hidden=577, but the model has 576"),
         ("layers=0", "leaves nothing of layers; choose from 1 to 30"),
         ("ffn=1e3", "needs a whole number for ffn, not '1e3'"),
@@ -115,6 +124,9 @@ def test_one_of_three_ways_is_chosen(tmp_path: Path) -> None:
     write_target(WIDTH_4B, tmp_path / "best.json")
     found = read_sizes(tmp_path / "best.json")
     assert (with_sizes(LLAMA_8B, found.sizes), found.spent) == (WIDTH_4B, None)
+    fewer_heads = WIDTH_4B.replace(kv_groups=6, heads=18)
+    write_target(fewer_heads, tmp_path / "heads.json")
+    assert with_sizes(LLAMA_8B, read_sizes(tmp_path / "heads.json").sizes) == fewer_heads
     with pytest.raises(UserError, match="Nothing says what to prune to; give one of --target"):
         choose_target(LLAMA_8B, "minitron-width")
     with pytest.raises(UserError, match="--target and --ratio says"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,6 +47,74 @@ def test_llama_31_flap_of_the_paper(compat: bool, multiple: int, kept: int) -> N
 def test_with_the_paper_s_counts_the_model_has_the_paper_s_size() -> None:
     target = LLAMA_8B.replace(kv_groups=5, ffn=6528)
     assert (target.heads, target.parameters) == (20, 4_456_714_240)
+
+
+HEADS_OF_GROUPS = 2 * 6 * 8 * 64
+"""Weights of one query head of each of TINY's 6 KV groups."""
+
+
+def random_unit_scores(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scores of TINY's units with four heads a group."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = torch.rand(5, 4, generator=generator, dtype=torch.float64).sort(descending=True).values
+    return heads, torch.rand(5, 90, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+def test_query_heads_as_units_reach_the_ratio_of_all_weights(structure: str, ratio: float) -> None:
+    """Keys and values count among the weights, but stay; counts are heads of each group."""
+    shape = TINY.replace(heads=24)
+    rules = UnitRules(ratio, structure, attention_unit="heads")
+    heads, ffn = unit_counts(*random_unit_scores(), shape, rules)
+    kept = shape.with_layers(LayerSizes(neurons, 6 * count, 6) for count, neurons in zip(heads, ffn, strict=True))
+    assert [rules.sizes(shape, *counts) for counts in zip(heads, ffn, strict=True)] == [*kept.layer_sizes]
+    removed = shape.matrix_parameters - kept.matrix_parameters
+    if structure == "UL-UM":
+        assert (heads, ffn) == ([4 - int(ratio * 4)] * 5, [90 - int(ratio * 90)] * 5)
+    else:
+        slack = HEADS_OF_GROUPS / 2 if structure == "AL-AM" else 5 * NEURON
+        assert abs(removed - ratio * shape.matrix_parameters) <= slack
+    assert all(1 <= count <= 4 for count in heads)
+
+
+def test_heads_and_neurons_compete_by_score_alone() -> None:
+    """AL-AM by a loop: the best units together, as many as come nearest to the weight that stays."""
+    shape = TINY.replace(heads=24)
+    heads, ffn = random_unit_scores(seed=3)
+    found = unit_counts(heads, ffn, shape, UnitRules(0.4, "AL-AM", attention_unit="heads"))
+    ranked = sorted(
+        [(float(score), HEADS_OF_GROUPS, 0, layer) for layer in range(5) for score in heads[layer][1:]]
+        + [(float(score), NEURON, 1, layer) for layer in range(5) for score in ffn[layer].sort().values[:-1]],
+        reverse=True,
+    )
+    # The best unit of each kind and layer always stays, and so do keys and values.
+    weight, wanted = 5 * (2 * HEADS_OF_GROUPS + NEURON), 0.6 * shape.matrix_parameters
+    counts = [[1] * 5, [1] * 5]
+    for _, size, kind, layer in ranked:
+        if abs(weight + size - wanted) >= abs(weight - wanted):
+            break
+        weight += size
+        counts[kind][layer] += 1
+    assert found == (counts[0], counts[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads", "message"),
+    [
+        ({}, 6, "has only one query head; choose attention_unit groups"),
+        ({"remove_groups": 1, "structure": "UL-MM"}, 12, "keeps all KV groups; leave remove_groups and"),
+        ({"kv_groups_multiple": 2}, 12, "leave remove_groups and kv_groups_multiple out"),
+        ({"compat": True}, 12, "leave compat out, or attention_unit"),
+        ({"attention_unit": "head"}, 12, "Unknown attention_unit 'head'; choose groups, heads"),
+        ({"ratio": 0.95, "structure": "UL-MM"}, 12, "heads of each KV group removed per layer, no FFN channels"),
+        ({"ratio": 0.95, "structure": "AL-AM"}, 12, "choose a lower one"),
+    ],
+)
+def test_query_heads_that_cannot_be_units_are_refused(changes: dict[str, Any], heads: int, message: str) -> None:
+    rules = UnitRules(**{"ratio": 0.3, "attention_unit": "heads", **changes})
+    with pytest.raises(UserError, match=message):
+        unit_counts(torch.zeros(5, heads // 6), torch.zeros(5, 90), TINY.replace(heads=heads), rules)
 
 
 @pytest.mark.parametrize(("compat", "removed"), [(False, [0, 427]), (True, [0, 171])])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.method import Method
 from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
-from nemo_pvs.pruning.options import SizesOrPreset, Vocabulary, option
+from nemo_pvs.pruning.options import QueryHeads, SizesOrPreset, Vocabulary, option
 
 if TYPE_CHECKING:
     from nemo_pvs.pruning.plan import Plan
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "minitron-joint"
 
 
-class MinitronJointOptions(Vocabulary, SizesOrPreset):
+class MinitronJointOptions(Vocabulary, SizesOrPreset, QueryHeads):
     """The options of Minitron-joint."""
 
     aggregation: Literal["energy", "meanabs_l2"] = option(
@@ -27,7 +27,7 @@ class MinitronJointOptions(Vocabulary, SizesOrPreset):
 def _plan(request: PruneRequest[MinitronJointOptions], target: Shape) -> Plan:
     from nemo_pvs.pruning.structured.joint import plan_joint
 
-    return plan_joint(request.scores(), target, request.options.aggregation)
+    return plan_joint(request.scores(), target, request.options.aggregation, merge_heads=request.options.merge_heads)
 
 
 METHOD = Method(

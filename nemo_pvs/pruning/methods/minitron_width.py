@@ -1,4 +1,4 @@
-"""Minitron-width: hidden and FFN channels and KV groups, by their activations (Muralidharan et al., 2407.14679)."""
+"""Minitron-width: hidden and FFN channels, KV groups and query heads, by activations (2407.14679)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.method import Method
 from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
-from nemo_pvs.pruning.options import SizesOrRatio, option
+from nemo_pvs.pruning.options import QueryHeads, SizesOrRatio, option
 
 if TYPE_CHECKING:
     from nemo_pvs.pruning.plan import Plan
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "minitron-width"
 
 
-class MinitronWidthOptions(SizesOrRatio):
+class MinitronWidthOptions(SizesOrRatio, QueryHeads):
     """The options of Minitron-width."""
 
     aggregation: Literal["energy", "meanabs_l2"] = option(
@@ -27,12 +27,12 @@ class MinitronWidthOptions(SizesOrRatio):
 def _plan(request: PruneRequest[MinitronWidthOptions], target: Shape) -> Plan:
     from nemo_pvs.pruning.structured.width import plan_width
 
-    return plan_width(request.scores(), target, request.options.aggregation)
+    return plan_width(request.scores(), target, request.options.aggregation, merge_heads=request.options.merge_heads)
 
 
 METHOD = Method(
     name=NAME,
-    removes="hidden and FFN channels and KV groups, by activations",
+    removes="hidden and FFN channels, KV groups and query heads, by activations",
     paper="2407.14679",
     options=MinitronWidthOptions,
     prune=to_shape(NAME, _plan),

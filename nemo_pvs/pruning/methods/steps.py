@@ -92,7 +92,6 @@ def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
     """Return the shape after units are removed by a ratio; approximate if layers compete for units."""
     import torch
 
-    from nemo_pvs.model.shape import LayerSizes
     from nemo_pvs.pruning.structured.unit_counts import UnitRules, unit_counts
 
     if options.ratio is None:
@@ -106,19 +105,19 @@ def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
         "compat",
         "protect_first",
         "protect_last",
+        "attention_unit",
     )
     given = options.given(*(name for name in names if name in type(options).model_fields))
     structure = options.structure if exact else "UL-MM"
     # If all pruned layers get the same size, the counts do not depend on the scores.
+    unit_rules = UnitRules(structure=structure, ratio=options.ratio, **rules, **given)
     counts = unit_counts(
-        torch.zeros(parent.layers, parent.kv_groups),
+        torch.zeros(parent.layers, unit_rules.units(parent)),
         torch.zeros(parent.layers, parent.ffn),
         parent,
-        UnitRules(structure=structure, ratio=options.ratio, **rules, **given),
+        unit_rules,
     )
-    layers = []
-    for groups, ffn in zip(*counts, strict=True):
-        layers.append(LayerSizes(ffn, groups * parent.heads_per_group, groups))
+    layers = (unit_rules.sizes(parent, *kept) for kept in zip(*counts, strict=True))
     return Expected(parent.with_layers(layers), exact)
 
 

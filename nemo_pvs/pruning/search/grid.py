@@ -21,6 +21,8 @@ class Grid:
     hidden: tuple[int, ...]
     ffn: tuple[int, ...]
     kv_groups: tuple[int, ...]
+    heads: tuple[int, ...] = ()
+    """Query heads, for KV groups that can share them equally; if empty, all heads of the kept groups."""
 
     @classmethod
     def of(
@@ -31,6 +33,7 @@ class Grid:
         hidden_step: int | None = None,
         ffn_step: int | None = None,
         kv_groups_step: int = 0,
+        heads_step: int = 0,
         max_width_pruning: float = 0.4,
         max_depth_pruning: float = 0.2,
     ) -> Grid:
@@ -46,23 +49,37 @@ class Grid:
             hidden_step: Step in hidden channels; 0 keeps all.
             ffn_step: Step in FFN channels; 0 keeps all.
             kv_groups_step: Step in KV groups, which take their query heads along; 0 keeps all.
-            max_width_pruning: Largest share of hidden, ffn and kv_groups that may go.
+            heads_step: Step in query heads, the same number in every kept KV group; 0 keeps all of these.
+            max_width_pruning: Largest share of hidden, ffn, kv_groups and heads that may go.
             max_depth_pruning: Largest share of layers that may go.
 
         Raises:
             UserError: a number makes no sense.
         """
-        steps = (layers_step, hidden_step or 0, ffn_step or 0, kv_groups_step)
+        steps = (layers_step, hidden_step or 0, ffn_step or 0, kv_groups_step, heads_step)
         if min(steps) < 0 or not (0 <= max_width_pruning < 1 and 0 <= max_depth_pruning < 1):
             raise UserError("A search needs steps of 0 or more, and shares that may go from 0 to below 1.")
         hidden_step = _step(parent, parent.hidden / 16) if hidden_step is None else hidden_step
         ffn_step = _step(parent, parent.ffn / 28) if ffn_step is None else ffn_step
-        return cls(
+        grid = cls(
             _choices(parent.layers, layers_step, max_depth_pruning),
             _choices(parent.hidden, hidden_step, max_width_pruning),
             _choices(parent.ffn, ffn_step, max_width_pruning),
             _choices(parent.kv_groups, kv_groups_step, max_width_pruning),
+            _choices(parent.heads, heads_step, max_width_pruning) if heads_step else (),
         )
+        if heads_step and all(len(grid.heads_in(groups, parent)) == 1 for groups in grid.kv_groups):
+            raise UserError(
+                f"A step of {heads_step} in query heads gives no number that the KV groups could share equally and "
+                f"that removes at most {max_width_pruning:.0%}; choose a divisor of {parent.kv_groups}, or allow more "
+                "pruning."
+            )
+        return grid
+
+    def heads_in(self, kv_groups: int, parent: Shape) -> tuple[int, ...]:
+        """Return the numbers of query heads that ``kv_groups`` groups can keep, in ascending order."""
+        every = kv_groups * parent.heads_per_group
+        return (*(heads for heads in self.heads if heads < every and heads % kv_groups == 0), every)
 
 
 @dataclass(frozen=True)
@@ -160,9 +177,10 @@ def flops_at(context: int) -> Callable[[Shape], float]:
 
 def _shapes(parent: Shape, grid: Grid) -> Iterator[Shape]:
     for layers, hidden, ffn, kv_groups in product(grid.layers, grid.hidden, grid.ffn, grid.kv_groups):
-        shape = parent.replace(layers=layers, hidden=hidden, ffn=ffn, kv_groups=kv_groups)
-        if shape != parent:
-            yield shape
+        for heads in grid.heads_in(kv_groups, parent):
+            shape = parent.replace(layers=layers, hidden=hidden, ffn=ffn, kv_groups=kv_groups, heads=heads)
+            if shape != parent:
+                yield shape
 
 
 def _runs(shape: Shape, tensor_parallel: int, pipeline_parallel: int, fp8: bool) -> bool:

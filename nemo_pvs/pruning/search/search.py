@@ -19,12 +19,14 @@ from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.flops import sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
-from nemo_pvs.pruning.options import SIZES
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.joint import plan_joint
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import read_json, sha256_json, write_json
 from nemo_pvs.system.ranks import from_main
+
+_AXES = ("layers", "hidden", "ffn", "kv_groups", "heads_per_group")
+"""The sizes of a candidate that can be chosen independently of each other."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def search(
         "layer_order": None if layer_order is None else list(layer_order),
         "dtype": str(compute.dtype),
     }
-    known = _Known(state, settings)
+    known = _Known(state, settings, parent)
     total = (len(probes) + shortlist) * parent.layers
     run: list[Shape] = []
 
@@ -176,18 +178,19 @@ def search(
 def _probes(parent: Shape, shapes: Sequence[Shape]) -> list[Shape]:
     """Return the parent, and the parent with one size at the smallest or the middle of its values in ``shapes``."""
     probes = [parent]
-    for name in SIZES:
+    for name in _AXES:
         values = sorted({getattr(shape, name) for shape in shapes})
         for value in sorted({values[0], values[len(values) // 2]} - {getattr(parent, name)}):
-            probes.append(parent.replace(**{name: value}))
+            size = {"heads": value * parent.kv_groups} if name == "heads_per_group" else {name: value}
+            probes.append(parent.replace(**size))
     return probes
 
 
 def _estimate(parent: Shape, losses: Mapping[Shape, float]) -> Callable[[Shape], float]:
     """Return a function that adds up what each size of a shape costs alone, linear between the sizes that were run."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for name in SIZES:
-        others = [size for size in SIZES if size != name]
+    for name in _AXES:
+        others = [size for size in _AXES if size != name]
         alone = sorted(
             (getattr(shape, name), loss - losses[parent])
             for shape, loss in losses.items()
@@ -205,8 +208,9 @@ def _estimate(parent: Shape, losses: Mapping[Shape, float]) -> Callable[[Shape],
 class _Known:
     """Results of a search by kind and shape, in a file if there is one."""
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: dict[str, Any], parent: Shape) -> None:
         self._path = path
+        self._parent = parent
         self._values: dict[str, Any] = {"settings_sha256": sha256_json(settings), "settings": settings}
         found = from_main(lambda: read_json(path) if path is not None and path.exists() else None)
         if found is not None:
@@ -219,7 +223,10 @@ class _Known:
     def get(self, kind: str, shape: Shape, measure: Callable[[Shape], float]) -> float:
         """Return a number that is known, or measure it and write it down."""
         results = self._values.setdefault(kind, {})
-        key = ",".join(f"{name}={getattr(shape, name)}" for name in SIZES)
+        names = ["layers", "hidden", "ffn", "kv_groups"]
+        if shape.heads_per_group != self._parent.heads_per_group:
+            names.append("heads")
+        key = ",".join(f"{name}={getattr(shape, name)}" for name in names)
         if key not in results:
             results[key] = measure(shape)
             if self._path is not None and ranks.is_main():

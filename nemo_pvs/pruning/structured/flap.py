@@ -26,6 +26,7 @@ def plan_flap(
     ffn_multiple: int = 1,
     kv_groups_multiple: int = 1,
     compat: bool = False,
+    attention_unit: str = "groups",
 ) -> Plan:
     """Choose KV groups and FFN channels layer by layer, or over all layers.
 
@@ -43,6 +44,8 @@ def plan_flap(
         ffn_multiple: Keep FFN channels of a layer in multiples of this, e.g. 128 for fast kernels.
         kv_groups_multiple: Keep KV groups of a layer in multiples of this, e.g. the tensor-parallel size.
         compat: Use the published script's order-dependent variance and its budgets for multi-head attention.
+        attention_unit: What is removed from attention: ``groups`` (KV groups with their query heads) or ``heads``
+            (query heads, the same number from every KV group of a layer).
 
     Raises:
         UserError: an argument is invalid for this model, or the scores lack a statistic that it needs.
@@ -54,7 +57,16 @@ def plan_flap(
         attention = attention.square()
     if structure.startswith("AL"):
         attention, ffn = standardised(attention), standardised(ffn)
-    rules = UnitRules(ratio, structure, remove_groups, uniform, ffn_multiple, kv_groups_multiple, compat)
+    rules = UnitRules(
+        ratio,
+        structure,
+        remove_groups,
+        uniform,
+        ffn_multiple,
+        kv_groups_multiple,
+        compat,
+        attention_unit=attention_unit,
+    )
     settings = {"metric": metric, "square_attention": square_attention}
     return plan_units(scores, "flap", attention, ffn, rules, bias=bias, settings=settings)
 

@@ -22,6 +22,7 @@ def plan_llm_pruner(
     kv_groups_multiple: int = 1,
     protect_first: int = 0,
     protect_last: int = 0,
+    attention_unit: str = "groups",
 ) -> Plan:
     """Keep the KV groups and FFN channels with the largest Taylor importance, without compensating for the rest.
 
@@ -42,18 +43,29 @@ def plan_llm_pruner(
         kv_groups_multiple: Keep KV groups of a layer in multiples of this.
         protect_first: Layers at the input that are not pruned; 4 of 32 in the published runs.
         protect_last: Layers at the output that are not pruned; 2 of 32 in the published runs.
+        attention_unit: What is removed from attention: ``groups`` (KV groups with their query heads) or ``heads``
+            (query heads, the same number from every KV group of a layer).
 
     Raises:
-        UserError: an argument is invalid for this model, or the scores were measured without gradients.
+        UserError: an argument is invalid for this model, or the scores were measured without gradients, or, if heads
+            are removed, by a version without scores of query heads.
     """
     if metric not in METRICS:
         raise UserError(f"Unknown metric {metric!r}; choose {', '.join(METRICS)}.")
-    try:
-        groups, ffn = (scores.tensors[f"{site}.{metric}"] for site in ("groups", "ffn"))
-    except KeyError:
+    if f"groups.{metric}" not in scores.tensors:
         raise UserError(
             "These scores were measured without gradients; measure them again with pvs calibrate --gradients."
-        ) from None
+        )
+    heads = attention_unit == "heads"
+    if heads and f"heads.{metric}" not in scores.tensors:
+        raise UserError(
+            "These scores are of an earlier version, without the gradients of query heads; measure them again with "
+            "pvs calibrate --gradients, or leave attention_unit out."
+        )
+    attention, ffn = (
+        scores.tensors[f"heads.{metric}" if heads else f"groups.{metric}"],
+        scores.tensors[f"ffn.{metric}"],
+    )
     shape = scores.shape
     rules = UnitRules(
         ratio,
@@ -65,8 +77,9 @@ def plan_llm_pruner(
         round_kept=True,
         protect_first=protect_first,
         protect_last=protect_last,
+        attention_unit=attention_unit,
     )
     if structure.startswith("AL"):
-        # Importance per weight, relative to an FFN channel: a group has the weights of this many of them.
-        groups = groups / (2 * (shape.heads_per_group + 1) * shape.head_dim / 3)
-    return plan_units(scores, "llm-pruner", groups, ffn, rules, settings={"metric": metric})
+        # Importance per weight, relative to an FFN channel: a head or a group has the weights of this many of them.
+        attention = attention / ((2 if heads else 2 * (shape.heads_per_group + 1)) * shape.head_dim / 3)
+    return plan_units(scores, "llm-pruner", attention, ffn, rules, settings={"metric": metric})

@@ -16,6 +16,7 @@ def plan_magnitude_sp(
     remove_groups: int | None = None,
     ffn_multiple: int = 1,
     kv_groups_multiple: int = 1,
+    attention_unit: str = "groups",
 ) -> Plan:
     """Keep the units whose columns of ``o_proj`` and ``down_proj`` have the largest L2 norms.
 
@@ -29,12 +30,19 @@ def plan_magnitude_sp(
         remove_groups: KV groups to remove per layer, for UL-MM; by default the ratio of them.
         ffn_multiple: Keep FFN channels in multiples of this.
         kv_groups_multiple: Keep KV groups in multiples of this.
+        attention_unit: What is removed from attention: ``groups`` (KV groups with their query heads) or ``heads``
+            (query heads, the same number from every KV group of a layer).
 
     Raises:
         UserError: an argument is invalid for this model, or the scores lack a statistic that it needs.
     """
     attention, ffn = (scores.channels(site, "weight_energy").sqrt() for site in ("attention", "ffn"))
     rules = UnitRules(
-        ratio, structure, remove_groups, ffn_multiple=ffn_multiple, kv_groups_multiple=kv_groups_multiple
+        ratio,
+        structure,
+        remove_groups,
+        ffn_multiple=ffn_multiple,
+        kv_groups_multiple=kv_groups_multiple,
+        attention_unit=attention_unit,
     ).within_layers("magnitude-sp")
     return plan_units(scores, "magnitude-sp", attention, ffn, rules)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.model.shape import LayerSizes
 from nemo_pvs.pruning.input_means import FEATURES, InputMeans
 from nemo_pvs.pruning.plan import Indices, Plan
 from nemo_pvs.pruning.structured.unit_counts import UnitRules, unit_counts
@@ -31,24 +30,31 @@ def plan_units(
     Args:
         scores: Where the channel scores come from; identifies the model and has the means for the biases.
         method: Name of the method.
-        attention: Score of each KV group [L, G], or of each input channel of ``o_proj`` [L, H*h], averaged over a
-            group's channels.
+        attention: Score of each KV group [L, G], query head [L, H], or input channel of ``o_proj`` [L, H*h]; averaged
+            over a group. If heads are removed, those that are the r-th best of their groups are one unit, whose score
+            is their average.
         ffn: Score of each input channel of ``down_proj`` [L, f].
         rules: How many units to keep.
         bias: Compensate for the mean contribution of removed units.
         settings: The method's settings, for the plan's provenance.
 
     Raises:
-        UserError: the rules are invalid for this model, or leave a layer without groups or neurons.
+        UserError: the rules are invalid for this model, or leave a layer without attention units or neurons.
     """
     parent = scores.shape
-    groups = attention.unflatten(1, (parent.kv_groups, -1)).mean(dim=2)
-    counts = unit_counts(groups, ffn, parent, rules)
-    keep_groups, keep_ffn = _best(groups, counts[0]), _best(ffn, counts[1])
-    sizes = []
-    for kept, neurons in zip(*counts, strict=True):
-        sizes.append(LayerSizes(neurons, kept * parent.heads_per_group, kept))
-    target = parent.with_layers(sizes)
+    if rules.attention_unit == "heads":
+        heads = attention.unflatten(1, (parent.kv_groups, parent.heads_per_group, -1)).mean(dim=3)
+        units = heads.sort(dim=2, descending=True).values.mean(dim=1)
+    else:
+        units = attention.unflatten(1, (parent.kv_groups, -1)).mean(dim=2)
+    counts = unit_counts(units, ffn, parent, rules)
+    if rules.attention_unit == "heads":
+        keep_groups = (tuple(range(parent.kv_groups)),) * parent.layers
+        keep_heads = tuple(_best_of_each_group(*layer) for layer in zip(heads, counts[0], strict=True))
+    else:
+        keep_groups, keep_heads = _best(units, counts[0]), ()
+    keep_ffn = _best(ffn, counts[1])
+    target = parent.with_layers(rules.sizes(parent, *kept) for kept in zip(*counts, strict=True))
     plan = Plan(
         method=method,
         parent=parent,
@@ -57,14 +63,31 @@ def plan_units(
         keep_hidden=tuple(range(parent.hidden)),
         keep_ffn=keep_ffn,
         keep_kv_groups=keep_groups,
+        keep_heads=keep_heads,
         provenance={
             "model_fingerprint": scores.model_fingerprint,
             "scores": scores.content_hash,
-            "settings": {**(settings or {}), **asdict(rules), "bias": bias},
+            "settings": {**(settings or {}), **_recorded(rules), "bias": bias},
             "removed_of_matrices": 1 - target.matrix_parameters / parent.matrix_parameters,
         },
     )
     return _with_biases(plan, scores) if bias else plan
+
+
+def _recorded(rules: UnitRules) -> dict[str, Any]:
+    """Return the rules for the provenance of a plan, without ``attention_unit`` if it is what it always was."""
+    recorded = asdict(rules)
+    if rules.attention_unit == "groups":
+        del recorded["attention_unit"]
+    return recorded
+
+
+def _best_of_each_group(heads: torch.Tensor, count: int) -> Indices:
+    """Return the indices of the ``count`` best query heads of each KV group of a layer, given scores [G, g]."""
+    kept: list[int] = []
+    for group, scores in enumerate(heads):
+        kept += [group * len(scores) + head for head in most_important(scores, count)]
+    return tuple(kept)
 
 
 def _best(scores: torch.Tensor, counts: Sequence[int]) -> tuple[Indices, ...]:

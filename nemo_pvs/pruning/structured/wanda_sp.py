@@ -17,6 +17,7 @@ def plan_wanda_sp(
     remove_groups: int | None = None,
     ffn_multiple: int = 1,
     kv_groups_multiple: int = 1,
+    attention_unit: str = "groups",
 ) -> Plan:
     """Keep the units whose channels have the largest ``mean_i |W_ij| sqrt(sum x_j^2)``, without compensating biases.
 
@@ -31,12 +32,19 @@ def plan_wanda_sp(
         remove_groups: KV groups to remove per layer, for UL-MM; by default the ratio of them.
         ffn_multiple: Keep FFN channels in multiples of this.
         kv_groups_multiple: Keep KV groups in multiples of this.
+        attention_unit: What is removed from attention: ``groups`` (KV groups with their query heads) or ``heads``
+            (query heads, the same number from every KV group of a layer).
 
     Raises:
         UserError: an argument is invalid for this model, or the scores lack a statistic that it needs.
     """
     attention, ffn = (channel_scores(scores, site, "WIFN") for site in ("attention", "ffn"))
     rules = UnitRules(
-        ratio, structure, remove_groups, ffn_multiple=ffn_multiple, kv_groups_multiple=kv_groups_multiple
+        ratio,
+        structure,
+        remove_groups,
+        ffn_multiple=ffn_multiple,
+        kv_groups_multiple=kv_groups_multiple,
+        attention_unit=attention_unit,
     ).within_layers("wanda-sp")
     return plan_units(scores, "wanda-sp", attention, ffn, rules)
