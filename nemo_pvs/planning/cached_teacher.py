@@ -153,7 +153,7 @@ def describe_caches(recipe: Recipe, teacher: Shape, folder: Path) -> list[str]:
 
 
 def disk_warning(needed: float, folder: Path) -> str | None:
-    """Return a warning if a cache of so many bytes does not fit on the disk of a folder, which need not exist."""
+    """Return a warning if a cache of this size does not fit on the disk of a folder, which need not exist."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

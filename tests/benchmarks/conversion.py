@@ -61,7 +61,7 @@ class NoiseSource:
 
 
 def make_input(shape: Shape, folder: Path) -> None:
-    """Write the model with a tokenizer of bytes; run in a process of its own, which the imports make large."""
+    """Write the model with a tokenizer of bytes; run in a separate process, which the imports make large."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
