@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "minitron-joint"
 
 
-class MinitronJointOptions(Vocabulary, SizesOrPreset, QueryHeads):
+class MinitronJointOptions(QueryHeads, Vocabulary, SizesOrPreset):
     """The options of Minitron-joint."""
 
     aggregation: Literal["energy", "meanabs_l2"] = option(

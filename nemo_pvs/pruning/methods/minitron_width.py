@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "minitron-width"
 
 
-class MinitronWidthOptions(SizesOrRatio, QueryHeads):
+class MinitronWidthOptions(QueryHeads, SizesOrRatio):
     """The options of Minitron-width."""
 
     aggregation: Literal["energy", "meanabs_l2"] = option(
