@@ -316,6 +316,17 @@ def test_together_with_a_width(parent: Path, small: Path, tmp_path: Path) -> Non
     )
 
 
+def test_together_with_units_of_a_ratio(parent: Path, small: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"data": parent / "text.txt", "samples": 4, "sequence_length": 16, "ratio": 0.3}
+    alone = prune(parent, tmp_path / "alone", "flap", **settings).plan
+    both = prune(parent, tmp_path / "both", "flap", target="vocab=400", **settings)
+    assert both.plan is not None
+    assert alone is not None
+    assert (both.plan.keep_ffn, both.plan.keep_kv_groups) == (alone.keep_ffn, alone.keep_kv_groups)
+    assert both.plan.keep_vocab == Plan.load(small / PLAN).keep_vocab
+    assert both.shape == alone.target.replace(vocab=400)
+
+
 def test_counts_of_a_token_file_are_those_of_its_text(parent: Path, small: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(parent)
     texts = [TEXT[:5000], COMMON]

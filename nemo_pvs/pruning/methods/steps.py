@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.method import Expected
-from nemo_pvs.pruning.options import SizesOrPreset, SizesOrRatio, Sparse, Units
+from nemo_pvs.pruning.options import VOCAB, SizesOrPreset, SizesOrRatio, Sparse, Units
 
 if TYPE_CHECKING:
     from nemo_pvs.pruning.plan import Plan
@@ -41,6 +41,7 @@ def by_scores(plan: Callable[..., Plan]) -> Callable[[PruneRequest[Any]], Pruned
         if request.options.ratio is None:
             raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of the decoder layers.")
         others = request.options.given()
+        others.pop(VOCAB, None)  # ``_pruned`` removes tokens, whatever the method
         return planned(request, plan(request.scores(), others.pop("ratio"), **others))
 
     return prune
@@ -64,7 +65,6 @@ def _announce(request: PruneRequest[Any], parent: Shape, target: Shape) -> None:
 
 def _pruned(request: PruneRequest[Any], plan: Plan) -> Pruned:
     from nemo_pvs.pruning.apply import PrunedSource
-    from nemo_pvs.pruning.options import VOCAB
     from nemo_pvs.pruning.result import Pruned
     from nemo_pvs.pruning.vocabulary.choice import with_fewer_tokens
 
