@@ -88,9 +88,10 @@ def dry_run(recipe: Recipe) -> DryRun:
     shapes = {planned.name: planned.expected.shape for planned in targets}
     arms = tuple(PlannedArm(arm, arm_cost(recipe, arm, shapes[arm.target], parent)) for arm in recipe.runs)
     notes = []
-    for name, shape in shapes.items():
-        if note := weights.loading_note(shape):
-            notes.append(f"{name}: {note}")
+    for planned in targets:
+        note = weights.loading_note(planned.expected.shape) if planned.expected.exact else None
+        if note:
+            notes.append(f"{planned.name}: {note}")
     return DryRun(recipe, parent, targets, arms, tuple(_stages(recipe)), tuple(notes))
 
 

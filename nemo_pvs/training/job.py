@@ -157,15 +157,17 @@ class TrainingJob:
         return self.file
 
     def to_json(self) -> dict[str, Any]:
-        """Return the job as plain data."""
+        """Return the job as plain data; without a cache, as before there were any."""
+        values = asdict(self)
+        del values["cache"]
         return {
-            **asdict(self),
+            **values,
             "folder": str(self.folder),
             "initial": str(self.initial),
             "layout": self.layout.model_dump(),
             "training": self.training.model_dump(),
             "teacher": self.teacher and str(self.teacher),
-            "cache": self.cache and str(self.cache),
+            **({"cache": str(self.cache)} if self.cache else {}),
             "pruning": self.pruning and self.pruning.model_dump(),
             "masks": self.masks and self.masks.to_json(),
             "carried": self.carried and self.carried.to_json(),

@@ -30,7 +30,7 @@ def test_the_benchmark_runs_and_leaves_its_input(tmp_path):
 
 def check_the_benchmark(tmp_path):
     results = benchmark(SHAPES["tiny"], tmp_path, Console(quiet=True))
-    assert len(results) == 11
+    assert len(results) == 13
     assert all(0 < measured.seconds < 60 and measured.peak >= measured.baseline for measured in results.values())
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert shape_of(HuggingFaceSource(tmp_path / "hf")) == SHAPES["tiny"]

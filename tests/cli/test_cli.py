@@ -181,7 +181,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path)
             "prune", model, target, "--target", "ffn=48", "--method", "minitron-width", "--data", text,
             "--samples", 4, "--sequence-length", 100000,
         ),
-        "--to is 'onnx'; choose hf, nemo or gguf": ("convert", model, target, "--to", "onnx"),
+        "--to is 'onnx'; choose hf, nemo, megatron or gguf": ("convert", model, target, "--to", "onnx"),
         "does not end in .gguf; change one of them": ("convert", model, target, "--to", "gguf"),
         "the target's format is nemo; leave it out": ("convert", model, target, "--max-shard-size", "1GB"),
         "the target's format is gguf; leave it out": (

@@ -66,7 +66,7 @@ def test_the_papers_table_from_local_data(evaluate, model, tmp_path):
         *("perplexity/c4/perplexity", "perplexity/wikitext/perplexity", "perplexity/cnn_dailymail/perplexity")
     ]
     assert names[-1] == "paper/average"
-    assert len(names) == 3 * 2 + 8 + 1
+    assert len(names) == 3 * 3 + 8 + 1
     assert all(name in out for name in names)
     assert "chunks of 64" in out
     assert out.count("±") == len(names) - 2  # sciq has one question here, so no standard error, nor has the average
@@ -112,7 +112,7 @@ def test_a_measurement_is_made_once(evaluate, model, tmp_path, forwards):
     assert [(Path(one["checkpoint"]).name, one["limit"]) for one in models] == [
         *(("model", None), ("other", None), ("model", 2))
     ]
-    assert len(models[0]["measured"]) == len(first) + 2
+    assert len(models[0]["measured"]) == len(first) + 3
     assert all(models[0]["measured"][name]["value"] == about["value"] for name, about in first.items())
     scores = read_scores(tmp_path / "out")
     # Also under the name that run folders of earlier versions know the model by.

@@ -65,7 +65,7 @@ def test_pinned_versions_install_on_every_supported_python() -> None:
             if pin.marker and not pin.marker.evaluate(environment):
                 continue
             try:
-                supported = metadata(pin.name)["Requires-Python"]
+                supported = metadata(pin.name).get("Requires-Python")
             except PackageNotFoundError:
                 continue  # of another platform or extra
             if supported and python not in SpecifierSet(supported):

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, ReaderTensor
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, halves_to_pairs, is_rotated, stored_name
@@ -37,6 +37,7 @@ _BLOCK = 32
 """Weights that share a scale in q8_0; rows of another length are stored as f16."""
 _ROWS_AT_ONCE = 4096
 """Rows that are quantised at a time, so that a large embedding is never in memory as fp32."""
+_BYTES_AT_ONCE = 1 << 24
 _PLAIN_ROPE = ("default", None)
 
 
@@ -137,11 +138,12 @@ def verify_gguf(written: Written) -> None:
         UserError: a tensor is missing or differs.
     """
     stored = {tensor.name: tensor for tensor in GGUFReader(written.path).tensors}
-    for name, checksum in written.checksums.items():
-        if name not in stored or _checksum(stored[name].data) != checksum:
-            raise UserError(
-                f"{name} in {written.path} does not read back as written; check the disk and convert again."
-            )
+    with open(written.path, "rb") as file:
+        for name, checksum in written.checksums.items():
+            if name not in stored or _checksum_of(file, stored[name]) != checksum:
+                raise UserError(
+                    f"{name} in {written.path} does not read back as written; check the disk and convert again."
+                )
 
 
 def architecture_of(layout: Layout, shape: Shape) -> str:
@@ -276,6 +278,19 @@ def _write(writer: GGUFWriter, name: str, values: npt.NDArray[Any], checksums: d
 
 def _checksum(values: npt.NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def _checksum_of(file: BinaryIO, tensor: ReaderTensor) -> str:
+    """Return the SHA-256 of a tensor's bytes, read in pieces: the reader's map would keep the file in memory."""
+    digest, left = hashlib.sha256(), int(tensor.n_bytes)
+    file.seek(int(tensor.data_offset))
+    while left:
+        piece = file.read(min(left, _BYTES_AT_ONCE))
+        if not piece:
+            break
+        digest.update(piece)
+        left -= len(piece)
+    return digest.hexdigest()
 
 
 @contextmanager
