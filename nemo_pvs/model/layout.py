@@ -129,9 +129,8 @@ class Layout:
         if self.family != "llama" or shape.uneven or shape.hidden % shape.heads == 0:
             return None
         return (
-            f"Transformers 5 refuses a Llama whose hidden size ({shape.hidden:,}) is not a multiple of its "
-            f"{shape.heads} heads, and Transformers 4 loads it; for both, choose a multiple of {shape.heads}, such as "
-            f"{max(1, shape.hidden // shape.heads) * shape.heads:,}."
+            f"Transformers 5 refuses a Llama whose {shape.heads} heads do not divide its hidden size of "
+            f"{shape.hidden:,}, while Transformers 4 loads it; if both should load it, choose sizes that divide."
         )
 
     @classmethod
