@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, write_torch_dist
+from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, _MetadataUnpickler, write_torch_dist
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import disk_errors
 
@@ -148,3 +149,27 @@ def test_a_tensor_with_a_hole_is_refused(tmp_path):
         reader.read("m", (1, 0), (2, 3))
     with pytest.raises(UserError, match="no tensor w"):
         reader.read("w", (0,), (1,))
+
+
+class _AsGetattr:
+    """Pickled as ``getattr(owner, name)``."""
+
+    def __init__(self, owner, name):
+        self.call = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_enumerations_may_be_pickled_as_python_3_11_2_does(tmp_path):
+    """As Debian 12's Python writes every .metadata."""
+    (tmp_path / "x").write_bytes(pickle.dumps(_AsGetattr(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST")))
+    with open(tmp_path / "x", "rb") as file:
+        assert _MetadataUnpickler(file).load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+
+
+@pytest.mark.parametrize(("owner", "name"), [(_MEM_FORMAT_ENCODING, "__subclasses__"), (OrderedDict, "fromkeys")])
+def test_getattr_yields_nothing_else(owner, name, tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_AsGetattr(owner, name)))
+    with pytest.raises(UserError, match=r"names builtins\.getattr, which does not belong"):
+        TorchDistReader(tmp_path)

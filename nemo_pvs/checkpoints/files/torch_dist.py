@@ -15,6 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any, cast
 
@@ -339,10 +340,23 @@ def _is_size(numbers: Iterable[Any]) -> bool:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__") and name == "getattr":
+            return _enum_member
         try:
             return _METADATA_CLASSES[module, name]
         except KeyError:
-            raise UserError(
-                f"The .metadata of this checkpoint names {module}.{name}, which does not belong in a checkpoint's "
-                "description and could run code; get the checkpoint from a source that you trust."
-            ) from None
+            raise _foreign(f"{module}.{name}") from None
+
+
+def _enum_member(members: Any, name: Any) -> Any:
+    """Return a member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as ``getattr(members, name)``."""
+    if not isinstance(members, EnumMeta) or name not in members.__members__:
+        raise _foreign("builtins.getattr")
+    return members[name]
+
+
+def _foreign(name: str) -> UserError:
+    return UserError(
+        f"The .metadata of this checkpoint names {name}, which does not belong in a checkpoint's description and could "
+        "run code; get the checkpoint from a source that you trust."
+    )
