@@ -357,6 +357,6 @@ def _enum_member(members: Any, name: Any) -> Any:
 
 def _foreign(name: str) -> UserError:
     return UserError(
-        f"The .metadata of this checkpoint names {name}, which does not belong in a checkpoint's description and could "
-        "run code; get the checkpoint from a source that you trust."
+        f"The .metadata of this checkpoint names {name}, which does not belong in a checkpoint's description and "
+        "could run code; get the checkpoint from a source that you trust."
     )
