@@ -31,6 +31,7 @@ def test_tables_in_a_log_are_not_squeezed_into_80_columns(columns, width):
 def test_a_terminal_shows_a_row_for_each_task_in_one_display(monkeypatch):
     """As for jobs that are trained at the same time, of which any may end first."""
     shown = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
         progress,
         "console",

@@ -124,7 +124,8 @@ def unpack(folder: Path) -> Path:
     here the path is rewritten, as if the run had been made in ``folder``.
     """
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+        # Python 3.11.2 has no filters yet.
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     for path in folder.rglob("*.json"):
         text = path.read_text()
         if _RECORDED_AT in text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -188,13 +189,21 @@ def _arguments(common: Path) -> Mapping[str, Any]:
     if not common.is_file():
         raise UserError(f"{common.parent} has no config.json and no common.pt; {_ELSE}.")
     inert = [(_Inert, name) for name in _named(common) if name.startswith(_EXPECTED)]
-    with torch.serialization.safe_globals([argparse.Namespace, *inert]):
+    # Python 3.11.0 to 3.11.3 pickles the member of an enumeration as getattr(members, name).
+    with torch.serialization.safe_globals([argparse.Namespace, *inert, (_inert_attribute, "builtins.getattr")]):
         content = load_harmless(common)
     arguments = content.get("args") if isinstance(content, dict) else None
     if not isinstance(arguments, argparse.Namespace):
         raise UserError(f"{common} does not contain the arguments of a Megatron-LM run; {_ELSE}.")
     values = vars(arguments)
     return {**{old: values[new] for old, new in _RENAMED.items() if new in values}, **values}
+
+
+def _inert_attribute(owner: Any, name: str) -> _Inert:
+    """Stand in for ``getattr``, of stand-ins only."""
+    if owner is not _Inert:
+        raise pickle.UnpicklingError(f"GLOBAL getattr of {name}")
+    return _Inert()
 
 
 def _named(common: Path) -> list[str]:
