@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 from collections.abc import Mapping
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def _arguments(common: Path) -> Mapping[str, Any]:
         raise UserError(f"{common.parent} has no config.json and no common.pt; {_ELSE}.")
     inert = [(_Inert, name) for name in _named(common) if name.startswith(_EXPECTED)]
     # Python 3.11.0 to 3.11.3 pickles the member of an enumeration as getattr(members, name).
-    with torch.serialization.safe_globals([argparse.Namespace, *inert, (_inert_attribute, "builtins.getattr")]):
+    with torch.serialization.safe_globals([argparse.Namespace, *inert, (_enum_member, "builtins.getattr")]):
         content = load_harmless(common)
     arguments = content.get("args") if isinstance(content, dict) else None
     if not isinstance(arguments, argparse.Namespace):
@@ -199,11 +200,13 @@ def _arguments(common: Path) -> Mapping[str, Any]:
     return {**{old: values[new] for old, new in _RENAMED.items() if new in values}, **values}
 
 
-def _inert_attribute(owner: Any, name: str) -> _Inert:
-    """Stand in for ``getattr``, of stand-ins only."""
-    if owner is not _Inert:
-        raise pickle.UnpicklingError(f"GLOBAL getattr of {name}")
-    return _Inert()
+def _enum_member(members: Any, name: str) -> Any:
+    """Stand in for ``getattr``: of a stand-in, or of an enumeration, which Megatron allows once it is imported."""
+    if members is _Inert:
+        return _Inert()
+    if isinstance(members, EnumMeta) and name in members.__members__:
+        return members[name]
+    raise pickle.UnpicklingError("GLOBAL builtins.getattr")
 
 
 def _named(common: Path) -> list[str]:
