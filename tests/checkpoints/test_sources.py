@@ -396,6 +396,26 @@ def test_a_bomb_in_common_pt_does_not_run(hf, iteration, tmp_path, content):
     assert (tmp_path / "ran").exists()
 
 
+class _AsGetattr:
+    """Pickled as ``getattr(owner, name)``, as Python 3.11.2 pickles the member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.call = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_getattr_in_common_pt_yields_members_of_enumerations_only(hf, iteration, tmp_path):
+    from megatron.core.transformer.enums import AttnBackend
+
+    torch.save({"args": megatron_args(attention_backend=_AsGetattr(AttnBackend, "flash"))}, iteration / "common.pt")
+    convert(iteration, tmp_path / "out", to="hf")
+    torch.save({"args": megatron_args(x=_AsGetattr(argparse.Namespace, "__init__"))}, iteration / "common.pt")
+    with pytest.raises(UserError, match=r"common\.pt asks for builtins\.getattr"):
+        convert(iteration, tmp_path / "again", to="hf")
+
+
 @pytest.mark.parametrize("name", ["megatron.core.utils\nnvtx_range_push", "numpy.subprocess\nrun"])
 def test_a_bomb_under_an_expected_name_finds_nothing_to_call(iteration, name):
     """What stands in for the classes of Megatron and numpy does nothing, whatever the name and the arguments."""
