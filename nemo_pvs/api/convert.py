@@ -140,7 +140,7 @@ def convert(
             )
         notes: tuple[str, ...] = ()
         if wanted == "megatron":
-            notes = _left_behind(open_source(folder, config)) + how_to_load(target)
+            notes = _not_converted(open_source(folder, config)) + how_to_load(target)
         agreement = None
         if reference is not None:
             model, ids = reference
@@ -149,14 +149,14 @@ def convert(
     return ConvertedModel(target, manifest, agreement, notes)
 
 
-def _left_behind(source: Any) -> tuple[str, ...]:
+def _not_converted(source: Any) -> tuple[str, ...]:
     """Return what is said about the optimizer state of a training checkpoint, which only this project carries on."""
     states = [name for name in source.extra_tensors if "optimizer." in name]
     if not states:
         return ()
     return (
         f"Only the weights are converted: the optimizer of {source.folder} ({len(states):,} tensors: moments and fp32 "
-        "weights) stays behind, and training there begins with a new one.",
+        "weights) is not, so training there begins with a new one.",
     )
 
 

@@ -17,7 +17,7 @@ Activity = Literal["parent pretraining", "calibration", "search", "mask learning
 """What tokens are spent on; ``teacher`` is the teacher's forward pass in distillation."""
 
 SHARED_ANSWERS = "forward, shared by all arms that read the answers"
-"""The note of a charge for an arm's part of a teacher cache, which has no steps of its own."""
+"""The note of a charge for an arm's part of a teacher cache; a cache has no training steps."""
 
 LEDGER = "ledger.json"
 """Name of the ledger file in the folder of a run or a checkpoint."""

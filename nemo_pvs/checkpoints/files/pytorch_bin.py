@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,17 @@ def load_harmless(path: Path, *, mmap: bool = False) -> Any:
         raise _broken(path, error) from None
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, AssertionError) as error:
         raise _broken(path, error) from None
+
+
+def enum_member(members: Any, name: Any) -> Any:
+    """Stand in for ``getattr`` in a pickle: Python 3.11.0 to 3.11.3 pickles an enumeration's member as a call of it.
+
+    Raises:
+        UnpicklingError: ``members`` is no enumeration, or has no such member.
+    """
+    if not isinstance(members, EnumMeta) or name not in members.__members__:
+        raise pickle.UnpicklingError("GLOBAL builtins.getattr")
+    return members[name]
 
 
 def _broken(path: Path, error: Exception) -> UserError:

@@ -15,7 +15,6 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import EnumMeta
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import _get_layout
 
+from nemo_pvs.checkpoints.files.pytorch_bin import enum_member
 from nemo_pvs.checkpoints.files.safetensors_file import tensor_bytes
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.direct_io import StreamedReader, StreamedWriter
@@ -349,10 +349,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _enum_member(members: Any, name: Any) -> Any:
-    """Return a member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as ``getattr(members, name)``."""
-    if not isinstance(members, EnumMeta) or name not in members.__members__:
-        raise _foreign("builtins.getattr")
-    return members[name]
+    try:
+        return enum_member(members, name)
+    except pickle.UnpicklingError:
+        raise _foreign("builtins.getattr") from None
 
 
 def _foreign(name: str) -> UserError:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Mapping
-from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.files.pytorch_bin import load_harmless
+from nemo_pvs.checkpoints.files.pytorch_bin import enum_member, load_harmless
 from nemo_pvs.checkpoints.megatron.rope import rope_scaling
 from nemo_pvs.errors import UserError
 
@@ -204,9 +202,7 @@ def _enum_member(members: Any, name: str) -> Any:
     """Stand in for ``getattr``: of a stand-in, or of an enumeration, which Megatron allows once it is imported."""
     if members is _Inert:
         return _Inert()
-    if isinstance(members, EnumMeta) and name in members.__members__:
-        return members[name]
-    raise pickle.UnpicklingError("GLOBAL builtins.getattr")
+    return enum_member(members, name)
 
 
 def _named(common: Path) -> list[str]:

@@ -49,7 +49,7 @@ class MegatronSource(NemoSource):
         self._beside_config = config is not None
         super().__init__(folder)
         if (self.folder / _MODELOPT).is_dir():
-            say_once(f"{self.folder} has a {_MODELOPT}, which is left behind; its weights are read as plain ones.")
+            say_once(f"{self.folder} has a {_MODELOPT}, which is ignored; its weights are read as plain ones.")
 
     @property
     def assets(self) -> tuple[Path, ...]:
