@@ -11,7 +11,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.learned.gates import UNITS, FoldedSource, Gates, gate_sizes, plan_of_gates
 from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
-from nemo_pvs.pruning.learned.sheared import load_gates, save_masks, sheared_plan
+from nemo_pvs.pruning.learned.sheared import check_reached, load_gates, save_masks, sheared_plan
 from tests.pruning.gated_llama import gated
 from tests.pruning.test_apply import IDS
 from tests.state_source import StateSource, as_transformers, tiny_model
@@ -136,6 +136,17 @@ def test_masks_that_did_not_reach_the_target_say_how_far_they_got(tmp_path: Path
     save_masks(tmp_path / "masks", learned(5))
     with pytest.raises(UserError, match=r"would remove \d.*% of the hidden channels instead of 25.0%"):
         load_gates(tmp_path / "masks", TARGET)
+
+
+def test_masks_may_miss_the_target_by_one_unit() -> None:
+    gates = MaskLearner(PARENT, TARGET, QUICK).deterministic()
+    for unit in UNITS:
+        one_unit = 1 / getattr(gates, unit).shape[-1]
+        allowed = max(0.02, one_unit)
+        check_reached({unit: 0.25 + allowed}, {unit: 0.25}, gates)
+        check_reached({unit: 0.25 - allowed}, {unit: 0.25}, gates)
+        with pytest.raises(UserError, match="did not reach"):
+            check_reached({unit: 0.25 + 1.1 * allowed}, {unit: 0.25}, gates)
 
 
 @pytest.mark.slow
