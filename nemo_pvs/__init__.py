@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from nemo_pvs.recipe.load import load_recipe as load_recipe
 
 __version__ = "0.1.0"
+
+if not Path(__file__).with_name("recipes").is_dir():
+    # Imported from a checkout, where recipes, conversions and launch lie next to this package. An editable install
+    # finds them; but Python also takes the checkout if it is the working directory and a wheel is installed.
+    __path__.append(str(Path(__file__).parents[1]))
 
 # PyTorch warns on import about a package that NeMo pins and nothing here calls.
 warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, requires
@@ -127,3 +128,16 @@ def test_every_package_is_in_the_wheel():
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "nemo_pvs").rglob("*.py")}
     data = {"nemo_pvs.recipes", "nemo_pvs.conversions", "nemo_pvs.launch"}
     assert set(listed) == data | {".".join(folder.parts) for folder in folders}
+
+
+def test_a_checkout_is_whole_where_another_copy_is_installed(tmp_path):
+    """Jobs start ``python -m nemo_pvs...`` in the folder of the command, which may be a checkout."""
+    program = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+import nemo_pvs.conversions, nemo_pvs.launch
+from nemo_pvs.recipe.load import load_recipe
+print(load_recipe("llama31_8b/p200").name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["llama31_8b_p200"], done.stderr
