@@ -156,7 +156,7 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
         masked=_any_masked(results),
         ledgers=[(arm.name, _ledger_rows(arm.ledger)) for arm in results.arms],
         settings=[(run, _recipe_text(run.results)) for run in runs.runs],
-        command=_command(runs),
+        command=_command(runs, reference),
     )
 
 
@@ -190,7 +190,7 @@ def markdown_report(runs: SideBySide, *, reference: bool = False) -> str:
         f"Made {results.created} from the {recipe} below; figures, ledger and environment are in report.html.\n",
         f"Repeat it, in the folder of this file: `{_REPEAT}`\n"
         if len(runs.runs) == 1
-        else f"Repeat it: `{_command(runs)}`\n",
+        else f"Repeat it: `{_command(runs, reference)}`\n",
         *(f"```yaml\n{_recipe_text(run.results)}```\n" for run in runs.runs),
     ]
     return "\n".join(parts)
@@ -207,12 +207,14 @@ def _markdown_conclusions(runs: SideBySide) -> list[str]:
     return parts
 
 
-def _command(runs: SideBySide) -> str:
+def _command(runs: SideBySide, reference: bool) -> str:
     if len(runs.runs) == 1:
         return _REPEAT
     command = ["pvs", "report", *(run.label for run in runs.runs)]
     if runs.differences:
         command.append("--force")
+    if reference:
+        command.append("--published")
     return shlex.join(command)
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.recipe.load import load_recipe, packaged_recipes
 from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
 from nemo_pvs.reporting.data import csv_text, report_data
 from nemo_pvs.reporting.html import markdown_report
@@ -28,7 +29,18 @@ def main(run: Path, folder: Path) -> None:
     data = report_data(kept, reference=True)
     write_text(folder / "report.csv", csv_text(data["arms"]))
     write_text(folder / "equal_terms.csv", csv_text(data["equal_terms"]))
-    write_text(folder / "report.md", markdown_report(kept, reference=True))
+    report = markdown_report(kept, reference=True)
+    write_text(
+        folder / "report.md", f"{report}\nTrained by `pvs run {_packaged(kept.results.recipe_name)} --jobs 2`.\n"
+    )
+
+
+def _packaged(name: str) -> str:
+    """Return the path of the packaged recipe with this name, as ``pvs run`` takes it."""
+    for path in packaged_recipes():
+        if load_recipe(path).name == name:
+            return path
+    raise UserError(f"no packaged recipe is called {name}; publish runs of packaged recipes only.")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.reporting.compare.compare import compare, read_runs
 from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, EQUAL_TRAINING, gap
 from nemo_pvs.reporting.compare.runs import SideBySide
@@ -53,10 +56,72 @@ def test_gaps_of_the_page_and_of_the_readme(runs: SideBySide) -> None:
         assert f"({gaps[target][-1]})" in (ROOT / "README.md").read_text()
 
 
+def test_further_numbers_of_the_page_and_of_the_readme(runs: SideBySide) -> None:
+    page, readme = (ROOT / "docs/paper_in_small.md").read_text(), (ROOT / "README.md").read_text()
+    equal_training = [float(number.split()[0]) for numbers in _gaps(runs).values() for number in numbers[:-1]]
+    assert f"{len(equal_training)} of {len(equal_training)}\ncomparisons by {min(equal_training):.2f}" in readme
+    assert f"to {max(equal_training):.2f} nats per token" in readme
+
+    losses: dict[str, list[str]] = {}
+    for seed in (1, 2, 3):
+        results = json.loads((ROOT / RESULTS / f"seed-{seed}" / "results.json").read_text())
+        for arm in results["arms"]:
+            losses.setdefault(arm["name"], []).append(f"{arm['validation'][-1]['loss']:.2f}")
+        losses.setdefault("parent", []).append(f"{results['parent']['validation_loss']:.2f}")
+    one, two, three = losses["depth-50, random, 1792k"]
+    assert f"loss {three} after 0.25 P, {one} and {two} in the others" in page
+    one, two, three = losses["depth-50, random, 8960k"]
+    assert f"after 1.25 P ({three}, {one} and {two})" in page
+    one, two, three = losses["wanda-50, pruned, 1792k"]
+    assert f"is below it ({one}, {two} and {three})" in page
+    one, two, three = losses["parent"]
+    assert f"Its loss is {one}, {two} and {three} in the three seeds" in page
+
+
+def test_learning_rates() -> None:
+    """Every rate of the sweeps is in the table of the page, the best of a row in bold and in the recipes."""
+    with open(ROOT / "recipes/paper_in_small/results/rates.csv") as file:
+        swept = list(csv.DictReader(file))
+    rows: dict[tuple[str, str], dict[float, float]] = {}
+    for run in swept:
+        key = (run["recipe"].removeprefix("paper_in_small/"), f"{run['target']} {run['initialisation']}")
+        rows.setdefault(key, {})[float(run["learning_rate"])] = float(run["validation_loss"])
+    names = {
+        ("parent_rates", "parent random"): "P",
+        ("smaller_parent_rates", "parent random"): "a model of half P's layers",
+        ("rates", "depth-50 pruned"): "depth, pruned",
+        ("rates", "depth-50 random"): "depth, from scratch",
+        ("rates", "wanda-50 pruned"): "Wanda, pruned",
+        ("rates", "wanda-50 random"): "Wanda's masks, from scratch",
+    }
+    assert set(rows) == set(names)
+    page = (ROOT / "docs/paper_in_small.md").read_text()
+    headings = re.search(r"^\| \| tokens \|(.*)\|$", page, re.MULTILINE)
+    assert headings
+    rates = [float(heading) for heading in headings[1].split("|")]
+    best = {}
+    for key, losses in rows.items():
+        best[key] = min(losses, key=losses.__getitem__)
+        cells = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
+        cells[rates.index(best[key])] = f"**{losses[best[key]]:.3f}**"
+        line = next(line for line in page.splitlines() if line.startswith(f"| {names[key]} | "))
+        assert [cell.strip() for cell in line.split("|")[3:-1]] == cells
+    base, full = load_recipe("paper_in_small/parent"), load_recipe("paper_in_small/full")
+    assert best["parent_rates", "parent random"] == base.train.learning_rate.random
+    assert best["rates", "depth-50 pruned"] == full.train.learning_rate.pruned
+    assert best["rates", "depth-50 random"] == full.train.learning_rate.random
+    assert best["rates", "wanda-50 pruned"] == full.targets["wanda-50"].learning_rate.pruned
+    assert best["rates", "wanda-50 random"] == full.targets["wanda-50"].learning_rate.random
+
+
 def test_the_report_is_that_of_the_data(runs: SideBySide) -> None:
     """Except for when it was made, and from which path."""
 
     def lasting(report: str) -> list[str]:
-        return [line for line in report.splitlines() if not line.startswith(("Made ", "Repeat it: "))]
+        return [
+            line
+            for line in report.splitlines()
+            if line and not line.startswith(("Made ", "Repeat it: ", "Trained by "))
+        ]
 
     assert lasting((ROOT / RESULTS / "report.md").read_text()) == lasting(markdown_report(runs, reference=True))
