@@ -10,7 +10,14 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_pvs.reporting.compare.budgets import BudgetRow, budget_rows
-from nemo_pvs.reporting.compare.estimates import final_loss, gap, gap_curve, parent_loss, perplexity_after
+from nemo_pvs.reporting.compare.estimates import (
+    bits_per_byte_after,
+    final_loss,
+    gap,
+    gap_curve,
+    parent_loss,
+    perplexity_after,
+)
 from nemo_pvs.reporting.compare.removed import removed_share
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score
@@ -138,6 +145,7 @@ def _arm(runs: SideBySide, arm: ArmResult) -> dict[str, Any]:
             {
                 "test_bits_per_byte_before": arm.test_bits_per_byte_before,
                 "test_bits_per_byte_after": arm.test_bits_per_byte_after,
+                **_interval("test_bits_per_byte_after", bits_per_byte_after(runs, arm)),
             }
             if results.has_bits_per_byte
             else {}

@@ -81,6 +81,16 @@ class Fit:
         return min(tokens), max(tokens)
 
 
+def _check_tokenizers(series: Sequence[Series]) -> None:
+    first = next((run for run in series if run.tokenizer), None)
+    for run in series:
+        if first and run.tokenizer and run.tokenizer != first.tokenizer:
+            raise UserError(
+                f"{first.name} and {run.name} have different tokenizers, so their losses per token are not in the "
+                "same unit; fit them separately."
+            )
+
+
 def fit(
     form: Form,
     series: Sequence[Series],
@@ -100,10 +110,12 @@ def fit(
         progress: Called with (draws done, their total).
 
     Raises:
-        UserError: the series cannot determine the law's parameters, or there are too few draws for an interval.
+        UserError: the series cannot determine the law's parameters, their tokenizers differ, or there are too few
+            draws for an interval.
     """
     if draws < FEWEST_DRAWS:
         raise UserError(f"{draws} draws give no interval of {CONFIDENCE:.0f} %; take at least {FEWEST_DRAWS}.")
+    _check_tokenizers(series)
     law = LAWS[form]
     warnings = law.check(series)
     for run in series:

@@ -36,6 +36,8 @@ class Series:
     planned_tokens: float | None = None
     """Tokens at which the learning-rate schedule ends."""
     source: str = ""
+    tokenizer: str | None = None
+    """SHA-256 of the tokenizer whose tokens were counted; None if unknown."""
 
     def __post_init__(self) -> None:
         if not self.tokens:

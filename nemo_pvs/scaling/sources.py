@@ -116,6 +116,10 @@ def _arm(results: Results, arm: ArmResult, source: str) -> Series:
     planned = arm.ledger.training.tokens or None
     start = max(_WARM_UP * (planned or arm.validation[-1].tokens), _last_stage(results, arm))
     points = {point.tokens: point.loss for point in arm.validation if point.tokens > start}
+    of_parent = results.hashes.get("tokenizer")
+    tokenizer = results.hashes.get(f"tokenizer of {arm.target}", of_parent)
+    # A loss per token of another tokenizer is in another unit.
+    parent_loss = results.parent.validation_loss if results.parent and tokenizer == of_parent else None
     return Series(
         name=f"{source.rstrip('/')}: {arm.name}",
         tokens=tuple(sorted(points)),
@@ -123,9 +127,10 @@ def _arm(results: Results, arm: ArmResult, source: str) -> Series:
         initialisation=arm.initialisation,
         parameters=arm.shape.parameters - arm.masked_parameters,
         parent_parameters=results.parent.shape.parameters if results.parent else None,
-        parent_loss=results.parent.validation_loss if results.parent else None,
+        parent_loss=parent_loss,
         planned_tokens=planned,
         source=source,
+        tokenizer=tokenizer,
     )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.reporting.compare.compare import compare
 from nemo_pvs.reporting.compare.runs import Run
+from nemo_pvs.reporting.data import report_data
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.reporting.tables.results import (
     markdown_table,
@@ -194,6 +195,17 @@ def test_models_of_several_vocabularies_are_compared_by_bits_per_byte(results: R
     assert any("across vocabularies compare bits per byte" in note for note in notes_of(compare([run])))
     # Within a target the tokens are the same, and so are the terms of the gap.
     assert results.gap(results.arms[2]) == pytest.approx(-0.20)
+
+
+def test_bits_per_byte_have_an_interval_over_seeds(results: Results) -> None:
+    """Of 1.20 and 1.22: mean 1.21, deviation 0.0141, and t of one degree of freedom is 12.706."""
+    other = copy.deepcopy(_with_a_smaller_vocabulary(results))
+    other.recipe["train"]["seed"] = 2
+    other.arms[0].test_bits_per_byte_after = 1.22
+    runs = compare([Run("one", results, {}), Run("two", other, {})])
+    assert results_rows(runs.results, runs).rows[1][-1] == "1.210\u00a0±\u00a00.127"
+    (arm, *_) = report_data(runs)["arms"]
+    assert arm["test_bits_per_byte_after_deviation"] == pytest.approx(0.02 / 2**0.5)
 
 
 def test_bits_per_byte_that_were_not_measured_take_no_column(results: Results) -> None:

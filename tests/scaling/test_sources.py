@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.results import Point, Results
+from nemo_pvs.scaling.fit import fit
 from nemo_pvs.scaling.series import Series
 from nemo_pvs.scaling.sources import read_series
 
@@ -56,6 +57,18 @@ def test_arms_with_three_budgets_are_one_series_of_their_last_losses(results: Re
     # With two budgets there is no curve through them, so their own curves are taken.
     results.arms = [*ladder[:2], random]
     assert not any(series.separate_runs for series in read_series([_run(results, tmp_path)]))
+
+
+def test_losses_per_token_of_different_tokenizers_are_not_fitted_together(results: Results, tmp_path: Path) -> None:
+    target = results.arms[0].target
+    results.hashes |= {"tokenizer": "a", f"tokenizer of {target}": "b"}
+    series = read_series([_run(results, tmp_path)])
+    for one, arm in zip(series, results.arms, strict=True):
+        assert (one.tokenizer, one.parent_loss) == (("b", None) if arm.target == target else ("a", 2.4))
+    with pytest.raises(
+        UserError, match=r"have different tokenizers, so their losses per token are not in the same unit"
+    ):
+        fit("chinchilla", series)
 
 
 def test_the_seeds_of_a_run_are_read_each(results: Results, tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ def perplexity_after(runs: SideBySide, arm: ArmResult) -> Estimate | None:
     return estimate([value for value in values if value is not None])
 
 
+def bits_per_byte_after(runs: SideBySide, arm: ArmResult) -> Estimate | None:
+    """Return the test cross-entropy after training, bits per byte."""
+    values = [repeated.test_bits_per_byte_after for _, repeated in runs.repetitions[arm.name]]
+    return estimate([value for value in values if value is not None])
+
+
 def gap(runs: SideBySide, arm: ArmResult, setting: Setting = EQUAL_TRAINING) -> Estimate | None:
     """Return the gap of a pruned arm to its counterpart from scratch, nats per token; None if there is none.
 

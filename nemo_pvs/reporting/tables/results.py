@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_pvs.ledger.ledger import SHARED_ANSWERS
-from nemo_pvs.reporting.compare.estimates import final_loss, gap, parent_loss, perplexity_after
+from nemo_pvs.reporting.compare.estimates import bits_per_byte_after, final_loss, gap, parent_loss, perplexity_after
 from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, plus_minus, scaled, scientific, unit_of
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.reporting.statistics import Estimate
@@ -249,7 +249,9 @@ def results_rows(results: Results, runs: SideBySide | None = None) -> ResultsTab
     missing = [[f"{target}, {start} (missing)", *dashes] for target, start in (runs.missing if runs else [])]
     if results.has_bits_per_byte:
         for row, arm in zip(rows, results.arms, strict=True):
-            row += [fixed(arm.test_bits_per_byte_before, 3), fixed(arm.test_bits_per_byte_after, 3)]
+            spread = _half_width(bits_per_byte_after(runs, arm)) if runs else None
+            after = plus_minus(fixed(arm.test_bits_per_byte_after, 3), spread, 3)
+            row += [fixed(arm.test_bits_per_byte_before, 3), after]
     of_parent = []
     if parent:
         bits = [DASH, fixed(parent.test_bits_per_byte, 3)] if results.has_bits_per_byte else []
