@@ -5,6 +5,7 @@
 # make test-te      checkpoints and models on Transformer Engine's own modules, without a GPU
 # make test-llamacpp our GGUF files in llama.cpp, which it compiles first, in 10 minutes on two cores
 # make test-transformers5 models that Transformers 5 saved or is to load
+# make test-nemo-2.6 all that needs NeMo, with NeMo 2.6.0 and Megatron-Core 0.15.0
 # make test-bridge  what Megatron-Bridge itself makes of our checkpoints, without a GPU
 # make fuzz         ten thousand damaged inputs, of which the suite has a hundred
 # make lint         format, lint and type checks
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-quick test-full test-te test-llamacpp test-transformers5 test-bridge fuzz lint docs install clean
+.PHONY: demo test test-quick test-full test-te test-llamacpp test-transformers5 test-bridge test-nemo-2.6 fuzz lint docs install clean
 
 demo: $(STAMP)
 	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
@@ -63,6 +64,13 @@ $(BRIDGE): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ megatron-bridge==0.3.1 megatron-core==0.16.1
 test-bridge: $(BRIDGE)
 	PYTHONPATH=$(BRIDGE) $(BIN)/python -m pytest tests/bridge
+
+# The versions of NVIDIA's container 25.11, on the packages that are here otherwise.
+NEMO_2_6 := build/nemo-2.6
+$(NEMO_2_6): | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ nemo_toolkit==2.6.0 megatron-core==0.15.0
+test-nemo-2.6: $(NEMO_2_6)
+	PYTHONPATH=$(NEMO_2_6) $(PYTEST) tests/megatron tests/nemo_cli tests/checkpoints/test_stock_nemo.py
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 10000
