@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
-from nemo_pvs.api.values import compute_of, parse_bytes, scores_of
+from nemo_pvs.api.values import compute_of, device_name, parse_bytes, parse_dtype, parse_latency, scores_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import check_new_file
 from nemo_pvs.system.folder_lock import locked_target
@@ -16,7 +18,11 @@ from nemo_pvs.system.progress import progress
 if TYPE_CHECKING:
     from nemo_pvs.calibration.scores import Scores
     from nemo_pvs.model.shape import Shape
+    from nemo_pvs.pruning.search.latency import LatencyTable
     from nemo_pvs.pruning.search.search import Candidate
+
+_CHECKED = 3
+"""Candidates whose latency is also measured on the whole model."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,18 @@ class SearchResult:
     """What that took."""
     note: str | None = None
     """What a user should know about the best architecture, in a sentence."""
+    latency_table: Path | None = None
+    """The file with measured times, if a latency was asked for."""
+
+    @property
+    def latency_error(self) -> float | None:
+        """Mean relative error of the times per token compared with whole models; None if none was measured."""
+        errors = [
+            abs(candidate.latency.per_token / candidate.latency.whole - 1)
+            for candidate in self.candidates
+            if candidate.latency is not None and candidate.latency.whole is not None
+        ]
+        return mean(errors) if errors else None
 
     @property
     def shape(self) -> Shape:
@@ -50,6 +68,11 @@ def search(
     tolerance: float = 0.05,
     context: int = 4096,
     flops_per_token: float | None = None,
+    latency: str | None = None,
+    on: str | None = None,
+    batch: int = 1,
+    dtype: str | None = None,
+    latency_table: str | Path | None = None,
     layers_step: int = 2,
     hidden_step: int | None = None,
     ffn_step: int | None = None,
@@ -82,8 +105,16 @@ def search(
         parameters: Budget in parameters.
         memory: Budget for bf16 weights and KV cache, such as ``10GB``.
         tolerance: Largest relative distance from the budget, both ways.
-        context: Tokens per sequence, for KV cache and FLOPs.
+        context: Tokens per sequence, for KV cache, FLOPs and latency.
         flops_per_token: Upper bound of the forward FLOPs per token at that context.
+        latency: Upper bound of the time to decode a token after that context, such as ``12ms``: the sum of a shape's
+            parts, which are measured on this machine where ``latency_table`` lacks them.
+        on: Where latency is measured, ``cpu`` or ``cuda``; the GPU if there is one.
+        batch: Sequences that are decoded at once, for KV cache and latency.
+        dtype: Of the weights whose latency is measured, ``bf16``, ``fp16`` or ``fp32``; on a GPU the checkpoint's, on
+            a CPU fp32, which ``from_pretrained`` of ``transformers`` 4 loads.
+        latency_table: JSON file for measured times, also one that another machine wrote; by default one for this
+            machine and workload in the user's cache.
         layers_step: Grid of layers; 0 keeps all.
         hidden_step: Grid of hidden channels; 0 keeps all.
         ffn_step: Grid of FFN channels; 0 keeps all.
@@ -109,10 +140,11 @@ def search(
         overwrite: Replace ``out``.
 
     Returns:
-        The candidates, best first. Under torchrun every rank gets them, and the first one writes the file.
+        The candidates, best first, with a latency also the times of the first ``shortlist``. Under torchrun every rank
+        gets them, and the first one writes the file.
 
     Raises:
-        UserError: no shape is within the budget, the scores are of another model, or ``out`` exists.
+        UserError: no budget is given, no shape is within it, the scores are of another model, or ``out`` exists.
 
     Example:
         >>> import nemo_pvs as pvs
@@ -137,6 +169,12 @@ def search(
     from nemo_pvs.system import ranks
     from nemo_pvs.training.short import short_training
 
+    if parameters is None and memory is None and flops_per_token is None and latency is None:
+        raise UserError("A search needs a budget; give --parameters, --memory, --flops-per-token or --latency.")
+    bound = None if latency is None else parse_latency(latency)
+    for option, value in (("--on", on), ("--dtype", dtype), ("--latency-table", latency_table)):
+        if value is not None and bound is None:
+            raise UserError(f"{option} says how latency is measured; give --latency as well, or leave {option} out.")
     if retrain_tokens and not retrain_data:
         raise UserError("--retrain-tokens needs text to train on; give --retrain-data, a folder from pvs tokenize.")
     compute = compute_of(device, activation_memory)
@@ -147,6 +185,7 @@ def search(
         memory_bytes=None if memory is None else parse_bytes("--memory", memory),
         tolerance=tolerance,
         context=context,
+        batch_size=batch,
         flops_per_token=flops_per_token,
     )
     grid = Grid.of(
@@ -168,17 +207,6 @@ def search(
         fp8=fp8,
     )
     known = scores_of(scores, model)
-    find = partial(
-        rank,
-        model,
-        known,
-        known.tokens,
-        shapes,
-        flops_at(context),
-        shortlist=shortlist,
-        state=out.with_suffix(".search.json"),
-        compute=compute,
-    )
     with ranks.joined(), ranks.held_by_main(locked_target(out)):
         if retrain_tokens and ranks.world_size() > 1:
             raise UserError(
@@ -186,6 +214,22 @@ def search(
                 "--data-parallel); leave --retrain-tokens out under torchrun, and train them by the same command "
                 "without torchrun and with --overwrite: what is measured stays so."
             )
+        table = None
+        if bound is not None:
+            table = _latency_table(model.config, on, dtype, batch, context, latency_table)
+            with progress("measure latency", "parts") as show:
+                shapes = table.within(bound, shapes, show)
+        find = partial(
+            rank,
+            model,
+            known,
+            known.tokens,
+            shapes,
+            flops_at(context),
+            shortlist=shortlist,
+            state=out.with_suffix(".search.json"),
+            compute=compute,
+        )
         with progress("search", "layers") as show:
             ranking = find(progress=show)
         if retrain_tokens:
@@ -213,7 +257,40 @@ def search(
             trained = training.steps * training.tokens_per_step
             tokens += trained
             flops += trained * shape.flops_per_token(sequence_length=sequence_length, training=True)
+        candidates = ranking.candidates
+        if table is not None:
+            candidates = _with_latencies(candidates, table, shortlist)
         if ranks.is_main():
             write_target(ranking.candidates[0].shape, out, {"tokens": tokens, "flops": flops})
-    note = Layout.for_config(model.config).loading_note(ranking.candidates[0].shape)
-    return SearchResult(out, ranking.candidates, tokens, flops, note)
+    note = Layout.for_config(model.config).loading_note(candidates[0].shape)
+    return SearchResult(out, candidates, tokens, flops, note, None if table is None else table.path)
+
+
+def _latency_table(
+    config: Mapping[str, Any], on: str | None, dtype: str | None, batch: int, context: int, path: str | Path | None
+) -> LatencyTable:
+    import torch
+
+    from nemo_pvs.pruning.search.latency import LatencyTable
+    from nemo_pvs.pruning.search.timing import Timer, Workload
+
+    device = device_name("--on", on)
+    default = torch.float32
+    if device == "cuda":
+        stored = config.get("torch_dtype") or config.get("dtype")  # transformers renamed it in 4.56
+        default = {"float32": torch.float32, "float16": torch.float16}.get(str(stored), torch.bfloat16)
+    workload = Workload(config, device, parse_dtype(dtype) or default, batch, context)
+    return LatencyTable(Timer(workload), None if path is None else Path(path))
+
+
+def _with_latencies(candidates: tuple[Candidate, ...], table: LatencyTable, shortlist: int) -> tuple[Candidate, ...]:
+    """Add the times of the best candidates, the first few also as measured on whole models."""
+    best = candidates[:shortlist]
+    shapes = [candidate.shape for candidate in best]
+    if table.can_grow:
+        with progress("measure latency to the first token", "parts") as show:
+            table.measure("first token", shapes, show)
+        with progress("measure whole models", "models") as show:
+            table.measure_whole(shapes[:_CHECKED], show)
+    measured = (replace(candidate, latency=table.latency(candidate.shape)) for candidate in best)
+    return (*measured, *candidates[shortlist:])

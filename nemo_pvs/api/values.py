@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +110,7 @@ def compute_of(device: str | None, activation_memory: str) -> Compute:
     from nemo_pvs.layerwise.model import Compute
     from nemo_pvs.system.rendezvous import local_rank
 
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    one_of("--device", name, ("cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but PyTorch sees no GPU here; choose cpu.")
+    name = device_name("--device", device)
     limit: int | None = None
     if activation_memory != AUTO:
         limit = parse_bytes("--activation-memory", activation_memory)
@@ -122,6 +121,21 @@ def compute_of(device: str | None, activation_memory: str) -> Compute:
         dtype=torch.float32 if name == "cpu" else torch.bfloat16,
         memory_limit=limit,
     )
+
+
+def device_name(option: str, device: str | None) -> str:
+    """Return ``cpu`` or ``cuda`` as it is given, or ``cuda`` if nothing is and there is a GPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    import torch
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    one_of(option, name, ("cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{option} is cuda, but PyTorch sees no GPU here; choose cpu.")
+    return name
 
 
 def parse_dtype(name: str | None) -> Any:
@@ -144,6 +158,19 @@ def parse_bytes(option: str, text: str) -> int:
     if size <= 0:
         raise UserError(f"{option} is {text!r}; write a size such as 5GB or 500MB.")
     return size
+
+
+def parse_latency(text: str) -> float:
+    """Return a time such as 12ms, 0.5s or 800us in seconds."""
+    units = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s)", text.strip(), re.ASCII)
+    seconds = float(found[1]) * units[found[2]] if found else 0.0
+    if not 0 < seconds < math.inf:
+        raise UserError(
+            f"--latency is {text!r}; write a time with its unit, such as 12ms, 0.5s or 800us; to bound FLOPs, give "
+            "--flops-per-token."
+        )
+    return seconds
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:

@@ -24,7 +24,7 @@ from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.checkpoints.tensor_record import HASH, TensorRecord
 from nemo_pvs.errors import UserError
-from nemo_pvs.system.files import read_json, sha256_bytes, sha256_file
+from nemo_pvs.system.files import cache_folder, read_json, sha256_bytes, sha256_file
 
 IGNORE = "PVS_IGNORE_MANIFEST"
 """The environment variable that ``--ignore-manifest`` sets, so that the processes a command starts obey it too."""
@@ -126,8 +126,7 @@ class StoredTensors:
 
     @property
     def _cache(self) -> Path:
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(cache).expanduser() / "nemo_pvs" / "checksums" / sha256_bytes(bytes(self._folder.resolve()))[:32]
+        return cache_folder() / "checksums" / sha256_bytes(bytes(self._folder.resolve()))[:32]
 
     def _read_cache(self, files: Mapping[str, list[int]]) -> dict[str, TensorRecord] | None:
         with suppress(UserError, ValidationError, AttributeError, KeyError, TypeError):

@@ -42,6 +42,11 @@ def expand_home(value: Any) -> Any:
     return value
 
 
+def cache_folder() -> Path:
+    """Return the user's folder for what can be computed again: ``$XDG_CACHE_HOME/nemo_pvs``. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nemo_pvs"
+
+
 def sha256_bytes(data: bytes) -> str:
     """Return the hexadecimal SHA-256 of ``data``."""
     return hashlib.sha256(data).hexdigest()

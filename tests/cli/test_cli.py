@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -380,6 +381,73 @@ def test_a_search_writes_a_target_that_prune_takes(pvs, model, text, tmp_path):
         ("calibration", 128),
         ("search", models * 128),
     ]
+
+
+@pytest.mark.slow
+def test_a_search_within_a_measured_latency(pvs, model, text, tmp_path):
+    data = ["--data", text, "--samples", "4", "--sequence-length", "32"]
+    assert pvs("calibrate", model, "--out", tmp_path / "scores", *data)[0] == 0
+    table, best = tmp_path / "table.json", tmp_path / "best.json"
+    sizes = ("--context", "16", "--layers-step", "1", "--hidden-step", "0", "--ffn-step", "32")
+    sizes = (*sizes, "--max-depth-pruning", "0.5")
+    search = ("search", model, "--scores", tmp_path / "scores", "--on", "cpu", "--latency-table", table, *sizes)
+    code, said, errors = pvs(*search, "--out", best, "--latency", "1000s")
+    assert code == 0, errors
+    for column in (
+        "parameters (M)",
+        "memory (GB)",
+        "GFLOPs/token",
+        "ms/token",
+        "first token (ms)",
+        "loss (nats/token)",
+    ):
+        assert column in said
+    assert "5 shapes within the budget" in said
+    assert re.search(
+        r"whole models of the first 3 take [\d.]+, [\d.]+, [\d.]+ ms/token, a mean error of [\d.]+%", said
+    )
+    measured = json.loads(table.read_text())
+    assert len(measured["decode"]) == len(measured["first_token"]) == 4, "attention, two MLPs, head"
+    assert len(measured["models"]) == 3
+
+    # As the table has it, only two layers with the narrow MLP are fast enough.
+    mlp = "mlp hidden=64,ffn="
+    times = {f"{mlp}64": 1e-3, f"{mlp}96": 2e-3, "head hidden=64,vocab=128": 1e-3}
+    times["attention hidden=64,heads=8,kv_groups=2"] = 1e-3
+    table.write_text(
+        json.dumps({**measured, "machine": {"device": "laptop"}, "decode": times, "first_token": {}, "models": {}})
+    )
+    narrow = tmp_path / "narrow.json"
+    code, said, errors = pvs(*search, "--out", narrow, "--latency", "5ms")
+    assert code == 0, errors
+    assert "1 shapes within the budget" in said
+    assert " 5.00 " in said
+    assert "no whole model was measured" in said
+    found = json.loads(narrow.read_text())
+    assert (found["layers"], found["ffn"]) == (2, 64)
+    before = sorted(tmp_path.iterdir())
+    _refused(
+        pvs(*search, "--out", tmp_path / "none.json", "--latency", "4.9 ms"),
+        "None of the 5 shapes decodes a token in 4.9 ms; the fastest takes 5 ms: layers=2,hidden=64,ffn=64",
+    )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_latency_that_cannot_be_measured_is_refused(pvs, model, text, tmp_path):
+    data = ["--data", text, "--samples", "4", "--sequence-length", "32"]
+    assert pvs("calibrate", model, "--out", tmp_path / "scores", *data)[0] == 0
+    search = ("search", model, "--scores", tmp_path / "scores", "--out", tmp_path / "best.json")
+    before = sorted(tmp_path.iterdir())
+    limit = (*search, "--latency", "5ms")
+    _refused(pvs(*search), "give --parameters, --memory, --flops-per-token or --latency")
+    _refused(pvs(*limit, "--on", "cuda"), "--on is cuda, but PyTorch sees no GPU here; choose cpu.")
+    _refused(pvs(*limit, "--on", "tpu"), "--on is 'tpu'; choose cpu or cuda.")
+    _refused(pvs(*limit, "--dtype", "int8"), "--dtype is 'int8'; choose bf16, fp16 or fp32.")
+    _refused(pvs(*limit), "whose max_position_embeddings is 256; choose a smaller --context.")
+    _refused(pvs(*limit, "--batch", 0), "needs numbers above 0")
+    for option, value in (("--on", "cpu"), ("--dtype", "fp32"), ("--latency-table", "x.json")):
+        _refused(pvs(*search, "--parameters", "1e5", option, value), f"{option} says how latency is measured; give")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.slow

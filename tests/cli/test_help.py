@@ -31,12 +31,13 @@ def test_many_options_are_in_panels(verb: Any) -> None:
         assert len(panels) >= 4
 
 
-def test_flops_per_token_have_had_another_name(pvs: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize("latency", ["12", "3e9", "12 hours", "0ms", "-1ms", "ms", "1e400s"])
+def test_a_latency_needs_a_unit(pvs: Any, tmp_path: Any, latency: str) -> None:
     code, out, errors = pvs(
-        "search", "absent", "--scores", "absent", "--out", tmp_path / "x", "--parameters", "1e9", "--latency", "3e9"
+        "search", "absent", "--scores", "absent", "--out", tmp_path / "x", "--parameters", "1e9", "--latency", latency
     )
     assert (code, out) == (2, "")
     assert errors == (
-        "pvs: --latency has become --flops-per-token, which is what it bounds; give --flops-per-token 3e+09.\n"
+        f"pvs: --latency is {latency!r}; write a time with its unit, such as 12ms, 0.5s or 800us; to bound FLOPs, "
+        "give --flops-per-token.\n"
     )
-    assert "--latency" not in pvs("search", "--help").output

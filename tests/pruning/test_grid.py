@@ -113,8 +113,6 @@ def test_nothing_to_choose_from_gets_one_sentence() -> None:
         legal_shapes(LLAMA_8B, Grid((32,), (4096,), (14336,), (8,)), SizeLimit(parameters=8e9))
     with pytest.raises(UserError, match="can be split by tensor parallelism 16 and pipeline parallelism 1 in FP8"):
         legal_shapes(LLAMA_8B, grid, SizeLimit(parameters=4.5e9), tensor_parallel=16, fp8=True)
-    with pytest.raises(UserError, match="give a number of parameters or of bytes"):
-        SizeLimit()
     with pytest.raises(UserError, match="needs numbers above 0"):
         SizeLimit(parameters=-1)
     sizes = LLAMA_8B.layer_sizes

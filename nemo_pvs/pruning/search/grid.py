@@ -99,8 +99,6 @@ class SizeLimit:
     """Upper bound of the forward FLOPs per token, in a sequence of ``context`` tokens."""
 
     def __post_init__(self) -> None:
-        if self.parameters is None and self.memory_bytes is None:
-            raise UserError("A search needs a budget; give a number of parameters or of bytes.")
         given = (self.parameters, self.memory_bytes, self.flops_per_token, self.context, self.batch_size)
         if not 0 <= self.tolerance < 1 or any(value is not None and value <= 0 for value in given):
             raise UserError("A search's budget needs numbers above 0 and a tolerance from 0 to below 1.")

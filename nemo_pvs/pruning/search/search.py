@@ -20,6 +20,7 @@ from nemo_pvs.ledger.flops import sweep_tokens
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
+from nemo_pvs.pruning.search.latency import Latency
 from nemo_pvs.pruning.structured.joint import plan_joint
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import read_json, sha256_json, write_json
@@ -42,6 +43,8 @@ class Candidate:
     """Loss (nats per token) right after pruning; None where the shortlist left the candidate out."""
     retrained_loss: float | None = None
     """What ``retrain`` returned; None where it was not asked."""
+    latency: Latency | None = None
+    """Measured seconds; None where no latency was asked for."""
 
     @property
     def rank(self) -> tuple[float, ...]:
