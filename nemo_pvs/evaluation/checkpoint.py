@@ -25,6 +25,7 @@ from nemo_pvs.evaluation.store import Store
 from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.system import ranks
+from nemo_pvs.system.files import read_json
 from nemo_pvs.system.megatron_import import import_megatron
 from nemo_pvs.system.ranks import from_main
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from nemo_pvs.evaluation.tasks import LoadedTask
 
 Backend = Literal["transformers", "megatron"]
-Progress = Callable[[int, int], None]
+Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,16 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return load_tokenizer(tokenizer_folder(Path(self.path)))
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text: the tokenizer's, and those of the generation config, or else of the config."""
+        named = self.source.config.get("eos_token_id")
+        for asset in self.source.assets:
+            if asset.name == "generation_config.json":
+                named = read_json(asset).get("eos_token_id")
+        ends = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        return frozenset(ends - {None})
 
     @property
     def context(self) -> int:
@@ -224,7 +235,8 @@ class Checkpoint:
             if not loaded:
                 running.append(self._scorer(engine))
                 scorer = running[0].__enter__()
-                loaded.append(CheckpointLM(scorer, self.tokenizer, self.context, batch_size=engine.batch_size))
+                settings: dict[str, Any] = {"ends": self.ends, "batch_size": engine.batch_size}
+                loaded.append(CheckpointLM(scorer, self.tokenizer, self.context, **settings))
             return loaded[0]
 
         try:

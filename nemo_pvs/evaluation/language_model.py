@@ -1,21 +1,25 @@
-"""A checkpoint as a language model of lm-eval: tokenise requests, batch and score them, and sum log-likelihoods.
+"""A checkpoint as a language model of lm-eval: tokenise requests, batch them, sum log-likelihoods, generate text.
 
 The same class serves every format of checkpoint: a ``TokenScorer`` runs the model. Tokenisation, prefix token,
-truncation and rolling windows are those of lm-eval's own ``HFLM``; tests compare the results with it.
+truncation, rolling windows and stop strings are those of lm-eval's own ``HFLM``; tests compare the results with it.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation import generation
+from nemo_pvs.evaluation.generation_settings import GenerationSettings
 from nemo_pvs.evaluation.scoring import TokenScorer, find_batch_tokens
 from nemo_pvs.evaluation.store import Answer, Journal
 from nemo_pvs.layerwise.token_scores import TokenScores
@@ -38,9 +42,10 @@ class CheckpointLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         context: int,
         *,
+        ends: Collection[int] | None = None,
         batch_size: int | None = None,
         journal: Journal | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[..., None] | None = None,
     ) -> None:
         """Combine a model and its tokenizer.
 
@@ -48,9 +53,10 @@ class CheckpointLM(TemplateLM):
             scorer: The model.
             tokenizer: The model's tokenizer.
             context: Maximum number of tokens that the model reads; longer requests are truncated on the left.
+            ends: Tokens that end a text; by default the tokenizer's end-of-text token.
             batch_size: Sequences per batch; None fits the number of tokens per batch to memory.
             journal: Records the answers of each batch, and has those of an interrupted run.
-            progress: Called with (requests done, requests in all).
+            progress: Called with (requests done, requests in all), and with a note while text is generated.
         """
         super().__init__()
         self.tokenizer = tokenizer
@@ -60,6 +66,7 @@ class CheckpointLM(TemplateLM):
         """Number of sequences that the model has read, by their length in tokens without padding."""
         self._scorer = scorer
         self._context = context
+        self._ends = frozenset({self.eot_token_id} - {None} if ends is None else ends)
         self._batch_size = batch_size
         self._batch_tokens: int | None = None
         self._longest = 0
@@ -110,12 +117,88 @@ class CheckpointLM(TemplateLM):
         return [sum(next(answers)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Refuse to generate text, which is not supported.
+        """Return the greedy continuation of each (context, settings), without the stop string that ended it.
+
+        Contexts are truncated on the left so that the longest continuation fits the model's context.
 
         Raises:
-            UserError: always.
+            UserError: a request asks for anything but greedy decoding, or for more tokens than the model can read.
         """
-        raise UserError("pvs evaluate has no tasks that generate text; convert the model to hf and run lm-eval on it.")
+        prepared = [self._generation(*request.args) for request in requests]
+        keys = [Journal.key(ids, settings) for ids, settings in prepared]
+        known = dict(self.journal.read()) if self.journal else {}
+        pending = {key: one for key, one in zip(keys, prepared, strict=True) if key not in known}
+        # Only requests with the same settings share a batch.
+        groups: dict[GenerationSettings, dict[str, list[int]]] = {}
+        for key, (ids, settings) in pending.items():
+            groups.setdefault(settings, {})[key] = ids
+        total = len(known) + len(pending)
+        for settings, prompts in groups.items():
+            known.update(self._generate(settings, prompts, done=len(known), total=total))
+        return [known[key][0] for key in keys]
+
+    def greedy(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        until: Sequence[str] = (),
+        ends: Collection[int] | None = None,
+    ) -> list[list[int]]:
+        """Return the tokens with which the model continues each prompt, as ``generate(do_sample=False)`` does.
+
+        Args:
+            prompts: Token ids of each prompt, at least one; all ranks have the same prompts and get the same answers.
+            max_new_tokens: Maximum number of new tokens; prompt and new tokens must fit the model's context.
+            until: Strings that end a continuation; the token that completes one is the last.
+            ends: Tokens that end a text, the last of its continuation; the model's own by default, () for none.
+        """
+        stop = generation.Stop(self._ends if ends is None else ends, until, self.tokenizer)
+        return generation.greedy(self._scorer, prompts, max_new_tokens, stop, batch_size=self._batch_size)
+
+    def _generation(self, context: str, settings: dict[str, Any]) -> tuple[list[int], GenerationSettings]:
+        """Return a request's prompt, truncated on the left, and how to continue it."""
+        options = GenerationSettings.parse(settings)
+        room = self._context - options.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"A task asks for up to {options.max_new_tokens} new tokens, which do not fit the model's context of "
+                f"{self._context}; leave that task out."
+            )
+        return (self.tok_encode(context) or [self.prefix_token_id])[-room:], options
+
+    def _generate(
+        self, settings: GenerationSettings, prompts: dict[str, list[int]], *, done: int, total: int
+    ) -> dict[str, Answer]:
+        """Return the answers to prompts with the same settings by key."""
+        end = self.tokenizer.decode(self.eot_token_id) if self.eot_token_id is not None else None
+        until = handle_stop_sequences(list(settings.until), eos=end)
+        keys = list(prompts)
+        began = time.monotonic()
+
+        def answer(ids: list[int]) -> Answer:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            return (postprocess_generated_text(text, until, None),)
+
+        def record(found: dict[int, list[int]]) -> None:
+            if self.journal and self._scorer.speaks:
+                self.journal.add({keys[index]: answer(ids) for index, ids in found.items()})
+
+        def show(finished: int, tokens: int) -> None:
+            if self.progress:
+                speed = tokens * self._scorer.replicas / max(time.monotonic() - began, 1e-9)
+                self.progress(done + finished, total, note=f"{speed:,.0f} tokens/s")
+
+        found = generation.greedy(
+            self._scorer,
+            list(prompts.values()),
+            settings.max_new_tokens,
+            generation.Stop(self._ends, until, self.tokenizer),
+            batch_size=self._batch_size,
+            answered=record,
+            stepped=show,
+        )
+        return {key: answer(ids) for key, ids in zip(keys, found, strict=True)}
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **ignored: Any

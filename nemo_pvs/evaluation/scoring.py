@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import distributed
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
+from nemo_pvs.evaluation.kv_cache import TransformersDecoder
 from nemo_pvs.layerwise.token_scores import TokenScores, next_token_scores
 from nemo_pvs.model.hf_classes import model_class
 from nemo_pvs.model.layout import Layout
+
+
+class Decoder(Protocol):
+    """Sequences of equal length that a model continues token by token, with the keys and values of what it has read.
+
+    Every rank of a copy of the model makes the same calls.
+    """
+
+    def next(self, ids: torch.Tensor) -> torch.Tensor:
+        """Read token ids [N, S] after all earlier ones; every rank of the copy gets the most probable next ones [N].
+
+        More than one token each can be read only at first.
+        """
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let sequence ``rows[i] >= i`` become sequence ``i`` and forget all others."""
 
 
 class TokenScorer(Protocol):
@@ -23,9 +40,16 @@ class TokenScorer(Protocol):
     replica: int
     """Which copy of the model this rank belongs to; each copy scores its share of the batches."""
     replicas: int
+    speaks: bool
+    """Whether this rank is the one of its copy that gets the scores and records answers."""
+    cache_bytes: int
+    """Bytes that a rank holds in the KV cache for each token of a sequence."""
 
     def score(self, ids: torch.Tensor) -> TokenScores | None:
         """Score token ids [N, S]; every rank of a copy calls it with the same ids, and one of them gets the scores."""
+
+    def decoder(self, rows: int, length: int) -> Decoder:
+        """Return a decoder for up to ``rows`` sequences of up to ``length`` tokens; every rank of a copy calls it."""
 
 
 class TransformersScorer:
@@ -44,9 +68,10 @@ class TransformersScorer:
             ranks: Number of copies.
         """
         self.device = torch.device(device)
-        self.replica, self.replicas = rank, ranks
+        self.replica, self.replicas, self.speaks = rank, ranks, True
         shape = shape_of(source)
         self.vocab = shape.vocab
+        self.cache_bytes = shape.keys_and_values * dtype.itemsize
         class_ = model_class(source.config)
         with torch.device("meta"):
             config = class_.config_class.from_dict(dict(source.config))
@@ -65,6 +90,10 @@ class TransformersScorer:
         """Score token ids [N, S]; padding is on the right, where a causal model cannot see it."""
         ids = ids.to(self.device)
         return next_token_scores(self.model(ids[:, :-1], use_cache=False).logits, ids[:, 1:])
+
+    def decoder(self, rows: int, length: int) -> TransformersDecoder:
+        """Return a decoder for up to ``rows`` sequences of up to ``length`` tokens."""
+        return TransformersDecoder(self.model, rows, length)
 
 
 _CPU_LOGITS_BYTES = 1 << 30

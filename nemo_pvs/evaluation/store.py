@@ -48,8 +48,8 @@ class Store:
         return folder / f"{readable[-80:]}-{sha256_json(settings)[:16]}.json"
 
 
-Answer = tuple[float, bool]
-"""Log-likelihood of a continuation, and whether greedy decoding would have produced it."""
+Answer = tuple[Any, ...]
+"""The answer to a request, in types that JSON has."""
 
 
 class Journal:
@@ -64,9 +64,9 @@ class Journal:
         self._folder = folder
 
     @staticmethod
-    def key(ids: Sequence[int], scored: int) -> str:
-        """Return the key of a request: a hash of its tokens, of which the last ``scored`` are predicted."""
-        return sha256_json([list(ids), scored])[:32]
+    def key(ids: Sequence[int], *settings: Any) -> str:
+        """Return the key of a request: a hash of its tokens and of whatever else its answer depends on."""
+        return sha256_json([list(ids), *settings])[:32]
 
     def read(self) -> Mapping[str, Answer]:
         """Return the answers of earlier runs, the same on every rank (rank 0 reads)."""
@@ -96,8 +96,8 @@ def _lines(file: Path) -> dict[str, Answer]:
     answers = {}
     for line in file.read_text(errors="replace").splitlines():
         try:
-            key, logprob, greedy = json.loads(line)
+            key, *answer = json.loads(line)
         except ValueError:  # the line that was being written when the run was killed
             continue
-        answers[key] = (float(logprob), bool(greedy))
+        answers[key] = tuple(answer)
     return answers

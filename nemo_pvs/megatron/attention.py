@@ -70,7 +70,8 @@ class SdpaCausalAttention(MegatronModule):
     ):
         """Attend causally: query ``[s, b, heads, h]``, key and value ``[s, b, groups, h]`` -> ``[s, b, heads * h]``.
 
-        ``attention_mask`` is ignored: pretraining uses no mask other than the causal one.
+        ``attention_mask`` is ignored: pretraining uses no mask other than the causal one. With a KV cache, a single
+        query attends to all keys (``attn_mask_type`` is then ``no_mask``).
 
         Raises:
             UserError: the sequence is longer than the model's sliding window (``window_size``).
@@ -85,7 +86,7 @@ class SdpaCausalAttention(MegatronModule):
         context = scaled_dot_product_attention(
             *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=attn_mask_type != AttnMaskType.no_mask,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )

@@ -8,7 +8,7 @@ NeMo checkpoint.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import fiddle
 import torch
 from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo.lightning import io
 from torch import distributed
@@ -95,6 +96,7 @@ class LoadedModel:
         self._last = parallel_state.is_pipeline_last_stage()
         self.replica = parallel_state.get_data_parallel_rank()
         self.replicas = parallel_state.get_data_parallel_world_size()
+        self.speaks = self._last and self._tensor_rank == 0
         shape = self.shape = shape_of(source)
         self.vocab = -(-shape.vocab // self._tensor_ranks)
         self._vocab = shape.vocab
@@ -104,6 +106,32 @@ class LoadedModel:
         )
         self.model = self._build(source)
         self._load(source)
+        attentions = [layer.self_attention for layer in self.model.decoder.layers]
+        groups = sum(attention.num_query_groups_per_partition for attention in attentions)
+        self.cache_bytes = 2 * groups * shape.head_dim * dtype.itemsize
+
+    def forward(self, ids: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:
+        """Run all stages on token ids [N, S] and return the logits on the last one, elsewhere None.
+
+        Args:
+            ids: Token ids.
+            cache: Keys and values of the tokens before; those of ``ids`` are added.
+
+        Returns:
+            This rank's columns of the logits [N, S, V / TP]; with a cache those of the last token [N, 1, V].
+        """
+        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        if not self._first:
+            states = ids.shape[1], ids.shape[0], self.model.config.hidden_size
+            hidden = torch.empty(states, dtype=self._dtype, device=self.device)
+            distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            self.model.set_input_tensor(hidden)
+        options = {} if cache is None else {"inference_context": cache, "runtime_gather_output": True}
+        output = self.model(ids, positions, None, **options)
+        if not self._last:
+            distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+            return None
+        return output if cache is None else output[..., : self._vocab]
 
     def _build(self, source: WeightSource) -> torch.nn.Module:
         """Build NeMo's model of this rank's layers, without weights."""
@@ -178,15 +206,8 @@ class MegatronScorer(LoadedModel):
         """Score token ids [N, S]; return the scores on the first tensor rank of the last stage, elsewhere None."""
         ids = ids.to(self.device, torch.int64)
         inputs, targets = ids[:, :-1], ids[:, 1:]
-        positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
-        if not self._first:
-            states = inputs.shape[1], inputs.shape[0], self.model.config.hidden_size
-            hidden = torch.empty(states, dtype=self._dtype, device=self.device)
-            distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-            self.model.set_input_tensor(hidden)
-        output = self.model(inputs, positions, None)
-        if not self._last:
-            distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        output = self.forward(inputs)
+        if output is None:
             return None
         first_column = self._tensor_rank * self.vocab
         scores = next_token_scores(
@@ -195,4 +216,50 @@ class MegatronScorer(LoadedModel):
             first_column=first_column,
             group=parallel_state.get_tensor_model_parallel_group() if self._tensor_ranks > 1 else None,
         )
-        return scores if self._tensor_rank == 0 else None
+        return scores if self.speaks else None
+
+    def decoder(self, rows: int, length: int) -> MegatronDecoder:
+        """Return a decoder for up to ``rows`` sequences of up to ``length`` tokens."""
+        return MegatronDecoder(self, rows, length)
+
+
+class MegatronDecoder:
+    """Sequences of equal length that a model on Megatron's ranks continues token by token."""
+
+    def __init__(self, model: LoadedModel, rows: int, length: int) -> None:
+        """Make an empty cache.
+
+        Args:
+            model: The model.
+            rows: Maximum number of sequences.
+            length: Maximum number of tokens in each.
+        """
+        self._model = model
+        self._cache = StaticInferenceContext(rows, length)
+
+    @torch.no_grad()
+    def next(self, ids: torch.Tensor) -> torch.Tensor:
+        """Read token ids [N, S] after all earlier ones and return the most probable next tokens [N], on every rank.
+
+        More than one token each can be read only at first.
+        """
+        ids = ids.to(self._model.device, torch.int64)
+        logits = self._model.forward(ids, self._cache)
+        self._cache.sequence_len_offset += ids.shape[1]
+        self._cache.enable_decode_mode()
+        best = torch.empty(len(ids), dtype=torch.int64, device=self._model.device)
+        if logits is not None:
+            best = logits[:, -1].float().argmax(-1)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            distributed.broadcast(best, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return best.cpu()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let sequence ``rows[i] >= i`` become sequence ``i`` and forget all others."""
+        end = self._cache.sequence_len_offset
+        for target, source in enumerate(rows):
+            if source != target:
+                for pair in self._cache.key_value_memory_dict.values():
+                    for memory in pair:
+                        memory[:end, target] = memory[:end, source]

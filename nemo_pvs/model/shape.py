@@ -221,6 +221,11 @@ class Shape:
         }[feature]
 
     @property
+    def keys_and_values(self) -> int:
+        """Elements of the keys and values of one token in all layers, which a KV cache holds."""
+        return 2 * self.head_dim * sum(layer.kv_groups for layer in self.layer_sizes)
+
+    @property
     def body_parameters(self) -> int:
         """Parameters without embedding and output head: decoder layers and the final norm."""
         return self.matrix_parameters + self.vector_parameters + self.hidden

@@ -31,6 +31,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 
 
@@ -50,6 +51,15 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     if _distributed():
         distributed.all_reduce(tensor)
     return tensor
+
+
+def merged(entries: dict[Key, Result]) -> dict[Key, Result]:
+    """Return the entries of all ranks, on every rank; entries with the same key must be equal."""
+    if world_size() == 1:
+        return entries
+    gathered: list[dict[Key, Result]] = [{}] * world_size()
+    distributed.all_gather_object(gathered, entries)
+    return {key: entry for part in gathered for key, entry in part.items()}
 
 
 def barrier() -> None:
