@@ -55,6 +55,7 @@ def evaluate(
     sequence_length: int | None = None,
     stride: int | None = None,
     task_data: str | Path = "task_data",
+    run_generated_code: bool = False,
     out: str | Path = "runs/evaluation",
     backend: str = "auto",
     device: str | None = None,
@@ -80,6 +81,8 @@ def evaluate(
         sequence_length: Tokens per window; 512, or the preset's.
         stride: Sliding windows this many tokens apart, instead of chunks.
         task_data: Folder of downloaded data sets, ``<owner>/<name>`` each.
+        run_generated_code: Allow tasks such as HumanEval, which run the code that a model has written, with all your
+            rights on this machine.
         out: The folder for ``results.json`` and every measurement.
         backend: What answers tasks: ``megatron``, ``transformers``, or ``auto``, which is Megatron for NeMo
             checkpoints.
@@ -146,7 +149,16 @@ def evaluate(
     ):
         engine.check_ranks()
         models = [Checkpoint(path, chosen_backend) for path in _texts(paths)]
-        found = measure(models, request, store, engine, task_data=Path(task_data), limit=limit, force=force)
+        found = measure(
+            models,
+            request,
+            store,
+            engine,
+            task_data=Path(task_data),
+            limit=limit,
+            run_generated_code=run_generated_code,
+            force=force,
+        )
     return Measurements(found)
 
 

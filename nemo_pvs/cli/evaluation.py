@@ -47,6 +47,13 @@ def evaluate(
     task_data: Annotated[
         str, typer.Option(help="folder of downloaded data sets, <owner>/<name> each", rich_help_panel=TASKS)
     ] = "task_data",
+    run_generated_code: Annotated[
+        bool,
+        typer.Option(
+            help="allow tasks that run the code a model writes (HumanEval), with all your rights on this machine",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
     out: Annotated[
         str, typer.Option(help="folder for results.json and every measurement", rich_help_panel=OUTPUT)
     ] = "runs/evaluation",
@@ -93,6 +100,7 @@ def evaluate(
         sequence_length=sequence_length,
         stride=stride,
         task_data=task_data,
+        run_generated_code=run_generated_code,
         out=out,
         backend=backend,
         device=device,

@@ -198,6 +198,7 @@ class CheckpointLM(TemplateLM):
             answered=record,
             stepped=show,
         )
+        self.read.update(len(prompt) + len(ids) - 1 for prompt, ids in zip(prompts.values(), found, strict=True))
         return {key: answer(ids) for key, ids in zip(keys, found, strict=True)}
 
     def _loglikelihood_tokens(

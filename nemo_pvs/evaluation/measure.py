@@ -28,6 +28,7 @@ def measure(
     *,
     task_data: Path,
     limit: int | None = None,
+    run_generated_code: bool = False,
     force: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure models on tasks and texts, reusing earlier measurements, and write ``results.json``.
@@ -41,6 +42,7 @@ def measure(
         engine: What runs the models.
         task_data: Folder of downloaded data sets, each in ``<owner>/<name>``.
         limit: Maximum number of documents per task.
+        run_generated_code: Allow tasks that run the code that a model has written.
         force: Measure again even if the store has the result.
 
     Returns:
@@ -52,7 +54,7 @@ def measure(
     """
     file = store.folder / RESULTS
     measured_before(file)
-    loaded = _load_tasks(request.tasks, task_data)
+    loaded = _load_tasks(request.tasks, task_data, run_generated_code)
     texts = {model.path: _windows(request, model, task_data) for model in models}
     results = []
     for model in models:
@@ -90,10 +92,10 @@ def _windows(request: EvaluationRequest, model: Checkpoint, data: Path) -> dict[
     }
 
 
-def _load_tasks(requests: Sequence[TaskRequest], data: Path) -> list[Any]:
+def _load_tasks(requests: Sequence[TaskRequest], data: Path, run_generated_code: bool) -> list[Any]:
     """Load tasks, and import lm-eval only if there are any, because that takes seconds."""
     if not requests:
         return []
     from nemo_pvs.evaluation.tasks import load_tasks
 
-    return load_tasks(requests, data)
+    return load_tasks(requests, data, run_generated_code=run_generated_code)

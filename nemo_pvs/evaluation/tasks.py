@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+import os
+import re
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from importlib import metadata
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.generation_settings import GenerationSettings
 from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.offline import offline
 from nemo_pvs.evaluation.requests import PlainLoader, TaskRequest
 from nemo_pvs.system.files import read_yaml, sha256_json
 
@@ -61,7 +64,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def load_tasks(requests: Sequence[TaskRequest], data: Path) -> list[LoadedTask]:
+def load_tasks(requests: Sequence[TaskRequest], data: Path, *, run_generated_code: bool = False) -> list[LoadedTask]:
     """Load tasks and their documents, without network access.
 
     Documents come from ``data/<owner>/<name>`` (a data set as ``hf download`` stores it), from the cache of
@@ -70,28 +73,27 @@ def load_tasks(requests: Sequence[TaskRequest], data: Path) -> list[LoadedTask]:
     Args:
         requests: The tasks to load.
         data: Folder of downloaded data sets.
+        run_generated_code: Also load tasks that run the code that a model has written.
 
     Raises:
-        UserError: a task is unknown, its data are not available locally, it generates text, it lacks the requested
-            metric, or different tasks have the same name.
+        UserError: a task is unknown, its data or packages are not available locally, it lacks the requested metric,
+            runs generated code or generates text other than greedily, or different tasks have the same name.
     """
     loaded: list[LoadedTask] = []
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every option that a definition leaves out
-    with _offline():
-        for request in requests:
-            for task in _load(request, _known_tasks(request.folder), data):
-                if task.OUTPUT_TYPE == "generate_until":
-                    raise UserError(
-                        f"The task {task.config.task} generates text, which pvs evaluate does not support; leave it "
-                        "out, or convert the model to hf and run lm-eval on it."
-                    )
-                task.set_config(
-                    key="num_fewshot", value=request.shots if request.shots is not None else _default_shots(task)
-                )
-                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-                loaded.append(LoadedTask(request, task))
-    for task in loaded:
-        _refuse_missing_metric(task)
+    if run_generated_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric code_eval asks for it, too
+    for request in requests:
+        for task in _load(request, _known_tasks(request.folder), data, run_generated_code):
+            task.set_config(
+                key="num_fewshot", value=request.shots if request.shots is not None else _default_shots(task)
+            )
+            loaded.append(LoadedTask(request, task))
+    for one in loaded:
+        if one.task.OUTPUT_TYPE == "generate_until":
+            GenerationSettings.parse(one.task.config.generation_kwargs, f"The task {one.task.config.task}")
+            _refuse_missing_script(one)
+        _refuse_missing_metric(one)
     _refuse_name_collisions(loaded)
     return loaded
 
@@ -116,6 +118,18 @@ def _refuse_missing_metric(task: LoadedTask) -> None:
         raise UserError(f"The task {task.name} has no metric {task.request.metric} (it has {', '.join(known)}).")
 
 
+def _refuse_missing_script(task: LoadedTask) -> None:
+    """Refuse generated text whose metric is a script of the package evaluate that is not on this machine."""
+    if task.task.config.process_results is not None or type(task.task) is not ConfigurableTask:
+        return  # computes its metrics itself
+    for name, function in task.task._metric_fn_list.items():
+        if function is None:
+            raise UserError(
+                f"The task {task.name} has the metric {name} of the package evaluate, which is not on this machine; "
+                f"""run python -c "import evaluate; evaluate.load('{name}')" once with network access."""
+            )
+
+
 def _refuse_name_collisions(tasks: Sequence[LoadedTask]) -> None:
     named: dict[str, LoadedTask] = {}
     for task in tasks:
@@ -127,13 +141,18 @@ def _refuse_name_collisions(tasks: Sequence[LoadedTask]) -> None:
             )
 
 
-def _load(request: TaskRequest, manager: TaskManager, data: Path) -> list[Task]:
+def _load(request: TaskRequest, manager: TaskManager, data: Path, run_generated_code: bool) -> list[Task]:
     if request.task not in manager.task_index:
         raise UserError(
             f"lm-eval has no task {request.task}; choose one that lm-eval ls tasks lists, or define it in a folder of "
             "YAML files."
         )
     definition, path = _definition(request, manager)
+    if definition.get("unsafe_code") and not run_generated_code:
+        raise UserError(
+            f"The task {request.task} runs the code that the model writes, with all your rights on this machine; "
+            "allow that with --run-generated-code, in a container without network access, or leave the task out."
+        )
     repository = definition.get("dataset_path")
     local = path.parent if repository in _LOCAL_FORMATS else data / str(repository)
     overrides: dict[str, Any] = {}
@@ -141,20 +160,42 @@ def _load(request: TaskRequest, manager: TaskManager, data: Path) -> list[Task]:
         overrides = {"dataset_kwargs": _absolute_files(definition.get("dataset_kwargs") or {}, path.parent)}
     elif repository and local.is_dir():
         overrides = {"dataset_path": str(local.resolve())}
-    try:
-        # lm-eval applies overrides to a known task only inside a group.
-        group = {"group": "request", "task": [{"task": request.task, **overrides}]}
-        tasks = manager.load([group if overrides else request.task])["tasks"]
-    except Exception as error:  # each kind of data set raises other errors if its files are missing
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if repository in _LOCAL_FORMATS or local.is_dir():
-            raise UserError(f"The task {request.task} cannot be loaded from {local} ({reason}); fix it.") from error
-        raise UserError(
-            f"The data of the task {request.task} are not available locally ({reason}); run hf download {repository} "
-            f"--repo-type dataset --local-dir {local} on a machine with network access, or give the folder that has "
-            "them as task data."
-        ) from error
+    # lm-eval applies overrides to a known task only inside a group.
+    group = {"group": "request", "task": [{"task": request.task, **overrides}]}
+    with offline() as hosts:
+        try:
+            tasks = manager.load([group if overrides else request.task])["tasks"]
+        except Exception as error:  # each kind of data set raises other errors if its files are missing
+            raise _refusal(request.task, repository, local, hosts, error) from error
     return list(tasks.values())
+
+
+def _refusal(task: str, repository: Any, local: Path, hosts: Sequence[str], error: Exception) -> UserError:
+    """Return what to say of a task that could not be loaded."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ModuleNotFoundError) and (package := error.name):
+        return UserError(f"The task {task} needs the package {package}; run pip install {_with_extra(package)}.")
+    if hosts:
+        return UserError(
+            f"The task {task} needs files from {hosts[0]} that are not on this machine ({reason}); get them first: "
+            "NLTK's by python -m nltk.downloader punkt_tab, a metric's by python -c \"import evaluate; "
+            "evaluate.load('code_eval')\"."
+        )
+    if repository in _LOCAL_FORMATS or local.is_dir():
+        return UserError(f"The task {task} cannot be loaded from {local} ({reason}); fix it.")
+    return UserError(
+        f"The data of the task {task} are not available locally ({reason}); run hf download {repository} "
+        f"--repo-type dataset --local-dir {local} on a machine with network access, or give the folder that has "
+        "them as task data."
+    )
+
+
+def _with_extra(package: str) -> str:
+    """Return what to install for a package: the extra of lm-eval that has it, or the package itself."""
+    for requirement in metadata.requires("lm_eval") or []:
+        if found := re.match(rf"{re.escape(package)}\b.*extra == .(\w+)", requirement):
+            return f"'lm_eval[{found[1]}]'"
+    return package
 
 
 def _definition(request: TaskRequest, manager: TaskManager) -> tuple[dict[str, Any], Path]:
@@ -187,21 +228,6 @@ def _absolute_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**settings, **({"data_files": absolute(settings["data_files"])} if "data_files" in settings else {})}
 
 
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Keep ``datasets`` from accessing the network, and from drawing progress bars."""
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
-    bars = datasets.are_progress_bars_disabled()
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
-        if not bars:
-            datasets.enable_progress_bars()
-
-
 def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = None) -> dict[str, dict[str, Any]]:
     """Answer a task's requests and return its metrics by name.
 
@@ -214,11 +240,18 @@ def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = No
         limit: Maximum number of documents.
     """
     name = loaded.task.config.task
-    # Build the requests again: those of an earlier model contain its answers.
+    # Build the requests again, those of an earlier model contain its answers, and with the same few-shot examples.
     loaded.task._instances = None
+    loaded.task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     # lm-eval draws progress bars on standard error for steps that take no time; errors are still raised.
     with redirect_stderr(StringIO()):
-        results = evaluate(lm=model, task_dict={"tasks": {name: loaded.task}}, limit=limit, bootstrap_iters=1000)
+        results = evaluate(
+            lm=model,
+            task_dict={"tasks": {name: loaded.task}},
+            limit=limit,
+            bootstrap_iters=1000,
+            confirm_run_unsafe_code=True,  # load_tasks loads such tasks only if the user wants it
+        )
     assert results is not None
     scores, better = results["results"][name], loaded.task.higher_is_better()
     samples = results["samples"][name]
