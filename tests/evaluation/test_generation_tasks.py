@@ -120,3 +120,19 @@ def test_a_metric_that_would_be_downloaded_is_named(data, tmp_path):
     (tasks / "doubling.yaml").write_text(definition.replace("unsafe_code: true", "unsafe_code: false"))
     with pytest.raises(UserError, match=r"doubling/0-shot has the metric rouge of the package evaluate, which is not"):
         load_tasks([TaskRequest("doubling", folder=tasks)], data)
+
+
+@pytest.mark.slow
+def test_the_verb_refuses_generated_code_and_allows_it(pvs, folder, tmp_path):
+    tasks = write_code_task(tmp_path / "tasks")
+    command = ("evaluate", folder, "--tasks", tasks, "--out", tmp_path / "out")
+    refused = pvs(*command)
+    assert refused.code == 2
+    assert "allow that with --run-generated-code" in refused.errors
+    done = pvs(*command, "--run-generated-code")
+    assert done.code == 0, done.errors
+    assert "doubling/0-shot" in done.output
+    assert not list((tmp_path / "out").rglob("*.journal"))
+    before = (tasks / "ran").read_text()
+    assert pvs(*command, "--run-generated-code").code == 0
+    assert (tasks / "ran").read_text() in (before, f"{before}loaded "), "no answer is tested again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.store import Journal
 from tests.evaluation.models import VOCAB, save_byte_model, save_byte_tokenizer
-from tests.evaluation.test_generation import by_transformers, prompts
+from tests.evaluation.test_generation import by_transformers, ours, prompts
 from tests.families import save_tiny
 from tests.megatron.ranks import run_ranks
 from tests.megatron.test_evaluation import LAYOUTS
@@ -24,21 +26,47 @@ from tests.uneven_model import BIASES, make_uneven_llama
 pytestmark = pytest.mark.parallel
 
 
-def _generate(folders: list[Path], tensor_parallel: int, pipeline_parallel: int, asked: list[list[int]]) -> list[Any]:
-    from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
+def _requests() -> list[Any]:
+    settings = {"until": ["e", "xyz"], "max_gen_toks": 16, "do_sample": False}
+    return [
+        SimpleNamespace(args=(text, settings)) for text in ("A", "river of", "12 + 12 is", "Dear Anna, ", "0" * 40)
+    ]
+
+
+def _generate(
+    folders: list[Path],
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    asked: list[list[int]],
+    journal: Path | None = None,
+) -> tuple[list[Any], int]:
+    """Return for each checkpoint the continuations and lm-eval's answers, and how many batches this rank has read."""
+    from nemo_pvs.megatron.inference import MegatronDecoder, MegatronScorer, megatron_ranks
     from nemo_pvs.system.ranks import joined
 
-    answers = []
+    answers, batches = [], 0
+
+    class Counting(MegatronScorer):
+        def decoder(self, rows: int, length: int) -> MegatronDecoder:
+            nonlocal batches
+            batches += 1
+            return super().decoder(rows, length)
+
     with joined(on_gpus=True), megatron_ranks(tensor_parallel, pipeline_parallel):
         for folder in folders:
-            scorer = MegatronScorer(open_source(folder), dtype=torch.float32, device="cpu")
+            scorer = Counting(open_source(folder), dtype=torch.float32, device="cpu")
             tokenizer = AutoTokenizer.from_pretrained(folder / "context" / "tokenizer")
-            answers.append(CheckpointLM(scorer, tokenizer, 256, batch_size=3, ends=[0]).greedy(asked, 16))
-    return answers
+            model = CheckpointLM(scorer, tokenizer, 256, batch_size=2, ends=[0], journal=journal and Journal(journal))
+            answers.append((model.greedy(asked, 16) if asked else [], model.generate_until(_requests())))
+    return answers, batches
+
+
+def _expected(folder: Path) -> tuple[list[list[int]], list[str]]:
+    return by_transformers(folder, prompts(), 16), ours(folder, ends=[0]).generate_until(_requests())
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[list[Path], list[list[list[int]]]]:
+def models(tmp_path_factory) -> tuple[list[Path], list[Any]]:
     """NeMo checkpoints of tiny models of several kinds, and what Transformers generates with the originals."""
     folder = tmp_path_factory.mktemp("models")
     made = [
@@ -49,8 +77,7 @@ def models(tmp_path_factory) -> tuple[list[Path], list[list[list[int]]]]:
     ]
     for path in made:
         write_nemo(HuggingFaceSource(path), folder / "nemo" / path.name, pad_vocab_to_multiple=4)
-    expected = [by_transformers(path, prompts(), 16) for path in made]
-    return [folder / "nemo" / path.name for path in made], expected
+    return [folder / "nemo" / path.name for path in made], [_expected(path) for path in made]
 
 
 @pytest.mark.parametrize(("world", "tensor", "pipeline"), LAYOUTS, ids=lambda value: str(value))
@@ -58,5 +85,23 @@ def test_greedy_is_that_of_transformers(models, world, tensor, pipeline):
     nemo, expected = models
     if pipeline == 2:
         nemo, expected = nemo[:3], expected[:3]  # qwen3 has three layers
-    for answers in run_ranks(world, _generate, nemo, tensor, pipeline, prompts()):
+    results = run_ranks(world, _generate, nemo, tensor, pipeline, prompts())
+    for answers, _ in results:
         assert answers == expected
+    if (world, tensor, pipeline) == (2, 1, 1):
+        total = len(nemo) * (len(prompts()) // 2 + len(_requests()) // 2 + 1)
+        assert total // 3 < results[0][1] < total, "copies of the model share the work"
+
+
+def test_a_killed_evaluation_goes_on_with_other_ranks(models, tmp_path):
+    nemo, [(_, expected), *_] = models[0][:1], models[1]
+    run_ranks(2, _generate, nemo, 1, 1, [], tmp_path / "journal")
+    files = sorted((tmp_path / "journal").glob("*.jsonl"))
+    assert sorted(len(file.read_bytes().splitlines()) for file in files) == [2, 3]
+    # What a kill leaves: one rank's file gone, the other torn in its last line.
+    files[1].unlink()
+    files[0].write_bytes(files[0].read_bytes()[:-3])
+    for tensor, pipeline, batches in ((2, 1, 2), (1, 2, 0)):
+        for answers, read in run_ranks(2, _generate, nemo, tensor, pipeline, [], tmp_path / "journal"):
+            assert answers == [([], expected)]
+            assert read == batches
