@@ -71,7 +71,8 @@ def greedy(
         stop: Whether a continuation ends with its last token, which is part of the result.
         batch_size: Sequences per batch; None fits the batch to memory.
         answered: Called after each batch of this copy of the model with its continuations, by number of prompt.
-        stepped: Called after each step with (prompts that all copies have finished, about; tokens that this one has).
+        stepped: Called after each new token with the number of prompts that are finished, counting earlier batches of
+            other copies of the model, and the number of new tokens of this copy.
     """
     answers: dict[int, list[int]] = {}
     if max_new_tokens < 1:

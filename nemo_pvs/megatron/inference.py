@@ -11,12 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fiddle
 import torch
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo.lightning import io
 from torch import distributed
@@ -26,11 +25,15 @@ from nemo_pvs.checkpoints.nemo.context import write_context
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.tensor_record import dtype_name
 from nemo_pvs.checkpoints.transforms.biases import with_both_biases
+from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.token_scores import TokenScores, next_token_scores
 from nemo_pvs.megatron.attention import FUSED_KERNELS, layer_spec
 from nemo_pvs.megatron.cpu import megatron_on_cpu
 from nemo_pvs.model.layout import Entry, Layout
 from nemo_pvs.training.machine import has_transformer_engine
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts.static_context import StaticInferenceContext
 
 # Transformer Engine fuses a norm into the linear layer that follows; in Megatron's local layers it is a module itself.
 _LOCAL_NORMS = {
@@ -233,7 +236,19 @@ class MegatronDecoder:
             model: The model.
             rows: Maximum number of sequences.
             length: Maximum number of tokens in each.
+
+        Raises:
+            UserError: the sequences may become longer than the model's attention window.
         """
+        window = model.model.config.window_size
+        if window is not None and length > window[0]:
+            raise UserError(
+                f"A prompt and its new tokens, up to {length}, do not fit the model's attention window of "
+                f"{window[0]}, and longer ones cannot be generated on Megatron; use --backend transformers."
+            )
+        # Not above: imported before Megatron's layers, this makes them take Apex's rotary embedding, not TE's.
+        from megatron.core.inference.contexts.static_context import StaticInferenceContext
+
         self._model = model
         self._cache = StaticInferenceContext(rows, length)
 

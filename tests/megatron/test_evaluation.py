@@ -20,6 +20,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
+from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.store import Journal
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
@@ -193,10 +194,35 @@ def job(tmp_path_factory) -> TrainingJob:
 def test_smollm2_answers_every_request_alike(tmp_path):
     bf16 = prepare_parent(SMOLLM2, tmp_path / "bf16")
     write_nemo(HuggingFaceSource(bf16), tmp_path / "nemo", dtype=torch.float32)
-    expected = _ask_huggingface(bf16)
+    expected, generated = _ask_huggingface(bf16), _generate_by_huggingface(bf16)
     for world, tensor, pipeline in ((1, 1, 1), (2, 1, 2)):
         (answers, _), *_ = run_ranks(world, _ask_megatron, [tmp_path / "nemo"], tensor, pipeline)
         _assert_equal(answers, [expected])
+    assert set(run_ranks(2, _generate_by_megatron, tmp_path / "nemo")) == {generated}
+    scorer = TransformersScorer(HuggingFaceSource(bf16), dtype=torch.float32, device="cpu")
+    assert _generated(CheckpointLM(scorer, AutoTokenizer.from_pretrained(bf16), CONTEXT)) == generated
+
+
+def _generated(model: Any) -> tuple[str, ...]:
+    settings = {"until": ["\n\n"], "max_gen_toks": 16, "do_sample": False}
+    texts = [*(line["text"] for line in _lines("letters")), "The capital of France is"]
+    return tuple(model.generate_until([SimpleNamespace(args=(text, settings)) for text in texts]))
+
+
+def _generate_by_huggingface(folder: Path) -> tuple[str, ...]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return _generated(HFLM(pretrained=model, tokenizer=tokenizer, max_length=CONTEXT, batch_size=1, device="cpu"))
+
+
+def _generate_by_megatron(folder: Path) -> tuple[str, ...]:
+    from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
+    from nemo_pvs.system.ranks import joined
+
+    with joined(on_gpus=True), megatron_ranks(1, 2):
+        scorer = MegatronScorer(open_source(folder), dtype=torch.float32, device="cpu")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "context" / "tokenizer")
+        return _generated(CheckpointLM(scorer, tokenizer, CONTEXT))
 
 
 @pytest.mark.slow

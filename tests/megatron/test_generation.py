@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.store import Journal
 from tests.evaluation.models import VOCAB, save_byte_model, save_byte_tokenizer
@@ -101,7 +102,22 @@ def test_a_killed_evaluation_goes_on_with_other_ranks(models, tmp_path):
     # What a kill leaves: one rank's file gone, the other torn in its last line.
     files[1].unlink()
     files[0].write_bytes(files[0].read_bytes()[:-3])
-    for tensor, pipeline, batches in ((2, 1, 2), (1, 2, 0)):
+    # Four answers are missing, to prompts of 1, 8, 10 and 11 tokens; only those of similar length share a batch.
+    for tensor, pipeline, batches in ((2, 1, 3), (1, 2, 0)):
         for answers, read in run_ranks(2, _generate, nemo, tensor, pipeline, [], tmp_path / "journal"):
             assert answers == [([], expected)]
             assert read == batches
+
+
+def _refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        _generate([folder], 1, 1, prompts())
+    return str(refused.value)
+
+
+def test_an_attention_window_that_is_too_short_is_refused(tmp_path):
+    model = save_byte_tokenizer(save_tiny(tmp_path / "hf", "mistral", sliding_window=50, vocab_size=VOCAB + 1))
+    write_nemo(HuggingFaceSource(model), tmp_path / "nemo")
+    [sentence] = run_ranks(1, _refusal, tmp_path / "nemo")
+    assert sentence.startswith("A prompt and its new tokens, up to 57, do not fit the model's attention window of 50")
+    assert sentence.endswith("use --backend transformers.")
