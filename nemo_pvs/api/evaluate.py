@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from nemo_pvs.api.values import compute_of, one_of, parse_dtype
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.output_paths import check_folder
+
+if TYPE_CHECKING:
+    from nemo_pvs.evaluation.checkpoint import Checkpoint
 
 _BACKENDS = ("auto", "transformers", "megatron")
 
@@ -21,9 +24,11 @@ class Measurement(TypedDict):
     model: str
     """Its path, as given."""
     task: str
-    """The task with its shots (``arc_easy/0-shot``), the text (``perplexity/wikitext``) or the preset (``paper``)."""
+    """The task with its shots (``arc_easy/0-shot``), the text (``perplexity/wikitext``, ``recovery/wikitext``) or the
+    preset (``paper``)."""
     metric: str
-    """``acc``, ``acc_norm``, ``perplexity``, ``loss`` (nats per token), ``bits_per_byte``, ``average``, ..."""
+    """``acc``, ``acc_norm``, ``perplexity``, ``loss`` (nats per token), ``bits_per_byte``, ``average``, ``agreement``,
+    ``kl`` (nats per token), ..."""
     value: float
     stderr: float | None
     """Standard error; None where there is none, as for a single question."""
@@ -49,6 +54,7 @@ def evaluate(
     paths: str | Path | Sequence[str | Path],
     *,
     tasks: str | None = None,
+    parent: str | Path | None = None,
     perplexity: str | Path | Sequence[str | Path] | None = None,
     limit: int | None = None,
     samples: int | None = None,
@@ -72,11 +78,12 @@ def evaluate(
 
     Args:
         paths: Checkpoints of any format, one or several.
-        tasks: ``paper``, names of lm-eval's tasks (``winogrande:5`` for five shots) or a folder of its YAML files,
-            separated by commas.
+        tasks: ``paper``, ``recovery``, names of lm-eval's tasks (``winogrande:5`` for five shots) or a folder of its
+            YAML files, separated by commas.
+        parent: The checkpoint with which ``recovery`` compares the others; one of them or another.
         perplexity: Texts: ``c4``, ``wikitext``, ``cnn_dailymail``, ``wikipedia-sample``, files of your own, or
             ``none``. Without tasks it is ``wikipedia-sample``.
-        limit: Maximum documents per task.
+        limit: Maximum documents per task, and windows of ``recovery``.
         samples: Maximum windows per text; 64, or the preset's.
         sequence_length: Tokens per window; 512, or the preset's.
         stride: Sliding windows this many tokens apart, instead of chunks.
@@ -140,6 +147,10 @@ def evaluate(
         stride=stride,
         train_split=compat,
     )
+    if parent is not None and request.recovery is None:
+        raise UserError(
+            "--parent is for --tasks recovery, which compares with it; add recovery, or leave --parent out."
+        )
     store = Store(out)
     chosen_backend: Any = None if backend == "auto" else backend
     with (
@@ -149,17 +160,26 @@ def evaluate(
     ):
         engine.check_ranks()
         models = [Checkpoint(path, chosen_backend) for path in _texts(paths)]
+        reference = None if parent is None else _parent(str(parent), models, chosen_backend)
         found = measure(
             models,
             request,
             store,
             engine,
             task_data=Path(task_data),
+            parent=reference,
             limit=limit,
             run_generated_code=run_generated_code,
             force=force,
         )
     return Measurements(found)
+
+
+def _parent(path: str, models: Sequence[Checkpoint], backend: Any) -> Checkpoint:
+    """Return the parent, opened once if it is one of the models."""
+    from nemo_pvs.evaluation.checkpoint import Checkpoint
+
+    return next((model for model in models if model.path == path), None) or Checkpoint(path, backend)
 
 
 def _texts(paths: str | Path | Sequence[str | Path]) -> list[str]:

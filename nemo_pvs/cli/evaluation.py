@@ -22,9 +22,13 @@ def evaluate(
     tasks: Annotated[
         Optional[str],
         typer.Option(
-            help="paper, names of lm-eval's tasks (winogrande:5 for five shots) or a folder of its YAML files",
+            help="paper, recovery, names of lm-eval's tasks (winogrande:5 for five shots) or a folder of YAML files",
             rich_help_panel=TASKS,
         ),
+    ] = None,
+    parent: Annotated[
+        Optional[str],
+        typer.Option(help="checkpoint with which --tasks recovery compares the others", rich_help_panel=TASKS),
     ] = None,
     perplexity: Annotated[
         Optional[list[str]],
@@ -33,7 +37,9 @@ def evaluate(
             rich_help_panel=TEXTS,
         ),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="maximum documents per task", rich_help_panel=TASKS)] = None,
+    limit: Annotated[
+        Optional[int], typer.Option(help="maximum documents per task, and windows of recovery", rich_help_panel=TASKS)
+    ] = None,
     samples: Annotated[
         Optional[int], typer.Option(help="maximum windows per text; 64, or the preset's", rich_help_panel=TEXTS)
     ] = None,
@@ -94,6 +100,7 @@ def evaluate(
     found = measure(
         paths,
         tasks=tasks,
+        parent=parent,
         perplexity=perplexity,
         limit=limit,
         samples=samples,
@@ -113,7 +120,9 @@ def evaluate(
         ignore_manifest=ignore_manifest,
         force=force,
     )
-    from nemo_pvs.evaluation.summary import summary_table
+    from nemo_pvs.evaluation.summary import left_out_lines, summary_table
 
     console.print(summary_table(found.models))
+    for line in left_out_lines(found.models):
+        console.print(line, soft_wrap=True, markup=False)
     console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True)

@@ -117,7 +117,7 @@ def report(
     ] = None,
     margin: Annotated[Optional[float], typer.Option(help="largest acceptable loss against the parent")] = None,
     unit: Annotated[
-        str, typer.Option(help="of the margin: points of accuracy, or nats of validation loss")
+        str, typer.Option(help="of the margin: points (of accuracy and other shares) or nats (of loss and KL)")
     ] = "points",
     force: Annotated[bool, typer.Option(help="compare what is not comparable, and mark the page")] = False,
 ) -> None:

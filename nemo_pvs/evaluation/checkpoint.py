@@ -173,7 +173,7 @@ class Checkpoint:
                 if metric in result
             }
 
-        return _measure_once(store, name, settings, measure, force=force)
+        return measure_once(store, name, settings, measure, force=force)
 
     def measure_task(
         self,
@@ -221,7 +221,7 @@ class Checkpoint:
                 language_model.journal.remove()
             return measure_task(task, language_model, limit)
 
-        return _measure_once(store, task.name, settings, measure, force=force)
+        return measure_once(store, task.name, settings, measure, force=force)
 
     @contextmanager
     def language_model(self, engine: Engine) -> Iterator[Callable[[], CheckpointLM]]:
@@ -259,7 +259,7 @@ class Checkpoint:
             yield MegatronScorer(self.source, **options)
 
 
-def _measure_once(
+def measure_once(
     store: Store,
     name: str,
     settings: dict[str, Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import yaml
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.summary import Measured, average
+from nemo_pvs.recipe.blocks import RecoveryMeasures
 from nemo_pvs.system.files import read_yaml
 
 _SAMPLES = 64
@@ -31,6 +32,8 @@ class TaskRequest:
     """The metric to report; None for all."""
     folder: Path | None = None
     """Folder with the YAML file that defines the task; None for lm-eval's own tasks."""
+    data_set: str | None = None
+    """``owner/name`` of its data set, without which the task is left out; None to refuse a task without data."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,33 @@ class Preset:
     """One preset of ``presets.yaml``."""
 
     tasks: dict[str, str]
-    """The metric to report, by task."""
+    """The metric to report, by task, with ``:shots`` unless there are none."""
     perplexity: list[str]
     samples: int
     sequence_length: int
+    data: dict[str, str] = field(default_factory=dict)
+    """The data sets of tasks that are left out where these have not been downloaded; there is no average then."""
+    recovery: RecoveryMeasures | None = None
+    """Also take the measures that need no data set."""
+
+    @property
+    def requests(self) -> list[TaskRequest]:
+        """The tasks."""
+        requests = []
+        for item, metric in self.tasks.items():
+            name, _, shots = item.partition(":")
+            requests.append(TaskRequest(name, int(shots or 0), metric, data_set=self.data.get(name)))
+        return requests
 
 
 def presets() -> dict[str, Preset]:
     """Return the presets by name."""
     text = resources.files("nemo_pvs.evaluation").joinpath("presets.yaml").read_text()
-    return {name: Preset(**values) for name, values in yaml.safe_load(text).items()}
+    named = {}
+    for name, values in yaml.safe_load(text).items():
+        sizes = values.pop("recovery", None)
+        named[name] = Preset(**values, recovery=sizes and RecoveryMeasures(**sizes))
+    return named
 
 
 def parse_tasks(text: str) -> list[TaskRequest]:
@@ -64,7 +84,7 @@ def parse_tasks(text: str) -> list[TaskRequest]:
             defined.update({request.task: request.folder for request in _tasks_of_folder(Path(item))})
     for item in items:
         if item in presets():
-            requests += [TaskRequest(task, 0, metric) for task, metric in presets()[item].tasks.items()]
+            requests += presets()[item].requests
         elif Path(item).is_dir():
             requests += _tasks_of_folder(Path(item))
         else:
@@ -73,8 +93,29 @@ def parse_tasks(text: str) -> list[TaskRequest]:
                 raise UserError(f"--tasks has {item!r}; write the number of shots as {name}:5.")
             requests.append(TaskRequest(name, int(shots) if shots else None, folder=defined.get(name)))
     if not requests:
-        raise UserError("--tasks names no task; give paper, names such as arc_easy,winogrande:5, or a folder.")
+        raise UserError(
+            "--tasks names no task; give paper, recovery, names such as arc_easy,winogrande:5, or a folder."
+        )
     return list(dict.fromkeys(requests))
+
+
+def left_out(requests: Sequence[TaskRequest], data: Path) -> dict[TaskRequest, str]:
+    """Return the requests with a ``data_set`` that is not here, each with the reason and the download command.
+
+    Args:
+        requests: The requested tasks.
+        data: Folder of downloaded data sets.
+    """
+    missing = {}
+    for request in requests:
+        if request.data_set and not (data / request.data_set).is_dir():
+            missing[request] = f"its data are not here; {download(request.data_set, data / request.data_set)}"
+    return missing
+
+
+def download(repository: str, local: Path) -> str:
+    """Return the advice how to get a data set."""
+    return f"run hf download {repository} --repo-type dataset --local-dir {local} on a machine with network access"
 
 
 def _tasks_of_folder(folder: Path) -> list[TaskRequest]:
@@ -113,6 +154,8 @@ class EvaluationRequest:
     sequence_length: int
     stride: int | None = None
     train_split: bool = False
+    recovery: RecoveryMeasures | None = None
+    """Sizes of the measures that need no data set; None to leave them out."""
 
     @classmethod
     def parse(
@@ -146,14 +189,16 @@ class EvaluationRequest:
             (preset.sequence_length if preset else _SEQUENCE_LENGTH) if sequence_length is None else sequence_length,
             stride,
             train_split,
+            next((presets()[name].recovery for name in named if presets()[name].recovery), None),
         )
 
     def averages(self, measured: Measured) -> Measured:
         """Return the mean over the tasks of each preset, as ``paper/average``."""
         averages = {}
         for name in self.presets:
-            metrics = [f"{task}/0-shot/{metric}" for task, metric in presets()[name].tasks.items()]
-            value = average(measured, metrics)
+            preset = presets()[name]
+            metrics = [f"{task}/0-shot/{metric}" for task, metric in preset.tasks.items()]
+            value = None if preset.data else average(measured, metrics)
             if value is not None:
                 averages[f"{name}/average"] = value
         return averages

@@ -13,6 +13,11 @@ from rich.table import Table
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json
 
+_SHARES = ("acc", "acc_norm", "average", "repetition", "distinct_1", "distinct_2", "agreement")
+"""Metrics that are shown in per cent."""
+_PRECISE = ("loss", "bits_per_byte", "kl")
+"""Beginnings of metrics that are shown with four decimals."""
+
 Measured = dict[str, dict[str, Any]]
 """By name (``arc_challenge/25-shot/acc_norm``): value, standard error and what was measured."""
 
@@ -108,9 +113,22 @@ def _size(result: dict[str, Any]) -> str:
     return f"{result['documents']:,} questions"
 
 
+def left_out_lines(models: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each measure that was left out, with the models and the reason."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for model in models:
+        for name, reason in model.get("left_out", {}).items():
+            by_reason.setdefault((name, reason), []).append(model["checkpoint"])
+    lines = []
+    for (name, reason), paths in by_reason.items():
+        whose = "" if len(paths) == len(models) else f" of {', '.join(paths)}"
+        lines.append(f"left out: {name}{whose} ({reason})")
+    return lines
+
+
 def _cell(name: str, result: dict[str, Any]) -> str:
-    """Format value and standard error; accuracies are shown in percent."""
-    share = name.rpartition("/")[2].partition(",")[0] in ("acc", "acc_norm", "average")
-    scale, digits = (100, 2) if share else (1, 4 if name.endswith(("loss", "bits_per_byte")) else 3)
+    """Format value and standard error; shares are shown in per cent."""
+    metric = name.rpartition("/")[2].partition(",")[0]
+    scale, digits = (100, 2) if metric in _SHARES else (1, 4 if metric.startswith(_PRECISE) else 3)
     numbers = [result["value"]] if result["stderr"] is None else [result["value"], result["stderr"]]
     return " ± ".join(f"{scale * number:,.{digits}f}" if number < 1e6 else f"{number:.3g}" for number in numbers)

@@ -22,7 +22,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.generation_settings import GenerationSettings
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.offline import offline
-from nemo_pvs.evaluation.requests import PlainLoader, TaskRequest
+from nemo_pvs.evaluation.requests import PlainLoader, TaskRequest, download
 from nemo_pvs.system.files import read_yaml, sha256_json
 
 # lm-eval's own seed for the choice of few-shot examples.
@@ -184,9 +184,8 @@ def _refusal(task: str, repository: Any, local: Path, hosts: Sequence[str], erro
     if repository in _LOCAL_FORMATS or local.is_dir():
         return UserError(f"The task {task} cannot be loaded from {local} ({reason}); fix it.")
     return UserError(
-        f"The data of the task {task} are not available locally ({reason}); run hf download {repository} "
-        f"--repo-type dataset --local-dir {local} on a machine with network access, or give the folder that has "
-        "them as task data."
+        f"The data of the task {task} are not available locally ({reason}); {download(str(repository), local)}, or "
+        "give the folder that has them as task data."
     )
 
 

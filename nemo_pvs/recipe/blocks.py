@@ -8,16 +8,22 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from nemo_pvs.checkpoints.huggingface.config import normal_config
 from nemo_pvs.ledger.budget import Setting
-from nemo_pvs.recipe.fields import Block, Positive, Tokens, number
+from nemo_pvs.recipe.fields import Block, Fraction, Positive, Tokens, number
 
 TASK_DATA = "task_data"
 """Default folder of downloaded data sets."""
+RECOVERY = "recovery"
+"""The preset of tasks and measures that show what a retrained model has in common with its parent again."""
 
 
 def _budget(value: Any) -> Any:
     if isinstance(value, str) and value not in get_args(Setting) and number(value) is None:
         raise ValueError(f"must be a number of tokens or one of {', '.join(get_args(Setting))}")
     return value
+
+
+def _names(value: Any) -> Any:
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 TokenBudget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
@@ -78,19 +84,56 @@ class Calibration(Block):
     seed: int = 0
 
 
+class RecoveryMeasures(Block):
+    """Sizes of the measures of ``recovery`` that need no data set."""
+
+    windows: Positive = 64
+    """Maximum windows of the text: the parent's and the model's predictions are compared on each, and it begins with
+    a prompt that both continue."""
+    prompt_tokens: Positive = 32
+    """Tokens of each window that are the prompt."""
+    new_tokens: Positive = 64
+    """Tokens with which each prompt is continued by greedy decoding."""
+
+
 class Evaluation(Block):
     """How perplexity on the test split is measured, and which tasks are evaluated."""
 
     samples: Positive = 64
     sequence_length: Positive = 2048
-    tasks: list[str] = Field(default=[])
-    """As for ``pvs evaluate --tasks``; ``continuation`` is made from the test split."""
+    tasks: Annotated[list[str], BeforeValidator(_names)] = Field(default=[])
+    """As for ``pvs evaluate --tasks``; ``continuation`` is made from the test split, and so are the windows of
+    ``recovery``."""
+    at: list[Fraction] | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Shares of the training of a pruned arm after which the tasks are evaluated, besides its end: 0 is the model that
+    training starts from. By default [0] if the tasks include ``recovery``, otherwise none. Checkpoints are kept for
+    it."""
+    recovery: RecoveryMeasures = Field(
+        default=RecoveryMeasures(), exclude_if=lambda given: given == RecoveryMeasures()
+    )
+    """Sizes of the measures of the task ``recovery``."""
     task_data: str = TASK_DATA
     """Folder of downloaded data sets, each under ``<owner>/<name>``."""
     task_limit: Positive | None = None
     """Maximum documents per task; the first ones are taken."""
     texts: dict[str, str] = Field(default={}, exclude_if=lambda given: not given)
     """Token files (paths without suffix) by name, such as one per source; the loss on each is measured too."""
+
+    @property
+    def before_the_end(self) -> list[float]:
+        """The shares of the training of a pruned arm, below 1, after which the tasks are evaluated."""
+        given = self.at if self.at is not None else [0.0] * (RECOVERY in self.tasks)
+        return sorted({share for share in given if share < 1})
+
+    @model_validator(mode="after")
+    def _there_is_something_to_ask(self) -> Evaluation:
+        if self.at is not None and not self.tasks:
+            raise ValueError("at says when the tasks are evaluated, and there are none; name them under tasks")
+        if self.recovery != RecoveryMeasures() and RECOVERY not in self.tasks:
+            raise ValueError(f"recovery sets sizes of the task {RECOVERY}; add it to tasks, or leave them out")
+        if RECOVERY in self.tasks and self.recovery.prompt_tokens > self.sequence_length:
+            raise ValueError(f"recovery.prompt_tokens does not fit windows of {self.sequence_length} tokens")
+        return self
 
 
 class Budgets(Block):

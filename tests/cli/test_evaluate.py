@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.cli.main import main
+from nemo_pvs.evaluation.requests import presets
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.layerwise import perplexity as perplexity_module
 from nemo_pvs.reporting.compare.scores import read_scores
@@ -182,6 +183,54 @@ def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
         assert errors.startswith("pvs: ")
         assert errors.count("\n") == 1, errors
         assert not list((tmp_path / "runs").rglob("*.json")), sentence
+
+
+@pytest.mark.slow
+def test_recovery_needs_no_data_set_and_names_what_it_leaves_out(evaluate, model, tmp_path):
+    other = save_byte_model(tmp_path / "other", seed=1, max_position_embeddings=600)
+    options = ("--perplexity", TASKS / "letters.jsonl", "--sequence-length", 48, "--limit", 2)
+    code, out, errors = evaluate(model, other, "--tasks", "recovery", "--parent", model, *options)
+    assert code == 0, errors
+    for task, repository in {
+        "arc_easy": "allenai/ai2_arc",
+        "gsm8k": "openai/gsm8k",
+        "ifeval": "google/IFEval",
+    }.items():
+        assert f"left out: {task} (its data are not here; run hf download {repository} --repo-type dataset" in out
+    models = json.loads((tmp_path / "runs" / "evaluation" / "results.json").read_text())["models"]
+    assert [set(one["left_out"]) for one in models] == [
+        {"arc_easy", "hellaswag", "winogrande", "gsm8k", "ifeval"},
+    ] * 2
+    kinds = [{name.split("/")[0] for name in one["measured"]} for one in models]
+    assert kinds == [{"perplexity", "recovery"}] * 2
+    assert models[1]["measured"][f"recovery/{TASKS / 'letters.jsonl'}/kl"]["documents"] == 2
+    assert "64 after prompts of 32" in out
+
+    code, _, errors = evaluate(model, "--parent", model, *options)
+    assert code == 2
+    assert errors == (
+        "pvs: --parent is for --tasks recovery, which compares with it; add recovery, or leave --parent out.\n"
+    )
+
+
+@pytest.mark.slow
+def test_presets_name_the_data_sets_of_their_tasks():
+    from nemo_pvs.evaluation.tasks import _definition, _known_tasks
+
+    for request in presets()["recovery"].requests:
+        assert _definition(request, _known_tasks(None))[0]["dataset_path"] == request.data_set
+
+
+@pytest.mark.slow
+def test_recovery_asks_the_tasks_whose_data_are_here(evaluate, model, tmp_path):
+    write_paper_data(tmp_path / "task_data")
+    options = ("--perplexity", "none", "--limit", 2)
+    code, out, errors = evaluate(model, "--tasks", "recovery", *options)
+    assert code == 0, errors
+    names = set(measured(tmp_path / "runs" / "evaluation"))
+    assert names == {"arc_easy/0-shot/acc_norm", "hellaswag/0-shot/acc_norm", "winogrande/0-shot/acc"}
+    assert "left out: gsm8k (" in out
+    assert "left out: arc_easy" not in out
 
 
 def test_the_results_of_a_run_are_not_overwritten(evaluate, model, tmp_path, forwards):
