@@ -16,7 +16,14 @@ from nemo.lightning.io import IOMixin
 
 from nemo_pvs.megatron.distillation.callback import EMBEDDINGS, HIDDEN, KL
 from nemo_pvs.training import metrics
-from nemo_pvs.training.checkpoints import KEPT, newest_sound, saved_checkpoints, set_aside, write_split
+from nemo_pvs.training.checkpoints import (
+    KEPT,
+    checkpoint_name,
+    newest_sound,
+    saved_checkpoints,
+    set_aside,
+    write_split,
+)
 from nemo_pvs.training.gpu_use import flops_of, gpu_use
 from nemo_pvs.training.job import TrainingJob
 
@@ -118,17 +125,18 @@ class Checkpoint(nl.ModelCheckpoint):
     The architecture never changes during a run, and that context names only stock NeMo classes, so every checkpoint
     of the run can be read without this package; NeMo's own context would name our layer and data classes. It is copied
     before the save is declared finished, because resuming needs it. The two newest checkpoints are kept
-    (``training.checkpoints``).
+    (``training.checkpoints``), and those after the steps of ``keep``.
 
     During the run each rank saves its own part of the distributed optimizer's state, which needs no communication but
     can only be resumed at the same TP x PP. The last checkpoint, also before an exit on a signal, can be resumed in
     any layout: one data parallel rank gathers the state of all. ``tests/benchmarks/saves.py`` compares these.
     """
 
-    def __init__(self, initial: str, **kwargs):
-        """Take the initial checkpoint, and the arguments of NeMo's callback."""
+    def __init__(self, initial: str, keep: list[int], **kwargs):
+        """Take the initial checkpoint, the steps to keep, and the arguments of NeMo's callback."""
         super().__init__(always_save_context=False, save_context_on_train_end=False, **kwargs)
         self.initial = initial
+        self.keep = keep
         self.last_saved = 0.0
         self._stopping = False
 
@@ -136,6 +144,12 @@ class Checkpoint(nl.ModelCheckpoint):
         """Start the clock."""
         self.last_saved = time.monotonic()
         super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *args, **kwargs):
+        """Save after a step whose checkpoint is to be kept."""
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        if trainer.global_step in self.keep:
+            self.save(trainer)
 
     def save(self, trainer, *, stopping: bool = False) -> None:
         """Save a checkpoint now, unless there is one of this step.
@@ -166,7 +180,8 @@ class Checkpoint(nl.ModelCheckpoint):
         super()._save_last_checkpoint(trainer, monitor_candidates)
         current = ckpt_to_dir(self.last_model_path)
         older = [path for path in saved_checkpoints(Path(self.dirpath)) if path != current][KEPT - 1 :]
-        for path in trainer.strategy.broadcast(older):
+        kept = [checkpoint_name(step) for step in self.keep]
+        for path in trainer.strategy.broadcast([path for path in older if path.name not in kept]):
             self._remove_checkpoint(trainer, str(path))
 
     def _should_remove_checkpoint(self, trainer, previous, current):

@@ -256,10 +256,11 @@ def hold_masks(job: TrainingJob, *, sparse: bool = False) -> list[run.Config]:
 
 
 def checkpointing(job: TrainingJob) -> run.Config:
-    """Return the checkpoint callback, which keeps the two newest checkpoints with optimizer state."""
+    """Return the checkpoint callback, which keeps the two newest checkpoints, and those that the job names."""
     return run.Config(
         Checkpoint,
         initial=str(job.initial),
+        keep=list(job.keep),
         dirpath=str(job.checkpoints),
         filename="{step}",
         save_last=True,

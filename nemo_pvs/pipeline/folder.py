@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,19 @@ class RunFolder:
         """Return the training job of an arm; for an arm with stages, that of its last share."""
         parts = shares(self.recipe, arm)
         initial = self.initial(arm.target, arm.initialisation)
-        return self.share_job(arm, parts[-1], arm.name, self.arm_folder(arm.name), initial, len(parts))
+        job = self.share_job(arm, parts[-1], arm.name, self.arm_folder(arm.name), initial, len(parts))
+        return replace(job, keep=tuple(filter(None, self.evaluated_steps(arm))))
+
+    def evaluated_steps(self, arm: Arm) -> list[int]:
+        """Return the steps of an arm's training, before its last, after which it is evaluated on the tasks.
+
+        An arm from random weights has nothing to recover and is evaluated at its end only. Of an arm with stages these
+        are steps of the last share.
+        """
+        if not arm.takes_parent:
+            return []
+        steps = shares(self.recipe, arm)[-1].training.steps
+        return sorted({round(share * steps) for share in self.recipe.evaluate.before_the_end} - {steps})
 
     def share_job(
         self, arm: Arm, share: Round, name: str, folder: Path, initial: Path, number: int = 1

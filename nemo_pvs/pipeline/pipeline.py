@@ -23,7 +23,7 @@ from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.evaluate import evaluate, models_to_evaluate
 from nemo_pvs.pipeline.stages.learned import learn, learning_job
 from nemo_pvs.pipeline.stages.parent import check_parent, parent
-from nemo_pvs.pipeline.stages.tasks import ask_tasks, check_questions, check_tasks
+from nemo_pvs.pipeline.stages.tasks import ask_tasks, check_questions, check_tasks, say_not_kept
 from nemo_pvs.pipeline.stages.teach import teach
 from nemo_pvs.pipeline.stages.train import train
 from nemo_pvs.pipeline.tokens import Splits
@@ -136,6 +136,7 @@ class Pipeline(RunFolder):
         for label, path in models_to_evaluate(self).items():
             self.do(evaluate(self, label, path))
         if self.recipe.evaluate.tasks:
+            say_not_kept(self)
             self.do(ask_tasks(self))
 
     def do(self, stage: Stage[Any], trainer: Trainer | None = None) -> Job | None:

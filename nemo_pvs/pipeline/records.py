@@ -240,6 +240,10 @@ class EvaluationRecord(Record):
 class TasksRecord(Record):
     """The answers to a recipe's tasks, which are kept in separate files."""
 
+    before_the_end: dict[str, dict[str, str]] | None = None
+    """By arm: fingerprints of the models that were evaluated before and during its training, by the number of tokens
+    that they had been trained on."""
+
 
 class Records:
     """The records of a run by stage name, in the order in which stages were completed."""

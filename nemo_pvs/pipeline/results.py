@@ -19,6 +19,7 @@ from nemo_pvs.pipeline.records import (
     PrunedRecord,
     Records,
     ScoresRecord,
+    TasksRecord,
     TrainedRecord,
     data_stage,
     evaluation_stage,
@@ -102,6 +103,7 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         test_bits_per_byte_before=None if first_step else before.test.bits_per_byte,
         test_bits_per_byte_after=after.test.bits_per_byte,
         text_losses=_losses(after),
+        before_the_end=_before_the_end(run.records, arm),
         ledger=Ledger.load(run.model(arm.name) / LEDGER),
         seconds=seconds if speeds else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
@@ -114,6 +116,13 @@ def _median(key: str, curve: metrics.Metrics) -> float | None:
     """Return the median of what only some machines measure; None if this one did not."""
     values = [point[key] for point in curve.training if key in point]
     return statistics.median(values) if values else None
+
+
+def _before_the_end(records: Records, arm: Arm) -> dict[int, str]:
+    """Return the fingerprints of the models before and during an arm's training that were evaluated, by tokens."""
+    for tasks in records.of(TasksRecord).values():
+        return {int(tokens): model for tokens, model in (tasks.before_the_end or {}).get(arm.name, {}).items()}
+    return {}
 
 
 def _losses(measured: EvaluationRecord) -> dict[str, float]:

@@ -110,6 +110,8 @@ class TrainingJob:
     """Source of the optimizer state if the run starts with that of another, which has taken ``first_step`` steps."""
     loading: Loading | None = None
     """Initial state of a run whose text is in domains; ``first_token`` is ignored then."""
+    keep: tuple[int, ...] = ()
+    """Steps after which a checkpoint is saved and kept, besides the newest ones."""
 
     @property
     def file(self) -> Path:
@@ -157,9 +159,9 @@ class TrainingJob:
         return self.file
 
     def to_json(self) -> dict[str, Any]:
-        """Return the job as plain data; without a cache, as before there were any."""
+        """Return the job as plain data; without ``cache`` and ``keep`` if not used, as before there were any."""
         values = asdict(self)
-        del values["cache"]
+        del values["cache"], values["keep"]
         return {
             **values,
             "folder": str(self.folder),
@@ -168,6 +170,7 @@ class TrainingJob:
             "training": self.training.model_dump(),
             "teacher": self.teacher and str(self.teacher),
             **({"cache": str(self.cache)} if self.cache else {}),
+            **({"keep": list(self.keep)} if self.keep else {}),
             "pruning": self.pruning and self.pruning.model_dump(),
             "masks": self.masks and self.masks.to_json(),
             "carried": self.carried and self.carried.to_json(),
@@ -193,4 +196,5 @@ class TrainingJob:
             masks=LearnedMasks.from_json(values["masks"]) if values.get("masks") else None,
             carried=CarriedState.from_json(values["carried"]) if values.get("carried") else None,
             loading=Loading(**values["loading"]) if values.get("loading") else None,
+            keep=tuple(values.get("keep", ())),
         )

@@ -243,7 +243,7 @@ def last_checkpoint(job: TrainingJob) -> Path:
 
 def _result(job: Job) -> Path:
     """Return what a finished job has made."""
-    return job.folder if isinstance(job, TeachingJob) else _with_manifest(last_checkpoint(job))
+    return job.folder if isinstance(job, TeachingJob) else with_manifest(last_checkpoint(job))
 
 
 def _check_beginning(job: Job) -> None:
@@ -281,11 +281,11 @@ def _check_model(what: str, job: str, path: Path) -> None:
         read_through(open_source(path), progress=show)
 
 
-def _with_manifest(checkpoint: Path) -> Path:
+def with_manifest(checkpoint: Path) -> Path:
     """Write the manifest of a trained checkpoint, unless it has one, and return the checkpoint.
 
-    Only the final checkpoint is used after the run. Intermediate ones get no manifest; the checksums that PyTorch
-    stores in their files reveal damage.
+    Only checkpoints that are used after the run need one. The others get none; the checksums that PyTorch stores in
+    their files reveal damage.
     """
     if Manifest.read(checkpoint) is None:
         with progress(f"checksums of {checkpoint.name}", "parameters") as show:
