@@ -35,7 +35,8 @@ def report(
         published: Show the paper's points next to the gaps.
         non_inferior_to: ``parent``: test whether each pruned model is as good as its parent, to within ``margin``.
         margin: The largest acceptable loss against the parent, in ``unit``.
-        unit: ``points`` of accuracy (per cent), or ``nats`` per token of validation loss.
+        unit: ``points`` (per cent) of accuracy, repetition, distinct n-grams and agreement, or ``nats`` per token of
+            validation loss and KL.
         force: Compare what is not comparable, and mark the page.
 
     Returns:

@@ -18,6 +18,7 @@ from nemo_pvs.reporting.compare.estimates import (
     parent_loss,
     perplexity_after,
 )
+from nemo_pvs.reporting.compare.regained import regained
 from nemo_pvs.reporting.compare.removed import removed_share
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score
@@ -71,6 +72,13 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
     }
     if sweeps := sweeps_of(runs):
         data["learning_rates"] = [asdict(sweep) for sweep in sweeps]
+    if returning := regained(runs):
+        rows = []
+        for row in returning:
+            about = {"arm": row.arm, "measure": row.measure, "parent": row.parent}
+            for tokens, value in row.points:
+                rows.append({**about, "tokens": tokens, "value": value, "relative": row.share(value)})
+        data["regained"] = rows
     if runs.recoveries:
         data["non_inferiority"] = [_recovery(test) for test in runs.recoveries]
     if reference:

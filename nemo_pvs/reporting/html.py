@@ -15,12 +15,14 @@ from markupsafe import Markup
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.reporting.compare.budgets import budget_rows
 from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
+from nemo_pvs.reporting.compare.regained import regained
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.tasks import averages, task_rows
 from nemo_pvs.reporting.data import csv_text, report_data
 from nemo_pvs.reporting.figures.accuracy import accuracy_figure
 from nemo_pvs.reporting.figures.gap import gap_against_ratio, gap_against_tokens
 from nemo_pvs.reporting.figures.loss import loss_figure, loss_panels, standalone
+from nemo_pvs.reporting.figures.regained import regained_panels
 from nemo_pvs.reporting.figures.terms import terms_figure
 from nemo_pvs.reporting.numbers import DASH, duration, fixed, scientific
 from nemo_pvs.reporting.results import ArmResult, Results
@@ -34,6 +36,7 @@ from nemo_pvs.reporting.tables.conclusions import (
     finding_line,
     recovery_cells,
 )
+from nemo_pvs.reporting.tables.regained import REGAINED_NOTES, REGAINED_TITLE, regained_cells, regained_headings
 from nemo_pvs.reporting.tables.results import (
     markdown_rows,
     markdown_table,
@@ -105,6 +108,7 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
     results, tasks = runs.results, task_rows(runs)
     table = results_rows(results, runs)
     budgets = budget_rows(runs, reference=reference)
+    returning = regained(runs)
     template = resources.files("nemo_pvs.reporting").joinpath("template.html").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
@@ -136,6 +140,11 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
         tasks=task_cells(averages(tasks) + tasks),
         task_headings=TASK_HEADINGS,
         task_notes=TASK_NOTES,
+        regained=drawn(*regained_panels(returning)),
+        regained_title=REGAINED_TITLE,
+        regained_cells=regained_cells(returning),
+        regained_headings=regained_headings(returning),
+        regained_notes=REGAINED_NOTES,
         texts=text_cells(results),
         text_headings=text_headings(results),
         texts_title=TEXTS_TITLE,
@@ -180,6 +189,9 @@ def markdown_report(runs: SideBySide, *, reference: bool = False) -> str:
     if tasks:
         parts += ["## Tasks\n", markdown_rows(TASK_HEADINGS, task_cells(averages(tasks) + tasks))]
         parts.append("\n".join(f"- {note}" for note in TASK_NOTES) + "\n")
+    if returning := regained(runs):
+        rows = markdown_rows(regained_headings(returning), regained_cells(returning))
+        parts += [f"## {REGAINED_TITLE}\n", rows, "\n".join(f"- {note}" for note in REGAINED_NOTES) + "\n"]
     if texts := text_cells(results):
         parts += [f"## {TEXTS_TITLE}\n", markdown_rows(text_headings(results), texts), f"{TEXTS_NOTE}\n"]
     if sweeps := sweep_cells(runs):

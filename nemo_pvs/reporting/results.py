@@ -106,6 +106,8 @@ class ArmResult:
     test_bits_per_byte_after: float | None = None
     text_losses: dict[str, float] = field(default_factory=dict)
     """Loss of the trained model on each further text of the recipe (``evaluate.texts``), nats per token."""
+    before_the_end: dict[int, str] = field(default_factory=dict)
+    """Fingerprints of the models before and during the training that were evaluated on tasks, by training tokens."""
     ledger: Ledger = field(default_factory=Ledger)
     seconds: float | None = None
     """Wall-clock time of the training."""
@@ -244,6 +246,7 @@ class Results:
         for model in filter(None, (data["parent"], *data["arms"])):
             optional = (
                 "text_losses",
+                "before_the_end",
                 "origin",
                 "mfu",
                 "peak_gigabytes",

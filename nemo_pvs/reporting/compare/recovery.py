@@ -1,7 +1,8 @@
 """Test whether pruned models are as good as their parent, to within a margin (non-inferiority and equivalence).
 
-Accuracy is paired by question and by seed: an arm's answer to a question minus its own parent's. The validation loss
-is paired by seed alone, because runs store its mean and not its windows.
+Scores are paired by question (or prompt, or window of text) and by seed: an arm's answer to a question minus its own
+parent's, with the sign turned where lower is better. The validation loss is paired by seed alone, because runs store
+its mean and not its windows.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import numpy as np
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.runs import SideBySide
-from nemo_pvs.reporting.compare.scores import Score
-from nemo_pvs.reporting.compare.tasks import AVERAGE, accuracies_of, scores_of
+from nemo_pvs.reporting.compare.scores import Score, metric_of, unit_of_score
+from nemo_pvs.reporting.compare.tasks import ACCURACIES, AVERAGE, accuracies_of, scores_of
 from nemo_pvs.reporting.compare.verdicts import Recovery, Unit
 from nemo_pvs.reporting.results import ArmResult
 from nemo_pvs.reporting.statistics import Estimate, crossed_estimate, estimate, recovered
 
 PARENT = "parent"
 _PER_CENT = 100.0
+_OF_PROMPTS = ("repetition", "agreement")
 _UNITS: tuple[Unit, ...] = get_args(Unit)
 
 _Pair = tuple[Score, Score]
@@ -62,7 +64,9 @@ def judge_recovery(runs: SideBySide, margin: float, unit: Unit = "points") -> tu
     Args:
         runs: The runs.
         margin: The largest acceptable loss: percentage points, or nats per token.
-        unit: ``points`` tests the accuracy on each task and its average over tasks, ``nats`` the validation loss.
+        unit: ``points`` tests shares: the accuracy on each task and its average over tasks that are answered by
+            choosing, the answers to each task that are written, repetition, distinct n-grams and agreement. ``nats``
+            tests the validation loss and the divergence from the parent's predictions.
 
     Raises:
         UserError: there is no pruned arm, or nothing was measured of an arm and its parent.
@@ -72,7 +76,8 @@ def judge_recovery(runs: SideBySide, margin: float, unit: Unit = "points") -> tu
         raise UserError("No arm of these runs was pruned, so there is nothing to compare with a parent.")
     tests = []
     for arm in arms:
-        tests += [_loss(runs, arm, margin)] if unit == "nats" else _accuracy(runs, arm, margin)
+        tests += [_loss(runs, arm, margin)] if unit == "nats" else []
+        tests += _scores(runs, arm, margin, unit)
     if all(test.difference is None for test in tests):
         how = "evaluate.tasks in the recipe, or pvs evaluate with the parent and the models, measures it"
         raise UserError(
@@ -101,46 +106,63 @@ def _loss(runs: SideBySide, arm: ArmResult, margin: float) -> Recovery:
     return _recovery(arm, "validation loss", "nats", margin, difference, basis)
 
 
-def _accuracy(runs: SideBySide, arm: ArmResult, margin: float) -> list[Recovery]:
-    """Return the tests of an arm's tasks, with their average first if there are several."""
-    by_task: dict[str, list[_Pair]] = {}
+def _scores(runs: SideBySide, arm: ArmResult, margin: float, unit: Unit) -> list[Recovery]:
+    """Return the tests of an arm's scores in a unit, with the average of several accuracies first."""
+    by_measure: dict[str, list[_Pair]] = {}
     repetitions = runs.repetitions[arm.name]
     for run, repeated in repetitions:
         ours, parents = scores_of(run, repeated), run.parent_scores
-        for task in accuracies_of([name for name in ours if name in parents]):
-            by_task.setdefault(task, []).append((ours[task], parents[task]))
-    complete = {task: pairs for task, pairs in by_task.items() if len(pairs) == len(repetitions)}
-    if not complete:
+        for name in _tested([name for name in ours if name in parents], unit):
+            by_measure.setdefault(name, []).append((ours[name], parents[name]))
+    complete = {name: pairs for name, pairs in by_measure.items() if len(pairs) == len(repetitions)}
+    if not complete and unit == "points":
         basis = "the accuracy of the arm or of its parent was not measured with every seed"
-        return [_recovery(arm, "accuracy", "points", margin, None, basis)]
+        return [_recovery(arm, "accuracy", unit, margin, None, basis)]
     tests = []
-    if len(complete) > 1:
-        tests.append(_of_tasks(arm, f"{AVERAGE} of {len(complete)} tasks", list(complete.values()), margin))
-    for task, pairs in complete.items():
-        tests.append(_of_tasks(arm, task, [pairs], margin))
+    accuracies = accuracies_of(list(complete))
+    if len(accuracies) > 1:
+        pairs_of_tasks = [complete[name] for name in accuracies]
+        tests.append(_of_tasks(arm, f"{AVERAGE} of {len(accuracies)} tasks", pairs_of_tasks, margin, unit))
+    for name, pairs in complete.items():
+        tests.append(_of_tasks(arm, name, [pairs], margin, unit))
     return tests
 
 
-def _of_tasks(arm: ArmResult, measure: str, tasks: Sequence[Sequence[_Pair]], margin: float) -> Recovery:
-    """Test the mean accuracy over tasks, by question if all their questions are stored and otherwise by seed."""
+def _tested(names: Sequence[str], unit: Unit) -> list[str]:
+    """Return the scores that are tested: of a task's accuracies one, and of the divergences that of all positions."""
+    accuracies = accuracies_of(names)
+    if unit == "nats":
+        return [name for name in names if metric_of(name) == "kl"]
+    others = [name for name in names if metric_of(name) not in ACCURACIES and unit_of_score(name) == "points"]
+    return [*accuracies, *(name for name in others if metric_of(name) != AVERAGE)]
+
+
+def _of_tasks(arm: ArmResult, measure: str, tasks: Sequence[Sequence[_Pair]], margin: float, unit: Unit) -> Recovery:
+    """Test the mean score over tasks, by question if all their questions are stored and otherwise by seed."""
     tables = [_by_question(pairs) for pairs in tasks]
     known = [table for table in tables if table is not None]
     if len(known) == len(tables):
         difference = crossed_estimate(known)
-        basis = f"{sum(table.shape[1] for table in known):,} questions and {_seeds(difference)}"
+        what = "windows" if unit == "nats" else "prompts" if metric_of(measure) in _OF_PROMPTS else "questions"
+        basis = f"{sum(table.shape[1] for table in known):,} {what} and {_seeds(difference)}"
     else:
-        by_seed = np.mean([[ours.value - parent.value for ours, parent in pairs] for pairs in tasks], axis=0)
-        of_seeds = estimate(by_seed.tolist())
+        differences = [[_sign(ours) * (ours.value - parent.value) for ours, parent in pairs] for pairs in tasks]
+        of_seeds = estimate(np.mean(differences, axis=0).tolist())
         assert of_seeds is not None
         difference = of_seeds
         basis = f"{_seeds(difference)}, without single questions, which are not stored for both models"
-    in_points = replace(
+    factor = _PER_CENT if unit == "points" else 1.0
+    scaled = replace(
         difference,
-        mean=_PER_CENT * difference.mean,
-        deviation=None if difference.deviation is None else _PER_CENT * difference.deviation,
-        stderr=None if difference.stderr is None else _PER_CENT * difference.stderr,
+        mean=factor * difference.mean,
+        deviation=None if difference.deviation is None else factor * difference.deviation,
+        stderr=None if difference.stderr is None else factor * difference.stderr,
     )
-    return _recovery(arm, measure, "points", margin, in_points, basis)
+    return _recovery(arm, measure, unit, margin, scaled, basis)
+
+
+def _sign(score: Score) -> int:
+    return -1 if score.higher_is_better is False else 1
 
 
 def _by_question(pairs: Sequence[_Pair]) -> Any:
@@ -152,7 +174,7 @@ def _by_question(pairs: Sequence[_Pair]) -> Any:
             return None
         if not ours.content == parent.content == first.content or len(ours.by_document) < 2:
             return None
-        rows.append(np.subtract(ours.by_document, parent.by_document))
+        rows.append(_sign(ours) * np.subtract(ours.by_document, parent.by_document))
     return np.stack(rows)
 
 

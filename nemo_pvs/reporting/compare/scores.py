@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.errors import UserError
+from nemo_pvs.reporting.compare.verdicts import Unit
 from nemo_pvs.system.files import read_json
 
 
@@ -26,6 +27,23 @@ class Score:
     """Identifies the questions: models with equal values were asked the same questions in the same order."""
     cut: str | None = None
     """How a text was split into windows, on which a loss depends: ``chunks of 8192``; None for questions."""
+
+
+_SHARES = ("acc", "average", "exact_match", "f1", "repetition", "distinct", "agreement")
+_NATS = ("loss", "kl")
+
+
+def metric_of(name: str) -> str:
+    """Return the metric in the name of a score, without lm-eval's filter: ``exact_match`` of gsm8k's."""
+    return name.rpartition("/")[2].partition(",")[0]
+
+
+def unit_of_score(name: str) -> Unit | None:
+    """Return the unit in which a score is compared: ``points`` for shares, ``nats`` for losses; None for others."""
+    metric = metric_of(name)
+    if metric.startswith(_SHARES) or metric.endswith("_acc"):
+        return "points"
+    return "nats" if metric.startswith(_NATS) else None
 
 
 TaskScores = dict[str, dict[str, Score]]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SURE = 2.0
 """A difference is significant if it exceeds this many of its standard errors: a level of about 5 %."""
 AVERAGE = "average"
-_ACCURACIES = ("acc_norm", "acc")
+ACCURACIES = ("acc_norm", "acc")
 """Metrics that the average may use; of each task the first that was measured."""
 
 
@@ -152,9 +152,9 @@ def accuracies_of(names: Sequence[str]) -> list[str]:
     by_task: dict[str, dict[str, str]] = {}
     for name in names:
         task, _, metric = name.rpartition("/")
-        if metric in _ACCURACIES:
+        if metric in ACCURACIES:
             by_task.setdefault(task, {})[metric] = name
-    return [next(metrics[name] for name in _ACCURACIES if name in metrics) for metrics in by_task.values()]
+    return [next(metrics[name] for name in ACCURACIES if name in metrics) for metrics in by_task.values()]
 
 
 def _average(rows: list[TaskRow]) -> TaskRow:

@@ -10,7 +10,7 @@ from nemo_pvs.reporting.statistics import Estimate, Recovered
 
 Judgement = Literal["holds", "fails", "undecided"]
 Unit = Literal["points", "nats"]
-"""Percentage points of accuracy, or nats per token of validation loss."""
+"""Percentage points of accuracy and other shares, or nats per token of loss and divergence."""
 
 
 class Evidence(NamedTuple):
@@ -43,7 +43,7 @@ class Recovery:
 
     arm: str
     measure: str
-    """A task's name, or ``validation loss``."""
+    """A score's name, or ``validation loss``."""
     unit: Unit
     margin: float
     difference: Estimate | None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nemo_pvs.reporting.compare.estimates import gap
 from nemo_pvs.reporting.compare.runs import SideBySide
-from nemo_pvs.reporting.compare.scores import Score
+from nemo_pvs.reporting.compare.scores import Score, unit_of_score
 from nemo_pvs.reporting.compare.tasks import SURE, TaskRow
 from nemo_pvs.reporting.numbers import DASH, fixed, plus_minus
 from nemo_pvs.reporting.tables.results import gap_cell
@@ -66,5 +66,4 @@ def _difference(row: TaskRow) -> str:
 
 def _scale(task: str) -> tuple[int, int]:
     """Return the factor and the number of decimals for a metric: shares are shown in per cent."""
-    metric = task.rpartition("/")[2].partition(",")[0]
-    return (100, 1) if metric.startswith(("acc", "average", "exact_match", "f1")) else (1, 2)
+    return (100, 1) if unit_of_score(task) == "points" else (1, 2)
