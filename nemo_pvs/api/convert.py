@@ -203,7 +203,7 @@ def _convert_to_gguf(
     check_new_file(target, overwrite=overwrite)
     # Imported after the checks, which are answered at once: these take seconds.
     from nemo_pvs.checkpoints.fetch import local_checkpoint
-    from nemo_pvs.checkpoints.gguf.write import verify_gguf, write_gguf
+    from nemo_pvs.checkpoints.gguf.write import write_gguf
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.checkpoints.transforms.pad import pad_layers
@@ -214,14 +214,14 @@ def _convert_to_gguf(
             model = pad_layers(model)
         with progress("convert to gguf", "parameters") as show:
             written = write_gguf(
-                model, target, dtype=kind, allow_nonfinite=allow_nonfinite, overwrite=overwrite, progress=show
+                model,
+                target,
+                dtype=kind,
+                allow_nonfinite=allow_nonfinite,
+                verify=verify == "checksum",
+                overwrite=overwrite,
+                progress=show,
             )
-        if verify == "checksum":
-            try:
-                verify_gguf(written)
-            except UserError:
-                target.unlink()
-                raise
     about = f"{written.parameters:,} parameters as {written.dtype}, llama.cpp's architecture {written.architecture}"
     return ConvertedModel(target, None, None, (about, *written.notes))
 

@@ -16,7 +16,7 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 from nemo_pvs.data.token_set import TokenSet
-from nemo_pvs.ledger.ledger import LEDGER, Charge, Ledger
+from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import ancestry, charge_scores, pruning_charges
@@ -184,8 +184,15 @@ def prune(
             if note := Layout.for_config(model.config).loading_note(shape):
                 console.print(note, soft_wrap=True)
             with progress(f"write {wanted}", "parameters") as show:
-                write(pruned, target_folder, wanted, pad=uneven == "pad", overwrite=overwrite, progress=show)
-            ledger.save(target_folder / LEDGER)
+                write(
+                    pruned,
+                    target_folder,
+                    wanted,
+                    pad=uneven == "pad",
+                    ledger=ledger,
+                    overwrite=overwrite,
+                    progress=show,
+                )
             shape = shape_of(open_source(target_folder))
         return PrunedModel(target_folder, shape, pruned.plan, ledger)
 

@@ -54,7 +54,8 @@ def convert(
         allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
         uneven: Whether to keep layers of different sizes or pad them with zeros to a stock model (``pad_layers``).
         config: As for ``open_source``.
-        verify: ``checksum`` reads the finished target back and compares every tensor with what was written.
+        verify: ``checksum`` reads the target back, before it gets its name, and compares every tensor with what was
+            written.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters; verification starts again at 0.
 
@@ -63,7 +64,7 @@ def convert(
 
     Raises:
         UserError: the source is not a checkpoint that we read, ``target`` cannot be written, or it does not read
-            back as written, in which case it is removed.
+            back as written, in which case it is not kept.
     """
     source_path, target = Path(source_path), Path(target)
     opened = open_source(source_path, config)
@@ -71,6 +72,18 @@ def convert(
     if source_path.resolve().is_relative_to(target.resolve()):
         raise UserError(f"{target} is or contains the checkpoint to convert; choose another target.")
     check_new_folder(target, overwrite=overwrite)
+
+    def complete(folder: Path) -> None:
+        for name in (LEDGER, ORIGIN):
+            if (opened.folder / name).is_file():
+                shutil.copyfile(opened.folder / name, latest_checkpoint(folder) / name)
+        if verify == "checksum":
+            try:
+                verify_checkpoint(folder, progress=progress)
+            except UserError as error:
+                reason = str(error).replace(str(folder), str(target))
+                raise UserError(f"{target} was not kept, since it does not read back as written: {reason}") from error
+
     if to == "hf":
         manifest = write_huggingface(
             source,
@@ -80,10 +93,17 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,
+            before_rename=complete,
         )
     elif to == "megatron":
         manifest = write_megatron(
-            source, target, dtype=dtype, allow_nonfinite=allow_nonfinite, overwrite=overwrite, progress=progress
+            source,
+            target,
+            dtype=dtype,
+            allow_nonfinite=allow_nonfinite,
+            overwrite=overwrite,
+            progress=progress,
+            before_rename=complete,
         )
     else:
         manifest = write_nemo(
@@ -94,16 +114,8 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             progress=progress,
+            before_rename=complete,
         )
-    if verify == "checksum":
-        try:
-            verify_checkpoint(target, progress=progress)
-        except UserError:
-            shutil.rmtree(target)
-            raise
-    for name in (LEDGER, ORIGIN):
-        if (opened.folder / name).is_file():
-            shutil.copyfile(opened.folder / name, latest_checkpoint(target) / name)
     return manifest
 
 

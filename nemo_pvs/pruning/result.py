@@ -12,6 +12,7 @@ from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.checkpoints.transforms.pad import pad_layers
+from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
 from nemo_pvs.system.files import write_json
@@ -38,6 +39,7 @@ def write(
     to: str,
     *,
     pad: bool = False,
+    ledger: Ledger | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -48,6 +50,7 @@ def write(
         target: The folder to create.
         to: hf or nemo.
         pad: Pad uneven layers with zeros to even ones, so that stock classes load the model.
+        ledger: What the model has cost, kept next to it.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
 
@@ -56,10 +59,15 @@ def write(
     """
     source = pad_layers(pruned.source) if pad else pruned.source
     writer = write_huggingface if to == "hf" else write_nemo
-    writer(source, target, overwrite=overwrite, progress=progress)
-    if pruned.plan:
-        pruned.plan.save(target / PLAN)
-    else:
-        write_json(target / SETTINGS, dict(pruned.settings))
+
+    def complete(folder: Path) -> None:
+        if pruned.plan:
+            pruned.plan.save(folder / PLAN)
+        else:
+            write_json(folder / SETTINGS, dict(pruned.settings))
+        if ledger:
+            ledger.save(folder / LEDGER)
+
+    writer(source, target, overwrite=overwrite, progress=progress, before_rename=complete)
     if isinstance(pruned.source, SparseSource):
         shutil.rmtree(pruned.source.folder)

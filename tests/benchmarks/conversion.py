@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_pvs.checkpoints.convert import convert, verify_checkpoint
-from nemo_pvs.checkpoints.gguf.write import verify_gguf, write_gguf
+from nemo_pvs.checkpoints.gguf.write import write_gguf
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
@@ -112,7 +112,7 @@ def pruned(source: Path, target: Path, write: Callable[..., Any], verify: bool) 
 def to_gguf(source: Path, target: Path, dtype: str) -> None:
     torch.set_num_threads(1)
     target.mkdir()
-    verify_gguf(write_gguf(open_source(source), target / "model.gguf", dtype=dtype))
+    write_gguf(open_source(source), target / "model.gguf", dtype=dtype)
 
 
 def contenders(folder: Path) -> Iterator[tuple[str, Measured]]:

@@ -57,20 +57,22 @@ def test_a_changed_weight_is_found(make_tiny_llama, tmp_path, to):
         verify_checkpoint(tmp_path / "out")
 
 
-def test_a_target_that_reads_back_differently_is_removed(make_tiny_llama, tmp_path):
+def test_a_target_that_reads_back_differently_is_not_kept(make_tiny_llama, tmp_path):
     make_tiny_llama(tmp_path / "hf")
     seen = []
+    before = convert(tmp_path / "hf", tmp_path / "out", to="nemo")
 
     def spoil(done, total):
         if seen and done < seen[-1]:  # the second pass, which reads back, has begun
-            flip_a_bit(tmp_path / "out" / "model.safetensors")
+            flip_a_bit(tmp_path / ".out.partial" / "model.safetensors")
         seen.append(done)
 
-    with pytest.raises(UserError, match="not match pvs_manifest"):
-        convert(tmp_path / "hf", tmp_path / "out", to="hf", progress=spoil)
-    assert not (tmp_path / "out").exists()
+    message = r"out was not kept, since it does not read back as written: \S+ in .*/out does not match pvs_manifest"
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "hf", tmp_path / "out", to="hf", overwrite=True, progress=spoil)
+    assert verify_checkpoint(tmp_path / "out") == before  # what was to be replaced is still there
     seen.clear()
-    convert(tmp_path / "hf", tmp_path / "out", to="hf", verify="none", progress=spoil)
+    convert(tmp_path / "hf", tmp_path / "out", to="hf", overwrite=True, verify="none", progress=spoil)
     assert seen[-1] == PARAMETERS
 
 

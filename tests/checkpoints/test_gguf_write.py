@@ -19,7 +19,7 @@ from nemo_pvs.checkpoints.fetch import dequantize_gguf
 from nemo_pvs.checkpoints.gguf.file import GgufFile
 from nemo_pvs.checkpoints.gguf.names import is_rotated, pairs_to_halves, stored_name
 from nemo_pvs.checkpoints.gguf.tokenizer import build_tokenizer
-from nemo_pvs.checkpoints.gguf.write import Written, verify_gguf
+from nemo_pvs.checkpoints.gguf.write import Written
 from nemo_pvs.checkpoints.gguf.write import write_gguf as write_ours
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
@@ -287,11 +287,20 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_damaged_file_does_not_verify(tmp_path: Path) -> None:
-    ours = written(saved(tmp_path / "model", llama()))
-    verify_gguf(ours)
-    data = bytearray(ours.path.read_bytes())
-    data[-40] ^= 1
-    ours.path.write_bytes(data)
-    with pytest.raises(UserError, match="does not read back as written"):
-        verify_gguf(ours)
+def test_a_file_that_reads_back_differently_is_not_kept(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", llama())
+    before = written(folder).path.read_bytes()
+    partial = tmp_path / ".ours.gguf.partial"
+
+    def spoil(done: int, total: int) -> None:
+        if done == total:  # the last tensor is still in the buffer, so the one before it
+            data = bytearray(partial.read_bytes())
+            data[len(before) // 2] ^= 1
+            partial.write_bytes(data)
+
+    with pytest.raises(UserError, match=r"ours\.gguf was not kept, since \S+ does not read back as written"):
+        written(folder, overwrite=True, progress=spoil)
+    assert (tmp_path / "ours.gguf").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "ours.gguf"]
+    written(folder, overwrite=True, verify=False, progress=spoil)
+    assert (tmp_path / "ours.gguf").read_bytes() != before

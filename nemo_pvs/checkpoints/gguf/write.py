@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,8 +52,6 @@ class Written:
     parameters: int
     notes: tuple[str, ...] = ()
     """What a user should know about it, in sentences."""
-    checksums: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """SHA-256 of the bytes of every tensor as written."""
 
 
 def write_gguf(
@@ -63,6 +61,7 @@ def write_gguf(
     dtype: str | None = None,
     name: str | None = None,
     allow_nonfinite: bool = False,
+    verify: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Written:
@@ -76,12 +75,13 @@ def write_gguf(
         dtype: How matrices are stored, one of ``gguf.DTYPES``; by default as most of the source's are.
         name: The model's name in the file; by default that of the file.
         allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
+        verify: Read the file back, before it gets its name, and compare every tensor with what was written.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
 
     Raises:
-        UserError: llama.cpp would compute something else, the tokenizer cannot be expressed, or ``target`` exists or
-            cannot be written.
+        UserError: llama.cpp would compute something else, the tokenizer cannot be expressed, ``target`` exists or
+            cannot be written, or it does not read back as written, in which case it is not kept.
     """
     check_new_file(target, overwrite=overwrite)
     shape, layout = shape_of(source), Layout.for_config(source.config)
@@ -123,27 +123,28 @@ def write_gguf(
                     progress(done, shape.parameters)
         finally:
             writer.close()
+        if verify and (changed := _changed_tensors(partial, checksums)):
+            raise UserError(
+                f"{target} was not kept, since {changed[0]} does not read back as written; check the disk and convert "
+                "again."
+            )
     if kind == "q8_0" and any(len(size) > 1 and size[-1] % _BLOCK for size in sizes.values()):
         notes.append(
             f"Matrices whose rows are no multiple of {_BLOCK} weights are stored as f16, since q8_0 cannot hold them; "
             "prune with sizes that are such multiples to avoid it."
         )
-    return Written(target, architecture, kind, shape.parameters, tuple(notes), checksums)
+    return Written(target, architecture, kind, shape.parameters, tuple(notes))
 
 
-def verify_gguf(written: Written) -> None:
-    """Read a file back and compare every tensor with what was written.
-
-    Raises:
-        UserError: a tensor is missing or differs.
-    """
-    stored = {tensor.name: tensor for tensor in GGUFReader(written.path).tensors}
-    with open(written.path, "rb") as file:
-        for name, checksum in written.checksums.items():
-            if name not in stored or _checksum_of(file, stored[name]) != checksum:
-                raise UserError(
-                    f"{name} in {written.path} does not read back as written; check the disk and convert again."
-                )
+def _changed_tensors(path: Path, checksums: Mapping[str, str]) -> list[str]:
+    """Return the tensors of a file that are missing or do not have the SHA-256 of their bytes as written."""
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    with open(path, "rb") as file:
+        return [
+            name
+            for name, checksum in checksums.items()
+            if name not in stored or _checksum_of(file, stored[name]) != checksum
+        ]
 
 
 def architecture_of(layout: Layout, shape: Shape) -> str:

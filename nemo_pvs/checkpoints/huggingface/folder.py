@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,7 @@ def write_huggingface(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    before_rename: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Write a model as a Hugging Face folder that ``from_pretrained`` loads.
 
@@ -203,6 +204,8 @@ def write_huggingface(
         allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
+        before_rename: Called with the temporary folder that is about to become ``target``; what it writes there
+            appears together with the model, and an error removes everything.
 
     Returns:
         The manifest, which is also in the folder.
@@ -223,7 +226,10 @@ def write_huggingface(
         write_json(folder / "config.json", config)
         for asset in source.assets:
             copy_asset(asset, folder)
-        return recorder.finish(folder, "huggingface")
+        manifest = recorder.finish(folder, "huggingface")
+        if before_rename:
+            before_rename(folder)
+        return manifest
 
 
 def _write_shards(recorder: Recorder, folder: Path, max_shard_bytes: int, *, with_index: bool) -> None:

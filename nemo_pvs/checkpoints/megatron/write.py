@@ -7,6 +7,7 @@ NeMo checkpoint without the prefix of NeMo's wrapper.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def write_megatron(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    before_rename: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Write a model as a checkpoint of Megatron-Bridge and Megatron-LM, which load it at any parallelism.
 
@@ -55,6 +57,8 @@ def write_megatron(
         allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
+        before_rename: Called with the temporary folder that is about to become ``target``; what it writes there
+            appears together with the model, and an error removes everything.
 
     Returns:
         The manifest, which is also in the folder of the iteration.
@@ -85,7 +89,10 @@ def write_megatron(
         torch.save(_train_state(), iteration / _TRAIN_STATE)
         shutil.copyfile(iteration / _TRAIN_STATE, folder / f"latest_{_TRAIN_STATE}")
         (folder / TRACKER).write_text(str(_ITERATION))
-        return recorder.finish(iteration, "megatron")
+        manifest = recorder.finish(iteration, "megatron")
+        if before_rename:
+            before_rename(folder)
+        return manifest
 
 
 def _train_state() -> dict[str, torch.Tensor]:

@@ -202,6 +202,7 @@ def write_nemo(
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    before_rename: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Write a model as a NeMo checkpoint that NeMo loads at any tensor and pipeline parallelism.
 
@@ -217,6 +218,8 @@ def write_nemo(
         allow_nonfinite: Write NaN and infinite values instead of refusing the tensors that have them.
         overwrite: Replace an existing ``target``.
         progress: Called with (done, total) parameters.
+        before_rename: Called with the temporary folder that is about to become ``target``; what it writes there
+            appears together with the model, and an error removes everything.
 
     Returns:
         The manifest, which is also in the folder.
@@ -235,7 +238,10 @@ def write_nemo(
         write_context(folder / "context", recorder.config(), source.assets, vocab_rows=vocab_rows)
         if masks_of(source).names:
             write_masks(masks_of(source), folder / "context" / FILE)
-        return recorder.finish(folder, "nemo")
+        manifest = recorder.finish(folder, "nemo")
+        if before_rename:
+            before_rename(folder)
+        return manifest
 
 
 def stored_name(entry: Entry, *, stacked: bool) -> str:
