@@ -26,7 +26,9 @@ MANIFEST = "pvs_manifest.json"
 _WEIGHT_FILES = ("model*.safetensors", "*.distcp")
 ORIGIN = "origin.json"
 """Name of the file in a checkpoint's folder that says how nemo_pvs trained it (``recipe.identity``)."""
-_LATER_FILES = ("ledger.json", ORIGIN)  # written into the folder after the manifest
+# Not in a manifest: what is written later, and Bridge's description, whose tokenizer path changes when a checkpoint is
+# moved. Our own reader takes the config that is kept next to it.
+_LEFT_OUT = ("ledger.json", ORIGIN, "run_config.yaml")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Manifest:
     """Fingerprint of the model that was written (``fingerprint.fingerprint``), before any change of dtype."""
     tensors: Mapping[str, TensorRecord] = field(repr=False)
     files: Mapping[str, FileRecord] = field(repr=False)
-    """By path relative to the checkpoint; without the manifest itself and the ledger."""
+    """By path relative to the checkpoint; without the manifest itself and ``_LEFT_OUT``."""
     hash: str = HASH
     """Name of the algorithm that hashed the tensors."""
 
@@ -198,7 +200,7 @@ def _write_manifest(
     """Write the manifest of all files below ``folder``; ``read`` has the tensors before any change of dtype."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in _LATER_FILES:
+        if path.is_file() and path.name not in _LEFT_OUT:
             files[str(path.relative_to(folder))] = FileRecord(path.stat().st_size, _file_hash(path))
     name = identity(source.config, read, earlier=lambda: earlier_fingerprint(source))
     manifest = Manifest(file_format, str(name), written, files)

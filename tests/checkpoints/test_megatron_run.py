@@ -184,6 +184,19 @@ def test_masks_ledger_and_origin_come_along_both_ways(hf, tmp_path):
     assert verify_checkpoint(tmp_path / "root").tensors == verify_checkpoint(tmp_path / "nemo").tensors
 
 
+def test_a_root_can_be_moved_and_the_path_of_its_tokenizer_corrected(root, tmp_path):
+    moved = root.rename(tmp_path / "moved")
+    run_config = moved / ITERATION / "run_config.yaml"
+    run_config.write_text(run_config.read_text().replace(f"{root}/", f"{moved}/"))
+    assert str(moved) in run_config.read_text()
+    assert describe(moved)["manifest"] == "complete"
+    verify_checkpoint(moved)
+    config = moved / ITERATION / "huggingface_config.json"
+    config.write_text(config.read_text().replace("500000.0", "400000.0"))
+    with pytest.raises(UserError, match=r"huggingface_config\.json in .* does not match pvs_manifest\.json there"):
+        verify_checkpoint(moved)
+
+
 def test_a_changed_weight_is_found(root):
     data = root / ITERATION / "__0_0.distcp"
     flip_a_bit(data, data.stat().st_size // 2)
