@@ -379,6 +379,10 @@ def _without(field: str) -> Callable[[Path], None]:
     return change
 
 
+# Fields whose defaults are GPT-2's in Megatron's own class, and the family's in the class of a family.
+OF_GPT_2 = ("activation_func", "add_bias_linear", "gated_linear_unit", "normalization", "position_embedding_type")
+
+
 def _with(**fields: Any) -> Callable[[Path], None]:
     return lambda run_config: changed(run_config, **fields)
 
@@ -398,6 +402,7 @@ def _with(**fields: Any) -> Callable[[Path], None]:
         (_with(window_size=[7, 7]), r"has window_size=\[7, 7\], which is not a window of keys before a query"),
         (_with(num_layers=4), "is .*3, .*but its context implies .*4"),
         (_without("layernorm_epsilon"), "does not state layernorm_epsilon"),
+        *[(_without(field), f"does not state {field}, and GPTModelProvider's defaults") for field in OF_GPT_2],
         (_with(heterogeneous_layers_config_encoded_json="{"), "that does not describe layers"),
         (lambda path: path.write_text("- 1"), "does not describe a model"),
         (lambda path: path.write_text("model: 1"), "does not describe a model"),
@@ -408,6 +413,15 @@ def test_what_is_no_model_of_ours_is_one_sentence(change, message, theirs):
     change(theirs / ITERATION / "run_config.yaml")
     with pytest.raises(UserError, match=message):
         open_source(theirs)
+
+
+def test_the_class_of_a_family_has_the_familys_defaults(theirs):
+    config = open_source(theirs).config
+    run_config = theirs / ITERATION / "run_config.yaml"
+    changed(run_config, _target_="megatron.bridge.models.llama.llama_provider.LlamaModelProvider")
+    for field in OF_GPT_2:
+        _without(field)(run_config)
+    assert open_source(theirs).config == config
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])

@@ -39,6 +39,10 @@ _PLAIN = {
     "qk_l2_norm": False,
 }
 
+# Megatron's own class, and those of its defaults that differ from what its subclass for each of these families sets.
+_GENERIC = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+_OF_GPT_2 = ("activation_func", "add_bias_linear", "gated_linear_unit", "normalization", "position_embedding_type")
+
 # What Bridge's providers of these families set, and those of other families may not.
 _SETTINGS: Mapping[str, Any] = {
     "activation_func": PLAIN["activation_func"],
@@ -137,6 +141,12 @@ def read_run_config(path: Path, *, vocab_rows: int, dtype: str) -> dict[str, Any
         raise UserError(f"{path} does not describe a model; use the file that Megatron-Bridge wrote.")
     fields = {name: _decode(value) for name, value in model.items()}
     family = _family(fields, path)
+    missing = [field for field in _OF_GPT_2 if field not in fields]
+    if missing and fields["_target_"] == _GENERIC:
+        raise UserError(
+            f"{path} does not state {', '.join(missing)}, and GPTModelProvider's defaults are those of GPT-2; use "
+            "the file that Megatron-Bridge wrote."
+        )
     factor = fields.get("rope_scaling_factor") if fields.get("rope_scaling") else None
     config = from_fields(
         family,

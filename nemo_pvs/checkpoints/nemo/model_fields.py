@@ -102,6 +102,7 @@ def from_fields(
         "rope_theta": float(fields["rotary_base"]),
         "rope_scaling": rope_scaling,
         **layout.fixed,
+        # All classes of these families set it to False, unlike Megatron's, of which they are subclasses.
         **{name: fields.get("add_bias_linear", False) for name in sorted(_BIASES.intersection(layout.optional))},
     }
 
