@@ -82,6 +82,13 @@ def changed(run_config: Path, **fields: Any) -> None:
 # --- writing
 
 
+def test_a_rotary_base_that_is_not_whole_is_refused(tmp_path):
+    folder = save_tiny(tmp_path / "hf", "llama", rope_theta=10000.5)
+    with pytest.raises(UserError, match=r"rope_theta 10000\.5, but Megatron-LM's --rotary-base is a whole number"):
+        convert(folder, tmp_path / "root", to="megatron")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[:2]))
 def test_every_family_comes_back_bit_for_bit_and_is_described_in_full(case, tmp_path):

@@ -152,11 +152,19 @@ def arguments_of(fields: Mapping[str, Any], iteration: int) -> argparse.Namespac
     Args:
         fields: The fields of Megatron-Bridge's provider for the model (``run_config.provider_fields``).
         iteration: The iteration of the checkpoint.
+
+    Raises:
+        UserError: the rotary base is not whole, as this argument must be.
     """
-    window, dtype = fields["window_size"], fields["params_dtype"]
+    window, dtype, base = fields["window_size"], fields["params_dtype"], fields["rotary_base"]
+    if base != int(base):
+        raise UserError(
+            f"The model has rope_theta {base}, but Megatron-LM's --rotary-base is a whole number; keep the model in "
+            "the NeMo or Hugging Face format."
+        )
     return argparse.Namespace(
         **{name: fields[field] for name, field in _FIELDS.items()},
-        rotary_base=int(fields["rotary_base"]),
+        rotary_base=int(base),
         window_size=tuple(window) if window else None,
         params_dtype=getattr(torch, dtype.name),
         group_query_attention=True,

@@ -70,7 +70,8 @@ def write_megatron(
     shape, layout = recorder.shape, recorder.layout
     layout.require_class(shape)
     first = recorder.dtype_of(next(iter(recorder.parts)))
-    provider_fields({**layout.config(shape, recorder.source.config), "torch_dtype": dtype_name(first)})  # refuses
+    fields = provider_fields({**layout.config(shape, recorder.source.config), "torch_dtype": dtype_name(first)})
+    arguments_of(fields, _ITERATION)  # both refuse what Megatron cannot express before anything is written
     blocks = (replace(block, name=block.name.removeprefix(PREFIX)) for block in weight_blocks(recorder, shape.vocab))
     states = [name.removeprefix(PREFIX) for name in extra_states(layout, shape)]
     with whole_folder(Path(target), overwrite=overwrite) as folder:
