@@ -10,7 +10,7 @@ from nemo_pvs.data.tokenizer_config import TOKENIZER_CONFIG, for_both_versions
 from nemo_pvs.model.megatron_run import latest_checkpoint
 from nemo_pvs.system.files import write_json
 
-_MORE_TEMPLATES = "additional_chat_templates"
+MORE_TEMPLATES = "additional_chat_templates"
 """The folder in which transformers stores additional chat templates, one file each, under their names."""
 
 ASSET_PATTERNS = (
@@ -21,7 +21,7 @@ ASSET_PATTERNS = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
-    f"{_MORE_TEMPLATES}/*.jinja",
+    f"{MORE_TEMPLATES}/*.jinja",
     "generation_config.json",
 )
 # Each of these is enough for a tokenizer; the other files only add to it.
@@ -41,7 +41,7 @@ def copy_asset(asset: Path, folder: Path) -> Path:
 
     The tokenizer's config is converted to one that both Transformers 4 and 5 load.
     """
-    parent = folder / _MORE_TEMPLATES if asset.parent.name == _MORE_TEMPLATES else folder
+    parent = folder / MORE_TEMPLATES if asset.parent.name == MORE_TEMPLATES else folder
     parent.mkdir(parents=True, exist_ok=True)
     copy = Path(shutil.copyfile(asset, parent / asset.name))
     values = for_both_versions(asset.parent) if asset.name == TOKENIZER_CONFIG else None

@@ -32,7 +32,7 @@ SCALING = {
 
 def llama(**settings: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return randomise(LlamaForCausalLM(tiny_llama_config(num_hidden_layers=2, vocab_size=260, **settings)))
+    return randomise(LlamaForCausalLM(tiny_llama_config(**{"num_hidden_layers": 2, "vocab_size": 260, **settings})))
 
 
 def qwen(config_class: Any, **settings: Any) -> Any:

@@ -213,6 +213,77 @@ def test_sentencepiece_merges_have_scores(
         assert tokenizer(text)["input_ids"] == [1, *spm.encode(text)], text
 
 
+@pytest.fixture
+def of_sentencepiece(spm: sentencepiece.SentencePieceProcessor, tmp_path: Path) -> Path:  # noqa: F811
+    """A model with 370 tokens whose tokenizer is like Llama 2's."""
+    model = llama(vocab_size=spm.vocab_size())
+    return saved(tmp_path / "model", model, bos_token_id=1, unknown_token_id=0, **of_spm(spm))
+
+
+def metaspace(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """Describe blanks as Transformers 5 does (``tests/data/transformers_5/llama``)."""
+    step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False, **changes}
+    return lambda file: file.update(normalizer=None, pre_tokenizer=step)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_the_blanks_of_transformers_5_are_those_of_sentencepiece_up_to_one(
+    scheme: str, of_sentencepiece: Path, tmp_path: Path
+) -> None:
+    edit(of_sentencepiece, "tokenizer.json", metaspace(prepend_scheme=scheme))
+    ours = written(of_sentencepiece)
+    before, after = AutoTokenizer.from_pretrained(of_sentencepiece), build_tokenizer(GgufFile(ours.path))
+    for text in (AWKWARD, "In 1999 the boat", "a  b ", "ab" * 20, ""):
+        assert after(text)["input_ids"] == before(text)["input_ids"], text
+    same = [after(text)["input_ids"] == before(text)["input_ids"] for text in (" the boat", "x</s>the boat")]
+    assert same == {"first": [False, False], "always": [False, True], "never": [True, True]}[scheme]
+    said = ["A text that begins with a blank" in note for note in ours.notes]
+    assert said == [True] * (scheme != "never")
+    assert ["special tokens with text after them" in note for note in ours.notes] == said[: scheme == "first"] + [
+        False
+    ] * (scheme == "always")
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("its pre-tokenizer .*Metaspace", metaspace(split=True)),
+        ("its pre-tokenizer .*Metaspace", metaspace(replacement="_")),
+        ("its pre-tokenizer .*Whitespace", lambda file: file.update(pre_tokenizer={"type": "Whitespace"})),
+        (
+            "its normalizer is .*tab",
+            lambda file: file.update(normalizer={"type": "Replace", "pattern": {"String": "tab"}, "content": "x"}),
+        ),
+        ("its normalizer is none, its pre-tokenizer none", lambda file: file.update(normalizer=None)),
+        (
+            "'</s>' .* is looked for after blanks have been replaced",
+            lambda file: file["added_tokens"][2].update(normalized=True),
+        ),
+    ],
+)
+def test_other_treatment_of_blanks_is_refused(
+    said: str, change: Callable[[dict[str, Any]], None], of_sentencepiece: Path
+) -> None:
+    edit(of_sentencepiece, "tokenizer.json", change)
+    with pytest.raises(UserError, match=said):
+        written(of_sentencepiece)
+
+
+def test_named_chat_templates_come_along(tmp_path: Path) -> None:
+    templates = {"default": "{{ messages[0].content }}\u00df", "rag": "{{ documents }}\u4e2d", "tools": "{{ tools }}"}
+    folder = saved(tmp_path / "model", llama())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(folder)
+    assert (folder / "additional_chat_templates" / "rag.jinja").is_file()
+    assert build_tokenizer(GgufFile(written(folder).path)).chat_template == templates
+    for template_file in [folder / "chat_template.jinja", *(folder / "additional_chat_templates").iterdir()]:
+        template_file.unlink()
+    listed = [{"name": name, "template": text} for name, text in templates.items()]  # as in older versions
+    edit(folder, "tokenizer_config.json", lambda config: config.update(chat_template=listed))
+    assert build_tokenizer(GgufFile(written(folder, overwrite=True).path)).chat_template == templates
+
+
 def test_chat_template_and_end_of_text(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", llama())
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -223,7 +294,7 @@ def test_chat_template_and_end_of_text(tmp_path: Path) -> None:
     assert file.get("tokenizer.ggml.eos_token_id") == 256
 
 
-def _change(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads((folder / file).read_text())
     change(values)
     (folder / file).write_text(json.dumps(values))
@@ -258,14 +329,50 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, Callable[[dict[str, Any]], Any]
         "tokenizer.json",
         lambda file: file.update(normalizer={"type": "Lowercase"}),
     ),
+    "puts texts between tokens by RobertaProcessing": (
+        llama,
+        "tokenizer.json",
+        lambda file: file.update(post_processor=roberta()),
+    ),
+    "begins texts with 2 tokens and ends them with 0": (
+        llama,
+        "tokenizer.json",
+        lambda file: file.update(post_processor=template([256, 257], [])),
+    ),
+    "begins texts with 0 tokens and ends them with 2": (
+        llama,
+        "tokenizer.json",
+        lambda file: file.update(
+            post_processor={"type": "Sequence", "processors": [template([], [257]), template([], [257])]}
+        ),
+    ),
+    "ends texts with the token 257, but llama.cpp would with the model's eos_token_id, 256": (
+        llama,
+        "tokenizer.json",
+        lambda file: file.update(post_processor=template([256], [257])),
+    ),
 }
+
+
+def roberta() -> dict[str, Any]:
+    ends = {"sep": ["<|end|>", 256], "cls": ["<|end|>", 256]}
+    return {"type": "RobertaProcessing", **ends, "trim_offsets": True, "add_prefix_space": False}
+
+
+def template(front: list[int], back: list[int]) -> dict[str, Any]:
+    """Return a post-processor that puts tokens around a text; several on a side are one special token."""
+    tokens = {"front": front, "back": back}
+    known = {name: {"id": name, "ids": ids, "tokens": [str(index) for index in ids]} for name, ids in tokens.items()}
+    parts = [{"SpecialToken": {"id": name, "type_id": 0}} for name in tokens]
+    single = [parts[0], {"Sequence": {"id": "A", "type_id": 0}}, parts[1]]
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": known}
 
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_llama_cpp_would_compute_differently_is_refused(said: str, tmp_path: Path) -> None:
     make, file, change = REFUSED[said]
     folder = saved(tmp_path / "model", make())
-    _change(folder, file, change)
+    edit(folder, file, change)
     with pytest.raises(UserError, match=said):
         written(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -11,11 +11,17 @@ from typing import Any
 from gguf import GGUFWriter
 
 from nemo_pvs.checkpoints.gguf.tokenizer import PRE_TOKENIZERS, TokenType
+from nemo_pvs.data.assets import MORE_TEMPLATES
+from nemo_pvs.data.tokenizer_config import TOKENIZER_CONFIG
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json
 
 _GPT2 = "GPT-2's expression"
 _DIGITS = "single digits"
+_BLANK = "\u2581"  # SentencePiece's symbol for a blank
+# The steps of Llama 2's normalizer.
+_PREPEND = {"type": "Prepend", "prepend": _BLANK}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -55,25 +61,32 @@ def add_tokenizer(writer: GGUFWriter, assets: Sequence[Path], config: Mapping[st
                 f"The token {token['content']!r} of {where} has {altered[0]}, which llama.cpp does not know; set it "
                 "to false there if your texts do not depend on it."
             )
+        if token.get("normalized") and _REPLACE in _steps_of(described.get("normalizer")):
+            raise UserError(
+                f"The token {token['content']!r} of {where} is looked for after blanks have been replaced "
+                "(normalized), but llama.cpp looks for it before; set normalized to false there if your texts do not "
+                "depend on it."
+            )
     names = {index: token for token, index in model["vocab"].items()}
     names |= {index: token["content"] for index, token in added.items()}
     if max(names) >= rows:
         raise UserError(f"{where} has a token {max(names)}, but the embedding has {rows:,} rows; use one that fits.")
     types = _types(names, added, model, rows)
+    notes = []
     if _is_byte_level(described):
         _add_byte_level(writer, where, described)
     else:
-        _add_sentencepiece(writer, where, described, names, added, rows)
+        notes += _add_sentencepiece(writer, where, described, names, added, rows)
     writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(rows)])
     writer.add_token_types([int(type_) for type_ in types])
-    _add_special_tokens(writer, described, files, config, names)
-    _add_chat_template(writer, files)
+    _add_special_tokens(writer, where, described, files, config)
+    _add_chat_templates(writer, assets)
     if "NFC" in _kinds(described.get("normalizer")):
-        return [
+        notes.append(
             "llama.cpp does not bring text into Unicode's form NFC first, as the tokenizer does; texts in another "
             "form are split differently."
-        ]
-    return []
+        )
+    return notes
 
 
 def _types(
@@ -161,14 +174,17 @@ def _add_sentencepiece(
     names: Mapping[int, str],
     added: Mapping[int, Any],
     rows: int,
-) -> None:
-    """Add a vocabulary whose merges are made by score, the highest first: minus the rank of a token's first merge."""
-    model, kinds = described["model"], _kinds(described.get("normalizer"))
-    if described.get("pre_tokenizer") is not None or not {*kinds} <= {"Prepend", "Replace"}:
-        raise UserError(
-            f"The tokenizer in {where} is neither byte-level nor as Llama 2's (a normalizer that replaces blanks, no "
-            "pre-tokenizer); llama.cpp cannot express it."
-        )
+) -> list[str]:
+    """Add a vocabulary whose merges are made by score, the highest first: minus the rank of a token's first merge.
+
+    Returns:
+        Sentences about texts that llama.cpp splits differently, if there are any.
+
+    Raises:
+        UserError: llama.cpp does not treat blanks as this tokenizer does.
+    """
+    model = described["model"]
+    prefix, notes = _blank_in_front(where, described)
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -180,15 +196,49 @@ def _add_sentencepiece(
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_scores(scores)
-    writer.add_add_space_prefix("Prepend" in kinds)
+    writer.add_add_space_prefix(prefix)
+    return notes
+
+
+def _blank_in_front(where: Path, described: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Return whether a blank is put in front of a text, and in which texts llama.cpp differs in that.
+
+    llama.cpp does as SentencePiece and the normalizer of Llama 2 do: a blank goes in front of a text, and of what
+    follows a special token in it, even where there is one already. Transformers 5 saves a pre-tokenizer, Metaspace,
+    in its place.
+
+    Raises:
+        UserError: blanks are treated in yet another way.
+    """
+    normalizer, pre_tokenizer = _steps_of(described.get("normalizer")), described.get("pre_tokenizer")
+    if pre_tokenizer is None and normalizer in ([_PREPEND, _REPLACE], [_REPLACE]):
+        return _PREPEND in normalizer, []
+    metaspace = {"type": "Metaspace", "replacement": _BLANK, "split": False}
+    if not normalizer and pre_tokenizer == {**metaspace, "prepend_scheme": "never"}:
+        return False, []
+    for scheme, also in (("always", ""), ("first", ", or has special tokens with text after them")):
+        if not normalizer and pre_tokenizer == {**metaspace, "prepend_scheme": scheme}:
+            return True, [
+                f"A text that begins with a blank{also} is split differently by llama.cpp, which puts another blank "
+                "there, as SentencePiece does and Transformers 5 does not."
+            ]
+    raise UserError(
+        f"The tokenizer in {where} is not byte-level and does not treat blanks as Llama 2's does, so llama.cpp cannot "
+        f"express it: its normalizer is {_shown(described.get('normalizer'))}, its pre-tokenizer "
+        f"{_shown(pre_tokenizer)}."
+    )
+
+
+def _shown(step: Mapping[str, Any] | None) -> str:
+    return json.dumps(step)[:200] if step else "none"
 
 
 def _add_special_tokens(
     writer: GGUFWriter,
+    where: Path,
     described: Mapping[str, Any],
     files: Mapping[str, Path],
     config: Mapping[str, Any],
-    names: Mapping[int, str],
 ) -> None:
     """Add the ids of the special tokens and which of them every text begins and ends with."""
     ids = {key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
@@ -196,42 +246,79 @@ def _add_special_tokens(
         generation = read_json(files["generation_config.json"])
         found = {key: generation.get(f"{key}_token_id") for key in ids}
         ids.update({key: index for key, index in found.items() if index is not None})
-    by_name = {name: index for index, name in names.items()}
-    ends = _ends(described.get("post_processor"))
-    front = ends[0].get("SpecialToken", {}).get("id") if ends else None
-    back = ends[-1].get("SpecialToken", {}).get("id") if ends else None
+    front, back = _ends(where, described.get("post_processor"))
     if front is not None:  # what the tokenizer puts in front, whatever the config calls bos
-        ids["bos"] = by_name[front]
+        ids["bos"] = front
+    if back is not None and back != _first(ids["eos"]):
+        raise UserError(
+            f"The tokenizer in {where} ends texts with the token {back}, but llama.cpp would with the model's "
+            f"eos_token_id, {_first(ids['eos'])}; let the tokenizer end no text, or with that one."
+        )
     writer.add_add_bos_token(front is not None)
     writer.add_add_eos_token(back is not None)
     adders = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
     for key, add in adders.items():
-        stated = ids[key]
-        first = stated[0] if isinstance(stated, list) else stated
-        if first is not None:
-            add(int(first))
+        stated = _first(ids[key])
+        if stated is not None:
+            add(int(stated))
     unknown = described["model"]["vocab"].get(described["model"].get("unk_token"))
     if unknown is not None:
         writer.add_unk_token_id(unknown)
 
 
-def _ends(post_processor: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return what a text is put between: special tokens and a sequence."""
-    if post_processor is None:
-        return []
-    for step in [post_processor, *post_processor.get("processors", ())]:
+def _first(ids: Any) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def _ends(where: Path, post_processor: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
+    """Return the ids of the tokens that a text is put between.
+
+    Raises:
+        UserError: there is more than one on a side, or they are not described by a template.
+    """
+    front: list[int] = []
+    back: list[int] = []
+    for step in _steps_of(post_processor):
         if step["type"] == "TemplateProcessing":
-            return list(step["single"])
-    return []
+            before: list[int] = []
+            after: list[int] = []
+            side = before
+            for part in step["single"]:
+                if "Sequence" in part:
+                    side = after
+                else:
+                    side += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+            front, back = before + front, back + after
+        elif step["type"] != "ByteLevel":  # which only moves offsets
+            raise UserError(
+                f"The tokenizer in {where} puts texts between tokens by {step['type']}, which is not supported for "
+                "GGUF; describe the same by TemplateProcessing there."
+            )
+    if len(front) > 1 or len(back) > 1:
+        raise UserError(
+            f"The tokenizer in {where} begins texts with {len(front)} tokens and ends them with {len(back)}, but "
+            "llama.cpp adds one at most on each side; change its post_processor."
+        )
+    return front[0] if front else None, back[0] if back else None
 
 
-def _add_chat_template(writer: GGUFWriter, files: Mapping[str, Path]) -> None:
-    if "chat_template.jinja" in files:
-        writer.add_chat_template(files["chat_template.jinja"].read_text())
-    elif "tokenizer_config.json" in files:
-        template = read_json(files["tokenizer_config.json"]).get("chat_template")
-        if template:
-            writer.add_chat_template(template)
+def _add_chat_templates(writer: GGUFWriter, assets: Sequence[Path]) -> None:
+    """Add the chat template, and others under their names if there are several."""
+    templates: dict[str, str] = {}
+    for asset in assets:
+        if asset.name == TOKENIZER_CONFIG:
+            stated = read_json(asset).get("chat_template") or {}
+            if isinstance(stated, str):
+                stated = {"default": stated}
+            elif isinstance(stated, list):
+                stated = {entry["name"]: entry["template"] for entry in stated}
+            templates = {**stated, **templates}  # the separate files take precedence
+        elif asset.parent.name == MORE_TEMPLATES:
+            templates[asset.stem] = asset.read_text(encoding="utf-8")
+        elif asset.name == "chat_template.jinja":
+            templates["default"] = asset.read_text(encoding="utf-8")
+    if templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
 
 
 def _is_byte_level(described: Mapping[str, Any]) -> bool:
@@ -239,10 +326,14 @@ def _is_byte_level(described: Mapping[str, Any]) -> bool:
 
 
 def _kinds(step: Mapping[str, Any] | None) -> list[str]:
-    """Return the kinds of the steps of a normalizer, pre-tokenizer or decoder, without the sequences around them."""
+    return [inner["type"] for inner in _steps_of(step)]
+
+
+def _steps_of(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """Return the steps of a normalizer, pre-tokenizer, post-processor or decoder, without sequences around them."""
     if step is None:
         return []
     if step["type"] != "Sequence":
-        return [step["type"]]
+        return [step]
     inner = next(value for key, value in step.items() if key != "type")
-    return [kind for part in inner for kind in _kinds(part)]
+    return [inner_step for part in inner for inner_step in _steps_of(part)]
