@@ -43,7 +43,7 @@ class PrunedSource:
         self._tokenizer = None
         if plan.keep_vocab is not None:
             self._tokenizer = BpeTokenizer(source.assets, source.config)
-            self.config = renumbered(self.config, new_ids(plan.keep_vocab))
+            self.config = renumbered(self.config, new_ids(plan.keep_vocab), "config.json")
         kept = plan.kept_parameters(layout)
         if kept != plan.target.parameters:
             raise UserError(

@@ -370,5 +370,9 @@ def test_what_cannot_be_pruned_is_refused(parent: Path, tmp_path: Path, pvs: Cal
     (other / "tokenizer.json").unlink()
     assert "has no tokenizer.json" in refused(other, "vocab=400")
     (other / "tokenizer.json").write_text(json.dumps(content))
-    (other / "generation_config.json").write_text(json.dumps({"sequence_bias": [[[5], 1.0]]}))
-    assert "sequence_bias" in refused(other, "vocab=400")
+    for file in ("config.json", "generation_config.json"):
+        before = (other / file).read_text()
+        (other / file).write_text(json.dumps({**json.loads(before), "sequence_bias": [[[5], 1.0]]}))
+        message = f"{file} has sequence_bias, whose tokens cannot be renumbered; remove the key."
+        assert refused(other, "vocab=400") == f"pvs: {message}"
+        (other / file).write_text(before)

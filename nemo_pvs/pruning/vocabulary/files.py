@@ -25,7 +25,7 @@ NewIds = Mapping[int, int]
 _LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _LISTS_OF_LISTS = ("bad_words_ids",)
 _UNSUPPORTED = ("sequence_bias", "forced_decoder_ids")
-"""Keys of a generation config that hold ids in a form that is not renumbered."""
+"""Keys of a config that hold ids in a form that is not renumbered."""
 
 
 def new_ids(kept: Sequence[int]) -> NewIds:
@@ -54,7 +54,7 @@ def write_tokenizer(tokenizer: BpeTokenizer, kept: Sequence[int], folder: Path) 
         if name == TOKENIZER_CONFIG:
             write_json(folder / name, _pruned_config(read_json(file), new))
         elif name == GENERATION_CONFIG:
-            write_json(folder / name, renumbered(read_json(file), new))
+            write_json(folder / name, renumbered(read_json(file), new, name))
         elif name == "added_tokens.json":
             added = read_json(file).items()
             write_json(folder / name, {token: new[index] for token, index in added if index in new})
@@ -93,8 +93,13 @@ def pruned_tokenizer(tokenizer: BpeTokenizer, new: NewIds) -> dict[str, Any]:
     return content
 
 
-def renumbered(config: Mapping[str, Any], new: NewIds) -> dict[str, Any]:
-    """Return a ``config.json`` or ``generation_config.json`` with the new ids; ids of removed tokens are left out.
+def renumbered(config: Mapping[str, Any], new: NewIds, file: str) -> dict[str, Any]:
+    """Return the content of a config file with the new ids; ids of removed tokens are left out.
+
+    Args:
+        config: The content.
+        new: The new ids.
+        file: The file's name, for messages.
 
     Raises:
         UserError: it has ids in a form that is not supported.
@@ -102,7 +107,7 @@ def renumbered(config: Mapping[str, Any], new: NewIds) -> dict[str, Any]:
     values = dict(config)
     for key, value in config.items():
         if key in _UNSUPPORTED and value:
-            raise UserError(f"{GENERATION_CONFIG} has {key}, whose tokens cannot be renumbered; remove the key.")
+            raise UserError(f"{file} has {key}, whose tokens cannot be renumbered; remove the key.")
         if key.endswith("_token_id") and isinstance(value, int):
             values[key] = new.get(value, value)
         elif isinstance(value, list) and (key.endswith(("_token_id", "_token_ids")) or key in _LISTS):
@@ -117,7 +122,7 @@ def _kept(ids: Iterable[int], new: NewIds) -> list[int]:
 
 
 def _pruned_config(config: Mapping[str, Any], new: NewIds) -> dict[str, Any]:
-    values = renumbered(config, new)
+    values = renumbered(config, new, TOKENIZER_CONFIG)
     if "added_tokens_decoder" in values:
         added = values["added_tokens_decoder"].items()
         values["added_tokens_decoder"] = {str(new[int(index)]): token for index, token in added}
