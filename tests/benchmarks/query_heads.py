@@ -22,7 +22,10 @@ from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
 from nemo_pvs.checkpoints.fetch import prepare_parent
 from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.source import WeightSource
+from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.flap import channel_scores
@@ -34,9 +37,10 @@ def plans(scores: Scores) -> Iterator[tuple[str, Plan]]:
     """Yield what each row removes."""
     parent = scores.shape
     fewer = parent.replace(heads=parent.heads - parent.kv_groups)
-    yield "`--target heads=6`", plan_width(scores, fewer)
-    yield "`--target heads=6 --merge-heads`", plan_width(scores, fewer, merge_heads=True)
-    yield "`--target heads=6 --aggregation meanabs_l2`", plan_width(scores, fewer, "meanabs_l2")
+    target = f"--target heads={fewer.heads}"
+    yield f"`{target}`", plan_width(scores, fewer)
+    yield f"`{target} --merge-heads`", plan_width(scores, fewer, merge_heads=True)
+    yield f"`{target} --aggregation meanabs_l2`", plan_width(scores, fewer, "meanabs_l2")
     heads = scores.tensors["heads.energy"]
     others = {
         "the least important heads stay": -heads,
@@ -47,7 +51,14 @@ def plans(scores: Scores) -> Iterator[tuple[str, Plan]]:
     }
     for name, importance in others.items():
         yield name, plan_width(Scores({**scores.tensors, "heads.energy": importance}, scores.manifest), fewer)
-    yield "`--target kv_groups=2`", plan_width(scores, parent.replace(kv_groups=parent.kv_groups - 1))
+    groups = parent.kv_groups - 1
+    yield f"`--target kv_groups={groups}`", plan_width(scores, parent.replace(kv_groups=groups))
+
+
+def row(source: WeightSource, plan: Plan | None, shape: Shape, test: TokenSet) -> tuple[str, str]:
+    """Return the parameters in millions and the loss of what a plan keeps, or of the whole model."""
+    model, kept = (source, shape) if plan is None else (PrunedSource(source, plan), plan.target)
+    return f"{kept.parameters / 1e6:.1f}", f"{perplexity(model, test)['loss']:.2f}"
 
 
 def main() -> None:
@@ -62,10 +73,8 @@ def main() -> None:
     calibration, test = texts(folder, given.samples, given.sequence_length)
     scores = calibrate(source, calibration)
     table = Table("removed", "parameters (M)", "loss", box=box.MARKDOWN)
-    table.add_row("dense", f"{scores.shape.parameters / 1e6:.1f}", f"{perplexity(source, test)['loss']:.2f}")
-    for name, plan in plans(scores):
-        loss = perplexity(PrunedSource(source, plan), test)["loss"]
-        table.add_row(name, f"{plan.target.parameters / 1e6:.1f}", f"{loss:.2f}")
+    for name, plan in [("dense", None), *plans(scores)]:
+        table.add_row(name, *row(source, plan, scores.shape, test))
     Console(width=120, highlight=False).print(table)
 
 
