@@ -196,7 +196,9 @@ def test_a_tokenizer_has_its_ids_again(pre: str, tmp_path: Path) -> None:
     for text in (AWKWARD, "abx ab x<|end|>ab", ""):
         assert after(text)["input_ids"] == before(text)["input_ids"], text
     assert after.eos_token == "<|end|>"
-    assert [note for note in ours.notes if "NFC" in note] == list(ours.notes) == list(ours.notes[: pre == "qwen2"])
+    said = {"qwen2": ["form NFC"], "tekken": ["combining marks"]}.get(pre, [])
+    assert len(ours.notes) == len(said)
+    assert all(words in note for words, note in zip(said, ours.notes, strict=True))
 
 
 def test_sentencepiece_merges_have_scores(

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import nemo_pvs as pvs
 import nemo_pvs.checkpoints.gguf.write as writer
 import nemo_pvs.modeling  # layers of different sizes in Transformers
+from nemo_pvs.checkpoints.gguf.file import GgufFile
 from nemo_pvs.data.wikipedia import sample_articles
-from tests.checkpoints.gguf_writer import MERGING_TOKENIZER
-from tests.checkpoints.test_gguf_model import qwen
-from tests.checkpoints.test_gguf_tokenizer import AWKWARD, PUBLISHED, tokenizer_of
-from tests.checkpoints.test_gguf_write import MODELS, mistral, saved
+from tests.checkpoints.gguf_writer import BYTES, MERGING_TOKENIZER
+from tests.checkpoints.test_gguf_model import llama, qwen
+from tests.checkpoints.test_gguf_tokenizer import AWKWARD, PUBLISHED, of_spm, spm, tokenizer_of  # noqa: F401
+from tests.checkpoints.test_gguf_write import MODELS, edit, metaspace, mistral, saved
 from tests.llamacpp.engine import Engine
 from tests.uneven_model import LLAMA3_ROPE, make_uneven_llama
 
@@ -65,6 +73,72 @@ def test_logits_of_every_family(case: str, tmp_path: Path) -> None:
     assert difference(folder, tmp_path / "model.gguf") < 2e-4
 
 
+def merging_across_blanks(texts: Sequence[str]) -> dict[str, Any]:
+    """Return a byte-level tokenizer that merges whatever is not split first, so that its ids depend on the splits.
+
+    One token, the word of the last text, is made by no merge: it is a token only where whole pieces go before merges.
+    """
+    trained = Tokenizer(BPE())
+    trained.normalizer = normalizers.ByteLevel()
+    trainer = BpeTrainer(vocab_size=1000, initial_alphabet=BYTES, max_token_length=4, show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    merges = json.loads(trained.to_str())["model"]["merges"]
+    words = ["".join(merge) for merge in merges]
+    whole = normalizers.ByteLevel().normalize_str(texts[-1])
+    tokens = [*BYTES, "<|end|>", *dict.fromkeys(words), whole]
+    return {
+        "tokens": tokens,
+        "token_type": [1] * 256 + [3] + [1] * (len(tokens) - 257),
+        "merges": [" ".join(merge) for merge in merges],
+        "bos_token_id": 256,
+    }
+
+
+def test_token_ids_of_every_pre_tokenizer(tmp_path: Path) -> None:
+    # Forms that NFC changes are split differently, which is said.
+    texts = [unicodedata.normalize("NFC", text) for text in (*TEXTS, " a  2024\n\n x\t\t!", "unsplittable")]
+    keys = merging_across_blanks(texts)
+    found = {}
+    for pre in ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken"):
+        folder = saved(tmp_path / pre, llama(vocab_size=len(keys["tokens"])), **keys, pre=pre)
+        notes = pvs.convert(folder, tmp_path / f"{pre}.gguf", dtype="f32").notes
+        assert GgufFile(tmp_path / f"{pre}.gguf").get("tokenizer.ggml.pre") == pre
+        engine, tokenizer = Engine(tmp_path / f"{pre}.gguf", 512), AutoTokenizer.from_pretrained(folder)
+        found[pre] = [tokenizer(text)["input_ids"] for text in texts]
+        for text, ids in zip(texts, found[pre], strict=True):
+            has_marks = any(unicodedata.category(character).startswith("M") for character in text)
+            said = has_marks and any("combining marks" in note for note in notes)
+            assert (engine.ids(text) == ids) != said, (pre, text)
+    without_ends = [[[index for index in ids if index != 256] for ids in of_texts] for of_texts in found.values()]
+    assert all(one != other for one, other in combinations(without_ends, 2))
+
+
+@pytest.mark.parametrize("blanks", ["Llama 2's", "always", "first", "never"])
+def test_token_ids_of_sentencepiece(
+    blanks: str,
+    spm: SentencePieceProcessor,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = saved(
+        tmp_path / "model", llama(vocab_size=spm.vocab_size()), bos_token_id=1, unknown_token_id=0, **of_spm(spm)
+    )
+    before = AutoTokenizer.from_pretrained(folder)
+    if blanks != "Llama 2's":
+        edit(folder, "tokenizer.json", metaspace(prepend_scheme=blanks))
+    converted = pvs.convert(folder, tmp_path / "model.gguf", dtype="f32")
+    engine, tokenizer = Engine(tmp_path / "model.gguf", 512), AutoTokenizer.from_pretrained(folder)
+    for text in (*TEXTS, "In 1999 the boat", "a  b ", "ab" * 20):
+        if text.startswith(" ") and converted.notes:
+            continue
+        assert engine.ids(text) == tokenizer(text)["input_ids"], text
+    # What is said of Transformers 5 is so, and llama.cpp does what SentencePiece does.
+    for text in (" the boat", "the boat</s>the boat"):
+        assert (engine.ids(text) == before(text)["input_ids"]) == (blanks != "never"), text
+        differs = engine.ids(text) != tokenizer(text)["input_ids"]
+        said = "special tokens with text" if "</s>" in text else "begins with a blank"
+        assert differs == any(said in note for note in converted.notes), text
+
+
 def test_a_wrong_order_of_rows_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = SMALL["llama"](tmp_path / "model")
     monkeypatch.setattr(writer, "halves_to_pairs", lambda weight, head_dim: weight)
@@ -91,6 +165,7 @@ PRUNED: dict[str, dict[str, Any]] = {
     "depth": {"method": "minitron-depth", "target": "layers=20"},
     "width": {"method": "minitron-width", "target": "hidden=480,ffn=1024"},
     "flap": {"method": "flap", "ratio": 0.2},
+    "vocabulary": {"method": "vocabulary", "target": "vocab=32000", "data": "wikipedia-sample"},
 }
 
 

@@ -72,20 +72,14 @@ def add_tokenizer(writer: GGUFWriter, assets: Sequence[Path], config: Mapping[st
     if max(names) >= rows:
         raise UserError(f"{where} has a token {max(names)}, but the embedding has {rows:,} rows; use one that fits.")
     types = _types(names, added, model, rows)
-    notes = []
     if _is_byte_level(described):
-        _add_byte_level(writer, where, described)
+        notes = _add_byte_level(writer, where, described)
     else:
-        notes += _add_sentencepiece(writer, where, described, names, added, rows)
+        notes = _add_sentencepiece(writer, where, described, names, added, rows)
     writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(rows)])
     writer.add_token_types([int(type_) for type_ in types])
     _add_special_tokens(writer, where, described, files, config)
     _add_chat_templates(writer, assets)
-    if "NFC" in _kinds(described.get("normalizer")):
-        notes.append(
-            "llama.cpp does not bring text into Unicode's form NFC first, as the tokenizer does; texts in another "
-            "form are split differently."
-        )
     return notes
 
 
@@ -108,19 +102,39 @@ def _types(
     return types
 
 
-def _add_byte_level(writer: GGUFWriter, where: Path, described: Mapping[str, Any]) -> None:
-    model = described["model"]
+def _add_byte_level(writer: GGUFWriter, where: Path, described: Mapping[str, Any]) -> list[str]:
+    """Add a vocabulary of bytes and its merges.
+
+    Returns:
+        Sentences about texts that llama.cpp splits differently, if there are any.
+
+    Raises:
+        UserError: llama.cpp does not know how this tokenizer splits text.
+    """
+    model, pre = described["model"], _pre_tokenizer(where, described)
     unusual = [kind for kind in _kinds(described.get("normalizer")) if kind != "NFC"]
     if unusual:
         raise UserError(f"The tokenizer in {where} changes text first ({unusual[0]}), which llama.cpp does not do.")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(where, described))
+    writer.add_tokenizer_pre(pre)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if not merges:
         raise UserError(
             f"The tokenizer in {where} has no merges, and llama.cpp loads no byte-level tokenizer without."
         )
     writer.add_token_merges(merges)
+    notes = []
+    if "NFC" in _kinds(described.get("normalizer")):
+        notes.append(
+            "llama.cpp does not bring text into Unicode's form NFC first, as the tokenizer does; texts in another "
+            "form are split differently."
+        )
+    if pre == "tekken":  # lookaheads and [^a-z] in llama-vocab.cpp
+        notes.append(
+            "In llama.cpp's expression for tekken, combining marks are not part of a word and only ASCII letters have "
+            "cases; texts in Thai, Hindi and the like, and words such as iÉcole, are split differently."
+        )
+    return notes
 
 
 def _pre_tokenizer(where: Path, described: Mapping[str, Any]) -> str:
