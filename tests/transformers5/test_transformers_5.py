@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nemo_pvs as pvs
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.layerwise.model import LayerwiseModel
+from tests.conftest import make_tiny_llama
 from tests.families import CASES, save_tiny
+from tests.pruning.test_vocabulary import COMMON, ROWS, byte_level, characters, save
 from tests.transformers5.in_version_5 import IDS, TEXT, logits
 from tests.uneven_model import LLAMA3_ROPE, make_uneven_llama
 
@@ -44,6 +47,12 @@ def pruned(folder: Path, method: str, **settings: Any) -> None:
     pvs.prune(parent, folder, method, data=str(text), samples=4, sequence_length=32, **settings)
 
 
+def fewer_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    parent = save(make_tiny_llama(folder.with_name(f"{folder.name} parent"), vocab_size=ROWS), tokenizer)
+    (parent / "text.txt").write_text(COMMON)
+    pvs.prune(parent, folder, "vocabulary", target="vocab=400", data=parent / "text.txt")
+
+
 WRITTEN: dict[str, Callable[[Path], Any]] = {
     **{
         f"{family}, {case}": lambda folder, family=family, settings=settings: save_tiny(folder, family, **settings)
@@ -56,7 +65,11 @@ WRITTEN: dict[str, Callable[[Path], Any]] = {
     "width": lambda folder: pruned(folder, "minitron-width", target="hidden=48,ffn=64"),
     "fewer groups": lambda folder: pruned(folder, "minitron-width", target="ffn=64,kv_groups=1"),
     "depth": lambda folder: pruned(folder, "minitron-depth", target="layers=2"),
+    "fewer heads": lambda folder: pruned(folder, "minitron-width", target="heads=4"),
     "flap": lambda folder: pruned(folder, "flap", ratio=0.3),
+    "flap, heads": lambda folder: pruned(folder, "flap", ratio=0.2, attention_unit="heads"),
+    "vocabulary of bytes": lambda folder: fewer_tokens(folder, byte_level()),
+    "vocabulary of characters": lambda folder: fewer_tokens(folder, characters()),
     "sparse": lambda folder: pruned(folder, "magnitude", sparsity="2:4"),
     "uneven": lambda folder: make_uneven_llama(folder),
     "uneven with biases": lambda folder: make_uneven_llama(folder, attention_bias=True, mlp_bias=True),
