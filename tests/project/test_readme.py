@@ -36,6 +36,7 @@ FOREIGN = (
     "export ",
     "hf download",
     "sbatch ",
+    "llama-cli ",
     ".venv/bin/pre-commit install",
 )
 
