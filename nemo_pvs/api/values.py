@@ -188,6 +188,14 @@ def parse_shares(text: str) -> dict[str, float]:
         raise UserError(f"--split is {text!r}; write it as train=0.9,validation=0.1.") from None
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return ``3/16`` as numbers."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise UserError(f"--shard is {text!r}; write it as 3/16, the third of 16 shards.")
+    return int(number), int(count)
+
+
 def parse_pairs(text: str) -> list[tuple[int, int]]:
     """Return ``4:6,8:13`` as pairs."""
     try:
