@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.tokenizing [--tokenizer FOLDER] [--text FILE...] [--megabytes 60] [--rounds 2]
 
-The plain loop encodes one document at a time with the same tokenizer. Megatron-LM's ``tools/preprocess_data.py`` does so
-in the workers of a ``multiprocessing.Pool``, 32 lines at a time, and writes in the parent; its arithmetic is written
+The plain loop encodes one document at a time with the same tokenizer. Megatron-LM's ``tools/preprocess_data.py`` does
+so in the workers of a ``multiprocessing.Pool``, 32 lines at a time, and writes in the parent; its arithmetic is written
 plainly here. All take turns, each in a new process, whose imports count, and their token files must be equal. Ratios
-are of the least seconds, and of the least seconds of the processor. Without ``--text`` it is the Wikipedia sample,
-repeated, which flatters what remembers words; without ``--tokenizer`` that of SmolLM2.
+are of the least seconds, and of the least seconds of the processor. Without ``--text`` the text is the Wikipedia
+sample, repeated, which flatters an encoder that remembers words; without ``--tokenizer`` it is SmolLM2's.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def compare(text: Path, tokenizer: Path, folder: Path, rounds: int) -> dict[str,
         for contender in CONTENDERS:
             out = folder / f"{contender} {number}"
             out.mkdir()
-            call = f"from tests.benchmarks import tokenizing as t; t.CONTENDERS[{contender!r}](*map(t.Path, t.sys.argv[1:]))"
+            call = (
+                "from tests.benchmarks import tokenizing as t; "
+                f"t.CONTENDERS[{contender!r}](*map(t.Path, t.sys.argv[1:]))"
+            )
             before, began = _children_seconds(), time.perf_counter()
             subprocess.run([sys.executable, "-c", call, text, tokenizer, out], check=True)
             measured[contender].append((time.perf_counter() - began, _children_seconds() - before))
