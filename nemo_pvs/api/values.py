@@ -18,9 +18,22 @@ AUTO = "auto"
 
 
 def tokens_of(
-    checkpoint: str | Path, data: str, samples: int, sequence_length: int, seed: int, loader: str | None = None
+    checkpoint: str | Path,
+    data: str,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    loader: str | None = None,
+    windows: str = "packed",
 ) -> Any:
-    """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file."""
+    """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file.
+
+    Raises:
+        UserError: the text or the tokenizer cannot be read, there is too little text, or ``windows`` is unknown.
+    """
+    one_of("--windows", windows, ("packed", "documents"))
+    if loader is not None and windows != "packed":
+        raise UserError("--loader decides how windows are cut; leave --windows out.")
     from nemo_pvs.data.assets import tokenizer_folder
     from nemo_pvs.data.corpus import read_documents
     from nemo_pvs.data.token_files import check_tokenizer, token_file_manifest
@@ -31,6 +44,7 @@ def tokens_of(
         "samples": samples,
         "sequence_length": sequence_length,
         "seed": None if seed < 0 else seed,
+        "windows": windows,
     }
     if loader is not None:
         from nemo_pvs.data.reference_sets import load_tokens

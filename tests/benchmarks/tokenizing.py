@@ -3,8 +3,8 @@
     python -m tests.benchmarks.tokenizing [--tokenizer FOLDER] [--text FILE...] [--megabytes 60] [--rounds 2]
 
 The plain loop encodes one document at a time with the same tokenizer. Megatron-LM's ``tools/preprocess_data.py`` does
-so in the workers of a ``multiprocessing.Pool``, 32 lines at a time, and writes in the parent; its arithmetic is written
-plainly here. All take turns, each in a new process, whose imports count, and their token files must be equal. Ratios
+so in the workers of a ``multiprocessing.Pool``, 32 lines at a time, and writes in the parent; here this is written
+plainly. All take turns, each in a new process, whose imports count, and their token files must be equal. Ratios
 are of the least seconds, and of the least seconds of the processor. Without ``--text`` the text is the Wikipedia
 sample, repeated, which flatters an encoder that remembers words; without ``--tokenizer`` it is SmolLM2's.
 """
