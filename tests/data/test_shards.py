@@ -196,3 +196,23 @@ def test_a_shard_that_is_none_is_refused(
     with pytest.raises(UserError, match=r"--shard is ./2; the first of 16"):
         tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, shard=shard)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"), [("3", "tokenize a b --out c d --shard 3/16"), ("", "tokenize a b --out c d")]
+)
+def test_a_task_of_a_job_array_tokenises_its_share(tmp_path: Path, task: str, expected: str) -> None:
+    pvs = tmp_path / "bin" / "pvs"
+    pvs.parent.mkdir()
+    pvs.write_text("#!/bin/sh\necho $*\n")
+    pvs.chmod(0o755)
+    script = Path(__file__).parents[2] / "launch" / "tokenize.sbatch"
+    variables = {"VENV": str(tmp_path), "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "16"}
+    done = subprocess.run(
+        ["bash", str(script), "a", "b", "--out", "c d"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == expected + "\n"
