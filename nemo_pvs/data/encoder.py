@@ -107,7 +107,12 @@ class WordEncoder:
         """``expressions`` divide a text into words, one after another."""
         content = json.loads(description)
         self._whole = LibraryEncoder(description, dtype)
-        alone = {"added_tokens": [], "normalizer": None, "post_processor": None, "pre_tokenizer": _BYTES}
+        alone: dict[str, Any] = {
+            "added_tokens": [],
+            "normalizer": None,
+            "post_processor": None,
+            "pre_tokenizer": _BYTES,
+        }
         self._words = LibraryEncoder(json.dumps({**content, **alone}, ensure_ascii=False), dtype)
         self._normalizer = tokenizers.Tokenizer.from_str(description).normalizer
         self._expressions = [regex.compile(expression) for expression in expressions]

@@ -41,9 +41,11 @@ def main() -> None:
     options.add_argument("--megabytes", type=float, default=60)
     options.add_argument("--rounds", type=int, default=2)
     given = options.parse_args()
+    from nemo_pvs.checkpoints.fetch import prepare_parent  # not for the contenders
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = given.tokenizer or _smollm2(folder / "parent")
+        tokenizer = given.tokenizer or prepare_parent("smollm2-135m", folder / "parent")
         write_text(folder / "text.jsonl", given.text, int(given.megabytes * 1e6))
         measured = compare(folder / "text.jsonl", tokenizer, folder, given.rounds)
     table = Table("", "seconds", "ratio", "processor's seconds", "ratio")
@@ -72,13 +74,6 @@ def _lines(texts: list[Path] | None) -> Iterator[bytes]:
         yield from cycle([json.dumps({"text": text}).encode() + b"\n" for _, text in sample_articles()])
     for lines in zip(*(cycle(path.read_bytes().splitlines(keepends=True)) for path in texts or ()), strict=False):
         yield from lines
-
-
-def _smollm2(folder: Path) -> Path:
-    import nemo_pvs
-
-    nemo_pvs.convert("smollm2-135m", folder)
-    return folder
 
 
 def compare(text: Path, tokenizer: Path, folder: Path, rounds: int) -> dict[str, tuple[float, float]]:
