@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -47,7 +47,7 @@ def main() -> None:
         folder = Path(name)
         tokenizer = given.tokenizer or prepare_parent("smollm2-135m", folder / "parent")
         write_text(folder / "text.jsonl", given.text, int(given.megabytes * 1e6))
-        measured = compare(folder / "text.jsonl", tokenizer, folder, given.rounds)
+        measured = compare(folder / "text.jsonl", tokenizer, folder, given.rounds, list(CONTENDERS))
     table = Table("", "seconds", "ratio", "processor's seconds", "ratio")
     loop = measured["plain loop"]
     for contender, (seconds, cpu) in measured.items():
@@ -76,15 +76,17 @@ def _lines(texts: list[Path] | None) -> Iterator[bytes]:
         yield from lines
 
 
-def compare(text: Path, tokenizer: Path, folder: Path, rounds: int) -> dict[str, tuple[float, float]]:
-    """Return the least seconds and the least seconds of the processor of each contender.
+def compare(
+    text: Path, tokenizer: Path, folder: Path, rounds: int, names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    """Return the least seconds and the least seconds of the processor of the named contenders.
 
     Raises:
         AssertionError: the token files differ.
     """
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for number in range(rounds):
-        for contender in CONTENDERS:
+        for contender in names:
             out = folder / f"{contender} {number}"
             out.mkdir()
             call = (
@@ -95,7 +97,7 @@ def compare(text: Path, tokenizer: Path, folder: Path, rounds: int) -> dict[str,
             subprocess.run([sys.executable, "-c", call, text, tokenizer, out], check=True)
             measured[contender].append((time.perf_counter() - began, _children_seconds() - before))
     for suffix in (".bin", ".idx"):
-        contents = [(folder / f"{contender} 0" / f"train{suffix}").read_bytes() for contender in CONTENDERS]
+        contents = [(folder / f"{contender} 0" / f"train{suffix}").read_bytes() for contender in names]
         assert contents == contents[:1] * len(contents), f"the {suffix} files differ"
     return {name: (min(one for one, _ in runs), min(one for _, one in runs)) for name, runs in measured.items()}
 
