@@ -24,6 +24,7 @@ def calibrate(
     sequence_length: int = 512,
     seed: int = 0,
     loader: str | None = None,
+    windows: str = "packed",
     gradients: bool = False,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -42,6 +43,7 @@ def calibrate(
         samples: Sequences of it.
         sequence_length: Tokens per sequence.
         seed: Which windows of the text; -1 for consecutive ones.
+        windows: ``packed`` cuts them from all documents joined, ``documents`` each from one that is long enough.
         loader: Read the text as a reference implementation does (``data.reference_sets.LOADERS``).
         gradients: Run the backward pass, too, which ``llm-pruner`` needs.
         tensor_parallel: For gradients on Megatron: ranks that share each matrix.
@@ -87,7 +89,7 @@ def calibrate(
         if megatron:
             check_ranks(tensor_parallel, pipeline_parallel)
         model = open_source(folder)
-        tokens = tokens_of(folder, str(data), samples, sequence_length, seed, loader)
+        tokens = tokens_of(folder, str(data), samples, sequence_length, seed, loader, windows)
         with progress("calibrate", "layers") as show:
             scores = measure(model, tokens, gradients=gradients and not megatron, compute=compute, progress=show)
         if megatron:

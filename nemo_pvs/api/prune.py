@@ -58,6 +58,7 @@ def prune(
     sequence_length: int = 256,
     seed: int = 0,
     loader: str | None = None,
+    windows: str = "packed",
     task_data: str | Path = "task_data",
     format: str | None = None,  # noqa: A002
     uneven: str = "keep",
@@ -85,6 +86,7 @@ def prune(
         samples: Sequences of it.
         sequence_length: Tokens per sequence.
         seed: Which windows of the text; -1 for consecutive ones.
+        windows: ``packed`` cuts them from all documents joined, ``documents`` each from one that is long enough.
         loader: Read the text as a reference implementation does (``data.reference_sets.LOADERS``).
         task_data: Folder of downloaded data sets for the option ``task``.
         format: ``hf`` or ``nemo``; that of the source by default.
@@ -139,7 +141,7 @@ def prune(
         def read_tokens() -> TokenSet:
             if scores:
                 return known_scores().tokens
-            return tokens_of(folder, str(data), samples, sequence_length, seed, loader)
+            return tokens_of(folder, str(data), samples, sequence_length, seed, loader, windows)
 
         @cache
         def known_scores() -> Scores:

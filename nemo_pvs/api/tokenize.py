@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.api.values import parse_shares
-from nemo_pvs.system.folder_lock import locked_folder
+from nemo_pvs.api.values import parse_shard, parse_shares
+from nemo_pvs.system.folder_lock import locked_folder, locked_target
 from nemo_pvs.system.output_paths import check_folder
 from nemo_pvs.system.progress import progress
 
@@ -20,9 +20,10 @@ def tokenize(
     split: str | Mapping[str, float] = "train=0.9,validation=0.1",
     text_key: str = "text",
     seed: int = 0,
-    workers: int = 1,
+    workers: int | None = None,
+    shard: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Turn text into Megatron token files, split by document; an interrupted call is resumed, file by file.
+    """Turn text into Megatron token files, split by document; an interrupted call is resumed.
 
     Args:
         inputs: Text files or folders of them, or ``wikipedia-sample``.
@@ -31,10 +32,12 @@ def tokenize(
         split: Share of the documents that each split gets; they add up to 1.
         text_key: Key or column that holds the text.
         seed: Another seed, another split.
-        workers: Processes that share the files.
+        workers: Processes that share the text; None for one per core.
+        shard: ``3/16`` tokenises the third of 16 shares of the text, to share it among machines, and joins nothing;
+            when all are done, a call without ``shard`` does.
 
     Returns:
-        The manifest of each split: its ``documents``, ``tokens`` and hashes.
+        The manifest of each split: its ``documents``, ``tokens`` and hashes. Empty with ``shard``.
 
     Raises:
         UserError: a file cannot be read, the shares do not add up to 1, or a split would be empty.
@@ -47,10 +50,12 @@ def tokenize(
     """
     out = Path(out)
     check_folder(out)
-    from nemo_pvs.data.shards import tokenize_files
+    from nemo_pvs.data.shards import PARTS, tokenize_files
 
     files = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    with locked_folder(out), progress("tokenise", "files") as show:
+    number = None if shard is None else parse_shard(shard)
+    lock = locked_folder(out) if number is None else locked_target(out / PARTS / "{}-of-{}".format(*number))
+    with lock, progress("tokenise", "parts") as show:
         return tokenize_files(
             [str(file) for file in files],
             Path(tokenizer),
@@ -59,5 +64,6 @@ def tokenize(
             seed=seed,
             text_key=text_key,
             workers=workers,
+            shard=number,
             progress=show,
         )

@@ -18,9 +18,22 @@ AUTO = "auto"
 
 
 def tokens_of(
-    checkpoint: str | Path, data: str, samples: int, sequence_length: int, seed: int, loader: str | None = None
+    checkpoint: str | Path,
+    data: str,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    loader: str | None = None,
+    windows: str = "packed",
 ) -> Any:
-    """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file."""
+    """Return windows of a text (tokenised with the model's tokenizer) or of a Megatron token file.
+
+    Raises:
+        UserError: the text or the tokenizer cannot be read, there is too little text, or ``windows`` is unknown.
+    """
+    one_of("--windows", windows, ("packed", "documents"))
+    if loader is not None and windows != "packed":
+        raise UserError("--loader decides how windows are cut; leave --windows out.")
     from nemo_pvs.data.assets import tokenizer_folder
     from nemo_pvs.data.corpus import read_documents
     from nemo_pvs.data.token_files import check_tokenizer, token_file_manifest
@@ -31,6 +44,7 @@ def tokens_of(
         "samples": samples,
         "sequence_length": sequence_length,
         "seed": None if seed < 0 else seed,
+        "windows": windows,
     }
     if loader is not None:
         from nemo_pvs.data.reference_sets import load_tokens
@@ -186,6 +200,14 @@ def parse_shares(text: str) -> dict[str, float]:
         return {name.strip(): float(share) for name, share in (pair.split("=") for pair in text.split(","))}
     except ValueError:
         raise UserError(f"--split is {text!r}; write it as train=0.9,validation=0.1.") from None
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return ``3/16`` as numbers."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise UserError(f"--shard is {text!r}; write it as 3/16, the third of 16 shards.")
+    return int(number), int(count)
 
 
 def parse_pairs(text: str) -> list[tuple[int, int]]:

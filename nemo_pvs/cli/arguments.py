@@ -28,6 +28,13 @@ Loader = Annotated[
         rich_help_panel=TEXT,
     ),
 ]
+Windows = Annotated[
+    str,
+    typer.Option(
+        help="packed: cut from all documents joined; documents: each from one that is long enough",
+        rich_help_panel=TEXT,
+    ),
+]
 IgnoreManifest = Annotated[
     bool,
     typer.Option(

@@ -22,6 +22,7 @@ from nemo_pvs.cli.arguments import (
     SequenceLength,
     Source,
     Text,
+    Windows,
 )
 from nemo_pvs.cli.checkpoints import sentence
 from nemo_pvs.cli.method_options import AMOUNT, with_method_options
@@ -43,6 +44,7 @@ def calibrate(
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     loader: Loader = None,
+    windows: Windows = "packed",
     gradients: Annotated[
         bool, typer.Option(help="run the backward pass, too, which llm-pruner needs", rich_help_panel=GRADIENTS)
     ] = False,
@@ -68,6 +70,7 @@ def calibrate(
         sequence_length=sequence_length,
         seed=seed,
         loader=loader,
+        windows=windows,
         gradients=gradients,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
@@ -103,6 +106,7 @@ def prune(
     sequence_length: SequenceLength = 256,
     seed: Seed = 0,
     loader: Loader = None,
+    windows: Windows = "packed",
     format: Annotated[  # noqa: A002
         Optional[str], typer.Option(help="hf or nemo; that of the source by default", rich_help_panel=OUTPUT)
     ] = None,
@@ -141,6 +145,7 @@ def prune(
             sequence_length=sequence_length,
             seed=seed,
             loader=loader,
+            windows=windows,
             task_data=task_data,
             format=format,
             uneven=uneven,

@@ -39,12 +39,22 @@ def tokenize(
     ] = "train=0.9,validation=0.1",
     text_key: Annotated[str, typer.Option(help="key or column that holds the text")] = "text",
     seed: Annotated[int, typer.Option(help="another seed, another split")] = 0,
-    workers: Annotated[int, typer.Option(help="processes that share the files")] = 1,
+    workers: Annotated[
+        Optional[int], typer.Option(help="processes that share the text; one per core unless set")
+    ] = None,
+    shard: Annotated[
+        Optional[str],
+        typer.Option(help="tokenise only a share of the text, e.g. 3/16; when all are done, run once without --shard"),
+    ] = None,
 ) -> None:
-    """Turn text into Megatron token files, split by document; an interrupted run is resumed, file by file."""
+    """Turn text into Megatron token files, split by document; an interrupted run is resumed."""
     from nemo_pvs.api.tokenize import tokenize as write
 
-    made = write(inputs, tokenizer, out, split=split, text_key=text_key, seed=seed, workers=workers)
+    made = write(inputs, tokenizer, out, split=split, text_key=text_key, seed=seed, workers=workers, shard=shard)
+    if shard and not made:
+        console.print(
+            f"shard {shard} is tokenised; the same command without --shard joins all shards.", soft_wrap=True
+        )
     for name, manifest in made.items():
         about = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
         console.print(f"{Path(out) / name}.bin: {about}", soft_wrap=True)

@@ -152,10 +152,13 @@ def _not_nothing(
         raise UserError(f"{names} contains no text at all; give a corpus with at least one document.")
 
 
-def read_file(source: Path | None, text_key: str, encoding: str = "utf-8") -> Iterator[Document]:
+def read_file(
+    source: Path | None, text_key: str, encoding: str = "utf-8", *, start: int = 0, end: int | None = None
+) -> Iterator[Document]:
     """Yield the documents of one of ``input_files``, including blank ones; a null text becomes an empty one.
 
-    Byte order marks are removed.
+    Byte order marks are removed. ``start`` and ``end`` select a part of the file: row groups of a Parquet file, and
+    of JSON lines the bytes that ``open_text`` describes.
 
     Raises:
         UserError: the file is damaged or truncated, or a line has no text.
@@ -166,9 +169,9 @@ def read_file(source: Path | None, text_key: str, encoding: str = "utf-8") -> It
     elif source.suffix == ".txt":
         yield _text_file(source, encoding)
     elif source.suffix == ".parquet":
-        yield from _parquet_rows(source, text_key)
+        yield from _parquet_rows(source, text_key, start, end)
     else:
-        yield from _json_lines(source, text_key, encoding)
+        yield from _json_lines(source, text_key, encoding, start, end)
 
 
 def _text_file(path: Path, encoding: str) -> Document:
@@ -180,24 +183,37 @@ def _text_file(path: Path, encoding: str) -> Document:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the file.") from None
 
 
-def _json_lines(path: Path, text_key: str, encoding: str) -> Iterator[Document]:
+def _json_lines(path: Path, text_key: str, encoding: str, start: int, end: int | None) -> Iterator[Document]:
+    name = f"{path.name} from byte {start}" if start else path.name
     number = 0
     try:
-        with open_text(path, encoding) as file:
+        with open_text(path, encoding, start, end) as file:
             for number, line in enumerate(file, start=1):
                 # A mark can also be inside a file that was concatenated from several files.
                 record = line.removeprefix(_BYTE_ORDER_MARK)
                 if record.strip():
-                    text = _text_of_line(record, text_key, f"{path}, line {number}")
-                    yield Document(text, f"{path.name}:{number}")
+                    yield Document(_text_of_line(record, text_key), f"{name}:{number}")
+    except _LineError as error:
+        raise UserError(f"{path}, line {_lines_before(path, start) + number}{error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} {_not_decoded(error, f'after line {number}', encoding)}") from None
+        location = f"after line {_lines_before(path, start) + number}"
+        raise UserError(f"{path} {_not_decoded(error, location, encoding)}") from None
     except EOFError as error:
+        number += _lines_before(path, start)
         raise UserError(f"{path} is truncated after line {number} ({error}); download it again.") from None
     except DAMAGE as error:
+        number += _lines_before(path, start)
         raise UserError(
             f"{path} cannot be read after line {number} ({error}); it may be damaged or truncated, download it again."
         ) from None
+
+
+def _lines_before(path: Path, start: int) -> int:
+    """Return the number of lines before a part of a file, which is known only after reading them."""
+    if not start:
+        return 0
+    with open_text(path, "latin-1", 0, start) as file:
+        return sum(1 for _ in file)
 
 
 def _not_decoded(error: UnicodeDecodeError, location: str, encoding: str) -> str:
@@ -207,7 +223,11 @@ def _not_decoded(error: UnicodeDecodeError, location: str, encoding: str) -> str
     return f"is not {encoding} text ({location}: {error.reason}); convert it to {encoding}."
 
 
-def _text_of_line(line: str, text_key: str, location: str) -> str:
+class _LineError(Exception):
+    """What is wrong with a line, as a message continues after its number."""
+
+
+def _text_of_line(line: str, text_key: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -217,16 +237,16 @@ def _text_of_line(line: str, text_key: str, location: str) -> str:
             if line.endswith("\n")
             else "it has no line break at its end, so the file may be truncated: download it again, or remove the line"
         )
-        raise UserError(f"{location}, is not valid JSON ({reason}); {advice}.") from None
+        raise _LineError(f", is not valid JSON ({reason}); {advice}.") from None
     if not isinstance(record, dict):
-        raise UserError(f"{location}, is not a JSON object; each line must read like {{{json.dumps(text_key)}: ...}}.")
+        raise _LineError(f", is not a JSON object; each line must read like {{{json.dumps(text_key)}: ...}}.")
     if text_key not in record:
-        raise UserError(f"{location}, has no key {text_key!r}; {_suggestion(text_key, list(record))}.")
+        raise _LineError(f", has no key {text_key!r}; {_suggestion(text_key, list(record))}.")
     text = record[text_key]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise UserError(f"{location}: {text_key!r} is {type(text).__name__}, not text; name the key with the text.")
+        raise _LineError(f": {text_key!r} is {type(text).__name__}, not text; name the key with the text.")
     # JSON can contain a lone surrogate (\ud800), which is not a character: it becomes U+FFFD, as in any UTF-8 reader.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -237,12 +257,14 @@ def _suggestion(key: str, present: list[Any]) -> str:
     return f"did you mean {nearest[0]!r} (there are {', '.join(names)})" if nearest else "it has no keys at all"
 
 
-def _parquet_rows(path: Path, text_key: str) -> Iterator[Document]:
+def _parquet_rows(path: Path, text_key: str, start: int, end: int | None) -> Iterator[Document]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as table:
             _check_column(table.schema_arrow, text_key, path)
-            for batch in table.iter_batches(_PARQUET_ROWS, columns=[text_key]):
+            groups = range(table.num_row_groups)
+            row = sum(table.metadata.row_group(group).num_rows for group in groups[:start])
+            for batch in table.iter_batches(_PARQUET_ROWS, row_groups=groups[start:end], columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield Document(text or "", f"{path.name}:{row}")

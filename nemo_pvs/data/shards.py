@@ -1,56 +1,30 @@
-"""Tokenises many files with many workers: one shard per file, resumable, then one token file per split."""
+"""Tokenises many files with many workers: in parts, resumable, then joined to one token file per split."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nemo_pvs.data.corpus import BlankFilter, input_files, read_file, report_blank, report_left_out
-from nemo_pvs.data.tokenize import batches, count_tokens, encode, end_of_text, load_tokenizer, tokenizer_hash
+from nemo_pvs.data.corpus import input_files, report_blank, report_left_out
+from nemo_pvs.data.encoder import describe
+from nemo_pvs.data.part_tokens import HASHES, IDS, LENGTHS, MANIFEST, PartWriter, Settings, start_worker, write_part
+from nemo_pvs.data.parts import Part, divide
+from nemo_pvs.data.token_index import token_dtype, write_index
+from nemo_pvs.data.tokenize import count_tokens, end_of_text, load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
-from nemo_pvs.system.files import disk_errors, read_json, sha256_file, sha256_json, whole_folder, write_json
-from nemo_pvs.system.megatron_import import import_megatron
+from nemo_pvs.system.files import disk_errors, read_json, sha256_file, sha256_json, write_json
 from nemo_pvs.system.output_paths import check_folder
 from nemo_pvs.system.processes import hidden_main_module
 
-_SHARDS = ".shards"
-_MANIFEST = "shard.json"
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The settings that determine the tokens of every shard."""
-
-    tokenizer: str
-    shares: tuple[tuple[str, float], ...]
-    seed: int
-    text_key: str
-
-
-def split_of(text: str, shares: Mapping[str, float], seed: int) -> str:
-    """Return the split of a document: that into whose share its SHA-256 with the seed falls, as a number from 0 to 1.
-
-    So the split depends only on the text and the seed, copies of a text stay together, and workers need not
-    communicate. Shares are met on average, not exactly; ``split.split_documents`` is exact, for small corpora.
-    """
-    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    for name, share in shares.items():
-        if position < share:
-            return name
-        position -= share
-    return name
+PARTS = ".shards"
+"""The folder of the parts, until they are joined."""
 
 
 def tokenize_files(
@@ -61,15 +35,17 @@ def tokenize_files(
     *,
     seed: int = 0,
     text_key: str = "text",
-    workers: int = 1,
+    workers: int | None = None,
+    shard: tuple[int, int] | None = None,
+    part_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write ``out/<split>.bin``, ``.idx`` and a manifest ``.json`` for each split; return the manifests.
 
-    Every input file becomes a shard, written atomically by one worker; an interrupted run continues with the files
-    that have no shard. At the end the shards are joined in the order of the files, so the result does not depend on
-    the number of workers; meanwhile the tokens take up twice their disk space. Splits that already exist, from the
-    same files and settings, are not written again.
+    The files are divided into parts (``parts.divide``), each of which one worker writes atomically; an interrupted run
+    continues with the missing parts. At the end they are joined in their order, so the result depends neither on the
+    number of workers nor on the parts; meanwhile the tokens take up twice their disk space. Splits that already exist,
+    from the same files and settings, are not written again.
 
     Args:
         inputs: Files, folders of them, or the built-in corpus.
@@ -78,16 +54,27 @@ def tokenize_files(
         shares: Split name to share of the documents; they add up to 1.
         seed: Seed of the split.
         text_key: Key or column of the text.
-        workers: Number of processes; at most one per file is used.
-        progress: Called with (files done, total files).
+        workers: Number of processes; None for one per core.
+        shard: (i, n): write only the i-th of n shares of the parts, i from 1, and do not join. A call without it
+            writes the parts that are still missing, and joins.
+        part_bytes: Least size of a part; None for a size that depends on that of the files.
+        progress: Called with (parts done, all parts).
+
+    Returns:
+        The manifest of each split; nothing if ``shard`` is given and the splits do not exist yet.
 
     Raises:
         UserError: an input, the tokenizer or a share is invalid, a split gets no document, or the disk is full.
     """
-    _check(shares, workers)
+    _check(shares, workers, shard)
     check_folder(out)
-    end_of_text(load_tokenizer(tokenizer_folder), tokenizer_folder)
-    settings = _Settings(str(tokenizer_folder.resolve()), tuple(shares.items()), seed, text_key)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    end = end_of_text(tokenizer, tokenizer_folder)
+    dtype = token_dtype(len(tokenizer))
+    description = describe(tokenizer)
+    settings = Settings(
+        description, None if description else tokenizer, end, dtype, tuple(shares.items()), seed, text_key
+    )
     report_left_out(inputs)
     files = input_files(inputs)
     made_from: dict[str, Any] = {
@@ -100,24 +87,44 @@ def tokenize_files(
     finished = _finished(out, shares, sha256_json(made_from))
     if finished is not None:
         return finished
-    shards = []
-    for index, identity in enumerate(made_from["files"]):
-        key = sha256_json({**made_from, "files": identity})[:16]
-        shards.append(out / _SHARDS / f"{index:06d}-{key}")
-    _write_shards(files, shards, settings, workers, progress)
-    report_blank(sum(read_json(shard / _MANIFEST).get("without_text", 0) for shard in shards))
+    parts = divide(files, part_bytes)
+    folders = list(_folders(out / PARTS, parts, made_from))
+    mine = slice(None) if shard is None else slice(shard[0] - 1, None, shard[1])
+    _write_parts(parts[mine], folders[mine], settings, workers or available_cores(), progress)
+    if shard is not None:
+        return {}
+    report_blank(sum(read_json(folder / MANIFEST)["without_text"] for folder in folders))
     with disk_errors(out):
-        manifests = {name: _join(name, shards, out, sha256_json(made_from), tokenizer_folder) for name in shares}
-        shutil.rmtree(out / _SHARDS)
+        source = _source_hash(parts, folders)
+        manifests = {}
+        for name in shares:
+            joined = _join(name, folders, out, dtype)
+            manifests[name] = {
+                **joined,
+                "append_eos": True,
+                "tokenizer_sha256": made_from["tokenizer"],
+                "source_sha256": source,
+                "bin_sha256": sha256_file(out / f"{name}.bin"),
+                "made_from": sha256_json(made_from),
+            }
+            write_json(out / f"{name}.json", manifests[name])
+        shutil.rmtree(out / PARTS)
     return manifests
 
 
-def _check(shares: Mapping[str, float], workers: int) -> None:
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check(shares: Mapping[str, float], workers: int | None, shard: tuple[int, int] | None) -> None:
     if not shares or min(shares.values()) <= 0 or not abs(sum(shares.values()) - 1) < 1e-6:
         given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
         raise UserError(f"The shares of a split must be positive and add up to 1, not: {given or 'none'}.")
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; give at least 1.")
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise UserError(f"--shard is {shard[0]}/{shard[1]}; the first of 16 shards is 1/16, and the last one 16/16.")
 
 
 def _identity(file: Path | None) -> list[Any]:
@@ -139,111 +146,90 @@ def _finished(out: Path, shares: Mapping[str, float], made_from: str) -> dict[st
     return manifests
 
 
-def _write_shards(
-    files: list[Path | None],
-    shards: list[Path],
-    settings: _Settings,
+def _folders(root: Path, parts: list[Part], made_from: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the folder of every part, named after its number and what it is made from."""
+    file = -1
+    for number, part in enumerate(parts):
+        file += part.start == 0
+        identity = {**made_from, "files": made_from["files"][file], "part": [part.start, part.end]}
+        yield root / f"{number:06d}-{sha256_json(identity)[:16]}"
+
+
+def _write_parts(
+    parts: list[Part],
+    folders: list[Path],
+    settings: Settings,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    missing = [(file, shard) for file, shard in zip(files, shards, strict=True) if not shard.is_dir()]
-    done = len(files) - len(missing)
+    missing = [(part, folder) for part, folder in zip(parts, folders, strict=True) if not folder.is_dir()]
+    done = len(parts) - len(missing)
 
     def count_one() -> None:
         nonlocal done
         done += 1
         if progress:
-            progress(done, len(files))
+            progress(done, len(parts))
 
     if progress:
-        progress(done, len(files))
+        progress(done, len(parts))
     if workers == 1 or len(missing) < 2:
-        for file, shard in missing:
-            _write_shard(file, shard, settings)
+        writer = PartWriter(settings)
+        for part, folder in missing:
+            writer.write(part, folder)
             count_one()
         return
+    # Spawned, because the tokenizers' threads do not survive a fork.
     pool = ProcessPoolExecutor(
-        min(workers, len(missing)), multiprocessing.get_context("spawn"), initializer=_single_threaded
+        min(workers, len(missing)),
+        multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(settings,),
     )
     with pool:
         with hidden_main_module():
-            futures = [pool.submit(_write_shard, file, shard, settings) for file, shard in missing]
+            futures = [pool.submit(write_part, part, folder) for part, folder in missing]
         try:
             for future in as_completed(futures):
                 future.result()
                 count_one()
+        except BrokenProcessPool:
+            raise UserError(
+                "A worker was killed, possibly for want of memory; start the command again to continue, with fewer "
+                "--workers."
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _single_threaded() -> None:
-    """Limit a worker to one core, because there is one worker per core."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
+def _source_hash(parts: list[Part], folders: list[Path]) -> str:
+    """Return a hash of the texts in their order, which does not depend on how files are divided."""
+    digests = []
+    for part, folder in zip(parts, folders, strict=True):
+        if part.start == 0:
+            digests.append(hashlib.sha256())
+        with open(folder / HASHES, "rb") as file:
+            while block := file.read(1 << 20):
+                digests[-1].update(block)
+    return sha256_json([digest.hexdigest() for digest in digests])
 
 
-def _write_shard(file: Path | None, shard: Path, settings: _Settings) -> None:
-    """Tokenise one file into the folder ``shard``: a token file for every split with a document, and a manifest."""
-    import_megatron()
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # takes seconds
-
-    tokenizer = load_tokenizer(Path(settings.tokenizer))
-    end = end_of_text(tokenizer, Path(settings.tokenizer))
-    dtype = DType.optimal_dtype(len(tokenizer))
-    shares = dict(settings.shares)
-    builders: dict[str, Any] = {}
-    documents = dict.fromkeys(shares, 0)
-    digest = hashlib.sha256()
-    blank = BlankFilter()
-    with whole_folder(shard) as partial, ExitStack() as closing:
-        for batch in batches(blank.apply(read_file(file, settings.text_key))):
-            for document, ids in zip(batch, encode(tokenizer, batch), strict=True):
-                digest.update(hashlib.sha256(document.text.encode()).digest())
-                name = split_of(document.text, shares, settings.seed)
-                if name not in builders:
-                    builders[name] = IndexedDatasetBuilder(str(partial / f"{name}.bin"), dtype=dtype)
-                    closing.callback(builders[name].data_file.close)
-                builders[name].add_document(torch.tensor([*ids, end]), [len(ids) + 1])
-                documents[name] += 1
-        for name, builder in builders.items():
-            builder.finalize(str(partial / f"{name}.idx"))
-        manifest = {"documents": documents, "without_text": blank.count, "source_sha256": digest.hexdigest()}
-        write_json(partial / _MANIFEST, manifest)
-
-
-def _join(name: str, shards: list[Path], out: Path, made_from: str, tokenizer_folder: Path) -> dict[str, Any]:
-    """Join one split of all shards in the order of the files; return its manifest."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    manifests = [read_json(shard / _MANIFEST) for shard in shards]
-    present = [shard / name for shard, manifest in zip(shards, manifests, strict=True) if manifest["documents"][name]]
+def _join(name: str, folders: list[Path], out: Path, dtype: str) -> dict[str, Any]:
+    """Join one split of all parts in their order; return the numbers of documents and tokens, and their type."""
+    counts = [read_json(folder / MANIFEST)["documents"][name] for folder in folders]
+    present = [folder for folder, count in zip(folders, counts, strict=True) if count]
     if not present:
         raise UserError(f"The split {name} got no document; give more text, or a larger share for {name}.")
-    dtype = DType.optimal_dtype(len(load_tokenizer(tokenizer_folder)))
     partial = out / f".{name}.partial.bin"
-    builder = IndexedDatasetBuilder(str(partial), dtype=dtype)
-    gc.freeze()  # Megatron collects garbage after every shard, which takes seconds if it visits all imported objects
-    try:
-        for prefix in present:
-            builder.add_index(str(prefix))
-    finally:
-        gc.unfreeze()
-    builder.finalize(str(partial.with_suffix(".idx")))
+    with open(partial, "wb") as joined:
+        for folder in present:
+            with open(folder / f"{name}{IDS}", "rb") as ids:
+                shutil.copyfileobj(ids, joined)
+    write_index(partial.with_suffix(".idx"), [folder / f"{name}{LENGTHS}" for folder in present], dtype)
     (out / f"{name}.json").unlink(missing_ok=True)  # it describes other tokens
     for suffix in (".bin", ".idx"):
         with open(partial.with_suffix(suffix), "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial.with_suffix(suffix), out / f"{name}{suffix}")
-    manifest = {
-        "documents": sum(manifest["documents"][name] for manifest in manifests),
-        "tokens": count_tokens(out / name),
-        "dtype": str(dtype.__name__),
-        "append_eos": True,
-        "tokenizer_sha256": tokenizer_hash(tokenizer_folder),
-        "source_sha256": sha256_json([manifest["source_sha256"] for manifest in manifests]),
-        "bin_sha256": sha256_file(out / f"{name}.bin"),
-        "made_from": made_from,
-    }
-    write_json(out / f"{name}.json", manifest)
-    return manifest
+    return {"documents": sum(counts), "tokens": count_tokens(out / name), "dtype": dtype}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -47,3 +48,18 @@ def split_documents(
         splits[neediest].extend(copies)
         missing[neediest] -= sum(len(document.text) for document in copies)
     return splits
+
+
+def split_of(text: str, shares: Mapping[str, float], seed: int) -> str:
+    """Return the split of a document: that into whose share its SHA-256 with the seed falls, as a number from 0 to 1.
+
+    So the split depends only on the text and the seed, copies of a text stay together, and workers need not
+    communicate. Shares are met on average, not exactly; ``split_documents`` is exact, for small corpora.
+    """
+    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    for name, share in shares.items():
+        if position < share:
+            return name
+        position -= share
+    return name

@@ -1,11 +1,13 @@
-"""Checks the index (``.idx``) of a Megatron token file: that it is complete and belongs to the data file."""
+"""The index (``.idx``) of a Megatron token file: writes it, and checks that it is complete and belongs to the data."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from nemo_pvs.errors import UserError
 
@@ -17,7 +19,46 @@ _VERSION = 1
 _ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 """Bytes per token by type code; the codes 6 and 7 are floating-point numbers."""
 
+_CODES = {"int32": 4, "uint16": 8}
+_UINT16_VOCABULARY = 65_500
+"""Megatron stores the ids of smaller vocabularies as uint16."""
+
 _CHUNK = 1 << 20
+
+
+def token_dtype(vocab: int) -> str:
+    """Return NumPy's name of the type in which Megatron stores ids of a vocabulary."""
+    return "uint16" if vocab < _UINT16_VOCABULARY else "int32"
+
+
+def write_index(path: Path, lengths: Sequence[Path], dtype: str) -> None:
+    """Write the index of documents that are one sequence each, in chunks.
+
+    Args:
+        path: The index to write.
+        lengths: Files with the number of tokens of each document as int32, one file after another.
+        dtype: The type of the ids, from ``token_dtype``.
+    """
+    documents = sum(file.stat().st_size // 4 for file in lengths)
+    item_bytes = _ITEM_BYTES[_CODES[dtype]]
+    offset = 0
+    with open(path, "wb") as index:
+        index.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[dtype], documents, documents + 1))
+        for chunk in _chunks(lengths):
+            index.write(chunk.tobytes())
+        for chunk in _chunks(lengths):
+            ends = offset + np.cumsum(chunk, dtype=np.int64) * item_bytes
+            index.write((ends - chunk.astype(np.int64) * item_bytes).tobytes())
+            offset = int(ends[-1])
+        for first in range(0, documents + 1, _CHUNK):
+            index.write(np.arange(first, min(first + _CHUNK, documents + 1), dtype=np.int64).tobytes())
+
+
+def _chunks(lengths: Sequence[Path]) -> Iterator[npt.NDArray[np.int32]]:
+    for path in lengths:
+        count = path.stat().st_size // 4
+        for first in range(0, count, _CHUNK):
+            yield np.fromfile(path, np.int32, min(_CHUNK, count - first), offset=4 * first)
 
 
 def count_indexed_tokens(index: Path, data: Path) -> int:

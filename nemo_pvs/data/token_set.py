@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,10 @@ from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import sha256_bytes, sha256_file
 from nemo_pvs.system.megatron_import import import_megatron
+
+Windows = Literal["packed", "documents"]
+"""How windows are cut from a text. packed: from all documents joined, so that a window may begin and end in the middle
+of documents and hold several; documents: each from one document, those that are shorter than a window left out."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class TokenSet:
         data_set: str = "unnamed",
         source_sha256: str | None = None,
         tokenizer_sha256: str | None = None,
+        documents: Sequence[int] | npt.NDArray[Any] | None = None,
     ) -> TokenSet:
         """Cut windows from one long stream of token ids.
 
@@ -55,11 +60,25 @@ class TokenSet:
             data_set: Name of the text for the manifest.
             source_sha256: Hash of the text.
             tokenizer_sha256: Hash of the tokenizer's files.
+            documents: The number of tokens of each document; given, each window is cut from one document. Without a
+                seed, these are the first tokens of each document that is long enough; with one, each window is drawn
+                from a document drawn from those.
 
         Raises:
             UserError: the stream is too short for the number of windows, or a number is invalid.
         """
         ids = np.asarray(stream)
+        if documents is not None:
+            check_size(samples, sequence_length)
+            starts = _starts_in_documents(np.asarray(documents), sequence_length, samples, seed, data_set)
+            return cls.from_windows(
+                [ids[start : start + sequence_length] for start in starts],
+                data_set=data_set,
+                source_sha256=source_sha256,
+                tokenizer_sha256=tokenizer_sha256,
+                seed=seed,
+                windows="documents",
+            )
         check_length(len(ids), sequence_length=sequence_length, samples=samples, seed=seed, data_set=data_set)
         if seed is None:
             starts = [window * sequence_length for window in range(samples or len(ids) // sequence_length)]
@@ -77,7 +96,7 @@ class TokenSet:
     @classmethod
     def from_windows(
         cls,
-        windows: Sequence[Sequence[int] | npt.NDArray[Any]],
+        sequences: Sequence[Sequence[int] | npt.NDArray[Any]],
         *,
         data_set: str,
         source_sha256: str | None,
@@ -88,14 +107,14 @@ class TokenSet:
         """Build a token set from windows of equal length and record their origin.
 
         Args:
-            windows: N windows of S token ids.
+            sequences: N windows of S token ids.
             data_set: Name of the text.
             source_sha256: Hash of the text.
             tokenizer_sha256: Hash of the tokenizer's files.
             seed: Seed of random windows; None for others.
             **more: Additional entries of the manifest.
         """
-        ids = np.stack([np.asarray(window) for window in windows]).astype(np.int32)
+        ids = np.stack([np.asarray(sequence) for sequence in sequences]).astype(np.int32)
         return cls(
             torch.from_numpy(ids),
             {
@@ -117,6 +136,7 @@ class TokenSet:
         tokenize: Callable[[str], Sequence[int]],
         *,
         separator: str = "\n\n",
+        windows: Windows = "packed",
         **settings: Any,
     ) -> TokenSet:
         """Join texts, tokenise them as a whole, and cut windows as ``from_stream`` does with ``settings``.
@@ -126,16 +146,23 @@ class TokenSet:
             tokenize: Turns the joined text into ids, with its default special tokens.
             separator: Inserted between the texts: two line breaks for WikiText's sets, a space for C4, as in
                 llm-pruning-collection.
+            windows: With ``documents``, texts are tokenised one by one, and each window is cut from one.
             **settings: ``sequence_length``, ``samples``, ``seed``, ``data_set``, ``tokenizer_sha256``.
 
         Raises:
             UserError: as ``from_stream``.
         """
-        text = separator.join(documents)
+        texts = list(documents)
+        text = separator.join(texts)
+        if windows == "documents":
+            ids = [tokenize(one) for one in texts]
+            settings["documents"] = [len(one) for one in ids]
+            stream = [token for one in ids for token in one]
+            return cls.from_stream(stream, source_sha256=sha256_bytes(text.encode()), **settings)
         return cls.from_stream(tokenize(text), source_sha256=sha256_bytes(text.encode()), **settings)
 
     @classmethod
-    def from_token_file(cls, prefix: Path, **settings: Any) -> TokenSet:
+    def from_token_file(cls, prefix: Path, *, windows: Windows = "packed", **settings: Any) -> TokenSet:
         """Cut windows from Megatron's ``prefix.bin`` as ``from_stream`` does with ``settings``.
 
         The tokenizer's hash is taken from the manifest ``prefix.json`` if ``nemo_pvs.data.tokenize`` wrote one.
@@ -146,8 +173,61 @@ class TokenSet:
         stream = read_token_file(prefix)
         made_with = token_file_manifest(prefix).get("tokenizer_sha256")
         settings = {"data_set": prefix.name, "tokenizer_sha256": made_with, **settings}
+        if windows == "documents":
+            settings["documents"] = document_lengths(prefix)
         source_sha256 = sha256_file(prefix.with_name(prefix.name + ".bin"))
         return cls.from_stream(stream, source_sha256=source_sha256, **settings)
+
+
+def _starts_in_documents(
+    lengths: npt.NDArray[Any], sequence_length: int, samples: int | None, seed: int | None, data_set: str
+) -> list[int]:
+    """Return where windows begin of which each is within a document; see ``TokenSet.from_stream``."""
+    check_documents(lengths, sequence_length=sequence_length, samples=samples, seed=seed, data_set=data_set)
+    begins = np.cumsum(lengths) - lengths
+    long = np.flatnonzero(lengths >= sequence_length)
+    if seed is None:
+        return [int(begins[index]) for index in long[:samples]]
+    generator = random.Random(seed)
+    starts = []
+    for _ in range(samples or 0):
+        drawn = long[generator.randint(0, len(long) - 1)]
+        starts.append(int(begins[drawn]) + generator.randint(0, int(lengths[drawn]) - sequence_length))
+    return starts
+
+
+def check_documents(
+    lengths: npt.NDArray[Any], *, sequence_length: int, samples: int | None, seed: int | None, data_set: str
+) -> None:
+    """Check that enough documents are long enough for windows of which each is within one.
+
+    Raises:
+        UserError: they are not.
+    """
+    if seed is not None and samples is None:
+        raise UserError("Random windows need a number of samples; give it, or leave out the seed.")
+    long = int((lengths >= sequence_length).sum())
+    wanted = samples if seed is None and samples else 1
+    if long < wanted:
+        raise UserError(
+            f"{long} of the {len(lengths)} documents of {data_set} have {sequence_length} tokens or more, but "
+            f"{wanted} must; choose a shorter sequence_length, or packed windows."
+        )
+
+
+def document_lengths(prefix: Path) -> npt.NDArray[Any]:
+    """Return the number of tokens of every document of Megatron's ``prefix.bin`` / ``prefix.idx``.
+
+    Raises:
+        UserError: a file is missing, or the two do not belong together.
+    """
+    count_tokens(prefix)
+    import_megatron()
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds and is needed only here
+
+    dataset = IndexedDataset(str(prefix))
+    ends = np.concatenate([[0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)])[dataset.document_indices]
+    return np.diff(ends)
 
 
 def check_length(

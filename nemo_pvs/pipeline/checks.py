@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_pvs.data.token_set import check_length
+from nemo_pvs.data.token_set import check_documents, check_length, document_lengths
 from nemo_pvs.pipeline.tokens import RunData, Splits
 from nemo_pvs.planning.learned import end_of_reading
 from nemo_pvs.planning.parent_checks import check_unread
@@ -39,3 +39,11 @@ def check_text(recipe: Recipe, tokens: RunData, splits: Splits) -> None:
             seed=settings.seed,
             data_set="calibration",
         )
+        if settings.windows == "documents":
+            check_documents(
+                document_lengths(tokens.prefix("calibration")),
+                samples=settings.samples,
+                sequence_length=settings.sequence_length,
+                seed=settings.seed,
+                data_set="calibration",
+            )

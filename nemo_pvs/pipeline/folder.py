@@ -261,6 +261,7 @@ class RunFolder:
             samples=samples,
             sequence_length=settings.sequence_length,
             seed=settings.seed + draw,
+            windows=settings.windows,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -82,6 +82,13 @@ class Calibration(Block):
     scan_samples: Positive = 16
     """Sequences for the depth scan, which runs the model once per window."""
     seed: int = 0
+    windows: Literal["packed", "documents"] = Field(default="packed", exclude_if=lambda given: given == "packed")
+    """Whether a sequence may hold parts of several documents (packed) or is cut from one (documents)."""
+
+    @property
+    def identity(self) -> list[int | str]:
+        """What determines the sequences besides the text and their number, for records of finished stages."""
+        return [self.sequence_length, self.seed, *([] if self.windows == "packed" else [self.windows])]
 
 
 class RecoveryMeasures(Block):

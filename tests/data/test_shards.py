@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer
 
-from nemo_pvs.data import shards
-from nemo_pvs.data.shards import split_of, tokenize_files
+from nemo_pvs.data.part_tokens import PartWriter
+from nemo_pvs.data.shards import tokenize_files
+from nemo_pvs.data.split import split_of
 from nemo_pvs.errors import UserError
+from nemo_pvs.system.files import sha256_bytes, sha256_json
 
 from .conftest import SENTENCES
 
@@ -43,7 +50,7 @@ def test_the_number_of_workers_changes_nothing(
     script.__file__ = str(tmp_path / "script.py")
     Path(script.__file__).write_text("raise SystemExit('the script runs again')")
     monkeypatch.setitem(sys.modules, "__main__", script)
-    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "one", SHARES)
+    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "one", SHARES, workers=1)
     again = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "two", SHARES, workers=2)
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
     assert made == again
@@ -51,7 +58,7 @@ def test_the_number_of_workers_changes_nothing(
 
 
 def test_every_document_is_in_its_split_in_order(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, seed=3)
+    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, seed=3, workers=1)
     texts = [json.loads(line)["text"] for file in sorted(corpus.iterdir()) for line in file.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     for name, manifest in made.items():
@@ -74,30 +81,30 @@ def test_shares_are_met_on_average_and_copies_stay_together() -> None:
 def test_an_interrupted_run_goes_on_with_the_files_that_are_missing(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "whole", SHARES)
+    expected = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "whole", SHARES, workers=1)
     written: list[str] = []
-    real = shards._write_shard
+    real = PartWriter.write
 
-    def counted(file, place, settings):
-        if len(written) == 3 and file.name == "3.jsonl" and "stop" not in written:
+    def counted(writer, part, folder):
+        if len(written) == 3 and part.file.name == "3.jsonl" and "stop" not in written:
             written.append("stop")
             raise KeyboardInterrupt
-        written.append(file.name)
-        real(file, place, settings)
+        written.append(part.file.name)
+        real(writer, part, folder)
 
-    monkeypatch.setattr(shards, "_write_shard", counted)
+    monkeypatch.setattr(PartWriter, "write", counted)
     with pytest.raises(KeyboardInterrupt):
-        tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES)
+        tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
     assert not list((tmp_path / "out").glob("*.bin"))
-    assert tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES) == expected
+    assert tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1) == expected
     assert written == ["0.jsonl", "1.jsonl", "2.jsonl", "stop", "3.jsonl", "4.jsonl"]
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
 
-    assert tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES) == expected
+    assert tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1) == expected
     assert len(written) == 6, "a finished corpus was tokenised again"
     file = corpus / "2.jsonl"
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
-    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES)
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
     assert len(written) == 11, "a file that changed was not read again"
 
 
@@ -120,17 +127,92 @@ def test_mistakes(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
 def test_what_is_no_text_is_left_out_and_said_once(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "plain", SHARES)
+    expected = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "plain", SHARES, workers=1)
     capsys.readouterr()
     (corpus / "README.txt").write_text("About this corpus.")
     for file in (corpus / "0.jsonl", corpus / "3.jsonl"):
         file.write_text(file.read_text() + '{"text": null}\n')
-    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES)
+    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
     assert [made[name]["bin_sha256"] for name in SHARES] == [expected[name]["bin_sha256"] for name in SHARES]
     assert capsys.readouterr().out == (
         f"{corpus}: not read as text: README.txt.\n2 documents without text were skipped.\n"
     )
     (corpus / "README.txt").write_text("It is another one now.")
     before = (tmp_path / "out" / "train.bin").stat().st_mtime_ns
-    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES)
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
     assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == before, "a change of no text made all anew"
+
+
+def test_token_files_are_what_megatron_itself_writes(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Each file in several parts, and the whole in two shards."""
+    for number in (1, 2):
+        assert not tokenize_files(
+            [str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1, part_bytes=500, shard=(number, 2)
+        )
+    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1, part_bytes=500)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    files = [[json.loads(line)["text"] for line in file.read_text().splitlines()] for file in sorted(corpus.iterdir())]
+    for name, manifest in made.items():
+        builder = IndexedDatasetBuilder(str(tmp_path / "expected.bin"), dtype=DType.optimal_dtype(len(tokenizer)))
+        for text in itertools.chain(*files):
+            if split_of(text, SHARES, 0) == name:
+                ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+                builder.add_document(torch.tensor(ids), [len(ids)])
+        builder.finalize(str(tmp_path / "expected.idx"))
+        for suffix in (".bin", ".idx"):
+            expected = (tmp_path / f"expected{suffix}").read_bytes()
+            assert (tmp_path / "out" / f"{name}{suffix}").read_bytes() == expected
+        hashes = [sha256_bytes(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)) for texts in files]
+        assert manifest["source_sha256"] == sha256_json(hashes)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        f"{name}{suffix}" for name in SHARES for suffix in (".bin", ".idx", ".json")
+    )
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """By kill -9, with two workers, which end too."""
+    expected = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "whole", SHARES, workers=1)
+    command = (
+        "from pathlib import Path\n"
+        "import os, nemo_pvs.data.shards as shards\n"
+        "def stop(done, total):\n"
+        "    if done >= 10: os.kill(os.getpid(), 9)\n"
+        f"shards.tokenize_files([{str(corpus)!r}], Path({str(tokenizer_folder)!r}), Path({str(tmp_path / 'out')!r}),"
+        f" {SHARES!r}, workers=2, part_bytes=500, progress=stop)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == -signal.SIGKILL
+    parts = [path.name for path in (tmp_path / "out" / ".shards").iterdir() if not path.name.startswith(".")]
+    assert len(parts) >= 10
+    made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1, part_bytes=500)
+    assert made == expected
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shard", [(0, 2), (3, 2)])
+def test_a_shard_that_is_none_is_refused(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, shard: tuple[int, int]
+) -> None:
+    with pytest.raises(UserError, match=r"--shard is ./2; the first of 16"):
+        tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, shard=shard)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"), [("3", "tokenize a b --out c d --shard 3/16"), ("", "tokenize a b --out c d")]
+)
+def test_a_task_of_a_job_array_tokenises_its_share(tmp_path: Path, task: str, expected: str) -> None:
+    pvs = tmp_path / "bin" / "pvs"
+    pvs.parent.mkdir()
+    pvs.write_text("#!/bin/sh\necho $*\n")
+    pvs.chmod(0o755)
+    script = Path(__file__).parents[2] / "launch" / "tokenize.sbatch"
+    variables = {"VENV": str(tmp_path), "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "16"}
+    done = subprocess.run(
+        ["bash", str(script), "a", "b", "--out", "c d"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == expected + "\n"

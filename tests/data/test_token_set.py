@@ -131,3 +131,37 @@ def test_impossible_windows_are_refused(settings: dict[str, Any], message: str) 
 def test_a_missing_token_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.bin does not exist"):
         read_token_file(tmp_path / "nothing")
+
+
+DOCUMENTS = [list(range(10, 13)), list(range(20, 28)), list(range(30, 35)), list(range(40, 44))]
+
+
+def test_windows_of_documents_never_cross_their_borders(tmp_path: Path) -> None:
+    """The shorter ones are left out; drawn ones are anywhere in documents, and those of equal length included."""
+    prefix = write_token_file(tmp_path / "text", DOCUMENTS)
+    first = TokenSet.from_token_file(prefix, sequence_length=4, windows="documents")
+    assert first.ids.tolist() == [[20, 21, 22, 23], [30, 31, 32, 33], [40, 41, 42, 43]]
+    assert first.manifest["windows"] == "documents"
+    drawn = TokenSet.from_token_file(prefix, sequence_length=4, samples=200, seed=3, windows="documents")
+    possible = {tuple(one[start : start + 4]) for one in DOCUMENTS for start in range(len(one) - 3)}
+    assert set(map(tuple, drawn.ids.tolist())) == possible
+    packed = TokenSet.from_token_file(prefix, sequence_length=4, samples=200, seed=3)
+    assert not set(map(tuple, packed.ids.tolist())) <= possible
+    assert "windows" not in packed.manifest
+    again = TokenSet.from_token_file(prefix, sequence_length=4, samples=200, seed=3, windows="packed")
+    assert again.manifest == packed.manifest
+
+
+def test_windows_of_documents_of_a_text_are_tokenised_one_by_one() -> None:
+    texts = ["abc", "abcdefgh", "xyzuv"]
+    settings = {"tokenize": lambda text: [ord(character) for character in text], "sequence_length": 4}
+    tokens = TokenSet.from_documents(texts, windows="documents", **settings)
+    assert tokens.ids.tolist() == [[ord(character) for character in text[:4]] for text in texts[1:]]
+
+
+def test_documents_that_are_all_too_short_are_refused(tmp_path: Path) -> None:
+    prefix = write_token_file(tmp_path / "text", DOCUMENTS)
+    with pytest.raises(UserError, match="0 of the 4 documents of text have 9 tokens or more, but 1 must"):
+        TokenSet.from_token_file(prefix, sequence_length=9, samples=2, seed=0, windows="documents")
+    with pytest.raises(UserError, match="2 of the 4 documents of text have 5 tokens or more, but 3 must"):
+        TokenSet.from_token_file(prefix, sequence_length=5, samples=3, windows="documents")

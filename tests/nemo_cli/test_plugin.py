@@ -66,6 +66,7 @@ def test_the_wheel_holds_recipes_profiles_and_tables(installed):
         "recipes/llama31_8b/base.yaml",
         "launch/slurm_h100.yaml",
         "launch/slurm.sbatch",
+        "launch/tokenize.sbatch",
         "conversions/llama.yaml",
     ):
         assert (installed / "nemo_pvs" / name).is_file()

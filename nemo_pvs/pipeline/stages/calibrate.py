@@ -22,7 +22,7 @@ def calibrate(run: RunFolder) -> Stage[ScoresRecord]:
         return {
             "parent": run.records.parent.fingerprint,
             "text": run.text("calibration"),
-            "settings": settings.model_dump(include={"samples", "sequence_length", "seed"}),
+            "settings": settings.model_dump(include={"samples", "sequence_length", "seed", "windows"}),
             **({"gradients": True} if gradients else {}),
         }
 

@@ -24,7 +24,7 @@ def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
     def inputs() -> Inputs:
         text = []
         if scans(target) or is_sparse(target) or reads_text(target) or target.method == adapt_pruner.NAME:
-            text = [run.text("calibration"), samples, settings.sequence_length, settings.seed]
+            text = [run.text("calibration"), samples, *settings.identity]
         return {
             "parent": run.records.parent.fingerprint,
             "method": target.method,

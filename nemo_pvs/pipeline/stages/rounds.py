@@ -176,7 +176,7 @@ class _Round:
             "method": asked.method,
             "options": asked.options,
             "stage": self.number,
-            "text": [self.run.text("calibration"), self._samples, settings.sequence_length, settings.seed],
+            "text": [self.run.text("calibration"), self._samples, *settings.identity],
             "charges": [asdict(charge) for charge in self._charges],
         }
 
