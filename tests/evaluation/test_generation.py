@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,10 +40,17 @@ def ours(folder: Path, **settings: Any) -> CheckpointLM:
     return CheckpointLM(scorer, AutoTokenizer.from_pretrained(folder), 256, **settings)
 
 
-def by_transformers(folder: Path, asked: list[list[int]], new: int = NEW) -> list[list[int]]:
+def by_transformers(
+    folder: Path, asked: list[list[int]], new: int = NEW, ends: Sequence[int] = (0,)
+) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, "eos_token_id": 0, "pad_token_id": 0}
-    return [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in asked]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": new, "eos_token_id": [*ends], "pad_token_id": 0}
+
+    def generate(ids: list[int]) -> list[int]:
+        prompt = torch.tensor([ids])
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(ids) :].tolist()
+
+    return [generate(ids) for ids in asked]
 
 
 def words(lengths: int) -> list[str]:
@@ -133,6 +141,13 @@ def test_batches_do_not_matter(letters):
         assert ours(letters, batch_size=size).generate_until(requests("ab")) == expected
     mixed = [*requests("ab"), *requests("c", new=3)]
     assert ours(letters).generate_until(mixed) == [*expected, *ours(letters).generate_until(requests("c", new=3))]
+
+
+def test_sequences_leave_a_batch_at_different_times(letters):
+    asked = torch.randint(0, 80, (16, 4), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = by_transformers(letters, asked, ends=range(16))
+    assert len({len(answer) for answer in expected}) > 5
+    assert ours(letters, ends=range(16)).greedy(asked, NEW) == expected
 
 
 def test_a_text_ends_with_each_end_of_text_token(letters):
