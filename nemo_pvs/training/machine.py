@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.planning.gpu_time import H100_BYTES
+from nemo_pvs.planning.gpu_time import H100_BYTES, USABLE_BYTES
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.planning.teacher import check_teacher
 from nemo_pvs.recipe.fields import Parallelism
@@ -154,7 +154,6 @@ def check_here(name: str, layout: Parallelism, training: Training, jobs: int | N
 H100 = Machine(gpu=True, transformer_engine=True, bf16=True, processes_per_node=8)
 """A node of H100s with Transformer Engine, as in NVIDIA's containers; fixed values, not detected."""
 
-_USABLE = 0.9  # the rest is for NCCL buffers, kernel workspaces and fragmentation
 _SIZES = (1, 2, 4, 8)
 _PIECES = (4, 3, 2)  # chunks per pipeline stage; more chunks mean a smaller bubble and more communication
 
@@ -199,7 +198,7 @@ def h100_layout(
         if rest or (layout.virtual_pipeline and batches % pipeline):
             continue
         needed = training_memory(shape, layout, training, teacher).total
-        if needed <= _USABLE * H100_BYTES:
+        if needed <= USABLE_BYTES:
             return layout, _reasons(layout, needed)
     raise UserError(
         f"{shape} with batches of {training.global_batch_size} x {training.sequence_length} tokens does not fit on "
