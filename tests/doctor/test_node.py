@@ -12,6 +12,7 @@ from nemo_pvs.doctor import node as module
 from nemo_pvs.doctor.finding import Finding, verdict
 from nemo_pvs.doctor.node import Node, check_node
 from nemo_pvs.system.cuda_driver import DriverError, Gpu
+from nemo_pvs.system.files import user_cache
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), True)
 CLUSTER = Node(
@@ -101,6 +102,37 @@ def test_only_locks_that_nobody_holds_any_more_are_found(tmp_path, monkeypatch):
     left = tmp_path / "py312_cu128" / "managed_alloc_runtime" / "lock"
     os.utime(left, (0, 0))
     assert Node.here().locks == (left,)
+
+
+def test_locks_are_looked_for_where_pytorch_compiles(tmp_path, monkeypatch):
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    left = Path(_get_build_directory("managed_alloc_runtime", verbose=False)) / "lock"
+    left.touch()
+    os.utime(left, (0, 0))
+    assert Node.here().locks == (left,)
+
+
+def test_a_lock_that_goes_meanwhile_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("going", "left"):
+        (tmp_path / name).mkdir()
+    left = tmp_path / "left" / "lock"
+    left.touch()
+    os.utime(left, (0, 0))
+    (tmp_path / "going" / "lock").symlink_to(tmp_path / "gone")  # found by name, but not there
+    assert Node.here().locks == (left,)
+
+
+def test_a_user_without_a_home_is_examined_too(monkeypatch):
+    """As in a container that does not know the number of its user."""
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000 - 1)
+    assert user_cache() is None
+    assert Node.here().locks == ()
 
 
 def test_memory_that_others_use_is_counted_by_nvidia_smi(tmp_path, monkeypatch):
