@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from nemo_pvs.doctor.finding import Finding
 from nemo_pvs.doctor.node import Node, check_node
-from nemo_pvs.doctor.packages import check_packages, check_python, check_transformer_engine, our_requirements
+from nemo_pvs.doctor.packages import (
+    check_dependencies,
+    check_packages,
+    check_python,
+    check_transformer_engine,
+    our_requirements,
+)
 
 
 def examine(*, build: bool = False, node: Node | None = None) -> list[Finding]:
@@ -18,6 +24,7 @@ def examine(*, build: bool = False, node: Node | None = None) -> list[Finding]:
     return [
         check_python(),
         *check_packages(our_requirements()),
+        *check_dependencies(our_requirements()),
         *check_transformer_engine(gpu=node.torch_gpus > 0, build=build),
         *check_node(node, build=build),
     ]

@@ -37,12 +37,12 @@ class Node:
 
     host: str
     driver: str | None = None
-    """Version of NVIDIA's driver, None without one."""
+    """Version of NVIDIA's driver; None if there is no driver."""
     driver_problem: str | None = None
     gpus: tuple[Gpu, ...] = ()
     """GPUs that this process may use, according to the driver."""
     busy: tuple[tuple[int, int], ...] = ()
-    """Number and used memory of each GPU that other processes use."""
+    """Index of each GPU that other processes use, and the memory that they use."""
     torch_gpus: int = 0
     """GPUs that PyTorch can use."""
     torch_cuda: str | None = None

@@ -148,7 +148,7 @@ def test_memory_that_others_use_is_counted_by_nvidia_smi(tmp_path, monkeypatch):
 def test_the_last_line_says_what_it_comes_to():
     fine, wrong = Finding("warn", "a", "b", "c"), Finding("FAIL", "a", "b", "c")
     assert "that is fine" in verdict([fine], gpus=0)
-    assert verdict([fine], gpus=8).startswith("Nothing here speaks against training on 8 GPUs;")
+    assert verdict([fine], gpus=8).startswith("Found nothing that would keep 8 GPUs from training;")
     assert verdict([fine, wrong], gpus=8).startswith("Training cannot work here: 1 of these lines says FAIL")
     assert verdict([wrong, wrong], gpus=0).startswith("Training cannot work here: 2 of these lines say FAIL")
     assert "without a GPU" in verdict([fine], gpus=0, build=True)
