@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from nemo_pvs.cluster.profile import SlurmProfile
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.cached_teacher import cached_ranges, describe_caches
@@ -40,7 +42,9 @@ def executor_here() -> str:
     return "this machine's CPU, ranks forked, gloo"
 
 
-def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None = None) -> None:
+def show_series(
+    recipe: Recipe, folder: Path, executor: str, mfu: float | None = None, cluster: SlurmProfile | None = None
+) -> None:
     """Print what a recipe would do: the dry run of its run, or of the first of each phase if there are several.
 
     Args:
@@ -48,10 +52,11 @@ def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None =
         folder: The run folder.
         executor: Where the ranks would run.
         mfu: Model FLOPs utilisation to expect on a GPU; by default ``planning.gpu_time.MFU``.
+        cluster: The cluster that it would be submitted to; by default nodes have eight GPUs.
     """
     steps = phases(recipe, folder)
     if len(steps) == 1 and not recipe.seeds:
-        show(dry_run(recipe), folder, executor, mfu)
+        show(dry_run(recipe), folder, executor, mfu, cluster)
         return
     total, hours = 0, 0.0
     for phase in steps:
@@ -59,7 +64,7 @@ def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None =
         console.rule()
         each = f", {len(phase)} times" if len(phase) > 1 else ""
         console.print(f"{', '.join(str(member.folder) for member in phase)}{each}:", soft_wrap=True)
-        show(plan, phase[0].folder, executor, mfu)
+        show(plan, phase[0].folder, executor, mfu, cluster)
         total += len(phase) * _tokens(plan)
         hours += len(phase) * plan_hours(plan, mfu)
     console.print(f"training tokens of all runs: {total:,}")
@@ -67,7 +72,9 @@ def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None =
         console.print(f"GPU-hours of all runs: {hours:,.0f}")
 
 
-def show(plan: DryRun, folder: Path, executor: str, mfu: float | None = None) -> None:
+def show(
+    plan: DryRun, folder: Path, executor: str, mfu: float | None = None, cluster: SlurmProfile | None = None
+) -> None:
     """Print a dry run; the other arguments are those of ``show_series``."""
     recipe, train = plan.recipe, plan.recipe.train
     console.print(f"[bold]{recipe.title}[/]")
@@ -104,7 +111,8 @@ def show(plan: DryRun, folder: Path, executor: str, mfu: float | None = None) ->
         layouts = [placement.layout for placement in placed.values()]
         console.print(f"on GPUs also: {explain_kernels(layouts, train)}", soft_wrap=True)
         for name, placement in placed.items():
-            console.print(_describe_saves(name, placement), soft_wrap=True)
+            for line in _describe_saves(name, placement, cluster):
+                console.print(line, soft_wrap=True)
         console.print(f"these seconds are assumed, not measured: {RATES}", soft_wrap=True)
     console.print(_arms_table(plan, mfu))
     if on_gpus(train):
@@ -120,14 +128,20 @@ def show(plan: DryRun, folder: Path, executor: str, mfu: float | None = None) ->
             console.print(f"GPU-hours of the teacher, in addition: {_amount(hours)}", soft_wrap=True)
 
 
-def _describe_saves(name: str, placement: Placement) -> str:
-    """Return one line about what a checkpoint costs."""
-    save, last = placement.save, placement.last_save
+def _describe_saves(name: str, placement: Placement, cluster: SlurmProfile | None) -> Iterator[str]:
+    """Yield one line about what a checkpoint costs, and one if there is too little time for the last one."""
+    save, last = placement.saves(cluster.gpus_per_node if cluster else 8)
     seconds = "less than 1 s" if save.seconds < 1 else f"{save.seconds:,.0f} s"
-    return (
+    yield (
         f"saves of {name}: every {placement.training.checkpoint_minutes:g} min {save.host / 1e9:,.0f} GB of host "
         f"memory a node and {seconds}; at the end and on a signal {last.host / 1e9:,.0f} GB and {last.seconds:,.0f} s"
     )
+    if cluster and last.seconds > cluster.seconds_to_save:
+        yield (
+            f"warning: {name} is signalled seconds_to_save = {cluster.seconds_to_save} before the time limit, but its "
+            f"save alone takes {last.seconds:,.0f} s; raise it in the profile, or what was trained since the last "
+            "checkpoint is lost"
+        )
 
 
 def _describe(distill: Distillation) -> str:

@@ -57,15 +57,10 @@ class Placement:
         """Memory of the fullest GPU."""
         return training_memory(self.shape, self.layout, self.training, self.teacher)
 
-    @property
-    def save(self) -> Save:
-        """A save in the middle of a run."""
-        return save_during_run(self.shape, self.layout, self.training)
-
-    @property
-    def last_save(self) -> Save:
-        """The save at the end of a run, or on a signal."""
-        return last_save(self.shape, self.layout, self.training)
+    def saves(self, gpus_per_node: int) -> tuple[Save, Save]:
+        """Return a save in the middle of a run, and the one at its end or on a signal."""
+        given = self.shape, self.layout, self.training, gpus_per_node
+        return save_during_run(*given), last_save(*given)
 
 
 @dataclass(frozen=True)
