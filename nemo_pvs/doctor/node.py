@@ -203,9 +203,9 @@ def _torch_problem() -> str:
 def _left_locks() -> list[Path]:
     """Return lock files of PyTorch's compilations whose folder has not been written to for ten minutes."""
     chosen, cache = os.environ.get("TORCH_EXTENSIONS_DIR"), user_cache()
-    if not chosen and cache is None:
+    root = Path(chosen) if chosen else cache and cache / "torch_extensions"
+    if root is None:
         return []
-    root = Path(chosen) if chosen else cache / "torch_extensions"
     old, left = time.time() - 600, []
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
         with suppress(FileNotFoundError):  # the compilation has just ended

@@ -240,4 +240,4 @@ def test_the_published_setting_fits() -> None:
     assert {planned.arm.training.tokens_per_step for planned in plan.arms} == {1152 * 8192}
     parent: Shape = plan.parent
     for planned in plan.targets:
-        assert planned.memory.teacher > parent.parameters, "half of its weights at TP=2, 2 bytes each"
+        assert planned.largest.memory.teacher > parent.parameters, "half of its weights at TP=2, 2 bytes each"
