@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

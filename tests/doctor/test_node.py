@@ -12,7 +12,7 @@ from nemo_pvs.doctor import node as module
 from nemo_pvs.doctor.finding import Finding, verdict
 from nemo_pvs.doctor.node import Node, check_node
 from nemo_pvs.system.cuda_driver import DriverError, Gpu
-from nemo_pvs.system.files import user_cache
+from nemo_pvs.system.files import cache_folder, user_cache
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), True)
 CLUSTER = Node(
@@ -132,6 +132,7 @@ def test_a_user_without_a_home_is_examined_too(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000 - 1)
     assert user_cache() is None
+    assert cache_folder().is_absolute()
     assert Node.here().locks == ()
 
 
