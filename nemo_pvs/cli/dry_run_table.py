@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from nemo_pvs.cluster.profile import SlurmProfile
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.cached_teacher import cached_ranges, describe_caches
-from nemo_pvs.planning.dry_run import DryRun, PlannedArm, PlannedTarget, describe_domains, dry_run
-from nemo_pvs.planning.gpu_time import MFU, PEAK_FLOPS, explain_layout, gpu_hours, training_flops
+from nemo_pvs.planning.dry_run import DryRun, Placement, PlannedArm, PlannedLearning, describe_domains, dry_run
+from nemo_pvs.planning.gpu_time import (
+    MFU,
+    MFU_SOURCE,
+    PEAK_FLOPS,
+    explain_kernels,
+    explain_layout,
+    gpu_hours,
+    training_flops,
+)
 from nemo_pvs.planning.learned import learned_target
 from nemo_pvs.planning.saves import RATES
 from nemo_pvs.planning.teacher import teacher_shape
@@ -32,7 +42,9 @@ def executor_here() -> str:
     return "this machine's CPU, ranks forked, gloo"
 
 
-def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None = None) -> None:
+def show_series(
+    recipe: Recipe, folder: Path, executor: str, mfu: float | None = None, cluster: SlurmProfile | None = None
+) -> None:
     """Print what a recipe would do: the dry run of its run, or of the first of each phase if there are several.
 
     Args:
@@ -40,10 +52,11 @@ def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None =
         folder: The run folder.
         executor: Where the ranks would run.
         mfu: Model FLOPs utilisation to expect on a GPU; by default ``planning.gpu_time.MFU``.
+        cluster: The cluster that it would be submitted to; by default nodes have eight GPUs.
     """
     steps = phases(recipe, folder)
     if len(steps) == 1 and not recipe.seeds:
-        show(dry_run(recipe), folder, executor, mfu)
+        show(dry_run(recipe), folder, executor, mfu, cluster)
         return
     total, hours = 0, 0.0
     for phase in steps:
@@ -51,15 +64,17 @@ def show_series(recipe: Recipe, folder: Path, executor: str, mfu: float | None =
         console.rule()
         each = f", {len(phase)} times" if len(phase) > 1 else ""
         console.print(f"{', '.join(str(member.folder) for member in phase)}{each}:", soft_wrap=True)
-        show(plan, phase[0].folder, executor, mfu)
-        total += len(phase) * sum(planned.arm.tokens for planned in plan.arms)
-        hours += len(phase) * sum(_hours(plan, planned, mfu) for planned in plan.arms)
+        show(plan, phase[0].folder, executor, mfu, cluster)
+        total += len(phase) * _tokens(plan)
+        hours += len(phase) * plan_hours(plan, mfu)
     console.print(f"training tokens of all runs: {total:,}")
-    if _on_gpus(recipe.train):
+    if on_gpus(recipe.train):
         console.print(f"GPU-hours of all runs: {hours:,.0f}")
 
 
-def show(plan: DryRun, folder: Path, executor: str, mfu: float | None = None) -> None:
+def show(
+    plan: DryRun, folder: Path, executor: str, mfu: float | None = None, cluster: SlurmProfile | None = None
+) -> None:
     """Print a dry run; the other arguments are those of ``show_series``."""
     recipe, train = plan.recipe, plan.recipe.train
     console.print(f"[bold]{recipe.title}[/]")
@@ -84,18 +99,28 @@ def show(plan: DryRun, folder: Path, executor: str, mfu: float | None = None) ->
     console.print(_targets_table(plan))
     for note in plan.notes:
         console.print(note, soft_wrap=True)
-    if _on_gpus(train):
+    if on_gpus(train):
+        placed = {f"masks of {one.name}": one.placement for one in plan.learnings}
         for one in plan.targets:
-            distilled = any(recipe.distills(one.name, start) for start in recipe.arms_of(one.name))
-            online = distilled and train.distill and not train.distill.cache
-            reason = explain_layout(one.expected.shape, one.target.layout, train, teacher if online else None)
-            console.print(f"layout of {one.name}: {reason}", soft_wrap=True)
-        for one in plan.targets:
-            console.print(_describe_saves(one, train), soft_wrap=True)
+            staged = one.largest.shape != one.expected.shape
+            placed[f"{one.name}{', after its first stage' if staged else ''}"] = one.largest
+        for name, placement in placed.items():
+            shape, layout, training = placement.shape, placement.layout, placement.training
+            reason = explain_layout(shape, layout, training, placement.teacher)
+            console.print(f"layout of {name}: {reason}", soft_wrap=True)
+        layouts = [placement.layout for placement in placed.values()]
+        console.print(f"on GPUs also: {explain_kernels(layouts, train)}", soft_wrap=True)
+        for name, placement in placed.items():
+            for line in _describe_saves(name, placement, cluster):
+                console.print(line, soft_wrap=True)
         console.print(f"these seconds are assumed, not measured: {RATES}", soft_wrap=True)
     console.print(_arms_table(plan, mfu))
-    if _on_gpus(train):
+    if on_gpus(train):
         console.print(_describe_gpu_time(train, mfu), soft_wrap=True)
+        console.print(
+            "measured in training, and in the report: tokens per second, MFU, and the peak memory of a GPU",
+            soft_wrap=True,
+        )
         if taught := sum(part.tokens for part in cached_ranges(recipe)):
             assert teacher is not None
             flops = taught * teacher.flops_per_token(sequence_length=train.sequence_length, training=False)
@@ -103,14 +128,20 @@ def show(plan: DryRun, folder: Path, executor: str, mfu: float | None = None) ->
             console.print(f"GPU-hours of the teacher, in addition: {_amount(hours)}", soft_wrap=True)
 
 
-def _describe_saves(one: PlannedTarget, train: Training) -> str:
-    """Return one line about what a checkpoint costs."""
-    save, last = one.save, one.last_save
+def _describe_saves(name: str, placement: Placement, cluster: SlurmProfile | None) -> Iterator[str]:
+    """Yield one line about what a checkpoint costs, and one if there is too little time for the last one."""
+    save, last = placement.saves(cluster.gpus_per_node if cluster else 8)
     seconds = "less than 1 s" if save.seconds < 1 else f"{save.seconds:,.0f} s"
-    return (
-        f"saves of {one.name}: every {train.checkpoint_minutes:g} min {save.host / 1e9:,.0f} GB of host memory a node "
-        f"and {seconds}; at the end and on a signal {last.host / 1e9:,.0f} GB and {last.seconds:,.0f} s"
+    yield (
+        f"saves of {name}: every {placement.training.checkpoint_minutes:g} min {save.host / 1e9:,.0f} GB of host "
+        f"memory a node and {seconds}; at the end and on a signal {last.host / 1e9:,.0f} GB and {last.seconds:,.0f} s"
     )
+    if cluster and last.seconds > cluster.seconds_to_save:
+        yield (
+            f"warning: {name} is signalled seconds_to_save = {cluster.seconds_to_save} before the time limit, but its "
+            f"save alone takes {last.seconds:,.0f} s; raise it in the profile, or what was trained since the last "
+            "checkpoint is lost"
+        )
 
 
 def _describe(distill: Distillation) -> str:
@@ -144,9 +175,10 @@ def _arms(count: int) -> str:
 
 
 def _targets_table(plan: DryRun) -> Table:
-    table = Table("target", "method", "shape", "params", "removed", "ranks", "TP x PP x DP", "GB a GPU", "recomputed")
+    each = "GB a GPU" if on_gpus(plan.recipe.train) else "GB a rank"
+    table = Table("target", "method", "shape", "params", "removed", "ranks", "TP x PP x DP", each, "GB recomputed")
     for one in plan.targets:
-        shape, layout = one.expected.shape, one.target.layout
+        shape, layout, memory = one.expected.shape, one.target.layout, one.largest.memory
         about = "" if one.expected.exact else "about "
         table.add_row(
             one.name,
@@ -158,8 +190,8 @@ def _targets_table(plan: DryRun) -> Table:
             else describe_removal(plan.parent, shape).split(" of")[0].removeprefix("removes "),
             f"{layout.processes:,}",
             _ranks(layout),
-            f"{one.memory.total / 1e9:,.1f}",
-            f"{one.memory.total_recomputed / 1e9:,.1f}",
+            f"{memory.total / 1e9:,.1f}",
+            f"{memory.total_recomputed / 1e9:,.1f}",
         )
     return table
 
@@ -185,16 +217,33 @@ def _sizes(shape: Shape) -> str:
 
 
 def _arms_table(plan: DryRun, mfu: float | None) -> Table:
-    distilled, on_gpus = bool(plan.recipe.train.distill), _on_gpus(plan.recipe.train)
+    distilled, gpus = bool(plan.recipe.train.distill), on_gpus(plan.recipe.train)
     columns = ["arm", "peak rate", "steps", "tokens", "from token", "training FLOPs"]
-    columns += ["teacher FLOPs"] * distilled + ["total FLOPs"] + ["GPU-hours", "days"] * on_gpus
+    columns += ["teacher FLOPs"] * distilled + ["total FLOPs"] + ["GPU-hours", "days"] * gpus
     table = Table(*columns)
-    hours, longest = 0.0, 0.0
+    days_before: dict[str, float] = {}
+    for learning in plan.learnings:
+        learned, charge = learning.learned, learning.charge
+        hours = _learning_hours(plan, learning, mfu)
+        days_before[learning.name] = days = hours / learned.layout.processes / 24
+        table.add_row(
+            f"masks of {learning.name}",
+            _rate(peak_of(learned.training.learning_rate, "pruned")),
+            f"{learned.training.steps:,}",
+            f"{charge.tokens:,}",
+            f"{learned.first_token:,}",
+            f"{charge.flops:.4g}",
+            *[""] * distilled,
+            "",
+            *[_amount(hours), _amount(days)] * gpus,
+        )
+    longest = 0.0
     for one in plan.arms:
         arm, total = one.arm, one.ledger.total.flops
-        arm_hours = _hours(plan, one, mfu)
-        days = arm_hours / arm.layout.processes / 24
-        hours, longest = hours + arm_hours, max(longest, days)
+        hours = _hours(plan, one, mfu)
+        days = hours / arm.layout.processes / 24
+        waited = days_before.get(arm.target, 0.0) if arm.initialisation == "pruned" else 0.0
+        longest = max(longest, waited + days)
         table.add_row(
             arm.name,
             _rate(peak_of(arm.training.learning_rate, arm.initialisation)),
@@ -204,12 +253,12 @@ def _arms_table(plan: DryRun, mfu: float | None) -> Table:
             f"{one.ledger.training.flops:.4g}",
             *[_teacher_flops(one.ledger)] * distilled,
             "unknown" if total is None else f"{total:.4g}",
-            *[_amount(arm_hours), _amount(days)] * on_gpus,
+            *[_amount(hours), _amount(days)] * gpus,
         )
     flops = sum(one.ledger.training.flops or 0 for one in plan.arms)
-    tokens = sum(one.arm.tokens for one in plan.arms)
-    sums = [_arms(len(plan.arms)), "", "", f"{tokens:,}", "", f"{flops:.4g}", *[""] * distilled, ""]
-    table.add_row(*sums, *[_amount(hours), f"{_amount(longest)} at once"] * on_gpus)
+    flops += sum(learning.charge.flops or 0 for learning in plan.learnings)
+    sums = ["in total", "", "", f"{_tokens(plan):,}", "", f"{flops:.4g}", *[""] * distilled, ""]
+    table.add_row(*sums, *[_amount(plan_hours(plan, mfu)), f"{_amount(longest)} if all run at once"] * gpus)
     return table
 
 
@@ -217,20 +266,36 @@ def _amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _on_gpus(train: Training) -> bool:
+def on_gpus(train: Training) -> bool:
     """Return whether a recipe is meant for GPUs, which its precision says."""
     return train.precision in MFU
+
+
+def plan_hours(plan: DryRun, mfu: float | None = None) -> float:
+    """Return the GPU-hours of all trainings of a run, those of the parent to learn what to keep included."""
+    hours = sum(_learning_hours(plan, learning, mfu) for learning in plan.learnings)
+    return hours + sum(_hours(plan, planned, mfu) for planned in plan.arms)
+
+
+def _tokens(plan: DryRun) -> int:
+    """Return the tokens of all trainings of a run."""
+    tokens = sum(learning.charge.tokens or 0 for learning in plan.learnings)
+    return tokens + sum(planned.arm.tokens for planned in plan.arms)
 
 
 def _hours(plan: DryRun, planned: PlannedArm, mfu: float | None) -> float:
     return gpu_hours(training_flops(planned.ledger), plan.recipe.train.precision, mfu)
 
 
+def _learning_hours(plan: DryRun, learning: PlannedLearning, mfu: float | None) -> float:
+    return gpu_hours(learning.charge.flops or 0, plan.recipe.train.precision, mfu)
+
+
 def _describe_gpu_time(train: Training, mfu: float | None) -> str:
     kind = "fp8" if train.precision == "fp8" else "bf16"
     given = f"{100 * (MFU[kind] if mfu is None else mfu):.0f} % of {PEAK_FLOPS[kind] / 1e12:,.0f} TFLOPs per second"
-    source = "as given" if mfu is not None else "as published for 8 B and more; state your own with --mfu"
-    return f"GPU-hours: an H100 at {given} ({source}), without pruning, evaluation and waiting"
+    source = "as given" if mfu is not None else f"{MFU_SOURCE[kind]}; state your own with --mfu"
+    return f"GPU-hours assume an H100 at {given} ({source}), without pruning, evaluation and waiting"
 
 
 def _rate(rate: float | Sweep) -> str:

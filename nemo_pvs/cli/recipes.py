@@ -13,7 +13,10 @@ from nemo_pvs.system.progress import console
 
 
 def recipes(
-    recipe: Annotated[Optional[str], typer.Argument(help="show the runs of this one: a name, or a path")] = None,
+    recipe: Annotated[
+        Optional[str],
+        typer.Argument(help="show the runs of this one, a name or a path; or the recipes of a folder, llama31_8b"),
+    ] = None,
 ) -> None:
     """List the recipes that come with the package, or the runs of one and what NeMo calls them."""
     from rich.table import Table
@@ -25,13 +28,11 @@ def recipes(
     from nemo_pvs.recipe.series import is_one_run
 
     if recipe is None:
-        table = Table("recipe", "runs", "what it does")
-        for name in packaged_recipes():
-            known = settled(load_recipe(name))
-            times = f" x {len(known.seeds)} seeds" if known.seeds else ""
-            table.add_row(name, f"{len(known.runs)}{times}", known.title)
-        console.print(table)
+        _list(packaged_recipes())
         console.print(f"launch profiles: {', '.join(packaged_profiles())} (under nemo: run.executor=pvs_PROFILE)")
+        return
+    if inside := [name for name in packaged_recipes() if name.startswith(f"{recipe.rstrip('/')}/")]:
+        console.print(f"GPU-hours of all: {_list(inside):,.0f}")
         return
     known = settled(load_recipe(recipe))
     packaged = recipe in packaged_recipes() and is_one_run(known)  # only these have factories
@@ -39,3 +40,23 @@ def recipes(
     for arm in known.runs:
         table.add_row(arm.name, f"{arm.tokens:,}", *([factory_call(recipe, known, arm)] if packaged else []))
     console.print(table)
+
+
+def _list(names: list[str]) -> float:
+    """Show packaged recipes, with the hours on H100s of those for GPUs, and return the sum of these hours."""
+    from rich.table import Table
+
+    from nemo_pvs.cli.dry_run_table import on_gpus, plan_hours
+    from nemo_pvs.planning.dry_run import dry_run, settled
+    from nemo_pvs.recipe.load import load_recipe
+
+    table, total = Table("recipe", "runs", "GPU-hours", "what it does"), 0.0
+    for name in names:
+        known = settled(load_recipe(name))
+        times = f" x {len(known.seeds)} seeds" if known.seeds else ""
+        hours = plan_hours(dry_run(known)) if on_gpus(known.train) else None
+        total += hours or 0
+        shown = "" if hours is None else f"{hours:,.0f}"
+        table.add_row(name, f"{len(known.runs)}{times}", shown, known.title)
+    console.print(table)
+    return total

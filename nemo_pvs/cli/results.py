@@ -90,7 +90,7 @@ def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_r
     profile = load_profile(profile_name)
     todo = stages(checked, recipe, folder, profile)
     if dry_run:
-        show_series(checked, folder, profile_name, mfu)
+        show_series(checked, folder, profile_name, mfu, profile if profile.kind == "slurm" else None)
         for name, script in scripts(todo, checked.name, folder, profile).items():
             console.rule(name)
             console.print(script, soft_wrap=True, markup=False)

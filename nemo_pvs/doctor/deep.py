@@ -26,7 +26,7 @@ from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import PreemptedError, Trainer, is_finished
 
 _SECONDS = 600
-"""After this long an import or a sum does not end any more; on a slow file system an import takes minutes."""
+"""After this long an import or a sum is taken to hang; on a slow file system an import takes minutes."""
 _VOCAB = 320
 _SEQUENCE = 64
 _CONFIG: dict[str, Any] = {
@@ -46,16 +46,19 @@ _CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """Sizes that every kernel takes, FP8 included."""
-_IMPORT = "from nemo_pvs.system.megatron_import import import_megatron as m; m(); import nemo_pvs.megatron.rank"
+_IMPORT = "from nemo_pvs.system.megatron_import import import_megatron as m; m(); "
+_IMPORT += "import nemo_pvs.megatron.rank, nemo_pvs.evaluation.tasks, nemo_run, gguf"
 
 
 def import_all() -> Finding:
-    """Import NeMo, Megatron and our code on top of them, as a rank does."""
+    """Import NeMo and Megatron with our code on top of them, as a rank does, and lm-eval, NeMo-Run and gguf."""
     begin = time.monotonic()
     problem = _run([sys.executable, "-W", "ignore", "-c", _IMPORT])
     if problem:
-        return Finding("FAIL", "import", f"NeMo cannot be imported: {problem}", f'python -c "{_IMPORT}"')
-    return Finding("ok", "import", f"NeMo and Megatron, in {time.monotonic() - begin:.0f} s")
+        return Finding(
+            "FAIL", "import", f"what trains and evaluates cannot be imported: {problem}", f'python -c "{_IMPORT}"'
+        )
+    return Finding("ok", "import", f"NeMo, Megatron, lm-eval, NeMo-Run and gguf, in {time.monotonic() - begin:.0f} s")
 
 
 def try_everything(gpus: int) -> Iterator[Finding]:

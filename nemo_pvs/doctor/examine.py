@@ -1,10 +1,16 @@
-"""The doctor's fast examination, and its lines in the log of a job."""
+"""The doctor's fast examination, and its lines in the log of a training."""
 
 from __future__ import annotations
 
 from nemo_pvs.doctor.finding import Finding
 from nemo_pvs.doctor.node import Node, check_node
-from nemo_pvs.doctor.packages import check_packages, check_python, check_transformer_engine, our_requirements
+from nemo_pvs.doctor.packages import (
+    check_dependencies,
+    check_packages,
+    check_python,
+    check_transformer_engine,
+    our_requirements,
+)
 
 
 def examine(*, build: bool = False, node: Node | None = None) -> list[Finding]:
@@ -18,15 +24,22 @@ def examine(*, build: bool = False, node: Node | None = None) -> list[Finding]:
     return [
         check_python(),
         *check_packages(our_requirements()),
+        *check_dependencies(our_requirements()),
         *check_transformer_engine(gpu=node.torch_gpus > 0, build=build),
         *check_node(node, build=build),
     ]
 
 
 def log_lines() -> list[str]:
-    """Return the first lines of a job's log: the node and what it has, then a line for everything that is wrong."""
-    node = Node.here()
-    findings = examine(node=node)
+    """Return the first lines of a training's log: the node and what it has, then a line for everything that is wrong.
+
+    An examination that fails is one line: whether training works, training itself will show.
+    """
+    try:
+        node = Node.here()
+        findings = examine(node=node)
+    except Exception as error:
+        return [f"pvs doctor: the examination of this node failed: {error!r}"]
     fine = "; ".join(f"{finding.subject} {finding.text}" for finding in findings if finding.level == "ok")
     wrong = [f"pvs doctor: {finding.line()}" for finding in findings if finding.level in ("warn", "FAIL")]
     return [f"pvs doctor on {node.host}: {fine}", *wrong]

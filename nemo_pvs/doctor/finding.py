@@ -40,5 +40,5 @@ def verdict(findings: Iterable[Finding], *, gpus: int, build: bool = False) -> s
     if build:
         return "This image is complete, as far as can be seen without a GPU; run pvs doctor --deep where there is one."
     if gpus:
-        return f"Nothing here speaks against training on {gpus} GPU{'s' * (gpus > 1)}; pvs doctor --deep tries it."
+        return f"Found nothing that would keep {gpus} GPU{'s' * (gpus > 1)} from training; pvs doctor --deep tries it."
     return "There is no GPU, and that is fine: everything works on this CPU, at the sizes of make demo."

@@ -7,6 +7,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from nemo_pvs.doctor.finding import Finding
 from nemo_pvs.system.cuda_driver import DriverError, Gpu, driver_version, gpus
+from nemo_pvs.system.files import user_cache
 
 _GIB = 2**30
 _SHARED_MEMORY = 1 * _GIB
@@ -35,12 +37,12 @@ class Node:
 
     host: str
     driver: str | None = None
-    """Version of NVIDIA's driver, None without one."""
+    """Version of NVIDIA's driver; None if there is no driver."""
     driver_problem: str | None = None
     gpus: tuple[Gpu, ...] = ()
     """GPUs that this process may use, according to the driver."""
     busy: tuple[tuple[int, int], ...] = ()
-    """Number and used memory of each GPU that other processes use."""
+    """Index of each GPU that other processes use, and the memory that they use."""
     torch_gpus: int = 0
     """GPUs that PyTorch can use."""
     torch_cuda: str | None = None
@@ -200,10 +202,13 @@ def _torch_problem() -> str:
 
 def _left_locks() -> list[Path]:
     """Return lock files of PyTorch's compilations whose folder has not been written to for ten minutes."""
-    import time
-
-    home = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = Path(home) if home else Path.home() / ".cache" / "torch_extensions"
-    old = time.time() - 600
-    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
-    return sorted(lock for lock in locks if lock.stat().st_mtime < old)
+    chosen, cache = os.environ.get("TORCH_EXTENSIONS_DIR"), user_cache()
+    root = Path(chosen) if chosen else cache and cache / "torch_extensions"
+    if root is None:
+        return []
+    old, left = time.time() - 600, []
+    for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
+        with suppress(FileNotFoundError):  # the compilation has just ended
+            if lock.stat().st_mtime < old:
+                left.append(lock)
+    return left

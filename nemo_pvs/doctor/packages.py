@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -34,6 +35,9 @@ _NAMED = (
 _DECISIVE = {"nemo-toolkit", "megatron-core"}
 """Training fails with other versions of these; for the others, pyproject.toml says what was seen to work."""
 
+_NOT_FOLLOWED = re.compile(r"torch$|nemo-toolkit|megatron-core|nvidia-|nv-one-logger|transformer-engine|triton")
+"""Names of packages whose requirements are not looked at."""
+
 Versions = Callable[[str], str | None]
 """Returns the installed version of a distribution, None if there is none."""
 
@@ -52,6 +56,11 @@ def our_requirements() -> list[str] | None:
         return metadata.requires("nemo-pvs") or []
     except metadata.PackageNotFoundError:
         return None
+
+
+def requirements_of(name: str) -> list[str]:
+    """Return what an installed distribution declares that it needs."""
+    return metadata.requires(name) or []
 
 
 def check_python(version: str = platform.python_version()) -> Finding:
@@ -75,11 +84,10 @@ def check_packages(requirements: Iterable[str] | None, versions: Versions = inst
     """
     if requirements is None:
         return [Finding("FAIL", "nemo_pvs", "it is not installed as a package", "pip install --no-deps --editable .")]
-    install = "pip install --no-deps" if of_nvidia(versions) else "pip install -c constraints.txt"
-    wrong = []
+    install, wrong = _install(versions), []
     for text in requirements:
         wanted = Requirement(text)
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+        if not _applies(wanted, ()):
             continue
         name, found = canonicalize_name(wanted.name), versions(wanted.name)
         needed = f"{name}{wanted.specifier}"
@@ -92,6 +100,57 @@ def check_packages(requirements: Iterable[str] | None, versions: Versions = inst
             wrong.append(Finding(level, name, f"{found}, but {needed} is needed", cure))
     named = ", ".join(f"{name} {found}" for name in _NAMED if (found := versions(name)))
     return [Finding("ok", "packages", named), *wrong]
+
+
+def check_dependencies(
+    requirements: Iterable[str] | None,
+    versions: Versions = installed_version,
+    requires: Callable[[str], list[str]] = requirements_of,
+) -> list[Finding]:
+    """Look for packages that are missing although installed ones need them, as after ``pip install --no-deps``.
+
+    What PyTorch, NeMo and NVIDIA's packages need is not followed: their containers have it, or do without.
+
+    Args:
+        requirements: As ``our_requirements`` returns them; what is missing of these is left to ``check_packages``.
+        versions: Returns installed versions.
+        requires: Returns the requirements of an installed distribution.
+
+    Returns:
+        One finding that names all of them, or none.
+    """
+    direct = [wanted for wanted in map(Requirement, requirements or ()) if _applies(wanted, ())]
+    todo, ours = list(direct), {canonicalize_name(wanted.name) for wanted in direct}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    missing: dict[str, str] = {}
+    while todo:
+        wanted = todo.pop()
+        name, extras = canonicalize_name(wanted.name), frozenset(wanted.extras)
+        if (name, extras) in seen or _NOT_FOLLOWED.match(name) or versions(name) is None:
+            continue
+        seen.add((name, extras))
+        for needed in map(Requirement, requires(name)):
+            if not _applies(needed, extras):
+                continue
+            todo.append(needed)
+            needed_name = canonicalize_name(needed.name)
+            if needed_name not in ours and versions(needed.name) is None:
+                missing.setdefault(needed_name, name)
+    if not missing:
+        return []
+    named = ", ".join(f"{name} (for {by})" for name, by in sorted(missing.items()))
+    cure = f"{_install(versions)} {' '.join(sorted(missing))}"
+    return [Finding("warn", "dependencies", f"not installed: {named}", cure)]
+
+
+def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
+    """Return whether a requirement holds on this machine, for a package that is wanted with these extras."""
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
+
+
+def _install(versions: Versions) -> str:
+    return "pip install --no-deps" if of_nvidia(versions) else "pip install -c constraints.txt"
 
 
 def _within(version: str, bounds: SpecifierSet) -> bool:

@@ -154,7 +154,7 @@ def _start(job: Job) -> int:
 
 
 def _doctors_lines() -> list[str]:
-    """Return the lines with which the log of a job begins: where it runs, on what, and what is wrong there."""
+    """Return the lines with which the log of a training begins: where it runs, on what, and what is wrong there."""
     from nemo_pvs.doctor.examine import log_lines
 
     return log_lines()

@@ -37,6 +37,7 @@ from nemo_pvs.megatron.pruning.gates import gated_layer_spec
 from nemo_pvs.megatron.pruning.sheared import learn_masks
 from nemo_pvs.megatron.schedule import PartOfSchedule, QuadraticWarmupCosine, decays_everything
 from nemo_pvs.megatron.strategy import Strategy
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.system.files import sha256_json
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import Machine
@@ -137,7 +138,6 @@ def data(job: TrainingJob, machine: Machine) -> run.Config:
 def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
     """Return the trainer: Megatron's strategy in the job's layout, with validation at equal intervals."""
     layout, training = job.layout, job.training
-    overlap = machine.gpu and layout.distributed_optimizer
     strategy = run.Config(
         Strategy,
         tensor_model_parallel_size=layout.tensor_parallel,
@@ -154,17 +154,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         # For checkpoints that can be resumed at another TP x PP; Checkpoint chooses which are.
         distrib_optim_fully_reshardable_mem_efficient=True,
         ckpt_load_strictness="log_all",  # extra states may be missing; Strategy refuses missing weights
-        ddp=run.Config(
-            DistributedDataParallelConfig,
-            use_distributed_optimizer=layout.distributed_optimizer,
-            grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=True,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
-            average_in_collective=machine.gpu,  # NCCL divides while it sums; gloo cannot
-            # NeMo's recommendation. Megatron's default depends on DP, and a checkpoint of buckets fits only the same.
-            bucket_size=_BUCKET if overlap else None,
-        ),
+        ddp=data_parallelism(layout, gpu=machine.gpu),
     )
     callbacks = [
         *carry_optimizer_state(job),
@@ -206,6 +196,27 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         logger=False,  # NeMoLogger adds them
         use_distributed_sampler=False,
         callbacks=callbacks,
+    )
+
+
+def data_parallelism(layout: Parallelism, *, gpu: bool) -> run.Config:
+    """Return how Megatron shares gradients and optimizer state among data parallel ranks.
+
+    Args:
+        layout: The run's layout.
+        gpu: Whether the ranks have GPUs, where communication overlaps with computation.
+    """
+    overlap = gpu and layout.distributed_optimizer
+    return run.Config(
+        DistributedDataParallelConfig,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        average_in_collective=gpu,  # NCCL divides while it sums; gloo cannot
+        # NeMo's recommendation. Megatron's default depends on DP, and a checkpoint of buckets fits only the same.
+        bucket_size=_BUCKET if overlap else None,
     )
 
 

@@ -11,25 +11,56 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.data.token_files import check_end, token_file_hash
 from nemo_pvs.data.tokenize import count_tokens
 from nemo_pvs.errors import UserError
-from nemo_pvs.ledger.ledger import Ledger
+from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.model.layout import Layout as WeightLayout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.cached_teacher import cached_ranges
 from nemo_pvs.planning.checks import check_domains_end
 from nemo_pvs.planning.equal_terms import arm_cost, pruning_cost, settle
-from nemo_pvs.planning.learned import end_of_reading, is_trained_first, untrained_first
+from nemo_pvs.planning.learned import (
+    LearnedTarget,
+    charge_learning,
+    end_of_reading,
+    first_of_each_training,
+    is_trained_first,
+    untrained_first,
+)
 from nemo_pvs.planning.memory import Memory, training_memory
 from nemo_pvs.planning.parent_checks import check_unread
+from nemo_pvs.planning.rounds import stage_targets
 from nemo_pvs.planning.saves import Save, last_save, save_during_run
 from nemo_pvs.planning.targets import check_recipe, expected_shape
 from nemo_pvs.planning.teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.pruning.method import Expected
+from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.options import needs_scores, stages_of, vocabulary_of
 from nemo_pvs.recipe.recipe import _TRAIN, Arm, Recipe, _blocks, _key
 from nemo_pvs.recipe.target import DENSE, Target
+from nemo_pvs.recipe.training import Training
 
 if TYPE_CHECKING:
     from nemo_pvs.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model and the layout in which it is trained."""
+
+    shape: Shape
+    layout: Parallelism
+    training: Training
+    teacher: Shape | None = None
+    """A teacher on the same GPUs."""
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of the fullest GPU."""
+        return training_memory(self.shape, self.layout, self.training, self.teacher)
+
+    def saves(self, gpus_per_node: int) -> tuple[Save, Save]:
+        """Return a save in the middle of a run, and the one at its end or on a signal."""
+        given = self.shape, self.layout, self.training, gpus_per_node
+        return save_during_run(*given), last_save(*given)
 
 
 @dataclass(frozen=True)
@@ -39,12 +70,21 @@ class PlannedTarget:
     name: str
     target: Target
     expected: Expected
-    memory: Memory
-    save: Save
-    """A save in the middle of a run."""
-    last_save: Save
+    largest: Placement
+    """The largest model that is trained on the way to it: with stages, what the first one leaves."""
     spent: Ledger
     """Cost of pruning to it; a calibration that several targets share is included in each."""
+
+
+@dataclass(frozen=True)
+class PlannedLearning:
+    """The training of the whole parent that decides what is kept of it, before any work."""
+
+    name: str
+    """The target's name; several targets may share the training of the first of them."""
+    learned: LearnedTarget
+    placement: Placement
+    charge: Charge
 
 
 @dataclass(frozen=True)
@@ -62,6 +102,7 @@ class DryRun:
     recipe: Recipe
     parent: Shape
     targets: tuple[PlannedTarget, ...]
+    learnings: tuple[PlannedLearning, ...]
     arms: tuple[PlannedArm, ...]
     stages: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -92,7 +133,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         note = weights.loading_note(planned.expected.shape) if planned.expected.exact else None
         if note:
             notes.append(f"{planned.name}: {note}")
-    return DryRun(recipe, parent, targets, arms, tuple(_stages(recipe)), tuple(notes))
+    learnings = tuple(_learning(name, learned, parent) for name, learned in first_of_each_training(recipe))
+    return DryRun(recipe, parent, targets, learnings, arms, tuple(_stages(recipe)), tuple(notes))
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -154,12 +196,22 @@ def _training_file(recipe: Recipe) -> str | None:
 
 def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: Shape | None) -> PlannedTarget:
     expected = expected_shape(target, parent)
-    distilled = any(recipe.distills(name, initialisation) for initialisation in recipe.arms_of(name))
+    arms = recipe.arms_of(name)
+    distilled = any(recipe.distills(name, initialisation) for initialisation in arms)
+    training = recipe.train if distilled else recipe.train.model_copy(update={"distill": None})
     online = distilled and recipe.train.distill and not recipe.train.distill.cache
-    memory = training_memory(expected.shape, target.layout, recipe.train, teacher if online else None)
-    run = expected.shape, target.layout, recipe.train
-    spent = pruning_cost(recipe, target, expected.shape, parent)
-    return PlannedTarget(name, target, expected, memory, save_during_run(*run), last_save(*run), spent)
+    largest = expected.shape
+    if stages_of(target) > 1 and "pruned" in arms:
+        _, largest = stage_targets(target, parent)[0]
+    placement = Placement(largest, target.layout, training, teacher if online else None)
+    return PlannedTarget(name, target, expected, placement, pruning_cost(recipe, target, expected.shape, parent))
+
+
+def _learning(name: str, learned: LearnedTarget, parent: Shape) -> PlannedLearning:
+    ledger = Ledger()
+    charge_learning(ledger, learned, parent)
+    (charge,) = ledger.charges
+    return PlannedLearning(name, learned, Placement(parent, learned.layout, learned.training), charge)
 
 
 def _stages(recipe: Recipe) -> list[str]:

@@ -80,7 +80,7 @@ class EfficientTarget:
             f"{training.steps:,} steps of {training.tokens_per_step:,} tokens from token "
             f"{self.first_token:,}, units go from step {self.how.start_step(training) + 1:,} on; "
             f"TP x PP x DP = {layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}, "
-            f"{memory.total / 1e9:,.1f} GB a GPU, {memory.total_recomputed / 1e9:,.1f} recomputed"
+            f"{memory.total / 1e9:,.1f} GB a rank, {memory.total_recomputed / 1e9:,.1f} with full recomputation"
             + _doubt(self.how, training, parent)
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.memory import training_memory
@@ -10,15 +12,20 @@ from nemo_pvs.recipe.training import Training
 
 H100_BYTES = 80e9
 """Memory of one GPU."""
+USABLE_BYTES = 0.9 * H100_BYTES
+"""What a training may take of it; the rest is for NCCL buffers, kernel workspaces and fragmentation."""
 PEAK_FLOPS = {"bf16": 989.4e12, "fp8": 1978.9e12}
 """Dense FLOPs per second of an H100 SXM, from NVIDIA's data sheet."""
 _BF16_OF_OTHERS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12}
 """Dense bf16 FLOPs per second by a part of the device's name, the first that fits."""
 _WITHOUT_FP8 = ("A100",)
 MFU = {"bf16": 0.40, "fp8": 0.37}
-"""Model FLOPs utilisation to expect. bf16: Llama 3 on 8,192 and 16,384 H100s, 38 to 43 % (2407.21783, Table 4). fp8:
-LLAMA3-8B on 8 H100s, 744 TFLOPs per second (NVIDIA's performance summary for the NeMo 25.11 container). Models of
-fewer than about a billion parameters reach less."""
+"""Model FLOPs utilisation to expect; models of fewer than about a billion parameters reach less."""
+MFU_SOURCE = {
+    "bf16": "Llama 3 on 8,192 and 16,384 H100s: 38 to 43 %, arXiv 2407.21783, Table 4",
+    "fp8": "LLAMA3-8B on 8 H100s: 744 TFLOPs per second, NVIDIA's performance summary for the NeMo 25.11 container",
+}
+"""Where they are from, for people."""
 _HOUR = 3600.0
 
 
@@ -63,15 +70,20 @@ def explain_layout(shape: Shape, layout: Parallelism, training: Training, teache
         teacher: Sizes of the teacher, if there is one.
 
     Example:
-        ``CP 2, as without it a GPU would need 92 GB of 80``
+        ``CP 2, as without it a GPU would need 92 GB of the usable 72``
     """
+    usable = f"of the usable {USABLE_BYTES / 1e9:.0f}"
 
-    def need(**changes: object) -> str:
-        needed = training_memory(shape, layout.model_copy(update=changes), training, teacher).total
-        return f"{needed / 1e9:,.0f} GB of {H100_BYTES / 1e9:.0f}"
+    def need(**changes: object) -> float:
+        return training_memory(shape, layout.model_copy(update=changes), training, teacher).total
 
-    whole: dict[str, object] = {"tensor_parallel": 1, "sequence_parallel": False}
-    one_stage = {
+    def reason(choice: str, **otherwise: object) -> str:
+        needed = need(**otherwise)
+        if needed > USABLE_BYTES:
+            return f"{choice}, as without it a GPU would need {needed / 1e9:,.0f} GB {usable}"
+        return f"{choice}, chosen by the recipe although {needed / 1e9:,.0f} GB would fit without it"
+
+    one_stage: dict[str, object] = {
         "pipeline_parallel": 1,
         "virtual_pipeline": None,
         "first_stage_layers": None,
@@ -79,13 +91,39 @@ def explain_layout(shape: Shape, layout: Parallelism, training: Training, teache
     }
     reasons = []
     if layout.tensor_parallel > 1:
-        reasons.append(f"TP {layout.tensor_parallel}, as without it a GPU would need {need(**whole)}")
+        reasons.append(reason(f"TP {layout.tensor_parallel}", tensor_parallel=1, sequence_parallel=False))
     if layout.pipeline_parallel > 1:
-        reasons.append(f"PP {layout.pipeline_parallel}, as without it a GPU would need {need(**one_stage)}")
+        reasons.append(reason(f"PP {layout.pipeline_parallel}", **one_stage))
     if layout.context_parallel > 1:
-        reasons.append(f"CP {layout.context_parallel}, as without it a GPU would need {need(context_parallel=1)}")
+        reasons.append(reason(f"CP {layout.context_parallel}", context_parallel=1))
     if layout.recompute != "none":
-        reasons.append(f"{layout.recompute} recomputation, as without it a GPU would need {need(recompute='none')}")
-    if not reasons:
-        return f"whole on each GPU ({need()}), so that only the optimizer communicates"
+        reasons.append(reason(f"{layout.recompute} recomputation", recompute="none"))
+    needed = f"{need() / 1e9:,.0f} GB {usable}"
+    if need() > USABLE_BYTES:
+        reasons.insert(0, f"does not fit: a GPU would need {needed}")
+    elif not reasons:
+        reasons.append(f"whole on each GPU ({needed}), so that only the optimizer communicates")
+    sequences = layout.micro_batch_size or training.micro_batch_size
+    if sequences > 1:
+        reasons.append(f"{sequences} sequences at once, as they fit: larger matrix products")
     return "; ".join(reasons)
+
+
+def explain_kernels(layouts: Iterable[Parallelism], training: Training) -> str:
+    """Return what trainings in these layouts use on GPUs besides, in one line.
+
+    Args:
+        layouts: The layouts.
+        training: Settings of the trainings.
+    """
+    used = [
+        "NCCL averages gradients as it sums them (average_in_collective)",
+        "Transformer Engine's cross entropy makes no fp32 copy of the logits"
+        + (", except in distilled arms, whose divergence needs them" if training.distill else ""),
+    ]
+    if (
+        any(layout.tensor_parallel > 1 and layout.sequence_parallel for layout in layouts)
+        and training.precision != "fp8"
+    ):
+        used.append("TP overlaps its communication where the GPUs have CUDA multicast")
+    return "; ".join(used)

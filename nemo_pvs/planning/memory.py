@@ -21,7 +21,7 @@ class Memory:
     activations_recomputed: float
     """The same with full recomputation, which keeps only the input of every layer."""
     teacher: float = 0.0
-    """Weights of the teacher, and its outputs that the student's loss needs."""
+    """Weights of the teacher, and its hidden states that the student's loss needs."""
 
     @property
     def total(self) -> float:
@@ -46,12 +46,14 @@ def training_memory(shape: Shape, layout: Parallelism, training: Training, teach
     output, gate, up and their product). Selective recomputation keeps the last three of one layer at a time. Pipeline
     stage i of p keeps p - i micro-batches (1F1B); with v interleaved chunks per stage it keeps
     2 (p - i - 1) + (v - 1) p + 1 of these chunks, which in the first stage is 1 + (p - 1) / (p v) times as much. The
-    last stage has the logits and their fp32 copy. Precision ``auto`` counts as bf16, which GPUs use.
+    last stage has the logits, in whose place Transformer Engine's cross entropy writes their gradient. A distilled
+    model has the divergence's gradient as well, and then Megatron's own cross entropy makes an fp32 copy of the
+    logits; a teacher's logits, needed before that, are smaller than this copy. Precision ``auto`` counts as bf16,
+    which GPUs use.
 
-    A ``teacher`` adds its weights on every stage. On the last stage it adds its logits and the gradient of the
-    divergence and, with several stages, its final hidden states for a whole step (``teacher.Teacher``).
-    If hidden states are compared, those of each compared layer are added: for a whole step with several stages, else
-    for a micro-batch.
+    A ``teacher`` adds its weights on every stage, and with several stages it adds its final hidden states for a whole
+    step on the last one (``teacher.Teacher``). If hidden states are compared, those of each compared layer are added:
+    for a whole step with several stages, else for a micro-batch.
     """
     stages = range(layout.pipeline_parallel)
     return max((_stage(shape, layout, training, stage, teacher) for stage in stages), key=lambda memory: memory.total)
@@ -93,7 +95,8 @@ def _stage(shape: Shape, layout: Parallelism, training: Training, stage: int, te
     without_mlp = [4 * whole + value * _attention_values(shape, sizes) / tensor for sizes in layers]
     head = 0.0
     if stage == layout.pipeline_parallel - 1:
-        head = 2 * whole + (value + 4) * shape.vocab / tensor
+        of_logit = 2 * value + 4 if training.distill else value
+        head = 2 * whole + of_logit * shape.vocab / tensor
     of_teacher = 0.0
     if teacher:
         of_teacher = _of_teacher(teacher, layout, stage, value, tokens, batches)
@@ -127,11 +130,9 @@ def _of_teacher(teacher: Shape, layout: Parallelism, stage: int, value: int, tok
     """
     equal = layout.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
     needed = value * parameters_on(teacher, equal, stage)
-    if stage == layout.pipeline_parallel - 1:
-        needed += tokens * 2 * value * teacher.vocab / layout.tensor_parallel
-        if layout.pipeline_parallel > 1:
-            shards = layout.tensor_parallel if layout.sequence_parallel else 1
-            needed += batches * tokens * value * teacher.hidden / shards
+    if stage == layout.pipeline_parallel - 1 > 0:
+        shards = layout.tensor_parallel if layout.sequence_parallel else 1
+        needed += batches * tokens * value * teacher.hidden / shards
     return needed
 
 

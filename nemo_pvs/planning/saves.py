@@ -10,7 +10,6 @@ from nemo_pvs.planning.memory import parameters_on
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 
-GPUS_PER_NODE = 8
 _STATE = 12
 """Bytes per parameter of the optimizer's state in a checkpoint: the fp32 weight and two moments."""
 
@@ -35,7 +34,7 @@ class Save:
     """Until training, or the end of the job, can go on."""
 
 
-def save_during_run(shape: Shape, layout: Parallelism, training: Training) -> Save:
+def save_during_run(shape: Shape, layout: Parallelism, training: Training, gpus_per_node: int = 8) -> Save:
     """Estimate a save in the middle of a run, in which every rank saves its own part.
 
     The ranks that share a part of the model share its weights and optimizer state, which each copies to its host; the
@@ -43,21 +42,21 @@ def save_during_run(shape: Shape, layout: Parallelism, training: Training) -> Sa
     """
     weights = 4 if training.precision == "fp32" else 2
     part = (weights + _STATE) * _largest_stage(shape, layout) / _copies(layout)
-    return Save(part * min(layout.processes, GPUS_PER_NODE), part / _TO_HOST)
+    return Save(part * min(layout.processes, gpus_per_node), part / _TO_HOST)
 
 
-def last_save(shape: Shape, layout: Parallelism, training: Training) -> Save:
+def last_save(shape: Shape, layout: Parallelism, training: Training, gpus_per_node: int = 8) -> Save:
     """Estimate the save at the end of a run, or on a signal, which can be resumed in any layout.
 
     One rank of those that share a part of the model gathers its optimizer state, and the job ends only when the files
     are written.
     """
-    during, copies = save_during_run(shape, layout, training), _copies(layout)
+    during, copies = save_during_run(shape, layout, training, gpus_per_node), _copies(layout)
     if copies == 1 or not layout.distributed_optimizer:
         return Save(during.host, during.seconds + during.seconds * _TO_HOST / _DISK)
     state = _STATE * _largest_stage(shape, layout)
     gathering = Counter(
-        (tensor + stage * layout.processes // layout.pipeline_parallel) // GPUS_PER_NODE
+        (tensor + stage * layout.processes // layout.pipeline_parallel) // gpus_per_node
         for tensor in range(layout.tensor_parallel)
         for stage in range(layout.pipeline_parallel)
     )

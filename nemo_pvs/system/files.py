@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,9 +43,18 @@ def expand_home(value: Any) -> Any:
     return value
 
 
+def user_cache() -> Path | None:
+    """Return the user's cache folder; None without a home directory, as for a user that a container does not know."""
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return None if cache.startswith("~") else Path(cache)
+
+
 def cache_folder() -> Path:
-    """Return the user's folder for what can be computed again: ``$XDG_CACHE_HOME/nemo_pvs``. It may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nemo_pvs"
+    """Return the user's folder for what can be computed again: ``$XDG_CACHE_HOME/nemo_pvs``. It may not exist yet.
+
+    Without a home directory it is a temporary one.
+    """
+    return (user_cache() or Path(tempfile.gettempdir(), f"user-{os.getuid()}")) / "nemo_pvs"
 
 
 def sha256_bytes(data: bytes) -> str:

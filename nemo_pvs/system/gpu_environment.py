@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 GPU_ENVIRONMENT: Mapping[str, str] = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # launch order of kernels, which overlapped communication needs
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",  # frees buffers as soon as NCCL has read them
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less fragmentation
+    # Less fragmentation. PyTorch 2.9 calls this name deprecated, but ignores the option under the new one,
+    # PYTORCH_ALLOC_CONF (pytorch/pytorch#183387). Every version up to 2.13 reads this one.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 """Commands and ranks of ours set these themselves; launch profiles pass them to processes that NeMo-Run starts."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.planning.gpu_time import H100_BYTES
+from nemo_pvs.planning.gpu_time import H100_BYTES, USABLE_BYTES
 from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.planning.teacher import check_teacher
 from nemo_pvs.recipe.fields import Parallelism
@@ -48,8 +48,8 @@ class Machine:
     """Whether it has bf16 arithmetic; without it bf16 is slower than fp32."""
     processes_per_node: int = 1_000_000
     """Ranks per node; without a cluster all ranks of a run are on one node."""
-    multicast: bool = False
-    """Whether its GPUs, their driver and their switches support CUDA multicast."""
+    multicast: bool | None = None
+    """Whether its GPUs, their driver and their switches support CUDA multicast; None if that is not known."""
 
     @classmethod
     def here(cls) -> Machine:
@@ -95,19 +95,25 @@ class Machine:
         """
         possible = self.gpu and self.transformer_engine and precision != "fp8"
         sharded = layout.sequence_parallel and layout.tensor_parallel > 1
-        wanted = self.multicast if layout.tp_overlap is None else layout.tp_overlap
+        wanted = bool(self.multicast) if layout.tp_overlap is None else layout.tp_overlap
         return possible and sharded and wanted
 
     def check(self, layout: Parallelism) -> None:
         """Check that this machine has the kernels that a layout needs.
 
         Raises:
-            UserError: the layout has context parallelism, and Transformer Engine cannot be used.
+            UserError: the layout has context parallelism, and Transformer Engine cannot be used, or its communication
+                is to overlap, and the GPUs have no multicast.
         """
         if layout.context_parallel > 1 and not self.transformer_engine:
             raise UserError(
                 f"context_parallel is {layout.context_parallel}, which needs Transformer Engine; pvs doctor "
                 "says why it cannot be used here, or set 1."
+            )
+        if layout.tp_overlap and self.gpu and self.transformer_engine and self.multicast is False:
+            raise UserError(
+                "tp_overlap is true, which needs CUDA multicast, but pvs doctor finds none among the GPUs here; leave "
+                "tp_overlap out."
             )
 
 
@@ -154,7 +160,6 @@ def check_here(name: str, layout: Parallelism, training: Training, jobs: int | N
 H100 = Machine(gpu=True, transformer_engine=True, bf16=True, processes_per_node=8)
 """A node of H100s with Transformer Engine, as in NVIDIA's containers; fixed values, not detected."""
 
-_USABLE = 0.9  # the rest is for NCCL buffers, kernel workspaces and fragmentation
 _SIZES = (1, 2, 4, 8)
 _PIECES = (4, 3, 2)  # chunks per pipeline stage; more chunks mean a smaller bubble and more communication
 
@@ -199,7 +204,7 @@ def h100_layout(
         if rest or (layout.virtual_pipeline and batches % pipeline):
             continue
         needed = training_memory(shape, layout, training, teacher).total
-        if needed <= _USABLE * H100_BYTES:
+        if needed <= USABLE_BYTES:
             return layout, _reasons(layout, needed)
     raise UserError(
         f"{shape} with batches of {training.global_batch_size} x {training.sequence_length} tokens does not fit on "

@@ -9,6 +9,10 @@ import pytest
 
 from nemo_pvs.doctor import deep, examine
 from nemo_pvs.doctor.finding import Finding
+from nemo_pvs.megatron import launch
+from nemo_pvs.recipe.fields import Parallelism
+from nemo_pvs.recipe.training import Training
+from nemo_pvs.training.job import TrainingJob
 
 
 def test_a_machine_without_gpus_is_fine(pvs):
@@ -56,6 +60,20 @@ def test_a_log_begins_with_one_line_and_then_what_is_wrong(monkeypatch):
     first, *more = examine.log_lines()
     assert first.endswith("; disk much")
     assert more == ["pvs doctor: warn  lock                left; cure: rm lock"]
+
+
+def test_an_examination_that_fails_is_a_line_in_the_log_and_training_goes_on(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(examine.Node, "here", fail)
+    monkeypatch.setattr(launch, "_fork_ranks", lambda job: 0)
+    training = Training(tokens=512, sequence_length=32, global_batch_size=4, learning_rate=1e-3, validation_samples=4)
+    job = TrainingJob("arm", tmp_path, tmp_path / "initial", {}, Parallelism(), training)
+    assert launch._start(job) == 0
+    assert job.log.read_text() == (
+        "pvs doctor: the examination of this node failed: RuntimeError('Could not determine home directory.')\n"
+    )
 
 
 def test_ranks_that_cannot_add_up_are_a_failure(monkeypatch):

@@ -12,6 +12,7 @@ from nemo_pvs.doctor import node as module
 from nemo_pvs.doctor.finding import Finding, verdict
 from nemo_pvs.doctor.node import Node, check_node
 from nemo_pvs.system.cuda_driver import DriverError, Gpu
+from nemo_pvs.system.files import cache_folder, user_cache
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), True)
 CLUSTER = Node(
@@ -103,6 +104,38 @@ def test_only_locks_that_nobody_holds_any_more_are_found(tmp_path, monkeypatch):
     assert Node.here().locks == (left,)
 
 
+def test_locks_are_looked_for_where_pytorch_compiles(tmp_path, monkeypatch):
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    left = Path(_get_build_directory("managed_alloc_runtime", verbose=False)) / "lock"
+    left.touch()
+    os.utime(left, (0, 0))
+    assert Node.here().locks == (left,)
+
+
+def test_a_lock_that_goes_meanwhile_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("going", "left"):
+        (tmp_path / name).mkdir()
+    left = tmp_path / "left" / "lock"
+    left.touch()
+    os.utime(left, (0, 0))
+    (tmp_path / "going" / "lock").symlink_to(tmp_path / "gone")  # found by name, but not there
+    assert Node.here().locks == (left,)
+
+
+def test_a_user_without_a_home_is_examined_too(monkeypatch):
+    """As in a container that does not know the number of its user."""
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000 - 1)
+    assert user_cache() is None
+    assert cache_folder().is_absolute()
+    assert Node.here().locks == ()
+
+
 def test_memory_that_others_use_is_counted_by_nvidia_smi(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nprintf '0, 4\\n1, 20480\\n'\n")
@@ -116,7 +149,7 @@ def test_memory_that_others_use_is_counted_by_nvidia_smi(tmp_path, monkeypatch):
 def test_the_last_line_says_what_it_comes_to():
     fine, wrong = Finding("warn", "a", "b", "c"), Finding("FAIL", "a", "b", "c")
     assert "that is fine" in verdict([fine], gpus=0)
-    assert verdict([fine], gpus=8).startswith("Nothing here speaks against training on 8 GPUs;")
+    assert verdict([fine], gpus=8).startswith("Found nothing that would keep 8 GPUs from training;")
     assert verdict([fine, wrong], gpus=8).startswith("Training cannot work here: 1 of these lines says FAIL")
     assert verdict([wrong, wrong], gpus=0).startswith("Training cannot work here: 2 of these lines say FAIL")
     assert "without a GPU" in verdict([fine], gpus=0, build=True)

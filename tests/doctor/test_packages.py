@@ -8,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from nemo_pvs.doctor.packages import (
+    check_dependencies,
     check_packages,
     check_python,
     check_transformer_engine,
@@ -67,6 +68,55 @@ def test_what_is_installed_here_is_what_is_declared():
     assert our_requirements()
     assert not [found for found in check_packages(our_requirements()) if found.level == "FAIL"]
     assert installed_version("no-such-package") is None
+
+
+_TREE = {
+    "lm-eval": [
+        "rouge-score>=0.0.4",
+        "sacrebleu[ja]; extra == 'ja'",
+        "old; python_version < '3'",
+        "fsspec[http]",
+        "torch",
+    ],
+    "rouge-score": ["nltk", "absl-py"],
+    "nltk": ["lm_eval"],
+    "fsspec": ["aiohttp; extra == 'http'", "smbprotocol; extra == 'smb'"],
+    "torch": ["nvidia-nccl-cu12"],
+    "nemo-toolkit": ["wget"],
+}
+
+
+def _dependencies(
+    *installed,
+    torch="2.13.0",
+    needs=("lm-eval>=0.4", "nemo_toolkit[core]>=2.6", "gguf", "fsspec[smb]; extra == 'dev'"),
+):
+    versions = dict.fromkeys(installed, "1.0") | {"torch": torch}
+    found = check_dependencies(needs, versions.get, lambda name: _TREE.get(name, []))
+    return [(one.level, one.text, one.cure) for one in found]
+
+
+def test_what_packages_without_their_dependencies_lack_is_named():
+    """Through packages that need each other, with markers and extras, and not beyond NVIDIA's."""
+    everything = ["lm-eval", "rouge-score", "nltk", "absl-py", "fsspec", "aiohttp", "nemo-toolkit", "gguf"]
+    assert _dependencies(*everything) == []
+    without = [name for name in everything if name not in ("absl-py", "aiohttp")]
+    assert _dependencies(*without, torch="2.9.0a0+50eac811a6.nv25.09") == [
+        (
+            "warn",
+            "not installed: absl-py (for rouge-score), aiohttp (for fsspec)",
+            "pip install --no-deps absl-py aiohttp",
+        )
+    ]
+    assert (
+        _dependencies("lm-eval", "fsspec", "aiohttp", "nemo-toolkit")[0][1]
+        == "not installed: rouge-score (for lm-eval)"
+    )
+    assert _dependencies("nemo-toolkit") == [], "what nemo_pvs itself needs has lines of its own"
+
+
+def test_nothing_is_lacking_here():
+    assert check_dependencies(our_requirements()) == []
 
 
 @pytest.mark.parametrize(

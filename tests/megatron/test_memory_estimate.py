@@ -15,12 +15,23 @@ import pytest
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.dry_run import dry_run
-from nemo_pvs.planning.memory import parameters_on
+from nemo_pvs.planning.memory import _stage
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
+from nemo_pvs.recipe.training import Training
 from tests.megatron.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
+
+TRAINING = Training(
+    tokens=1e9,
+    sequence_length=8192,
+    global_batch_size=512,
+    learning_rate=1e-4,
+    validation_samples=512,
+    precision="bf16",
+)
+"""Of which only the precision matters to weights, gradients and the optimizer."""
 
 
 class Case(NamedTuple):
@@ -42,16 +53,22 @@ class Built(NamedTuple):
 
 
 def _cases() -> list[Case]:
-    """Return the largest model of every cluster recipe in its layout, and the largest of all in further layouts."""
+    """Return what every cluster recipe trains, in its layouts, and the largest model of all in further layouts.
+
+    Of the targets of a recipe it is the largest one; a parent that is trained first is a model of its own.
+    """
     cases = []
     for name in packaged_recipes():
         recipe = load_recipe(name)
         if recipe.train.precision != "bf16":
             continue
-        target = max(dry_run(recipe).targets, key=lambda planned: planned.expected.shape.parameters)
-        layout, config = target.target.layout, dict(recipe.parent.normal_config or {})
-        for stage in sorted({0, layout.pipeline_parallel - 1}):
-            cases.append(Case(f"{name} {target.name}", config, target.expected.shape, layout, stage))
+        plan, config = dry_run(recipe), dict(recipe.parent.normal_config or {})
+        target = max(plan.targets, key=lambda planned: planned.expected.shape.parameters)
+        models = [(target.name, target.expected.shape, target.target.layout)]
+        models += [(f"masks of {one.name}", plan.parent, one.learned.layout) for one in plan.learnings]
+        for model, shape, layout in models:
+            for stage in sorted({0, layout.pipeline_parallel - 1}):
+                cases.append(Case(f"{name} {model}", config, shape, layout, stage))
     largest = max(cases, key=lambda case: case.shape.parameters)
     for layout in (
         Parallelism(tensor_parallel=8, sequence_parallel=True),
@@ -66,11 +83,22 @@ def _cases() -> list[Case]:
 def _build(cases: list[Case]) -> list[Built]:
     import torch
 
+    from nemo_pvs.megatron.adamw import stand_in_for_fused_adam
     from nemo_pvs.megatron.cpu import megatron_on_cpu
 
+    stand_in_for_fused_adam()
     with megatron_on_cpu():
-        torch.cuda.current_device = lambda: torch.device("meta")  # this process ends with the test
+        # This process ends with the test.
+        torch.cuda.current_device = lambda: torch.device("meta")
+        torch.distributed.all_gather_object = _everyone_says_the_same
+        names = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
+        torch.Tensor.type = lambda tensor: names[tensor.dtype]  # by which the optimizer tells weights apart
         return [_build_one(case) for case in cases]
+
+
+def _everyone_says_the_same(objects: list[Any], said: Any, group: Any = None) -> None:
+    """Stand in for ``all_gather_object``, which needs the ranks that are not there."""
+    objects[:] = [said] * len(objects)
 
 
 def _build_one(case: Case) -> Built:
@@ -78,13 +106,15 @@ def _build_one(case: Case) -> Built:
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from nemo.lightning import io
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from nemo_pvs.checkpoints.nemo.context import write_context
     from nemo_pvs.megatron.attention import FUSED_KERNELS, layer_spec
+    from nemo_pvs.megatron.pretrain import data_parallelism
 
     layout = case.layout
     dist.init_process_group(
@@ -123,7 +153,7 @@ def _build_one(case: Case) -> Built:
     for key, value in settings.items():
         setattr(made, key, value)
     built = fiddle.build(made)
-    parameters = gradient_bytes = shard = 0
+    ddp, chunks = fiddle.build(data_parallelism(layout, gpu=True)), []
     for piece in range(layout.virtual_pipeline or 1):
         model = built.configure_model(
             None,
@@ -131,24 +161,34 @@ def _build_one(case: Case) -> Built:
             post_process=case.stage == layout.pipeline_parallel - 1 and piece == (layout.virtual_pipeline or 1) - 1,
             **({"vp_stage": piece} if layout.virtual_pipeline else {}),
         )
-        parameters += sum(parameter.numel() for parameter in model.parameters())
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        buffers = DistributedDataParallel(built, ddp, model).buffers
-        gradient_bytes += sum(buffer.grad_data.nbytes for buffer in buffers)
-        shard += sum(buffer.grad_data.numel() // buffer.data_parallel_world_size for buffer in buffers)
+        chunks.append(DistributedDataParallel(built, ddp, model, disable_bucketing=piece > 0))  # as NeMo does
+    how = OptimizerConfig(
+        optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+    )
+    distributed = get_megatron_optimizer(how, chunks, use_gloo_process_groups=False)
+    if hasattr(distributed, "chained_optimizers"):
+        (distributed,) = distributed.chained_optimizers
+    adam = distributed.optimizer
+    distributed.init_state_fn(adam)  # as when it resumes: the moments of all weights
+    weights = [weight for group in adam.param_groups for weight in group["params"]]
+    held = weights + [value for state in adam.state.values() for value in state.values()]
+    assert {tensor.dtype for tensor in held} == {torch.float32}
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-    return Built(parameters, gradient_bytes, 12 * shard)
+    return Built(
+        sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+        sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers),
+        sum(tensor.nbytes for tensor in held),
+    )
 
 
 def test_the_estimate_is_what_megatron_allocates() -> None:
     cases = _cases()
     (built,) = run_ranks(1, _build, cases)
-    assert len(cases) > 15
+    assert len(cases) > 20
     for case, real in zip(cases, built, strict=True):
-        assert real.parameters == parameters_on(case.shape, case.layout, case.stage), case.name
-        replicas = case.layout.data_parallel * case.layout.context_parallel
-        estimated = 4 * parameters_on(case.shape, case.layout, case.stage)
+        estimate = _stage(case.shape, case.layout, TRAINING, case.stage, None)
+        assert 2 * real.parameters == estimate.weights, case.name
         # Megatron pads each bucket of gradients so that the ranks' shards are aligned.
-        assert estimated <= real.gradient_bytes <= 1.001 * estimated, case.name
-        assert 3 * estimated / replicas <= real.optimizer_bytes <= 1.001 * 3 * estimated / replicas, case.name
+        assert estimate.gradients <= real.gradient_bytes <= 1.001 * estimate.gradients, case.name
+        assert estimate.optimizer <= real.optimizer_bytes <= 1.001 * estimate.optimizer, case.name

@@ -20,7 +20,8 @@ from nemo_pvs.pipeline.series import Series
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.system.files import read_json
 from nemo_pvs.training import metrics, trainer
-from nemo_pvs.training.job import METRICS_FILE
+from nemo_pvs.training.job import JOB_FILE, METRICS_FILE
+from nemo_pvs.training.teaching_job import load_job
 from nemo_pvs.training.trainer import Trainer
 from tests.megatron.launcher import ForkedLauncher
 from tests.megatron.ranks import fork_context
@@ -51,6 +52,16 @@ def _copy(prepared: tuple[dict, Path], folder: Path) -> Path:
 def _run(values: dict, folder: Path, jobs: int) -> None:
     trainer._launch = ForkedLauncher
     Series(parse_recipe(values, "test"), folder, jobs=jobs).run()
+
+
+def test_the_index_is_there_before_any_rank_starts(prepared):
+    """Ranks that wait for the first one to build it would run into NCCL's timeout."""
+    job = load_job(prepared[1] / "train" / _ARMS[0] / JOB_FILE)
+    (index,) = job.index.glob("*-shuffle_index.npy")
+    before = index.stat().st_mtime_ns
+    job.build_index()
+    assert list(job.index.glob("*-shuffle_index.npy")) == [index], "what was there was of another order"
+    assert index.stat().st_mtime_ns == before
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_caches_leave_the_identity_of_other_runs_alone():
 
 
 def test_memory_counts_no_teacher_that_is_read_from_disk():
-    online, cached = (dry_run(distilled_recipe(how)).targets[0].memory for how in ({}, CACHE))
+    online, cached = (dry_run(distilled_recipe(how)).targets[0].largest.memory for how in ({}, CACHE))
     assert cached.teacher == 0 < online.teacher
 
 

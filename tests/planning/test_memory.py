@@ -18,7 +18,7 @@ def test_a_small_model_by_hand():
     layer = 2 * (
         4 * 64 + 2 * 10 * 16 + 3 * 96
     )  # bytes a token: four wide inputs, q, k, v and output, three of the FFN
-    head = 2 * 2 * 64 + (2 + 4) * 128
+    head = 2 * 2 * 64 + 2 * 128  # the loss's gradient is written where the logits were
     assert memory.activations == 32 * (4 * layer + head)
     assert memory.activations_recomputed == 32 * (4 * 2 * 64 + layer + head)
     assert memory.total - memory.total_recomputed == memory.activations - memory.activations_recomputed

@@ -1,10 +1,13 @@
 import pytest
 
+from nemo_pvs.cli.dry_run_table import show_series
+from nemo_pvs.cluster.profile import SlurmProfile
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.memory import parameters_on
 from nemo_pvs.planning.saves import Save, last_save, save_during_run
 from nemo_pvs.pruning.presets import presets
 from nemo_pvs.recipe.fields import Parallelism
+from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.recipe.training import Training
 
 TRAINING = Training(
@@ -52,3 +55,21 @@ def test_ranks_that_gather_on_the_same_node_add_up(layout, gathering):
 def test_a_plain_optimizer_gathers_nothing():
     layout = Parallelism(data_parallel=8, distributed_optimizer=False)
     assert last_save(SHAPE, layout, TRAINING).host == save_during_run(SHAPE, layout, TRAINING).host
+
+
+def test_nodes_of_another_size_hold_more_or_less_of_it():
+    layout = Parallelism(tensor_parallel=2, data_parallel=8)
+    large, small = (save_during_run(SHAPE, layout, TRAINING, gpus).host for gpus in (16, 4))
+    assert large == 4 * small
+    both, one = (last_save(SHAPE, layout, TRAINING, gpus).host for gpus in (8, 1))
+    of_rank = 12 * parameters_on(SHAPE, layout, 0)
+    assert both - save_during_run(SHAPE, layout, TRAINING, 8).host == pytest.approx(2 * of_rank)
+    assert one - save_during_run(SHAPE, layout, TRAINING, 1).host == pytest.approx(of_rank)
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(300, False), (150, True)])
+def test_too_little_time_for_the_last_save_is_said(capsys, tmp_path, seconds, warned):
+    """P200 takes 192 s by the assumed rates."""
+    profile = SlurmProfile(kind="slurm", account="physics", seconds_to_save=seconds)
+    show_series(load_recipe("llama31_8b/p200"), tmp_path, "slurm", cluster=profile)
+    assert ("warning: p200 is signalled seconds_to_save = 150 before" in capsys.readouterr().out) is warned

@@ -106,8 +106,7 @@ def test_what_is_added_to_the_container_needs_nothing_of_nvidia_s():
     for name in added:
         needed = [Requirement(text) for text in requires(name) or []]
         always = {_plain(one.name) for one in needed if not one.marker or one.marker.evaluate({"extra": ""})}
-        if name != "nemo-run":  # needs torchx, which the container's own NeMo-Run has brought
-            assert not [one for one in always if re.match(r"torch|nvidia|cuda|transformer-engine|megatron", one)], name
+        assert not [one for one in always if re.match(r"torch$|nvidia|cuda|transformer-engine|megatron", one)], name
 
 
 def test_the_image_is_made_as_the_page_says_and_ends_with_the_doctor():

@@ -75,6 +75,7 @@ SHARDED = {"tensor_parallel": 2, "sequence_parallel": True}
     ("machine", "layout", "precision", "overlaps"),
     [
         ({}, SHARDED, "bf16", False),
+        ({"multicast": False}, SHARDED, "bf16", False),
         ({"multicast": True}, SHARDED, "bf16", True),
         ({}, {**SHARDED, "tp_overlap": True}, "bf16", True),
         ({"multicast": True}, {**SHARDED, "tp_overlap": False}, "bf16", False),
@@ -88,3 +89,13 @@ SHARDED = {"tensor_parallel": 2, "sequence_parallel": True}
 def test_tensor_parallel_overlap_needs_multicast_or_a_wish(machine, layout, precision, overlaps):
     chosen = replace(H100, **machine)
     assert chosen.tp_overlap(Parallelism(**layout), precision) == overlaps
+
+
+def test_overlap_that_transformer_engine_would_die_of_is_refused():
+    """Where multicast is known to be missing; of a cluster that a run is described for, it is not known."""
+    layout = Parallelism(**SHARDED, tp_overlap=True)
+    with pytest.raises(UserError, match="needs CUDA multicast"):
+        replace(H100, multicast=False).check(layout)
+    for machine in (H100, replace(H100, multicast=True), Machine(gpu=False, transformer_engine=False, bf16=True)):
+        machine.check(layout)
+    replace(H100, multicast=False).check(Parallelism(**SHARDED))
