@@ -5,8 +5,10 @@ The Python API: ``import nemo_pvs as pvs``, then ``pvs.prune(...)``. Each name i
 
 from __future__ import annotations
 
+import sys
 import warnings
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +34,6 @@ if TYPE_CHECKING:
     from nemo_pvs.recipe.load import load_recipe as load_recipe
 
 __version__ = "0.1.0"
-
-if not Path(__file__).with_name("recipes").is_dir():
-    # Imported from a checkout, where recipes, conversions and launch lie next to this package. An editable install
-    # finds them; but Python also takes the checkout if it is the working directory and a wheel is installed.
-    __path__.append(str(Path(__file__).parents[1]))
 
 # PyTorch warns on import about a package that NeMo pins and nothing here calls.
 warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
@@ -73,6 +70,25 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _find_packages_of_a_checkout() -> None:
+    """Find recipes, conversions and launch where this package is imported from a checkout and they lie next to it.
+
+    An editable install maps them; but Python also takes the checkout if it is the working directory and a wheel is
+    installed, and jobs start with ``python -m`` where the command was given.
+    """
+    for name in ("recipes", "conversions", "launch"):
+        file = Path(__file__).parents[1] / name / "__init__.py"
+        spec = spec_from_file_location(f"{__name__}.{name}", file)
+        assert spec
+        assert spec.loader
+        module = sys.modules[spec.name] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+if not Path(__file__).with_name("recipes").is_dir():
+    _find_packages_of_a_checkout()
 
 
 def __dir__() -> list[str]:
