@@ -173,7 +173,7 @@ def test_requests():
     assert EvaluationRequest.parse("arc_easy", None).texts == []
     assert EvaluationRequest.parse("paper", ["none"]).texts == []
     assert EvaluationRequest.parse("paper", ["c4"], samples=3).samples == 3
-    assert list(presets()) == ["paper"]
+    assert list(presets()) == ["paper", "recovery"]
 
 
 @pytest.mark.slow

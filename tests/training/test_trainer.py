@@ -149,7 +149,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Ranks]:
         done = {name for name, code in ends.items() if code == "done"}
         monkeypatch.setattr(trainer, "_launch", made.launch)
         monkeypatch.setattr(trainer, "_check_beginning", lambda job: None)
-        monkeypatch.setattr(trainer, "_with_manifest", lambda checkpoint: checkpoint)
+        monkeypatch.setattr(trainer, "with_manifest", lambda checkpoint: checkpoint)
         monkeypatch.setattr(trainer, "last_checkpoint", lambda job: job.checkpoints / "last")
         monkeypatch.setattr(
             trainer,
