@@ -15,6 +15,7 @@ from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, EQUAL_TRAINING, ga
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.html import markdown_report
 from nemo_pvs.reporting.numbers import fixed, plus_minus
+from nemo_pvs.reporting.statistics import estimate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "recipes/paper_in_small/results/quick"
@@ -112,6 +113,33 @@ def test_learning_rates() -> None:
     assert best["rates", "depth-50 random"] == full.train.learning_rate.random
     assert best["rates", "wanda-50 pruned"] == full.targets["wanda-50"].learning_rate.pruned
     assert best["rates", "wanda-50 random"] == full.targets["wanda-50"].learning_rate.random
+
+
+def test_what_the_teacher_is_worth() -> None:
+    losses = {}
+    with open(ROOT / "recipes/paper_in_small/results/distilled_top_32.csv") as file:
+        for run in csv.DictReader(file):
+            key = (run["target"], run["initialisation"], int(run["tokens"]), run["seed"])
+            losses[key] = float(run["validation_loss"])
+
+    def cells(minuend: tuple[str, str], subtrahend: tuple[str, str]) -> str:
+        shown = []
+        for tokens in (358_400, 1_075_200, 1_792_000):
+            differences = [losses[(*minuend, tokens, seed)] - losses[(*subtrahend, tokens, seed)] for seed in "123"]
+            mean = estimate(differences)
+            assert mean is not None
+            shown.append(plus_minus(fixed(mean.mean, signed=True), mean.half_width).replace("\N{NO-BREAK SPACE}", " "))
+        return " | ".join(shown)
+
+    page = (ROOT / "docs/paper_in_small.md").read_text()
+    alone, taught = "width-50", "width-50-distilled"
+    for name, minuend, subtrahend in (
+        ("the teacher's gain, pruned", (alone, "pruned"), (taught, "pruned")),
+        ("the teacher's gain, from scratch", (alone, "random"), (taught, "random")),
+        ("scratch minus pruned, both with the teacher", (taught, "random"), (taught, "pruned")),
+        ("scratch minus pruned, on the text alone", (alone, "random"), (alone, "pruned")),
+    ):
+        assert f"| {name} | {cells(minuend, subtrahend)} |" in page
 
 
 def test_the_report_is_that_of_the_data(runs: SideBySide) -> None:
