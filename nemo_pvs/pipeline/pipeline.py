@@ -23,7 +23,7 @@ from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.evaluate import evaluate, models_to_evaluate
 from nemo_pvs.pipeline.stages.learned import learn, learning_job
 from nemo_pvs.pipeline.stages.parent import check_parent, parent
-from nemo_pvs.pipeline.stages.tasks import ask_tasks, check_questions, check_tasks, say_not_kept
+from nemo_pvs.pipeline.stages.tasks import TASKS, ask_tasks, check_questions, check_tasks, say_left_out, say_not_kept
 from nemo_pvs.pipeline.stages.teach import teach
 from nemo_pvs.pipeline.stages.train import train
 from nemo_pvs.pipeline.tokens import Splits
@@ -138,6 +138,7 @@ class Pipeline(RunFolder):
         if self.recipe.evaluate.tasks:
             say_not_kept(self)
             self.do(ask_tasks(self))
+            say_left_out(self.recipe.evaluate, self.folder / TASKS)
 
     def do(self, stage: Stage[Any], trainer: Trainer | None = None) -> Job | None:
         """Run a stage unless it is done.

@@ -12,6 +12,8 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.pipeline.results import assemble
+from nemo_pvs.pipeline.stages.tasks import say_left_out
+from nemo_pvs.recipe.blocks import Evaluation
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.reporting.html import write_report
 from nemo_pvs.training.checkpoints import checkpoint_name
@@ -101,3 +103,14 @@ def test_the_pruned_model_is_evaluated_by_default_only_for_recovery(tmp_path: Pa
     names = ("width-pruned", "width-random", "depth-pruned", "depth-random")
     assert steps[0] == {name: [] for name in names}
     assert steps[1] == {name: [0] * name.endswith("pruned") for name in names}
+
+
+def test_tasks_without_data_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "task_data" / "openai" / "gsm8k").mkdir(parents=True)
+    settings = Evaluation(tasks=["recovery", "continuation"], task_data=str(tmp_path / "task_data"))
+    say_left_out(settings, tmp_path)
+    out = capsys.readouterr().out
+    assert out.startswith("Left out of the tasks: arc_easy, hellaswag, winogrande and ifeval, whose data are not in ")
+    assert out.endswith(f"{tmp_path / 'results.json'} has the commands that download them.\n")
+    say_left_out(Evaluation(tasks=["continuation"]), tmp_path)
+    assert not capsys.readouterr().out

@@ -27,6 +27,7 @@ from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.options import task_limit_of, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
+from nemo_pvs.reporting.numbers import and_list
 from nemo_pvs.system.progress import console
 from nemo_pvs.training.checkpoints import checkpoint_name
 from nemo_pvs.training.trainer import with_manifest
@@ -77,6 +78,24 @@ def say_not_kept(run: RunFolder) -> None:
         console.print(
             f"{model.arm} after {model.tokens:,} tokens is not evaluated: the training was finished before "
             "evaluate.at asked to keep that checkpoint.",
+            soft_wrap=True,
+        )
+
+
+def say_left_out(settings: Evaluation, folder: Path) -> None:
+    """Print which tasks of a preset are left out, because their data are not here.
+
+    Args:
+        settings: The recipe's ``evaluate`` block.
+        folder: The folder for ``results.json``, which has the commands that download the data.
+    """
+    public = [task for task in settings.tasks if task != NAME]
+    missing = left_out(parse_tasks(",".join(public)), Path(settings.task_data)) if public else {}
+    if missing:
+        names = and_list([request.task for request in missing])
+        console.print(
+            f"Left out of the tasks: {names}, whose data are not in {settings.task_data}; "
+            f"{folder / 'results.json'} has the commands that download them.",
             soft_wrap=True,
         )
 
