@@ -112,7 +112,7 @@ def test_what_packages_without_their_dependencies_lack_is_named():
         _dependencies("lm-eval", "fsspec", "aiohttp", "nemo-toolkit")[0][1]
         == "not installed: rouge-score (for lm-eval)"
     )
-    assert _dependencies("nemo-toolkit") == [], "what nemo_pvs itself needs has lines of its own"
+    assert _dependencies("nemo-toolkit") == [], "what nemo_pvs itself needs is checked elsewhere"
 
 
 def test_nothing_is_lacking_here():

@@ -54,7 +54,7 @@ def by_transformers(
 
 
 def words(lengths: int) -> list[str]:
-    """Return all words of up to so many of the letters a to d."""
+    """Return all words over the letters a to d up to a length."""
     return ["".join(word) for size in range(1, lengths + 1) for word in itertools.product("abcd", repeat=size)]
 
 

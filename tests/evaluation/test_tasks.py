@@ -100,7 +100,7 @@ def test_few_shot_and_zero_shot_results_have_names_of_their_own(model):
 
 
 def test_every_model_gets_the_same_few_shot_examples(model):
-    """Though lm-eval draws them from a generator that goes on from model to model."""
+    """lm-eval draws them from one generator, which it does not reset between models."""
     [task] = load_tasks([TaskRequest("capitals", 2, folder=TASKS)], Path("none"))
     prompts = []
     for _ in range(2):

@@ -35,7 +35,7 @@ _CACHES = 4  # copies of a part are this many times as large as the last-level c
 _MOST_COPIES = 64  # of small parts, with which a whole model is not much larger than the cache either
 _UNKNOWN_CACHE = 64 << 20
 _RUNS, _LONG_ENOUGH = 30, 2.0
-"""A median is that of so many runs, or of as many as take so many seconds."""
+"""A median is taken over this many runs, or over those that fit into this many seconds."""
 
 
 class Part(NamedTuple):
