@@ -55,7 +55,7 @@ class Built(NamedTuple):
 def _cases() -> list[Case]:
     """Return what every cluster recipe trains, in its layouts, and the largest model of all in further layouts.
 
-    Of the targets of a recipe it is the largest one; a parent that is trained first is a model of its own.
+    Only the largest target of a recipe is built. A parent that the recipe trains first is a separate case.
     """
     cases = []
     for name in packaged_recipes():
