@@ -35,8 +35,8 @@ _TORCH = {
 }
 _BLOCK = 32
 """Weights that share a scale in q8_0; rows of another length are stored as f16."""
-_ROWS_AT_ONCE = 4096
-"""Rows that are quantised at a time, so that a large embedding is never in memory as fp32."""
+_WEIGHTS_AT_ONCE = 1 << 18
+"""Weights that are quantised at a time: their fp32 copies, several of them, are small and stay in the processor's cache."""
 _BYTES_AT_ONCE = 1 << 24
 _PLAIN_ROPE = ("default", None)
 
@@ -255,10 +255,14 @@ def _declare(writer: GGUFWriter, name: str, size: tuple[int, ...], kind: GGMLQua
 def _stored(name: str, weight: torch.Tensor, kind: GGMLQuantizationType, *, allow_nonfinite: bool) -> npt.NDArray[Any]:
     """Return the bytes of a tensor in its type."""
     if kind == GGMLQuantizationType.Q8_0:
-        rows = [quantize(part.float().numpy(), kind) for part in weight.split(_ROWS_AT_ONCE)]
         if not allow_nonfinite and not is_finite(weight):
             raise _nonfinite(name, "")
-        return np.concatenate(rows)
+        stored = np.empty(quant_shape_to_byte_shape(tuple(weight.shape), kind), np.uint8)
+        rows_at_once = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+        for first in range(0, len(weight), rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            stored[rows] = quantize(weight[rows].float().numpy(), kind)
+        return stored
     cast = weight.to(_TORCH[kind]).contiguous()
     if not allow_nonfinite and not is_finite(cast):
         raise _nonfinite(name, f" as {kind.name.lower()}")
