@@ -117,7 +117,8 @@ def teach(
     content = made.content
     console.print(
         f"teacher cache: {made.folder}, {content.tokens:,} tokens, {content.bytes_per_token:,.0f} bytes each, from "
-        f"token {content.first * content.sequence_length:,} of the training order",
+        f"token {content.first * content.sequence_length:,} of the training order; the {content.top_k} most likely "
+        f"tokens hold {made.kept_probability():.1%} of the teacher's probability",
         soft_wrap=True,
     )
 

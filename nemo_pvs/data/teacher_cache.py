@@ -29,6 +29,7 @@ _IDS, _LOGPROBS, _REST, _CRC = "ids", "logprobs", "rest", "crc32"
 
 _SHARD_BYTES = 1 << 28
 """Maximum size of a shard that holds more than one sample."""
+_SAMPLES_MEASURED = 256
 _FEWEST_SHARDS = 16
 """Number of shards of a short cache, so that several ranks have something to do and a kill loses little."""
 
@@ -247,6 +248,20 @@ class TeacherCache:
         if checksum != _checksum(answers):
             raise damaged
         return answers
+
+    def kept_probability(self) -> float:
+        """Return how probable the kept tokens are together, according to the teacher, on average over positions.
+
+        A student learns nothing about how the rest is divided among the other tokens. Of a large cache only 256
+        samples are read, at equal distances.
+
+        Raises:
+            UserError: as ``read``.
+        """
+        first, end = self.content.first, self.content.end
+        chosen = np.unique(np.linspace(first, end - 1, min(end - first, _SAMPLES_MEASURED)).astype(int))
+        left_out = [np.exp(self.read(int(sample)).rest.astype(np.float64)).mean() for sample in chosen]
+        return 1 - float(np.mean(left_out))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for another process, which opens files itself."""

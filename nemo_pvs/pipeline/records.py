@@ -167,6 +167,8 @@ class TaughtRecord(Record):
 
     content: str
     """Hash of the description of what it holds."""
+    kept: float | None = None
+    """Share of the teacher's probability that its tokens hold; None for a cache of an earlier version."""
 
 
 @dataclass(frozen=True)

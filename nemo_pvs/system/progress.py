@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,27 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
             )
 
     yield say
+
+
+@contextmanager
+def expected(what: str, seconds: float) -> Iterator[None]:
+    """Show the progress of a call that reports none, in seconds of those that it is expected to take."""
+    finished = threading.Event()
+    began = time.monotonic()
+
+    def watch(show: Callable[..., None]) -> None:
+        while not finished.wait(1.0):
+            taken = time.monotonic() - began
+            show(int(taken), max(round(seconds), int(taken) + 1))
+
+    with progress(what, "s") as show:
+        watcher = threading.Thread(target=watch, args=(show,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            watcher.join()
 
 
 _bars: Progress | None = None

@@ -63,6 +63,17 @@ def test_every_sample_comes_back_bit_for_bit(tmp_path, vocab, precision):
             np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("samples", [1, 40, 3000])
+def test_kept_probability_is_what_the_rest_leaves(tmp_path, samples):
+    """The rest has the probability 0.25, and 0 at the last position of each sample."""
+    content = replace(CONTENT, end=CONTENT.first + samples)
+    cache = TeacherCache.begin(tmp_path, content)
+    rest = np.array([np.log(0.25)] * 4 + [-np.inf])
+    for shard in cache.missing():
+        cache.write(shard, [_answers(content, 0)._replace(rest=rest)] * len(content.shard_samples(shard)))
+    assert cache.kept_probability() == pytest.approx(0.8, abs=1e-3)
+
+
 def test_shards_cover_every_sample_once_whatever_their_number():
     for end in (8, 9, 70, 71, 72, 200, 1000, 12345):
         content = replace(CONTENT, end=end)

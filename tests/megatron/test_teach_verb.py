@@ -40,6 +40,7 @@ def test_a_teacher_answers_once_and_trainings_read_it(pvs, tmp_path):
     done = pvs(*precise, "--tokens", 500, "--first-token", 200, "--data-parallel", 2, "--micro-batch-size", 3)
     assert done.code == 0, done.errors
     assert "512 tokens, 100 bytes each, from token 256 of the training order" in done.output
+    assert f"hold {TeacherCache.open(tmp_path / 'cache').kept_probability():.1%} of the teacher's" in done.output
     ledger = Ledger.load(tmp_path / "cache" / LEDGER)
     assert [(charge.activity, charge.tokens) for charge in ledger.charges] == [("teacher", 512)]
     content = TeacherCache.open(tmp_path / "cache").content

@@ -14,6 +14,7 @@ from nemo_pvs.data.teacher_cache import TeacherCache
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import LEDGER, SHARED_ANSWERS, Ledger
 from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.records import TaughtRecord
 from nemo_pvs.pipeline.results import assemble
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.reporting.html import write_report
@@ -48,6 +49,7 @@ def test_all_arms_read_one_cache_and_pay_for_it_once(values, tmp_path, forked_la
     pipeline.run()
     cache = TeacherCache.open(folder / "teacher" / "1")
     assert cache.content.tokens == 512
+    assert pipeline.records.of(TaughtRecord)["teach/1"].kept == cache.kept_probability()
     values["train"]["distill"] = {"temperature": 2.0, "top_k": 16}
     Pipeline(parse_recipe(values, "test"), tmp_path / "online").run()
     online = _curves(recipe, tmp_path / "online")

@@ -6,6 +6,8 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -54,3 +56,19 @@ def test_a_terminal_shows_a_row_for_each_task_in_one_display(monkeypatch):
     assert progress._bars is None
     with progress.progress("third"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"), [(100.0, "index: 1/100 s, 99 s left"), (0.5, "index: 1/2 s")], ids=["in time", "late"]
+)
+def test_a_call_that_reports_nothing_is_shown_by_its_expected_time(expected, said, monkeypatch):
+    lines = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=lines, width=120))
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    before = threading.active_count()
+    with progress.expected("index", expected):
+        deadline = time.monotonic() + 20
+        while said not in lines.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert said in lines.getvalue()
+    assert threading.active_count() == before, "it goes on after the call has ended"

@@ -16,6 +16,7 @@ from nemo_pvs.planning.cached_teacher import CachedRange, cached_ranges, teachin
 from nemo_pvs.planning.teacher import teacher_shape
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.system.files import sha256_json
+from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.teaching_job import TeachingJob, content_for
 
@@ -32,12 +33,18 @@ def teach(run: RunFolder, number: int, tokens: CachedRange) -> TrainingStage[Tau
         inputs=lambda: asdict(job().content),
         job=job,
         prepare=lambda: job().save(),
-        work=lambda: TaughtRecord(sha256_json(asdict(job().content))),
+        work=lambda: _taught(job()),
         outputs=[_folder(run, number)],
         after=["parent", "data"],
         precious=[_folder(run, number)],
         keep_partial=True,
     )
+
+
+def _taught(job: TeachingJob) -> TaughtRecord:
+    kept = TeacherCache.open(job.folder).kept_probability()
+    console.print(f"  the {job.content.top_k} tokens that are kept hold {kept:.1%} of the teacher's probability")
+    return TaughtRecord(sha256_json(asdict(job.content)), kept)
 
 
 def teaching_job(run: RunFolder, number: int, tokens: CachedRange) -> TeachingJob:
