@@ -1,10 +1,8 @@
-"""The benchmark works; each test in a fresh interpreter, as ``measure`` forks and pytest is large and has threads."""
+"""The benchmark works; in forks of a small interpreter, as ``measure`` forks and pytest is large and has threads."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,26 +12,21 @@ from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.source import shape_of
 from tests.benchmarks.conversion import SHAPES, benchmark, half_width
 from tests.benchmarks.measure import Measured, measure
+from tests.forked_commands import forked_commands
 
 
-def _in_a_small_process(check: Callable[..., None], *arguments: Path) -> None:
-    call = f"from {__name__} import {check.__name__} as check; check(*map(Path, {[*map(str, arguments)]}))"
-    command = [sys.executable, "-W", "ignore", "-c", f"from pathlib import Path; {call}"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def in_a_small_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """Run a check of this module in a process that has imported it and nothing else."""
+    outputs = tmp_path_factory.mktemp("small") / "outputs"
+    with forked_commands(outputs, __name__, cwd=Path(__file__).parents[2]) as run:
 
+        def passes(check: Callable[..., None], *arguments: Path) -> None:
+            call = f"from {__name__} import {check.__name__} as check; check(*map(Path, {[*map(str, arguments)]}))"
+            done = run("-c", f"from pathlib import Path; {call}")
+            assert done.code == 0, done.errors[-2000:]
 
-@pytest.mark.slow
-def test_the_benchmark_runs_and_leaves_its_input(tmp_path):
-    _in_a_small_process(check_the_benchmark, tmp_path)
-
-
-def check_the_benchmark(tmp_path):
-    results = benchmark(SHAPES["tiny"], tmp_path, Console(quiet=True))
-    assert len(results) == 13
-    assert all(0 < measured.seconds < 60 and measured.peak >= measured.baseline for measured in results.values())
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    assert shape_of(HuggingFaceSource(tmp_path / "hf")) == SHAPES["tiny"]
+        yield passes
 
 
 def test_half_of_8b_is_4b():
@@ -43,8 +36,8 @@ def test_half_of_8b_is_4b():
 
 
 @pytest.mark.slow
-def test_memory_is_counted_from_before_the_work():
-    _in_a_small_process(check_the_baseline)
+def test_memory_is_counted_from_before_the_work(in_a_small_process):
+    in_a_small_process(check_the_baseline)
 
 
 def check_the_baseline():
@@ -57,15 +50,20 @@ def check_the_baseline():
 
 
 @pytest.mark.slow
-def test_memory_is_a_few_tensors_of_many(tmp_path):
-    _in_a_small_process(check_the_memory, tmp_path)
+def test_the_benchmark_runs_in_the_memory_of_a_few_tensors_and_leaves_its_input(in_a_small_process, tmp_path):
+    in_a_small_process(check_the_benchmark, tmp_path)
 
 
-def check_the_memory(tmp_path):
+def check_the_benchmark(tmp_path):
     """The largest tensor has 34 MB and all together 570 MB."""
     shape = SHAPES["tiny"].replace(layers=15, hidden=1024, ffn=4096, heads=64, kv_groups=16, vocab=16384)
+    results = benchmark(shape, tmp_path, Console(quiet=True))
+    assert len(results) == 13
+    assert all(0 < measured.seconds < 60 and measured.peak >= measured.baseline for measured in results.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert shape_of(HuggingFaceSource(tmp_path / "hf")) == shape
     constant = 300_000_000  # blocks of two files, 64 MB, and what the allocator keeps of small tensors
-    for label, measured in benchmark(shape, tmp_path, Console(quiet=True)).items():
+    for label, measured in results.items():
         if not label.startswith("cp"):
             needed = measured.peak - measured.baseline
             assert needed < 3 * 33_600_000 + constant, f"{label}: {needed / 1e6:.0f} MB"
