@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,6 +55,16 @@ def asks_for_gpu(marks: str) -> bool:
 def cases(number: int) -> int:
     """Return how many cases a test draws: ``number`` of them in ``make test``, more in ``make test-full``."""
     return number * settings.default.max_examples // settings.get_profile("suite").max_examples
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect tests without collecting garbage, which would go through all that is imported again and again."""
+    gc.disable()
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 def pytest_collectstart() -> None:

@@ -14,9 +14,8 @@ from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 @pytest.mark.slow
 def test_every_method_has_a_row_for_every_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, few_articles: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("gensim", reason="the text is in gensim's wheel")
     folder = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model", num_hidden_layers=5))
     arguments = ["--folder", str(folder), "--keep", "4", "2", "--samples", "2", "--sequence-length", "16"]
     monkeypatch.setattr(sys, "argv", ["depth_methods", *arguments])

@@ -13,8 +13,7 @@ from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 
 @pytest.mark.slow
-def test_every_method_has_a_row(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("gensim", reason="the text is in gensim's wheel")
+def test_every_method_has_a_row(tmp_path, few_articles, monkeypatch, capsys):
     sizes = {"num_hidden_layers": 10, "num_key_value_heads": 4, "hidden_size": 72, "intermediate_size": 144}
     folder = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model", **sizes))
     arguments = ["--folder", str(folder), "--samples", "4", "--sequence-length", "16"]

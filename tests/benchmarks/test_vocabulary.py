@@ -14,8 +14,9 @@ from tests.pruning.test_vocabulary import ROWS, byte_level, save
 
 
 @pytest.mark.slow
-def test_a_row_per_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("gensim", reason="the text is in gensim's wheel")
+def test_a_row_per_size(
+    tmp_path: Path, few_articles: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = {"vocab_size": ROWS, "bos_token_id": 1, "max_position_embeddings": 2048}
     folder = save(make_tiny_llama(tmp_path / "model", **sizes), byte_level())
     arguments = ["--folder", str(folder), "--sizes", "500", "400", "--chunks", "2"]

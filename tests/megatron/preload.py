@@ -20,7 +20,10 @@ from tests.megatron.torch_attributes import torch_attributes  # noqa: E402
 BEFORE = torch_attributes()
 """Of torch, when everything that we import is imported, and we are not."""
 
-import nemo_pvs.megatron.rank  # noqa: E402, F401
+import nemo_pvs.megatron.rank  # noqa: E402
+import nemo_pvs.pipeline.series  # noqa: E402
+import nemo_pvs.reporting.html  # noqa: E402, F401
+import tests.conftest  # noqa: E402, F401
 
 gc.freeze()
 gc.enable()

@@ -14,13 +14,11 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_pvs.checkpoints.convert import convert
-from nemo_pvs.checkpoints.fetch import SMOLLM2, prepare_parent
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
-from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.store import Journal
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
@@ -42,9 +40,9 @@ def _lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text().splitlines()]
 
 
-def _requests() -> tuple[list[Any], list[Any]]:
+def _requests(countries: int = 8) -> tuple[list[Any], list[Any]]:
     """Return requests of a context and a continuation, and of whole texts; some are longer than the context."""
-    capitals = _lines("capitals")
+    capitals = _lines("capitals")[:countries]
     pairs = [(f"The capital of {line['country']} is", f" {one}") for line in capitals for one in line["choices"]]
     pairs += [(line["start"], line["end"]) for line in _lines("endings")]
     pairs += [(line["text"][:90], line["text"][90:]) for line in _lines("letters")[:1]]
@@ -53,13 +51,13 @@ def _requests() -> tuple[list[Any], list[Any]]:
     return [SimpleNamespace(args=pair) for pair in pairs], [SimpleNamespace(args=text) for text in texts]
 
 
-def _ask(model: Any) -> tuple[list[tuple[float, bool]], list[float]]:
-    pairs, texts = _requests()
+def _ask(model: Any, *countries: int) -> tuple[list[tuple[float, bool]], list[float]]:
+    pairs, texts = _requests(*countries)
     return model.loglikelihood(pairs), model.loglikelihood_rolling(texts)
 
 
 def _ask_megatron(
-    folders: list[Path], tensor_parallel: int, pipeline_parallel: int, journal: Path | None = None
+    folders: list[Path], tensor_parallel: int, pipeline_parallel: int, journal: Path | None = None, *countries: int
 ) -> tuple[list[Any], list[int]]:
     """Return the answers for each checkpoint, and how many sequences this rank has scored."""
     from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
@@ -78,15 +76,16 @@ def _ask_megatron(
             scorer.score = counting
             tokenizer = AutoTokenizer.from_pretrained(folder / "context" / "tokenizer")
             model = CheckpointLM(scorer, tokenizer, CONTEXT, batch_size=5, journal=journal and Journal(journal))
-            answers.append(_ask(model))
+            answers.append(_ask(model, *countries))
             scored.append(count[0])
     return answers, scored
 
 
-def _ask_huggingface(folder: Path) -> tuple[list[tuple[float, bool]], list[float]]:
+def _ask_huggingface(folder: Path, *countries: int) -> tuple[list[tuple[float, bool]], list[float]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return _ask(HFLM(pretrained=model, tokenizer=tokenizer, max_length=CONTEXT, batch_size=3, device="cpu"))
+    model = HFLM(pretrained=model, tokenizer=tokenizer, max_length=CONTEXT, batch_size=3, device="cpu")
+    return _ask(model, *countries)
 
 
 def _assert_equal(ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
@@ -188,41 +187,6 @@ def job(tmp_path_factory) -> TrainingJob:
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(1, _train, job, 6)
     return job
-
-
-@pytest.mark.slow
-def test_smollm2_answers_every_request_alike(tmp_path):
-    bf16 = prepare_parent(SMOLLM2, tmp_path / "bf16")
-    write_nemo(HuggingFaceSource(bf16), tmp_path / "nemo", dtype=torch.float32)
-    expected, generated = _ask_huggingface(bf16), _generate_by_huggingface(bf16)
-    for world, tensor, pipeline in ((1, 1, 1), (2, 1, 2)):
-        (answers, _), *_ = run_ranks(world, _ask_megatron, [tmp_path / "nemo"], tensor, pipeline)
-        _assert_equal(answers, [expected])
-    assert set(run_ranks(2, _generate_by_megatron, tmp_path / "nemo")) == {generated}
-    scorer = TransformersScorer(HuggingFaceSource(bf16), dtype=torch.float32, device="cpu")
-    assert _generated(CheckpointLM(scorer, AutoTokenizer.from_pretrained(bf16), CONTEXT)) == generated
-
-
-def _generated(model: Any) -> tuple[str, ...]:
-    settings = {"until": ["\n\n"], "max_gen_toks": 16, "do_sample": False}
-    texts = [*(line["text"] for line in _lines("letters")), "The capital of France is"]
-    return tuple(model.generate_until([SimpleNamespace(args=(text, settings)) for text in texts]))
-
-
-def _generate_by_huggingface(folder: Path) -> tuple[str, ...]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return _generated(HFLM(pretrained=model, tokenizer=tokenizer, max_length=CONTEXT, batch_size=1, device="cpu"))
-
-
-def _generate_by_megatron(folder: Path) -> tuple[str, ...]:
-    from nemo_pvs.megatron.inference import MegatronScorer, megatron_ranks
-    from nemo_pvs.system.ranks import joined
-
-    with joined(on_gpus=True), megatron_ranks(1, 2):
-        scorer = MegatronScorer(open_source(folder), dtype=torch.float32, device="cpu")
-        tokenizer = AutoTokenizer.from_pretrained(folder / "context" / "tokenizer")
-        return _generated(CheckpointLM(scorer, tokenizer, CONTEXT))
 
 
 @pytest.mark.slow

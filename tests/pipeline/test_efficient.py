@@ -18,7 +18,8 @@ from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import METRICS_FILE
-from tests.pipeline.test_pipeline import _in_child, values_fixture  # noqa: F401
+from tests.pipeline.test_pipeline import values_fixture  # noqa: F401
+from tests.pipeline.test_whole_run import _in_child
 
 
 @pytest.mark.parallel

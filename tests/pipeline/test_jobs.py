@@ -109,6 +109,14 @@ def _working_in(folder: Path) -> list[int]:
     return found
 
 
+def assert_nobody_works_in(folder: Path) -> None:
+    """Wait for a moment until a killed run's processes have ended, all of which have a log in its folder open."""
+    deadline = time.monotonic() + 10
+    while left := _working_in(folder):
+        assert time.monotonic() < deadline, f"processes go on without their parent: {left}"
+        time.sleep(0.1)
+
+
 @pytest.mark.parallel
 @pytest.mark.slow
 def test_kill_9_while_two_are_trained_and_the_same_command_goes_on(
@@ -126,14 +134,11 @@ def test_kill_9_while_two_are_trained_and_the_same_command_goes_on(
             break
         assert time.monotonic() < deadline, "training did not get to step 8"
         assert child.is_alive(), "the run ended"
-        time.sleep(0.001)
+        time.sleep(0.01)
     assert _working_in(folder), "nothing to kill"
     child.kill()
     child.join()
-    deadline = time.monotonic() + 10
-    while left := _working_in(folder):
-        assert time.monotonic() < deadline, f"processes go on without their parent: {left}"
-        time.sleep(0.1)
+    assert_nobody_works_in(folder)
     pipeline = Pipeline(parse_recipe(values, "test"), folder, jobs=2)
     assert not pipeline.is_trained()
     _run(values, folder, 2)

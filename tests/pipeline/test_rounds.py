@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
@@ -26,6 +23,7 @@ from nemo_pvs.training.learning_rate import linear_warmup
 from tests.megatron.launcher import ForkedLauncher
 from tests.megatron.ranks import run_ranks
 from tests.pipeline.test_pipeline import _records, tiny_values
+from tests.pipeline.test_whole_run import _in_child
 
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
@@ -57,16 +55,14 @@ def whole(tmp_path_factory) -> tuple[dict, Pipeline]:
     staged = staged_values(tmp_path)
     folder = tmp_path / "run"
     first = folder / "train" / "one-stages" / "1"
-    recipe = tmp_path / "staged.yaml"
-    recipe.write_text(yaml.safe_dump(staged))
-    child = subprocess.Popen([sys.executable, "-m", "nemo_pvs.cli", "run", str(recipe), "--out", str(folder)])
+    child = _in_child(staged, folder)
     deadline = time.monotonic() + 600
     while not [point for point in metrics.read(first / METRICS_FILE).training if point["step"] >= 5]:
         assert time.monotonic() < deadline, "training did not get to step 5"
-        assert child.poll() is None, "the run ended"
+        assert child.is_alive(), "the run ended"
         time.sleep(0.02)
     child.kill()
-    child.wait()
+    child.join()
     finished = {name: time_ for name, time_ in _records(folder).items() if not name.endswith(".begun.json")}
     assert "prune-one-stage-1.json" in finished
     assert "train-one-stage-1.json" not in finished

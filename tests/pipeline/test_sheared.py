@@ -27,11 +27,12 @@ from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
 from nemo_pvs.pruning.learned.sheared import save_masks
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
-from nemo_pvs.training import metrics
+from nemo_pvs.training import metrics, trainer
 from nemo_pvs.training.checkpoints import checkpoint_name, newest_sound
 from nemo_pvs.training.job import Loading, TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.megatron.launcher import ForkedLauncher
 from tests.megatron.ranks import fork_context
 
 STEPS = 160
@@ -95,6 +96,7 @@ def _in_domains(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _run(values: dict[str, Any], folder: Path) -> None:
+    trainer._launch = ForkedLauncher
     Pipeline(parse_recipe(values, "test"), folder).run()
 
 
