@@ -36,7 +36,7 @@ _TORCH = {
 _BLOCK = 32
 """Weights that share a scale in q8_0; rows of another length are stored as f16."""
 _WEIGHTS_AT_ONCE = 1 << 18
-"""Weights that are quantised at a time: their fp32 copies, several of them, are small and stay in the processor's cache."""
+"""Weights that are quantised at a time: their several fp32 copies stay in the processor's cache."""
 _BYTES_AT_ONCE = 1 << 24
 _PLAIN_ROPE = ("default", None)
 
