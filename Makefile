@@ -42,7 +42,7 @@ test-full: $(STAMP)
 TE := build/transformer-engine
 test-te: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TE) 'transformer-engine==2.9.*'
-	NVTE_PROJECT_BUILDING=1 PYTHONPATH=$(TE) $(BIN)/python -m pytest tests/te
+	NVTE_PROJECT_BUILDING=1 PYTHONPATH=$(abspath $(TE)) $(BIN)/python -m pytest tests/te
 
 # Without what only multimodal models need.
 LLAMA_CPP := build/llama-cpp
@@ -50,7 +50,7 @@ $(LLAMA_CPP): | $(STAMP)
 	@echo "Compiling llama.cpp (10 minutes on two cores) ..."
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ 'llama-cpp-python==0.3.36' diskcache
 test-llamacpp: $(LLAMA_CPP)
-	PYTHONPATH=$(LLAMA_CPP) $(BIN)/python -m pytest tests/llamacpp
+	PYTHONPATH=$(abspath $(LLAMA_CPP)) $(BIN)/python -m pytest tests/llamacpp
 
 # Version 4 writes and compares; an interpreter with these packages in front loads and saves.
 TRANSFORMERS_5 := build/transformers-5
@@ -63,14 +63,14 @@ BRIDGE := build/megatron-bridge
 $(BRIDGE): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ megatron-bridge==0.3.1 megatron-core==0.16.1
 test-bridge: $(BRIDGE)
-	PYTHONPATH=$(BRIDGE) $(BIN)/python -m pytest tests/bridge
+	PYTHONPATH=$(abspath $(BRIDGE)) $(BIN)/python -m pytest tests/bridge
 
 # The versions of NVIDIA's container 25.11, on the packages that are here otherwise.
 NEMO_2_6 := build/nemo-2.6
 $(NEMO_2_6): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ nemo_toolkit==2.6.0 megatron-core==0.15.0
 test-nemo-2.6: $(NEMO_2_6)
-	PYTHONPATH=$(NEMO_2_6) $(PYTEST) tests/megatron tests/nemo_cli tests/checkpoints/test_stock_nemo.py
+	PYTHONPATH=$(abspath $(NEMO_2_6)) $(PYTEST) tests/megatron tests/nemo_cli tests/checkpoints/test_stock_nemo.py
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 10000
