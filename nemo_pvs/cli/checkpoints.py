@@ -96,7 +96,7 @@ def convert(
     for note in converted.notes:
         console.print(note, soft_wrap=True)
     if converted.agreement is not None:
-        console.print(f"source and target, {converted.agreement}", soft_wrap=True)
+        console.print(f"{source} and {target} have {converted.agreement}", soft_wrap=True)
 
 
 def inspect(

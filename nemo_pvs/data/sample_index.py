@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.system.megatron_import import import_megatron
-from nemo_pvs.system.progress import console, expected
+from nemo_pvs.system.progress import console, expected, short_time
 
 _DOCUMENTS_A_SECOND = 1_500_000
 """Roughly how fast Megatron builds an index (5 million documents in 2.7 s on a busy CPU), for the estimate."""
@@ -87,6 +87,6 @@ def training_samples(text: str | Sequence[str], folder: Path, *, sequence_length
     seconds = documents / _DOCUMENTS_A_SECOND
     if seconds < _SECONDS_WORTH_SAYING or any(folder.glob("*-shuffle_index.npy")):
         return build_datasets(GPTDataset, config, samples)[0]
-    console.print(f"indexing {documents:,} documents, about {seconds / 60:.0f} minutes ...", soft_wrap=True)
+    console.print(f"indexing {documents:,} documents, about {short_time(seconds)} ...", soft_wrap=True)
     with expected("index", seconds):
         return build_datasets(GPTDataset, config, samples)[0]

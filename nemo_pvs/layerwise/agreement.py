@@ -24,8 +24,10 @@ class Agreement:
     """Share of the tokens after which both models predict the same next token."""
 
     def __str__(self) -> str:
+        if self.max_difference == 0:
+            return f"equal logits on {self.tokens:,} tokens"
         return (
-            f"on {self.tokens:,} tokens logits differ by {self.max_difference:.2g} at most and "
+            f"logits on {self.tokens:,} tokens that differ by at most {self.max_difference:.2g}, "
             f"{self.mean_difference:.2g} on average; {self.top1:.2%} of the predictions are the same"
         )
 

@@ -15,7 +15,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.records import Record, RecordT
 from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.system.files import link_tree, read_json, sha256_json, write_json
-from nemo_pvs.system.progress import console
+from nemo_pvs.system.progress import console, short_time
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Stages:
         record = self._begin(stage, inputs)
         if record is not None:
             if name not in self._reported:
-                console.print(f"[green]✓[/] {name} [dim](done earlier, {record['seconds']:.0f} s)[/]")
+                console.print(f"[green]✓[/] {name} [dim](done earlier, {short_time(record['seconds'])})[/]")
             self._reported.add(name)
             earlier = stage.record.from_json(record["result"])
             self._done.setdefault(_kind_and_inputs(stage, inputs), _Done(name, stage.outputs, earlier))
@@ -107,7 +107,7 @@ class Stages:
         )
         self._attempt(name).unlink()
         self._done.setdefault(_kind_and_inputs(stage, inputs), _Done(name, stage.outputs, result))
-        console.print(f"[green]✓[/] {name} [dim]({f'as {twin.name}' if twin else f'{seconds:.0f} s'})[/]")
+        console.print(f"[green]✓[/] {name} [dim]({f'as {twin.name}' if twin else short_time(seconds)})[/]")
         self._reported.add(name)
         return result
 

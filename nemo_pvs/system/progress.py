@@ -37,6 +37,15 @@ def say_once(text: str) -> None:
 
 _SECONDS_BETWEEN_LINES = 20.0
 
+
+def short_time(seconds: float) -> str:
+    """Return a time as all lines spell it: 12 s, 3 min or 4.5 h."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
 Report = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -62,7 +71,7 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
-            left = left or f"{(now - began) / done * (total - done):.0f} s"
+            left = left or short_time((now - began) / done * (total - done))
             console.print(
                 f"  {what}: {done:,}/{total:,} {unit}, {left} left{', ' + note if note else ''}", soft_wrap=True
             )

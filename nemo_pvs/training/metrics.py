@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nemo_pvs.system.progress import short_time
+
 PACE_STEPS = 20
 """Number of recent steps from whose speed the remaining time is estimated."""
 
@@ -83,7 +85,7 @@ def training_seconds(curve: Metrics, tokens_per_step: int) -> float:
 
 
 def time_left(tokens: float, speeds: Iterable[float]) -> str:
-    """Return how long a number of tokens takes, as 12 s, 3 min or 4.5 h.
+    """Return how long a number of tokens takes, as ``short_time`` spells it.
 
     The median speed counts, because resuming and validation distort that of single steps.
 
@@ -91,8 +93,4 @@ def time_left(tokens: float, speeds: Iterable[float]) -> str:
         tokens: Tokens that remain.
         speeds: Speeds of recent steps, in tokens per second.
     """
-    seconds = tokens / median(speeds)
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 3600:.1f} h"
+    return short_time(tokens / median(speeds))

@@ -24,15 +24,37 @@ def _refused(outcome: tuple[int, str, str], sentence: str) -> None:
     assert errors.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_help_is_light():
+def _listing_heavy_imports(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run ``pvs`` in a process of its own, whose last line is the list of slow packages that it has imported."""
     script = (
         "import atexit, sys, nemo_pvs.cli.main;"
         "heavy = {'torch', 'nemo', 'transformers', 'megatron', 'matplotlib', 'pandas'};"
         "atexit.register(lambda: print(sorted(heavy & set(sys.modules)))); nemo_pvs.cli.main.main()"
     )
-    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=True)
+    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_help_is_light():
+    done = _listing_heavy_imports("--help")
+    assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--method", "minitron-width", "--target", "hiden=3"), "did you mean hidden?"),
+        (("--method", "minitron-widht", "--target", "hidden=3"), "--method is 'minitron-widht'; choose "),
+        (("--method", "wanda", "--ratio", "0.5"), "wanda has no --ratio; its options are "),
+    ],
+)
+def test_a_mistake_in_what_to_prune_is_reported_before_pytorch_is_imported(tmp_path, options, sentence):
+    done = _listing_heavy_imports("prune", "smollm2-135m", tmp_path / "small", *options)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.slow
@@ -191,7 +213,7 @@ def test_masks_and_shards_of_a_conversion(pvs, model, tmp_path):
     _refused(pvs("convert", tmp_path / "hf", tmp_path / "x", "--verify", "maybe"), "choose checksum, logits or none")
 
 
-SAME = "logits differ by 0 at most"
+SAME = " have equal logits on "
 
 
 def _convert_and_compare(pvs, source, target, *more):

@@ -41,6 +41,6 @@ def test_what_takes_long_is_announced(prefix, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(sample_index, "_DOCUMENTS_A_SECOND", 1 / 600)
     _index(prefix, tmp_path / "slow")
-    assert capsys.readouterr().out.startswith("indexing 1 documents, about 10 minutes ...")
+    assert capsys.readouterr().out.startswith("indexing 1 documents, about 10 min ...")
     _index(prefix, tmp_path / "slow")
     assert "indexing" not in capsys.readouterr().out, "it is there already"

@@ -24,6 +24,7 @@ def test_differences_are_those_of_the_full_models():
     assert measured.tokens == IDS.numel()
     assert measured.max_difference == pytest.approx(float((a - b).abs().max()), rel=1e-4)
     assert measured.mean_difference == pytest.approx(float((a - b).abs().mean()), rel=1e-4)
+    assert str(measured).startswith(f"logits on 51 tokens that differ by at most {measured.max_difference:.2g}, ")
     assert measured.top1 == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).float().mean()))
 
 
@@ -31,3 +32,4 @@ def test_a_model_agrees_with_itself():
     model = make_model(0)
     measured = compare(StateSource(model), StateSource(model), IDS)
     assert (measured.max_difference, measured.mean_difference, measured.top1) == (0.0, 0.0, 1.0)
+    assert str(measured) == "equal logits on 51 tokens"

@@ -1,5 +1,6 @@
 """NeMo's own command with this package as an installed plugin: from a wheel, in a folder of its own."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ def nemo(installed, tmp_path_factory) -> Iterator[Callable[..., str]]:
     Each command is forked from a process that has imported NeMo, and nothing of ours.
     """
     environment = {
-        "PYTHONPATH": str(installed),
+        # In front of another NeMo that is being tested (make test-nemo-2.6), if there is one.
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(installed), os.environ.get("PYTHONPATH")))),
         "COLUMNS": "250",
         "NEMORUN_HOME": str(installed / "home"),
         # What launch/README.md asks for on a machine with the CUDA toolkit and no device; it means nothing elsewhere.

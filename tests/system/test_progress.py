@@ -30,6 +30,25 @@ def test_tables_in_a_log_are_not_squeezed_into_80_columns(columns, width):
     assert int(printed) == width
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (90, "90 s"), (119, "119 s"), (121, "2 min"), (7100, "118 min"), (9000, "2.5 h")],
+)
+def test_every_line_spells_a_time_in_one_way(seconds, text):
+    assert progress.short_time(seconds) == text
+
+
+def test_a_line_in_a_log_says_how_long_the_rest_takes(monkeypatch):
+    """Ten layers in 25 s, of 200."""
+    printed = io.StringIO()
+    times = iter([0.0, 25.0])
+    monkeypatch.setattr(progress, "console", Console(file=printed, width=120))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    with progress.progress("calibrate", "layers") as show:
+        show(10, 200)
+    assert printed.getvalue() == "  calibrate: 10/200 layers, 8 min left\n"
+
+
 def test_a_terminal_shows_a_row_for_each_task_in_one_display(monkeypatch):
     """As for jobs that are trained at the same time, of which any may end first."""
     shown = io.StringIO()
