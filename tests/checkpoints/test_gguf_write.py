@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config, Qwen3Config
 
 from nemo_pvs.checkpoints.fetch import dequantize_gguf
+from nemo_pvs.checkpoints.gguf import write
 from nemo_pvs.checkpoints.gguf.file import GgufFile
 from nemo_pvs.checkpoints.gguf.names import is_rotated, pairs_to_halves, stored_name
 from nemo_pvs.checkpoints.gguf.tokenizer import build_tokenizer
@@ -26,6 +27,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
+from nemo_pvs.system.direct_io import StreamedWriter
 from tests.checkpoints.gguf_writer import MERGING_TOKENIZER, randomise
 from tests.checkpoints.gguf_writer import write_gguf as write_theirs
 from tests.checkpoints.test_gguf_model import SCALING, factors, llama, logits, qwen
@@ -396,20 +398,25 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_file_that_reads_back_differently_is_not_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "what"), [(0.0, "its header"), (0.5, r"blk\.\S+")])
+def test_a_file_that_reads_back_differently_is_not_kept(
+    share: float, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved(tmp_path / "model", llama())
     before = written(folder).path.read_bytes()
-    partial = tmp_path / ".ours.gguf.partial"
 
-    def spoil(done: int, total: int) -> None:
-        if done == total:  # the last tensor is still in the buffer, so the one before it
+    class Spoiled(StreamedWriter):
+        def close(self) -> None:
+            super().close()
+            partial = tmp_path / ".ours.gguf.partial"
             data = bytearray(partial.read_bytes())
-            data[len(before) // 2] ^= 1
+            data[int(len(data) * share)] ^= 1
             partial.write_bytes(data)
 
-    with pytest.raises(UserError, match=r"ours\.gguf was not kept, since \S+ does not read back as written"):
-        written(folder, overwrite=True, progress=spoil)
+    monkeypatch.setattr(write, "StreamedWriter", Spoiled)
+    with pytest.raises(UserError, match=rf"ours\.gguf was not kept, since {what} does not read back as written"):
+        written(folder, overwrite=True)
     assert (tmp_path / "ours.gguf").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "ours.gguf"]
-    written(folder, overwrite=True, verify=False, progress=spoil)
+    written(folder, overwrite=True, verify=False)
     assert (tmp_path / "ours.gguf").read_bytes() != before
