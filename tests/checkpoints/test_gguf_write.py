@@ -19,6 +19,7 @@ from nemo_pvs.checkpoints.fetch import dequantize_gguf
 from nemo_pvs.checkpoints.gguf import write
 from nemo_pvs.checkpoints.gguf.file import GgufFile
 from nemo_pvs.checkpoints.gguf.names import is_rotated, pairs_to_halves, stored_name
+from nemo_pvs.checkpoints.gguf.quantise import quantise_q8_0
 from nemo_pvs.checkpoints.gguf.tokenizer import build_tokenizer
 from nemo_pvs.checkpoints.gguf.write import Written
 from nemo_pvs.checkpoints.gguf.write import write_gguf as write_ours
@@ -172,6 +173,21 @@ def test_matrices_are_cast_and_vectors_are_not(dtype: str, tmp_path: Path) -> No
     assert np.allclose(
         dequantize(stored["blk.1.ffn_down.weight"].data, kind), model.state_dict()[name].numpy(), atol=0.01
     )
+
+
+def test_q8_0_has_the_bits_of_another_implementation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(700, 1024, generator=generator)  # several pieces, and a last one that is smaller
+    weight[0, :32] = 0
+    weight[1, :32] = 1e-30  # the scale is 0 in fp16
+    halves = torch.randint(-254, 255, (64, 1024), generator=generator) / 2
+    halves[:, ::32] = 127  # the scale is 1, so that the others are rounded
+    weight[2:66] = halves
+    weight[66, 1:32] = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))
+    weight[66, 0] = -127
+    for cast in (weight, weight.half(), weight.bfloat16()):
+        expected = quantize(cast.float().numpy(), GGMLQuantizationType.Q8_0)
+        assert np.array_equal(quantise_q8_0(cast), expected)
 
 
 def test_rows_that_q8_0_cannot_hold_are_f16_and_that_is_said(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 import xxhash
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter, LlamaFileType
-from gguf.quants import quant_shape_to_byte_shape, quantize
+from gguf.quants import quant_shape_to_byte_shape
 
 from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, halves_to_pairs, is_rotated, stored_name
+from nemo_pvs.checkpoints.gguf.quantise import BLOCK, quantise_q8_0
 from nemo_pvs.checkpoints.gguf.rope import llama3_factors
 from nemo_pvs.checkpoints.gguf.write_tokenizer import add_tokenizer
 from nemo_pvs.checkpoints.manifest import is_finite
@@ -34,10 +35,6 @@ _TORCH = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_BLOCK = 32
-"""Weights that share a scale in q8_0; rows of another length are stored as f16."""
-_WEIGHTS_AT_ONCE = 1 << 18
-"""Weights that are quantised at a time: their several fp32 copies are small and stay in the processor's cache."""
 _BYTES_AT_ONCE = 1 << 24
 _PLAIN_ROPE = ("default", None)
 
@@ -136,9 +133,9 @@ def write_gguf(
                 f"{target} was not kept, since {changed[0]} does not read back as written; check the disk and convert "
                 "again."
             )
-    if kind == "q8_0" and any(len(size) > 1 and size[-1] % _BLOCK for size in sizes.values()):
+    if kind == "q8_0" and any(len(size) > 1 and size[-1] % BLOCK for size in sizes.values()):
         notes.append(
-            f"Matrices whose rows are no multiple of {_BLOCK} weights are stored as f16, since q8_0 cannot hold them; "
+            f"Matrices whose rows are no multiple of {BLOCK} weights are stored as f16, since q8_0 cannot hold them; "
             "prune with sizes that are such multiples to avoid it."
         )
     return Written(target, architecture, kind, shape.parameters, tuple(notes))
@@ -273,7 +270,7 @@ def _type_of(size: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     quantisation = GGMLQuantizationType[kind.upper()]
     if len(size) == 1:
         return GGMLQuantizationType.F32
-    if quantisation == GGMLQuantizationType.Q8_0 and size[-1] % _BLOCK:
+    if quantisation == GGMLQuantizationType.Q8_0 and size[-1] % BLOCK:
         return GGMLQuantizationType.F16
     return quantisation
 
@@ -288,12 +285,7 @@ def _stored(name: str, weight: torch.Tensor, kind: GGMLQuantizationType, *, allo
     if kind == GGMLQuantizationType.Q8_0:
         if not allow_nonfinite and not is_finite(weight):
             raise _nonfinite(name, "")
-        stored = np.empty(quant_shape_to_byte_shape(tuple(weight.shape), kind), np.uint8)
-        rows_at_once = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
-        for first in range(0, len(weight), rows_at_once):
-            rows = slice(first, first + rows_at_once)
-            stored[rows] = quantize(weight[rows].float().numpy(), kind)
-        return stored
+        return quantise_q8_0(weight)
     cast = weight.to(_TORCH[kind]).contiguous()
     if not allow_nonfinite and not is_finite(cast):
         raise _nonfinite(name, f" as {kind.name.lower()}")
