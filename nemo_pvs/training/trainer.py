@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -174,6 +175,11 @@ class Trainer:
                 trained[job.folder] = _result(job)
             elif not received:
                 what = f"{'Job' if isinstance(job, TeachingJob) else 'Training of'} {job.name}"
+                if answer == str(-signal.SIGKILL):  # the log ends without a word
+                    raise TrainingError(
+                        f"{what} was killed, as Linux does when memory runs out; the same command continues from its "
+                        f"last checkpoint. The log is {job.log}."
+                    )
                 raise TrainingError(f"{what} failed; the reason is at the end of {job.log}.")
 
     def _free_launcher(self) -> Launcher:

@@ -1,4 +1,4 @@
-"""How well a search's shortlist is chosen: SmolLM2-135M, every shape of a grid measured, beside the two estimates.
+"""How well a search's shortlist is chosen: every shape of a grid of SmolLM2-135M, measured and estimated in two ways.
 
     python -m tests.benchmarks.architecture_search [--parameters 100e6] [--samples 4] [--sequence-length 128]
 

@@ -1,4 +1,4 @@
-"""Conversion and pruning of a large checkpoint beside ``cp`` of the same bytes: seconds and memory.
+"""Conversion and pruning of a large checkpoint compared with ``cp`` of the same bytes: seconds and memory.
 
     python -m tests.benchmarks.conversion --shape llama31_8b --folder DIR
 

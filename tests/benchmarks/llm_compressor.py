@@ -1,4 +1,4 @@
-"""Our Wanda and SparseGPT beside llm-compressor's and the published scripts' arithmetic: seconds, memory, masks.
+"""Our Wanda and SparseGPT, llm-compressor's and the published scripts' arithmetic: seconds, memory, masks.
 
     python -m tests.benchmarks.llm_compressor --llm-compressor PYTHON [--model FOLDER | --shape 1b] [--only wanda]
 

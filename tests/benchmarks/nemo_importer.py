@@ -1,4 +1,4 @@
-"""Our conversion of a model of 1.1B parameters beside NeMo's own importer on the CPU: seconds and memory.
+"""Our conversion of a model of 1.1B parameters compared with NeMo's own importer on the CPU: seconds and memory.
 
     python -m tests.benchmarks.nemo_importer [--shape tiny] [--folder DIR]
 

@@ -1,4 +1,4 @@
-"""A training step of our recipe beside one of NeMo's own Llama recipe: same shape, data, batch, kernels and machine.
+"""A training step of our recipe and one of NeMo's own Llama recipe: same shape, data, batch, kernels and machine.
 
     python -m tests.benchmarks.training_step [--shape llama31_8b/4b-width] [--layers 16] [--sequence-length 4096]
 

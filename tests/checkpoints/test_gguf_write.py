@@ -16,8 +16,10 @@ from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config, Qwen3Config
 
 from nemo_pvs.checkpoints.fetch import dequantize_gguf
+from nemo_pvs.checkpoints.gguf import write
 from nemo_pvs.checkpoints.gguf.file import GgufFile
 from nemo_pvs.checkpoints.gguf.names import is_rotated, pairs_to_halves, stored_name
+from nemo_pvs.checkpoints.gguf.quantise import quantise_q8_0
 from nemo_pvs.checkpoints.gguf.tokenizer import build_tokenizer
 from nemo_pvs.checkpoints.gguf.write import Written
 from nemo_pvs.checkpoints.gguf.write import write_gguf as write_ours
@@ -26,6 +28,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
+from nemo_pvs.system.direct_io import StreamedWriter
 from tests.checkpoints.gguf_writer import MERGING_TOKENIZER, randomise
 from tests.checkpoints.gguf_writer import write_gguf as write_theirs
 from tests.checkpoints.test_gguf_model import SCALING, factors, llama, logits, qwen
@@ -170,6 +173,21 @@ def test_matrices_are_cast_and_vectors_are_not(dtype: str, tmp_path: Path) -> No
     assert np.allclose(
         dequantize(stored["blk.1.ffn_down.weight"].data, kind), model.state_dict()[name].numpy(), atol=0.01
     )
+
+
+def test_q8_0_has_the_bits_of_another_implementation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(700, 1024, generator=generator)  # several pieces, and a last one that is smaller
+    weight[0, :32] = 0
+    weight[1, :32] = 1e-30  # the scale is 0 in fp16
+    halves = torch.randint(-254, 255, (64, 1024), generator=generator) / 2
+    halves[:, ::32] = 127  # the scale is 1, so that the others are rounded
+    weight[2:66] = halves
+    weight[66, 1:32] = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0))
+    weight[66, 0] = -127
+    for cast in (weight, weight.half(), weight.bfloat16()):
+        expected = quantize(cast.float().numpy(), GGMLQuantizationType.Q8_0)
+        assert np.array_equal(quantise_q8_0(cast), expected)
 
 
 def test_rows_that_q8_0_cannot_hold_are_f16_and_that_is_said(tmp_path: Path) -> None:
@@ -396,20 +414,25 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_file_that_reads_back_differently_is_not_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "what"), [(0.0, "its header"), (0.5, r"blk\.\S+")])
+def test_a_file_that_reads_back_differently_is_not_kept(
+    share: float, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved(tmp_path / "model", llama())
     before = written(folder).path.read_bytes()
-    partial = tmp_path / ".ours.gguf.partial"
 
-    def spoil(done: int, total: int) -> None:
-        if done == total:  # the last tensor is still in the buffer, so the one before it
+    class Spoiled(StreamedWriter):
+        def close(self) -> None:
+            super().close()
+            partial = tmp_path / ".ours.gguf.partial"
             data = bytearray(partial.read_bytes())
-            data[len(before) // 2] ^= 1
+            data[int(len(data) * share)] ^= 1
             partial.write_bytes(data)
 
-    with pytest.raises(UserError, match=r"ours\.gguf was not kept, since \S+ does not read back as written"):
-        written(folder, overwrite=True, progress=spoil)
+    monkeypatch.setattr(write, "StreamedWriter", Spoiled)
+    with pytest.raises(UserError, match=rf"ours\.gguf was not kept, since {what} does not read back as written"):
+        written(folder, overwrite=True)
     assert (tmp_path / "ours.gguf").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "ours.gguf"]
-    written(folder, overwrite=True, verify=False, progress=spoil)
+    written(folder, overwrite=True, verify=False)
     assert (tmp_path / "ours.gguf").read_bytes() != before

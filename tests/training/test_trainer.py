@@ -187,6 +187,14 @@ def test_one_that_fails_lets_the_others_end_and_is_named(tmp_path, ranks):
         _train(tmp_path, "abc", 3)
 
 
+def test_one_that_was_killed_says_so(tmp_path, ranks):
+    ranks(a="-9")
+    with pytest.raises(
+        TrainingError, match=r"^Training of a was killed, as Linux does when memory runs out; .*/a/log.txt.$"
+    ):
+        _train(tmp_path, "a", 1)
+
+
 def test_one_that_another_command_trains_lets_the_others_end(tmp_path, ranks):
     made = ranks(a="0", b="0", c="0")
     with holder(tmp_path / "b") as other, pytest.raises(UserError, match=f"process {other.pid} on"):

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, ReaderTensor
-from gguf.quants import quant_shape_to_byte_shape, quantize
+import xxhash
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.quants import quant_shape_to_byte_shape
 
 from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, halves_to_pairs, is_rotated, stored_name
+from nemo_pvs.checkpoints.gguf.quantise import BLOCK, quantise_q8_0
 from nemo_pvs.checkpoints.gguf.rope import llama3_factors
 from nemo_pvs.checkpoints.gguf.write_tokenizer import add_tokenizer
 from nemo_pvs.checkpoints.manifest import is_finite
@@ -25,6 +26,7 @@ from nemo_pvs.checkpoints.source import Progress, WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
+from nemo_pvs.system.direct_io import StreamedReader, StreamedWriter
 from nemo_pvs.system.files import check_new_file, disk_errors
 from nemo_pvs.system.folder_lock import locked_target
 
@@ -33,10 +35,6 @@ _TORCH = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_BLOCK = 32
-"""Weights that share a scale in q8_0; rows of another length are stored as f16."""
-_WEIGHTS_AT_ONCE = 1 << 18
-"""Weights that are quantised at a time: few, so that their copies in fp32 stay in the processor's cache."""
 _BYTES_AT_ONCE = 1 << 24
 _PLAIN_ROPE = ("default", None)
 
@@ -52,6 +50,16 @@ class Written:
     parameters: int
     notes: tuple[str, ...] = ()
     """What a user should know about it, in sentences."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The header or a tensor as it was written."""
+
+    name: str
+    begin: int
+    bytes: int
+    checksum: str
 
 
 def write_gguf(
@@ -101,50 +109,70 @@ def write_gguf(
         writer.add_tensor_info(tensor, values.shape, values.dtype, values.nbytes, GGMLQuantizationType.F32)
     for tensor in names:
         _declare(writer, stored_name(tensor), sizes[tensor], _type_of(sizes[tensor], kind))
-    checksums: dict[str, str] = {}
     done = 0
     with locked_target(target), _partial(target) as partial, disk_errors(target):
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        try:
-            for tensor, values in extra.items():
-                _write(writer, tensor, values, checksums)
-            for tensor in names:
-                weight = first.pop(tensor) if tensor in first else reads.read(tensor)
-                if tuple(weight.shape) != sizes[tensor]:
-                    raise UserError(f"{tensor} is {list(weight.shape)}, but the config implies {list(sizes[tensor])}.")
-                if architecture in ROTATES_PAIRS and is_rotated(tensor):
-                    weight = halves_to_pairs(weight, shape.head_dim)
-                stored = _stored(tensor, weight, _type_of(sizes[tensor], kind), allow_nonfinite=allow_nonfinite)
-                _write(writer, stored_name(tensor), stored, checksums)
-                done += weight.numel()
-                if progress:
-                    progress(done, shape.parameters)
-        finally:
-            writer.close()
-        if verify and (changed := _changed_tensors(partial, checksums)):
+        header = _header(writer, partial)
+        file = StreamedWriter(partial)
+        parts = [_append(file, "its header", header)]
+        for tensor, values in extra.items():
+            parts.append(_append(file, tensor, values))
+        for tensor in names:
+            weight = first.pop(tensor) if tensor in first else reads.read(tensor)
+            if tuple(weight.shape) != sizes[tensor]:
+                raise UserError(f"{tensor} is {list(weight.shape)}, but the config implies {list(sizes[tensor])}.")
+            if architecture in ROTATES_PAIRS and is_rotated(tensor):
+                weight = halves_to_pairs(weight, shape.head_dim)
+            stored = _stored(tensor, weight, _type_of(sizes[tensor], kind), allow_nonfinite=allow_nonfinite)
+            parts.append(_append(file, stored_name(tensor), stored))
+            done += weight.numel()
+            if progress:
+                progress(done, shape.parameters)
+        file.close()
+        if verify and (changed := _changed_parts(partial, parts)):
             raise UserError(
                 f"{target} was not kept, since {changed[0]} does not read back as written; check the disk and convert "
                 "again."
             )
-    if kind == "q8_0" and any(len(size) > 1 and size[-1] % _BLOCK for size in sizes.values()):
+    if kind == "q8_0" and any(len(size) > 1 and size[-1] % BLOCK for size in sizes.values()):
         notes.append(
-            f"Matrices whose rows are no multiple of {_BLOCK} weights are stored as f16, since q8_0 cannot hold them; "
+            f"Matrices whose rows are no multiple of {BLOCK} weights are stored as f16, since q8_0 cannot hold them; "
             "prune with sizes that are such multiples to avoid it."
         )
     return Written(target, architecture, kind, shape.parameters, tuple(notes))
 
 
-def _changed_tensors(path: Path, checksums: Mapping[str, str]) -> list[str]:
-    """Return the tensors of a file that are missing or do not have the SHA-256 of their bytes as written."""
-    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    with open(path, "rb") as file:
-        return [
-            name
-            for name, checksum in checksums.items()
-            if name not in stored or _checksum_of(file, stored[name]) != checksum
-        ]
+def _header(writer: GGUFWriter, scratch: Path) -> npt.NDArray[np.uint8]:
+    """Return what is in front of the tensors, which the writer of gguf can only write into a file."""
+    writer.write_header_to_file(scratch)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return np.fromfile(scratch, np.uint8)
+
+
+def _append(file: StreamedWriter, name: str, values: npt.NDArray[Any]) -> _Part:
+    """Append values, and zeros up to where the next tensor may begin."""
+    data = np.ascontiguousarray(values).data
+    part = _Part(name, file.tell(), data.nbytes, xxhash.xxh3_128_hexdigest(data))
+    file.write(data)
+    file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
+    return part
+
+
+def _changed_parts(path: Path, parts: Iterable[_Part]) -> list[str]:
+    """Return the names of a file's parts that do not read back as written."""
+    buffer = memoryview(bytearray(_BYTES_AT_ONCE))
+    changed = []
+    with StreamedReader(path) as file:
+        for part in parts:
+            digest = xxhash.xxh3_128()
+            file.seek(part.begin)
+            for done in range(0, part.bytes, _BYTES_AT_ONCE):
+                piece = buffer[: part.bytes - done]
+                digest.update(piece[: file.readinto(piece)])
+            if digest.hexdigest() != part.checksum:
+                changed.append(part.name)
+    return changed
 
 
 def architecture_of(layout: Layout, shape: Shape) -> str:
@@ -242,7 +270,7 @@ def _type_of(size: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     quantisation = GGMLQuantizationType[kind.upper()]
     if len(size) == 1:
         return GGMLQuantizationType.F32
-    if quantisation == GGMLQuantizationType.Q8_0 and size[-1] % _BLOCK:
+    if quantisation == GGMLQuantizationType.Q8_0 and size[-1] % BLOCK:
         return GGMLQuantizationType.F16
     return quantisation
 
@@ -257,12 +285,7 @@ def _stored(name: str, weight: torch.Tensor, kind: GGMLQuantizationType, *, allo
     if kind == GGMLQuantizationType.Q8_0:
         if not allow_nonfinite and not is_finite(weight):
             raise _nonfinite(name, "")
-        stored = np.empty(quant_shape_to_byte_shape(tuple(weight.shape), kind), np.uint8)
-        rows_at_once = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
-        for first in range(0, len(weight), rows_at_once):
-            rows = slice(first, first + rows_at_once)
-            stored[rows] = quantize(weight[rows].float().numpy(), kind)
-        return stored
+        return quantise_q8_0(weight)
     cast = weight.to(_TORCH[kind]).contiguous()
     if not allow_nonfinite and not is_finite(cast):
         raise _nonfinite(name, f" as {kind.name.lower()}")
@@ -274,28 +297,6 @@ def _nonfinite(name: str, cast: str) -> UserError:
         f"{name} has NaN or infinite values{cast}, so the model cannot compute anything; use an intact checkpoint or "
         "another --dtype, or copy it as it is with --allow-nonfinite."
     )
-
-
-def _write(writer: GGUFWriter, name: str, values: npt.NDArray[Any], checksums: dict[str, str]) -> None:
-    checksums[name] = _checksum(values)
-    writer.write_tensor_data(values)
-
-
-def _checksum(values: npt.NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
-
-
-def _checksum_of(file: BinaryIO, tensor: ReaderTensor) -> str:
-    """Return the SHA-256 of a tensor's bytes, read in pieces: the reader's map would keep the file in memory."""
-    digest, left = hashlib.sha256(), int(tensor.n_bytes)
-    file.seek(int(tensor.data_offset))
-    while left:
-        piece = file.read(min(left, _BYTES_AT_ONCE))
-        if not piece:
-            break
-        digest.update(piece)
-        left -= len(piece)
-    return digest.hexdigest()
 
 
 @contextmanager
