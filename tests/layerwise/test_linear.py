@@ -6,24 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.layerwise.linear import linear
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.layerwise.token_scores import tokens_at_once
 from tests.layerwise.test_perplexity import token_set
-from tests.multiplications import ONEDNN, of_linear
+from tests.multiplications import ATEN, ONEDNN, multiplied
 from tests.state_source import StateSource, random_ids, tiny_model
-
-ATEN = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
 
 def used(work: Callable[[], object]) -> dict[str, bool]:
     """Return which libraries multiplied matrices with weights."""
-    with FlopCounterMode(display=False, custom_mapping={ONEDNN: of_linear}) as counter:
-        work()
-    counts = counter.get_flop_counts()["Global"]
+    counts = multiplied(work)
     return {"oneDNN": ONEDNN in counts, "MKL": any(kind in counts for kind in ATEN)}
 
 
