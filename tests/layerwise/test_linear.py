@@ -23,7 +23,7 @@ def used(work: Callable[[], object]) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("size", [(1, 4), (70,), (3, 50)])
+@pytest.mark.parametrize("size", [(0,), (1,), (70,), (3, 50)])
 def test_the_product_is_exact_up_to_rounding(size: tuple[int, ...], bias: bool) -> None:
     generator = torch.Generator().manual_seed(len(size))
     inputs, weight = torch.randn(*size, 33, generator=generator), torch.randn(20, 33, generator=generator)
@@ -34,12 +34,11 @@ def test_the_product_is_exact_up_to_rounding(size: tuple[int, ...], bias: bool) 
         torch.testing.assert_close(linear(inputs, weight, added).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_and_single_rows_are_left_to_pytorch() -> None:
+def test_gradients_are_left_to_pytorch() -> None:
     inputs, weight = torch.randn(8, 16), torch.randn(4, 16, requires_grad=True)
     linear(inputs, weight).sum().backward()
     torch.testing.assert_close(weight.grad, inputs.sum(0).expand(4, 16))
-    with torch.no_grad():
-        assert used(lambda: linear(inputs[:1], weight)) == {"oneDNN": False, "MKL": True}
+    assert used(lambda: linear(inputs, weight)) == {"oneDNN": False, "MKL": True}
 
 
 def test_models_multiply_with_onednn() -> None:
