@@ -10,7 +10,8 @@ from torch import distributed
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.evaluation.kv_cache import TransformersDecoder
-from nemo_pvs.layerwise.token_scores import TokenScores, next_token_scores
+from nemo_pvs.layerwise.linear import use_fast_linear
+from nemo_pvs.layerwise.token_scores import TokenScores, next_token_scores, tokens_at_once
 from nemo_pvs.model.hf_classes import model_class
 from nemo_pvs.model.layout import Layout
 
@@ -84,12 +85,17 @@ class TransformersScorer:
         # Not in checkpoints, so still on the meta device.
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=config).to(self.device)
         assert not any(parameter.is_meta for parameter in self.model.parameters())
+        use_fast_linear(self.model)
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor) -> TokenScores:
         """Score token ids [N, S]; padding is on the right, where a causal model cannot see it."""
         ids = ids.to(self.device)
-        return next_token_scores(self.model(ids[:, :-1], use_cache=False).logits, ids[:, 1:])
+        states, targets = self.model.model(ids[:, :-1], use_cache=False).last_hidden_state, ids[:, 1:]
+        size = tokens_at_once(self.vocab, self.device)
+        parts = zip(states.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+        scores = [next_token_scores(self.model.lm_head(part)[None], next_ids[None]) for part, next_ids in parts]
+        return TokenScores(*(torch.cat(values, 1).view(targets.shape) for values in zip(*scores, strict=True)))
 
     def decoder(self, rows: int, length: int) -> TransformersDecoder:
         """Return a decoder for up to ``rows`` sequences of up to ``length`` tokens."""

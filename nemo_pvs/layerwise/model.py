@@ -18,16 +18,15 @@ from torch.nn import functional
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
+from nemo_pvs.layerwise.linear import linear, use_fast_linear
 from nemo_pvs.layerwise.state_memory import StateMemory
+from nemo_pvs.layerwise.token_scores import tokens_at_once
 from nemo_pvs.layerwise.transfers import Transfers
 from nemo_pvs.model.hf_classes import model_class
 from nemo_pvs.model.layout import Layout
 
 IGNORED = -100
 """A target whose loss is not counted."""
-
-# Logits held at once, in elements (256 MB in fp32): 128k vocabularies need the loss in chunks of tokens.
-_LOGITS_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class LayerwiseModel:
             targets: Token ids [N, S]: the token that follows each position, or ``IGNORED``.
         """
         norm, head = self._head
-        size = max(1, _LOGITS_AT_ONCE // self.shape.vocab)
+        size = tokens_at_once(self.shape.vocab, self.device)
         tokens = hidden.flatten(0, 1)
         for states, ids, place in zip(
             self.transfers.batches(tokens, size), targets.flatten().split(size), tokens.split(size), strict=True
@@ -201,9 +200,9 @@ class LayerwiseModel:
             hidden: Outputs of the last decoder layer [N, S, d].
         """
         norm, head = self._head
-        size = max(1, _LOGITS_AT_ONCE // self.shape.vocab)
+        size = tokens_at_once(self.shape.vocab, self.device)
         for states in self.transfers.batches(hidden.flatten(0, 1), size):
-            yield functional.linear(norm(states), head).float()
+            yield linear(norm(states), head).float()
 
     @cached_property
     def _head(self) -> tuple[nn.Module, torch.Tensor]:
@@ -221,4 +220,6 @@ def _skeleton(config: Mapping[str, Any]) -> Any:
     with torch.device("meta"):
         class_ = model_class(config)
         model_config = class_.config_class.from_dict(dict(config))
-        return class_._from_config(model_config, attn_implementation="sdpa").eval()
+        model = class_._from_config(model_config, attn_implementation="sdpa").eval()
+    use_fast_linear(model)
+    return model

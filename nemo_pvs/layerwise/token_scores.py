@@ -7,8 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-# Logits cast to fp32 at once, in elements (256 MB).
 _LOGITS_AT_ONCE = 1 << 26
+"""Elements, 256 MB in fp32: 128k vocabularies need their logits in parts."""
+_TOKENS_ON_CPU = 128
+"""On a CPU, because the logits of more tokens do not stay in its cache."""
+
+
+def tokens_at_once(vocab: int, device: torch.device) -> int:
+    """Return for how many tokens the fp32 logits [n, vocab] are held at once."""
+    tokens = max(1, _LOGITS_AT_ONCE // max(1, vocab))
+    return min(tokens, _TOKENS_ON_CPU) if device.type == "cpu" else tokens
 
 
 class TokenScores(NamedTuple):
@@ -43,7 +51,7 @@ def next_token_scores(
 
     logprobs, greedy = [], []
     columns = logits.shape[-1]
-    step = max(1, _LOGITS_AT_ONCE // max(1, columns))
+    step = tokens_at_once(columns, logits.device)
     for chunk, ids in zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True):
         chunk = chunk.float()
         # A rank may hold only padding.

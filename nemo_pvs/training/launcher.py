@@ -14,11 +14,18 @@ from nemo_pvs.training.teaching_job import Job
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""glibc gives the memory of a freed tensor to the next one. By default the system takes it, and clears it again."""
 
 
 def gpus_of_each(launchers: int) -> int:
     """Return the number of GPUs that each of several launchers on this machine gets."""
     return torch.cuda.device_count() // launchers
+
+
+def rank_memory() -> dict[str, str]:
+    """Return the environment variables for the memory of ranks here: those that compute on a CPU keep it."""
+    return {} if torch.cuda.device_count() else _KEEP_MEMORY
 
 
 def share_of_machine(number: int, launchers: int) -> dict[str, str]:

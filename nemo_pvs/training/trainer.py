@@ -26,7 +26,7 @@ from nemo_pvs.system.progress import console, progress
 from nemo_pvs.training import metrics
 from nemo_pvs.training.checkpoints import check_split, checkpoint_name, newest_sound, say_broken, state_to_carry
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.launcher import Launcher, share_of_machine
+from nemo_pvs.training.launcher import Launcher, rank_memory, share_of_machine
 from nemo_pvs.training.preemption import PREEMPTED, handing_on
 from nemo_pvs.training.teaching_job import Job, TeachingJob
 
@@ -222,7 +222,7 @@ def _launch(log: Path, share: Mapping[str, str]) -> subprocess.Popen[str]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **share},
+            env={**rank_memory(), **os.environ, **share},
             preexec_fn=die_with_parent,
         )
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.gradients import taylor_scores
@@ -23,6 +22,7 @@ from nemo_pvs.layerwise.model import Compute, LayerwiseModel
 from nemo_pvs.ledger.flops import calibration_flops
 from tests import families
 from tests.calibration.test_engine import token_set
+from tests.multiplications import multiplications
 from tests.state_source import StateSource, tiny_model
 
 LAYERS, HIDDEN, HEAD_DIM, HEADS, GROUPS = 4, 64, 16, 8, 2
@@ -277,22 +277,11 @@ def test_half_precision_layers_have_gradients_in_single_precision() -> None:
 @pytest.mark.parametrize("gradients", [False, True])
 def test_the_cost_is_what_is_computed(gradients: bool) -> None:
     source, tokens = StateSource(tiny_model()), token_set()
-    with _Products() as products:
-        scores = calibrate(source, tokens, gradients=gradients)
+    measured: list[Scores] = []
+    products = multiplications(lambda: measured.append(calibrate(source, tokens, gradients=gradients)))
+    (scores,) = measured
     attention = calibration_flops(scores.shape, 1, 1, gradients=gradients) - calibration_flops(
         scores.shape, 1, 0, gradients=gradients
     )
     assert attention == (5 if gradients else 1) * 2 * LAYERS * HEADS * HEAD_DIM
-    assert 2 * products.count == calibration_flops(scores.shape, tokens.ids.numel(), 0, gradients=gradients)
-
-
-class _Products(TorchDispatchMode):
-    """Counts the products of numbers in all products of matrices; attention has a kernel of its own."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            left, right = args[-2:]
-            self.count += left.numel() * right.shape[1]
-        return func(*args, **(kwargs or {}))
+    assert 2 * products == calibration_flops(scores.shape, tokens.ids.numel(), 0, gradients=gradients)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
@@ -18,6 +17,7 @@ from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.task_score import task_score
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.multiplications import multiplications
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -50,10 +50,8 @@ def test_what_was_read_is_what_was_multiplied(tmp_path: Path) -> None:
     (task / "endings.jsonl").write_text("\n".join(lines))
     source = open_source(folder)
     score = task_score(str(task), folder, tmp_path)
-    with FlopCounterMode(display=False) as counter:
-        read = score(source).read
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(counts.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
+    read = {}
+    products = multiplications(lambda: read.update(score(source).read))
     shape = shape_of(source)
     assert sum(read.values()) == 4
     assert products == sum(map(prod, read.items())) * (shape.matrix_parameters + shape.vocab * shape.hidden)

@@ -5,8 +5,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.masks import masks_of
@@ -32,6 +30,7 @@ from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.multiplications import multiplications
 
 
 @pytest.fixture(name="values")
@@ -311,7 +310,7 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
     layer, head = shape.matrix_parameters // 4, shape.vocab * shape.hidden
     attention = 2 * 32 * shape.heads * shape.head_dim
 
-    assert _multiplications(lambda: pipeline.do(calibrate(pipeline))) == 256 * 4 * layer
+    assert multiplications(lambda: pipeline.do(calibrate(pipeline))) == 256 * 4 * layer
     # Tokens, layers run, models measured: by hand for four layers. The last token of a sequence is only predicted.
     for name, models, forwards in (
         ("depth", 4, 4 + 2 + 1 + 0),
@@ -320,14 +319,14 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
         ("one_by_one", 5, 4 + 3 + 2 + 1 + 0),
     ):
         stage = prune(pipeline, name, pipeline.recipe.targets[name])
-        counted = _multiplications(lambda stage=stage: pipeline.do(stage))
+        counted = multiplications(lambda stage=stage: pipeline.do(stage))
         spent = pipeline.records.pruned(name).search
         assert spent.tokens == 4 * 32 * models
         assert spent.flops == 4 * 32 * (2 * (forwards * layer + models * head) + forwards * attention)
         assert counted * 32 == 4 * 32 * (forwards * layer + models * head) * 31
     for name, forwards, skipped in (("wanda", 4 + 3, 4), ("wanda_at_once", 4, 0)):
         stage = prune(pipeline, name, pipeline.recipe.targets[name])
-        counted = _multiplications(lambda stage=stage: pipeline.do(stage))
+        counted = multiplications(lambda stage=stage: pipeline.do(stage))
         spent = pipeline.records.pruned(name).calibration
         assert counted == 256 * (forwards * layer - skipped * shape.hidden * shape.ffn)
         assert spent == Spent(256, 2 * counted + 256 * forwards * attention)
@@ -374,14 +373,6 @@ def test_a_target_by_gradients_is_calibrated_with_them(values, tmp_path):
         model = open_source(pipeline.initial(name, arm.initialisation))
         (charge,) = [charge for charge in run_ledger(pipeline, arm, model).charges if charge.activity == "calibration"]
         assert charge.flops == calibration_flops(pipeline.parent_shape, charge.tokens, 32, gradients=gradients)
-
-
-def _multiplications(work) -> int:
-    """Return how many products of matrices a piece of work multiplied out, those of attention left out."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    counts = counter.get_flop_counts()["Global"]
-    return sum(counts.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm)) // 2
 
 
 def test_unknown_stage_to_force(values, tmp_path):

@@ -19,7 +19,7 @@ from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import trainer
 from nemo_pvs.training.job import TrainingJob
-from nemo_pvs.training.launcher import share_of_machine
+from nemo_pvs.training.launcher import rank_memory, share_of_machine
 from nemo_pvs.training.machine import H100, Machine, check_here
 from nemo_pvs.training.trainer import PreemptedError, Trainer
 from tests.system.lock_holder import holder
@@ -46,6 +46,21 @@ def test_every_launcher_has_its_own_gpus_and_one_thread(monkeypatch, devices, vi
     for number, share in enumerate(shares):
         expected = _ONE_THREAD if share is None else {**_ONE_THREAD, "CUDA_VISIBLE_DEVICES": share}
         assert share_of_machine(number, launchers) == expected
+
+
+def test_a_launcher_keeps_freed_memory_on_a_cpu(monkeypatch, tmp_path):
+    """What the user sets counts."""
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(trainer.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
+    for devices in (0, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
+        trainer._launch(tmp_path / "log", {})
+    on_cpu, on_gpu = started
+    assert on_cpu["MALLOC_MMAP_MAX_"] == "7"
+    assert int(on_cpu["MALLOC_TRIM_THRESHOLD_"]) > 1e12
+    assert "MALLOC_TRIM_THRESHOLD_" not in on_gpu
+    assert rank_memory() == {}
 
 
 def test_ranks_must_fit_the_share_of_the_gpus(monkeypatch, tmp_path):
