@@ -31,6 +31,7 @@ FOREIGN = (
     "python3.11 -m venv",
     "PIP_CONSTRAINT= python -m pip install",
     ".venv/bin/pip install",
+    "pip install llama-cpp-python",
     "docker ",
     "enroot import",
     "export ",
