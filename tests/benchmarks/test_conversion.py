@@ -12,7 +12,7 @@ from rich.console import Console
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.source import shape_of
-from tests.benchmarks.conversion import SHAPES, benchmark, half_width
+from tests.benchmarks.conversion import SHAPES, benchmark, half_width, rounds_of_writers
 from tests.benchmarks.measure import Measured, measure
 
 
@@ -34,6 +34,11 @@ def check_the_benchmark(tmp_path):
     assert all(0 < measured.seconds < 60 and measured.peak >= measured.baseline for measured in results.values())
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert shape_of(HuggingFaceSource(tmp_path / "hf")) == SHAPES["tiny"]
+    rounds = rounds_of_writers(SHAPES["tiny"], tmp_path, 2, Console(quiet=True))
+    labels, seconds, ratios = (list(rounds.columns[column].cells) for column in range(3))
+    assert [label.split()[-1] for label in labels] == ["folder", "Megatron", "bf16", "q8_0"]
+    assert all(len(cell.split(", ")) == 2 for cell in seconds)
+    assert ratios[0] == "1.00"
 
 
 def test_half_of_8b_is_4b():
