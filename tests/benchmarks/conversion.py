@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.conversion --shape llama31_8b --folder DIR
 
-needs free disk of 2.6 times the model (42 GB at 8B) and makes the model, of random numbers, itself.
+needs free disk of 2.6 times the model (42 GB at 8B) and makes the model, of random numbers, itself. With
+``--rounds 3`` only ``cp`` and the writers for Megatron and GGUF run, in turn, three times.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shutil
+import statistics
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,13 +145,46 @@ def contenders(folder: Path) -> Iterator[tuple[str, Measured]]:
     shutil.rmtree(nemo)
 
 
-def benchmark(shape: Shape, folder: Path, console: Console) -> dict[str, Measured]:
-    """Measure and show everything; the input stays in ``folder``/hf for the next time."""
+def prepare_input(shape: Shape, folder: Path, console: Console) -> None:
+    """Make ``folder``/hf, unless an earlier run has left it."""
     if not (folder / "hf").exists():
         with console.status("make the input"):
             measure(make_input, shape, folder / "hf")
     elif shape_of(HuggingFaceSource(folder / "hf")) != shape:
         raise SystemExit(f"{folder / 'hf'} holds another model; remove it.")
+
+
+def rounds_of_writers(shape: Shape, folder: Path, rounds: int, console: Console) -> Table:
+    """Measure ``cp`` and the writers in turn, each followed by its verification, and return the table."""
+    prepare_input(shape, folder, console)
+    source, product = folder / "hf", folder / "product"
+    works: dict[str, tuple[Any, ...]] = {
+        "cp and sync of the HF folder": (copy,),
+        "HF to Megatron": (converted, "megatron", "checksum"),
+        "HF to GGUF as bf16": (to_gguf, "bf16"),
+        "HF to GGUF as q8_0": (to_gguf, "q8_0"),
+    }
+    results: dict[str, list[Measured]] = {label: [] for label in works}
+    for _ in range(rounds):
+        for label, (work, *arguments) in works.items():
+            forget_cached(source)
+            results[label].append(measure(work, source, product, *arguments))
+            shutil.rmtree(product)
+    medians = {label: statistics.median(one.seconds for one in measured) for label, measured in results.items()}
+    made = Table(title=str(shape))
+    for column in ("", "s, every round", "x cp, medians", "CPU s", "peak MB"):
+        made.add_column(column, justify="right" if column else "left")
+    for label, measured in results.items():
+        seconds = ", ".join(f"{one.seconds:.1f}" for one in measured)
+        processor = f"{statistics.median(one.cpu_seconds for one in measured):.1f}"
+        peak = "" if label.startswith("cp") else f"{max(one.peak for one in measured) / 1e6:,.0f}"
+        made.add_row(label, seconds, f"{medians[label] / next(iter(medians.values())):.2f}", processor, peak)
+    return made
+
+
+def benchmark(shape: Shape, folder: Path, console: Console) -> dict[str, Measured]:
+    """Measure and show everything; the input stays in ``folder``/hf for the next time."""
+    prepare_input(shape, folder, console)
     results: dict[str, Measured] = {}
     for label, measured in contenders(folder):
         results[label] = measured
@@ -184,10 +219,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama31_8b")
     parser.add_argument("--layers", type=int, help="another depth")
+    parser.add_argument("--rounds", type=int, help="only cp and the writers for Megatron and GGUF, this many times")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_conversion"))
     options = parser.parse_args()
     shape = SHAPES[options.shape]
-    benchmark(shape.replace(layers=options.layers or shape.layers), options.folder, Console())
+    shape = shape.replace(layers=options.layers or shape.layers)
+    if options.rounds:
+        Console().print(rounds_of_writers(shape, options.folder, options.rounds, Console()))
+    else:
+        benchmark(shape, options.folder, Console())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.source import shape_of
-from tests.benchmarks.conversion import SHAPES, benchmark, half_width
+from tests.benchmarks.conversion import SHAPES, benchmark, half_width, rounds_of_writers
 from tests.benchmarks.measure import Measured, measure
 from tests.benchmarks.methods import METHODS
 from tests.forked_commands import ForkedCommands, forked_commands
@@ -85,3 +85,16 @@ def check_the_benchmark(tmp_path):
         if not label.startswith("cp"):
             needed = measured.peak - measured.baseline
             assert needed < 3 * 33_600_000 + constant, f"{label}: {needed / 1e6:.0f} MB"
+
+
+@pytest.mark.slow
+def test_writers_are_measured_in_turn(small, tmp_path):
+    _passes(small, check_the_rounds, tmp_path)
+
+
+def check_the_rounds(tmp_path):
+    rounds = rounds_of_writers(SHAPES["tiny"], tmp_path, 2, Console(quiet=True))
+    labels, seconds, ratios = (list(rounds.columns[column].cells) for column in range(3))
+    assert [label.split()[-1] for label in labels] == ["folder", "Megatron", "bf16", "q8_0"]
+    assert all(len(cell.split(", ")) == 2 for cell in seconds)
+    assert ratios[0] == "1.00"
