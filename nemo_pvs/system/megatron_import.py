@@ -22,13 +22,14 @@ def import_megatron() -> None:
     home folder. A rank that is killed meanwhile leaves the lock there, and every later import waits for it forever.
     Where there is a CUDA toolkit but no device, as on a login node, the compilation fails with an IndexError. Only
     inference in unified memory needs the allocator, so nothing is compiled here, and Megatron takes its path for
-    machines without a compiler. Warnings about optional kernels are silenced.
+    machines without a compiler. Warnings about optional kernels, and about a toolkit without a device, are silenced.
 
     Raises:
         UserError: Transformer Engine is installed, but broken.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    logging.getLogger("megatron.core.utils").setLevel(logging.ERROR)
+    for name in ("megatron.core.utils", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     check_import()
     with _nothing_compiled():
         importlib.import_module("megatron.core")

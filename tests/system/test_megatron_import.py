@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
 import pytest
@@ -29,6 +30,12 @@ def test_a_lock_that_a_killed_rank_left_holds_nobody_up(tmp_path, monkeypatch):
     assert not sys.modules[_ALLOCATOR].has_unified_memory
     assert cpp_extension.load_inline is compile_inline
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [lock], "something was compiled"
+
+
+def test_a_toolkit_without_a_device_is_no_reason_for_a_warning():
+    """A PyTorch for CUDA gives one wherever it finds a toolkit and no device, as on a login node."""
+    import_megatron()
+    assert not cpp_extension.logger.isEnabledFor(logging.WARNING)
 
 
 @pytest.fixture
