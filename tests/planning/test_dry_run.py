@@ -144,7 +144,7 @@ def test_what_a_task_reads_is_not_known_beforehand():
         ("targets.width.hidden", 577, "asks for hidden=577, but the model has 576"),
         ("targets.width", {"method": "wanda", "sparsity": "2:5"}, "needs groups of 5 inputs, but q_proj has 576"),
         ("train.sequence_length", 10000, "the parent's context ends at 8192"),
-        ("train.global_batch_size", 9, "is not a multiple of micro_batch_size"),
+        ("targets.width.layout", {"micro_batch_size": 3}, "is not a multiple of micro_batch_size"),
         ("train.mask_check_steps", 5, "train.mask_check_steps only applies to sparse models, and no target is sparse"),
         ("train.clip_before_mask", True, "only applies to sparse models, and no target is sparse; leave it out"),
         (

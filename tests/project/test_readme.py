@@ -38,6 +38,7 @@ FOREIGN = (
     "hf download",
     "sbatch ",
     "llama-cli ",
+    "llama-completion ",
     ".venv/bin/pre-commit install",
 )
 
