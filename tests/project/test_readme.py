@@ -36,7 +36,7 @@ FOREIGN = (
     "export ",
     "hf download",
     "sbatch ",
-    "llama-cli ",
+    "llama-completion ",
     ".venv/bin/pre-commit install",
 )
 
