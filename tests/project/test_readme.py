@@ -31,13 +31,11 @@ FOREIGN = (
     "python3.11 -m venv",
     "PIP_CONSTRAINT= python -m pip install",
     ".venv/bin/pip install",
-    "pip install llama-cpp-python",
     "docker ",
     "enroot import",
     "export ",
     "hf download",
     "sbatch ",
-    "llama-cli ",
     "llama-completion ",
     ".venv/bin/pre-commit install",
 )
