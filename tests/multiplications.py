@@ -1,4 +1,4 @@
-"""Count the products of numbers in all products of matrices; attention has a kernel of its own."""
+"""Count the multiplications in products of matrices; attention has a separate kernel."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ def next_token_scores(
 
     logprobs, greedy = [], []
     columns = logits.shape[-1]
-    step = tokens_at_once(columns, logits.device)
+    # All ranks must take the same parts, though the last ones have fewer columns of an uneven vocabulary, or none.
+    most = over_ranks(torch.tensor(columns, device=logits.device), distributed.ReduceOp.MAX)
+    step = tokens_at_once(int(most), logits.device)
     for chunk, ids in zip(logits.flatten(0, 1).split(step), targets.flatten().split(step), strict=True):
         chunk = chunk.float()
         # A rank may hold only padding.

@@ -25,7 +25,7 @@ def _refused(outcome: tuple[int, str, str], sentence: str) -> None:
 
 
 def _listing_heavy_imports(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run ``pvs`` in a process of its own, whose last line is the list of slow packages that it has imported."""
+    """Run ``pvs`` in a separate process, whose last line is the list of slow packages that it has imported."""
     script = (
         "import atexit, sys, nemo_pvs.cli.main;"
         "heavy = {'torch', 'nemo', 'transformers', 'megatron', 'matplotlib', 'pandas'};"

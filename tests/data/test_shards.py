@@ -140,7 +140,7 @@ def test_what_is_no_text_is_left_out_and_said_once(
     (corpus / "README.txt").write_text("It is another one now.")
     before = (tmp_path / "out" / "train.bin").stat().st_mtime_ns
     tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
-    assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == before, "a change of no text made all anew"
+    assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == before, "a change of no text wrote everything again"
 
 
 def test_token_files_are_what_megatron_itself_writes(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -271,7 +271,9 @@ def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(2, train, doomed, 5)
     curve = _run(job, folder, pipeline_parallel=2)
-    assert doomed.log.read_text().count(f"step 4/{STEPS}") == 2, "it began anew instead of at the checkpoint of step 3"
+    assert doomed.log.read_text().count(f"step 4/{STEPS}") == 2, (
+        "it started over instead of at the checkpoint of step 3"
+    )
     assert _farthest(curve, reference) < 1e-4
 
 

@@ -157,7 +157,7 @@ def test_with_a_plain_optimizer_any_checkpoint_fits_any_layout(finished, launche
     assert launcher.train(job) == 0, job.log.read_text()[-3000:]
     shutil.rmtree(job.checkpoints / "step=3-last")
     assert launcher.train(replace(job, layout=second)) == 0, job.log.read_text()[-3000:]
-    assert job.log.read_text().count("step 2/4  tokens") == 1, "it began anew"
+    assert job.log.read_text().count("step 2/4  tokens") == 1, "it started over"
 
 
 def test_it_is_saved_by_the_clock(finished, launcher, tmp_path):

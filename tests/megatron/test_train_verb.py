@@ -45,7 +45,7 @@ def test_train_from_random_weights_and_again(pvs, tmp_path):
     assert [point["step"] for point in curve.training] == list(range(1, 9))
     assert curve.training[-1]["loss"] < curve.training[0]["loss"]
     initial = open_source(tmp_path / "run" / "initial")
-    assert fingerprint(initial) != fingerprint(open_source(model)), "the weights were not drawn anew"
+    assert fingerprint(initial) != fingerprint(open_source(model)), "the weights were not drawn again"
 
     again = pvs("train", model, tmp_path / "run", *settings)
     assert again.code == 0

@@ -173,7 +173,7 @@ def test_killed_run_goes_on_at_another_layout(job, reference, before, after, tmp
     assert metrics.read(doomed.metrics).training[-1]["step"] >= 5
     curve = _run(job, doomed.folder, **after)
     resumed = doomed.log.read_text().count("step 5/8")
-    assert resumed == 2, "it began anew instead of at the checkpoint of step 4"
+    assert resumed == 2, "it started over instead of at the checkpoint of step 4"
     _assert_same(curve, reference)
     assert [point["step"] for point in curve.validation] == [2, 4, 6, 8]
 

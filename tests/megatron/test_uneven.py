@@ -79,7 +79,9 @@ def test_a_killed_run_goes_on_at_another_layout(job, reference, tmp_path):
     curve = _run(job, folder, pipeline_parallel=2, virtual_pipeline=2)
     assert len(curve.training) == STEPS
     assert first_half.training[-1]["step"] >= 5
-    assert doomed.log.read_text().count(f"step 5/{STEPS}") == 2, "it began anew instead of at the checkpoint of step 4"
+    assert doomed.log.read_text().count(f"step 5/{STEPS}") == 2, (
+        "it started over instead of at the checkpoint of step 4"
+    )
     assert _largest_difference(_losses(curve), _losses(reference[1])) < 1e-4
 
 

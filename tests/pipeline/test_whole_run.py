@@ -112,7 +112,7 @@ def _check(results: Results, folder: Path, values: dict) -> None:
         assert arm.validation[-1].loss < arm.validation[0].loss
         assert arm.ledger.training.tokens == 2048
     log = (folder / "train" / "width-pruned" / "log.txt").read_text()
-    assert log.count("step 8/16  tokens") == 1, "the killed arm began anew instead of at its checkpoint"
+    assert log.count("step 8/16  tokens") == 1, "the killed arm started over instead of at its checkpoint"
     width = AutoModelForCausalLM.from_pretrained(folder / "models" / "width-pruned")
     assert (width.config.hidden_size, width.config.intermediate_size, width.config.head_dim) == (32, 48, 16)
     depth = AutoModelForCausalLM.from_pretrained(folder / "models" / "depth-random")
@@ -160,7 +160,7 @@ def test_a_sparse_and_an_uneven_target_train_to_the_report(values, tmp_path, for
 @pytest.mark.parallel
 @pytest.mark.slow
 def test_both_arms_learn_from_the_parent_and_are_charged_alike(values, tmp_path, forked_launcher):
-    """What a recipe counts before the run is what the ledgers say after it; a new temperature trains anew."""
+    """What a recipe counts before the run is what the ledgers say after it; a new temperature trains again."""
     folder = tmp_path / "run"
     values["targets"] = {"depth": values["targets"]["depth"]}
     values["train"] |= {"tokens": 512, "validations": 1, "checkpoints": 1, "distill": {"temperature": 2.0}}
