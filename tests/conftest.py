@@ -6,6 +6,7 @@ import gc
 import inspect
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,7 +26,8 @@ os.environ.pop("COLUMNS", None)  # workers of pytest-xdist have it; output is as
 # One thread in each process, or those of several tests spin while they wait for each other on the same cores. Also
 # in the processes that tests start, where Lightning would otherwise take a thread for each core.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nemo_pvs_cache_")  # for checksums of the tests' models
+CACHE = tempfile.mkdtemp(prefix="nemo_pvs_cache_")  # for checksums of the tests' models
+os.environ["XDG_CACHE_HOME"] = CACHE
 
 _MORE = 10
 
@@ -45,6 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("full" if config.getoption("full") else "suite")
     if not asks_for_gpu(config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch is imported, also in what tests start
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_report_header() -> str:

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.conversion --shape llama31_8b --folder DIR
 
 needs free disk of 2.6 times the model (42 GB at 8B) and makes the model, of random numbers, itself. With
-``--rounds 3`` only ``cp`` and the writers for Megatron and GGUF run, in turn, three times.
+``--rounds 3`` only ``cp`` and the writers for Megatron and GGUF run, in turn, three times: the writers alone are
+compared with ``cp``, and with verification with ``cp`` and a ``cmp`` of what it wrote.
 """
 
 from __future__ import annotations
@@ -98,6 +99,15 @@ def copy(source: Path, target: Path) -> None:
     subprocess.run(["sync", *(path for path in target.rglob("*") if path.is_file())], check=True)
 
 
+def copy_and_compare(source: Path, target: Path) -> None:
+    """Copy, and read the copy back from the disk to compare it."""
+    copy(source, target)
+    forget_cached(target)
+    for path in source.rglob("*"):
+        if path.is_file():
+            subprocess.run(["cmp", path, target / path.relative_to(source)], check=True)
+
+
 def converted(source: Path, target: Path, to: str, verify: str) -> None:
     torch.set_num_threads(1)
     convert(source, target, to=to, verify=verify)
@@ -111,10 +121,10 @@ def pruned(source: Path, target: Path, write: Callable[..., Any], verify: bool) 
         verify_checkpoint(target)
 
 
-def to_gguf(source: Path, target: Path, dtype: str) -> None:
+def to_gguf(source: Path, target: Path, dtype: str, verify: bool = True) -> None:
     torch.set_num_threads(1)
     target.mkdir()
-    write_gguf(open_source(source), target / "model.gguf", dtype=dtype)
+    write_gguf(open_source(source), target / "model.gguf", dtype=dtype, verify=verify)
 
 
 def contenders(folder: Path) -> Iterator[tuple[str, Measured]]:
@@ -155,30 +165,37 @@ def prepare_input(shape: Shape, folder: Path, console: Console) -> None:
 
 
 def rounds_of_writers(shape: Shape, folder: Path, rounds: int, console: Console) -> Table:
-    """Measure ``cp`` and the writers in turn, each followed by its verification, and return the table."""
+    """Measure ``cp`` and the writers in turn, without and with verification, and return the table."""
     prepare_input(shape, folder, console)
     source, product = folder / "hf", folder / "product"
-    works: dict[str, tuple[Any, ...]] = {
-        "cp and sync of the HF folder": (copy,),
-        "HF to Megatron": (converted, "megatron", "checksum"),
-        "HF to GGUF as bf16": (to_gguf, "bf16"),
-        "HF to GGUF as q8_0": (to_gguf, "q8_0"),
+    alone: dict[str, tuple[Any, ...]] = {
+        "cp and sync": (copy,),
+        "HF to Megatron": (converted, "megatron", "none"),
+        "HF to GGUF as bf16": (to_gguf, "bf16", False),
+        "HF to GGUF as q8_0": (to_gguf, "q8_0", False),
     }
-    results: dict[str, list[Measured]] = {label: [] for label in works}
+    verified: dict[str, tuple[Any, ...]] = {
+        "cp, sync and cmp": (copy_and_compare,),
+        "HF to Megatron, verified": (converted, "megatron", "checksum"),
+        "HF to GGUF as bf16, verified": (to_gguf, "bf16", True),
+        "HF to GGUF as q8_0, verified": (to_gguf, "q8_0", True),
+    }
+    results: dict[str, list[Measured]] = {label: [] for label in (*alone, *verified)}
     for _ in range(rounds):
-        for label, (work, *arguments) in works.items():
+        for label, (work, *arguments) in {**alone, **verified}.items():
             forget_cached(source)
             results[label].append(measure(work, source, product, *arguments))
             shutil.rmtree(product)
     medians = {label: statistics.median(one.seconds for one in measured) for label, measured in results.items()}
     made = Table(title=str(shape))
-    for column in ("", "s, every round", "x cp, medians", "CPU s", "peak MB"):
+    for column in ("", "s, every round", "x cp", "x cp and cmp", "CPU s", "peak MB"):
         made.add_column(column, justify="right" if column else "left")
     for label, measured in results.items():
         seconds = ", ".join(f"{one.seconds:.1f}" for one in measured)
+        ratios = [f"{medians[label] / medians[reference]:.2f}" for reference in ("cp and sync", "cp, sync and cmp")]
         processor = f"{statistics.median(one.cpu_seconds for one in measured):.1f}"
         peak = "" if label.startswith("cp") else f"{max(one.peak for one in measured) / 1e6:,.0f}"
-        made.add_row(label, seconds, f"{medians[label] / next(iter(medians.values())):.2f}", processor, peak)
+        made.add_row(label, seconds, *ratios, processor, peak)
     return made
 
 

@@ -94,7 +94,8 @@ def test_writers_are_measured_in_turn(small, tmp_path):
 
 def check_the_rounds(tmp_path):
     rounds = rounds_of_writers(SHAPES["tiny"], tmp_path, 2, Console(quiet=True))
-    labels, seconds, ratios = (list(rounds.columns[column].cells) for column in range(3))
-    assert [label.split()[-1] for label in labels] == ["folder", "Megatron", "bf16", "q8_0"]
+    labels, seconds, to_copy, to_compared_copy = (list(rounds.columns[column].cells) for column in range(4))
+    writers = ["HF to Megatron", "HF to GGUF as bf16", "HF to GGUF as q8_0"]
+    assert labels == ["cp and sync", *writers, "cp, sync and cmp", *(f"{writer}, verified" for writer in writers)]
     assert all(len(cell.split(", ")) == 2 for cell in seconds)
-    assert ratios[0] == "1.00"
+    assert to_copy[0] == to_compared_copy[4] == "1.00"

@@ -113,17 +113,17 @@ def write_gguf(
     with locked_target(target), _partial(target) as partial, disk_errors(target):
         header = _header(writer, partial)
         file = StreamedWriter(partial)
-        parts = [_append(file, "its header", header)]
+        parts = [_append(file, "its header", [header])]
         for tensor, values in extra.items():
-            parts.append(_append(file, tensor, values))
+            parts.append(_append(file, tensor, [values]))
         for tensor in names:
             weight = first.pop(tensor) if tensor in first else reads.read(tensor)
             if tuple(weight.shape) != sizes[tensor]:
                 raise UserError(f"{tensor} is {list(weight.shape)}, but the config implies {list(sizes[tensor])}.")
             if architecture in ROTATES_PAIRS and is_rotated(tensor):
                 weight = halves_to_pairs(weight, shape.head_dim)
-            stored = _stored(tensor, weight, _type_of(sizes[tensor], kind), allow_nonfinite=allow_nonfinite)
-            parts.append(_append(file, stored_name(tensor), stored))
+            pieces = _stored(tensor, weight, _type_of(sizes[tensor], kind), allow_nonfinite=allow_nonfinite)
+            parts.append(_append(file, stored_name(tensor), pieces))
             done += weight.numel()
             if progress:
                 progress(done, shape.parameters)
@@ -150,11 +150,14 @@ def _header(writer: GGUFWriter, scratch: Path) -> npt.NDArray[np.uint8]:
     return np.fromfile(scratch, np.uint8)
 
 
-def _append(file: StreamedWriter, name: str, values: npt.NDArray[Any]) -> _Part:
-    """Append values, and zeros up to where the next tensor may begin."""
-    data = np.ascontiguousarray(values).data
-    part = _Part(name, file.tell(), data.nbytes, xxhash.xxh3_128_hexdigest(data))
-    file.write(data)
+def _append(file: StreamedWriter, name: str, pieces: Iterable[npt.NDArray[Any]]) -> _Part:
+    """Append the pieces of a tensor, and zeros up to where the next one may begin."""
+    begin, digest = file.tell(), xxhash.xxh3_128()
+    for piece in pieces:
+        data = np.ascontiguousarray(piece).data
+        digest.update(data)
+        file.write(data)
+    part = _Part(name, begin, file.tell() - begin, digest.hexdigest())
     file.write(bytes(-file.tell() % GGUF_DEFAULT_ALIGNMENT))
     return part
 
@@ -280,16 +283,21 @@ def _declare(writer: GGUFWriter, name: str, size: tuple[int, ...], kind: GGMLQua
     writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), kind)
 
 
-def _stored(name: str, weight: torch.Tensor, kind: GGMLQuantizationType, *, allow_nonfinite: bool) -> npt.NDArray[Any]:
-    """Return the bytes of a tensor in its type."""
-    if kind == GGMLQuantizationType.Q8_0:
-        if not allow_nonfinite and not is_finite(weight):
-            raise _nonfinite(name, "")
-        return quantise_q8_0(weight)
-    cast = weight.to(_TORCH[kind]).contiguous()
-    if not allow_nonfinite and not is_finite(cast):
-        raise _nonfinite(name, f" as {kind.name.lower()}")
-    return cast.view(torch.uint8).numpy()
+def _stored(
+    name: str, weight: torch.Tensor, kind: GGMLQuantizationType, *, allow_nonfinite: bool
+) -> Iterator[npt.NDArray[Any]]:
+    """Yield the bytes of a tensor in its type, some rows at a time: the disk writes while the next are prepared."""
+    rows = weight if weight.ndim > 1 else weight[None]
+    for piece in rows.split(max(1, _BYTES_AT_ONCE // (rows.shape[1] * rows.itemsize))):
+        if kind == GGMLQuantizationType.Q8_0:
+            if not allow_nonfinite and not is_finite(piece):
+                raise _nonfinite(name, "")
+            yield quantise_q8_0(piece)
+        else:
+            cast = piece.to(_TORCH[kind]).contiguous()
+            if not allow_nonfinite and not is_finite(cast):
+                raise _nonfinite(name, f" as {kind.name.lower()}")
+            yield cast.view(torch.uint8).numpy()
 
 
 def _nonfinite(name: str, cast: str) -> UserError:
