@@ -140,6 +140,7 @@ def _own(
         _unlike("parent tokens", question.parent_tokens or 0, sum(pretraining)) if compared else "",
         _unlike_ratio(question.ratio, 1 - parameters / parent),
     ]
+    taught = any(charge.activity == "teacher" for charge in arm.ledger.charges)
     run = f"{results.title!r} ({results.recipe_name})"
     return Evidence(
         setting,
@@ -150,7 +151,8 @@ def _own(
         arm.method,
         advantage,
         "nats",
-        f"{arm.name}: {written(parameters)} of {written(parent)} parameters, {written(tokens)} tokens",
+        f"{arm.name}: {written(parameters)} of {written(parent)} parameters, {written(tokens)} tokens"
+        + (", with a teacher" if taught else ""),
         "; ".join(filter(None, reasons)),
     )
 

@@ -52,6 +52,14 @@ def test_a_run_of_the_package_is_named_as_such_and_applies_at_its_scale() -> Non
     assert "parent tokens" in total.out_of_reach
 
 
+def test_evidence_of_distilled_models_is_named_as_such() -> None:
+    run = _own(2.5, 2.9)
+    assert "teacher" not in own_evidence(TINY, [run])[0].statement
+    for arm in run.arms:
+        arm.ledger.charge("teacher", TOKENS, PARENT, 64, training=False)
+    assert own_evidence(TINY, [run])[0].statement.endswith(" tokens, with a teacher")
+
+
 def test_the_papers_own_case_with_the_parent_in_hand() -> None:
     (verdict,) = advise(PAPER)
     assert (verdict.choice, verdict.sureness, verdict.granularity) == ("prune", "likely", "width")
