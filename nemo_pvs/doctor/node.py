@@ -103,7 +103,7 @@ class Node:
 
 
 def check_node(node: Node, *, build: bool = False) -> list[Finding]:
-    """Return what is to be said about a machine.
+    """Return the findings about a machine.
 
     Args:
         node: The machine.
@@ -190,7 +190,7 @@ def _busy() -> tuple[tuple[int, int], ...]:
 
 
 def _torch_problem() -> str:
-    """Return what PyTorch says when it is to use a GPU."""
+    """Return the error that PyTorch raises when it uses a GPU."""
     import torch
 
     try:

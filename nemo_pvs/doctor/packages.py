@@ -154,7 +154,7 @@ def _install(versions: Versions) -> str:
 
 
 def _within(version: str, bounds: SpecifierSet) -> bool:
-    """Return whether a version is within bounds; one that is no version, as of a development build, is not."""
+    """Return whether a version is within bounds; false if it is not a version, as in some development builds."""
     try:
         return bounds.contains(Version(version), prereleases=True)
     except InvalidVersion:
