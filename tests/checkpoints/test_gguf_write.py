@@ -247,7 +247,7 @@ def metaspace(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_the_blanks_of_transformers_5_are_those_of_sentencepiece_up_to_one(
+def test_the_spaces_of_transformers_5_are_those_of_sentencepiece_up_to_one(
     scheme: str, of_sentencepiece: Path, tmp_path: Path
 ) -> None:
     edit(of_sentencepiece, "tokenizer.json", metaspace(prepend_scheme=scheme))
@@ -257,7 +257,7 @@ def test_the_blanks_of_transformers_5_are_those_of_sentencepiece_up_to_one(
         assert after(text)["input_ids"] == before(text)["input_ids"], text
     same = [after(text)["input_ids"] == before(text)["input_ids"] for text in (" the boat", "x</s>the boat")]
     assert same == {"first": [False, False], "always": [False, True], "never": [True, True]}[scheme]
-    said = ["A text that begins with a blank" in note for note in ours.notes]
+    said = ["A text that begins with a space" in note for note in ours.notes]
     assert said == [True] * (scheme != "never")
     assert ["special tokens with text after them" in note for note in ours.notes] == said[: scheme == "first"] + [
         False
@@ -281,7 +281,7 @@ def test_the_blanks_of_transformers_5_are_those_of_sentencepiece_up_to_one(
         ),
     ],
 )
-def test_other_treatment_of_blanks_is_refused(
+def test_other_treatment_of_spaces_is_refused(
     said: str, change: Callable[[dict[str, Any]], None], of_sentencepiece: Path
 ) -> None:
     edit(of_sentencepiece, "tokenizer.json", change)

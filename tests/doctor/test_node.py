@@ -63,7 +63,7 @@ def test_nothing_is_wrong_with_a_cluster_node_or_a_laptop():
         ({"locks": (Path("/home/me/lock"),)}, "warn", "lock", "rm /home/me/lock"),
     ],
 )
-def test_each_trouble_has_one_line_with_its_cure(change, level, subject, fix):
+def test_each_trouble_has_one_line_with_its_fix(change, level, subject, fix):
     ((found_level, found_subject, found_fix),) = _wrong(replace(CLUSTER, **change))
     assert (found_level, found_subject) == (level, subject)
     assert fix in found_fix
