@@ -280,7 +280,7 @@ _ANSWERS = {
     "prune": "prune",
     "scratch": "train from scratch",
     "either": "no clear difference",
-    "unknown": "the evidence does not cover this",
+    "unknown": "unknown",
 }
 
 

@@ -123,7 +123,7 @@ def test_advice_on_the_command_line(pvs: Pvs, results: Results, tmp_path: Path) 
     assert "Assuming a parent of 8B parameters" in out
     assert "At equal training tokens (parent in hand): prune, by width (likely)" in out
     assert "[arXiv 2606.14150, Figure 1 left]" in out
-    assert "At equal total tokens (parent charged): the evidence does not cover this" in out
+    assert "At equal total tokens (parent charged): unknown" in out
     _refused(pvs(*question, "--parent-params", "3e9"), "give a larger --parent-params")
     _refused(pvs("advise", "--params", "nan", "--train-tokens", 1), "nan parameters make no sense")
     _refused(pvs("advise", "--params", 1, "--train-tokens", "inf"), "inf training tokens make no sense")
