@@ -73,7 +73,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _find_packages_of_a_checkout() -> None:
-    """Find recipes, conversions and launch where this package is imported from a checkout and they lie next to it.
+    """Find recipes, conversions and launch next to this package if it is imported from a checkout.
 
     An editable install maps them; but Python also takes the checkout if it is the working directory and a wheel is
     installed, and jobs start with ``python -m`` where the command was given.

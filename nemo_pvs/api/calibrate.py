@@ -40,17 +40,17 @@ def calibrate(
         out: The folder to write the scores to.
         data: The calibration text: ``.txt``, ``.jsonl``, ``.parquet``, a folder of them, a token file (``.bin``), or
             ``wikipedia-sample``.
-        samples: Sequences of it.
+        samples: Number of sequences of this text.
         sequence_length: Tokens per sequence.
-        seed: Which windows of the text; -1 for consecutive ones.
+        seed: Seed that selects the windows of the text; -1 takes consecutive ones.
         windows: ``packed`` cuts them from all documents joined, ``documents`` each from one that is long enough.
         loader: Read the text as a reference implementation does (``data.reference_sets.LOADERS``).
-        gradients: Run the backward pass, too, which ``llm-pruner`` needs.
+        gradients: Also run the backward pass, which ``llm-pruner`` needs.
         tensor_parallel: For gradients on Megatron: ranks that share each matrix.
         pipeline_parallel: For gradients on Megatron: ranks that share the layers.
-        device: ``cpu`` or ``cuda``; the GPU if there is one.
-        activation_memory: Hidden states that are held at once, such as ``8GB``; ``auto`` is 8 GB on the CPU, and with
-            a GPU what fits there and in page-locked memory.
+        device: ``cpu`` or ``cuda``; by default the GPU if there is one.
+        activation_memory: Memory for hidden states, such as ``8GB``; ``auto`` is 8 GB on a CPU, and with a GPU what
+            fits there and in page-locked memory.
         ignore_manifest: Read weights that differ from the source's manifest.
         overwrite: Replace ``out``.
 
@@ -79,7 +79,9 @@ def calibrate(
     compute = compute_of(device, activation_memory)
     megatron = (tensor_parallel, pipeline_parallel) != (1, 1)
     if megatron and not gradients:
-        raise UserError("Only gradients are measured on Megatron; add --gradients, or leave the parallelism out.")
+        raise UserError(
+            "--tensor-parallel and --pipeline-parallel apply only to gradients; add --gradients, or leave them out."
+        )
     with (
         ignoring_manifests(ignore_manifest),
         ranks.joined(on_gpus=megatron),

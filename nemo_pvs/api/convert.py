@@ -62,7 +62,7 @@ def convert(
         target: The folder to write, or a file that ends in ``.gguf``.
         to: ``hf``, ``nemo``, ``megatron`` (for Megatron-Bridge and Megatron-LM) or ``gguf``; by default ``gguf`` for
             such a file, ``nemo`` for a Hugging Face source and ``hf`` for any other.
-        dtype: ``bf16``, ``fp16`` or ``fp32``; for GGUF also ``q8_0``. As stored by default.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; for GGUF also ``q8_0``. By default as stored.
         verify: ``checksum`` reads the target back and compares every tensor, ``logits`` also runs both models,
             ``none`` does neither.
         max_shard_size: Largest weights file of a Hugging Face target, such as ``500MB``; 5 GB by default.
@@ -104,7 +104,7 @@ def convert(
     one_of("--uneven", uneven, ("keep", "pad"))
     shard_bytes = None if max_shard_size is None else parse_bytes("--max-shard-size", max_shard_size)
     check_new_folder(target, overwrite=overwrite)
-    # Imported after the checks, which are answered at once: these take seconds.
+    # Imported only now: it takes seconds, and the checks above should answer at once.
     from nemo_pvs.checkpoints.convert import convert as convert_stream
     from nemo_pvs.checkpoints.convert import describe
     from nemo_pvs.checkpoints.fetch import local_checkpoint
@@ -144,19 +144,19 @@ def convert(
         agreement = None
         if reference is not None:
             model, ids = reference
-            with progress("run both on the same tokens", "layers") as show:
+            with progress("run both models on the same tokens", "layers") as show:
                 agreement = compare(model, open_source(target), ids, progress=show)
     return ConvertedModel(target, manifest, agreement, notes)
 
 
 def _not_converted(source: Any) -> tuple[str, ...]:
-    """Return what is said about the optimizer state of a training checkpoint, which only this project carries on."""
+    """Return a note about the optimizer state of a training checkpoint, which no conversion keeps."""
     states = [name for name in source.extra_tensors if "optimizer." in name]
     if not states:
         return ()
     return (
-        f"Only the weights are converted: the optimizer of {source.folder} ({len(states):,} tensors: moments and fp32 "
-        "weights) is not, so training there begins with a new one.",
+        f"Only the weights are converted: the optimizer state of {source.folder} ({len(states):,} tensors: moments "
+        "and fp32 weights) is not, so training there begins with a new optimizer.",
     )
 
 
@@ -201,7 +201,7 @@ def _convert_to_gguf(
 ) -> ConvertedModel:
     kind = None if dtype is None else one_of("--dtype", _GGUF_NAMES.get(dtype, dtype), GGUF_DTYPES)
     check_new_file(target, overwrite=overwrite)
-    # Imported after the checks, which are answered at once: these take seconds.
+    # Imported only now: it takes seconds, and the checks above should answer at once.
     from nemo_pvs.checkpoints.fetch import local_checkpoint
     from nemo_pvs.checkpoints.gguf.write import write_gguf
     from nemo_pvs.checkpoints.open import open_source

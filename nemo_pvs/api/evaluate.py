@@ -93,16 +93,16 @@ def evaluate(
         out: The folder for ``results.json`` and every measurement.
         backend: What answers tasks: ``megatron``, ``transformers``, or ``auto``, which is Megatron for NeMo
             checkpoints.
-        device: ``cpu`` or ``cuda``; the GPU if there is one.
-        dtype: ``bf16``, ``fp16`` or ``fp32``; that of the device by default.
-        batch_size: Requests per batch; found out by default.
+        device: ``cpu`` or ``cuda``; by default the GPU if there is one.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; by default bf16 on a GPU and fp32 on a CPU.
+        batch_size: Requests per batch; by default as many as fit in memory.
         tensor_parallel: Megatron ranks that share each matrix.
         pipeline_parallel: Megatron ranks that share the layers.
-        activation_memory: Hidden states that are held at once, such as ``8GB``; ``auto`` is 8 GB on the CPU, and with
-            a GPU what fits there and in page-locked memory.
-        compat: Perplexity on training text, as the paper's code has it, to compare with its numbers.
+        activation_memory: Memory for hidden states, such as ``8GB``; ``auto`` is 8 GB on a CPU, and with a GPU what
+            fits there and in page-locked memory.
+        compat: Measure perplexity on training text, as the paper's code does, to compare with its numbers.
         ignore_manifest: Read weights that differ from their manifest.
-        force: Measure again what has been measured.
+        force: Repeat measurements that have been made before.
 
     Returns:
         A row per model, task and metric.
@@ -124,7 +124,7 @@ def evaluate(
     for option, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give 1 or more.")
-    # Imported after the checks, which are answered at once: these take seconds.
+    # Imported only now: it takes seconds, and the checks above should answer at once.
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
     from nemo_pvs.evaluation.measure import measure

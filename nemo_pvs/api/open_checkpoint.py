@@ -24,7 +24,7 @@ def open_checkpoint(
         Its ``config``, in Hugging Face's terms, and its tensors by their Hugging Face names (``read``).
 
     Raises:
-        UserError: there is nothing, or it is not a checkpoint that can be read.
+        UserError: ``source`` does not exist, or is not a checkpoint that can be read.
 
     Example:
         >>> import nemo_pvs as pvs

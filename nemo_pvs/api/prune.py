@@ -82,9 +82,9 @@ def prune(
         scores: What ``calibrate`` returned, or its folder; without it a method that needs scores measures them now.
         data: The calibration text: ``.txt``, ``.jsonl``, ``.parquet``, a folder of them, a token file (``.bin``), or
             ``wikipedia-sample``.
-        samples: Sequences of it.
+        samples: Number of sequences of this text.
         sequence_length: Tokens per sequence.
-        seed: Which windows of the text; -1 for consecutive ones.
+        seed: Seed that selects the windows of the text; -1 takes consecutive ones.
         windows: ``packed`` cuts them from all documents joined, ``documents`` each from one that is long enough.
         loader: Read the text as a reference implementation does (``data.reference_sets.LOADERS``).
         task_data: Folder of downloaded data sets for the option ``task``.
@@ -93,9 +93,9 @@ def prune(
         tensor_parallel: Refuse a shape that cannot be split over this many ranks.
         pipeline_parallel: Refuse a shape whose layers cannot be split over this many stages.
         fp8: Refuse a shape whose shards do not suit FP8.
-        device: ``cpu`` or ``cuda``; the GPU if there is one.
-        activation_memory: Hidden states that are held at once, such as ``8GB``; ``auto`` is 8 GB on the CPU, and with
-            a GPU what fits there and in page-locked memory.
+        device: ``cpu`` or ``cuda``; by default the GPU if there is one.
+        activation_memory: Memory for hidden states, such as ``8GB``; ``auto`` is 8 GB on a CPU, and with a GPU what
+            fits there and in page-locked memory.
         parent_tokens: Tokens that the weights were pretrained on, if no ledger says so.
         ignore_manifest: Read weights that differ from the source's manifest.
         overwrite: Replace ``target_folder``.

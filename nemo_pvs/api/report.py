@@ -34,10 +34,10 @@ def report(
         curve: ``ARM=LOG``: the arm's validation losses are in TensorBoard's folder, or in a CSV export of W&B.
         published: Show the paper's points next to the gaps.
         non_inferior_to: ``parent``: test whether each pruned model is as good as its parent, to within ``margin``.
-        margin: The largest acceptable loss against the parent, in ``unit``.
+        margin: The largest acceptable shortfall against the parent, in ``unit``.
         unit: ``points`` (per cent) of accuracy, repetition, distinct n-grams and agreement, or ``nats`` per token of
             validation loss and KL.
-        force: Compare what is not comparable, and mark the page.
+        force: Compare runs that are not comparable, and say so on the page.
 
     Returns:
         The runs side by side: ``results`` as the page shows them, ``warnings``, the paper's ``findings`` as these

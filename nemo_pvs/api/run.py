@@ -35,7 +35,7 @@ def run(
         force: Stages to do again: ``calibrate``, ``prune/width``, ``train``, ...
         jobs: Number of arms to train at the same time, with one thread per rank and an equal share of the GPUs each;
             it does not change the results. By default one at a time, with all cores and GPUs.
-        so_far: Train nothing: measure and report the arms whose training is finished, and name the others as missing.
+        so_far: Train nothing; measure and report the arms whose training is finished, and list the others as missing.
         ignore_manifest: Read weights that differ from their manifest.
 
     Returns:

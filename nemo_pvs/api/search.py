@@ -109,7 +109,7 @@ def search(
         flops_per_token: Upper bound of the forward FLOPs per token at that context.
         latency: Upper bound of the time to decode a token after that context, such as ``12ms``: the sum of a shape's
             parts, which are measured on this machine where ``latency_table`` lacks them.
-        on: Where latency is measured, ``cpu`` or ``cuda``; the GPU if there is one.
+        on: Where latency is measured, ``cpu`` or ``cuda``; by default the GPU if there is one.
         batch: Sequences that are decoded at once, for KV cache and latency.
         dtype: Of the weights whose latency is measured, ``bf16``, ``fp16`` or ``fp32``; on a GPU the checkpoint's, on
             a CPU fp32, which ``from_pretrained`` of ``transformers`` 4 loads.
@@ -133,9 +133,9 @@ def search(
         pipeline_parallel: Only shapes whose layers can be split over this many stages.
         data_parallel: Replicas of a candidate that is trained.
         fp8: Only shapes whose shards suit FP8.
-        device: ``cpu`` or ``cuda``; the GPU if there is one.
-        activation_memory: Hidden states that are held at once, such as ``8GB``; ``auto`` is 8 GB on the CPU, and with
-            a GPU what fits there and in page-locked memory.
+        device: ``cpu`` or ``cuda``; by default the GPU if there is one.
+        activation_memory: Memory for hidden states, such as ``8GB``; ``auto`` is 8 GB on a CPU, and with a GPU what
+            fits there and in page-locked memory.
         ignore_manifest: Read weights that differ from the source's manifest.
         overwrite: Replace ``out``.
 
@@ -210,9 +210,9 @@ def search(
     with ranks.joined(), ranks.held_by_main(locked_target(out)):
         if retrain_tokens and ranks.world_size() > 1:
             raise UserError(
-                "Candidates are trained on ranks of their own (--tensor-parallel, --pipeline-parallel, "
-                "--data-parallel); leave --retrain-tokens out under torchrun, and train them by the same command "
-                "without torchrun and with --overwrite: what is measured stays so."
+                "Candidates are trained on separate ranks (--tensor-parallel, --pipeline-parallel, "
+                "--data-parallel); under torchrun leave out --retrain-tokens, then run the command again with it "
+                "and with --overwrite, but without torchrun: measurements are kept."
             )
         table = None
         if bound is not None:

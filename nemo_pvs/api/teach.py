@@ -36,7 +36,7 @@ def teach(
     """Write a teacher's most likely tokens and their log-probabilities to disk; an interrupted call is resumed.
 
     With the same data, tokens, sequence length, batch size and seed as ``train``, the cache has what ``train`` reads.
-    The number of ranks, and how they share the teacher, does not matter, neither here nor there.
+    Neither the number of ranks nor how they share the models matters, here or in ``train``.
 
     Args:
         teacher: Checkpoint of the teacher, of any format.
@@ -79,7 +79,7 @@ def teach(
         raise UserError(f"--top-k is {top_k}; give a number of 1 or more.")
     if first_token < 0 or not float(first_token).is_integer():
         raise UserError(f"--first-token is {first_token:g}; give a whole number of 0 or more.")
-    # Imported after the checks, which are answered at once: these take seconds.
+    # Imported only now: it takes seconds, and the checks above should answer at once.
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests

@@ -31,10 +31,10 @@ def tokenize(
         out: The folder for ``<split>.bin``, ``<split>.idx`` and ``<split>.json``.
         split: Share of the documents that each split gets; they add up to 1.
         text_key: Key or column that holds the text.
-        seed: Another seed, another split.
+        seed: Seed of the split.
         workers: Processes that share the text; None for one per core.
-        shard: ``3/16`` tokenises the third of 16 shares of the text, to share it among machines, and joins nothing;
-            when all are done, a call without ``shard`` does.
+        shard: ``3/16`` tokenises only the third of 16 shares of the text, so that machines can share it; when all
+            are done, a call without ``shard`` joins them.
 
     Returns:
         The manifest of each split: its ``documents``, ``tokens`` and hashes. Empty with ``shard``.

@@ -74,7 +74,7 @@ def train(
 ) -> TrainedModel:
     """Train from pruned or random weights, on text alone or with a teacher; an interrupted training is resumed.
 
-    The ranks are processes of their own, so that this works from a notebook, too. Masks of a sparse model are held.
+    The ranks are separate processes, so this also works from a notebook. Masks of a sparse model are held.
 
     Args:
         initial: Checkpoint with the initial weights, Hugging Face or NeMo.
@@ -137,13 +137,13 @@ def train(
     out, data = Path(out), Path(data)
     check_folder(out)
     if keep_parent_embeddings and not random_init:
-        raise UserError("--keep-parent-embeddings says what --random-init does not draw; give both, or neither.")
+        raise UserError("--keep-parent-embeddings has an effect only with --random-init; add that, or leave it out.")
     if initialisation and not random_init:
-        raise UserError("--initialisation says how --random-init draws; give both, or neither.")
+        raise UserError("--initialisation has an effect only with --random-init; add that, or leave it out.")
     one_of("--initialisation", initialisation or "megatron", ("megatron", "maxtext", "normal"))
     if first_token < 0 or not float(first_token).is_integer():
         raise UserError(f"--first-token is {first_token:g}; give a whole number of 0 or more.")
-    # Imported after the checks, which are answered at once: these take seconds.
+    # Imported only now: it takes seconds, and the checks above should answer at once.
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.data.token_files import token_file_hash
@@ -173,8 +173,8 @@ def train(
     untaught = (None, 1.0, None, "renormalise", None, 0.0, 1.0, (), 0.0, 0.0, "cosine", False)
     if teacher is None and tuple(distill.values()) != untaught:
         raise UserError(
-            "--temperature, --top-k, --rest, --cache, --layer-pairs, --hidden-loss and the weights of losses are "
-            "about distillation; give --teacher."
+            "--temperature, --top-k, --rest, --cache, --layer-pairs, --hidden-loss and the loss weights are for "
+            "distillation; add --teacher, or leave them out."
         )
     layout = parse_layout(
         {

@@ -117,7 +117,7 @@ def compute_of(device: str | None, activation_memory: str) -> Compute:
         activation_memory: A size such as ``8GB``; ``auto`` is 8 GB on the CPU and what there is room for with a GPU.
 
     Raises:
-        UserError: there is no such device, or the size is none.
+        UserError: there is no such device, or the size is not valid.
     """
     import torch
 
@@ -138,7 +138,7 @@ def compute_of(device: str | None, activation_memory: str) -> Compute:
 
 
 def device_name(option: str, device: str | None) -> str:
-    """Return ``cpu`` or ``cuda`` as it is given, or ``cuda`` if nothing is and there is a GPU.
+    """Return the given device, ``cpu`` or ``cuda``; by default ``cuda`` if there is a GPU.
 
     Raises:
         UserError: there is no such device.

@@ -102,7 +102,7 @@ def _room(model: LayerwiseModel, tokens: TokenSet) -> int:
     if available < needed:
         raise UserError(
             f"Gradients of {samples} sequences of {length} tokens need {needed * copy / 1e9:.2g} GB of hidden states, "
-            f"but {limit / 1e9:.2g} GB are allowed; take fewer samples, or "
+            f"but {limit / 1e9:.2g} GB are allowed; use fewer samples, or "
             "allow more with pvs calibrate --activation-memory."
         )
     return available - 2

@@ -20,7 +20,9 @@ Destination = Annotated[str, typer.Argument(help="folder to write; must not exis
 Overwrite = Annotated[bool, typer.Option(help="replace the target if it exists", rich_help_panel=OUTPUT)]
 Samples = Annotated[int, typer.Option(help="number of sequences", rich_help_panel=TEXT)]
 SequenceLength = Annotated[int, typer.Option(help="tokens per sequence", rich_help_panel=TEXT)]
-Seed = Annotated[int, typer.Option(help="which windows of the text; -1 for consecutive ones", rich_help_panel=TEXT)]
+Seed = Annotated[
+    int, typer.Option(help="seed for the windows of the text; -1 for consecutive ones", rich_help_panel=TEXT)
+]
 Loader = Annotated[
     Optional[str],
     typer.Option(
@@ -44,12 +46,14 @@ IgnoreManifest = Annotated[
 ]
 Device = Annotated[
     Optional[str],
-    typer.Option(help="cpu or cuda; the GPU if there is one (bf16 there, fp32 on a CPU)", rich_help_panel=RESOURCES),
+    typer.Option(
+        help="cpu or cuda; by default the GPU if there is one (bf16 there, fp32 on a CPU)", rich_help_panel=RESOURCES
+    ),
 ]
 ActivationMemory = Annotated[
     str,
     typer.Option(
-        help="hidden states held at once, e.g. 8GB, or auto: 8 GB on a CPU, and with a GPU what fits there and in "
+        help="memory for hidden states, e.g. 8GB, or auto: 8 GB on a CPU, and with a GPU what fits there and in "
         "page-locked memory; more text takes several sweeps over the layers",
         rich_help_panel=RESOURCES,
     ),

@@ -165,7 +165,7 @@ def _description(about: dict[str, Any]) -> dict[str, str]:
 
 
 def sentence(about: dict[str, Any]) -> str:
-    """Say in a line what ``stream.describe`` found."""
+    """Say in one line what ``convert.describe`` found."""
     from nemo_pvs.model.shape import Shape
 
     return f"{about['format']}, {Shape.from_dict(about['shape'])}, {about['bytes'] / 1e9:,.2f} GB"

@@ -11,20 +11,21 @@ from nemo_pvs.system.progress import console
 
 def doctor(
     deep: Annotated[
-        bool, typer.Option(help="also import NeMo, add up over all GPUs, and train, save and resume a tiny model")
+        bool,
+        typer.Option(help="also import NeMo, sum a tensor over all GPUs, and train, save and resume a tiny model"),
     ] = False,
     build: Annotated[
         bool, typer.Option(help="for a Dockerfile: check and import what an image needs, without looking for GPUs")
     ] = False,
 ) -> None:
-    """Say whether this machine can train, and which command cures what is wrong; exit code 2 if it cannot."""
+    """Say whether this machine can train, and how to fix what is wrong; exit code 2 if it cannot."""
     from nemo_pvs.doctor.examine import examine
     from nemo_pvs.doctor.finding import Finding, failed, verdict
     from nemo_pvs.doctor.node import Node
     from nemo_pvs.errors import UserError
 
     if deep and build:
-        raise UserError("--deep trains on this machine, and --build is for one without GPUs; give one of them.")
+        raise UserError("--deep trains on this machine, and --build is for one without GPUs; give only one of them.")
     node = Node.here()
     findings: list[Finding] = []
 

@@ -109,11 +109,11 @@ def show(
             reason = explain_layout(shape, layout, training, placement.teacher)
             console.print(f"layout of {name}: {reason}", soft_wrap=True)
         layouts = [placement.layout for placement in placed.values()]
-        console.print(f"on GPUs also: {explain_kernels(layouts, train)}", soft_wrap=True)
+        console.print(f"also on GPUs: {explain_kernels(layouts, train)}", soft_wrap=True)
         for name, placement in placed.items():
             for line in _describe_saves(name, placement, cluster):
                 console.print(line, soft_wrap=True)
-        console.print(f"these seconds are assumed, not measured: {RATES}", soft_wrap=True)
+        console.print(f"these seconds follow from assumed rates, none of them measured: {RATES}", soft_wrap=True)
     console.print(_arms_table(plan, mfu))
     if on_gpus(train):
         console.print(_describe_gpu_time(train, mfu), soft_wrap=True)
@@ -134,13 +134,14 @@ def _describe_saves(name: str, placement: Placement, cluster: SlurmProfile | Non
     seconds = "less than 1 s" if save.seconds < 1 else f"{save.seconds:,.0f} s"
     yield (
         f"saves of {name}: every {placement.training.checkpoint_minutes:g} min {save.host / 1e9:,.0f} GB of host "
-        f"memory a node and {seconds}; at the end and on a signal {last.host / 1e9:,.0f} GB and {last.seconds:,.0f} s"
+        f"memory per node and {seconds}; at the end and on a signal {last.host / 1e9:,.0f} GB and "
+        f"{last.seconds:,.0f} s"
     )
     if cluster and last.seconds > cluster.seconds_to_save:
         yield (
-            f"warning: {name} is signalled seconds_to_save = {cluster.seconds_to_save} before the time limit, but its "
-            f"save alone takes {last.seconds:,.0f} s; raise it in the profile, or what was trained since the last "
-            "checkpoint is lost"
+            f"warning: {name} is signalled {cluster.seconds_to_save} s (seconds_to_save) before the time limit, but "
+            f"its save alone takes {last.seconds:,.0f} s; raise that in the profile, or what was trained since the "
+            "last checkpoint is lost"
         )
 
 
@@ -175,7 +176,7 @@ def _arms(count: int) -> str:
 
 
 def _targets_table(plan: DryRun) -> Table:
-    each = "GB a GPU" if on_gpus(plan.recipe.train) else "GB a rank"
+    each = "GB per GPU" if on_gpus(plan.recipe.train) else "GB per rank"
     table = Table("target", "method", "shape", "params", "removed", "ranks", "TP x PP x DP", each, "GB recomputed")
     for one in plan.targets:
         shape, layout, memory = one.expected.shape, one.target.layout, one.largest.memory
@@ -272,7 +273,7 @@ def on_gpus(train: Training) -> bool:
 
 
 def plan_hours(plan: DryRun, mfu: float | None = None) -> float:
-    """Return the GPU-hours of all trainings of a run, those of the parent to learn what to keep included."""
+    """Return the GPU-hours of all trainings of a run, including those that train the parent to learn what to keep."""
     hours = sum(_learning_hours(plan, learning, mfu) for learning in plan.learnings)
     return hours + sum(_hours(plan, planned, mfu) for planned in plan.arms)
 
@@ -294,8 +295,8 @@ def _learning_hours(plan: DryRun, learning: PlannedLearning, mfu: float | None) 
 def _describe_gpu_time(train: Training, mfu: float | None) -> str:
     kind = "fp8" if train.precision == "fp8" else "bf16"
     given = f"{100 * (MFU[kind] if mfu is None else mfu):.0f} % of {PEAK_FLOPS[kind] / 1e12:,.0f} TFLOPs per second"
-    source = "as given" if mfu is not None else f"{MFU_SOURCE[kind]}; state your own with --mfu"
-    return f"GPU-hours assume an H100 at {given} ({source}), without pruning, evaluation and waiting"
+    source = "as given" if mfu is not None else f"{MFU_SOURCE[kind]}; set your own with --mfu"
+    return f"GPU-hours assume an H100 at {given} ({source}), and exclude pruning, evaluation and waiting"
 
 
 def _rate(rate: float | Sweep) -> str:

@@ -18,7 +18,7 @@ TASKS, TEXTS, ENGINE = "Tasks", "Perplexity", "Engine"
 
 
 def evaluate(
-    paths: Annotated[list[str], typer.Argument(help="checkpoints of any format, also those that training left")],
+    paths: Annotated[list[str], typer.Argument(help="checkpoints of any format, also those of unfinished runs")],
     tasks: Annotated[
         Optional[str],
         typer.Option(
@@ -72,10 +72,12 @@ def evaluate(
     ] = "auto",
     device: Device = None,
     dtype: Annotated[
-        Optional[str], typer.Option(help="bf16, fp16 or fp32; that of the device by default", rich_help_panel=ENGINE)
+        Optional[str],
+        typer.Option(help="bf16, fp16 or fp32; by default bf16 on a GPU, fp32 on a CPU", rich_help_panel=ENGINE),
     ] = None,
     batch_size: Annotated[
-        Optional[int], typer.Option(help="requests per batch; found by default", rich_help_panel=ENGINE)
+        Optional[int],
+        typer.Option(help="requests per batch; by default as many as fit in memory", rich_help_panel=ENGINE),
     ] = None,
     tensor_parallel: Annotated[
         int, typer.Option(help="Megatron ranks that share each matrix", rich_help_panel=ENGINE)
@@ -87,12 +89,14 @@ def evaluate(
     compat: Annotated[
         bool,
         typer.Option(
-            help="perplexity on training text, as the paper's code has it, to compare with its numbers",
+            help="measure perplexity on training text, as the paper's code does, to compare with its numbers",
             rich_help_panel=TEXTS,
         ),
     ] = False,
     ignore_manifest: IgnoreManifest = False,
-    force: Annotated[bool, typer.Option(help="measure again what has been measured", rich_help_panel=OUTPUT)] = False,
+    force: Annotated[
+        bool, typer.Option(help="repeat measurements that have been made before", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Measure checkpoints on zero-shot and few-shot tasks and by perplexity, on transformers or on Megatron."""
     from nemo_pvs.api.evaluate import evaluate as measure

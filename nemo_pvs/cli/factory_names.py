@@ -50,7 +50,7 @@ def choose_arm(recipe: Recipe, target: str = "", init: str = "", tokens: float =
         tokens: Training tokens, rounded to steps or not; 0 where all arms have the same.
 
     Raises:
-        UserError: no arm, or more than one, is like that.
+        UserError: no arm matches, or more than one does.
     """
     found = [
         arm
@@ -65,7 +65,7 @@ def choose_arm(recipe: Recipe, target: str = "", init: str = "", tokens: float =
         return found[0]
     among = found or recipe.runs
     raise UserError(
-        f"Recipe {recipe.name} has {len(found) or 'no'} runs like that; say which one: "
+        f"Recipe {recipe.name} has {len(found) or 'no'} matching runs; choose one with "
         f"target={_either(arm.target for arm in among)}, init={_either(arm.initialisation for arm in among)}, "
         f"tokens={_either(_written(arm) for arm in among)}."
     )

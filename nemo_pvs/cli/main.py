@@ -64,7 +64,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
-            _complain("interrupted; the same command continues where it stopped.")
+            _complain("interrupted; run the same command again to continue.")
         raise
 
 

@@ -47,7 +47,7 @@ def calibrate(
     loader: Loader = None,
     windows: Windows = "packed",
     gradients: Annotated[
-        bool, typer.Option(help="run the backward pass, too, which llm-pruner needs", rich_help_panel=GRADIENTS)
+        bool, typer.Option(help="also run the backward pass, which llm-pruner needs", rich_help_panel=GRADIENTS)
     ] = False,
     tensor_parallel: Annotated[
         int, typer.Option(help="on Megatron: ranks that share each matrix", rich_help_panel=GRADIENTS)

@@ -15,7 +15,7 @@ from nemo_pvs.system.progress import console
 def recipes(
     recipe: Annotated[
         Optional[str],
-        typer.Argument(help="show the runs of this one, a name or a path; or the recipes of a folder, llama31_8b"),
+        typer.Argument(help="a recipe (name or path), to show its runs; or a folder of recipes, such as llama31_8b"),
     ] = None,
 ) -> None:
     """List the recipes that come with the package, or the runs of one and what NeMo calls them."""
@@ -32,7 +32,7 @@ def recipes(
         console.print(f"launch profiles: {', '.join(packaged_profiles())} (under nemo: run.executor=pvs_PROFILE)")
         return
     if inside := [name for name in packaged_recipes() if name.startswith(f"{recipe.rstrip('/')}/")]:
-        console.print(f"GPU-hours of all: {_list(inside):,.0f}")
+        console.print(f"GPU-hours in total: {_list(inside):,.0f}")
         return
     known = settled(load_recipe(recipe))
     packaged = recipe in packaged_recipes() and is_one_run(known)  # only these have factories

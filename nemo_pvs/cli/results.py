@@ -27,7 +27,7 @@ def run(
         typer.Option(help="arms to train at the same time, one thread per rank or a share of the GPUs each"),
     ] = None,
     so_far: Annotated[
-        bool, typer.Option(help="train nothing: report the arms that are finished, and name the others as missing")
+        bool, typer.Option(help="train nothing; report the arms that are finished, and list the others as missing")
     ] = False,
     prepare_only: Annotated[bool, typer.Option(help="stop before training, for ranks that Slurm starts")] = False,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, and do nothing")] = False,
@@ -47,9 +47,9 @@ def run(
 
     check_jobs(jobs)
     if so_far and (force or launch is not None or prepare_only):
-        raise UserError("--so-far trains nothing; leave it out with --force, --launch and --prepare-only.")
+        raise UserError("--so-far trains nothing; do not combine it with --force, --launch or --prepare-only.")
     if jobs is not None and (launch is not None or prepare_only):
-        raise UserError("--jobs is for trainings of this command; leave it out with --launch and --prepare-only.")
+        raise UserError("--jobs is for trainings of this command; leave it out with --launch or --prepare-only.")
     if mfu is not None and not dry_run:
         raise UserError("--mfu is for the GPU-hours of --dry-run; add --dry-run, or leave it out.")
     if mfu is not None and not 0 < mfu <= 1:
@@ -115,11 +115,11 @@ def report(
     non_inferior_to: Annotated[
         Optional[str], typer.Option(help="parent: test whether each pruned model is as good, to within --margin")
     ] = None,
-    margin: Annotated[Optional[float], typer.Option(help="largest acceptable loss against the parent")] = None,
+    margin: Annotated[Optional[float], typer.Option(help="largest acceptable shortfall against the parent")] = None,
     unit: Annotated[
         str, typer.Option(help="of the margin: points (of accuracy and other shares) or nats (of loss and KL)")
     ] = "points",
-    force: Annotated[bool, typer.Option(help="compare what is not comparable, and mark the page")] = False,
+    force: Annotated[bool, typer.Option(help="compare runs that are not comparable, and say so on the page")] = False,
 ) -> None:
     """Write the report of finished runs, as page, Markdown, JSON and CSV, and show its table."""
     from nemo_pvs.api.report import report as write

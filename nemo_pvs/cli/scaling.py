@@ -142,9 +142,9 @@ def scaling_predict(
         float, typer.Option(help="loss before pruning, nats per token; for p2", rich_help_panel=MODEL)
     ] = 0.0,
 ) -> None:
-    """Predict losses and tokens from a fit, each with its interval of 95 %."""
+    """Predict losses and tokens from a fit, each with its 95 % interval."""
     if not (tokens or target_loss or gain or against):
-        raise UserError("Nothing is asked; give --tokens, --target-loss, --gain or --against.")
+        raise UserError("Nothing to predict; give --tokens, --target-loss, --gain or --against.")
     from nemo_pvs.scaling.fit import load_fits
     from nemo_pvs.scaling.predict import extrapolation, loss_at, overtaking, tokens_at_gain, tokens_to
     from nemo_pvs.scaling.series import Conditions
@@ -170,7 +170,9 @@ def scaling_predict(
             found.append(needed.value)
         if gain:
             flat = tokens_at_gain(one, gain, at)
-            console.print(f"  {gain:g} nats a billion tokens from: {_interval(flat)}", soft_wrap=True)
+            console.print(
+                f"  another billion tokens gains less than {gain:g} nats from: {_interval(flat)}", soft_wrap=True
+            )
             found.append(flat.value)
         if scratch is not None:
             met = overtaking(scratch, one, head_start=parent_tokens, scratch_at=at, pruned_at=at)
@@ -179,7 +181,7 @@ def scaling_predict(
                 best = f"at {'or before ' if met.tokens.value <= met.low else ''}{_interval(met.tokens)}"
                 found.append(met.tokens.value)
             console.print(
-                f"  {scratch.name} catches up: {best}; in {met.share:.0%} of the draws it does", soft_wrap=True
+                f"  {scratch.name} catches up: {best}; it does in {met.share:.0%} of the draws", soft_wrap=True
             )
             sizes = [fit.series[0].parameters for fit in (one, scratch)]
             if one.form == "per-run" and sizes[0] != sizes[1]:
@@ -213,7 +215,7 @@ def advise(
     question = Question(params, train_tokens, parent_params or 2 * params, parent_tokens or None)
     verdicts = answer(question, own)
     if not parent_params:
-        console.print(f"Taking a parent of {written(2 * params)} parameters; --parent-params says otherwise.")
+        console.print(f"Assuming a parent of {written(2 * params)} parameters; set another size with --parent-params.")
     for verdict in verdicts:
         _show_verdict(verdict)
 
@@ -278,7 +280,7 @@ _ANSWERS = {
     "prune": "prune",
     "scratch": "train from scratch",
     "either": "no clear difference",
-    "unknown": "the evidence does not reach",
+    "unknown": "unknown",
 }
 
 
@@ -294,6 +296,6 @@ def _show_verdict(verdict: Verdict) -> None:
         better = f"{one.advantage:+.2f} {one.unit}"
         console.print(f"  {better:>12}  {one.statement} \\[{one.source}]", soft_wrap=True)
         if one.out_of_reach:
-            console.print(f"  {'':12}  does not reach: {one.out_of_reach}", soft_wrap=True)
+            console.print(f"  {'':12}  does not apply: {one.out_of_reach}", soft_wrap=True)
     if len(shown) < len(nearest):
-        console.print(f"  and {len(nearest) - len(shown)} more that do not reach")
+        console.print(f"  and {len(nearest) - len(shown)} more that do not apply")

@@ -38,7 +38,7 @@ def tokenize(
         str, typer.Option(help="share of the documents of each split; they add up to 1")
     ] = "train=0.9,validation=0.1",
     text_key: Annotated[str, typer.Option(help="key or column that holds the text")] = "text",
-    seed: Annotated[int, typer.Option(help="another seed, another split")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the split")] = 0,
     workers: Annotated[
         Optional[int], typer.Option(help="processes that share the text; one per core unless set")
     ] = None,

@@ -1,4 +1,4 @@
-"""What ``pvs`` can do: one plain function a verb, used by the command line, by ``nemo pvs`` and from Python.
+"""What ``pvs`` can do: one plain function per verb, used by the command line, by ``nemo pvs`` and from Python.
 
 Arguments are primitives, so that NeMo-Run can carry them to a cluster. Heavy modules are imported inside the
 functions: ``pvs --help`` starts in about a second.

@@ -113,7 +113,9 @@ class SlurmProfile(_Profile):
         ranks = layout.processes if layout else 1
         per_node = min(ranks, self.gpus_per_node)
         if ranks % per_node:
-            raise UserError(f"{ranks} ranks do not fill nodes of {self.gpus_per_node} GPUs; change data_parallel.")
+            raise UserError(
+                f"{ranks} ranks do not fill whole nodes of {self.gpus_per_node} GPUs; change data_parallel."
+            )
         # A recipe's relative paths must mean the same in the job; NeMo-Run would start it in its own folder.
         work = "--container-workdir" if self.container_image else "--chdir"
         for path in (folder, Path.cwd()):

@@ -195,7 +195,7 @@ def _write_parts(
                 count_one()
         except BrokenProcessPool:
             raise UserError(
-                "A worker was killed, possibly for want of memory; start the command again to continue, with fewer "
+                "A worker was killed, possibly for lack of memory; to continue, run the command again with fewer "
                 "--workers."
             ) from None
         except BaseException:

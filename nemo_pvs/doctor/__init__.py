@@ -1,1 +1,1 @@
-"""``pvs doctor``: whether this machine and its packages can train, and what cures what is wrong."""
+"""``pvs doctor``: whether this machine and its packages can train, and how to fix what is wrong."""

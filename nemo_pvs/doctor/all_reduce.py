@@ -1,4 +1,4 @@
-"""A rank that adds up a tensor with all others, under torchrun: ``python -m nemo_pvs.doctor.all_reduce ANSWER``."""
+"""A rank that sums a tensor with all others, under torchrun: ``python -m nemo_pvs.doctor.all_reduce ANSWER``."""
 
 from __future__ import annotations
 

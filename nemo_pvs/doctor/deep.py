@@ -26,7 +26,7 @@ from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import PreemptedError, Trainer, is_finished
 
 _SECONDS = 600
-"""After this long an import or a sum is taken to hang; on a slow file system an import takes minutes."""
+"""After this long an import or a sum is considered hung; on a slow file system an import takes minutes."""
 _VOCAB = 320
 _SEQUENCE = 64
 _CONFIG: dict[str, Any] = {
@@ -56,7 +56,7 @@ def import_all() -> Finding:
     problem = _run([sys.executable, "-W", "ignore", "-c", _IMPORT])
     if problem:
         return Finding(
-            "FAIL", "import", f"what trains and evaluates cannot be imported: {problem}", f'python -c "{_IMPORT}"'
+            "FAIL", "import", f"training and evaluation cannot be imported: {problem}", f'python -c "{_IMPORT}"'
         )
     return Finding("ok", "import", f"NeMo, Megatron, lm-eval, NeMo-Run and gguf, in {time.monotonic() - begin:.0f} s")
 
@@ -83,8 +83,8 @@ def sum_over(ranks: int) -> Finding:
         problem = _run([*command, "-m", "nemo_pvs.doctor.all_reduce", str(answer)])
         said = answer.read_text() if answer.exists() else ""
     if problem or not said:
-        cure = "NCCL_DEBUG=INFO pvs doctor --deep, which shows where NCCL stops"
-        return Finding("FAIL", "all-reduce", f"{ranks} ranks cannot add up: {problem or 'they end early'}", cure)
+        fix = "NCCL_DEBUG=INFO pvs doctor --deep, which shows where NCCL stops"
+        return Finding("FAIL", "all-reduce", f"{ranks} ranks cannot sum a tensor: {problem or 'they end early'}", fix)
     return Finding("ok", "all-reduce", said)
 
 
@@ -111,7 +111,7 @@ def train_and_resume(ranks: int) -> Finding:
     seconds = time.monotonic() - begin
     steps_of = f"trained, saved and resumed on {ranks} rank{'s' * (ranks > 1)}"
     if len(losses) != 2 or not np.isfinite(losses).all():
-        return Finding("FAIL", "training", f"losses of two steps are {losses}", "pvs doctor --deep, once more")
+        return Finding("FAIL", "training", f"the losses of two steps are {losses}", "pvs doctor --deep, once more")
     return Finding(
         "ok", "training", f"a tiny model {steps_of}, in {seconds:.0f} s; losses {losses[0]:.3f}, {losses[1]:.3f}"
     )

@@ -33,7 +33,7 @@ def examine(*, build: bool = False, node: Node | None = None) -> list[Finding]:
 def log_lines() -> list[str]:
     """Return the first lines of a training's log: the node and what it has, then a line for everything that is wrong.
 
-    An examination that fails is one line: whether training works, training itself will show.
+    An examination that fails is one line and stops nothing: training itself will show whether it works.
     """
     try:
         node = Node.here()

@@ -1,4 +1,4 @@
-"""A finding of the doctor: one line that says what is, and the command that cures what is wrong."""
+"""A finding of the doctor: one line that says how things are and, if something is wrong, how to fix it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Finding:
     level: Level
     subject: str
     text: str
-    cure: str = ""
+    fix: str = ""
     """The command, or what to change; empty if nothing is wrong."""
 
     def line(self) -> str:
         """Return the finding as one line."""
         words = f"{self.level:<4}  {self.subject:<18}  {self.text}"
-        return f"{words}; cure: {self.cure}" if self.cure else words
+        return f"{words}; fix: {self.fix}" if self.fix else words
 
 
 def failed(findings: Iterable[Finding]) -> bool:
@@ -36,9 +36,10 @@ def verdict(findings: Iterable[Finding], *, gpus: int, build: bool = False) -> s
     found = list(findings)
     wrong = sum(finding.level == "FAIL" for finding in found)
     if wrong:
-        return f"Training cannot work here: {wrong} of these lines {'says' if wrong == 1 else 'say'} FAIL and why."
+        lines = "the line" if wrong == 1 else f"the {wrong} lines"
+        return f"Training cannot work here; see {lines} marked FAIL."
     if build:
-        return "This image is complete, as far as can be seen without a GPU; run pvs doctor --deep where there is one."
+        return "This image is complete, as far as one can see without a GPU; run pvs doctor --deep where there is one."
     if gpus:
         return f"Found nothing that would keep {gpus} GPU{'s' * (gpus > 1)} from training; pvs doctor --deep tries it."
     return "There is no GPU, and that is fine: everything works on this CPU, at the sizes of make demo."

@@ -1,4 +1,4 @@
-"""What the doctor finds out about a machine, and what it says about that."""
+"""What the doctor finds out about a machine, and what it says about it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _DISK = {True: 50 * _GIB, False: 5 * _GIB}
 """Less free space than this is too little for checkpoints, with and without GPUs."""
 _BUSY = 1 * _GIB
 """More GPU memory in use than this belongs to another process, not to the driver."""
-_DRIVER_CURES = {
+_DRIVER_FIXES = {
     "CUDA_ERROR_SYSTEM_NOT_READY": "sudo systemctl start nvidia-fabricmanager",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "reboot the node, whose driver has been replaced while it was loaded",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "reboot the node, whose driver was replaced while it was loaded",
 }
 
 
@@ -103,7 +103,7 @@ class Node:
 
 
 def check_node(node: Node, *, build: bool = False) -> list[Finding]:
-    """Return what is to be said about a machine.
+    """Return the findings about a machine.
 
     Args:
         node: The machine.
@@ -116,8 +116,8 @@ def check_node(node: Node, *, build: bool = False) -> list[Finding]:
 
 def _check_gpus(node: Node) -> list[Finding]:
     if node.driver_problem:
-        cure = _DRIVER_CURES.get(node.driver_problem, "nvidia-smi, which says more")
-        return [Finding("FAIL", "driver", f"{node.driver} does not start: {node.driver_problem}", cure)]
+        fix = _DRIVER_FIXES.get(node.driver_problem, "nvidia-smi, which says more")
+        return [Finding("FAIL", "driver", f"{node.driver} does not start: {node.driver_problem}", fix)]
     if node.driver is None and not node.gpus:
         return [Finding("ok", "GPUs", f"none; {node.cpus} CPU cores")]
     driver = Finding("ok", "driver", f"{node.driver or 'of unknown version'}")
@@ -125,16 +125,16 @@ def _check_gpus(node: Node) -> list[Finding]:
         hidden = f"hidden by CUDA_VISIBLE_DEVICES={node.visible!r}"
         return [driver, Finding("note", "GPUs", hidden, "unset CUDA_VISIBLE_DEVICES")]
     if not node.gpus:
-        cure = "srun --gpus-per-node 8, or docker run --gpus all"
-        return [driver, Finding("FAIL", "GPUs", "the node has a driver, but this process sees no GPU", cure)]
+        fix = "srun --gpus-per-node 8, or docker run --gpus all"
+        return [driver, Finding("FAIL", "GPUs", "the node has a driver, but this process sees no GPU", fix)]
     findings = [driver, _describe(node)]
     if node.torch_cuda is None:
-        cure = "pip install -c constraints-gpu.txt torch"
-        findings.append(Finding("FAIL", "PyTorch", "it is built for CPUs and cannot use these GPUs", cure))
+        fix = "pip install -c constraints-gpu.txt torch"
+        findings.append(Finding("FAIL", "PyTorch", "it is built for CPUs and cannot use these GPUs", fix))
     elif not node.torch_gpus:
         text = f"it is built for CUDA {node.torch_cuda} and cannot use these GPUs: {node.torch_problem}"
-        cure = f"install a PyTorch for a CUDA that driver {node.driver} supports (nvidia-smi shows it)"
-        findings.append(Finding("FAIL", "PyTorch", text, cure))
+        fix = f"install a PyTorch for a CUDA that driver {node.driver} supports (nvidia-smi shows it)"
+        findings.append(Finding("FAIL", "PyTorch", text, fix))
     if min(gpu.capability for gpu in node.gpus) < (8, 0):
         findings.append(Finding("warn", "GPUs", "they have no bf16 arithmetic", "set precision: fp32 in the recipe"))
     for number, used in node.busy:
@@ -161,8 +161,8 @@ def _check_limits(node: Node) -> list[Finding]:
         findings.append(Finding("FAIL", "shared memory", text, "docker run --ipc=host"))
     if node.infiniband and node.gpus and node.locked_memory is not None:
         text = f"ulimit -l is {node.locked_memory // 1024:,} kB, but NCCL over InfiniBand needs it unlimited"
-        cure = "docker run --ulimit memlock=-1, or LimitMEMLOCK=infinity for slurmd"
-        findings.append(Finding("warn", "locked memory", text, cure))
+        fix = "docker run --ulimit memlock=-1, or LimitMEMLOCK=infinity for slurmd"
+        findings.append(Finding("warn", "locked memory", text, fix))
     return findings
 
 
@@ -174,7 +174,7 @@ def _check_files(node: Node) -> list[Finding]:
     else:
         findings.append(Finding("ok", "disk", text))
     for lock in node.locks:
-        text = f"{lock} is of a compilation that was killed; nemo waits for it forever (pvs does not)"
+        text = f"{lock} was left by a compilation that was killed; nemo waits for it forever (pvs does not)"
         findings.append(Finding("warn", "lock", text, f"rm {lock}"))
     return findings
 
@@ -190,7 +190,7 @@ def _busy() -> tuple[tuple[int, int], ...]:
 
 
 def _torch_problem() -> str:
-    """Return what PyTorch says when it is to use a GPU."""
+    """Return the error that PyTorch raises when it uses a GPU."""
     import torch
 
     try:

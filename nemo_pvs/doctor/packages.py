@@ -92,12 +92,12 @@ def check_packages(requirements: Iterable[str] | None, versions: Versions = inst
         name, found = canonicalize_name(wanted.name), versions(wanted.name)
         needed = f"{name}{wanted.specifier}"
         if found is None:
-            wrong.append(Finding("FAIL", name, f"not installed, {needed} is needed", f"{install} '{needed}'"))
+            wrong.append(Finding("FAIL", name, f"not installed, but {needed} is needed", f"{install} '{needed}'"))
         elif not _within(found, wanted.specifier):
             level: Level = "FAIL" if name in _DECISIVE else "warn"
             in_image = name in _DECISIVE and of_nvidia(versions)
-            cure = f"use the image {IMAGE}" if in_image else f"{install} '{needed}'"
-            wrong.append(Finding(level, name, f"{found}, but {needed} is needed", cure))
+            fix = f"use the image {IMAGE}" if in_image else f"{install} '{needed}'"
+            wrong.append(Finding(level, name, f"{found}, but {needed} is needed", fix))
     named = ", ".join(f"{name} {found}" for name in _NAMED if (found := versions(name)))
     return [Finding("ok", "packages", named), *wrong]
 
@@ -139,8 +139,8 @@ def check_dependencies(
     if not missing:
         return []
     named = ", ".join(f"{name} (for {by})" for name, by in sorted(missing.items()))
-    cure = f"{_install(versions)} {' '.join(sorted(missing))}"
-    return [Finding("warn", "dependencies", f"not installed: {named}", cure)]
+    fix = f"{_install(versions)} {' '.join(sorted(missing))}"
+    return [Finding("warn", "dependencies", f"not installed: {named}", fix)]
 
 
 def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
@@ -154,7 +154,7 @@ def _install(versions: Versions) -> str:
 
 
 def _within(version: str, bounds: SpecifierSet) -> bool:
-    """Return whether a version is within bounds; one that is no version, as of a development build, is not."""
+    """Return whether a version is within bounds; false if it is not a version, as in some development builds."""
     try:
         return bounds.contains(Version(version), prereleases=True)
     except InvalidVersion:
@@ -188,6 +188,6 @@ def check_transformer_engine(
     else:
         findings = [Finding("ok", subject, f"{found}, imported")]
     if not _within(found, TRANSFORMER_ENGINE):
-        text = f"{found}, but Megatron-Core 0.15 is made for {TRANSFORMER_ENGINE}"
+        text = f"{found}, but Megatron-Core 0.15 needs {TRANSFORMER_ENGINE}"
         findings.append(Finding("warn", subject, text, rebuild))
     return findings

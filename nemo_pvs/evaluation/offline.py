@@ -12,7 +12,7 @@ import huggingface_hub
 
 
 class NetworkAccessError(Exception):
-    """Something looked up a host. No OSError, because those who catch that go on without their files."""
+    """Something looked up a host. Not an OSError, because code that catches those would go on without its files."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Whether a retrained model has come back to its parent, measured on plain text: no data set is needed.
+"""How much a retrained model has regained of its parent, measured on plain text: no data set is needed.
 
 Windows of a text are read by both models and their predictions compared at every position. Each window's beginning is
 also a prompt, which both continue by greedy decoding. An end-of-text token does not stop them, because repetition and
@@ -69,7 +69,7 @@ class RecoveryMeasure:
         if prompt + new > model.context:
             raise UserError(
                 f"A prompt of {prompt} tokens and {new} new ones do not fit the context of {model.path}, "
-                f"{model.context}; leave recovery out."
+                f"{model.context} tokens; leave recovery out."
             )
         for text, tokens in texts.items():
             length = tokens.ids.shape[1]

@@ -114,7 +114,7 @@ def left_out(requests: Sequence[TaskRequest], data: Path) -> dict[TaskRequest, s
 
 
 def download(repository: str, local: Path) -> str:
-    """Return the advice how to get a data set."""
+    """Return advice on how to get a data set."""
     return f"run hf download {repository} --repo-type dataset --local-dir {local} on a machine with network access"
 
 

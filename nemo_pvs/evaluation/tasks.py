@@ -182,7 +182,9 @@ def _refusal(task: str, repository: Any, local: Path, hosts: Sequence[str], erro
             "evaluate.load('code_eval')\"."
         )
     if repository in _LOCAL_FORMATS or local.is_dir():
-        return UserError(f"The task {task} cannot be loaded from {local} ({reason}); fix it.")
+        return UserError(
+            f"The task {task} cannot be loaded from {local} ({reason}); correct its definition or its data."
+        )
     return UserError(
         f"The data of the task {task} are not available locally ({reason}); {download(str(repository), local)}, or "
         "give the folder that has them as task data."

@@ -1,6 +1,6 @@
 """Matrix products in fp32 on the CPU, by oneDNN.
 
-PyTorch leaves them to MKL, which does not use AVX-512 on processors of other makers than Intel. oneDNN, which PyTorch
+PyTorch leaves them to MKL, which does not use AVX-512 on processors that Intel did not make. oneDNN, which PyTorch
 uses for bf16, does: on an AMD EPYC (Zen 5) it is two to three times as fast.
 """
 

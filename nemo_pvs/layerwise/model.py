@@ -91,7 +91,7 @@ class LayerwiseModel:
                 )
         if int(ids.min()) < 0 or int(ids.max()) >= self.shape.vocab:
             raise UserError(
-                f"Token ids reach from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has "
+                f"Token ids range from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has "
                 f"{self.shape.vocab} entries; tokenise the text with this model's tokenizer."
             )
         table = self.source.read("model.embed_tokens.weight").to(self.device)

@@ -59,7 +59,7 @@ class SaveOnTimeOrSignal(pl.Callback, IOMixin):
             return
         if trainer.is_global_zero:
             print(
-                f"step {trainer.global_step}: stop requested; saving, the same command resumes from here", flush=True
+                f"step {trainer.global_step}: stop requested: saving; the same command resumes from here", flush=True
             )
         checkpoint.save(trainer, stopping=True)
         if isinstance(trainer.strategy.checkpoint_io, AsyncFinalizableCheckpointIO):

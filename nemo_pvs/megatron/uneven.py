@@ -1,7 +1,7 @@
 """NeMo's Llama with uneven layers: FFN width, query heads and KV groups may differ between layers.
 
 A checkpoint of such a model names one of these classes in its ``context/io.json``, so ``io.load_context`` of stock
-NeMo reads it where this package is installed. For NeMo without it, pad the model (``checkpoints/pad.py``).
+NeMo reads it where this package is installed. For NeMo without it, pad the model (``checkpoints/transforms/pad.py``).
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class Layout:
         """Raise UserError if no class can load a model of this shape, as for uneven layers of some families."""
         if shape.uneven and self.uneven_class is None:
             raise UserError(
-                f"The family {self.family} has no class for uneven layers; pad them by pvs convert --uneven pad."
+                f"The family {self.family} has no class for uneven layers; pad them with pvs convert --uneven pad."
             )
 
     def entries(self, shape: Shape) -> Iterator[Entry]:

@@ -83,7 +83,7 @@ def refuse_quantised(folder: Path, stated: str | None, tensors: Iterable[str], o
         return
     name, method = quantised[0]
     method = _METHODS.get(str(stated), stated or method)
-    advice = "give the model that was quantised"
+    advice = "give the original, unquantised model"
     if method == "bitsandbytes":
         advice += ", or load these weights with transformers, call dequantize() and save the result"
     raise UserError(

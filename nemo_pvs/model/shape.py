@@ -351,7 +351,7 @@ class Shape:
                 raise UserError(
                     f"FP8 needs shards that are multiples of {_FP8_MULTIPLE}, but {name}={size}"
                     f"{f' over {ranks} ranks' if ranks > 1 else ''} is not; "
-                    f"take a multiple of {step} such as {max(1, size // step) * step}."
+                    f"choose a multiple of {step} such as {max(1, size // step) * step}."
                 )
 
     def _sharded_sizes(self) -> list[tuple[str, int]]:

@@ -53,7 +53,7 @@ class Series:
         self._folder = folder
         self._phases = phases(recipe, folder)
         for first, *_ in self._phases if len(self._phases) > 1 else ():
-            dry_run(first.recipe)  # a mistake in a later part is said before parents are trained
+            dry_run(first.recipe)  # reports a mistake in a later part before parents are trained
         self._force = tuple(force)
         self._compute = compute
         self._jobs = jobs

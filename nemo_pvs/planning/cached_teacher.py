@@ -1,4 +1,4 @@
-"""The teacher caches that the arms of a recipe share: which tokens they cover, whose cost they are, their size.
+"""The teacher caches that the arms of a recipe share: which tokens they cover, who is charged for them, their size.
 
 The teacher reads each token once, however many arms learn from its answers. Its cost is charged once to the comparison
 and shared by the arms that read a cache in proportion to the tokens that they read: every token that an arm trains on
@@ -131,7 +131,7 @@ def describe_caches(recipe: Recipe, teacher: Shape, folder: Path) -> list[str]:
     logits = 4 * teacher.vocab
     lines = [
         f"teacher cache: the {min(cache.top_k, teacher.vocab)} most likely tokens in {cache.precision}, {each:,} "
-        f"bytes a token ({logits / each:,.0f} times less than fp32 logits), {_bytes(needed)} in all; "
+        f"bytes per token ({logits / each:,.0f} times less than fp32 logits), {_bytes(needed)} in all; "
         f"{_bytes(each * 10**9)} for each billion tokens",
     ]
     online = sum(arm.tokens for part in ranges for arm in part.arms)
@@ -144,8 +144,8 @@ def describe_caches(recipe: Recipe, teacher: Shape, folder: Path) -> list[str]:
         )
     else:
         lines.append(
-            "the teacher reads as many tokens as online, because no two arms read the same ones: a cache is cheaper "
-            "from two arms on"
+            "the teacher reads as many tokens as online, because no two arms read the same ones; a cache saves work "
+            "only if they do"
         )
     if warning := disk_warning(needed, folder):
         lines.append(warning)

@@ -250,12 +250,15 @@ def describe_domains(recipe: Recipe, parameters: Mapping[str, int]) -> list[str]
     domains = recipe.data.domains
     lines = []
     for where, loading in _blocks(recipe):
-        begin = ", ".join(f"{name} {share:.4g}" for name, share in loading.shares.items()) or "those of learning masks"
-        follows = "follow their losses from the first validation on" if loading.kind == "doremi" else "stay"
-        lines.append(f"{where}: shares of domains are {begin} at the start and {follows}")
+        begin = (
+            ", ".join(f"{name} {share:.4g}" for name, share in loading.shares.items())
+            or "those at the end of mask learning"
+        )
+        follows = "follow their losses from the first validation on" if loading.kind == "doremi" else "stay the same"
+        lines.append(f"{where}: domain shares are {begin} at the start and {follows}")
         for name, size in parameters.items():
             if not loading.fitted or where not in (_TRAIN, _key(name)):
                 continue
             targets = zip(domains, loading.targets(domains, size) or [], strict=True)
-            lines.append(f"losses wanted of {name}: {', '.join(f'{domain} {loss:.4f}' for domain, loss in targets)}")
+            lines.append(f"target losses of {name}: {', '.join(f'{domain} {loss:.4f}' for domain, loss in targets)}")
     return lines

@@ -24,7 +24,7 @@ class EfficientTarget:
 
     recipe: Recipe
     target: Target
-    note = "trained while units went"
+    note = "trained while units were removed"
     needs_dense_parent = True
 
     @property
@@ -78,9 +78,9 @@ class EfficientTarget:
         memory = training_memory(parent, layout, training)
         return (
             f"{training.steps:,} steps of {training.tokens_per_step:,} tokens from token "
-            f"{self.first_token:,}, units go from step {self.how.start_step(training) + 1:,} on; "
+            f"{self.first_token:,}, units are removed from step {self.how.start_step(training) + 1:,} on; "
             f"TP x PP x DP = {layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}, "
-            f"{memory.total / 1e9:,.1f} GB a rank, {memory.total_recomputed / 1e9:,.1f} with full recomputation"
+            f"{memory.total / 1e9:,.1f} GB per rank, {memory.total_recomputed / 1e9:,.1f} with full recomputation"
             + _doubt(self.how, training, parent)
         )
 
@@ -116,4 +116,4 @@ def _doubt(options: PruningAware, training: Training, parent: Shape) -> str:
     tokens = min(training.tokens_per_step, options.compensation_tokens)
     if not options.compensate or options.damping >= _MUCH_DAMPING or tokens >= _TOKENS_PER_INPUT * widest:
         return ""
-    return f"; {tokens:,} tokens are few to compensate {widest:,} inputs: take more of them, or damping: 1"
+    return f"; {tokens:,} tokens are few to compensate for {widest:,} inputs: use more of them, or damping: 1"

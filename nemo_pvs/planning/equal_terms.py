@@ -56,7 +56,7 @@ def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = N
         if not tokens:
             return recipe
         recipe, before = recipe.settled(tokens), share
-        # Of a shared teacher, budgets decide the shares, and shares the budgets.
+        # With a shared teacher, budgets decide the shares, and shares the budgets.
         share = teacher_share(recipe)
         if share == before:
             break
@@ -144,5 +144,5 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
     if learned := learned_target(recipe, target):
         charge_learning(ledger, learned, parent)
     if (task := task_of(target)) is not None:
-        ledger.charges.append(Charge("search", None, None, f"depth by {task}, known when it has been asked"))
+        ledger.charges.append(Charge("search", None, None, f"depth by {task}, unknown until it is measured"))
     return ledger

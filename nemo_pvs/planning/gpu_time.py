@@ -25,7 +25,7 @@ MFU_SOURCE = {
     "bf16": "Llama 3 on 8,192 and 16,384 H100s: 38 to 43 %, arXiv 2407.21783, Table 4",
     "fp8": "LLAMA3-8B on 8 H100s: 744 TFLOPs per second, NVIDIA's performance summary for the NeMo 25.11 container",
 }
-"""Where they are from, for people."""
+"""Their sources, for people."""
 _HOUR = 3600.0
 
 
@@ -70,7 +70,7 @@ def explain_layout(shape: Shape, layout: Parallelism, training: Training, teache
         teacher: Sizes of the teacher, if there is one.
 
     Example:
-        ``CP 2, as without it a GPU would need 92 GB of the usable 72``
+        ``CP 2, because without it a GPU would need 92 GB of the usable 72``
     """
     usable = f"of the usable {USABLE_BYTES / 1e9:.0f}"
 
@@ -80,8 +80,8 @@ def explain_layout(shape: Shape, layout: Parallelism, training: Training, teache
     def reason(choice: str, **otherwise: object) -> str:
         needed = need(**otherwise)
         if needed > USABLE_BYTES:
-            return f"{choice}, as without it a GPU would need {needed / 1e9:,.0f} GB {usable}"
-        return f"{choice}, chosen by the recipe although {needed / 1e9:,.0f} GB would fit without it"
+            return f"{choice}, because without it a GPU would need {needed / 1e9:,.0f} GB {usable}"
+        return f"{choice}, the recipe's choice, although {needed / 1e9:,.0f} GB would fit without it"
 
     one_stage: dict[str, object] = {
         "pipeline_parallel": 1,
@@ -105,12 +105,12 @@ def explain_layout(shape: Shape, layout: Parallelism, training: Training, teache
         reasons.append(f"whole on each GPU ({needed}), so that only the optimizer communicates")
     sequences = layout.micro_batch_size or training.micro_batch_size
     if sequences > 1:
-        reasons.append(f"{sequences} sequences at once, as they fit: larger matrix products")
+        reasons.append(f"{sequences} sequences at once, because they fit: larger matrix products")
     return "; ".join(reasons)
 
 
 def explain_kernels(layouts: Iterable[Parallelism], training: Training) -> str:
-    """Return what trainings in these layouts use on GPUs besides, in one line.
+    """Return what else trainings in these layouts use on GPUs, in one line.
 
     Args:
         layouts: The layouts.

@@ -90,5 +90,5 @@ class ShearedTarget:
         return (
             f"{training.steps:,} steps of {training.tokens_per_step:,} tokens from token {self.first_token:,}, "
             f"TP x PP x DP = {layout.tensor_parallel} x {layout.pipeline_parallel} x {layout.data_parallel}, "
-            f"{memory.total / 1e9:,.1f} GB a rank, {memory.total_recomputed / 1e9:,.1f} with full recomputation"
+            f"{memory.total / 1e9:,.1f} GB per rank, {memory.total_recomputed / 1e9:,.1f} with full recomputation"
         )

@@ -174,8 +174,8 @@ class Units(Vocabulary, Multiples):
     )
     remove_groups: NotNegative | None = option("KV groups to remove from every layer")
     attention_unit: Literal["groups", "heads"] = option(
-        "what is removed from attention: groups (KV groups) or heads (query heads, as many from every KV group of a "
-        "layer)",
+        "what is removed from attention: groups (KV groups) or heads (query heads, the same number from every KV "
+        "group of a layer)",
         "groups",
         exclude_if=not_given,
     )

@@ -48,9 +48,9 @@ def choose_target(
     options = {"--target": sizes or None, "--ratio": ratio, "--preset": preset}
     given = [name for name, value in options.items() if value is not None]
     if len(given) != 1:
+        who = f"{' and '.join(given)} say" if given else "Nothing says"
         raise UserError(
-            f"{' and '.join(given) if given else 'Nothing'} says what to prune to; "
-            "give one of --target hidden=384,ffn=1024, --ratio 0.5 and --preset 4b-depth."
+            f"{who} what to prune to; give one of --target hidden=384,ffn=1024, --ratio 0.5 and --preset 4b-depth."
         )
     if preset is not None:
         return find_preset(preset, parent).target

@@ -13,7 +13,7 @@ from nemo_pvs.recipe.fields import Block, Fraction, Positive, Tokens, number
 TASK_DATA = "task_data"
 """Default folder of downloaded data sets."""
 RECOVERY = "recovery"
-"""The preset of tasks and measures that show what a retrained model has in common with its parent again."""
+"""The preset of tasks and measures that show how much of its parent a retrained model has regained."""
 
 
 def _budget(value: Any) -> Any:

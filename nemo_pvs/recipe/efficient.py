@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class PruningAware(Block):
     """Pruning-aware training: units are removed during training until the model has the target size.
 
-    Choices that the paper leaves open are documented where they are made, in ``pruning.saliency`` and
-    ``pruning.compensation``.
+    Choices that the paper leaves open are documented where they are made, in ``pruning.learned.saliency``
+    and ``pruning.learned.compensation``.
     """
 
     parameters: Tokens

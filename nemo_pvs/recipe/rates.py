@@ -39,7 +39,7 @@ def _form(rate: Any) -> str:
 
 LearningRate: TypeAlias = Annotated[
     Annotated[Rate, Tag("float")] | Annotated[Sweep, Tag("Sweep")] | Annotated[Rates, Tag("Rates")],
-    Discriminator(_form),  # so that a mistake is said of the form that was meant
+    Discriminator(_form),  # so that an error is about the form that was meant
 ]
 
 

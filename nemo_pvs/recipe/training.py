@@ -61,7 +61,7 @@ class Training(Block):
     initialisation: Literal["megatron", "maxtext", "normal"] = Field(
         default="megatron", exclude_if=lambda given: given == "megatron"
     )
-    """Distribution of random weights (``checkpoints.initialisation``)."""
+    """Distribution of random weights (``checkpoints.transforms.initialisation``)."""
     paper_steps: bool = Field(default=False, exclude_if=lambda given: not given)
     """Count budgets as in the labels of arXiv 2606.14150, where a million is 2^20 tokens (``for_budget``)."""
     dynamic_loading: DynamicLoading | None = Field(default=None, exclude_if=lambda given: given is None)

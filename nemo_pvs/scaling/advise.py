@@ -99,7 +99,7 @@ def _verdict(setting: Setting, evidence: list[Evidence]) -> Verdict:
             "unknown",
             "unknown",
             None,
-            "The evidence does not reach this question. Run both arms at a size and at token counts that you can "
+            "The evidence does not cover this question. Run both arms at a size and at token counts that you can "
             "afford, and ask again with --runs.",
             evidence,
         )

@@ -227,7 +227,7 @@ def _of_losses(
     if _unlike("", asked[0], pruned_tokens, _SLACK) or _unlike("", asked[1], scratch_tokens, _SLACK):
         first, last = pruned.points[0].tokens, pruned.points[-1].tokens
         seen = " and ".join(dict.fromkeys(map(written, asked)))
-        reasons.append(f"{seen} tokens against its {written(first)} to {written(last)}")
+        reasons.append(f"{seen} tokens, compared with {written(first)} to {written(last)}")
     if head_start:
         reasons.append(_unlike("parent tokens", head_start, paper.parent_tokens))
     return Evidence(
@@ -259,11 +259,11 @@ def _published_loss(curve: PublishedCurve, tokens: float) -> tuple[float, float]
 def _unlike(what: str, asked: float, known: float, factor: float = _SIMILAR) -> str:
     if max(asked, known) <= factor * min(asked, known):
         return ""
-    return f"{written(asked)} {what} against its {written(known)}"
+    return f"{written(asked)} {what}, compared with {written(known)}"
 
 
 def _unlike_ratio(asked: float, known: float) -> str:
-    return "" if abs(asked - known) <= _SIMILAR_RATIO + 1e-9 else f"ratio {asked:.2f} against its {known:.2f}"
+    return "" if abs(asked - known) <= _SIMILAR_RATIO + 1e-9 else f"ratio {asked:.2f}, compared with {known:.2f}"
 
 
 def written(count: float) -> str:

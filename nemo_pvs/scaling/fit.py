@@ -114,7 +114,7 @@ def fit(
             draws for an interval.
     """
     if draws < FEWEST_DRAWS:
-        raise UserError(f"{draws} draws give no interval of {CONFIDENCE:.0f} %; take at least {FEWEST_DRAWS}.")
+        raise UserError(f"{draws} draws are too few for a {CONFIDENCE:.0f} % interval; use at least {FEWEST_DRAWS}.")
     _check_tokenizers(series)
     law = LAWS[form]
     warnings = law.check(series)
@@ -127,7 +127,7 @@ def fit(
     for exponent, value in zip(law.exponents, values, strict=False):
         if min(value - exponent.low, exponent.high - value) < _EDGE:
             warnings.append(
-                f"{exponent.name} is {value:.3g}, the edge of where the fit looks: these losses hardly follow the law"
+                f"{exponent.name} is {value:.3g}, at the edge of its range: these losses hardly follow the law"
             )
     fitted = predict(law, values, points)
     noise, drawn = draw(law, points, values, draws, np.random.default_rng(seed), progress)

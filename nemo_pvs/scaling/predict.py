@@ -56,7 +56,7 @@ def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Estimate:
     most = fit.range[1]
     if not 0 < tokens <= _FARTHEST * most:
         raise UserError(
-            f"A loss after {tokens:,.0f} tokens is out of reach of a fit of up to {most:,.0f}; "
+            f"A loss after {tokens:,.0f} tokens cannot be predicted from a fit of up to {most:,.0f}; "
             f"ask for at most {_FARTHEST:.0f} times as many, or train further."
         )
     generator = np.random.default_rng([0, 1])  # a different stream from the fit's, whatever its seed

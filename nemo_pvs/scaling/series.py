@@ -46,7 +46,7 @@ class Series:
             if not (math.isfinite(loss) and loss > 0):
                 raise UserError(
                     f"{self.name} has a loss of {loss} after {tokens:,.0f} tokens; a run that diverged cannot be "
-                    "fitted, leave it out."
+                    "fitted, so leave it out."
                 )
             if not (math.isfinite(tokens) and tokens > 0):
                 raise UserError(f"{self.name} has a loss after {tokens} tokens; give tokens above 0.")

@@ -170,7 +170,7 @@ def _acquire(what: Path, base: Path) -> str | None:
                 if _read(last.file) is None:
                     continue  # it was released in the meantime, or was renamed to the start of the chain
                 raise UserError(
-                    f"{what} is in use by {last.who}; wait until that has ended, end it, or choose another path."
+                    f"{what} is in use by {last.who}; wait until it ends, stop it, or choose another path."
                 )
             file = _successor(base, last.id)
         if not _create(file, me):

@@ -63,7 +63,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def write_split(checkpoint: Path, split: Mapping[str, Any] | None) -> None:
-    """Note in a checkpoint how a model must be split (``Parallelism.split``) to resume from it; None: as one likes."""
+    """Record in a checkpoint how a model must be split (``Parallelism.split``) to resume from it; None: in any way."""
     write_json(checkpoint / SPLIT_FILE, split)
 
 

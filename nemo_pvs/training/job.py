@@ -130,7 +130,7 @@ class TrainingJob:
 
     @property
     def index(self) -> Path:
-        """The folder of Megatron's index of the text, which all jobs of a run share, as they do the validation."""
+        """The folder of Megatron's index of the text, which all jobs of a run share, as they share the validation."""
         windows = self.data["validation"]
         return Path(windows if isinstance(windows, str) else next(iter(windows.values()))).parent / "index"
 
@@ -159,7 +159,7 @@ class TrainingJob:
         return self.file
 
     def to_json(self) -> dict[str, Any]:
-        """Return the job as plain data; without ``cache`` and ``keep`` if not used, as before there were any."""
+        """Return the job as plain data; without ``cache`` and ``keep`` if not used, as in older job files."""
         values = asdict(self)
         del values["cache"], values["keep"]
         return {

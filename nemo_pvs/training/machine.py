@@ -75,8 +75,8 @@ class Machine:
         """
         if setting == "fp8" and not (self.gpu and self.transformer_engine):
             raise UserError(
-                "precision is fp8, which needs a GPU and Transformer Engine; pvs doctor says what is missing here, or "
-                "choose bf16."
+                "precision is fp8, which needs a GPU and Transformer Engine; run pvs doctor to see what is missing, "
+                "or choose bf16."
             )
         if setting != "auto":
             return setting
@@ -107,8 +107,8 @@ class Machine:
         """
         if layout.context_parallel > 1 and not self.transformer_engine:
             raise UserError(
-                f"context_parallel is {layout.context_parallel}, which needs Transformer Engine; pvs doctor "
-                "says why it cannot be used here, or set 1."
+                f"context_parallel is {layout.context_parallel}, which needs Transformer Engine; run pvs "
+                "doctor to see why it cannot be used here, or set 1."
             )
         if layout.tp_overlap and self.gpu and self.transformer_engine and self.multicast is False:
             raise UserError(

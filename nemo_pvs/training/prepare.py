@@ -79,7 +79,7 @@ def prepare_job(
     context = int(source.config.get("max_position_embeddings", 0))
     check_context(training.sequence_length, context, "--sequence-length")
     if training.clip_before_mask and not masks_of(source).names:
-        raise UserError(f"{initial} has no masks, so there is nothing to clip before; leave out --clip-before-mask.")
+        raise UserError(f"{initial} has no masks, so --clip-before-mask has no effect; leave it out.")
     teacher = Path(training.distill.teacher) if training.distill else None
     if teacher and training.distill:
         check_teacher(shape_of(open_source(teacher)), shape, layout, cached=cache is not None)

@@ -127,7 +127,7 @@ class Trainer:
         if received:
             stopped = ", ".join(job.name for job in jobs if job.folder not in trained and job not in skipped)
             training = f"Training of {stopped}" if stopped else "Training"
-            raise PreemptedError(f"{training} was asked to stop; the same command continues from there.")
+            raise PreemptedError(f"{training} was asked to stop; run the same command again to continue.")
         if len(failures) == 1:
             raise failures[0]
         if failures:
@@ -177,8 +177,8 @@ class Trainer:
                 what = f"{'Job' if isinstance(job, TeachingJob) else 'Training of'} {job.name}"
                 if answer == str(-signal.SIGKILL):  # the log ends without a word
                     raise TrainingError(
-                        f"{what} was killed, as Linux does when memory runs out; the same command continues from its "
-                        f"last checkpoint. The log is {job.log}."
+                        f"{what} was killed, probably because memory ran out; run the same command to continue from "
+                        f"its last checkpoint. The log is {job.log}."
                     )
                 raise TrainingError(f"{what} failed; the reason is at the end of {job.log}.")
 

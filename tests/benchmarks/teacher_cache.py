@@ -58,7 +58,7 @@ def main() -> None:
         plain = medians[KINDS[0]]
         table.add_row(kind, f"{wall:.2f}", f"{wall / plain[0]:.2f}", f"{cpu:.2f}", f"{cpu / plain[1]:.2f}")
     console.print(table)
-    console.print(f"bytes a token: {content.bytes_per_token:.0f}, and {4 * content.vocab:,} of fp32 logits")
+    console.print(f"bytes per token: {content.bytes_per_token:.0f}, and {4 * content.vocab:,} of fp32 logits")
     console.print(losses_table(*logits_of_smollm2(given.sequences)))
 
 
@@ -177,7 +177,7 @@ def losses_table(student: torch.Tensor, teacher: torch.Tensor) -> Table:
     """Compare the loss of k tokens, and its gradient with respect to the logits, with those of all tokens."""
     vocab = teacher.shape[-1]
     content = CacheContent("t", "k", "d", 1, 256, 0, 1, vocab, 1)
-    table = Table("k", "rest", "type", "bytes a token", "left out (%)", "loss", "gradient error (%)", "cosine")
+    table = Table("k", "rest", "type", "bytes per token", "left out (%)", "loss", "gradient error (%)", "cosine")
     full, gradient = _loss_and_gradient(student, lambda s: vocabulary_parallel_kl(s, teacher))
     table.add_row("all", "", "online", "", "0", f"{full:.4f}", "0", "1")
     for k in sorted({min(kept, vocab) for kept in KEPT}):

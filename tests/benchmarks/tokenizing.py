@@ -48,7 +48,7 @@ def main() -> None:
         tokenizer = given.tokenizer or prepare_parent("smollm2-135m", folder / "parent")
         write_text(folder / "text.jsonl", given.text, int(given.megabytes * 1e6))
         measured = compare(folder / "text.jsonl", tokenizer, folder, given.rounds, list(CONTENDERS))
-    table = Table("", "seconds", "ratio", "processor's seconds", "ratio")
+    table = Table("", "seconds", "ratio", "CPU seconds", "ratio")
     loop = measured["plain loop"]
     for contender, (seconds, cpu) in measured.items():
         ratios = [f"{usual / own:.2f}" for usual, own in zip(loop, (seconds, cpu), strict=True)]

@@ -241,13 +241,13 @@ def of_sentencepiece(spm: sentencepiece.SentencePieceProcessor, tmp_path: Path) 
 
 
 def metaspace(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    """Describe blanks as Transformers 5 does (``tests/data/transformers_5/llama``)."""
+    """Describe spaces as Transformers 5 does (``tests/data/transformers_5/llama``)."""
     step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False, **changes}
     return lambda file: file.update(normalizer=None, pre_tokenizer=step)
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_the_blanks_of_transformers_5_are_those_of_sentencepiece_up_to_one(
+def test_the_spaces_of_transformers_5_are_those_of_sentencepiece_up_to_one(
     scheme: str, of_sentencepiece: Path, tmp_path: Path
 ) -> None:
     edit(of_sentencepiece, "tokenizer.json", metaspace(prepend_scheme=scheme))
@@ -257,7 +257,7 @@ def test_the_blanks_of_transformers_5_are_those_of_sentencepiece_up_to_one(
         assert after(text)["input_ids"] == before(text)["input_ids"], text
     same = [after(text)["input_ids"] == before(text)["input_ids"] for text in (" the boat", "x</s>the boat")]
     assert same == {"first": [False, False], "always": [False, True], "never": [True, True]}[scheme]
-    said = ["A text that begins with a blank" in note for note in ours.notes]
+    said = ["A text that begins with a space" in note for note in ours.notes]
     assert said == [True] * (scheme != "never")
     assert ["special tokens with text after them" in note for note in ours.notes] == said[: scheme == "first"] + [
         False
@@ -276,12 +276,12 @@ def test_the_blanks_of_transformers_5_are_those_of_sentencepiece_up_to_one(
         ),
         ("its normalizer is none, its pre-tokenizer none", lambda file: file.update(normalizer=None)),
         (
-            "'</s>' .* is looked for after blanks have been replaced",
+            "'</s>' .* is looked for after spaces have been replaced",
             lambda file: file["added_tokens"][2].update(normalized=True),
         ),
     ],
 )
-def test_other_treatment_of_blanks_is_refused(
+def test_other_treatment_of_spaces_is_refused(
     said: str, change: Callable[[dict[str, Any]], None], of_sentencepiece: Path
 ) -> None:
     edit(of_sentencepiece, "tokenizer.json", change)
@@ -339,17 +339,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, Callable[[dict[str, Any]], Any]
     "has no merges": (llama, "tokenizer.json", lambda file: file["model"].update(merges=[])),
     "is of the kind WordPiece": (llama, "tokenizer.json", lambda file: file["model"].update(type="WordPiece")),
     "'<|end|>' .* has lstrip": (llama, "tokenizer.json", lambda file: file["added_tokens"][0].update(lstrip=True)),
-    "splits text in a way for which llama.cpp has no name": (
+    "splits text in a way that llama.cpp has no known name for": (
         llama,
         "tokenizer.json",
         lambda file: file.update(pre_tokenizer={**file["pre_tokenizer"], "pretokenizers": [{"type": "Punctuation"}]}),
     ),
-    r"changes text first \(Lowercase\)": (
+    r"changes text before it splits it \(Lowercase\)": (
         llama,
         "tokenizer.json",
         lambda file: file.update(normalizer={"type": "Lowercase"}),
     ),
-    "puts texts between tokens by RobertaProcessing": (
+    "adds tokens around texts by RobertaProcessing": (
         llama,
         "tokenizer.json",
         lambda file: file.update(post_processor=roberta()),
@@ -366,7 +366,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, Callable[[dict[str, Any]], Any]
             post_processor={"type": "Sequence", "processors": [template([], [257]), template([], [257])]}
         ),
     ),
-    "ends texts with the token 257, but llama.cpp would with the model's eos_token_id, 256": (
+    "ends texts with the token 257, but llama.cpp ends them with the model's eos_token_id, 256": (
         llama,
         "tokenizer.json",
         lambda file: file.update(post_processor=template([256], [257])),

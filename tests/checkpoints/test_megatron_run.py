@@ -231,7 +231,7 @@ def test_layers_of_different_sizes_come_back(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_uneven_llama, "have 2 to 12 query heads, but .* pad them by pvs convert --uneven pad"),
+        (make_uneven_llama, "have 2 to 12 query heads, but .* pad them with pvs convert --uneven pad"),
         (
             lambda folder: save_tiny(folder, "llama", rope_scaling={**LLAMA3_ROPE, "low_freq_factor": 2.0}),
             "have only llama3 with low_freq_factor 1",
@@ -268,7 +268,7 @@ def test_the_command_says_how_to_load_what_it_wrote_and_what_it_left(pvs, hf, tm
     (tmp_path / "nemo" / "pvs_manifest.json").unlink()
     done = pvs("convert", tmp_path / "nemo", tmp_path / "root", "--to", "megatron")
     assert done.code == 0, done.errors
-    assert f"the optimizer of {tmp_path / 'nemo'} ({len(reader.names)} tensors" in done.output
+    assert f"the optimizer state of {tmp_path / 'nemo'} ({len(reader.names)} tensors" in done.output
     assert f'pretrained_checkpoint = "{tmp_path / "root"}"' in done.output
     assert "--norm-epsilon 1e-05 --init-method-std 0.03 --use-rope-scaling --rope-scaling-factor 8 " in done.output
     assert open_source(tmp_path / "root").extra_tensors == ()

@@ -195,7 +195,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "pvs: interrupted; the same command continues where it stopped.\n"
+    assert errors == "pvs: interrupted; run the same command again to continue.\n"
     assert not (tmp_path / "run" / "stages" / "parent.json").exists()
 
 

@@ -40,9 +40,9 @@ def test_what_is_left_out_and_what_must_be_said():
     assert choose_arm(recipe, "4b-width", "random", steps * 512 * 8192).name == "4b-width-random-50B"
     assert choose_arm(load_recipe("llama31_8b/p200")).name == "p200-random-200B"
     with pytest.raises(
-        UserError, match=r"has 5 runs like that; .*target=4b-width, init=pruned, tokens=10e9 or 30e9 or"
+        UserError, match=r"has 5 matching runs; .*target=4b-width, init=pruned, tokens=10e9 or 30e9 or"
     ):
         choose_arm(recipe, "4b-width")
     for wrong in ({"target": "4b"}, {"init": "trained"}, {"target": "4b-width", "tokens": 51e9}):
-        with pytest.raises(UserError, match=r"has no runs like that; .*target=4b-width or .*init=pruned or random"):
+        with pytest.raises(UserError, match=r"has no matching runs; .*target=4b-width or .*init=pruned or random"):
             choose_arm(recipe, **wrong)

@@ -55,7 +55,7 @@ def test_gradients_once_then_many_ratios(pvs, model, text, tmp_path):
     refused = pvs("prune", model, tmp_path / "small", *options, "--scores", tmp_path / "plain")
     _refused(refused, "measured without gradients; measure them again with pvs calibrate --gradients")
     calibrate = ("calibrate", model, "--out", tmp_path / "x", *settings, "--tensor-parallel", 2)
-    _refused(pvs(*calibrate), "add --gradients, or leave the parallelism out")
+    _refused(pvs(*calibrate), "add --gradients, or leave them out")
     _refused(pvs(*calibrate, "--gradients"), "need a multiple of 2 ranks, not 1; start them with torchrun")
 
 

@@ -56,7 +56,7 @@ def test_fit_and_predict_on_the_papers_points(pvs: Pvs, tmp_path: Path) -> None:
     code, out, _ = pvs("scaling-predict", fit, *questions, "--run", "minitron-width, pruned (arXiv 2606.14150)")
     assert code == 0
     assert "loss after 100 B tokens: 2.4" in out
-    assert "0.001 nats a billion tokens from: 6" in out
+    assert "another billion tokens gains less than 0.001 nats from: 6" in out
     assert "catches up: at 4.0" in out
     assert out.count("are outside the fitted") == 1, "where they meet is far beyond the points"
     depth = ("--run", "minitron-depth, pruned (arXiv 2606.14150)", "--parent-tokens", "200e9")
@@ -106,24 +106,24 @@ def test_what_cannot_be_fitted_or_asked_is_refused(pvs: Pvs, tmp_path: Path) -> 
     fit = tmp_path / "fit.json"
     _refused(pvs("scaling-fit", "published", "--form", "p3"), "--form is 'p3'; choose p2, chinchilla or per-run.")
     _refused(pvs("scaling-fit", "published", "--form", "p2", "--out", fit), "at least 2 parents and 2 ratios")
-    _refused(pvs("scaling-fit", "published", "--draws", 5), "take at least 39")
+    _refused(pvs("scaling-fit", "published", "--draws", 5), "use at least 39")
     _refused(pvs("scaling-fit", tmp_path / "none"), "does not exist")
     (tmp_path / "file").write_text("")
     _refused(pvs("scaling-fit", tmp_path / "file"), "does not exist")
     _refused(pvs("scaling-predict", tmp_path, "--tokens", 1), "cannot be read (Is a directory)")
     assert not fit.exists()
     _refused(pvs("scaling-predict", fit, "--tokens", 1), "does not exist")
-    _refused(pvs("scaling-predict", fit), "Nothing is asked")
+    _refused(pvs("scaling-predict", fit), "Nothing to predict")
 
 
 def test_advice_on_the_command_line(pvs: Pvs, results: Results, tmp_path: Path) -> None:
     question = ("advise", "--params", "4e9", "--train-tokens", "50e9", "--parent-tokens", "15e12")
     code, out, _ = pvs(*question)
     assert code == 0
-    assert "Taking a parent of 8B parameters" in out
+    assert "Assuming a parent of 8B parameters" in out
     assert "At equal training tokens (parent in hand): prune, by width (likely)" in out
     assert "[arXiv 2606.14150, Figure 1 left]" in out
-    assert "At equal total tokens (parent charged): the evidence does not reach" in out
+    assert "At equal total tokens (parent charged): unknown" in out
     _refused(pvs(*question, "--parent-params", "3e9"), "give a larger --parent-params")
     _refused(pvs("advise", "--params", "nan", "--train-tokens", 1), "nan parameters make no sense")
     _refused(pvs("advise", "--params", 1, "--train-tokens", "inf"), "inf training tokens make no sense")

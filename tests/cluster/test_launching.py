@@ -263,7 +263,7 @@ def test_unknown_profile_names_the_known_ones():
 def test_ranks_that_do_not_fill_nodes_are_refused(tmp_path):
     profile = load_profile("slurm_h100", SITE).model_copy(update={"gpus_per_node": 3})
     recipe = load_recipe("llama31_8b/minitron_width")
-    with pytest.raises(UserError, match="128 ranks do not fill nodes of 3 GPUs"):
+    with pytest.raises(UserError, match="128 ranks do not fill whole nodes of 3 GPUs"):
         scripts(stages(recipe, "llama31_8b/minitron_width", tmp_path, profile), "x", tmp_path, profile)
 
 

@@ -29,8 +29,8 @@ def test_what_keeps_training_from_working_ends_with_2(pvs, monkeypatch):
     outcome = pvs("doctor", "--deep")
     assert outcome.code == 2
     (line,) = [line for line in outcome.output.splitlines() if line.startswith("FAIL")]
-    assert line.endswith("cure: pip install -c constraints.txt 'no-such-package>=3'")
-    assert outcome.errors.startswith("pvs: Training cannot work here: 1 of these lines says FAIL")
+    assert line.endswith("fix: pip install -c constraints.txt 'no-such-package>=3'")
+    assert outcome.errors.startswith("pvs: Training cannot work here; see the line marked FAIL")
     assert "import" not in outcome.output, "tried although it cannot work"
 
 
@@ -59,7 +59,7 @@ def test_a_log_begins_with_one_line_and_then_what_is_wrong(monkeypatch):
     monkeypatch.setattr(examine, "check_node", lambda node, build: [Finding("ok", "disk", "much"), wrong])
     first, *more = examine.log_lines()
     assert first.endswith("; disk much")
-    assert more == ["pvs doctor: warn  lock                left; cure: rm lock"]
+    assert more == ["pvs doctor: warn  lock                left; fix: rm lock"]
 
 
 def test_an_examination_that_fails_is_a_line_in_the_log_and_training_goes_on(tmp_path, monkeypatch):
@@ -80,8 +80,8 @@ def test_ranks_that_cannot_add_up_are_a_failure(monkeypatch):
     monkeypatch.setattr(deep, "_run", lambda command: "RuntimeError: NCCL error")
     finding = deep.sum_over(8)
     assert finding.level == "FAIL"
-    assert "8 ranks cannot add up: RuntimeError: NCCL error" in finding.text
-    assert "NCCL_DEBUG=INFO" in finding.cure
+    assert "8 ranks cannot sum a tensor: RuntimeError: NCCL error" in finding.text
+    assert "NCCL_DEBUG=INFO" in finding.fix
     monkeypatch.setattr(deep, "_run", lambda command: "")
     assert deep.sum_over(8).level == "FAIL", "no rank has answered"
 

@@ -34,8 +34,8 @@ LAPTOP = Node(host="me", cpus=8, disk=100 * 2**30)
 def _wrong(node: Node) -> list[tuple[str, str, str]]:
     found = check_node(node)
     assert all("\n" not in finding.line() for finding in found)
-    assert all(finding.cure for finding in found if finding.level in ("warn", "FAIL")), "a finding without a cure"
-    return [(finding.level, finding.subject, finding.cure) for finding in found if finding.level != "ok"]
+    assert all(finding.fix for finding in found if finding.level in ("warn", "FAIL")), "a finding without a fix"
+    return [(finding.level, finding.subject, finding.fix) for finding in found if finding.level != "ok"]
 
 
 def test_nothing_is_wrong_with_a_cluster_node_or_a_laptop():
@@ -47,7 +47,7 @@ def test_nothing_is_wrong_with_a_cluster_node_or_a_laptop():
 
 
 @pytest.mark.parametrize(
-    ("change", "level", "subject", "cure"),
+    ("change", "level", "subject", "fix"),
     [
         ({"driver_problem": "CUDA_ERROR_SYSTEM_NOT_READY"}, "FAIL", "driver", "systemctl start nvidia-fabricmanager"),
         ({"driver_problem": "CUDA_ERROR_UNKNOWN"}, "FAIL", "driver", "nvidia-smi"),
@@ -63,10 +63,10 @@ def test_nothing_is_wrong_with_a_cluster_node_or_a_laptop():
         ({"locks": (Path("/home/me/lock"),)}, "warn", "lock", "rm /home/me/lock"),
     ],
 )
-def test_each_trouble_has_one_line_with_its_cure(change, level, subject, cure):
-    ((found_level, found_subject, found_cure),) = _wrong(replace(CLUSTER, **change))
+def test_each_trouble_has_one_line_with_its_fix(change, level, subject, fix):
+    ((found_level, found_subject, found_fix),) = _wrong(replace(CLUSTER, **change))
     assert (found_level, found_subject) == (level, subject)
-    assert cure in found_cure
+    assert fix in found_fix
 
 
 def test_what_only_gpus_need_is_no_trouble_elsewhere():
@@ -150,6 +150,6 @@ def test_the_last_line_says_what_it_comes_to():
     fine, wrong = Finding("warn", "a", "b", "c"), Finding("FAIL", "a", "b", "c")
     assert "that is fine" in verdict([fine], gpus=0)
     assert verdict([fine], gpus=8).startswith("Found nothing that would keep 8 GPUs from training;")
-    assert verdict([fine, wrong], gpus=8).startswith("Training cannot work here: 1 of these lines says FAIL")
-    assert verdict([wrong, wrong], gpus=0).startswith("Training cannot work here: 2 of these lines say FAIL")
+    assert verdict([fine, wrong], gpus=8).startswith("Training cannot work here; see the line marked FAIL")
+    assert verdict([wrong, wrong], gpus=0).startswith("Training cannot work here; see the 2 lines marked FAIL")
     assert "without a GPU" in verdict([fine], gpus=0, build=True)

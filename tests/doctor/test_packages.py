@@ -29,7 +29,7 @@ IN_A_CONTAINER = {**TESTED, "torch": "2.9.0a0+50eac811a6.nv25.09", "megatron-cor
 
 
 def _found(versions, requirements=NEEDS):
-    return [(found.level, found.subject, found.cure) for found in check_packages(requirements, versions.get)]
+    return [(found.level, found.subject, found.fix) for found in check_packages(requirements, versions.get)]
 
 
 @pytest.mark.parametrize("versions", [TESTED, IN_A_CONTAINER], ids=["tested", "container"])
@@ -93,7 +93,7 @@ def _dependencies(
 ):
     versions = dict.fromkeys(installed, "1.0") | {"torch": torch}
     found = check_dependencies(needs, versions.get, lambda name: _TREE.get(name, []))
-    return [(one.level, one.text, one.cure) for one in found]
+    return [(one.level, one.text, one.fix) for one in found]
 
 
 def test_what_packages_without_their_dependencies_lack_is_named():
@@ -129,23 +129,23 @@ def test_python(version, level):
 def _engine(version=None, problem=None, *, gpu=True, build=False, torch="2.8.0"):
     versions = {"transformer-engine": version, "torch": torch}
     found = check_transformer_engine(gpu=gpu, build=build, versions=versions.get, problem=lambda: problem)
-    return [(one.level, one.text, one.cure) for one in found]
+    return [(one.level, one.text, one.fix) for one in found]
 
 
 def test_transformer_engine_matters_where_a_gpu_is():
     assert _engine("2.9.0", gpu=False) == []
     assert _engine("2.9.0") == [("ok", "2.9.0, imported", "")]
-    ((level, text, cure),) = _engine(None)
-    assert (level, "not installed" in text, "--no-build-isolation" in cure) == ("warn", True, True)
+    ((level, text, fix),) = _engine(None)
+    assert (level, "not installed" in text, "--no-build-isolation" in fix) == ("warn", True, True)
 
 
 def test_a_broken_transformer_engine_is_a_failure_with_its_reason():
-    ((level, text, cure),) = _engine("2.20.2", "ImportError: undefined symbol: _ZN3c10")
+    ((level, text, fix),) = _engine("2.20.2", "ImportError: undefined symbol: _ZN3c10")
     assert level == "FAIL"
     assert "undefined symbol: _ZN3c10" in text
-    assert cure == "pip install --no-build-isolation -c constraints-gpu.txt 'transformer-engine[pytorch]==2.9.0'"
-    ((_, _, cure),) = _engine("2.9.0+nv", "OSError: x", torch="2.9.0a0+50eac811a6.nv25.09")
-    assert cure == "docker pull nvcr.io/nvidia/nemo:25.11"
+    assert fix == "pip install --no-build-isolation -c constraints-gpu.txt 'transformer-engine[pytorch]==2.9.0'"
+    ((_, _, fix),) = _engine("2.9.0+nv", "OSError: x", torch="2.9.0a0+50eac811a6.nv25.09")
+    assert fix == "docker pull nvcr.io/nvidia/nemo:25.11"
 
 
 def test_another_version_of_transformer_engine_is_a_warning():
@@ -161,8 +161,8 @@ def test_an_image_must_have_it_but_need_not_have_a_driver():
     ]
 
 
-def test_cures_that_are_commands_parse():
+def test_fixes_that_are_commands_parse():
     for found in check_packages(["a-package>=1", "zarr[b]<3"], {"zarr": "4"}.get)[1:]:
-        pip, install, *_, wanted = shlex.split(found.cure)
+        pip, install, *_, wanted = shlex.split(found.fix)
         assert (pip, install) == ("pip", "install")
         assert Requirement(wanted).name == found.subject

@@ -135,7 +135,7 @@ def test_token_ids_of_sentencepiece(
     for text in (" the boat", "the boat</s>the boat"):
         assert (engine.ids(text) == before(text)["input_ids"]) == (blanks != "never"), text
         differs = engine.ids(text) != tokenizer(text)["input_ids"]
-        said = "special tokens with text" if "</s>" in text else "begins with a blank"
+        said = "special tokens with text" if "</s>" in text else "begins with a space"
         assert differs == any(said in note for note in converted.notes), text
 
 

@@ -32,10 +32,10 @@ def test_train_from_random_weights_and_again(pvs, tmp_path):
     assert "The run reads 1,000,000,000 tokens, but" in refused.errors
     refused = pvs("train", model, tmp_path / "run", *settings, "--clip-before-mask")
     assert refused.code == 2
-    assert "has no masks, so there is nothing to clip before" in refused.errors
+    assert "has no masks, so --clip-before-mask has no effect" in refused.errors
     refused = pvs("train", model, tmp_path / "run", *settings[:-1], "--keep-parent-embeddings")
     assert refused.code == 2
-    assert "--keep-parent-embeddings says what --random-init does not draw" in refused.errors
+    assert "--keep-parent-embeddings has an effect only with --random-init" in refused.errors
     assert not (tmp_path / "run").exists()
 
     done = pvs("train", model, tmp_path / "run", *settings)
@@ -106,7 +106,7 @@ def test_train_on_what_a_teacher_says(pvs, tmp_path):
         "--validation-samples", 8, "--pipeline-parallel", 2,
     ]  # fmt: skip
     for options, sentence in (
-        (["--temperature", 2], "are about distillation; give --teacher"),
+        (["--temperature", 2], "are for distillation; add --teacher"),
         (["--teacher", larger], "The teacher's vocabulary has 256 tokens and the student's 128"),
         (["--teacher", teacher, "--temperature", 0], "distill.temperature"),
         (["--teacher", tmp_path / "none"], "does not exist"),

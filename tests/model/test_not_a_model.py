@@ -68,7 +68,7 @@ def test_a_merged_model_beside_its_adapters_config_is_a_model(hf):
     [
         ("bitsandbytes", "self_attn.q_proj.weight.absmax", "quantised by bitsandbytes .* call dequantize"),
         ("bitsandbytes", "self_attn.q_proj.SCB", "quantised by bitsandbytes"),
-        ("gptq", "self_attn.q_proj.qweight", "quantised by GPTQ .*; give the model that was quantised.$"),
+        ("gptq", "self_attn.q_proj.qweight", "quantised by GPTQ .*; give the original, unquantised model.$"),
         ("awq", "self_attn.q_proj.qzeros", "quantised by AWQ"),
         (None, "self_attn.q_proj.qweight", "quantised by GPTQ or AWQ"),
         ("fp8", "self_attn.q_proj.weight_scale_inv", "quantised by FP8"),

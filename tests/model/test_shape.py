@@ -121,16 +121,16 @@ def test_illegal_parallelism_names_the_legal_ones():
 
 def test_fp8_needs_shards_that_are_multiples_of_16():
     LLAMA_8B.check_parallel(tensor_parallel=8, fp8=True)
-    with pytest.raises(UserError, match=r"hidden=3080 is not; take a multiple of 16 such as 3072\."):
+    with pytest.raises(UserError, match=r"hidden=3080 is not; choose a multiple of 16 such as 3072\."):
         LLAMA_8B.replace(hidden=3080).check_parallel(fp8=True)
     odd = LLAMA_8B.replace(ffn=9232)  # 577 * 16
     odd.check_parallel(fp8=True)
     odd.check_parallel(tensor_parallel=2)
-    with pytest.raises(UserError, match=r"ffn=9232 over 2 ranks is not; take a multiple of 32 such as 9216\."):
+    with pytest.raises(UserError, match=r"ffn=9232 over 2 ranks is not; choose a multiple of 32 such as 9216\."):
         odd.check_parallel(tensor_parallel=2, fp8=True)
     thin = LLAMA_8B.replace(head_dim=8)
     thin.check_parallel(tensor_parallel=4, fp8=True)
-    with pytest.raises(UserError, match=r"kv_groups \* head_dim=64 over 8 ranks is not; take a multiple of 128"):
+    with pytest.raises(UserError, match=r"kv_groups \* head_dim=64 over 8 ranks is not; choose a multiple of 128"):
         thin.check_parallel(tensor_parallel=8, fp8=True)
     sizes = LLAMA_8B.layer_sizes
     with pytest.raises(UserError, match="ffn=8 is not"):

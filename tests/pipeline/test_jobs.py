@@ -187,5 +187,5 @@ def test_jobs_of_others_are_refused(pvs, prepared, tmp_path, monkeypatch, option
     Path("tiny.yaml").write_text(yaml.safe_dump(prepared[0]))
     done = pvs("run", "tiny.yaml", "--out", "run", "--jobs", 2, *option)
     assert done.code == 2
-    assert "leave it out with --launch and --prepare-only" in done.errors
+    assert "leave it out with --launch or --prepare-only" in done.errors
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]

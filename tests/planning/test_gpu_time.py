@@ -57,23 +57,23 @@ def _gigabytes(layout: Parallelism, shape: Shape = LLAMA_8B) -> str:
 
 def test_a_layout_says_what_a_gpu_would_need_without_it() -> None:
     assert explain_layout(LLAMA_8B, Parallelism(context_parallel=2, data_parallel=16), TRAINING) == (
-        f"CP 2, as without it a GPU would need {_gigabytes(Parallelism(data_parallel=16))} of the usable 72"
+        f"CP 2, because without it a GPU would need {_gigabytes(Parallelism(data_parallel=16))} of the usable 72"
     )
     both = Parallelism(tensor_parallel=2, sequence_parallel=True, data_parallel=8, recompute="selective")
     whole, kept = Parallelism(data_parallel=8, recompute="selective"), both.model_copy(update={"recompute": "none"})
     assert explain_layout(LLAMA_8B, both, TRAINING) == (
-        f"TP 2, as without it a GPU would need {_gigabytes(whole)} of the usable 72; selective recomputation, chosen "
-        f"by the recipe although {_gigabytes(kept)} would fit without it"
+        f"TP 2, because without it a GPU would need {_gigabytes(whole)} of the usable 72; selective recomputation, "
+        f"the recipe's choice, although {_gigabytes(kept)} would fit without it"
     )
     unequal = Parallelism(pipeline_parallel=4, first_stage_layers=7, last_stage_layers=7, data_parallel=2)
     assert explain_layout(LLAMA_8B, unequal, TRAINING) == (
-        f"PP 4, as without it a GPU would need {_gigabytes(Parallelism(data_parallel=2))} of the usable 72"
+        f"PP 4, because without it a GPU would need {_gigabytes(Parallelism(data_parallel=2))} of the usable 72"
     )
     small = LLAMA_8B.replace(layers=4)
     two = Parallelism(data_parallel=8, micro_batch_size=2)
     assert explain_layout(small, two, TRAINING) == (
         f"whole on each GPU ({_gigabytes(two, small)} of the usable 72), so that only the optimizer communicates; "
-        "2 sequences at once, as they fit: larger matrix products"
+        "2 sequences at once, because they fit: larger matrix products"
     )
     assert explain_layout(LLAMA_8B, two, TRAINING).startswith("does not fit: a GPU would need 1")
 
@@ -129,14 +129,14 @@ def test_every_cluster_recipe_fits_and_says_why_its_layout_is_as_it_is() -> None
     chosen = [
         name
         for name, placed in placements.items()
-        if "chosen by" in explain_layout(placed.shape, placed.layout, placed.training, placed.teacher)
+        if "the recipe's choice" in explain_layout(placed.shape, placed.layout, placed.training, placed.teacher)
     ]
     assert chosen == ["minitron/llama31_4b depth"], "its other target needs the layout, which both share"
 
 
 def test_the_sum_of_the_grid_is_what_its_page_says(pvs: Callable[..., Outcome]) -> None:
     outcome = pvs("recipes", "llama31_8b")
-    said = re.search(r"GPU-hours of all: ([\d,]+)", outcome.output)
+    said = re.search(r"GPU-hours in total: ([\d,]+)", outcome.output)
     assert outcome.code == 0
     assert said
     assert f"{said[1]} GPU-hours" in (Path(__file__).parents[2] / "recipes" / "README.md").read_text()

@@ -72,4 +72,4 @@ def test_too_little_time_for_the_last_save_is_said(capsys, tmp_path, seconds, wa
     """P200 takes 192 s by the assumed rates."""
     profile = SlurmProfile(kind="slurm", account="physics", seconds_to_save=seconds)
     show_series(load_recipe("llama31_8b/p200"), tmp_path, "slurm", cluster=profile)
-    assert ("warning: p200 is signalled seconds_to_save = 150 before" in capsys.readouterr().out) is warned
+    assert ("warning: p200 is signalled 150 s (seconds_to_save) before" in capsys.readouterr().out) is warned

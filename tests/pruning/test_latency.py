@@ -210,7 +210,7 @@ def test_contexts_that_the_model_does_not_support_are_refused() -> None:
 def test_copies_that_do_not_fit_in_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing.host_memory, "available", lambda: 1 << 20)
     with pytest.raises(
-        UserError, match=r"Measuring attention hidden=64.* takes [\d.]+ GB, which are not free here; ch"
+        UserError, match=r"Measuring attention hidden=64.* needs [\d.]+ GB, more than is free here; ch"
     ):
         Timer(workload(context=200)).part("decode", Part("attention", 64, heads=8, kv_groups=2))
     assert not Timer(workload()).holds(SHAPE.replace(vocab=100_000))

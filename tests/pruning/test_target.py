@@ -129,7 +129,7 @@ def test_one_of_three_ways_is_chosen(tmp_path: Path) -> None:
     assert with_sizes(LLAMA_8B, read_sizes(tmp_path / "heads.json").sizes) == fewer_heads
     with pytest.raises(UserError, match="Nothing says what to prune to; give one of --target"):
         choose_target(LLAMA_8B, "minitron-width")
-    with pytest.raises(UserError, match="--target and --ratio says"):
+    with pytest.raises(UserError, match="--target and --ratio say what to prune to"):
         choose_target(LLAMA_8B, "minitron-width", sizes={"ffn": 1}, ratio=0.5)
 
 

@@ -251,8 +251,8 @@ def test_neurons_make_up_for_rounded_groups(structure: str, uniform: bool) -> No
         (UnitRules(0.5, "AL-AM", remove_groups=1), "AL-AM chooses the number of KV groups itself"),
         (UnitRules(0.5, ffn_multiple=128), "ffn_multiple is 128, but the model has 90"),
         (UnitRules(0.5, kv_groups_multiple=0), "kv_groups_multiple is 0"),
-        (UnitRules(0.05, "UL-MM", remove_groups=3), "more than all FFN channels would stay"),
-        (UnitRules(0.95, "UL-MM", remove_groups=0), "no FFN channels would stay"),
+        (UnitRules(0.05, "UL-MM", remove_groups=3), "more than all FFN channels would remain"),
+        (UnitRules(0.95, "UL-MM", remove_groups=0), "no FFN channels would remain"),
         (UnitRules(0.99, "AL-AM"), "leaves every layer less than the smallest possible size"),
     ],
 )

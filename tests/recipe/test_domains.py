@@ -98,7 +98,7 @@ def test_losses_of_other_sizes_are_fitted_to_the_target() -> None:
     how = parse_recipe(values, "test").train.dynamic_loading
     assert how is not None
     assert how.targets(["noise", "song"], 8.0) == pytest.approx([2 + 3 / 8, 1 + 1 / 8], abs=1e-3)
-    assert "losses wanted of sheared: song 1.1250, noise 2.3750" in describe_domains(
+    assert "target losses of sheared: song 1.1250, noise 2.3750" in describe_domains(
         parse_recipe(values, "test"), {"sheared": 8}
     )
 

@@ -97,7 +97,7 @@ def test_a_linear_pace_ends_at_the_target_before_the_last_step() -> None:
 
 
 def test_compensation_from_few_tokens_is_doubted() -> None:
-    doubt = "256 tokens are few to compensate 128 inputs"
+    doubt = "256 tokens are few to compensate for 128 inputs"
     for pruning, said in (({"damping": 0.01}, True), ({"damping": 0.01, "compensate": False}, False), ({}, False)):
         made = recipe(pace="linear", **pruning)
         assert (doubt in EfficientTarget(made, made.targets["small"]).describe(PARENT)) is said

@@ -174,7 +174,7 @@ def test_what_is_not_comparable_is_refused_with_the_field(
     assert "--force" in str(caught.value)
     forced = compare(runs, force=True)
     assert any(message in difference for difference in forced.differences)
-    assert forced.warnings[0].startswith("These runs are not comparable, and were put together all the same")
+    assert forced.warnings[0].startswith("These runs are not comparable, but were put side by side anyway")
 
 
 def test_runs_of_which_the_first_says_nothing_are_compared_too(results: Results) -> None:

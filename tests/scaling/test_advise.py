@@ -92,18 +92,18 @@ def test_a_parent_beyond_the_evidence_is_said() -> None:
     assert in_hand.choice == "prune"
     assert "comparable or slightly better" in in_hand.summary
     assert (charged.choice, charged.sureness) == ("unknown", "unknown")
-    assert "does not reach" in charged.summary
+    assert "does not cover" in charged.summary
     assert all(one.out_of_reach for one in charged.evidence)
-    assert any("15T parent tokens against its 210B" in one.out_of_reach for one in charged.evidence)
+    assert any("15T parent tokens, compared with 210B" in one.out_of_reach for one in charged.evidence)
 
 
 @pytest.mark.parametrize(
     ("question", "reason"),
     [
-        (Question(100e6, 50 * B, 200e6), "100M parameters against its 4.54B"),
-        (Question(4 * B, 1 * B, 8 * B), "1B tokens against its 10.5B to 524B"),
-        (Question(4 * B, 2000 * B, 8 * B), "2T tokens against its 10.5B to 524B"),
-        (Question(4 * B, 50 * B, 5 * B), "ratio 0.20 against its 0.50"),
+        (Question(100e6, 50 * B, 200e6), "100M parameters, compared with 4.54B"),
+        (Question(4 * B, 1 * B, 8 * B), "1B tokens, compared with 10.5B to 524B"),
+        (Question(4 * B, 2000 * B, 8 * B), "2T tokens, compared with 10.5B to 524B"),
+        (Question(4 * B, 50 * B, 5 * B), "ratio 0.20, compared with 0.50"),
     ],
 )
 def test_a_question_beyond_the_evidence_is_not_answered(question: Question, reason: str) -> None:
@@ -151,7 +151,7 @@ def test_an_own_run_at_equal_total_tokens_answers_for_the_parents_cost() -> None
 def test_an_own_run_of_another_size_does_not_reach() -> None:
     (verdict,) = advise(dataclasses.replace(TINY, parameters=TINY.parameters * 3, parent_parameters=1e7), [_own(2, 3)])
     assert verdict.choice == "unknown"
-    assert "parameters against its" in verdict.evidence[0].out_of_reach
+    assert "parameters, compared with" in verdict.evidence[0].out_of_reach
 
 
 def test_a_run_that_diverged_is_no_evidence() -> None:

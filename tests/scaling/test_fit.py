@@ -54,7 +54,7 @@ def test_short_and_long_runs_are_fitted_alike(drawn: Draw) -> None:
     for name in ("beta", "E"):
         assert brief.parameters[name] == pytest.approx(long.parameters[name], rel=1e-3)
         assert brief.intervals[name] == pytest.approx(long.intervals[name], rel=0.02)
-    assert "beta is 2, the edge of where the fit looks: these losses hardly follow the law" in brief.warnings
+    assert "beta is 2, at the edge of its range: these losses hardly follow the law" in brief.warnings
 
 
 @pytest.mark.slow

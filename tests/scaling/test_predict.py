@@ -91,10 +91,10 @@ def test_a_law_over_models_predicts_a_model(drawn: Draw) -> None:
 
 
 def test_questions_far_beyond_the_points_are_refused_or_warned_about(pruned: Fit, drawn: Draw) -> None:
-    with pytest.raises(UserError, match="out of reach of a fit of up to"):
+    with pytest.raises(UserError, match="cannot be predicted from a fit of up to"):
         loss_at(pruned, 2000e9)
     for ask, message in (
-        (lambda: loss_at(pruned, math.nan), "out of reach"),
+        (lambda: loss_at(pruned, math.nan), "cannot be predicted"),
         (lambda: tokens_at_gain(pruned, 0.0), "not above 0"),
         (lambda: tokens_at_gain(pruned, math.inf), "not above 0"),
         (lambda: tokens_to(pruned, math.nan), "A target loss of nan makes no sense"),

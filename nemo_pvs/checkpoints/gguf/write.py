@@ -194,7 +194,7 @@ def architecture_of(layout: Layout, shape: Shape) -> str:
         what = "layers of different sizes" if shape.uneven else "biases"
         raise UserError(
             f"llama.cpp has no graph for Qwen 3 with {what}; "
-            + ("pad them by pvs convert --uneven pad." if shape.uneven else "use a method that adds no biases.")
+            + ("pad them with pvs convert --uneven pad." if shape.uneven else "use a method that adds no biases.")
         )
     if shape.uneven:
         return "deci"
@@ -264,8 +264,8 @@ def _rope(
         factors = llama3_factors(scaling, float(config["rope_theta"]), shape.head_dim)
         return {ROPE_FACTORS: factors.astype(np.float32)}
     raise UserError(
-        f"llama.cpp's graph {architecture} has no equivalent of the rope scaling {kind}; what it has is none, linear"
-        f"{' and llama3' if architecture in ROTATES_PAIRS else ''}."
+        f"llama.cpp's graph {architecture} has no equivalent of the rope scaling {kind}; it supports only "
+        f"{'none, linear and llama3' if architecture in ROTATES_PAIRS else 'none and linear'}."
     )
 
 

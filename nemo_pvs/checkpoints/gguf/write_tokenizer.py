@@ -18,7 +18,7 @@ from nemo_pvs.system.files import read_json
 
 _GPT2 = "GPT-2's expression"
 _DIGITS = "single digits"
-_BLANK = "\u2581"  # SentencePiece's symbol for a blank
+_BLANK = "\u2581"  # SentencePiece's symbol for a space
 # The steps of Llama 2's normalizer.
 _PREPEND = {"type": "Prepend", "prepend": _BLANK}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
@@ -43,7 +43,7 @@ def add_tokenizer(writer: GGUFWriter, assets: Sequence[Path], config: Mapping[st
     files = {asset.name: asset for asset in assets}
     if "tokenizer.json" not in files:
         raise UserError(
-            "The model has no tokenizer.json, without which llama.cpp reads no text; load its tokenizer by "
+            "The model has no tokenizer.json, without which llama.cpp reads no text; load its tokenizer with "
             "transformers' AutoTokenizer and save it next to the model."
         )
     where = files["tokenizer.json"]
@@ -63,7 +63,7 @@ def add_tokenizer(writer: GGUFWriter, assets: Sequence[Path], config: Mapping[st
             )
         if token.get("normalized") and _REPLACE in _steps_of(described.get("normalizer")):
             raise UserError(
-                f"The token {token['content']!r} of {where} is looked for after blanks have been replaced "
+                f"The token {token['content']!r} of {where} is looked for after spaces have been replaced "
                 "(normalized), but llama.cpp looks for it before; set normalized to false there if your texts do not "
                 "depend on it."
             )
@@ -114,25 +114,27 @@ def _add_byte_level(writer: GGUFWriter, where: Path, described: Mapping[str, Any
     model, pre = described["model"], _pre_tokenizer(where, described)
     unusual = [kind for kind in _kinds(described.get("normalizer")) if kind != "NFC"]
     if unusual:
-        raise UserError(f"The tokenizer in {where} changes text first ({unusual[0]}), which llama.cpp does not do.")
+        raise UserError(
+            f"The tokenizer in {where} changes text before it splits it ({unusual[0]}), which llama.cpp does not do."
+        )
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if not merges:
         raise UserError(
-            f"The tokenizer in {where} has no merges, and llama.cpp loads no byte-level tokenizer without."
+            f"The tokenizer in {where} has no merges, without which llama.cpp loads no byte-level tokenizer."
         )
     writer.add_token_merges(merges)
     notes = []
     if "NFC" in _kinds(described.get("normalizer")):
         notes.append(
-            "llama.cpp does not bring text into Unicode's form NFC first, as the tokenizer does; texts in another "
-            "form are split differently."
+            "Unlike the tokenizer, llama.cpp does not normalise text to Unicode form NFC; texts in another form are "
+            "split differently."
         )
     if pre == "tekken":  # lookaheads and [^a-z] in llama-vocab.cpp
         notes.append(
             "In llama.cpp's expression for tekken, combining marks are not part of a word and only ASCII letters have "
-            "cases; texts in Thai, Hindi and the like, and words such as iÉcole, are split differently."
+            "case; texts in Thai, Hindi and the like, and words such as iÉcole, are split differently."
         )
     return notes
 
@@ -152,7 +154,7 @@ def _pre_tokenizer(where: Path, described: Mapping[str, Any]) -> str:
             return name
     shown = ", ".join(steps)[:200] or "not at all"
     raise UserError(
-        f"The tokenizer in {where} splits text in a way for which llama.cpp has no name known here ({shown}); the "
+        f"The tokenizer in {where} splits text in a way that llama.cpp has no known name for ({shown}); the "
         f"known names are {', '.join(PRE_TOKENIZERS)}."
     )
 
@@ -195,7 +197,7 @@ def _add_sentencepiece(
         Sentences about texts that llama.cpp splits differently, if there are any.
 
     Raises:
-        UserError: llama.cpp does not treat blanks as this tokenizer does.
+        UserError: llama.cpp does not treat spaces as this tokenizer does.
     """
     model = described["model"]
     prefix, notes = _blank_in_front(where, described)
@@ -215,14 +217,14 @@ def _add_sentencepiece(
 
 
 def _blank_in_front(where: Path, described: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Return whether a blank is put in front of a text, and in which texts llama.cpp differs in that.
+    """Return whether a space is put in front of a text, and notes on the texts in which llama.cpp differs.
 
-    llama.cpp does as SentencePiece and the normalizer of Llama 2 do: a blank goes in front of a text, and of what
+    llama.cpp does as SentencePiece and the normalizer of Llama 2 do: a space goes in front of a text, and of what
     follows a special token in it, even where there is one already. Transformers 5 saves a pre-tokenizer, Metaspace,
     in its place.
 
     Raises:
-        UserError: blanks are treated in yet another way.
+        UserError: spaces are treated in yet another way.
     """
     normalizer, pre_tokenizer = _steps_of(described.get("normalizer")), described.get("pre_tokenizer")
     if pre_tokenizer is None and normalizer in ([_PREPEND, _REPLACE], [_REPLACE]):
@@ -233,11 +235,11 @@ def _blank_in_front(where: Path, described: Mapping[str, Any]) -> tuple[bool, li
     for scheme, also in (("always", ""), ("first", ", or has special tokens with text after them")):
         if not normalizer and pre_tokenizer == {**metaspace, "prepend_scheme": scheme}:
             return True, [
-                f"A text that begins with a blank{also} is split differently by llama.cpp, which puts another blank "
+                f"A text that begins with a space{also} is split differently by llama.cpp, which puts another space "
                 "there, as SentencePiece does and Transformers 5 does not."
             ]
     raise UserError(
-        f"The tokenizer in {where} is not byte-level and does not treat blanks as Llama 2's does, so llama.cpp cannot "
+        f"The tokenizer in {where} is not byte-level and does not treat spaces as Llama 2's does, so llama.cpp cannot "
         f"express it: its normalizer is {_shown(described.get('normalizer'))}, its pre-tokenizer "
         f"{_shown(pre_tokenizer)}."
     )
@@ -265,8 +267,8 @@ def _add_special_tokens(
         ids["bos"] = front
     if back is not None and back != _first(ids["eos"]):
         raise UserError(
-            f"The tokenizer in {where} ends texts with the token {back}, but llama.cpp would with the model's "
-            f"eos_token_id, {_first(ids['eos'])}; let the tokenizer end no text, or with that one."
+            f"The tokenizer in {where} ends texts with the token {back}, but llama.cpp ends them with the model's "
+            f"eos_token_id, {_first(ids['eos'])}; make its post_processor add that token, or none."
         )
     writer.add_add_bos_token(front is not None)
     writer.add_add_eos_token(back is not None)
@@ -305,13 +307,13 @@ def _ends(where: Path, post_processor: Mapping[str, Any] | None) -> tuple[int | 
             front, back = before + front, back + after
         elif step["type"] != "ByteLevel":  # which only moves offsets
             raise UserError(
-                f"The tokenizer in {where} puts texts between tokens by {step['type']}, which is not supported for "
-                "GGUF; describe the same by TemplateProcessing there."
+                f"The tokenizer in {where} adds tokens around texts by {step['type']}, which is not supported for "
+                "GGUF; express the same as TemplateProcessing there."
             )
     if len(front) > 1 or len(back) > 1:
         raise UserError(
             f"The tokenizer in {where} begins texts with {len(front)} tokens and ends them with {len(back)}, but "
-            "llama.cpp adds one at most on each side; change its post_processor."
+            "llama.cpp adds at most one on each side; change its post_processor."
         )
     return front[0] if front else None, back[0] if back else None
 

@@ -23,7 +23,7 @@ def how_to_load(target: Path) -> tuple[str, ...]:
         f'megatron.bridge.training.model_load_save.load_megatron_model("{source.folder.resolve()}").',
         f"Megatron-LM: --load {target.resolve()} --use-checkpoint-args --ckpt-format torch_dist --finetune "
         + " ".join(unrestored_flags(source.config))
-        + " (it restores the other sizes from the checkpoint, but not what these say).",
+        + " (it restores all other settings from the checkpoint, but not these).",
     ]
     shape = shape_of(source)
     if {"attention_bias", "mlp_bias"} & {*shape.features}:

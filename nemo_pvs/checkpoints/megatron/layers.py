@@ -27,7 +27,7 @@ def block_configs(shape: Shape) -> str:
     if len(heads) > 1:
         raise UserError(
             f"The layers of this model have {heads[0]} to {heads[-1]} query heads, but those of a Megatron model all "
-            "have the same number; pad them by pvs convert --uneven pad."
+            "have the same number; pad them with pvs convert --uneven pad."
         )
     blocks = []
     for layer in shape.uneven:

@@ -73,7 +73,7 @@ def plan_of_gates(method: str, parent: Shape, gates: Gates, provenance: Mapping[
     ffn = tuple(kept(gates.ffn[layer]) for layer in layers)
     groups = tuple(kept(gates.groups[layer]) for layer in layers)
     if not hidden or not layers:
-        raise UserError(f"The gates leave no {'layers' if hidden else 'hidden channels'}; ask for less.")
+        raise UserError(f"The gates leave no {'layers' if hidden else 'hidden channels'}; remove less.")
     for layer, channels, kept_groups in zip(layers, ffn, groups, strict=True):
         if not channels or not kept_groups:
             raise UserError(

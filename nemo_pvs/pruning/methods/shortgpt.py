@@ -31,7 +31,7 @@ def _plan(request: PruneRequest[ShortGPTOptions], target: Shape) -> Plan:
 
 METHOD = Method(
     name=NAME,
-    removes="whole layers, by how little they change",
+    removes="whole layers, by how little they change their input",
     paper="2403.03853",
     options=ShortGPTOptions,
     prune=to_shape(NAME, _plan),

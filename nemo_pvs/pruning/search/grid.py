@@ -1,4 +1,4 @@
-"""Which architectures a search looks at: a grid of sizes, a budget, and what the hardware can run."""
+"""Which architectures a search considers: a grid of sizes, a budget, and what the hardware can run."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class Grid:
             ffn_step: Step in FFN channels; 0 keeps all.
             kv_groups_step: Step in KV groups, which take their query heads along; 0 keeps all.
             heads_step: Step in query heads, the same number in every kept KV group; 0 keeps all of these.
-            max_width_pruning: Largest share of hidden, ffn, kv_groups and heads that may go.
-            max_depth_pruning: Largest share of layers that may go.
+            max_width_pruning: Largest share of hidden, ffn, kv_groups and heads to remove.
+            max_depth_pruning: Largest share of layers to remove.
 
         Raises:
             UserError: a number makes no sense.
         """
         steps = (layers_step, hidden_step or 0, ffn_step or 0, kv_groups_step, heads_step)
         if min(steps) < 0 or not (0 <= max_width_pruning < 1 and 0 <= max_depth_pruning < 1):
-            raise UserError("A search needs steps of 0 or more, and shares that may go from 0 to below 1.")
+            raise UserError("A search needs steps of 0 or more, and largest shares to remove from 0 to below 1.")
         hidden_step = _step(parent, parent.hidden / 16) if hidden_step is None else hidden_step
         ffn_step = _step(parent, parent.ffn / 28) if ffn_step is None else ffn_step
         grid = cls(
@@ -84,7 +84,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class SizeLimit:
-    """What a model may cost; a model is looked at if it is within ``tolerance`` of the sizes that are given."""
+    """What a model may cost; a model is considered if it is within ``tolerance`` of the sizes that are given."""
 
     parameters: float | None = None
     memory_bytes: float | None = None
@@ -92,7 +92,7 @@ class SizeLimit:
     tolerance: float = 0.05
     """Relative, to both sides; 5 % as in Minitron (2407.14679)."""
     context: int = 4096
-    """Tokens a sequence, for the KV cache and for FLOPs."""
+    """Tokens per sequence, for the KV cache and for FLOPs."""
     batch_size: int = 1
     """Sequences that are decoded at once."""
     flops_per_token: float | None = None
@@ -144,7 +144,7 @@ def legal_shapes(
         raise UserError(
             f"None of the {len(affordable)} shapes within the budget can be split by tensor parallelism "
             f"{tensor_parallel} and pipeline parallelism {pipeline_parallel}{' in FP8' if fp8 else ''}; "
-            "take fewer ranks or other steps."
+            "use fewer ranks or other steps."
         )
     bound = budget.flops_per_token
     if bound is None:

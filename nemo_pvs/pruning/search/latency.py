@@ -64,7 +64,7 @@ class LatencyTable:
             path: Its file; by default one for this machine and workload in the user's cache.
 
         Raises:
-            UserError: the file is no table, or one of another workload, such as another context.
+            UserError: the file is not a table, or one of another workload, such as another context.
         """
         self._timer = timer
         self._machine = timer.workload.machine

@@ -97,9 +97,9 @@ def search(
     """Rank architectures by the loss right after pruning and, if wanted, after a short retraining.
 
     No model is held in memory: a candidate is the parent, sliced as its layers are read. Where there are many, a
-    shortlist is run: the dense model and the parent with one size changed at a time (two values a size) say what each
-    size costs, and the sum estimates the rest. Importance kept, which costs nothing, is no guide: a few channels of
-    the residual stream have most of its energy, so it takes narrow models for good ones.
+    shortlist is run: the dense model and the parent with one size changed at a time (two values per size) say what
+    each size costs, and the sum estimates the rest. Importance kept, which costs nothing, is no guide: a few channels
+    of the residual stream have most of its energy, so it mistakes narrow models for good ones.
 
     Under ``torch.distributed`` the ranks share the text of every model; each calls ``retrain``.
 
@@ -116,7 +116,7 @@ def search(
             steps (2407.14679), and may differ from the one before.
         retrain_best: How many candidates are retrained, the best before.
         retrained: What distinguishes one way of retraining from another, for ``state``.
-        state: A JSON file that each result is saved to; a search that was interrupted goes on from it.
+        state: A JSON file that each result is saved to; an interrupted search continues from it.
         compute: Where and how layers run.
         progress: Called with (layers run, in all), a candidate counting as many layers as the parent.
 
@@ -219,7 +219,7 @@ class _Known:
         if found is not None:
             if not isinstance(found, dict) or found.get("settings_sha256") != self._values["settings_sha256"]:
                 raise UserError(
-                    f"{path} belongs to a search with other scores, text or settings; remove it or rename."
+                    f"{path} belongs to a search with other scores, text or settings; remove it, or rename it."
                 )
             self._values = found
 

@@ -141,7 +141,7 @@ class Timer:
         copies = min(_MOST_COPIES, math.ceil(_CACHES * last_level_cache(self._device) / self._bytes(part)))
         if copies * self._bytes(part) > self._free_bytes():
             raise UserError(
-                f"Measuring {part} takes {copies * self._bytes(part) / 1e9:.1f} GB, which are not free here; choose a "
+                f"Measuring {part} needs {copies * self._bytes(part) / 1e9:.1f} GB, more than is free here; choose a "
                 "smaller --batch or --context."
             )
         sizes = {name: size for name, size in part._asdict().items() if name != "kind" and size}

@@ -245,7 +245,7 @@ def _neurons(budget: _Budget, units: int, parts: int) -> int:
         name = "heads of each KV group" if budget.rules.attention_unit == "heads" else "KV groups"
         raise UserError(
             f"At a ratio of {budget.rules.ratio} and {units / budget.shape.layers:g} {name} removed per layer, "
-            f"{'no' if neurons > 0 else 'more than all'} FFN channels would stay; choose other numbers."
+            f"{'no' if neurons > 0 else 'more than all'} FFN channels would remain; choose other numbers."
         )
     return neurons
 

@@ -213,8 +213,8 @@ class BpeTokenizer:
 
     def _unsupported(self, fault: str) -> UserError:
         return UserError(
-            f"The tokenizer in {self.path} {fault}; vocabularies can be pruned of BPE over bytes, or over characters "
-            "with a byte fallback."
+            f"The tokenizer in {self.path} {fault}; only vocabularies of BPE over bytes, or over characters with a "
+            "byte fallback, can be pruned."
         )
 
 

@@ -41,15 +41,13 @@ def check_margin(reference: str | None, margin: float | None, unit: str) -> tupl
     if reference is None:
         if margin is not None:
             raise UserError(
-                "--margin is the largest acceptable loss; add what to compare with: --non-inferior-to parent."
+                "--margin is the largest acceptable shortfall; add what to compare with: --non-inferior-to parent."
             )
         return None
     if reference != PARENT:
-        raise UserError(
-            f"--non-inferior-to {reference} is unknown; pruned models are compared with their parent: parent."
-        )
+        raise UserError(f"--non-inferior-to {reference} is unknown; the only reference is parent.")
     if margin is None:
-        raise UserError("--non-inferior-to needs --margin, the largest acceptable loss, such as 0.5.")
+        raise UserError("--non-inferior-to needs --margin, the largest acceptable shortfall, such as 0.5.")
     if not math.isfinite(margin) or margin <= 0:
         raise UserError(f"--margin {margin:g} is not a valid margin; give a number above 0, such as 0.5.")
     for known in _UNITS:
@@ -63,7 +61,7 @@ def judge_recovery(runs: SideBySide, margin: float, unit: Unit = "points") -> tu
 
     Args:
         runs: The runs.
-        margin: The largest acceptable loss: percentage points, or nats per token.
+        margin: The largest acceptable shortfall: percentage points, or nats per token.
         unit: ``points`` tests shares: the accuracy on each task and its average over tasks that are answered by
             choosing, the answers to each task that are written, repetition, distinct n-grams and agreement. ``nats``
             tests the validation loss and the divergence from the parent's predictions.

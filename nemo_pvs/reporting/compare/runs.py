@@ -146,7 +146,7 @@ class SideBySide:
         """Caveats that a reader must know, one sentence each."""
         warnings = []
         for difference in self.differences:
-            warnings.append(f"These runs are not comparable, and were put together all the same: {difference}.")
+            warnings.append(f"These runs are not comparable, but were put side by side anyway: {difference}.")
         warnings += [f"Missing here: {lacking}." for lacking in self.not_trained]
         for start, words in (("pruned", "the pruned parent"), ("random", "random weights")):
             missing = [target for target, weights in self.missing if weights == start]

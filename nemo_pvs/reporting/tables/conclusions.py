@@ -15,8 +15,8 @@ FINDINGS_NOTE = (
 RECOVERY_TITLE = "Against the parent"
 RECOVERY_HEADINGS = ["Pruned model", "measure", "verdict"]
 RECOVERY_NOTE = (
-    "Positive: the pruned model is better than its parent. Each verdict is of one-sided tests at 5 %, not corrected "
-    "for their number; equivalent: both one-sided tests pass."
+    "Positive: the pruned model is better than its parent. Each verdict rests on one-sided tests at 5 %, not "
+    "corrected for their number; equivalent: both one-sided tests pass."
 )
 
 

@@ -12,7 +12,7 @@ from nemo_pvs.reporting.numbers import DASH, fixed, scaled, unit_of
 REGAINED_TITLE = "What comes back"
 REGAINED_NOTES = [
     "In brackets relative to the parent, where 1 is as good: shares that are better when higher are divided by the "
-    "parent's; of repeated 4-grams it is the share of new ones that is divided; of losses and KL it is "
+    "parent's; for repeated 4-grams, the share of new ones is divided; for losses and KL it is "
     "exp(parent − model), the ratio of the probabilities that both give to a token.",
     "Agreement: how much of the parent's greedy continuation is reproduced before the first difference. KL: from the "
     "parent's predictions, in nats per token, by the number of tokens read. Both measure likeness, not quality.",
