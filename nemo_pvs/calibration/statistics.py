@@ -43,7 +43,10 @@ class ChannelStatistic(ABC):
 
 
 class Energy(ChannelStatistic):
-    """Sum over sequences and tokens of the squared activation, as in llm-pruning-collection's width pruning."""
+    """Sum over sequences n and tokens t of the squared activation of each channel c: ``sum_nt x_ntc^2``.
+
+    The aggregation of llm-pruning-collection's width pruning, with which the runs of 2606.14150 were made.
+    """
 
     def _summand(self, activations: torch.Tensor) -> torch.Tensor:
         return activations.square().sum(dim=(0, 1))
@@ -164,7 +167,7 @@ class Moments:
         return self._mean.to("cpu", copy=True)
 
     def variance(self) -> torch.Tensor:
-        """Return the unbiased variance over tokens, float64 [channels]."""
+        """Return the unbiased variance over tokens, float64 [channels]: FLAP's fluctuation (2312.11983)."""
         return self._squares.cpu() / max(1, self._tokens - 1)
 
     def fluctuation(self) -> torch.Tensor | None:

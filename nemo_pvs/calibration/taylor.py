@@ -22,8 +22,9 @@ METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], tor
     "vectorize": lambda weight, gradient, _, across: _sum(weight * gradient, across).abs_(),
 }
 """Score of each row or column of a matrix W from its gradient g and the mean over sequences of the squared gradient, a
-(the diagonal of the Fisher information, which approximates the second derivative): ``sum |W g|``, ``sum W^2 a``,
-``sum |W g - W^2 a / 2|`` and ``|sum W g|``, all along the other axis. The names are LLM-Pruner's."""
+(the diagonal of the Fisher information, which approximates the second derivative), all [outputs, inputs]:
+``sum |W g|``, ``sum W^2 a``, ``sum |W g - W^2 a / 2|`` and ``|sum W g|``, along the other axis. The names are
+LLM-Pruner's."""
 
 
 class Matrix(NamedTuple):

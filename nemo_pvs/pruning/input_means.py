@@ -26,7 +26,8 @@ AXES = ("query", "ffn")
 class InputMeans:
     """Means over the calibration tokens, fp32, of the channels that a plan removes, in the parent's order.
 
-    A linear module that loses inputs gets ``b = W[:, removed] mean[removed]``, which preserves the mean of its output.
+    A linear module W [d, inputs] that loses inputs gets ``b = W[:, removed] mean[removed]`` [d], which preserves the
+    mean of its output.
     The vectors are stored in a safetensors file next to the plan's JSON file, which records their hash.
     """
 

@@ -54,8 +54,9 @@ def held_out(law: Law, series: Sequence[Series], *, draws: int = DRAWS, seed: in
 def slope_difference(law: Law, values: Array, series: Sequence[Series]) -> float | None:
     """Return the average slope difference (ASD): the mean of |fitted - measured slope|, nats per billion tokens.
 
-    The P2 law's authors choose between forms by it, because whether to train on is a question of slopes; they do not
-    say how slopes are measured. Here they are between consecutive points of a series. None if there are none.
+    The P2 law's authors (2411.10272) choose between forms by it, because whether to train on is a question of slopes;
+    they do not say how slopes are measured. Here they are between consecutive points of a series. None if there are
+    none.
     """
     differences = []
     for run in series:

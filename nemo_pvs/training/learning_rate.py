@@ -9,7 +9,8 @@ def quadratic_warmup_cosine(step: int, *, steps: int, warmup_steps: int, min_rat
     """Return the fraction of the peak learning rate at a step, with quadratic warm-up and cosine decay.
 
     It is ``min(1 - (1 - min(t, w) / w)^2, m + (1 - m) / 2 (1 + cos(pi t / T)))`` and 0 after the end, as in the
-    paper's training code (``create_fms_style_schedule``): the cosine runs over all steps, not shifted by the warm-up.
+    training code of 2606.14150 (``create_fms_style_schedule``): the cosine runs over all steps, not shifted by the
+    warm-up.
 
     Args:
         step: Optimizer steps done (t), 0 in the first step.

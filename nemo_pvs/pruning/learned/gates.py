@@ -100,9 +100,9 @@ class FoldedSource:
     """A model with the gates folded into its weights: slicing it computes the same function as the gated model.
 
     Hidden gates are multiplied into the norms' weights and the rows of ``o_proj`` and ``down_proj``, and nothing else:
-    the published export also multiplies the embedding, which is not gated in training, and the output head, whose
-    input the last norm has already gated. A KV group's gate is multiplied once, into the rows of ``v_proj``; published
-    code for GQA multiplies q, k, v and o.
+    the published export of Sheared LLaMA (2310.06694) also multiplies the embedding, which is not gated in training,
+    and the output head, whose input the last norm has already gated. A KV group's gate is multiplied once, into the
+    rows of ``v_proj``; published code for GQA multiplies q, k, v and o.
     """
 
     def __init__(self, source: WeightSource, gates: Gates) -> None:

@@ -22,13 +22,16 @@ _EXPORT_SCALE = 0.8
 
 
 def sample(log_alpha: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Sample gates from noise ``uniform`` in (0, 1); differentiable in ``log_alpha`` except where clamped."""
+    """Sample gates z from noise u (``uniform``) in (0, 1), all [..., n]; differentiable except where clamped.
+
+    ``z = clip(1.2 y - 0.1, 0, 1)`` with ``y = sigmoid((logit(u) + log_alpha) / tau)`` and the temperature tau.
+    """
     concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / TEMPERATURE)
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
 def zero_probability(log_alpha: torch.Tensor) -> torch.Tensor:
-    """Return the probability that ``sample`` returns 0."""
+    """Return the probability that ``sample`` returns 0 [..., n]: ``sigmoid(tau ln(0.1 / 1.1) - log_alpha)``."""
     threshold = TEMPERATURE * math.log(-LOW / HIGH)
     return torch.sigmoid(threshold - log_alpha).clamp(SMALLEST, 1 - SMALLEST)
 
@@ -36,7 +39,7 @@ def zero_probability(log_alpha: torch.Tensor) -> torch.Tensor:
 def deterministic(log_alpha: torch.Tensor, kept: int) -> torch.Tensor:
     """Return gates without noise, with all but the ``kept`` largest of each row [..., n] set to 0.
 
-    Ties go to the lower index. Kept gates are less than 1: 0.996 at most.
+    The others are ``sigmoid(0.8 log_alpha / tau)``, so less than 1: 0.996 at most. Ties go to the lower index.
     """
     gates = torch.sigmoid(log_alpha / TEMPERATURE * _EXPORT_SCALE)
     order = log_alpha.argsort(dim=-1, descending=True, stable=True)
@@ -48,6 +51,11 @@ def lagrangian(sparsity: torch.Tensor, target: float, multipliers: torch.Tensor)
 
     Descent in ``sparsity`` and ascent in ``multipliers`` (l1, l2) meet where s = t (Sheared LLaMA, eq. 3; Wang et al.,
     arXiv 1910.04732).
+
+    Args:
+        sparsity: Expected share of zeros (s) in each row [rows], or a scalar.
+        target: The share to reach (t).
+        multipliers: l1 and l2 [2].
     """
     excess = sparsity - target
     return (multipliers[0] * excess + multipliers[1] * excess**2).mean()

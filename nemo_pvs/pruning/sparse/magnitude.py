@@ -15,6 +15,8 @@ from nemo_pvs.pruning.sparse.sparsity import Sparsity, lowest, lowest_in_groups,
 def magnitude_mask(weight: torch.Tensor, sparsity: Sparsity, *, compat: bool = False) -> torch.Tensor:
     """Return the mask of kept weights, bool [outputs, inputs]: all but the smallest of the matrix or N:M group.
 
+    The score of a weight is ``|W_ij|`` (Han et al., 1506.02626).
+
     Args:
         weight: [outputs, inputs].
         sparsity: How many to remove; exactly ``int(outputs * inputs * ratio)``, or N of M.

@@ -24,7 +24,10 @@ _LARGEST_DAMPING = 1000.0  # times the mean of the diagonal: then H is practical
 
 
 class Hessian:
-    """The sum of ``x x^T`` over all tokens, in fp32 (fp64 for fp64 activations), on the activations' device."""
+    """The sum of ``x x^T`` over all tokens, in fp32 (fp64 for fp64 activations), on the activations' device.
+
+    It is X X^T for the inputs X [channels, tokens]; H in the paper's code is this times 2 / N (``SparseGPT.pruner``).
+    """
 
     def __init__(self, channels: int) -> None:
         self._channels = channels

@@ -71,9 +71,10 @@ class Measured(NamedTuple):
 
 
 def layer_importance(similarity: torch.Tensor) -> torch.Tensor:
-    """Return each layer's importance, from -1 to 1 with mean 0 [L]: its dissimilarity, centred and scaled.
+    """Return each layer's importance (I), from -1 to 1 with mean 0 [L]: its dissimilarity, centred and scaled.
 
-    If all layers are equally similar, their importance is 0.
+    With the cosines c between inputs and outputs (``similarity`` [L]) it is ``(mean(c) - c) / max |mean(c) - c|``, and
+    0 if all layers are equally similar.
     """
     importance = similarity.double().neg()
     importance -= importance.mean()
@@ -83,6 +84,8 @@ def layer_importance(similarity: torch.Tensor) -> torch.Tensor:
 
 def next_sparsity(sparsity: torch.Tensor, importance: torch.Tensor, settings: AdaptPrunerSettings) -> torch.Tensor:
     """Return each layer's sparsity after one more iteration [L]: ``clip(s + 1 / T - A I, 0, 0.99)``.
+
+    s (``sparsity``) and I (``importance``) are [L]; T (``iterations``) and A (``amplitude``) are settings.
 
     A layer's sparsity may fall, but removed units are not restored; the layer loses no more until its sparsity exceeds
     its earlier maximum.

@@ -72,7 +72,11 @@ def plan_flap(
 
 
 def channel_scores(scores: Scores, site: str, metric: str, *, compat: bool = False) -> torch.Tensor:
-    """Return a metric of the inputs of ``o_proj`` (``attention``, [L, H*h]) or ``down_proj`` (``ffn``, [L, f])."""
+    """Return a metric of the inputs of ``o_proj`` (``attention``, [L, H*h]) or ``down_proj`` (``ffn``, [L, f]).
+
+    Of the input channel j of a layer's W [d, H*h] or [d, f], over all tokens: WIFV ``var_j sum_i W_ij^2``, IFV
+    ``var_j``, WIFN ``mean_i |W_ij| sqrt(sum x_j^2)`` (2312.11983).
+    """
     if metric == "WIFN":
         return scores.channels(site, "weight_mean_abs") * scores.channels(site, "energy").sqrt()
     variance = scores.channels(site, "fluctuation" if compat else "variance")

@@ -96,7 +96,10 @@ def _best(scores: torch.Tensor, counts: Sequence[int]) -> tuple[Indices, ...]:
 
 
 def standardised(scores: torch.Tensor) -> torch.Tensor:
-    """Return scores [L, n] scaled to mean 0 and unbiased variance 1 in each layer; equal scores become 0."""
+    """Return scores [L, n] scaled to mean 0 and unbiased variance 1 in each layer; equal scores become 0.
+
+    FLAP (2312.11983) makes layers comparable by this.
+    """
     centred = scores - scores.mean(dim=1, keepdim=True)
     deviation = centred.square().sum(dim=1, keepdim=True).div(max(1, scores.shape[1] - 1)).sqrt()
     return torch.where(deviation > 0, centred / deviation, torch.zeros_like(centred))

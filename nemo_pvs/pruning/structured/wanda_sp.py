@@ -21,6 +21,8 @@ def plan_wanda_sp(
 ) -> Plan:
     """Keep the units whose channels have the largest ``mean_i |W_ij| sqrt(sum x_j^2)``, without compensating biases.
 
+    W is ``o_proj`` [d, H*h] or ``down_proj`` [d, f], x_j its input channel j at each token.
+
     All inputs are those of the dense model, so that one calibration serves every ratio. The published script (in
     CASIA-IVA-Lab/FLAP) instead measures each layer after pruned ones, again for each ratio.
 
