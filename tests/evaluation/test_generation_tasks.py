@@ -61,6 +61,9 @@ def test_metrics_are_those_of_lm_evals_own_model(folder, data, tmp_path, monkeyp
     values = {name: about["value"] for measured in ours for name, about in measured.items()}
     assert any(0 < value < 1 for name, value in values.items() if name.startswith("exact_match")), values
     assert any(0 < value < 1 for name, value in values.items() if name.endswith("_acc")), values
+    for filtered in ours[0].values():  # one answer a question and filter, and not those of the other filter
+        assert filtered["documents"] == len(filtered["by_document"]) == 9
+        assert filtered["value"] == pytest.approx(sum(filtered["by_document"]) / 9)
     for task, measured in zip(tasks, ours, strict=True):
         task.task._instances = None
         task.task.set_fewshot_seed(1234)
