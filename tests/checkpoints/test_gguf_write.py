@@ -314,6 +314,31 @@ def test_chat_template_and_end_of_text(tmp_path: Path) -> None:
     assert file.get("tokenizer.ggml.eos_token_id") == 256
 
 
+@pytest.mark.parametrize("stated", [-1, [], None, 999])
+def test_what_is_no_token_does_not_count_as_a_special_one(stated: Any, tmp_path: Path) -> None:
+    """Old configs have -1; NeMo's and Megatron-LM's have no ids, and llama.cpp would end texts at the token 11."""
+    folder = saved(tmp_path / "model", llama())
+    (folder / "generation_config.json").unlink()
+    edit(folder, "config.json", lambda config: config.update(eos_token_id=stated, pad_token_id=stated))
+    ours = written(folder)
+    file = GgufFile(ours.path)
+    assert file.get("tokenizer.ggml.eos_token_id") == 256, "that of the tokenizer"
+    assert "tokenizer.ggml.padding_token_id" not in file.keys
+    assert not ours.notes
+
+
+def test_without_an_end_of_text_llama_cpps_default_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", llama())
+    (folder / "generation_config.json").unlink()
+    edit(folder, "config.json", lambda config: config.pop("eos_token_id"))
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit(folder, file, lambda config: config.pop("eos_token"))
+    ours = written(folder)
+    assert "tokenizer.ggml.eos_token_id" not in GgufFile(ours.path).keys
+    assert ours.notes[0].startswith("Nothing says which token ends a text (eos_token_id), so llama.cpp takes its de")
+    assert "the token 11;" in ours.notes[0]
+
+
 def edit(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads((folder / file).read_text())
     change(values)
