@@ -256,6 +256,22 @@ def test_of_a_folder_only_text_is_read_and_the_rest_is_named(
     assert input_files([tmp_path / "README.txt"]) == [tmp_path / "README.txt"]  # it is asked for
 
 
+def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path) -> None:
+    """On a cluster, a folder of links is how a data set on several disks is put together."""
+    for name in ("disk/one/a.txt", "disk/two/b.txt", "data/c.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    data = tmp_path / "data"
+    (data / "one").symlink_to(tmp_path / "disk" / "one")
+    (data / "two").symlink_to(Path("..", "disk", "two"))
+    (data / "two" / "again").symlink_to(data)
+    (data / "missing").symlink_to(tmp_path / "disk" / "three")
+    (tmp_path / "link").symlink_to(data)
+    for folder in (data, tmp_path / "link"):
+        assert input_files([folder]) == [folder / name for name in ("c.txt", "one/a.txt", "two/b.txt")]
+
+
 def test_a_parquet_column_must_be_there_and_be_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"texts": ["a", None], "number": [1, 2]}), path)
