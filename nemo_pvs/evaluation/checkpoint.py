@@ -212,6 +212,8 @@ class Checkpoint:
             "dtype": str(engine.compute.dtype),
             "context": self.context,
         }
+        if task.task.OUTPUT_TYPE == "generate_until":
+            settings["ends"] = sorted(self.ends)
 
         def measure() -> dict[str, dict[str, Any]]:
             language_model = model()
