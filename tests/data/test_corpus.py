@@ -183,6 +183,14 @@ def test_a_complete_frame_that_ends_inside_a_line_may_be_cut_short(
         list(read_documents(path))
 
 
+def test_a_frame_with_a_long_window_is_read(tmp_path: Path) -> None:
+    """As ``zstd --long=30`` writes it."""
+    settings = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(_lines(TEXTS).encode()) + compressor.flush())
+    assert [document.text for document in read_documents(tmp_path / "a.jsonl.zst")] == TEXTS
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_file_that_ends_inside_a_character_may_be_cut_short(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
