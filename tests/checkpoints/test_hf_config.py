@@ -113,6 +113,15 @@ def test_a_config_in_normal_form_stays_as_it_is(family):
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
+def test_a_context_that_is_not_stated_is_that_of_the_class(family):
+    config = tiny_config(family).to_dict()
+    del config["max_position_embeddings"]
+    default = type(tiny_config(family))().max_position_embeddings
+    for stated in ({}, {"max_position_embeddings": None}):
+        assert normal_config({**config, **stated}, "config.json")["max_position_embeddings"] == default
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
 @pytest.mark.parametrize("stated", [{}, {"architectures": None}, {"architectures": []}])
 def test_without_architectures_model_type_decides(family, stated):
     config = {key: value for key, value in tiny_config(family).to_dict().items() if key != "architectures"}
