@@ -18,7 +18,13 @@ TASKS, TEXTS, ENGINE = "Tasks", "Perplexity", "Engine"
 
 
 def evaluate(
-    paths: Annotated[list[str], typer.Argument(help="checkpoints of any format, also those that training left")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="checkpoint folders of any format, also those that training left, .gguf files, smollm2-135m or "
+            "hf://owner/name"
+        ),
+    ],
     tasks: Annotated[
         Optional[str],
         typer.Option(

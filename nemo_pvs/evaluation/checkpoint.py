@@ -76,21 +76,23 @@ class Engine:
 class Checkpoint:
     """A checkpoint of any format, opened but not loaded yet."""
 
-    def __init__(self, path: str, backend: Backend | None = None) -> None:
+    def __init__(self, path: str, backend: Backend | None = None, folder: Path | None = None) -> None:
         """Open a checkpoint.
 
         Args:
-            path: Its folder.
+            path: What it is called in reports: its folder, or what a user named instead, such as a GGUF file.
             backend: What runs the model; by default Megatron for NeMo checkpoints and ``transformers`` for all others.
+            folder: Its folder, if that is not its path.
 
         Raises:
             UserError: the folder is not a checkpoint, or has no tokenizer.
         """
         self.path = path
-        self.source: WeightSource = open_source(path)
+        self.folder = folder or Path(path)
+        self.source: WeightSource = open_source(self.folder)
         self.backend: Backend = backend or ("megatron" if isinstance(self.source, NemoSource) else "transformers")
         self.shape = shape_of(self.source)
-        self.tokenizer_sha256 = tokenizer_hash(tokenizer_folder(Path(path)))
+        self.tokenizer_sha256 = tokenizer_hash(tokenizer_folder(self.folder))
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -100,7 +102,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        return load_tokenizer(tokenizer_folder(Path(self.path)))
+        return load_tokenizer(tokenizer_folder(self.folder))
 
     @property
     def ends(self) -> frozenset[int]:
@@ -158,7 +160,7 @@ class Checkpoint:
                 tokens,
                 engine.compute,
                 stride=tokens.manifest["stride"],
-                token_bytes=token_bytes(tokenizer_folder(Path(self.path))),
+                token_bytes=token_bytes(tokenizer_folder(self.folder)),
                 progress=progress,
             )
             size = {"documents": len(tokens.ids), "tokens": result["tokens"], "windows": tokens.manifest["cut"]}
@@ -202,7 +204,7 @@ class Checkpoint:
         """
         from nemo_pvs.evaluation.tasks import measure_task
 
-        settings = {
+        settings: dict[str, Any] = {
             "model": self.fingerprint,
             "tokenizer": self.tokenizer_sha256,
             "task": task.content_hash,

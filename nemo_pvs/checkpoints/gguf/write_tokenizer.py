@@ -297,7 +297,7 @@ def _special_token(
     stated = [values.get(f"{key}_token_id") for values in (_settings(files, "generation_config.json"), config)]
     for file in (TOKENIZER_CONFIG, "special_tokens_map.json"):
         token = _settings(files, file).get(f"{key}_token")
-        stated.append(ids.get(token["content"] if isinstance(token, dict) else token))
+        stated.append(ids.get(str(token["content"] if isinstance(token, dict) else token)))
     for one in stated:
         for index in one if isinstance(one, list) else [one]:
             if isinstance(index, int) and 0 <= index < rows:

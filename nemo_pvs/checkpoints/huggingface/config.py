@@ -58,8 +58,9 @@ def normal_config(config: Any, where: str | Path) -> dict[str, Any]:
     """Return a copy of a Hugging Face config in normal form.
 
     ``architectures`` is a list with one class that a table in ``conversions/`` names, and ``model_type`` agrees with
-    it. ``max_position_embeddings`` is present; so is ``rope_theta``, a float. ``rope_scaling`` is a dictionary with ``rope_type``, or None or absent
-    if nothing is scaled. There is no ``rope_parameters``. All other keys stay as they are.
+    it. ``max_position_embeddings`` is present, and so is ``rope_theta``, a float. ``rope_scaling`` is a dictionary
+    with ``rope_type``, or None or absent if nothing is scaled. There is no ``rope_parameters``. All other keys stay as
+    they are.
 
     Args:
         config: The parsed file.
