@@ -106,13 +106,8 @@ class Checkpoint:
 
     @property
     def ends(self) -> frozenset[int]:
-        """Tokens that end a text: the tokenizer's, and those of the generation config, or else of the config."""
-        named = self.source.config.get("eos_token_id")
-        for asset in self.source.assets:
-            if asset.name == "generation_config.json":
-                named = read_json(asset).get("eos_token_id")
-        ends = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
-        return frozenset(ends - {None})
+        """Tokens that end a text (``ends_of``)."""
+        return ends_of(self.source, self.tokenizer)
 
     @property
     def context(self) -> int:
@@ -261,6 +256,16 @@ class Checkpoint:
 
         with megatron_ranks(engine.tensor_parallel, engine.pipeline_parallel, device=engine.compute.device):
             yield MegatronScorer(self.source, **options)
+
+
+def ends_of(source: WeightSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end a text: the tokenizer's, and the generation config's, or else the config's."""
+    named = source.config.get("eos_token_id")
+    for asset in source.assets:
+        if asset.name == "generation_config.json":
+            named = read_json(asset).get("eos_token_id")
+    ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    return frozenset(ends - {None})
 
 
 def measure_once(
