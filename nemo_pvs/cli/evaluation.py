@@ -131,4 +131,4 @@ def evaluate(
     console.print(summary_table(found.models))
     for line in left_out_lines(found.models):
         console.print(line, soft_wrap=True, markup=False)
-    console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True)
+    console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True, markup=False)
