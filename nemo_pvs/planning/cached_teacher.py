@@ -163,8 +163,8 @@ def disk_warning(needed: float, folder: Path) -> str | None:
     if free >= needed:
         return None
     return (
-        f"[yellow]![/] the teacher's answers need {_bytes(needed)}, but {escape(str(folder))} has {_bytes(free)} free; "
-        "keep fewer tokens (top_k), or choose an --out on a larger disk"
+        f"[yellow]![/] the teacher's answers need {_bytes(needed)}, but {escape(str(folder))} has {_bytes(free)} "
+        "free; keep fewer tokens (top_k), or choose an --out on a larger disk"
     )
 
 
