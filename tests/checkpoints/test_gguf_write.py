@@ -158,6 +158,10 @@ def test_a_narrower_qwen2_is_a_llama_with_biases(tmp_path: Path) -> None:
     assert ours.architecture == "llama"
     assert "blk.0.attn_q.bias" in GgufFile(ours.path).tensors
     _same_tensors(ours, narrow)
+    again = HuggingFaceSource(dequantize_gguf(ours.path, tmp_path / "again"))
+    assert shape_of(again) == shape_of(narrow)
+    for name in Layout.for_config(config).parts(shape_of(narrow)):
+        assert torch.equal(again.read(name), narrow.read(name)), name
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
