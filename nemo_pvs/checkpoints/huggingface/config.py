@@ -34,6 +34,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logits_scaling": (1.0,),
     "no_rope_layers": ([],),
     "partial_rotary_factor": (1.0,),
+    "per_layer_config": ({}, []),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1.0,),
     "rotary_pct": (1.0,),
