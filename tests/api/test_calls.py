@@ -94,6 +94,7 @@ def test_mistakes_are_user_errors_and_write_nothing(model: Path, text: Path, tmp
         lambda: pvs.prune(model, tmp_path / "x", "flap", sparsity="2:4"),
         lambda: pvs.convert(model, tmp_path / "x", to="gguf"),
         lambda: pvs.convert(model, tmp_path / "x", verify="maybe"),
+        lambda: pvs.convert(model, tmp_path / "x", to="hf", max_shard_size="infGB"),
         lambda: pvs.calibrate(model, tmp_path / "x", data=text, samples=2, sequence_length=16, device="tpu"),
         lambda: pvs.search(model, tmp_path / "absent", tmp_path / "x", parameters=1e5),
         lambda: pvs.tokenize(text, model, tmp_path / "x", split="half"),
