@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_pvs.layerwise.linear import linear
+
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 """What ``nemo_pvs.layerwise.linear`` calls."""
 ATEN = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -21,6 +23,8 @@ def multiplications(work: Callable[[], Any]) -> int:
 
 def multiplied(work: Callable[[], Any]) -> Counter[Any]:
     """Return the same by the operator that multiplies."""
+    with torch.no_grad():
+        linear(torch.ones(1, 1), torch.ones(1, 1))  # tries the operator once in a process
     with _Products() as products:
         work()
     return products.counts

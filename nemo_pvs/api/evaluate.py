@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from nemo_pvs.api.values import compute_of, one_of, parse_dtype
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.output_paths import check_folder
-
-if TYPE_CHECKING:
-    from nemo_pvs.evaluation.checkpoint import Checkpoint
 
 _BACKENDS = ("auto", "transformers", "megatron")
 
@@ -77,10 +75,10 @@ def evaluate(
     """Measure checkpoints on zero-shot and few-shot tasks and by perplexity; what has been measured is not repeated.
 
     Args:
-        paths: Checkpoints of any format, one or several.
+        paths: Checkpoints of any format, ``.gguf`` files, ``smollm2-135m`` or ``hf://owner/name``, one or several.
         tasks: ``paper``, ``recovery``, names of lm-eval's tasks (``winogrande:5`` for five shots) or a folder of its
             YAML files, separated by commas.
-        parent: The checkpoint with which ``recovery`` compares the others; one of them or another.
+        parent: The model with which ``recovery`` compares the others; one of them or another.
         perplexity: Texts: ``c4``, ``wikitext``, ``cnn_dailymail``, ``wikipedia-sample``, files of your own, or
             ``none``. Without tasks it is ``wikipedia-sample``.
         limit: Maximum documents per task, and windows of ``recovery``.
@@ -124,7 +122,8 @@ def evaluate(
     for option, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give 1 or more.")
-    # Imported only now: it takes seconds, and the checks above should answer at once.
+    # Imported only now: these take seconds, and the checks above should answer at once.
+    from nemo_pvs.checkpoints.fetch import local_checkpoint
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
     from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
     from nemo_pvs.evaluation.measure import measure
@@ -157,10 +156,17 @@ def evaluate(
         ignoring_manifests(ignore_manifest),
         ranks.joined(on_gpus=True),
         ranks.held_by_main(locked_folder(store.folder)),
+        ExitStack() as folders,
     ):
         engine.check_ranks()
-        models = [Checkpoint(path, chosen_backend) for path in _texts(paths)]
-        reference = None if parent is None else _parent(str(parent), models, chosen_backend)
+
+        def opened(path: str) -> Checkpoint:
+            return Checkpoint(path, chosen_backend, folders.enter_context(local_checkpoint(path)))
+
+        models = [opened(path) for path in _texts(paths)]
+        reference = None
+        if parent is not None:  # opened once if it is one of the models
+            reference = next((model for model in models if model.path == str(parent)), None) or opened(str(parent))
         found = measure(
             models,
             request,
@@ -173,13 +179,6 @@ def evaluate(
             force=force,
         )
     return Measurements(found)
-
-
-def _parent(path: str, models: Sequence[Checkpoint], backend: Any) -> Checkpoint:
-    """Return the parent, opened once if it is one of the models."""
-    from nemo_pvs.evaluation.checkpoint import Checkpoint
-
-    return next((model for model in models if model.path == path), None) or Checkpoint(path, backend)
 
 
 def _texts(paths: str | Path | Sequence[str | Path]) -> list[str]:

@@ -32,7 +32,7 @@ def open_checkpoint(
         >>> checkpoint.config["num_hidden_layers"], tuple(checkpoint.read("model.norm.weight").shape)
         (4, (64,))
     """
-    from nemo_pvs.checkpoints.fetch import SMOLLM2, local_checkpoint, packaged_smollm2
+    from nemo_pvs.checkpoints.fetch import SMOLLM2, is_gguf, local_checkpoint, packaged_smollm2
     from nemo_pvs.checkpoints.gguf.file import GgufFile
     from nemo_pvs.checkpoints.gguf.model import GgufSource
     from nemo_pvs.checkpoints.open import open_source
@@ -40,7 +40,7 @@ def open_checkpoint(
 
     if str(source) == SMOLLM2:
         return GgufSource(GgufFile(packaged_smollm2()))
-    if Path(source).suffix == ".gguf" and Path(source).is_file():
+    if is_gguf(str(source)):
         return GgufSource(GgufFile(Path(source)))
     with ignoring_manifests(ignore_manifest), local_checkpoint(str(source)) as folder:
         return open_source(folder, config)

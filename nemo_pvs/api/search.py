@@ -99,7 +99,7 @@ def search(
     """Find the best architecture within a budget; an interrupted search is resumed.
 
     Args:
-        source: Checkpoint folder.
+        source: Checkpoint folder of any format, ``.gguf`` file, ``smollm2-135m`` or ``hf://owner/name``.
         scores: What ``calibrate`` returned, or its folder.
         out: The JSON file for the best sizes.
         parameters: Budget in parameters.
@@ -158,6 +158,7 @@ def search(
     """
     out = Path(out)
     check_new_file(out, overwrite=overwrite)
+    from nemo_pvs.checkpoints.fetch import local_checkpoint
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
@@ -178,90 +179,90 @@ def search(
     if retrain_tokens and not retrain_data:
         raise UserError("--retrain-tokens needs text to train on; give --retrain-data, a folder from pvs tokenize.")
     compute = compute_of(device, activation_memory)
-    with ignoring_manifests(ignore_manifest):
-        model = open_source(source)
-    budget = SizeLimit(
-        parameters=parameters,
-        memory_bytes=None if memory is None else parse_bytes("--memory", memory),
-        tolerance=tolerance,
-        context=context,
-        batch_size=batch,
-        flops_per_token=flops_per_token,
-    )
-    grid = Grid.of(
-        shape_of(model),
-        layers_step=layers_step,
-        hidden_step=hidden_step,
-        ffn_step=ffn_step,
-        kv_groups_step=kv_groups_step,
-        heads_step=heads_step,
-        max_width_pruning=max_width_pruning,
-        max_depth_pruning=max_depth_pruning,
-    )
-    shapes = legal_shapes(
-        shape_of(model),
-        grid,
-        budget,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=pipeline_parallel,
-        fp8=fp8,
-    )
-    known = scores_of(scores, model)
-    with ranks.joined(), ranks.held_by_main(locked_target(out)):
-        if retrain_tokens and ranks.world_size() > 1:
-            raise UserError(
-                "Candidates are trained on separate ranks (--tensor-parallel, --pipeline-parallel, "
-                "--data-parallel); under torchrun leave out --retrain-tokens, then run the command again with it "
-                "and with --overwrite, but without torchrun: measurements are kept."
-            )
-        table = None
-        if bound is not None:
-            table = _latency_table(model.config, on, dtype, batch, context, latency_table)
-            with progress("measure latency", "parts") as show:
-                shapes = table.within(bound, shapes, show)
-        find = partial(
-            rank,
-            model,
-            known,
-            known.tokens,
-            shapes,
-            flops_at(context),
-            shortlist=shortlist,
-            state=out.with_suffix(".search.json"),
-            compute=compute,
+    with ignoring_manifests(ignore_manifest), local_checkpoint(str(source)) as folder:
+        model = open_source(folder)
+        budget = SizeLimit(
+            parameters=parameters,
+            memory_bytes=None if memory is None else parse_bytes("--memory", memory),
+            tolerance=tolerance,
+            context=context,
+            batch_size=batch,
+            flops_per_token=flops_per_token,
         )
-        with progress("search", "layers") as show:
-            ranking = find(progress=show)
-        if retrain_tokens:
-            training = parse_training(
-                {
-                    "tokens": retrain_tokens,
-                    "sequence_length": sequence_length,
-                    "global_batch_size": global_batch_size,
-                    "validation_samples": global_batch_size,
-                    "learning_rate": learning_rate,
-                }
+        grid = Grid.of(
+            shape_of(model),
+            layers_step=layers_step,
+            hidden_step=hidden_step,
+            ffn_step=ffn_step,
+            kv_groups_step=kv_groups_step,
+            heads_step=heads_step,
+            max_width_pruning=max_width_pruning,
+            max_depth_pruning=max_depth_pruning,
+        )
+        shapes = legal_shapes(
+            shape_of(model),
+            grid,
+            budget,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+            fp8=fp8,
+        )
+        known = scores_of(scores, model)
+        with ranks.joined(), ranks.held_by_main(locked_target(out)):
+            if retrain_tokens and ranks.world_size() > 1:
+                raise UserError(
+                    "Candidates are trained on separate ranks (--tensor-parallel, --pipeline-parallel, "
+                    "--data-parallel); under torchrun leave out --retrain-tokens, then run the command again with it "
+                    "and with --overwrite, but without torchrun: measurements are kept."
+                )
+            table = None
+            if bound is not None:
+                table = _latency_table(model.config, on, dtype, batch, context, latency_table)
+                with progress("measure latency", "parts") as show:
+                    shapes = table.within(bound, shapes, show)
+            find = partial(
+                rank,
+                model,
+                known,
+                known.tokens,
+                shapes,
+                flops_at(context),
+                shortlist=shortlist,
+                state=out.with_suffix(".search.json"),
+                compute=compute,
             )
-            layout = parse_layout(
-                {
-                    "tensor_parallel": tensor_parallel,
-                    "pipeline_parallel": pipeline_parallel,
-                    "data_parallel": data_parallel,
-                }
-            )
-            runs, data = out.with_suffix(".runs"), Path(retrain_data or "")
-            with short_training(model, runs, data, layout, training) as retrain:
-                ranking = find(retrain=retrain, retrain_best=retrain_best, retrained=f"{data}: {training}")
-        tokens, flops = ranking.tokens_read, ranking.flops
-        for shape in [one.shape for one in ranking.candidates if one.retrained_loss is not None]:
-            trained = training.steps * training.tokens_per_step
-            tokens += trained
-            flops += trained * shape.flops_per_token(sequence_length=sequence_length, training=True)
-        candidates = ranking.candidates
-        if table is not None:
-            candidates = _with_latencies(candidates, table, shortlist)
-        if ranks.is_main():
-            write_target(ranking.candidates[0].shape, out, {"tokens": tokens, "flops": flops})
+            with progress("search", "layers") as show:
+                ranking = find(progress=show)
+            if retrain_tokens:
+                training = parse_training(
+                    {
+                        "tokens": retrain_tokens,
+                        "sequence_length": sequence_length,
+                        "global_batch_size": global_batch_size,
+                        "validation_samples": global_batch_size,
+                        "learning_rate": learning_rate,
+                    }
+                )
+                layout = parse_layout(
+                    {
+                        "tensor_parallel": tensor_parallel,
+                        "pipeline_parallel": pipeline_parallel,
+                        "data_parallel": data_parallel,
+                    }
+                )
+                runs, data = out.with_suffix(".runs"), Path(retrain_data or "")
+                with short_training(model, runs, data, layout, training) as retrain:
+                    ranking = find(retrain=retrain, retrain_best=retrain_best, retrained=f"{data}: {training}")
+            tokens, flops = ranking.tokens_read, ranking.flops
+            for shape in [one.shape for one in ranking.candidates if one.retrained_loss is not None]:
+                trained = training.steps * training.tokens_per_step
+                tokens += trained
+                flops += trained * shape.flops_per_token(sequence_length=sequence_length, training=True)
+            candidates = ranking.candidates
+            if table is not None:
+                candidates = _with_latencies(candidates, table, shortlist)
+            if ranks.is_main():
+                write_target(ranking.candidates[0].shape, out, {"tokens": tokens, "flops": flops})
     note = Layout.for_config(model.config).loading_note(candidates[0].shape)
     return SearchResult(out, candidates, tokens, flops, note, None if table is None else table.path)
 

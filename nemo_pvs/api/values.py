@@ -167,7 +167,7 @@ def parse_bytes(option: str, text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     try:
         size = int(float(text[:-2]) * units[text[-2:].upper()])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise UserError(f"{option} is {text!r}; write a size such as 5GB or 500MB.")

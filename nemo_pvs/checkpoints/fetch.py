@@ -40,7 +40,7 @@ def local_checkpoint(source: str, beside: Path | None = None) -> Iterator[Path]:
     """
     if source.startswith(_HUB):
         yield _download(source.removeprefix(_HUB))
-    elif source != SMOLLM2 and not _is_gguf(source):
+    elif source != SMOLLM2 and not is_gguf(source):
         yield Path(source)
     else:
         if beside is None:
@@ -72,7 +72,7 @@ def prepare_parent(source: str, target: Path) -> Path:
             _download(source.removeprefix(_HUB), folder)
             shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
         return target
-    if _is_gguf(source):
+    if is_gguf(source):
         return dequantize_gguf(Path(source), target)
     path = Path(source)
     if path.is_dir():
@@ -114,7 +114,8 @@ def packaged_smollm2() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def _is_gguf(source: str) -> bool:
+def is_gguf(source: str) -> bool:
+    """Return whether a source is a GGUF file."""
     return Path(source).suffix == ".gguf" and Path(source).is_file()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
+from nemo_pvs.checkpoints.fetch import SMOLLM2, is_gguf
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.megatron.source import MegatronSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
@@ -25,6 +28,12 @@ def open_source(path: str | Path, config: str | Path | None = None) -> HuggingFa
         UserError: ``path`` does not exist, or is not a checkpoint that we read.
     """
     folder = Path(path)
+    name = re.sub("^hf:/+", "hf://", str(path))  # a Path has lost a slash
+    if not folder.is_dir() and (name == SMOLLM2 or name.startswith("hf://") or is_gguf(name)):
+        raise UserError(
+            f"{name} is not a folder, which is needed here; write one with pvs convert {shlex.quote(name)} DST --to "
+            "hf, and give that."
+        )
     if not folder.exists():
         raise UserError(
             f"{folder} does not exist; give the folder of a checkpoint, or hf://owner/name to download one."

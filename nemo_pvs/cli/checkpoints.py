@@ -86,17 +86,17 @@ def convert(
     )
     if converted.manifest is None:
         about, *notes = converted.notes
-        console.print(f"{target}: {about}", soft_wrap=True)
+        console.print(f"{target}: {about}", soft_wrap=True, markup=False)
         for note in notes:
-            console.print(note, soft_wrap=True)
+            console.print(note, soft_wrap=True, markup=False)
         return
     from nemo_pvs.checkpoints.convert import describe
 
-    console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True)
+    console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True, markup=False)
     for note in converted.notes:
-        console.print(note, soft_wrap=True)
+        console.print(note, soft_wrap=True, markup=False)
     if converted.agreement is not None:
-        console.print(f"{source} and {target} have {converted.agreement}", soft_wrap=True)
+        console.print(f"{source} and {target} have {converted.agreement}", soft_wrap=True, markup=False)
 
 
 def inspect(
@@ -137,7 +137,7 @@ def inspect(
             console.print(zeros)
         if verify:
             with progress("read and verify", "parameters") as show:
-                console.print(f"{path}: {verify_or_read(folder, progress=show)}", soft_wrap=True)
+                console.print(f"{path}: {verify_or_read(folder, progress=show)}", soft_wrap=True, markup=False)
 
 
 def _description(about: dict[str, Any]) -> dict[str, str]:

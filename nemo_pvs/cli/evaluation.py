@@ -18,7 +18,13 @@ TASKS, TEXTS, ENGINE = "Tasks", "Perplexity", "Engine"
 
 
 def evaluate(
-    paths: Annotated[list[str], typer.Argument(help="checkpoints of any format, also those of unfinished runs")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="checkpoints of any format, also those of unfinished runs, .gguf files, smollm2-135m or "
+            "hf://owner/name"
+        ),
+    ],
     tasks: Annotated[
         Optional[str],
         typer.Option(
@@ -129,4 +135,4 @@ def evaluate(
     console.print(summary_table(found.models))
     for line in left_out_lines(found.models):
         console.print(line, soft_wrap=True, markup=False)
-    console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True)
+    console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True, markup=False)

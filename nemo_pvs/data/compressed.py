@@ -15,6 +15,9 @@ DAMAGE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 """Exceptions that reading a damaged file can raise; ``EOFError`` means that it ends inside a compressed frame."""
 
 _CHUNK_BYTES = 1 << 14
+_LARGEST_WINDOW = 1 << 31
+"""How far back a Zstandard frame may refer, which takes as much memory: that of ``zstd --long=31``, as of large dumps.
+The library allows 128 MiB unless it is told."""
 _MOST_HEADER_BYTES = 18
 _CHECKSUM_BYTES = 4
 _RUN_LENGTH = 1
@@ -116,7 +119,7 @@ def _content_of_frames(file: BinaryIO, start: int, end: int | None) -> _Pieces:
     compressed = b""
     while compressed := compressed or file.read(_CHUNK_BYTES):
         if frame is None:
-            frame = zstandard.ZstdDecompressor().decompressobj()
+            frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
             past_end = end is not None and position >= end
         content, left = frame.decompress(compressed), frame.unused_data
         position += len(compressed) - len(left)

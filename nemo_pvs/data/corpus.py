@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -126,7 +127,15 @@ def _sources(name: str | Path) -> list[Path | None]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    """Return all files below a folder in the order of their paths, those in linked folders included."""
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):  # rglob does not follow links
+        above = Path(parent).parents[: len(Path(parent).relative_to(folder).parts)]
+        if os.path.realpath(parent) in map(os.path.realpath, above):  # a link that leads back
+            folders.clear()
+        else:
+            files += (Path(parent, name) for name in names)
+    return [file for file in sorted(files) if file.is_file()]
 
 
 def _is_text(file: Path, folder: Path) -> bool:

@@ -121,6 +121,9 @@ def _check(shares: Mapping[str, float], workers: int | None, shard: tuple[int, i
     if not shares or min(shares.values()) <= 0 or not abs(sum(shares.values()) - 1) < 1e-6:
         given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
         raise UserError(f"The shares of a split must be positive and add up to 1, not: {given or 'none'}.")
+    for name in shares:
+        if Path(name).name != name or name.startswith("."):
+            raise UserError(f"The split {name!r} cannot be the name of a file; call it train or the like.")
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; give at least 1.")
     if shard is not None and not 1 <= shard[0] <= shard[1]:

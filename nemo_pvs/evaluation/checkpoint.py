@@ -76,21 +76,23 @@ class Engine:
 class Checkpoint:
     """A checkpoint of any format, opened but not loaded yet."""
 
-    def __init__(self, path: str, backend: Backend | None = None) -> None:
+    def __init__(self, path: str, backend: Backend | None = None, folder: Path | None = None) -> None:
         """Open a checkpoint.
 
         Args:
-            path: Its folder.
+            path: What it is called in reports: its folder, or what a user named instead, such as a GGUF file.
             backend: What runs the model; by default Megatron for NeMo checkpoints and ``transformers`` for all others.
+            folder: Its folder, if that is not its path.
 
         Raises:
             UserError: the folder is not a checkpoint, or has no tokenizer.
         """
         self.path = path
-        self.source: WeightSource = open_source(path)
+        self.folder = folder or Path(path)
+        self.source: WeightSource = open_source(self.folder)
         self.backend: Backend = backend or ("megatron" if isinstance(self.source, NemoSource) else "transformers")
         self.shape = shape_of(self.source)
-        self.tokenizer_sha256 = tokenizer_hash(tokenizer_folder(Path(path)))
+        self.tokenizer_sha256 = tokenizer_hash(tokenizer_folder(self.folder))
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -100,17 +102,12 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        return load_tokenizer(tokenizer_folder(Path(self.path)))
+        return load_tokenizer(tokenizer_folder(self.folder))
 
     @property
     def ends(self) -> frozenset[int]:
-        """Tokens that end a text: the tokenizer's, and those of the generation config, or else of the config."""
-        named = self.source.config.get("eos_token_id")
-        for asset in self.source.assets:
-            if asset.name == "generation_config.json":
-                named = read_json(asset).get("eos_token_id")
-        ends = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
-        return frozenset(ends - {None})
+        """Tokens that end a text (``ends_of``)."""
+        return ends_of(self.source, self.tokenizer)
 
     @property
     def context(self) -> int:
@@ -158,7 +155,7 @@ class Checkpoint:
                 tokens,
                 engine.compute,
                 stride=tokens.manifest["stride"],
-                token_bytes=token_bytes(tokenizer_folder(Path(self.path))),
+                token_bytes=token_bytes(tokenizer_folder(self.folder)),
                 progress=progress,
             )
             size = {"documents": len(tokens.ids), "tokens": result["tokens"], "windows": tokens.manifest["cut"]}
@@ -202,7 +199,7 @@ class Checkpoint:
         """
         from nemo_pvs.evaluation.tasks import measure_task
 
-        settings = {
+        settings: dict[str, Any] = {
             "model": self.fingerprint,
             "tokenizer": self.tokenizer_sha256,
             "task": task.content_hash,
@@ -212,6 +209,8 @@ class Checkpoint:
             "dtype": str(engine.compute.dtype),
             "context": self.context,
         }
+        if task.task.OUTPUT_TYPE == "generate_until":
+            settings["ends"] = sorted(self.ends)
 
         def measure() -> dict[str, dict[str, Any]]:
             language_model = model()
@@ -257,6 +256,16 @@ class Checkpoint:
 
         with megatron_ranks(engine.tensor_parallel, engine.pipeline_parallel, device=engine.compute.device):
             yield MegatronScorer(self.source, **options)
+
+
+def ends_of(source: WeightSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end a text: the tokenizer's, and the generation config's, or else the config's."""
+    named = source.config.get("eos_token_id")
+    for asset in source.assets:
+        if asset.name == "generation_config.json":
+            named = read_json(asset).get("eos_token_id")
+    ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    return frozenset(ends - {None})
 
 
 def measure_once(

@@ -107,7 +107,7 @@ def _windows(request: EvaluationRequest, model: Checkpoint, data: Path) -> dict[
     return {
         text: windows_of(
             text,
-            tokenizer_folder(Path(model.path)),
+            tokenizer_folder(model.folder),
             samples=request.samples,
             sequence_length=request.sequence_length,
             stride=request.stride,

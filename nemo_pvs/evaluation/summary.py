@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from nemo_pvs.errors import UserError
@@ -93,7 +94,7 @@ def summary(models: list[dict[str, Any]], compute: dict[str, Any]) -> dict[str, 
 
 def summary_table(models: list[dict[str, Any]]) -> Table:
     """Return a table with one row per metric and one column per model: value ± standard error."""
-    table = Table("", "on", *(model["checkpoint"] for model in models))
+    table = Table("", "on", *(escape(model["checkpoint"]) for model in models))
     for column in table.columns:
         column.overflow = "fold"  # wrap long paths,
     for column, model in zip(table.columns[2:], models, strict=True):
@@ -102,7 +103,7 @@ def summary_table(models: list[dict[str, Any]]) -> Table:
     for name in dict.fromkeys(name for model in models for name in model["measured"]):
         cells = [model["measured"].get(name) for model in models]
         first = next(cell for cell in cells if cell)
-        table.add_row(name, _size(first), *("" if cell is None else _cell(name, cell) for cell in cells))
+        table.add_row(escape(name), _size(first), *("" if cell is None else _cell(name, cell) for cell in cells))
     return table
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.tokenize import load_tokenizer
+from nemo_pvs.evaluation.checkpoint import ends_of
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.requests import parse_tasks
 from nemo_pvs.evaluation.scoring import TransformersScorer
@@ -42,9 +43,8 @@ def task_score(
 
     def score(source: WeightSource) -> Scored:
         context = int(source.config["max_position_embeddings"])
-        model = CheckpointLM(
-            TransformersScorer(source, dtype=compute.dtype, device=compute.device), tokenizer, context
-        )
+        scorer = TransformersScorer(source, dtype=compute.dtype, device=compute.device)
+        model = CheckpointLM(scorer, tokenizer, context, ends=ends_of(source, tokenizer))
         firsts = [next(iter(measure_task(task, model, limit).values())) for task in loaded]
         signed = [first["value"] if first["higher_is_better"] else -first["value"] for first in firsts]
         return Scored(sum(signed) / len(signed), model.read)

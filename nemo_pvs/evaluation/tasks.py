@@ -255,7 +255,6 @@ def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = No
         )
     assert results is not None
     scores, better = results["results"][name], loaded.task.higher_is_better()
-    samples = results["samples"][name]
     measured = {}
     for key, value in scores.items():
         metric, _, filter_name = key.partition(",")
@@ -263,6 +262,7 @@ def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = No
             continue
         error = scores.get(f"{metric}_stderr,{filter_name}")
         label = metric if filter_name == "none" else f"{metric},{filter_name}"
+        samples = [sample for sample in results["samples"][name] if sample["filter"] == filter_name]
         measured[label] = {
             "value": float(value),
             "stderr": float(error) if isinstance(error, (int, float)) else None,

@@ -73,7 +73,9 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
             last = now
             left = left or short_time((now - began) / done * (total - done))
             console.print(
-                f"  {what}: {done:,}/{total:,} {unit}, {left} left{', ' + note if note else ''}", soft_wrap=True
+                f"  {what}: {done:,}/{total:,} {unit}, {left} left{', ' + note if note else ''}",
+                soft_wrap=True,
+                markup=False,
             )
 
     yield say
@@ -111,7 +113,7 @@ def _row(what: str, unit: str) -> Iterator[Callable[..., None]]:
     if _bars is None:
         _bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),

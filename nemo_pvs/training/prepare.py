@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from nemo_pvs.checkpoints.fingerprint import Fingerprint, earlier_fingerprint, fingerprint, same_inputs
 from nemo_pvs.checkpoints.masks import check_masks, masks_of
@@ -243,7 +244,7 @@ def _say_unmasked_zeros(initial: str, source: WeightSource) -> None:
     if not masks_of(source).names and share > _SPARSE:
         how = f"--method magnitude --sparsity {first.pattern or f'{share:.2g}'}"
         console.print(
-            f"[yellow]![/] {initial} has {share:.0%} zeros in {first.name} and no masks, so training fills them; "
-            f"pvs prune {initial} DST {how} keeps these zeros and writes their masks.",
+            f"[yellow]![/] {escape(initial)} has {share:.0%} zeros in {first.name} and no masks, so training fills "
+            f"them; pvs prune {escape(initial)} DST {how} keeps these zeros and writes their masks.",
             soft_wrap=True,
         )

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -13,6 +14,8 @@ import pytest
 import nemo_pvs as pvs
 from nemo_pvs.api.evaluate import Measurement
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.errors import UserError
+from tests.checkpoints.test_gguf_write import llama, saved
 from tests.conftest import make_tiny_llama
 
 CELL = """\
@@ -65,12 +68,33 @@ def test_three_lines(model: Path, text: Path, tmp_path: Path, monkeypatch: pytes
     assert table.pivot(index="model", columns="metric", values="value").nunique().to_list() == [1, 1]
 
 
+def test_a_gguf_file_is_a_model_for_every_verb_that_says_so(tmp_path: Path) -> None:
+    folder, file, text = saved(tmp_path / "model", llama()), tmp_path / "the model.gguf", tmp_path / "text.txt"
+    text.write_text("A text that is as good as any other. " * 20)
+    pvs.convert(folder, file, dtype="fp32")
+    size: dict[str, Any] = {"samples": 2, "sequence_length": 40}
+    rows = pvs.evaluate([file, folder], parent=file, tasks="recovery", perplexity=text, limit=1, **size, out=tmp_path)
+    for metric in ("loss", "repetition"):
+        ours, theirs = (row for row in rows if row["metric"] == metric)
+        assert (ours["model"], theirs["model"]) == (str(file), str(folder))
+        assert ours["value"] == theirs["value"]
+
+    scores = pvs.calibrate(file, tmp_path / "scores", data=text, **size)
+    best = pvs.search(file, scores, tmp_path / "best.json", parameters=1e5, tolerance=0.5, hidden_step=0)
+    assert best.shape.ffn < 96
+
+    for name in (str(file), file, "hf://owner/name", Path("hf://owner/name")):
+        with pytest.raises(UserError, match=r"name|gguf.* is not a folder, which is needed here; write one with pvs"):
+            pvs.train(name, tmp_path / "x", tmp_path, tokens=64)
+
+
 def test_mistakes_are_user_errors_and_write_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     for call in (
         lambda: pvs.prune(model, tmp_path / "x", "flap", ratio=2.0, data=text, samples=2, sequence_length=16),
         lambda: pvs.prune(model, tmp_path / "x", "flap", sparsity="2:4"),
         lambda: pvs.convert(model, tmp_path / "x", to="gguf"),
         lambda: pvs.convert(model, tmp_path / "x", verify="maybe"),
+        lambda: pvs.convert(model, tmp_path / "x", to="hf", max_shard_size="infGB"),
         lambda: pvs.calibrate(model, tmp_path / "x", data=text, samples=2, sequence_length=16, device="tpu"),
         lambda: pvs.search(model, tmp_path / "absent", tmp_path / "x", parameters=1e5),
         lambda: pvs.tokenize(text, model, tmp_path / "x", split="half"),

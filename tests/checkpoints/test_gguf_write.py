@@ -158,6 +158,10 @@ def test_a_narrower_qwen2_is_a_llama_with_biases(tmp_path: Path) -> None:
     assert ours.architecture == "llama"
     assert "blk.0.attn_q.bias" in GgufFile(ours.path).tensors
     _same_tensors(ours, narrow)
+    again = HuggingFaceSource(dequantize_gguf(ours.path, tmp_path / "again"))
+    assert shape_of(again) == shape_of(narrow)
+    for name in Layout.for_config(config).parts(shape_of(narrow)):
+        assert torch.equal(again.read(name), narrow.read(name)), name
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
@@ -312,6 +316,31 @@ def test_chat_template_and_end_of_text(tmp_path: Path) -> None:
     file = GgufFile(written(folder).path)
     assert file.get("tokenizer.chat_template") == "{{ messages[0].content }}"
     assert file.get("tokenizer.ggml.eos_token_id") == 256
+
+
+@pytest.mark.parametrize("stated", [-1, [], None, 999])
+def test_what_is_no_token_does_not_count_as_a_special_one(stated: Any, tmp_path: Path) -> None:
+    """Old configs have -1; NeMo's and Megatron-LM's have no ids, and llama.cpp would end texts at the token 11."""
+    folder = saved(tmp_path / "model", llama())
+    (folder / "generation_config.json").unlink()
+    edit(folder, "config.json", lambda config: config.update(eos_token_id=stated, pad_token_id=stated))
+    ours = written(folder)
+    file = GgufFile(ours.path)
+    assert file.get("tokenizer.ggml.eos_token_id") == 256, "that of the tokenizer"
+    assert "tokenizer.ggml.padding_token_id" not in file.keys
+    assert not ours.notes
+
+
+def test_without_an_end_of_text_llama_cpps_default_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", llama())
+    (folder / "generation_config.json").unlink()
+    edit(folder, "config.json", lambda config: config.pop("eos_token_id"))
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit(folder, file, lambda config: config.pop("eos_token"))
+    ours = written(folder)
+    assert "tokenizer.ggml.eos_token_id" not in GgufFile(ours.path).keys
+    assert ours.notes[0].startswith("Nothing says which token ends a text (eos_token_id), so llama.cpp takes its de")
+    assert "the token 11;" in ours.notes[0]
 
 
 def edit(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> None:

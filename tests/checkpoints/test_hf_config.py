@@ -113,6 +113,15 @@ def test_a_config_in_normal_form_stays_as_it_is(family):
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
+def test_a_context_that_is_not_stated_is_that_of_the_class(family):
+    config = tiny_config(family).to_dict()
+    del config["max_position_embeddings"]
+    default = type(tiny_config(family))().max_position_embeddings
+    for stated in ({}, {"max_position_embeddings": None}):
+        assert normal_config({**config, **stated}, "config.json")["max_position_embeddings"] == default
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
 @pytest.mark.parametrize("stated", [{}, {"architectures": None}, {"architectures": []}])
 def test_without_architectures_model_type_decides(family, stated):
     config = {key: value for key, value in tiny_config(family).to_dict().items() if key != "architectures"}
@@ -166,6 +175,7 @@ def test_what_is_no_config_is_refused(config):
         ({"partial_rotary_factor": 0.5}, "sets partial_rotary_factor to 0.5"),
         ({"use_bidirectional_attention": True}, "sets use_bidirectional_attention to True"),
         ({"is_causal": False}, "sets is_causal to False"),
+        ({"per_layer_config": {"1": {"rms_norm_eps": 1e-3}}}, "sets per_layer_config to {'1': {'rms_norm_eps"),
         ({"sliding_window": 32}, "sets sliding_window to 32"),
         ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding_attention among its layer_types"),
         ({"layer_types": ["full_attention"]}, "one entry in layer_types per layer \\(4\\)"),
@@ -182,6 +192,7 @@ def test_a_setting_that_is_not_computed_is_refused(settings, message):
     [
         {"pretraining_tp": 2},  # the same function, in slices
         {"logits_scaling": 1.0, "attention_multiplier": None, "partial_rotary_factor": 1, "is_causal": True},
+        {"per_layer_config": {}},  # all layers alike, in Transformers 5
         {"sliding_window": 256},  # the whole context
         {"layer_types": ["full_attention"] * 4},
     ],

@@ -274,6 +274,15 @@ def test_the_command_says_how_to_load_what_it_wrote_and_what_it_left(pvs, hf, tm
     assert open_source(tmp_path / "root").extra_tensors == ()
 
 
+def test_a_path_is_printed_as_it_is_and_quoted_where_a_shell_reads_it(pvs, hf, tmp_path):
+    target = tmp_path / "my model [a]" / "[b] ü"
+    done = pvs("convert", hf, target, "--to", "megatron")
+    assert done.code == 0, done.errors
+    assert done.output.startswith(f"{target}: megatron, ")
+    assert f'pretrained_checkpoint = "{target}"' in done.output
+    assert f"Megatron-LM: --load '{target}' --use-checkpoint-args" in done.output
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "expected"),
     [

@@ -183,6 +183,14 @@ def test_a_complete_frame_that_ends_inside_a_line_may_be_cut_short(
         list(read_documents(path))
 
 
+def test_a_frame_with_a_long_window_is_read(tmp_path: Path) -> None:
+    """As ``zstd --long=30`` writes it."""
+    settings = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(_lines(TEXTS).encode()) + compressor.flush())
+    assert [document.text for document in read_documents(tmp_path / "a.jsonl.zst")] == TEXTS
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_file_that_ends_inside_a_character_may_be_cut_short(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
@@ -254,6 +262,22 @@ def test_of_a_folder_only_text_is_read_and_the_rest_is_named(
     assert len(list(read_documents(tmp_path))) == len(text)
     assert capsys.readouterr().out.startswith(f"{tmp_path}: not read as text: ._a.txt, .cache/huggingface/b.txt, ")
     assert input_files([tmp_path / "README.txt"]) == [tmp_path / "README.txt"]  # it is asked for
+
+
+def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path) -> None:
+    """On a cluster, a folder of links is how a data set on several disks is put together."""
+    for name in ("disk/one/a.txt", "disk/two/b.txt", "data/c.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    data = tmp_path / "data"
+    (data / "one").symlink_to(tmp_path / "disk" / "one")
+    (data / "two").symlink_to(Path("..", "disk", "two"))
+    (data / "two" / "again").symlink_to(data)
+    (data / "missing").symlink_to(tmp_path / "disk" / "three")
+    (tmp_path / "link").symlink_to(data)
+    for folder in (data, tmp_path / "link"):
+        assert input_files([folder]) == [folder / name for name in ("c.txt", "one/a.txt", "two/b.txt")]
 
 
 def test_a_parquet_column_must_be_there_and_be_text(tmp_path: Path) -> None:

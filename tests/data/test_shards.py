@@ -115,6 +115,9 @@ def test_mistakes(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
         tokenize_files([str(corpus)], tokenizer_folder, out, {"train": 0.5})
     with pytest.raises(UserError, match="--workers is 0"):
         tokenize_files([str(corpus)], tokenizer_folder, out, SHARES, workers=0)
+    for name in ("", "..", "a/b", ".hidden"):
+        with pytest.raises(UserError, match=rf"The split '{name}' cannot be the name of a file"):
+            tokenize_files([str(corpus)], tokenizer_folder, out, {name: 1.0})
     assert not out.exists()
     (corpus / "9.jsonl").write_text("{broken\n")
     with pytest.raises(UserError, match=r"9\.jsonl, line 1, is not valid JSON"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
+from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.requests import TaskRequest, parse_tasks
 from nemo_pvs.evaluation.scoring import TransformersScorer
+from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
 from tests.evaluation.generation_data import save_counting_model, write_code_task, write_generation_data
 
@@ -61,6 +65,9 @@ def test_metrics_are_those_of_lm_evals_own_model(folder, data, tmp_path, monkeyp
     values = {name: about["value"] for measured in ours for name, about in measured.items()}
     assert any(0 < value < 1 for name, value in values.items() if name.startswith("exact_match")), values
     assert any(0 < value < 1 for name, value in values.items() if name.endswith("_acc")), values
+    for filtered in ours[0].values():  # one answer a question and filter, and not those of the other filter
+        assert filtered["documents"] == len(filtered["by_document"]) == 9
+        assert filtered["value"] == pytest.approx(sum(filtered["by_document"]) / 9)
     for task, measured in zip(tasks, ours, strict=True):
         task.task._instances = None
         task.task.set_fewshot_seed(1234)
@@ -89,6 +96,23 @@ def test_generated_code_runs_only_if_the_user_says_so(folder, data, tmp_path):
     measured = measure_task(task, CheckpointLM(scorer, AutoTokenizer.from_pretrained(folder), 1024))
     assert (tasks / "ran").read_text() == "loaded tested tested tested "
     assert measured["passes"]["value"] == 1
+
+
+def test_other_end_of_text_tokens_are_another_measurement(folder, tmp_path):
+    """They are in no tensor, no task and no file of the tokenizer, and a user may have corrected them."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    tasks = write_code_task(tmp_path / "tasks")
+    [task] = load_tasks([TaskRequest("doubling", folder=tasks)], tmp_path, run_generated_code=True)
+
+    def measured() -> Any:
+        checkpoint = Checkpoint(str(model))
+        with checkpoint.language_model(Engine()) as load:
+            return checkpoint.measure_task(task, Store(tmp_path / "out"), Engine(), load, lambda *_, **__: None)
+
+    assert "measured" not in measured()["passes"]
+    assert measured()["passes"]["measured"] == "before"
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert "measured" not in measured()["passes"]
 
 
 def test_humaneval_says_what_it_needs(data):

@@ -55,3 +55,25 @@ def test_what_was_read_is_what_was_multiplied(tmp_path: Path) -> None:
     shape = shape_of(source)
     assert sum(read.values()) == 4
     assert products == sum(map(prod, read.items())) * (shape.matrix_parameters + shape.vocab * shape.hidden)
+
+
+def test_texts_end_as_when_the_model_is_evaluated(tmp_path: Path) -> None:
+    """With any of the tokens that the generation config names, not with the tokenizer's alone."""
+    folder = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(128)]}))
+    task = tmp_path / "task"
+    task.mkdir()
+    definition = {
+        "task": "writing",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "writing.jsonl"}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{start}}",
+        "doc_to_target": "w4",
+        "generation_kwargs": {"until": ["w999"], "max_gen_toks": 8, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (task / "writing.yaml").write_text(json.dumps(definition))
+    (task / "writing.jsonl").write_text(json.dumps({"start": "w5 w6 w3"}))
+    assert task_score(str(task), folder, tmp_path)(open_source(folder)).read == {3: 1}, "one new token, never read"

@@ -206,6 +206,19 @@ def test_bytes_special_tokens_and_those_of_the_template_are_required(pairs: dict
     assert byte_characters() == {*pre_tokenizers.ByteLevel.alphabet()}
 
 
+def test_a_template_that_jinja_cannot_read_and_padding_by_any_token(tmp_path: Path) -> None:
+    folder = save(tmp_path, byte_level())
+    (folder / "chat_template.jinja").write_text(r"{{ 'wonderful' + '\x' }}")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    rare = max(content["model"]["vocab"].values())
+    padding = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] = {**padding, "pad_id": rare, "pad_type_id": 0, "pad_token": "[PAD]"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    parsed = BpeTokenizer(sorted(folder.iterdir()), {"vocab_size": ROWS})
+    kept = sorted(parsed.required)
+    assert pruned_tokenizer(parsed, new_ids(kept))["padding"]["pad_id"] == kept.index(rare)
+
+
 @pytest.fixture(name="parent", scope="module")
 def parent_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save(tmp_path_factory.mktemp("parent"), byte_level())

@@ -137,9 +137,10 @@ def _config(file: GgufFile) -> dict[str, Any]:
                 f"{architecture}.{key} in {file.path} is {_size(file, key)}, but heads have {head_dim} channels; "
                 f"{_ARCHITECTURES[architecture][0]} does not support that, so use the model's Hugging Face folder."
             )
+    family = "qwen2" if architecture == "llama" and _has_biases_of_qwen2(file) else architecture
     config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[architecture][0]],
-        "model_type": _ARCHITECTURES[architecture][1],
+        "architectures": [_ARCHITECTURES[family][0]],
+        "model_type": _ARCHITECTURES[family][1],
         "hidden_act": "silu",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -153,9 +154,9 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": "bfloat16",
     }
-    if architecture != "qwen2":  # Qwen2 always has biases for q, k and v
+    if family != "qwen2":  # Qwen2 always has biases for q, k and v
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if architecture in ROTATES_PAIRS:
+    if family in ROTATES_PAIRS:
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     if architecture == "deci":
         config["layer_shapes"] = sizes
@@ -169,6 +170,15 @@ def _config(file: GgufFile) -> dict[str, Any]:
         config[f"{name}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id", None)
     config["rope_scaling"] = _rope_scaling(file, config)
     return config
+
+
+def _has_biases_of_qwen2(file: GgufFile) -> bool:
+    """Return whether q and k have biases, but not the output: a Qwen 2 that does not fit the graph of that name.
+
+    ``write_gguf`` makes such files of it (``architecture_of``).
+    """
+    q, k, output = (f"blk.0.attn_{name}.bias" in file.tensors for name in ("q", "k", "output"))
+    return q and k and not output
 
 
 def _check_keys(file: GgufFile, architecture: str) -> None:

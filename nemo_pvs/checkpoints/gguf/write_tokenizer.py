@@ -22,6 +22,8 @@ _BLANK = "\u2581"  # SentencePiece's symbol for a space
 # The steps of Llama 2's normalizer.
 _PREPEND = {"type": "Prepend", "prepend": _BLANK}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
+_END_BY_DEFAULT = {"gpt2": 11, "llama": 2}
+"""What llama.cpp takes for the end of a text if a file of this kind of tokenizer names no token (llama-vocab.cpp)."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -78,7 +80,9 @@ def add_tokenizer(writer: GGUFWriter, assets: Sequence[Path], config: Mapping[st
         notes = _add_sentencepiece(writer, where, described, names, added, rows)
     writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(rows)])
     writer.add_token_types([int(type_) for type_ in types])
-    _add_special_tokens(writer, where, described, files, config)
+    ids = {name: index for index, name in names.items()}
+    special = {key: _special_token(key, files, config, ids, rows) for key in ("bos", "eos", "pad")}
+    notes += _add_special_tokens(writer, where, described, special)
     _add_chat_templates(writer, assets)
     return notes
 
@@ -250,40 +254,63 @@ def _shown(step: Mapping[str, Any] | None) -> str:
 
 
 def _add_special_tokens(
-    writer: GGUFWriter,
-    where: Path,
-    described: Mapping[str, Any],
-    files: Mapping[str, Path],
-    config: Mapping[str, Any],
-) -> None:
-    """Add the ids of the special tokens and which of them every text begins and ends with."""
-    ids = {key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
-    if "generation_config.json" in files:
-        generation = read_json(files["generation_config.json"])
-        found = {key: generation.get(f"{key}_token_id") for key in ids}
-        ids.update({key: index for key, index in found.items() if index is not None})
+    writer: GGUFWriter, where: Path, described: Mapping[str, Any], stated: Mapping[str, int | None]
+) -> list[str]:
+    """Add the ids of the special tokens and which of them every text begins and ends with.
+
+    Returns:
+        A sentence if nothing says which token ends a text.
+    """
+    ids = dict(stated)
     front, back = _ends(where, described.get("post_processor"))
     if front is not None:  # what the tokenizer puts in front, whatever the config calls bos
         ids["bos"] = front
-    if back is not None and back != _first(ids["eos"]):
+    if back is not None and back != ids["eos"]:
         raise UserError(
             f"The tokenizer in {where} ends texts with the token {back}, but llama.cpp ends them with the model's "
-            f"eos_token_id, {_first(ids['eos'])}; make its post_processor add that token, or none."
+            f"eos_token_id, {ids['eos']}; make its post_processor add that token, or none."
         )
     writer.add_add_bos_token(front is not None)
     writer.add_add_eos_token(back is not None)
     adders = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
     for key, add in adders.items():
-        stated = _first(ids[key])
-        if stated is not None:
-            add(int(stated))
+        index = ids[key]
+        if index is not None:
+            add(index)
     unknown = described["model"]["vocab"].get(described["model"].get("unk_token"))
     if unknown is not None:
         writer.add_unk_token_id(unknown)
+    if ids["eos"] is not None:
+        return []
+    default = _END_BY_DEFAULT["gpt2" if _is_byte_level(described) else "llama"]
+    return [
+        f"Nothing says which token ends a text (eos_token_id), so llama.cpp takes its default, the token {default}; "
+        "name the right one in generation_config.json and convert again."
+    ]
 
 
-def _first(ids: Any) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
+def _special_token(
+    key: str, files: Mapping[str, Path], config: Mapping[str, Any], ids: Mapping[str, int], rows: int
+) -> int | None:
+    """Return the id of a special token: the generation config's, the config's, or that of the tokenizer's own token.
+
+    What is no row of the embedding counts as none: old configs have -1, and llama.cpp would take its default instead.
+    """
+    stated = [values.get(f"{key}_token_id") for values in (_settings(files, "generation_config.json"), config)]
+    for file in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        token = _settings(files, file).get(f"{key}_token")
+        stated.append(ids.get(str(token["content"] if isinstance(token, dict) else token)))
+    for one in stated:
+        for index in one if isinstance(one, list) else [one]:
+            if isinstance(index, int) and 0 <= index < rows:
+                return index
+    return None
+
+
+def _settings(files: Mapping[str, Path], name: str) -> Mapping[str, Any]:
+    """Return one of the model's JSON files; an empty dictionary without it."""
+    values = read_json(files[name]) if name in files else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _ends(where: Path, post_processor: Mapping[str, Any] | None) -> tuple[int | None, int | None]:

@@ -34,6 +34,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logits_scaling": (1.0,),
     "no_rope_layers": ([],),
     "partial_rotary_factor": (1.0,),
+    "per_layer_config": ({}, []),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1.0,),
     "rotary_pct": (1.0,),
@@ -58,8 +59,9 @@ def normal_config(config: Any, where: str | Path) -> dict[str, Any]:
     """Return a copy of a Hugging Face config in normal form.
 
     ``architectures`` is a list with one class that a table in ``conversions/`` names, and ``model_type`` agrees with
-    it. ``rope_theta`` is present and a float. ``rope_scaling`` is a dictionary with ``rope_type``, or None or absent
-    if nothing is scaled. There is no ``rope_parameters``. All other keys stay as they are.
+    it. ``max_position_embeddings`` is present, and so is ``rope_theta``, a float. ``rope_scaling`` is a dictionary
+    with ``rope_type``, or None or absent if nothing is scaled. There is no ``rope_parameters``. All other keys stay as
+    they are.
 
     Args:
         config: The parsed file.
@@ -76,6 +78,8 @@ def normal_config(config: Any, where: str | Path) -> dict[str, Any]:
     layout = Layout.for_config(config)
     theta, scaling = _rope(config, float(layout.defaults["rope_theta"]), where)
     config["rope_theta"] = theta
+    if config.get("max_position_embeddings") is None:
+        config["max_position_embeddings"] = layout.defaults["max_position_embeddings"]
     if {"rope_scaling", "rope_parameters"} & config.keys():
         config["rope_scaling"] = scaling
     config.pop("rope_parameters", None)

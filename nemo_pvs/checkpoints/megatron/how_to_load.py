@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def how_to_load(target: Path) -> tuple[str, ...]:
     notes = [
         f'Megatron-Bridge: checkpoint.pretrained_checkpoint = "{target.resolve()}" in the training config, or '
         f'megatron.bridge.training.model_load_save.load_megatron_model("{source.folder.resolve()}").',
-        f"Megatron-LM: --load {target.resolve()} --use-checkpoint-args --ckpt-format torch_dist --finetune "
+        f"Megatron-LM: --load {shlex.quote(str(target.resolve()))} --use-checkpoint-args --ckpt-format torch_dist "
+        "--finetune "
         + " ".join(unrestored_flags(source.config))
         + " (it restores all other settings from the checkpoint, but not these).",
     ]

@@ -22,6 +22,9 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 _BYTE_NAMES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 """SentencePiece's names of the bytes, to which it falls back."""
 
+_TEXTS = ("data", "string")
+"""What Jinja calls the texts in a template: those outside and those inside of its expressions."""
+
 
 def byte_characters() -> frozenset[str]:
     """Return the 256 characters that stand for the bytes in byte-level BPE (GPT-2's ``bytes_to_unicode``)."""
@@ -143,7 +146,9 @@ class BpeTokenizer:
                     yield index
 
     def _named_ids(self) -> Iterator[int]:
-        """Yield the ids that configs and the post-processor name."""
+        """Yield the ids that configs, and the tokenizer's own padding, name."""
+        if self.content.get("padding"):
+            yield self.content["padding"]["pad_id"]
         for values in (self._config, self.optional(GENERATION_CONFIG), self.optional(TOKENIZER_CONFIG)):
             for key, value in values.items():
                 if key.endswith(("_token_id", "_token_ids")):
@@ -173,13 +178,10 @@ class BpeTokenizer:
         for template in self._templates():
             try:
                 lexed = [*Environment(trim_blocks=True, lstrip_blocks=True).lex(template)]
-            except TemplateSyntaxError:
+                texts = [_unquoted(text) if kind == "string" else text for _, kind, text in lexed if kind in _TEXTS]
+            except (TemplateSyntaxError, UnicodeDecodeError):
                 continue  # transformers cannot use it either
-            for _, kind, text in lexed:
-                if kind == "data":
-                    yield text
-                elif kind == "string":
-                    yield text[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+            yield from texts
 
     def _templates(self) -> Iterator[str]:
         for values in (self.optional(TOKENIZER_CONFIG), self.optional("chat_template.json")):
@@ -216,6 +218,11 @@ class BpeTokenizer:
             f"The tokenizer in {self.path} {fault}; only vocabularies of BPE over bytes, or over characters with a "
             "byte fallback, can be pruned."
         )
+
+
+def _unquoted(string: str) -> str:
+    """Return the text of a string in a template, as Jinja reads it."""
+    return string[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
 
 
 def post_processors(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
