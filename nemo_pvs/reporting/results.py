@@ -197,14 +197,17 @@ class Results:
         return min(candidates, key=lambda other: _distance(arm, other, setting), default=None)
 
     def _scratch_as_published(self, arm: ArmResult) -> ArmResult | None:
-        """Return the arm from random weights with the tokens of an arm's pretraining and training, within a step."""
+        """Return the arm from random weights whose pretraining and training are an arm's tokens, within a step.
+
+        Only a teacher brings pretraining to an arm from random weights.
+        """
         published = _published_total(arm)
         for other in self.targets[arm.target]:
-            tokens = other.ledger.training.tokens
-            if other.initialisation != "random" or published is None or tokens is None:
+            total = _published_total(other)
+            if other.initialisation != "random" or published is None or not total:
                 continue
             step = max((charge.tokens_per_step or 0 for charge in other.ledger.charges), default=0)
-            if _published_total(other) == tokens and abs(published - tokens) <= step:
+            if abs(published - total) <= step:
                 return other
         return None
 

@@ -219,6 +219,18 @@ def test_equal_total_tokens_count_as_the_paper_does_if_no_other_arm_fits() -> No
     assert not runs.results.leaves_out_calibration(arm)
 
 
+def test_a_teacher_makes_equal_training_tokens_equal_total_tokens() -> None:
+    """Its pretraining is charged to both arms; only calibration is charged to one."""
+    runs = compare(grid_runs())
+    arm, scratch = (_arm(runs, "depth-50", start, BUDGETS[-1]) for start in ("pruned", "random"))
+    assert runs.results.scratch_of(arm, EQUAL_TOTAL) is not scratch
+    (pretraining,) = (charge for charge in arm.ledger.charges if charge.activity == "parent pretraining")
+    scratch.ledger.charges.append(pretraining)
+    runs.results.arms = [arm, scratch]
+    assert runs.results.scratch_of(arm, EQUAL_TOTAL) is scratch
+    assert runs.results.leaves_out_calibration(arm)
+
+
 def test_equal_terms_have_their_intervals() -> None:
     rows = equal_terms(compare(grid_runs()))
     row = next(row for row in rows if row["scratch"] == "depth-50, random, 8192000")
