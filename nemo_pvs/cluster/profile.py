@@ -114,9 +114,8 @@ class SlurmProfile(_Profile):
         per_node = min(ranks, self.gpus_per_node)
         if ranks % per_node:
             raise UserError(f"{ranks} ranks do not fill nodes of {self.gpus_per_node} GPUs; change data_parallel.")
-        # A recipe's relative paths must mean the same in the job; NeMo-Run would start it in its own folder.
-        work = "--container-workdir" if self.container_image else "--chdir"
-        for path in (folder, Path.cwd()):
+        here = Path.cwd()
+        for path in (folder, here):
             self._check_mounted(path)
         jobs = str(folder / "slurm")
         tunnel = (
@@ -137,8 +136,14 @@ class SlurmProfile(_Profile):
             container_image=self.container_image or None,
             container_mounts=list(self.container_mounts),
             # With NeMo-Run's --kill-on-bad-exit, the first rank that has saved would kill those that are still saving.
-            srun_args=["--wait=120", "--kill-on-bad-exit=0", f"{work}={Path.cwd()}", *self.srun_args],
-            setup_lines=_requeue_only(self.failures, jobs),
+            # And a recipe's relative paths must mean the same in the job; NeMo-Run would start it in its own folder.
+            srun_args=[
+                "--wait=120",
+                "--kill-on-bad-exit=0",
+                *([] if self.container_image else [f"--chdir={here}"]),
+                *self.srun_args,
+            ],
+            setup_lines=_requeue_only(self.failures, jobs) + (_start_in(here) if self.container_image else ""),
             additional_parameters={"requeue": True, **self.sbatch},
             env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": "29500", **self.variables},
             retries=self.requeues,
@@ -233,6 +238,21 @@ scontrol() {{
     fi
   fi
   command scontrol "$@"
+}}
+"""
+
+
+def _start_in(folder: Path) -> str:
+    """Return bash code that has srun start tasks in a folder of the container, instead of NeMo-Run's own.
+
+    NeMo-Run always gives ``--container-workdir /nemo_run/code``, and Pyxis refuses a second one; so a bash function of
+    srun's name changes it.
+    """
+    return f"""
+# Start where the command was given, not in NeMo-Run's folder.
+started_in={shlex.quote(str(folder))}
+srun() {{
+  command srun "${{@/#"/nemo_run/code"/"$started_in"}}"
 }}
 """
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,39 +80,59 @@ def test_ranks_get_their_address_and_start_where_the_user_is(grid):
     assert job.endswith("/grid/train/4b-width-pruned-50B/job.json")
     assert "--container-image /images/pvs.sqsh" in command
     assert command.rindex("--kill-on-bad-exit=0") > command.rindex("--kill-on-bad-exit=1"), "the last one counts"
-    assert command.index("/nemo_run/code") < command.index(f"--container-workdir={Path.cwd()}"), "the last one counts"
     assert "export MASTER_ADDR=$head_node_ip" in script
     assert "--prepare-only" in grid["prepare"]
     assert "--prepare-only" not in grid["report"]
 
 
+def _run(script: str, folder: Path, programs: dict[str, str], **variables: Any) -> subprocess.CompletedProcess[str]:
+    """Run a batch script with programs in the place of Slurm's, given as bash code by name."""
+    places = folder / "bin"
+    places.mkdir(exist_ok=True)
+    for name, body in programs.items():
+        (places / name).write_text(f"#!/bin/bash\n{body}\n")
+        (places / name).chmod(0o755)
+    (folder / "job.sh").write_text(script)
+    environment = {"PATH": f"{places}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "head"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    command = ["bash", str(folder / "job.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_tasks_in_a_container_start_where_the_user_is(tmp_path, monkeypatch):
+    """Pyxis refuses a second --container-workdir (spank_option_workdir in its args.c), and NeMo-Run gives one."""
+    here, folder = tmp_path / "a place", tmp_path / "run"
+    here.mkdir()
+    (folder / "slurm").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for stage, module in (("prepare", "nemo_pvs.cli"), ("train-width-pruned", "nemo_pvs.megatron.launch")):
+        script = _scripts("smollm2_135m/demo", "slurm_h100", folder)[stage]
+        given = tmp_path / stage
+        programs = {"srun": f'printf "%s\\n" "$@" > {given}', "scontrol": "echo head"}
+        done = _run(script, tmp_path, programs)
+        assert done.returncode == 0, done.stderr
+        words = given.read_text().splitlines()
+        (place,) = (number for number, word in enumerate(words) if word.startswith("--container-workdir"))
+        assert words[place : place + 2] == ["--container-workdir", str(here)]
+        assert words[words.index("-m") + 1] == module
+
+
 @pytest.mark.slow
 def test_only_what_has_saved_is_queued_again_without_end(tmp_path):
-    """The script itself, with programs in the place of Slurm's: srun ends with the code that it is told."""
-    programs, folder = tmp_path / "bin", tmp_path / "run"
-    programs.mkdir()
+    """The script itself: srun ends with the code that it is told."""
+    folder = tmp_path / "run"
     (folder / "slurm").mkdir(parents=True)
-    script = tmp_path / "job.sh"
-    script.write_text(_scripts("smollm2_135m/demo", "slurm_h100", folder)["train-width-pruned"])
-    for name, body in {
+    script = _scripts("smollm2_135m/demo", "slurm_h100", folder)["train-width-pruned"]
+    programs = {
         "srun": 'case "$*" in *launch*) exit $CODE;; *) echo head;; esac',
         "scontrol": 'if [ "$1" = requeue ]; then touch $REQUEUED; else echo head; fi',
-    }.items():
-        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
-        (programs / name).chmod(0o755)
+    }
 
     def requeued(code: int, job: int) -> bool:
         flag = tmp_path / "requeued"
         flag.unlink(missing_ok=True)
-        variables = {"CODE": code, "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "head", "REQUEUED": flag}
-        path = {"PATH": f"{programs}:/usr/bin:/bin"}
-        done = subprocess.run(
-            ["bash", str(script)],
-            env={**path, **{name: str(value) for name, value in variables.items()}},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = _run(script, tmp_path, programs, CODE=code, SLURM_JOB_ID=job, REQUEUED=flag)
         assert done.returncode == code, done.stderr
         return flag.exists()
 
