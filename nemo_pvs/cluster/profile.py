@@ -145,7 +145,9 @@ class SlurmProfile(_Profile):
             ],
             setup_lines=_requeue_only(self.failures, jobs) + (_start_in(here) if self.container_image else ""),
             additional_parameters={"requeue": True, **self.sbatch},
-            env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": "29500", **self.variables},
+            # Not NeMo-Run's $head_node_ip, from hostname --ip-address: that is all addresses of a host with several,
+            # and 127.0.1.1 where /etc/hosts says so, as Debian and Ubuntu write it.
+            env_vars={"MASTER_ADDR": "$head_node", "MASTER_PORT": "29500", **self.variables},
             retries=self.requeues,
             tunnel=tunnel,
             packager=run.Packager(),  # no code is copied: nemo_pvs is installed where it runs

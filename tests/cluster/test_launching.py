@@ -80,7 +80,6 @@ def test_ranks_get_their_address_and_start_where_the_user_is(grid):
     assert job.endswith("/grid/train/4b-width-pruned-50B/job.json")
     assert "--container-image /images/pvs.sqsh" in command
     assert command.rindex("--kill-on-bad-exit=0") > command.rindex("--kill-on-bad-exit=1"), "the last one counts"
-    assert "export MASTER_ADDR=$head_node_ip" in script
     assert "--prepare-only" in grid["prepare"]
     assert "--prepare-only" not in grid["report"]
 
@@ -116,6 +115,20 @@ def test_tasks_in_a_container_start_where_the_user_is(tmp_path, monkeypatch):
         (place,) = (number for number, word in enumerate(words) if word.startswith("--container-workdir"))
         assert words[place : place + 2] == ["--container-workdir", str(here)]
         assert words[words.index("-m") + 1] == module
+
+
+@pytest.mark.slow
+def test_ranks_meet_at_the_first_node_however_many_addresses_it_has(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    script = _scripts("smollm2_135m/demo", "slurm_h100", tmp_path)["train-width-pruned"]
+    addresses = "fe80::1%eth0 10.0.0.1 127.0.1.1"
+    seen = tmp_path / "seen"
+    programs = {
+        "srun": f'case "$*" in *launch*) echo "$MASTER_ADDR" > {seen};; *) echo {addresses};; esac',
+        "scontrol": "echo node7; echo node8",
+    }
+    assert _run(script, tmp_path, programs).returncode == 0
+    assert seen.read_text() == "node7\n"
 
 
 @pytest.mark.slow
