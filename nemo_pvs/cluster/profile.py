@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +29,10 @@ _EXTENSIONS = "TORCH_EXTENSIONS_DIR"
 
 It is on the node, and new for each attempt: a rank that is killed while it compiles leaves a lock that blocks others.
 """
+
+_WARNING = signal.SIGUSR1
+_SIGNALLED = 128 + _WARNING
+"""What srun exits with if the warning before the time limit has ended a task."""
 
 
 class _Profile(Block):
@@ -132,7 +137,7 @@ class SlurmProfile(_Profile):
             gpus_per_node=per_node if layout else self.gpus_per_node,
             exclusive=True,
             mem="0",  # all memory of the node
-            signal=f"USR1@{self.seconds_to_save}",
+            signal=f"{_WARNING.name.removeprefix('SIG')}@{self.seconds_to_save}",
             container_image=self.container_image or None,
             container_mounts=list(self.container_mounts),
             # With NeMo-Run's --kill-on-bad-exit, the first rank that has saved would kill those that are still saving.
@@ -226,12 +231,14 @@ def _requeue_only(failures: int, folder: str) -> str:
     """Return bash code that keeps NeMo-Run's batch script from requeuing a job after every failure.
 
     The script calls ``scontrol requeue`` whenever ``exitcode`` is not 0; a bash function of this name shadows the
-    program.
+    program. A stage that does not train has nothing to save: the signal before the time limit ends it, and the next
+    attempt finds what is finished.
     """
     return f"""
-# Requeue a job that has saved because its time was up ({PREEMPTED}); after other failures at most {failures} times.
+# Requeue a job whose time was up: training has saved ({PREEMPTED}), and anything else was ended by the signal
+# ({_SIGNALLED}). After other failures at most {failures} times.
 scontrol() {{
-  if [ "$1" = requeue ] && [ "$exitcode" -ne {PREEMPTED} ]; then
+  if [ "$1" = requeue ] && [ "$exitcode" -ne {PREEMPTED} ] && [ "$exitcode" -ne {_SIGNALLED} ]; then
     failed={shlex.quote(folder)}/failures-$SLURM_JOB_ID
     echo "$exitcode" >> "$failed"
     if [ "$exitcode" -eq 2 ] || [ "$(wc -l < "$failed")" -gt {failures} ]; then

@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,9 +151,24 @@ def test_only_what_has_saved_is_queued_again_without_end(tmp_path):
         return flag.exists()
 
     assert [requeued(75, 1) for _ in range(4)] == [True] * 4
+    time_is_up = 128 + signal.SIGUSR1  # of a stage that does not train, and so does not save
+    assert [requeued(time_is_up, 1) for _ in range(4)] == [True] * 4
     assert [requeued(1, 2), requeued(75, 2), requeued(137, 2), requeued(1, 2)] == [True, True, True, False]
     assert not requeued(2, 3), "a user's mistake is one again"
     assert not requeued(0, 4)
+
+
+def test_the_batch_script_for_sites_without_nemo_run_queues_again_what_is_not_done(tmp_path):
+    script = (Path(__file__).parents[2] / "launch" / "slurm.sbatch").read_text()
+    programs = {"srun": "exit $CODE", "scontrol": 'if [ "$1" = requeue ]; then touch $REQUEUED; else echo head; fi'}
+
+    def requeued(code: int) -> bool:
+        flag = tmp_path / str(code)
+        assert _run(script, tmp_path, programs, CODE=code, JOB="job.json", VENV="/venv", REQUEUED=flag).returncode == code
+        return flag.exists()
+
+    assert [requeued(code) for code in (75, 128 + signal.SIGUSR1)] == [True] * 2
+    assert [requeued(code) for code in (0, 1, 2, 137, 143)] == [False] * 5
 
 
 def test_without_a_container_an_environment_is_used(tmp_path):
