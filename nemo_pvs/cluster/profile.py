@@ -140,6 +140,7 @@ class SlurmProfile(_Profile):
             signal=f"{_WARNING.name.removeprefix('SIG')}@{self.seconds_to_save}",
             container_image=self.container_image or None,
             container_mounts=list(self.container_mounts),
+            container_env=sorted(name.upper() for name in self.variables),  # otherwise the image's own values win
             # With NeMo-Run's --kill-on-bad-exit, the first rank that has saved would kill those that are still saving.
             # And a recipe's relative paths must mean the same in the job; NeMo-Run would start it in its own folder.
             srun_args=[

@@ -80,6 +80,10 @@ def test_ranks_get_their_address_and_start_where_the_user_is(grid):
     job = re.search(r"-m nemo_pvs\.megatron\.launch --slurm (\S+)$", command)[1]
     assert job.endswith("/grid/train/4b-width-pruned-50B/job.json")
     assert "--container-image /images/pvs.sqsh" in command
+    # By default Pyxis lets the image's variables win.
+    exported = re.search(r"--container-env (\S+)", command)[1].split(",")
+    assert {*GPU_ENVIRONMENT, "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"} == set(exported)
+    assert all(f"\nexport {name}=" in script for name in exported)
     assert command.rindex("--kill-on-bad-exit=0") > command.rindex("--kill-on-bad-exit=1"), "the last one counts"
     assert "--prepare-only" in grid["prepare"]
     assert "--prepare-only" not in grid["report"]
@@ -202,6 +206,24 @@ def test_commands_and_ranks_set_the_environment_themselves(start, monkeypatch, c
         main(*[[]] * (start == "nemo_pvs.megatron.launch"))
     expected = {**GPU_ENVIRONMENT, "PYTORCH_CUDA_ALLOC_CONF": "mine"}
     assert {name: os.environ[name] for name in GPU_ENVIRONMENT} == expected
+
+
+@pytest.mark.slow
+def test_fp32_is_fp32_where_a_container_chooses_tf32():
+    """PyTorch reads the variable when it is imported, so what sets it must not import PyTorch."""
+    code = """
+import sys
+import nemo_pvs.cli.main, nemo_pvs.megatron.launch
+from nemo_pvs.system.gpu_environment import set_gpu_environment
+assert "torch" not in sys.modules
+set_gpu_environment()
+import torch
+print(torch.get_float32_matmul_precision())
+"""
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "highest\n"
 
 
 def test_a_local_launch_starts_nothing_if_a_stage_has_more_ranks_than_gpus(tmp_path, monkeypatch):
