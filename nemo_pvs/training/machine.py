@@ -57,7 +57,7 @@ class Machine:
         import torch
 
         if torch.cuda.is_available():
-            bf16 = torch.cuda.is_bf16_supported()
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return cls(
