@@ -121,7 +121,7 @@ class SlurmProfile(_Profile):
             raise UserError(f"{ranks} ranks do not fill nodes of {self.gpus_per_node} GPUs; change data_parallel.")
         here = Path.cwd()
         for path in (folder, here):
-            self._check_mounted(path)
+            self.check_mounted(path)
         jobs = str(folder / "slurm")
         tunnel = (
             run.SSHTunnel(host=self.host, user=self.user or os.environ.get("USER", ""), job_dir=jobs)
@@ -182,14 +182,19 @@ class SlurmProfile(_Profile):
         """Return the arguments of ``python -m nemo_pvs.megatron.launch``, which srun starts once per rank."""
         return ["--slurm", str(job)]
 
-    def _check_mounted(self, folder: Path) -> None:
+    def check_mounted(self, path: Path) -> None:
+        """Refuse a path that jobs do not see under its own name.
+
+        Raises:
+            UserError: it is not in the container.
+        """
         if not self.container_image:
             return
         mounts = [mount.split(":") for mount in self.container_mounts]
         same = [Path(mount[0]) for mount in mounts if mount[0] == mount[min(1, len(mount) - 1)]]
-        if not any(folder.is_relative_to(mount) for mount in same):
+        if not any(path.is_relative_to(mount) for mount in same):
             raise UserError(
-                f"{folder} is in none of the profile's container_mounts under its own path; add {folder}:{folder}."
+                f"{path} is in none of the profile's container_mounts under its own path; add {path}:{path}."
             )
 
 

@@ -168,7 +168,9 @@ def test_the_batch_script_for_sites_without_nemo_run_queues_again_what_is_not_do
 
     def requeued(code: int) -> bool:
         flag = tmp_path / str(code)
-        assert _run(script, tmp_path, programs, CODE=code, JOB="job.json", VENV="/venv", REQUEUED=flag).returncode == code
+        assert (
+            _run(script, tmp_path, programs, CODE=code, JOB="job.json", VENV="/venv", REQUEUED=flag).returncode == code
+        )
         return flag.exists()
 
     assert [requeued(code) for code in (75, 128 + signal.SIGUSR1)] == [True] * 2
@@ -342,6 +344,31 @@ def test_ranks_that_do_not_fill_nodes_are_refused(tmp_path):
 def test_a_container_must_see_the_run_folder(tmp_path):
     with pytest.raises(UserError, match="container_mounts"):
         _scripts("smollm2_135m/demo", "slurm_h100", tmp_path, {**SITE, "PVS_SHARED": "/lustre"})
+
+
+@pytest.mark.parametrize("place", ["recipe", "data", "link"])
+def test_a_container_must_see_what_the_recipe_names(tmp_path, monkeypatch, place):
+    """In the job it would be a mistake of the user, after hours in the queue."""
+    shared, home = tmp_path / "shared", tmp_path / "home"
+    for folder in (shared, home):
+        (folder / "data").mkdir(parents=True)
+    (shared / "link").symlink_to(home / "data")
+    monkeypatch.chdir(shared)
+    profile = load_profile("slurm_h100", {**SITE, "PVS_SHARED": str(shared)})
+
+    def submit(file: Path, data: str) -> None:
+        recipe = {"extends": "smollm2_135m/demo", "data": {"source": data}}
+        file.write_text(yaml.safe_dump(recipe))
+        stages(load_recipe(file), str(file), shared / "run", profile)
+
+    submit(shared / "mine.yaml", "data")
+    wrong = {
+        "recipe": (home / "mine.yaml", "data"),
+        "data": (shared / "mine.yaml", str(home / "data")),
+        "link": (shared / "mine.yaml", "link"),
+    }
+    with pytest.raises(UserError, match=rf"^{home}\S* is in none of the profile's container_mounts"):
+        submit(*wrong[place])
 
 
 def test_slurm_ranks_know_their_place(monkeypatch):
