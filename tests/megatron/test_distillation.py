@@ -382,7 +382,7 @@ def _reference(student, teacher, temperature=1.0, top_k=None):
 
 
 def test_the_teacher_computes_in_its_own_precision_within_a_layer_of_the_student_in_fp8(monkeypatch):
-    """Without a pipeline it reads a micro-batch when the student's first compared layer ends, in Megatron's context."""
+    """Without a pipeline it reads a micro-batch when the student's first compared layer ends, in the same context."""
     from nemo_pvs.megatron.distillation.teacher import Teacher
 
     enabled, seen = [False], []
