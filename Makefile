@@ -25,8 +25,9 @@ INSTALL := $(BIN)/python -m pip install --no-compile --quiet --quiet --disable-p
 .DELETE_ON_ERROR:
 .PHONY: demo test test-quick test-full test-te test-llamacpp test-transformers5 test-bridge test-nemo-2.6 fuzz lint docs install clean
 
+# On the CPU, as in README.md, also where there is a GPU: every arm has two ranks.
 demo: $(STAMP)
-	$(BIN)/pvs run smollm2_135m/demo --out runs/demo
+	CUDA_VISIBLE_DEVICES= $(BIN)/pvs run smollm2_135m/demo --out runs/demo
 
 # Without bytecode each worker would rewrite the assertions of all test modules in every run, which takes ten seconds.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

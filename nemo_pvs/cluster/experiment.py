@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,17 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
         recipe_name: Its name in ``pvs run``: a packaged name or a path.
         folder: Run folder; every stage must see it under this absolute path.
         profile: Where to run; trainings run one after another on one machine, and at the same time on a cluster.
+
+    Raises:
+        UserError: a container would not see a file or folder that the recipe names.
     """
     from nemo_pvs.planning.cached_teacher import cached_ranges, teaching_layout
     from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
     from nemo_pvs.planning.learned import first_of_each_training
     from nemo_pvs.recipe.options import stages_of
 
+    if profile.kind == "slurm":
+        _check_visible([recipe_name, *_texts(recipe.model_dump())], profile)
     folder = folder.resolve()
     name = str(Path(recipe_name).resolve()) if Path(recipe_name).suffix in (".yaml", ".yml") else recipe_name
     command = ["run", name, "--out", str(folder)]
@@ -101,6 +107,26 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
             train(f"{first}prepare-teacher", teachers)
         train(f"{first}prepare", arms)
     return [*todo, Command("report", "nemo_pvs.cli", command, ends)]
+
+
+def _check_visible(texts: Iterable[str], profile: SlurmProfile) -> None:
+    """Refuse what exists here, but not in the jobs' container, where that would be noticed only after the queue.
+
+    Raises:
+        UserError: naming it.
+    """
+    for path in (Path(text) for text in texts if os.path.exists(text)):
+        for name in (path.absolute(), path.resolve()):  # a link, and what it points to
+            profile.check_mounted(name)
+
+
+def _texts(values: Any) -> Iterator[str]:
+    """Yield every text in a recipe's values: names, and paths of files and folders."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _texts(value)
 
 
 def _prefix(member: Path, folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +29,10 @@ _EXTENSIONS = "TORCH_EXTENSIONS_DIR"
 
 It is on the node, and new for each attempt: a rank that is killed while it compiles leaves a lock that blocks others.
 """
+
+_WARNING = signal.SIGUSR1
+_SIGNALLED = 128 + _WARNING
+"""What srun exits with if the warning before the time limit has ended a task."""
 
 
 class _Profile(Block):
@@ -116,10 +121,9 @@ class SlurmProfile(_Profile):
             raise UserError(
                 f"{ranks} ranks do not fill whole nodes of {self.gpus_per_node} GPUs; change data_parallel."
             )
-        # A recipe's relative paths must mean the same in the job; NeMo-Run would start it in its own folder.
-        work = "--container-workdir" if self.container_image else "--chdir"
-        for path in (folder, Path.cwd()):
-            self._check_mounted(path)
+        here = Path.cwd()
+        for path in (folder, here):
+            self.check_mounted(path)
         jobs = str(folder / "slurm")
         tunnel = (
             run.SSHTunnel(host=self.host, user=self.user or os.environ.get("USER", ""), job_dir=jobs)
@@ -135,14 +139,23 @@ class SlurmProfile(_Profile):
             gpus_per_node=per_node if layout else self.gpus_per_node,
             exclusive=True,
             mem="0",  # all memory of the node
-            signal=f"USR1@{self.seconds_to_save}",
+            signal=f"{_WARNING.name.removeprefix('SIG')}@{self.seconds_to_save}",
             container_image=self.container_image or None,
             container_mounts=list(self.container_mounts),
+            container_env=sorted(name.upper() for name in self.variables),  # otherwise the image's own values win
             # With NeMo-Run's --kill-on-bad-exit, the first rank that has saved would kill those that are still saving.
-            srun_args=["--wait=120", "--kill-on-bad-exit=0", f"{work}={Path.cwd()}", *self.srun_args],
-            setup_lines=_requeue_only(self.failures, jobs),
+            # And a recipe's relative paths must mean the same in the job; NeMo-Run would start it in its own folder.
+            srun_args=[
+                "--wait=120",
+                "--kill-on-bad-exit=0",
+                *([] if self.container_image else [f"--chdir={here}"]),
+                *self.srun_args,
+            ],
+            setup_lines=_requeue_only(self.failures, jobs) + (_start_in(here) if self.container_image else ""),
             additional_parameters={"requeue": True, **self.sbatch},
-            env_vars={"MASTER_ADDR": "$head_node_ip", "MASTER_PORT": "29500", **self.variables},
+            # Not NeMo-Run's $head_node_ip, from hostname --ip-address: that is all addresses of a host with several,
+            # and 127.0.1.1 where /etc/hosts says so, as Debian and Ubuntu write it.
+            env_vars={"MASTER_ADDR": "$head_node", "MASTER_PORT": "29500", **self.variables},
             retries=self.requeues,
             tunnel=tunnel,
             packager=run.Packager(),  # no code is copied: nemo_pvs is installed where it runs
@@ -171,14 +184,19 @@ class SlurmProfile(_Profile):
         """Return the arguments of ``python -m nemo_pvs.megatron.launch``, which srun starts once per rank."""
         return ["--slurm", str(job)]
 
-    def _check_mounted(self, folder: Path) -> None:
+    def check_mounted(self, path: Path) -> None:
+        """Refuse a path that jobs do not see under its own name.
+
+        Raises:
+            UserError: it is not in the container.
+        """
         if not self.container_image:
             return
         mounts = [mount.split(":") for mount in self.container_mounts]
         same = [Path(mount[0]) for mount in mounts if mount[0] == mount[min(1, len(mount) - 1)]]
-        if not any(folder.is_relative_to(mount) for mount in same):
+        if not any(path.is_relative_to(mount) for mount in same):
             raise UserError(
-                f"{folder} is in none of the profile's container_mounts under its own path; add {folder}:{folder}."
+                f"{path} is in none of the profile's container_mounts under its own path; add {path}:{path}."
             )
 
 
@@ -221,12 +239,14 @@ def _requeue_only(failures: int, folder: str) -> str:
     """Return bash code that keeps NeMo-Run's batch script from requeuing a job after every failure.
 
     The script calls ``scontrol requeue`` whenever ``exitcode`` is not 0; a bash function of this name shadows the
-    program.
+    program. A stage that does not train has nothing to save: the signal before the time limit ends it, and the next
+    attempt finds what is finished.
     """
     return f"""
-# Requeue a job that has saved because its time was up ({PREEMPTED}); after other failures at most {failures} times.
+# Requeue a job whose time was up: training has saved ({PREEMPTED}), and anything else was ended by the signal
+# ({_SIGNALLED}). After other failures at most {failures} times.
 scontrol() {{
-  if [ "$1" = requeue ] && [ "$exitcode" -ne {PREEMPTED} ]; then
+  if [ "$1" = requeue ] && [ "$exitcode" -ne {PREEMPTED} ] && [ "$exitcode" -ne {_SIGNALLED} ]; then
     failed={shlex.quote(folder)}/failures-$SLURM_JOB_ID
     echo "$exitcode" >> "$failed"
     if [ "$exitcode" -eq 2 ] || [ "$(wc -l < "$failed")" -gt {failures} ]; then
@@ -235,6 +255,21 @@ scontrol() {{
     fi
   fi
   command scontrol "$@"
+}}
+"""
+
+
+def _start_in(folder: Path) -> str:
+    """Return bash code that has srun start tasks in a folder of the container, instead of NeMo-Run's own.
+
+    NeMo-Run always gives ``--container-workdir /nemo_run/code``, and Pyxis refuses a second one; so a bash function of
+    srun's name changes it.
+    """
+    return f"""
+# Start where the command was given, not in NeMo-Run's folder.
+started_in={shlex.quote(str(folder))}
+srun() {{
+  command srun "${{@/#"/nemo_run/code"/"$started_in"}}"
 }}
 """
 

@@ -21,6 +21,7 @@ from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.megatron_import import import_megatron
+from nemo_pvs.system.rendezvous import STANDALONE
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.trainer import PreemptedError, Trainer, is_finished
@@ -77,7 +78,7 @@ def try_everything(gpus: int) -> Iterator[Finding]:
 
 def sum_over(ranks: int) -> Finding:
     """Add up a tensor over ranks of this machine, by NCCL on GPUs and by gloo on a CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *STANDALONE, f"--nproc-per-node={ranks}"]
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer")
         problem = _run([*command, "-m", "nemo_pvs.doctor.all_reduce", str(answer)])

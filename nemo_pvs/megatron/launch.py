@@ -26,7 +26,7 @@ from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.gpu_environment import set_gpu_environment
 from nemo_pvs.system.megatron_import import import_megatron
 from nemo_pvs.system.processes import die_with_parent, forked_die_with_this
-from nemo_pvs.system.rendezvous import rank_environment
+from nemo_pvs.system.rendezvous import STANDALONE, rank_environment
 from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_to_each
 from nemo_pvs.training.teaching_job import Job, load_job
 
@@ -65,6 +65,8 @@ def _run(job: Job, locked: bool) -> int:
     if not locked and os.environ.get("LOCAL_RANK") == "0":  # nobody else has written it
         print(*_doctors_lines(), sep="\n", flush=True)
     _check_gpus_of_ranks()
+    if locked:  # by the launcher, under whose torchrun this is
+        die_with_parent()
     forked_die_with_this()
     with locked_folder(job.folder) if os.environ["RANK"] == "0" and not locked else nullcontext():
         _training().train(job)
@@ -176,11 +178,12 @@ def _training() -> ModuleType:
 
 def _torchrun(job: Job) -> int:
     """Run the job's ranks under torchrun, with their output in the job's log."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [sys.executable, "-m", "torch.distributed.run", *STANDALONE, "--nproc-per-node"]
     command += [str(job.layout.processes), "-m", "nemo_pvs.megatron.launch", "--locked", str(job.save())]
     with (
         open(job.log, "a") as log,
-        subprocess.Popen(command, stdout=log, stderr=log) as agent,
+        # It ends with this process, and its ranks with it: otherwise they would go on without a lock.
+        subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=die_with_parent) as agent,
         # Not to the agent itself: it would give the ranks 30 seconds and then kill them.
         handing_on(lambda number: send_to_each(children(agent.pid), number)) as came,
     ):

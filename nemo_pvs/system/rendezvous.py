@@ -18,6 +18,9 @@ from nemo_pvs.system.progress import console
 
 _SECONDS = "PVS_RENDEZVOUS_SECONDS"
 _SECONDS_TO_MEET = 300
+STANDALONE = ("--standalone", "--local-addr=127.0.0.1")
+"""Options of torchrun for ranks on this machine only. By default they meet at its full host name, which the network of
+a workstation may not resolve, or resolve to another machine or an address that is not reachable."""
 _REMEDY = "unset WORLD_SIZE to work alone, or start the ranks with torchrun"
 
 

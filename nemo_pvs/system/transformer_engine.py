@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import metadata
+from typing import Any
 
 from nemo_pvs.errors import UserError
 
@@ -64,3 +66,9 @@ def check_import() -> None:
             f"Transformer Engine {version()} is installed but cannot be imported ({problem}), so Megatron cannot "
             f"either; build it for this PyTorch ({BUILD}), or remove it ({REMOVE})."
         )
+
+
+def without_fp8() -> AbstractContextManager[Any]:
+    """Return a context in which layers compute in the type of their weights, also inside one where they use FP8."""
+    engine = sys.modules.get("transformer_engine.pytorch")
+    return engine.fp8_autocast(enabled=False) if engine else nullcontext()

@@ -57,7 +57,7 @@ class Machine:
         import torch
 
         if torch.cuda.is_available():
-            bf16 = torch.cuda.is_bf16_supported()
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return cls(
@@ -132,7 +132,8 @@ def check_gpus(name: str, layout: Parallelism, gpus: int, *, jobs: int | None = 
     if layout.processes <= gpus:
         return
     if jobs is None:
-        found, instead = f"this machine has {gpus} GPUs", "or run it elsewhere with --launch"
+        found = f"this machine has {gpus} GPU{'s' * (gpus > 1)}"
+        instead = "set CUDA_VISIBLE_DEVICES= to train on the CPU, or run it elsewhere with --launch"
     else:
         found, instead = f"with --jobs {jobs} it gets {gpus} of this machine's GPUs", "or give fewer --jobs"
     raise UserError(f"{name} needs {layout.processes} ranks, but {found}; change its layout, {instead}.")

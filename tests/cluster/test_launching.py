@@ -7,9 +7,11 @@ import importlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,47 +80,101 @@ def test_ranks_get_their_address_and_start_where_the_user_is(grid):
     job = re.search(r"-m nemo_pvs\.megatron\.launch --slurm (\S+)$", command)[1]
     assert job.endswith("/grid/train/4b-width-pruned-50B/job.json")
     assert "--container-image /images/pvs.sqsh" in command
+    # By default Pyxis lets the image's variables win.
+    exported = re.search(r"--container-env (\S+)", command)[1].split(",")
+    assert {*GPU_ENVIRONMENT, "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"} == set(exported)
+    assert all(f"\nexport {name}=" in script for name in exported)
     assert command.rindex("--kill-on-bad-exit=0") > command.rindex("--kill-on-bad-exit=1"), "the last one counts"
-    assert command.index("/nemo_run/code") < command.index(f"--container-workdir={Path.cwd()}"), "the last one counts"
-    assert "export MASTER_ADDR=$head_node_ip" in script
     assert "--prepare-only" in grid["prepare"]
     assert "--prepare-only" not in grid["report"]
 
 
+def _run(script: str, folder: Path, programs: dict[str, str], **variables: Any) -> subprocess.CompletedProcess[str]:
+    """Run a batch script with programs in the place of Slurm's, given as bash code by name."""
+    places = folder / "bin"
+    places.mkdir(exist_ok=True)
+    for name, body in programs.items():
+        (places / name).write_text(f"#!/bin/bash\n{body}\n")
+        (places / name).chmod(0o755)
+    (folder / "job.sh").write_text(script)
+    environment = {"PATH": f"{places}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "head"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    command = ["bash", str(folder / "job.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_tasks_in_a_container_start_where_the_user_is(tmp_path, monkeypatch):
+    """Pyxis refuses a second --container-workdir (spank_option_workdir in its args.c), and NeMo-Run gives one."""
+    here, folder = tmp_path / "a place", tmp_path / "run"
+    here.mkdir()
+    (folder / "slurm").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for stage, module in (("prepare", "nemo_pvs.cli"), ("train-width-pruned", "nemo_pvs.megatron.launch")):
+        script = _scripts("smollm2_135m/demo", "slurm_h100", folder)[stage]
+        given = tmp_path / stage
+        programs = {"srun": f'printf "%s\\n" "$@" > {given}', "scontrol": "echo head"}
+        done = _run(script, tmp_path, programs)
+        assert done.returncode == 0, done.stderr
+        words = given.read_text().splitlines()
+        (place,) = (number for number, word in enumerate(words) if word.startswith("--container-workdir"))
+        assert words[place : place + 2] == ["--container-workdir", str(here)]
+        assert words[words.index("-m") + 1] == module
+
+
+@pytest.mark.slow
+def test_ranks_meet_at_the_first_node_however_many_addresses_it_has(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    script = _scripts("smollm2_135m/demo", "slurm_h100", tmp_path)["train-width-pruned"]
+    addresses = "fe80::1%eth0 10.0.0.1 127.0.1.1"
+    seen = tmp_path / "seen"
+    programs = {
+        "srun": f'case "$*" in *launch*) echo "$MASTER_ADDR" > {seen};; *) echo {addresses};; esac',
+        "scontrol": "echo node7; echo node8",
+    }
+    assert _run(script, tmp_path, programs).returncode == 0
+    assert seen.read_text() == "node7\n"
+
+
 @pytest.mark.slow
 def test_only_what_has_saved_is_queued_again_without_end(tmp_path):
-    """The script itself, with programs in the place of Slurm's: srun ends with the code that it is told."""
-    programs, folder = tmp_path / "bin", tmp_path / "run"
-    programs.mkdir()
+    """The script itself: srun ends with the code that it is told."""
+    folder = tmp_path / "run"
     (folder / "slurm").mkdir(parents=True)
-    script = tmp_path / "job.sh"
-    script.write_text(_scripts("smollm2_135m/demo", "slurm_h100", folder)["train-width-pruned"])
-    for name, body in {
+    script = _scripts("smollm2_135m/demo", "slurm_h100", folder)["train-width-pruned"]
+    programs = {
         "srun": 'case "$*" in *launch*) exit $CODE;; *) echo head;; esac',
         "scontrol": 'if [ "$1" = requeue ]; then touch $REQUEUED; else echo head; fi',
-    }.items():
-        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
-        (programs / name).chmod(0o755)
+    }
 
     def requeued(code: int, job: int) -> bool:
         flag = tmp_path / "requeued"
         flag.unlink(missing_ok=True)
-        variables = {"CODE": code, "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "head", "REQUEUED": flag}
-        path = {"PATH": f"{programs}:/usr/bin:/bin"}
-        done = subprocess.run(
-            ["bash", str(script)],
-            env={**path, **{name: str(value) for name, value in variables.items()}},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = _run(script, tmp_path, programs, CODE=code, SLURM_JOB_ID=job, REQUEUED=flag)
         assert done.returncode == code, done.stderr
         return flag.exists()
 
     assert [requeued(75, 1) for _ in range(4)] == [True] * 4
+    time_is_up = 128 + signal.SIGUSR1  # of a stage that does not train, and so does not save
+    assert [requeued(time_is_up, 1) for _ in range(4)] == [True] * 4
     assert [requeued(1, 2), requeued(75, 2), requeued(137, 2), requeued(1, 2)] == [True, True, True, False]
     assert not requeued(2, 3), "a user's mistake is one again"
     assert not requeued(0, 4)
+
+
+def test_the_batch_script_for_sites_without_nemo_run_queues_again_what_is_not_done(tmp_path):
+    script = (Path(__file__).parents[2] / "launch" / "slurm.sbatch").read_text()
+    programs = {"srun": "exit $CODE", "scontrol": 'if [ "$1" = requeue ]; then touch $REQUEUED; else echo head; fi'}
+
+    def requeued(code: int) -> bool:
+        flag = tmp_path / str(code)
+        assert (
+            _run(script, tmp_path, programs, CODE=code, JOB="job.json", VENV="/venv", REQUEUED=flag).returncode == code
+        )
+        return flag.exists()
+
+    assert [requeued(code) for code in (75, 128 + signal.SIGUSR1)] == [True] * 2
+    assert [requeued(code) for code in (0, 1, 2, 137, 143)] == [False] * 5
 
 
 def test_without_a_container_an_environment_is_used(tmp_path):
@@ -152,6 +208,24 @@ def test_commands_and_ranks_set_the_environment_themselves(start, monkeypatch, c
         main(*[[]] * (start == "nemo_pvs.megatron.launch"))
     expected = {**GPU_ENVIRONMENT, "PYTORCH_CUDA_ALLOC_CONF": "mine"}
     assert {name: os.environ[name] for name in GPU_ENVIRONMENT} == expected
+
+
+@pytest.mark.slow
+def test_fp32_is_fp32_where_a_container_chooses_tf32():
+    """PyTorch reads the variable when it is imported, so what sets it must not import PyTorch."""
+    code = """
+import sys
+import nemo_pvs.cli.main, nemo_pvs.megatron.launch
+from nemo_pvs.system.gpu_environment import set_gpu_environment
+assert "torch" not in sys.modules
+set_gpu_environment()
+import torch
+print(torch.get_float32_matmul_precision())
+"""
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "highest\n"
 
 
 def test_a_local_launch_starts_nothing_if_a_stage_has_more_ranks_than_gpus(tmp_path, monkeypatch):
@@ -270,6 +344,31 @@ def test_ranks_that_do_not_fill_nodes_are_refused(tmp_path):
 def test_a_container_must_see_the_run_folder(tmp_path):
     with pytest.raises(UserError, match="container_mounts"):
         _scripts("smollm2_135m/demo", "slurm_h100", tmp_path, {**SITE, "PVS_SHARED": "/lustre"})
+
+
+@pytest.mark.parametrize("place", ["recipe", "data", "link"])
+def test_a_container_must_see_what_the_recipe_names(tmp_path, monkeypatch, place):
+    """In the job it would be a mistake of the user, after hours in the queue."""
+    shared, home = tmp_path / "shared", tmp_path / "home"
+    for folder in (shared, home):
+        (folder / "data").mkdir(parents=True)
+    (shared / "link").symlink_to(home / "data")
+    monkeypatch.chdir(shared)
+    profile = load_profile("slurm_h100", {**SITE, "PVS_SHARED": str(shared)})
+
+    def submit(file: Path, data: str) -> None:
+        recipe = {"extends": "smollm2_135m/demo", "data": {"source": data}}
+        file.write_text(yaml.safe_dump(recipe))
+        stages(load_recipe(file), str(file), shared / "run", profile)
+
+    submit(shared / "mine.yaml", "data")
+    wrong = {
+        "recipe": (home / "mine.yaml", "data"),
+        "data": (shared / "mine.yaml", str(home / "data")),
+        "link": (shared / "mine.yaml", "link"),
+    }
+    with pytest.raises(UserError, match=rf"^{home}\S* is in none of the profile's container_mounts"):
+        submit(*wrong[place])
 
 
 def test_slurm_ranks_know_their_place(monkeypatch):

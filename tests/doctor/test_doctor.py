@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -106,7 +107,11 @@ def test_a_tiny_model_is_trained_saved_and_resumed(forked_launcher):
 
 
 @pytest.mark.parallel
-def test_ranks_of_this_cpu_add_up():
+def test_ranks_of_this_cpu_add_up(tmp_path, monkeypatch):
+    """Also where nobody knows the machine's full name, at which torchrun has ranks meet by default."""
+    (tmp_path / "sitecustomize.py").write_text("import socket\nsocket.getfqdn = lambda name='': 'nowhere.invalid'\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
+    monkeypatch.setattr(deep, "_SECONDS", 90)
     finding = deep.sum_over(2)
     assert finding.level == "ok", finding.text
     assert finding.text.startswith("2 ranks by gloo, 1 MiB in ")

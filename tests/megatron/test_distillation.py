@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -375,3 +379,25 @@ def _reference(student, teacher, temperature=1.0, top_k=None):
     p = (teacher / temperature).softmax(-1)
     terms = p * ((teacher / temperature).log_softmax(-1) - (student / temperature).log_softmax(-1))
     return temperature**2 * terms.masked_fill(p == 0, 0.0).sum(-1)
+
+
+def test_the_teacher_computes_in_its_own_precision_within_a_layer_of_the_student_in_fp8(monkeypatch):
+    """Without a pipeline it reads a micro-batch when the student's first compared layer ends, in the same context."""
+    from nemo_pvs.megatron.distillation.teacher import Teacher
+
+    enabled, seen = [False], []
+
+    @contextmanager
+    def fp8_autocast(*, enabled: bool, state: list[bool] = enabled) -> Iterator[None]:
+        state.append(enabled)
+        yield
+        state.pop()
+
+    engine = SimpleNamespace(fp8_autocast=fp8_autocast)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    teacher = object.__new__(Teacher)
+    teacher.model = lambda *_: seen.append(enabled[-1])
+    with engine.fp8_autocast(enabled=True):
+        teacher._forward(iter([{"tokens": None, "position_ids": None}]), next)
+        assert enabled[-1]
+    assert seen == [False]

@@ -60,13 +60,14 @@ def test_what_a_rank_forks_does_not_outlive_it(job):
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_rank_locks_the_folder_unless_what_started_it_has(job, monkeypatch, capsys, locked):
     """The launcher of a second job was started before the lock of its folder, and so does not know it."""
-    trained = []
+    trained, bound = [], []
 
     class Rank:
         train = staticmethod(trained.append)
 
     monkeypatch.setattr(launch, "_training", lambda: Rank)
     monkeypatch.setattr(launch, "forked_die_with_this", lambda: None)
+    monkeypatch.setattr(launch, "die_with_parent", lambda: bound.append(True))
     for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -77,6 +78,7 @@ def test_a_rank_locks_the_folder_unless_what_started_it_has(job, monkeypatch, ca
     with holder(job.folder):
         code = launch.main(["--locked", file] if locked else [file])
     assert (code, len(trained)) == ((0, 1) if locked else (2, 0)), capsys.readouterr().err
+    assert bool(bound) == locked, "a rank of our torchrun ends with it, and its launcher; any other does not"
 
 
 def test_a_job_with_more_ranks_than_gpus_is_refused_before_it_starts(job, monkeypatch, capsys):
@@ -99,6 +101,30 @@ def test_ranks_that_something_else_starts_have_a_gpu_each(monkeypatch, gpus, ran
             launch._check_gpus_of_ranks()
     else:
         launch._check_gpus_of_ranks()
+
+
+def test_torchrun_ends_with_its_launcher(job, monkeypatch, tmp_path):
+    """However that ends: its ranks would go on without a lock."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/part && mv {tmp_path}/part {tmp_path}/agent\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(python))
+    launcher = multiprocessing.get_context("fork").Process(target=launch._torchrun, args=(job,))
+    launcher.start()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "agent").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    agent = int((tmp_path / "agent").read_text())
+    started = start_time(agent)
+    launcher.kill()
+    launcher.join()
+    while is_running(agent, started) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    outlived = is_running(agent, started)
+    if outlived:
+        os.kill(agent, signal.SIGKILL)
+    assert not outlived
 
 
 def test_torchrun_s_ranks_know_that_the_folder_is_locked(job, monkeypatch, tmp_path):

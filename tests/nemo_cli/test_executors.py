@@ -72,9 +72,9 @@ def test_slurm_starts_a_rank_a_gpu_in_the_profiles_environment(monkeypatch, tmp_
         "signal": "USR1@300",
     }
     assert "requeue" in options
-    assert "export MASTER_ADDR=$head_node_ip" in script
+    assert re.search(r"^export MASTER_ADDR=\$head_node$", script, re.MULTILINE)
     assert "export PATH=/shared/venv/bin:$PATH" in script
-    assert "# Requeue a job that has saved because its time was up (75)" in script
+    assert "# Requeue a job whose time was up: training has saved (75)" in script
     (command,) = re.findall(r"^srun .*fdl_runner.*$", script, re.MULTILINE)
     assert command.rindex("--kill-on-bad-exit=0") > command.rindex("--kill-on-bad-exit=1"), "the last one counts"
     assert command.rindex(f"--chdir={tmp_path}") > command.index("--chdir ")

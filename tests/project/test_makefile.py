@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_pvs.recipe.load import load_recipe
+
 ROOT = Path(__file__).parents[2]
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
@@ -89,3 +91,15 @@ def test_without_a_suitable_python_make_says_what_is_needed(tmp_path: Path) -> N
     assert "make PYTHON=/path/to/python3.11" in message
     _python(tmp_path / "bin", "other", "3.12")
     assert _made_by(tmp_path, "PYTHON=other")[0] == "other"
+
+
+@needs_make
+def test_the_demo_runs_on_the_cpu_also_on_a_machine_with_one_gpu(tmp_path):
+    """Its arms have two ranks each, and would be refused."""
+    assert any(arm.layout.processes > 1 for arm in load_recipe("smollm2_135m/demo").runs)
+    _program(tmp_path / "bin", "pvs", f'echo "$CUDA_VISIBLE_DEVICES." > {tmp_path}/seen')
+    (tmp_path / "stamp").touch()
+    given = [f"BIN={tmp_path / 'bin'}", f"STAMP={tmp_path / 'stamp'}"]
+    command = [str(shutil.which("make")), "-f", str(ROOT / "Makefile"), "--assume-old", f"{tmp_path}/stamp", *given]
+    subprocess.run([*command, "demo"], cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"}, check=True)
+    assert (tmp_path / "seen").read_text() == ".\n"

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -7,7 +8,7 @@ from nemo_pvs.planning.memory import training_memory
 from nemo_pvs.pruning.presets import presets
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.load import parse_training
-from nemo_pvs.training.machine import H100, H100_BYTES, Machine, h100_layout
+from nemo_pvs.training.machine import H100, H100_BYTES, Machine, check_gpus, h100_layout
 
 TRAINING = parse_training(
     {
@@ -99,3 +100,19 @@ def test_overlap_that_transformer_engine_would_die_of_is_refused():
     for machine in (H100, replace(H100, multicast=True), Machine(gpu=False, transformer_engine=False, bf16=True)):
         machine.check(layout)
     replace(H100, multicast=False).check(Parallelism(**SHARDED))
+
+
+@pytest.mark.parametrize(("major", "precision"), [(7, "fp32"), (8, "bf16"), (9, "bf16")])
+def test_auto_is_bf16_only_on_gpus_that_compute_in_it(monkeypatch, major, precision):
+    """Older ones have the type, but emulate its arithmetic, for which PyTorch says by default that they support it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr("torch.cuda._check_bf16_tensor_supported", lambda _: True)
+    monkeypatch.setattr("nemo_pvs.training.machine.has_transformer_engine", lambda: False)
+    assert Machine.here().precision("auto") == precision
+
+
+def test_a_run_with_more_ranks_than_gpus_can_use_the_cpu():
+    with pytest.raises(UserError, match=r"arm needs 2 ranks, but this machine has 1 GPU; .*CUDA_VISIBLE_DEVICES= "):
+        check_gpus("arm", Parallelism(data_parallel=2), 1)

@@ -13,6 +13,7 @@ from torch import distributed
 
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.megatron.inference import LoadedModel
+from nemo_pvs.system.transformer_engine import without_fp8
 
 Batch = Any
 """A micro-batch as the data loader yields it, before a data step moves it to the device."""
@@ -160,7 +161,8 @@ class Teacher:
     @torch.no_grad()
     def _forward(self, data: Iterator[Batch], data_step: DataStep) -> torch.Tensor:
         batch = data_step(data)
-        return self.model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
+        with without_fp8():  # the student may have reached a layer that it computes in FP8
+            return self.model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
 
 
 def _identity(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
