@@ -233,6 +233,10 @@ def test_pruned_and_scratch_may_be_two_runs(results: Results) -> None:
 def test_the_same_run_is_no_repetition_of_itself(results: Results, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one recipe with one seed"):
         compare([Run("runs/demo", results), Run("runs/copy", results)])
+    first, second = _repeated(results, 1, {}), _repeated(results, 2, {})
+    again = Run("runs/copy", first.results)
+    with pytest.raises(UserError, match=r"runs/seed1 and runs/copy are one recipe with one seed \(1\)"):
+        compare([first, second, again])
     results.save(tmp_path / "results.json")
     with pytest.raises(UserError, match="given twice"):
         read_runs([str(tmp_path), f"{tmp_path}/."])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,8 @@ def compare(runs: Sequence[Run], *, absent: Sequence[str] = (), force: bool = Fa
     for run in runs:
         groups.setdefault(run.identity, []).append(run)
     for group in groups.values():
-        for run, other in pairwise(group):
-            others = [(repetition.seed, repetition.data_seed) for repetition in group if repetition is not run]
-            if (run.seed, run.data_seed) in others:
+        for run, other in combinations(group, 2):
+            if (run.seed, run.data_seed) == (other.seed, other.data_seed):
                 raise UserError(
                     f"{run.label} and {other.label} are one recipe with one seed ({run.seed}), so no spread can come "
                     "from them; give one of them, or run it with another train.seed."
