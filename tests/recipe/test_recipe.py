@@ -75,6 +75,12 @@ def test_every_packaged_recipe_reads():
         ),
         ("budgets", {"random": ["equal-total-tokens"]}, "is relative to pruned arms; give their budgets under pruned"),
         ("budgets", ["equal-total-tokens"], "budgets.0: input should be a valid number"),
+        ("budgets", [1000, 2048, 1e3], "budgets lists 1,000 twice for pruned arms; remove one"),
+        (
+            "budgets",
+            {"pruned": [1e3], "random": ["equal-total-tokens", 1e3, "equal-total-tokens"]},
+            "budgets lists equal-total-tokens twice for random arms; remove one",
+        ),
         ("budget", "equal-steps", "budgets.random.0: must be a number of tokens or one of equal-training-tokens"),
         ("data.token_files", {"train": "a", "validation": "b", "calibration": "c", "test": "d"}, "either source or"),
         ("data.token_ranges.pruned", [0, 100], "a budget of 49,152 tokens for pruned arms goes past the end"),
