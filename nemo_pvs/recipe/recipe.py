@@ -119,6 +119,13 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
+    def _targets_name_folders(self) -> Recipe:
+        for name in self.targets:
+            if not name or "/" in name or name.startswith("."):
+                raise ValueError(f"a target names folders and files of the run, and {name!r} cannot; rename it")
+        return self
+
+    @model_validator(mode="after")
     def _budgets_differ(self) -> Recipe:
         for initialisation in typing.get_args(Initialisation):
             budgets = self.budgets_of(initialisation)
