@@ -216,6 +216,28 @@ def test_equal_arms_of_two_recipes_stay_apart(results: Results) -> None:
     assert runs.missing == []
 
 
+def test_what_another_recipe_asks_for_is_not_missing_from_a_target_that_was_renamed(results: Results) -> None:
+    both, pruned = {"depth": {}, "width": {}}, {"depth": {"arms": ["pruned"], "learning_rate": 1e-3}}
+    other = _changed(results, lambda r: r.recipe.update(targets=pruned))
+    other.results.arms = other.results.arms[:1]
+    results.recipe["targets"] = both
+    runs = compare([Run("runs/demo", results), other])
+    assert list(runs.results.targets) == ["depth", "width", "depth (runs/other)"]
+    assert runs.missing == []
+    assert runs.warnings == ["No arm from random weights was asked for on depth (runs/other), so there is no gap."]
+    del results.arms[1]
+    assert compare([Run("runs/demo", results), other]).missing == [("depth", "random")]
+    assert compare([other, Run("runs/demo", results)]).missing == [("depth (runs/demo)", "random")]
+
+
+def test_an_arm_without_a_budget_is_not_missing(results: Results) -> None:
+    results.recipe |= {"targets": {"width": {}}, "budgets": {"pruned": [], "random": [40_960]}}
+    results.arms = results.arms[3:]
+    runs = compare([Run("runs/demo", results)])
+    assert runs.missing == []
+    assert runs.warnings == ["No arm from the pruned parent was asked for on width, so there is no gap."]
+
+
 def test_pruned_and_scratch_may_be_two_runs(results: Results) -> None:
     other = _changed(results, lambda r: r.recipe.update(more=True))
     whole, other.results.arms = results.arms, other.results.arms[1::2]

@@ -120,15 +120,28 @@ class SideBySide:
 
     def _requested(self, target: str, start: str) -> bool:
         """Whether a recipe requests an arm; true if no recipe has the target."""
-        requests = []
-        for run in self.runs:
-            if at(run.results.recipe, "targets", target) is not None:
-                requests.append(at(run.results.recipe, "targets", target, "arms") or at(run.results.recipe, "arms"))
-        return not requests or any(arms is None or start in arms for arms in requests)
+        plans = self._plans(target)
+        return not plans or any(_trains(recipe, plan, start) for recipe, plan in plans)
 
     def _method(self, target: str) -> Any:
-        methods = [at(run.results.recipe, "targets", target, "method") for run in self.runs]
-        return next(filter(None, methods), None)
+        return next(filter(None, (at(plan, "method") for _, plan in self._plans(target))), None)
+
+    def _plans(self, target: str) -> list[tuple[Any, Any]]:
+        """Return the recipes that have a target, and what each says of it.
+
+        These are the recipes of the runs whose arms it holds, where it may have had another name, and of the runs that
+        have none of its arms.
+        """
+        names = {}
+        for arm in self.results.targets.get(target, []):
+            names.update({run.label: original.target for run, original in self.repetitions[arm.name]})
+        plans = []
+        for run in self.runs:
+            elsewhere = run.label not in names and target in run.results.targets
+            plan = None if elsewhere else at(run.results.recipe, "targets", names.get(run.label, target))
+            if plan is not None:
+                plans.append((run.results.recipe, plan))
+        return plans
 
     @property
     def not_trained(self) -> list[str]:
@@ -175,3 +188,10 @@ class SideBySide:
                     "diverged, and such points are left out of the figures."
                 )
         return warnings
+
+
+def _trains(recipe: Any, target: Any, start: str) -> bool:
+    """Whether a recipe trains a target's arms from these initial weights, and has a budget for them."""
+    arms, budgets = at(target, "arms") or at(recipe, "arms"), at(recipe, "budgets")
+    without = isinstance(budgets, Mapping) and not budgets.get(start)
+    return (arms is None or start in arms) and not without
