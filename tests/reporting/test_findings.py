@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -144,6 +145,19 @@ def test_one_seed_decides_nothing() -> None:
     for finding in compare(grid_runs(1)).findings:
         assert finding.judgement == "undecided"
         assert "One seed has no interval; report runs with at least two seeds." in finding.reason
+
+
+def test_a_seed_that_diverged_is_not_one_seed() -> None:
+    runs = grid_runs()
+    arm = next(arm for arm in runs[2].results.arms if arm.name == f"depth-50, random, {OF_TOTAL}")
+    arm.validation[-1].loss = math.nan
+    finding = _finding(compare(runs), "2b")
+    assert finding.judgement == "undecided"
+    assert "1 has no interval, as a training diverged." in finding.reason
+    only = compare(_without(runs, "depth-75"))
+    reason = _finding(only, "2b").reason
+    assert "1 has no interval, as a training diverged." in reason
+    assert "One seed" not in reason
 
 
 def test_what_is_missing_is_named_and_not_filled_in() -> None:

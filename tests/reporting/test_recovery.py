@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,13 @@ def test_one_seed_of_losses_decides_nothing() -> None:
     assert test.words == (
         "undecided (one seed, and the losses of single windows are not stored; report runs with at least two seeds)"
     )
+
+
+def test_a_training_that_diverged_decides_nothing() -> None:
+    runs = grid_runs()
+    runs[2].results.arms[0].validation[-1].loss = math.inf
+    test = judge_recovery(compare(runs), 0.1, "nats")[0]
+    assert test.words == "undecided (a loss is not a finite number, as the training diverged)"
 
 
 def test_answers_are_paired_by_question(results: Results, tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def _loss(runs: SideBySide, arm: ArmResult, margin: float) -> Recovery:
     difference = estimate(differences)
     if difference is None:
         basis = "the loss of the arm or of its parent was not measured"
+    elif not math.isfinite(difference.mean):
+        basis = "a loss is not a finite number, as the training diverged"
     elif difference.count == 1:
         basis = "one seed, and the losses of single windows are not stored; report runs with at least two seeds"
     else:
