@@ -145,6 +145,20 @@ def test_seeds_are_averaged_question_by_question(evaluated: Run, tmp_path: Path)
     assert "boolq/0-shot/acc" not in rows  # the second run lacks it
 
 
+def test_the_parent_need_be_evaluated_in_one_of_its_runs_only(evaluated: Run, tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "parent", {"a" * 64: {"arc_easy": PRUNED}})
+    evaluated.scores.update(read_scores(tmp_path / "parent"))
+    other = copy.deepcopy(evaluated.results)
+    other.recipe["more"] = True
+    other.arms = other.arms[2:]
+    evaluated.results.arms = evaluated.results.arms[:2]
+    for runs in ([evaluated, Run("runs/other", other)], [Run("runs/other", other), evaluated]):
+        rows = {row.task: row for row in task_rows(compare(runs))}
+        parent = rows["arc_easy/0-shot/acc_norm"].parent
+        assert parent is not None
+        assert parent.value == pytest.approx(5 / 6)
+
+
 def test_what_is_no_evaluation_is_refused(results: Results, tmp_path: Path) -> None:
     results.save(tmp_path / "results.json")
     with pytest.raises(UserError, match="holds no evaluation"):

@@ -188,7 +188,10 @@ def _mean_over_models(models: Sequence[dict[str, Score]]) -> dict[str, Score]:
 
 def _parent_scores(runs: SideBySide) -> dict[str, Score]:
     """Return the parent's scores, averaged over the parents if each seed has its own."""
-    by_parent = {run.results.hashes.get("parent weights"): run.parent_scores for run in runs.runs}
+    by_parent: dict[str | None, dict[str, Score]] = {}
+    for run in runs.runs:  # of those with one parent, not every one may have evaluated it
+        known = by_parent.setdefault(run.results.hashes.get("parent weights"), {})
+        known.update({name: score for name, score in run.parent_scores.items() if name not in known})
     return _mean_over_models(list(by_parent.values()))
 
 
