@@ -122,7 +122,7 @@ class Recipe(Block):
     def _targets_name_folders(self) -> Recipe:
         for name in self.targets:
             if not name or "/" in name or name.startswith("."):
-                raise ValueError(f"a target names folders and files of the run, and {name!r} cannot; rename it")
+                raise ValueError(f"a target names folders of the run, and {name!r} cannot; rename it")
         return self
 
     @model_validator(mode="after")

@@ -86,7 +86,7 @@ def test_every_packaged_recipe_reads():
         ("data.token_ranges.pruned", [0, 100], "a budget of 49,152 tokens for pruned arms goes past the end"),
         ("data.token_ranges.parent", [0, 100], "would read tokens that the parent was trained on (0 to 100)"),
         ("data.token_ranges.random", [9, 9], "the range of random ends before it begins"),
-        ("targets", {"../scores": {"method": "dense"}}, "a target names folders and files of the run, and '../scores'"),
+        ("targets", {"../scores": {"method": "dense"}}, "a target names folders of the run, and '../scores'"),
         ("targets", {"a/b": {"method": "dense"}}, "and 'a/b' cannot; rename it"),
         ("targets", {"": {"method": "dense"}}, "and '' cannot; rename it"),
         ("parent.source", None, "give the source, or the config and the tokenizer"),
