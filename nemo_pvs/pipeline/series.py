@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.pipeline.folder import check_forced
-from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.pipeline import Pipeline, write_recipe
 from nemo_pvs.pipeline.results import assemble
 from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.recipe.identity import identity_without_seeds
@@ -128,6 +128,8 @@ class Series:
             trainer.train_all(jobs)
 
     def _pipelines(self, phase: Phase, locks: ExitStack) -> list[Pipeline]:
+        if self._recipe.seeds and phase is self._phases[-1]:
+            write_recipe(self._recipe, self._folder)  # by which a report knows which seeds are missing
         pipelines = []
         for member in phase:
             if member.folder != self._folder:  # whose lock the caller holds

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_pvs.api.report import report
+from nemo_pvs.reporting import html
 from nemo_pvs.reporting.compare.budgets import budget_rows
 from nemo_pvs.reporting.compare.compare import compare
 from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, gap, gap_by_seed, parent_loss
@@ -186,6 +188,23 @@ def test_what_is_missing_is_named_and_not_filled_in() -> None:
     assert finding.missing == (
         "a model with weights set to zero (unstructured or N:M), pruned and from random weights",
     )
+
+
+def test_a_seed_without_results_is_missing_from_the_report_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of three seeds that was killed in the third; without its recipe the folders that exist say so."""
+    monkeypatch.setattr(html, "write_files", lambda *_, **__: None)
+    for run in grid_runs(1, 2):
+        (tmp_path / f"seed-{run.seed}").mkdir()
+        run.results.save(tmp_path / f"seed-{run.seed}" / "results.json")
+    assert _finding(report(tmp_path), "1a").judgement == "holds"
+    (tmp_path / "recipe.yaml").write_text("seeds: [1, 2, 3]")
+    finding = _finding(report(tmp_path), "1a")
+    assert (finding.judgement, finding.missing) == ("undecided", (f"all of {tmp_path}/seed-3, not trained yet",))
+    (tmp_path / "recipe.yaml").unlink()
+    (tmp_path / "seed-3").mkdir()
+    assert _finding(report(tmp_path), "1a").missing == finding.missing
 
 
 def test_one_budget_says_nothing_of_more_tokens() -> None:

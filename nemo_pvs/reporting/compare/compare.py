@@ -14,9 +14,12 @@ from nemo_pvs.reporting.compare.comparable import differences_of
 from nemo_pvs.reporting.compare.findings import judge_findings
 from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of
 from nemo_pvs.reporting.compare.scores import TaskScores, read_scores
-from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results, at
+from nemo_pvs.system.files import read_yaml
 
 RESULTS = "results.json"
+RECIPE = "recipe.yaml"
+"""In a run folder, the recipe that was run there; in the folder of several seeds, that of all of them."""
 EVALUATIONS = ("tasks", "evaluation")
 """Folders in a run folder with scores of its models: those of the recipe's tasks, and those of ``pvs evaluate``."""
 
@@ -46,6 +49,16 @@ def seeds_of(folder: Path) -> list[Path]:
     """Return the run folders of the seeds in a folder, in their order; the folder itself if it is a run's."""
     seeds = sorted(folder.glob(f"seed-*/{RESULTS}"), key=lambda file: (len(file.parent.name), file.parent.name))
     return [file.parent for file in seeds] if seeds and not (folder / RESULTS).exists() else [folder]
+
+
+def seeds_without_results(folder: Path) -> list[str]:
+    """Return the run folders of the seeds in a folder that have no results, while others have."""
+    if seeds_of(folder) == [folder]:
+        return []
+    recipe = read_yaml(folder / RECIPE) if (folder / RECIPE).is_file() else None
+    seeds = [folder / f"seed-{seed}" for seed in at(recipe, "seeds") or ()]
+    begun = [path for path in sorted(folder.glob("seed-*")) if path.is_dir()]
+    return [str(path) for path in seeds or begun if not (path / RESULTS).is_file()]
 
 
 def compare(runs: Sequence[Run], *, absent: Sequence[str] = (), force: bool = False) -> SideBySide:
