@@ -189,6 +189,20 @@ def test_runs_of_which_the_first_says_nothing_are_compared_too(results: Results)
         compare([of_depth, pruned, scratch])
 
 
+def test_shapes_are_compared_seed_by_seed(results: Results) -> None:
+    """As scores of each seed's own parent decide them."""
+    pruned, scratch = ([_repeated(results, seed, {}) for seed in (1, 2)] for _ in range(2))
+    for run, other in zip(pruned, scratch, strict=True):
+        shape = run.results.arms[0].shape.replace(ffn=96 + 8 * run.seed)
+        run.results.arms, other.results.arms = run.results.arms[:1], other.results.arms[1:2]
+        run.results.arms[0].shape = other.results.arms[0].shape = shape
+        other.results.recipe["more"] = True
+    assert compare([*pruned, *scratch]).differences == ()
+    scratch[1].results.arms[0].shape = scratch[0].results.arms[0].shape
+    with pytest.raises(UserError, match=r"the shape of depth is .* in runs/seed2 and .* in runs/seed2"):
+        compare([*pruned, *scratch])
+
+
 def test_the_seeds_that_recipes_do_not_share_are_named(results: Results) -> None:
     twice = [_repeated(results, seed, {}) for seed in (1, 2)]
     once = Run("runs/other", copy.deepcopy(twice[0].results))

@@ -17,13 +17,19 @@ _SHAPE_OF = "the shape of "
 def differences_of(runs: Sequence[Run]) -> list[str]:
     """Return a clause for every field in which a run differs from the first run that records it, but must not."""
     differences = []
-    recorded: dict[tuple[str, str], tuple[Run, Any]] = {}
+    recorded: dict[tuple[str, str], list[tuple[Run, Any]]] = {}
     traced = all(run.results.parent_origin for run in runs if run.results.parent)
     for run in runs:
         for field, value in {**_fields(run.results), **_parent(run.results, traced)}.items():
-            first, expected = recorded.setdefault(field, (run, value)) if value is not None else (run, value)
-            if field[1].startswith(_SHAPE_OF) and first.identity == run.identity:
-                continue  # scores decide the sizes, and each seed has its own
+            if value is None:
+                continue
+            known = recorded.setdefault(field, [])
+            known.append((run, value))
+            first, expected = known[0]
+            if field[1].startswith(_SHAPE_OF):  # scores decide the sizes, and each seed has its own
+                first, expected = next((one for one in known[:-1] if _seed(one[0]) == _seed(run)), known[0])
+                if first.identity == run.identity:
+                    continue
             if expected != value:
                 what, name = field
                 differences.append(
@@ -39,6 +45,10 @@ def differences_of(runs: Sequence[Run]) -> list[str]:
             "recipe repeated with the same seeds"
         )
     return differences
+
+
+def _seed(run: Run) -> tuple[Any, Any]:
+    return run.seed, run.data_seed
 
 
 def _seeds(runs: Sequence[Run]) -> set[Any]:
