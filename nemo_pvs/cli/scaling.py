@@ -207,11 +207,10 @@ def advise(
     ] = None,
 ) -> None:
     """Say whether to prune or to train from scratch, with the evidence and how sure it is."""
-    from nemo_pvs.reporting.compare.compare import read_runs
     from nemo_pvs.scaling.advise import advise as answer
-    from nemo_pvs.scaling.evidence import Question, written
+    from nemo_pvs.scaling.evidence import Question, runs_in, written
 
-    own = [run.results for run in read_runs(runs or [])]
+    own = runs_in(runs or [])
     question = Question(params, train_tokens, parent_params or 2 * params, parent_tokens or None)
     verdicts = answer(question, own)
     if not parent_params:
