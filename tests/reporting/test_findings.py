@@ -13,7 +13,7 @@ from nemo_pvs.api.report import report
 from nemo_pvs.reporting import html
 from nemo_pvs.reporting.compare.budgets import budget_rows
 from nemo_pvs.reporting.compare.compare import compare
-from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, gap, gap_by_seed, parent_loss
+from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, final_loss, gap, gap_by_seed, parent_loss
 from nemo_pvs.reporting.compare.removed import granularity
 from nemo_pvs.reporting.compare.runs import Run, SideBySide
 from nemo_pvs.reporting.compare.verdicts import Finding
@@ -24,7 +24,7 @@ from nemo_pvs.reporting.results import ArmResult, Results
 from nemo_pvs.reporting.tables.budgets import budget_cells
 from nemo_pvs.reporting.tables.results import outcome
 
-from .grid import BUDGETS, GAPS, OF_TOTAL, OF_TOTAL_GAPS, TARGETS, grid_runs
+from .grid import BUDGETS, GAPS, OF_TOTAL, OF_TOTAL_GAPS, STEP, TARGETS, grid_runs
 
 GOLDEN = Path(__file__).parent / "golden_grid.json"
 HALF_WIDTH = 4.302653 * 0.01 / 3**0.5
@@ -56,6 +56,23 @@ def test_gaps_are_paired_by_seed() -> None:
         found = gap(runs, _arm(runs, target, "pruned", BUDGETS[-1]), EQUAL_TOTAL)
         assert found is not None
         assert (found.mean, found.half_width) == pytest.approx((OF_TOTAL_GAPS[target], HALF_WIDTH), abs=1e-6)
+
+
+def test_an_arm_whose_budget_differs_between_seeds_has_the_mean_of_its_last_losses() -> None:
+    """A budget in FLOPs does, where scores decide each seed's shape."""
+    seeds = grid_runs()
+    name = f"depth-50, random, {OF_TOTAL}"
+    for run in seeds:
+        arm = next(arm for arm in run.results.arms if arm.name == name)
+        arm.validation[-1].tokens += run.seed * STEP
+    runs = compare(seeds)
+    arm, pruned = (_arm(runs, "depth-50", *of) for of in (("random", OF_TOTAL), ("pruned", BUDGETS[-1])))
+    over_seeds = final_loss(runs, arm)
+    assert over_seeds is not None
+    assert [point.tokens for point in arm.validation] == [0, OF_TOTAL + STEP]
+    assert arm.validation_loss == pytest.approx(over_seeds.mean)
+    assert runs.loss_deviations(arm)[OF_TOTAL + STEP] == over_seeds.deviation
+    assert runs.results.gap(pruned, EQUAL_TOTAL) == pytest.approx(OF_TOTAL_GAPS["depth-50"])
 
 
 def test_a_parent_for_each_seed_is_shown_by_its_mean() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare.comparable import differences_of
 from nemo_pvs.reporting.compare.findings import judge_findings
-from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of
+from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of, side_by_side
 from nemo_pvs.reporting.compare.scores import TaskScores, read_scores
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results, at
 from nemo_pvs.system.files import read_yaml
@@ -98,8 +98,8 @@ def compare(runs: Sequence[Run], *, absent: Sequence[str] = (), force: bool = Fa
     titles = list(dict.fromkeys(run.results.title for run in runs))
     created = max(run.results.created for run in runs)
     merged = replace(first, title="; ".join(titles), arms=arms, created=created, parent=_mean_parent(runs))
-    side_by_side = SideBySide(merged, tuple(runs), repetitions, tuple(absent), tuple(differences))
-    return replace(side_by_side, findings=judge_findings(side_by_side))
+    found = SideBySide(merged, tuple(runs), repetitions, tuple(absent), tuple(differences))
+    return replace(found, findings=judge_findings(found))
 
 
 def _mean_parent(runs: Sequence[Run]) -> ParentResult | None:
@@ -142,7 +142,7 @@ def _slot(arm: ArmResult) -> tuple[Any, ...]:
 
 
 def _mean(arms: list[ArmResult]) -> ArmResult:
-    """Return the mean of repetitions, at the token counts that they have in common."""
+    """Return the mean of repetitions, at the token counts that they have in common and at their ends."""
     if len(arms) == 1:
         return arms[0]
     return replace(
@@ -162,11 +162,9 @@ def _mean(arms: list[ArmResult]) -> ArmResult:
 
 
 def _mean_points(curves: list[list[Point]]) -> list[Point]:
-    by_tokens = [{point.tokens: point for point in curve} for curve in curves]
     means = []
-    for tokens, point in by_tokens[0].items():
-        if all(tokens in curve for curve in by_tokens):
-            means.append(replace(point, loss=statistics.fmean(curve[tokens].loss for curve in by_tokens)))
+    for points in side_by_side(curves):
+        means.append(replace(points[0], loss=statistics.fmean(point.loss for point in points)))
     return means
 
 
