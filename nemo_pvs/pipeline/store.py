@@ -133,7 +133,7 @@ class Stages:
         if not (stage.keep_partial and self.matches(begun, inputs)) or forced:
             if begun:
                 self.refuse(name, stage.precious, difference(begun, inputs))
-            for path in stage.outputs:
+            for path in [*stage.outputs, *(stage.reusable if forced else ())]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._begun.add(name)
         self._record(name).unlink(missing_ok=True)
