@@ -147,6 +147,14 @@ def test_a_loss_that_is_not_finite_is_one_sentence(results: Results) -> None:
         ),
         (lambda r: r.hashes.update({"train tokens": "2"}), "data order differs, the SHA-256 of train tokens"),
         (lambda r: r.recipe["data"].update(seed=9), "data order differs, data.seed is 0 in runs/demo and 9 in"),
+        (
+            lambda r: r.recipe["data"].update(token_files={"train": [0.5, "a", 0.5, "b"]}),
+            "data order differs, the blend of the training files is 0.7, 0.3 in runs/demo and 0.5, 0.5 in",
+        ),
+        (
+            lambda r: r.recipe["data"].update(token_files={"train": ["a", "b"]}),
+            "data order differs, the blend of the training files is 0.7, 0.3 in runs/demo and their sizes in",
+        ),
         (lambda r: r.recipe["train"].update(seed=9, steps=5), "data order differs, its seed is None in"),
         (lambda r: r.hashes.update({"validation tokens": "2"}), "validation set differs, the SHA-256 of its tokens"),
         (lambda r: r.recipe["train"].update(validation_samples=9), "validation set differs, train.validation_samples"),
@@ -165,6 +173,7 @@ def test_what_is_not_comparable_is_refused_with_the_field(
     names = ("tokenizer", "train tokens", "validation tokens", "test tokens", "parent weights")
     results.hashes |= dict.fromkeys(names, "1")
     results.recipe["train"]["validation_samples"] = 8
+    results.recipe["data"]["token_files"] = {"train": [0.7, "a", 0.3, "b"]}
     other = _changed(results, change)
     other.results.recipe["more"] = True  # not a repetition
     runs = [Run("runs/demo", results), other]

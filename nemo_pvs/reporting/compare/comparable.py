@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nemo_pvs.recipe.fields import number
 from nemo_pvs.reporting.results import Results, at
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
         **{("architecture", f"{_SHAPE_OF}{name}"): str(arms[0].shape) for name, arms in results.targets.items()},
         **{("data order", f"the SHA-256 of {name}"): value for name, value in hashes.items() if _is_training(name)},
         **{("data order", name): at(recipe, *name.split(".")) for name in order},
+        ("data order", "the blend of the training files"): _weights(at(recipe, "data", "token_files", "train")),
         ("validation set", "the SHA-256 of its tokens"): hashes.get("validation tokens"),
         **{("validation set", name): at(recipe, *name.split(".")) for name in windows},
         ("test set", "the SHA-256 of its tokens"): hashes.get("test tokens"),
@@ -84,6 +86,14 @@ def _parent(results: Results, traced: bool) -> dict[tuple[str, str], Any]:
     if traced:
         return {("parent", "the SHA-256 of its training's recipe"): results.parent_origin}
     return {("parent", "the SHA-256 of its weights"): results.hashes.get("parent weights")}
+
+
+def _weights(files: Any) -> str | None:
+    """Return the weights with which a recipe mixes its training files; None if it has no list of files."""
+    if not isinstance(files, (list, tuple)):
+        return None
+    weights = [value for value in (number(str(entry)) for entry in files) if value is not None]
+    return ", ".join(f"{weight:g}" for weight in weights) or "their sizes"
 
 
 def _is_training(name: str) -> bool:
