@@ -1,5 +1,6 @@
 import copy
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import get_args
@@ -48,6 +49,9 @@ def test_every_packaged_recipe_reads():
         ("data.split.xyz", 0.5, "unknown key data.split.xyz; known keys are train, validation"),
         ("train.tokens", "many", "train.tokens: "),
         ("train.tokens", 1.5, "must be a whole number"),
+        ("train.tokens", math.inf, "train.tokens: must be a whole number, not inf"),
+        ("data.token_ranges.random", [0, math.inf], "data.token_ranges.random.1: must be a whole number, not inf"),
+        ("train.learning_rate", math.inf, "train.learning_rate: input should be a finite number, not inf"),
         ("train.validation_samples", 33, "must be a multiple of global_batch_size"),
         ("data.split.train", 0.9, "must add up to 1"),
         ("targets.width.method", "minitron-with", "targets.width.method"),

@@ -212,6 +212,11 @@ def test_equal_sweeps_of_several_targets_are_one_choice(tmp_path: Path) -> None:
             {},
             "train.learning_rate: a rate is given twice; leave one out.",
         ),
+        (
+            {"train": {**TRAIN, "learning_rate": {"sweep": [1e-3, 1.0000001e-3]}}},
+            {},
+            "train.learning_rate: a rate is given twice; leave one out.",
+        ),
         ({"train": {**TRAIN, "learning_rate": {"swep": [1e-3, 1e-2]}}}, {}, "unknown key train.learning_rate.swep"),
         (
             {"train": {**TRAIN, "learning_rate": -1}},
