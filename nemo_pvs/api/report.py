@@ -57,7 +57,7 @@ def report(
     runs = _list(folders)
     place = report_folder(runs, out)
     check_folder(place)
-    from nemo_pvs.reporting.compare.compare import compare, read_runs
+    from nemo_pvs.reporting.compare.compare import compare, read_runs, seeds_without_results
     from nemo_pvs.reporting.compare.curves import take_curves
     from nemo_pvs.reporting.compare.recovery import check_margin, judge_recovery
     from nemo_pvs.reporting.html import write_files
@@ -65,7 +65,8 @@ def report(
     tested = check_margin(non_inferior_to, margin, unit)
     read = read_runs(runs, _list(evaluation))
     take_curves(read, curve)
-    found = compare(read, force=force)
+    absent = [seed for folder in runs for seed in seeds_without_results(Path(folder))]
+    found = compare(read, absent=absent, force=force)
     if tested is not None:
         found = replace(found, recoveries=judge_recovery(found, *tested))
     write_files(found, place, reference=published)

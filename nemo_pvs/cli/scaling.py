@@ -158,6 +158,8 @@ def scaling_predict(
         chosen = [one for one in chosen if one.series[0].initialisation == "pruned"]
     if not chosen:
         raise UserError(f"{fits} has no such run; it has {', '.join(one.name for one in known)}.")
+    if scratch is not None and len(chosen) > 1:  # of a single run ``overtaking`` refuses it
+        chosen = _with_tokens_of(scratch, chosen)
     for one in chosen:
         console.print(f"\n[bold]{one.name}[/] ({one.form})", soft_wrap=True)
         found, doubts = [tokens] if tokens else [], list(one.warnings)
@@ -207,11 +209,10 @@ def advise(
     ] = None,
 ) -> None:
     """Say whether to prune or to train from scratch, with the evidence and how sure it is."""
-    from nemo_pvs.reporting.compare.compare import read_runs
     from nemo_pvs.scaling.advise import advise as answer
-    from nemo_pvs.scaling.evidence import Question, written
+    from nemo_pvs.scaling.evidence import Question, runs_in, written
 
-    own = [run.results for run in read_runs(runs or [])]
+    own = runs_in(runs or [])
     question = Question(params, train_tokens, parent_params or 2 * params, parent_tokens or None)
     verdicts = answer(question, own)
     if not parent_params:
@@ -266,6 +267,21 @@ def _scratch_fit(fits: list[Fit], against: str) -> Fit:
             f"{', '.join(one.name for one in candidates)}."
         )
     return named[0]
+
+
+def _with_tokens_of(scratch: Fit, fits: list[Fit]) -> list[Fit]:
+    """Return the fits that can be compared with scratch, and say which have another tokenizer."""
+    from nemo_pvs.scaling.fit import check_tokenizers
+
+    comparable = []
+    for one in fits:
+        try:
+            check_tokenizers([*scratch.series, *one.series])
+        except UserError as error:
+            console.print(f"[yellow]![/] {error}", soft_wrap=True)
+        else:
+            comparable.append(one)
+    return comparable
 
 
 def _tokens(count: float) -> str:

@@ -7,7 +7,8 @@ would wait in a collective with a timeout of ten minutes while the first of them
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,25 @@ def build_datasets(dataset: type, config: Any, samples: int) -> list[Any]:
     # An index of the whole text serves every budget, as the order does not depend on the number of samples. Only how
     # several files are blended does.
     training = None if len(prefixes) == 1 else samples
-    built: list[Any] = BlendedMegatronDatasetBuilder(dataset, [training, None, 0], lambda: True, config).build()
+    with nullcontext() if len(prefixes) == 1 else _process_group():
+        built: list[Any] = BlendedMegatronDatasetBuilder(dataset, [training, None, 0], lambda: True, config).build()
     return built
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """Have a process group, of this process alone where there are no ranks: a blend asks it which rank this is."""
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        yield
+        return
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def index_text(text: str | Sequence[str], folder: Path, *, sequence_length: int, seed: int, samples: int) -> None:

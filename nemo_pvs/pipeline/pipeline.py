@@ -34,6 +34,7 @@ from nemo_pvs.planning.equal_terms import settle
 from nemo_pvs.planning.learned import first_of_each_training
 from nemo_pvs.planning.parent_checks import check_costs
 from nemo_pvs.recipe.recipe import Recipe
+from nemo_pvs.reporting.compare.compare import RECIPE
 from nemo_pvs.system.files import write_text
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import TrainingJob
@@ -213,7 +214,7 @@ class Pipeline(RunFolder):
             self._check_text(ahead.data.splits)
         if known is not None:
             self.do(stage)
-        write_text(self.folder / "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
+        write_recipe(self.recipe, self.folder)
         self.do(data(self))
         if "data" not in ahead:
             self._check_text(self.records.data.splits)
@@ -288,6 +289,11 @@ class Pipeline(RunFolder):
         for name, shape in shapes.items():
             check_training(self.recipe.train, self.recipe.targets[name].layout, shape)
         return []
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the recipe that is run in a folder into it."""
+    write_text(folder / RECIPE, yaml.safe_dump(recipe.model_dump(), sort_keys=False))
 
 
 def _seconds_trained(stage: TrainingStage[Any]) -> float:

@@ -11,9 +11,10 @@ from pathlib import Path
 from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.pipeline.folder import check_forced
-from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.pipeline import Pipeline, write_recipe
 from nemo_pvs.pipeline.results import assemble
 from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.recipe.identity import identity_without_seeds
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.series import Member, Phase, kinds, phases, with_rates
 from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
@@ -84,9 +85,10 @@ class Series:
         """
         for phase in self._phases:
             with ExitStack() as locks:
-                if self._is_sweep(phase) and not all(map(_is_reported, phase)):
+                pipelines = self._pipelines(phase, locks)
+                if self._is_sweep(phase) and not all(pipeline.is_trained() for pipeline in pipelines):
                     raise UserError(f"The sweep in {phase[0].folder} is not finished; continue pvs run first.")
-                pipelines = [pipeline for pipeline in self._pipelines(phase, locks) if pipeline.has_finished_arms()]
+                pipelines = [pipeline for pipeline in pipelines if pipeline.has_finished_arms()]
                 if not pipelines:
                     names = ", ".join(str(member.folder) for member in phase)
                     raise UserError(f"No training in {names} is finished yet; continue pvs run first.")
@@ -126,17 +128,16 @@ class Series:
             trainer.train_all(jobs)
 
     def _pipelines(self, phase: Phase, locks: ExitStack) -> list[Pipeline]:
+        if self._recipe.seeds and phase is self._phases[-1]:
+            write_recipe(self._recipe, self._folder)  # by which a report knows which seeds are missing
         pipelines = []
         for member in phase:
             if member.folder != self._folder:  # whose lock the caller holds
                 locks.enter_context(locked_folder(member.folder))
             is_parent = self._folder not in (member.folder, *member.folder.parents)
             force = None if is_parent else self._force
-            pipelines.append(Pipeline(self._with_rates(member), member.folder, force, self._compute, self._jobs))
+            pipelines.append(Pipeline(_with_rates(member), member.folder, force, self._compute, self._jobs))
         return pipelines
-
-    def _with_rates(self, member: Member) -> Recipe:
-        return with_rates(member.recipe, [chosen.chosen for chosen in sweeps(member)])
 
     def _report(self, pipeline: Pipeline) -> None:
         member = next(member for phase in self._phases for member in phase if member.folder == pipeline.folder)
@@ -161,7 +162,16 @@ def compare_seeds(phase: Phase) -> SideBySide:
 
 
 def _is_reported(member: Member) -> bool:
-    return (member.folder / RESULTS).exists()
+    """Return whether a run has results of its present recipe, not of one that its folder was used for before."""
+    file = member.folder / RESULTS
+    if not file.exists():
+        return False
+    recipe = _with_rates(member).model_dump()
+    return identity_without_seeds(Results.load(file).recipe) == identity_without_seeds(recipe)
+
+
+def _with_rates(member: Member) -> Recipe:
+    return with_rates(member.recipe, [chosen.chosen for chosen in sweeps(member)])
 
 
 def sweeps(member: Member) -> list[SweepResult]:

@@ -42,6 +42,9 @@ class Stage(Generic[RecordT]):
     """Returns the part of the inputs whose change certainly changes the result."""
     precious: Sequence[Path] = ()
     """The outputs that took long to make: if the inputs have changed, they are only removed with ``--force``."""
+    reusable: Sequence[Path] = ()
+    """Folders of results that each say what they were made from, so that the work finds those that still fit: they are
+    only removed with ``--force``."""
     keep_partial: bool = False
     """Whether the stage can resume from the outputs of an interrupted attempt with the same inputs."""
     shared: bool = False

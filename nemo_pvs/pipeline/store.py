@@ -17,6 +17,9 @@ from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.system.files import link_tree, read_json, sha256_json, write_json
 from nemo_pvs.system.progress import console, short_time
 
+_LATER = ("blend",)
+"""Inputs that records of earlier versions lack, which therefore cannot say that they have changed."""
+
 
 @dataclass(frozen=True)
 class _Done:
@@ -133,7 +136,7 @@ class Stages:
         if not (stage.keep_partial and self.matches(begun, inputs)) or forced:
             if begun:
                 self.refuse(name, stage.precious, difference(begun, inputs))
-            for path in stage.outputs:
+            for path in [*stage.outputs, *(stage.reusable if forced else ())]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._begun.add(name)
         self._record(name).unlink(missing_ok=True)
@@ -152,8 +155,8 @@ class Stages:
         return {}
 
     def matches(self, begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
-        """Return whether a stage was begun with these inputs."""
-        return bool(begun) and same_inputs(begun["inputs"], inputs)
+        """Return whether a stage was begun with these inputs, as far as its record says."""
+        return bool(begun) and same_inputs(begun["inputs"], _recorded_of(inputs, begun["inputs"]))
 
     def refuse(self, name: str, precious: Sequence[Path], how: str) -> None:
         """Refuse to run a stage again if that removes precious outputs, unless it is forced.
@@ -184,6 +187,10 @@ class Stages:
 
     def _attempt(self, name: str) -> Path:
         return self._record(name).with_suffix(".begun.json")
+
+
+def _recorded_of(inputs: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name in recorded or name not in _LATER}
 
 
 def _kind_and_inputs(stage: Stage[Any], inputs: Inputs) -> tuple[str, str]:

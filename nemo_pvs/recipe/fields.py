@@ -11,14 +11,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _whole(value: float) -> int:
-    if value != int(value):
+    if not value.is_integer():  # nor is infinity
         raise ValueError("must be a whole number")
     return int(value)
 
 
 Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
 """A number of tokens; 200e9 means 200000000000."""
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Initialisation = Literal["pruned", "random"]
 """An arm's initial weights: the pruned parent (R_N in arXiv 2606.14150), or random (S_N)."""
 

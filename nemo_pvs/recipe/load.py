@@ -55,8 +55,15 @@ def _with_parent(values: dict[str, Any], path: Path) -> dict[str, Any]:
         UserError: there is no such recipe, it is not valid, or what it trains is not one model.
     """
     parent = values.get("parent")
-    given = parent.get("recipe") if isinstance(parent, Mapping) and parent.get("source") is None else None
-    if not isinstance(parent, Mapping) or not isinstance(given, (str, Mapping)):
+    if not isinstance(parent, Mapping):
+        return values
+    given, sourced = parent.get("recipe"), parent.get("source") is not None
+    if sourced and isinstance(given, str):
+        raise UserError(
+            f"{path}: parent has both a source and a recipe, which trains it; keep one, and write null for the other "
+            "where it comes from a recipe that this one extends."
+        )
+    if sourced or not isinstance(given, (str, Mapping)):
         return values
     where = f"{path}: parent.recipe"
     if isinstance(given, str):

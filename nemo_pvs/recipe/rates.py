@@ -19,7 +19,7 @@ class Sweep(Block):
 
     @model_validator(mode="after")
     def _rates_differ(self) -> Sweep:
-        if len(set(self.sweep)) < len(self.sweep):
+        if len({f"{rate:g}" for rate in self.sweep}) < len(self.sweep):  # as their trials are named
             raise ValueError("a rate is given twice; leave one out")
         return self
 

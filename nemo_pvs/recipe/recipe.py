@@ -119,6 +119,23 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
+    def _targets_name_folders(self) -> Recipe:
+        for name in self.targets:
+            if not name or "/" in name or name.startswith("."):
+                raise ValueError(f"a target names folders of the run, and {name!r} cannot; rename it")
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_differ(self) -> Recipe:
+        for initialisation in typing.get_args(Initialisation):
+            budgets = self.budgets_of(initialisation)
+            if len(set(budgets)) < len(budgets):  # two arms of one name would pass for two repetitions
+                twice = next(budget for budget in budgets if budgets.count(budget) > 1)
+                shown = twice if isinstance(twice, str) else f"{twice:,}"
+                raise ValueError(f"budgets lists {shown} twice for {initialisation} arms; remove one")
+        return self
+
+    @model_validator(mode="after")
     def _parent_can_be_pruned(self) -> Recipe:
         methods = {target.method for target in self.targets.values()}
         arms = {arm for target in self.targets for arm in self.arms_of(target)}

@@ -46,7 +46,7 @@ from nemo_pvs.reporting.tables.results import (
     total_cost,
 )
 from nemo_pvs.reporting.tables.sweeps import SWEEP_HEADINGS, SWEEP_TITLE, sweep_cells, sweep_notes
-from nemo_pvs.reporting.tables.tasks import TASK_HEADINGS, TASK_NOTES, TERMS_HEADINGS, task_cells, terms_cells
+from nemo_pvs.reporting.tables.tasks import TASK_HEADINGS, TERMS_HEADINGS, task_cells, task_notes, terms_cells
 from nemo_pvs.reporting.tables.texts import TEXTS_NOTE, TEXTS_TITLE, text_cells, text_headings
 from nemo_pvs.system.files import write_json, write_text
 
@@ -139,7 +139,7 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
         accuracy=drawn(accuracy_figure(averages(tasks))),
         tasks=task_cells(averages(tasks) + tasks),
         task_headings=TASK_HEADINGS,
-        task_notes=TASK_NOTES,
+        task_notes=task_notes(runs),
         regained=drawn(*regained_panels(returning)),
         regained_title=REGAINED_TITLE,
         regained_cells=regained_cells(returning),
@@ -188,7 +188,7 @@ def markdown_report(runs: SideBySide, *, reference: bool = False) -> str:
         parts.append("\n".join(f"- {note}" for note in budget_notes(runs, budgets)) + "\n")
     if tasks:
         parts += ["## Tasks\n", markdown_rows(TASK_HEADINGS, task_cells(averages(tasks) + tasks))]
-        parts.append("\n".join(f"- {note}" for note in TASK_NOTES) + "\n")
+        parts.append("\n".join(f"- {note}" for note in task_notes(runs)) + "\n")
     if returning := regained(runs):
         rows = markdown_rows(regained_headings(returning), regained_cells(returning))
         parts += [f"## {REGAINED_TITLE}\n", rows, "\n".join(f"- {note}" for note in REGAINED_NOTES) + "\n"]

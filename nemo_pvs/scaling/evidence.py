@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.compare import compare, read_runs
 from nemo_pvs.reporting.compare.removed import dimensions_removed
+from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.scaling.curve import BILLION
@@ -84,6 +86,18 @@ def packaged_runs() -> list[Results]:
     return [compare(read_runs([str(run)])).results for run in runs]
 
 
+def runs_in(folders: Sequence[str]) -> list[Results]:
+    """Return the results of finished runs, each the mean over its seeds: they are one comparison, not several.
+
+    Raises:
+        UserError: a folder holds no finished run, or one is given twice.
+    """
+    recipes: dict[str, list[Run]] = {}
+    for run in read_runs(folders):
+        recipes.setdefault(run.identity, []).append(run)
+    return [compare(seeds).results for seeds in recipes.values()]
+
+
 def own_evidence(question: Question, runs: Iterable[Results], *, packaged: bool = False) -> list[Evidence]:
     """Compare pruned and scratch arms of finished runs, for each target at equal training and equal total tokens.
 
@@ -95,7 +109,7 @@ def own_evidence(question: Question, runs: Iterable[Results], *, packaged: bool 
     evidence = []
     for results in runs:
         for arm in results.arms:
-            if arm.initialisation != "pruned" or results.parent is None:
+            if arm.initialisation != "pruned" or arm.method == DENSE or results.parent is None:
                 continue
             gap = results.gap(arm)
             if gap is not None and math.isfinite(gap):
@@ -110,8 +124,8 @@ def own_evidence(question: Question, runs: Iterable[Results], *, packaged: bool 
 
 
 def _advantage_at_equal_total(pruned: ArmResult, scratch: ArmResult) -> float | None:
-    """Return scratch loss minus pruned loss if scratch was trained on pruned's total tokens; otherwise None."""
-    total, seen = pruned.ledger.total.tokens, scratch.ledger.training.tokens
+    """Return scratch loss minus pruned loss if both took as many tokens in total, with teachers; or else None."""
+    total, seen = pruned.ledger.total.tokens, scratch.ledger.total.tokens
     losses = (scratch.validation_loss, pruned.validation_loss)
     if scratch.initialisation != "random" or not total or not seen or _unlike("", total, seen, _SLACK):
         return None

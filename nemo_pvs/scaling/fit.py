@@ -81,13 +81,18 @@ class Fit:
         return min(tokens), max(tokens)
 
 
-def _check_tokenizers(series: Sequence[Series]) -> None:
+def check_tokenizers(series: Sequence[Series]) -> None:
+    """Refuse series whose tokenizers are known to differ.
+
+    Raises:
+        UserError: naming two of them.
+    """
     first = next((run for run in series if run.tokenizer), None)
     for run in series:
         if first and run.tokenizer and run.tokenizer != first.tokenizer:
             raise UserError(
                 f"{first.name} and {run.name} have different tokenizers, so their losses per token are not in the "
-                "same unit; fit them separately."
+                "same unit; fit them separately, and do not compare them."
             )
 
 
@@ -115,7 +120,7 @@ def fit(
     """
     if draws < FEWEST_DRAWS:
         raise UserError(f"{draws} draws are too few for a {CONFIDENCE:.0f} % interval; use at least {FEWEST_DRAWS}.")
-    _check_tokenizers(series)
+    check_tokenizers(series)
     law = LAWS[form]
     warnings = law.check(series)
     for run in series:

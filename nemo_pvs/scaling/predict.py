@@ -12,7 +12,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.bootstrap import interval
 from nemo_pvs.scaling.curve import Curve
 from nemo_pvs.scaling.estimate import Array
-from nemo_pvs.scaling.fit import Fit
+from nemo_pvs.scaling.fit import Fit, check_tokenizers
 from nemo_pvs.scaling.series import Conditions
 
 _FARTHEST = 10.0
@@ -105,8 +105,9 @@ def overtaking(
         pruned_at: The pruned model, for laws over several models.
 
     Raises:
-        UserError: the head start is negative or infinite.
+        UserError: the head start is negative or infinite, or the two have different tokenizers.
     """
+    check_tokenizers([*scratch.series, *pruned.series])
     if not 0 <= head_start < math.inf:
         raise UserError(f"A head start of {head_start:g} tokens makes no sense; give 0 or more.")
     low = max(scratch.range[0], pruned.range[0])

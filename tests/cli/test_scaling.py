@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nemo_pvs.cli.main import main
-from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.results import Point, Results
 
 from ..reporting.conftest import results as results
 from ..scaling.conftest import Draw
@@ -65,6 +65,22 @@ def test_fit_and_predict_on_the_papers_points(pvs: Pvs, tmp_path: Path) -> None:
     assert "catches up: at or before 10.5 B tokens" in out
     assert "has 4,540,469,248 parameters" in out
     assert "two architectures" in out
+
+
+def test_scratch_of_another_tokenizer_is_not_compared(pvs: Pvs, results: Results, tmp_path: Path) -> None:
+    for arm in results.arms:
+        arm.validation = [Point(step, step * 4096, 2 + 3 / (1 + step)) for step in range(11)]
+    results.hashes |= {"tokenizer": "a", "tokenizer of width": "b"}
+    results.save(tmp_path / "results.json")
+    fit, scratch = tmp_path / "fit.json", f"{tmp_path}: width, scratch"
+    assert pvs("scaling", "fit", tmp_path, "--out", fit, "--draws", 39)[0] == 0
+    code, out, _ = pvs("scaling", "predict", fit, "--against", scratch)
+    assert code == 0
+    assert f"{tmp_path}: depth, pruned have different tokenizers" in out
+    assert out.count("catches up") == 1
+    code, _, errors = pvs("scaling", "predict", fit, "--against", scratch, "--run", f"{tmp_path}: depth, pruned")
+    assert code == 2
+    assert "have different tokenizers, so their losses per token are not in the same unit" in errors
 
 
 def test_a_run_with_an_arm_that_diverged(pvs: Pvs, results: Results, tmp_path: Path) -> None:

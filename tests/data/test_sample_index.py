@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed
 
 from nemo_pvs.data import sample_index
 from nemo_pvs.data.sample_index import index_text
 from tests.megatron.ranks import write_tokens
 
 
-def _index(prefix: str, folder: Path, *, samples: int = 3, seed: int = 5) -> dict[str, int]:
+def _index(prefix: str | list[str], folder: Path, *, samples: int = 3, seed: int = 5) -> dict[str, int]:
     index_text(prefix, folder, sequence_length=8, seed=seed, samples=samples)
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
@@ -44,3 +45,11 @@ def test_what_takes_long_is_announced(prefix, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("indexing 1 documents, about 10 min ...")
     _index(prefix, tmp_path / "slow")
     assert "indexing" not in capsys.readouterr().out, "it is there already"
+
+
+def test_a_blend_is_indexed_before_there_are_ranks(prefix, tmp_path):
+    other = write_tokens(tmp_path / "other", list(range(200, 260)))
+    for number, text in enumerate(([prefix, other], ["0.7", prefix, "0.3", other])):
+        names = {name.rsplit("-", 1)[1] for name in _index(text, tmp_path / f"index-{number}")}
+        assert "dataset_sample_index.npy" in names
+    assert not torch.distributed.is_initialized()

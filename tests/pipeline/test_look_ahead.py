@@ -143,6 +143,15 @@ def test_other_token_files_are_refused(values, tmp_path):
     _refused(values, run, "train/width-pruned/.* was made with another text")
 
 
+def test_another_blend_of_the_same_token_files_is_refused(values, tmp_path):
+    values = _token_files(values, tmp_path / "tokens")
+    train, other = (values["data"]["token_files"][name] for name in ("train", "validation"))
+    values["data"]["token_files"]["train"] = [0.7, train, 0.3, other]
+    run = _begun(values, tmp_path / "run")
+    changed = _change(values, "data.token_files.train", [0.5, train, 0.5, other])
+    _refused(changed, run, r"train/width-pruned/.* was made with blend \[0.7, 0.3\], not \[0.5, 0.5\]")
+
+
 def test_the_same_text_elsewhere_or_written_again_goes_on(values, run, tmp_path):
     """Nobody knows before it is tokenised that it is the same, so that is done; all that follows stays."""
     before = {name: hash_ for name, hash_ in _snapshot(run).items() if not name.startswith(("stages", "recipe"))}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,8 +13,10 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pipeline.pipeline import Pipeline
+from nemo_pvs.pipeline.records import TasksRecord
 from nemo_pvs.pipeline.results import assemble
-from nemo_pvs.pipeline.stages.tasks import say_left_out
+from nemo_pvs.pipeline.stage import Stage
+from nemo_pvs.pipeline.stages.tasks import ask_tasks, say_left_out
 from nemo_pvs.recipe.blocks import Evaluation
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.reporting.html import write_report
@@ -74,6 +78,22 @@ def test_models_before_and_during_training_are_in_the_report(
     said = "depth-pruned after 1,536 tokens is not evaluated: the training was finished before evaluate.at asked"
     assert said in capsys.readouterr().out
     assert list(assemble(later).arms[0].before_the_end) == [0, 4 * 128]
+
+
+def test_tasks_are_asked_again_if_the_windows_of_recovery_change() -> None:
+    def stage(**values: Any) -> Stage[TasksRecord]:
+        recipe = SimpleNamespace(evaluate=Evaluation(**values), parent=SimpleNamespace(source=None))
+        tokens = SimpleNamespace(prefix=lambda split: Path(split))
+        parts = {"recipe": recipe, "folder": Path("run"), "parent_path": Path("parent"), "tokens": tokens, "arms": []}
+        return ask_tasks(SimpleNamespace(**parts, text=lambda split: split))  # type: ignore[arg-type]
+
+    plain = stage(tasks="recovery")
+    assert stage(tasks="recovery", samples=64, sequence_length=2048).inputs() == plain.inputs()
+    assert stage(tasks="recovery", sequence_length=512).inputs() != plain.inputs()
+    assert stage(tasks="recovery", samples=32).inputs() != plain.inputs()
+    assert stage(tasks="arc_easy", samples=32).inputs() == stage(tasks="arc_easy").inputs()
+    # Answers say themselves what they answer, so those that still fit are kept.
+    assert (plain.outputs, plain.reusable) == ([Path("run/tasks/results.json")], [Path("run/tasks")])
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,49 @@ def test_an_interrupted_stage_goes_on_and_a_finished_one_stays(tmp_path: Path) -
     assert _train(tmp_path, 1e-3) == 2
 
 
+def _answer(folder: Path, models: list[str], *, force: tuple[str, ...] = ()) -> list[str]:
+    """Run a stage that keeps an answer for every model, and return the models that it asked."""
+    store, asked = folder / "tasks" / "measured", []
+
+    def work() -> Counted:
+        for model in models:
+            if not (store / model).exists():
+                asked.append(model)
+                store.mkdir(parents=True, exist_ok=True)
+                (store / model).touch()
+        (folder / "tasks" / "results.json").write_text(" ".join(models))
+        return Counted(len(models))
+
+    stage = Stage(
+        name="evaluate/tasks",
+        record=Counted,
+        inputs=lambda: {"models": models},
+        work=work,
+        outputs=[folder / "tasks" / "results.json"],
+        reusable=[folder / "tasks"],
+        keep_partial=True,
+    )
+    Stages(folder, force).run(stage)
+    assert (folder / "tasks" / "results.json").read_text() == " ".join(models)
+    return asked
+
+
+def test_what_an_earlier_record_does_not_say_has_not_changed(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    before = {"inputs": {"text": "a"}}
+    assert stages.matches(before, {"text": "a", "blend": [0.7, 0.3]})
+    assert not stages.matches(before, {"text": "a", "part": [0, 8]})
+    assert not stages.matches({"inputs": {"text": "a", "blend": [0.5, 0.5]}}, {"text": "a", "blend": [0.7, 0.3]})
+    assert not stages.matches({"inputs": {"text": "a", "blend": [0.5, 0.5]}}, {"text": "a"})
+
+
+def test_answers_are_kept_when_a_model_is_added(tmp_path: Path) -> None:
+    assert _answer(tmp_path, ["parent", "width"]) == ["parent", "width"]
+    assert _answer(tmp_path, ["parent", "width", "depth"]) == ["depth"]
+    assert _answer(tmp_path, ["parent", "depth"]) == []
+    assert _answer(tmp_path, ["parent", "depth"], force=("evaluate",)) == ["parent", "depth"]
+
+
 @pytest.mark.parametrize("dies", [True, False])
 def test_what_took_long_is_not_removed_unasked(tmp_path: Path, dies: bool) -> None:
     if dies:

@@ -1,5 +1,6 @@
 import copy
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import get_args
@@ -48,6 +49,9 @@ def test_every_packaged_recipe_reads():
         ("data.split.xyz", 0.5, "unknown key data.split.xyz; known keys are train, validation"),
         ("train.tokens", "many", "train.tokens: "),
         ("train.tokens", 1.5, "must be a whole number"),
+        ("train.tokens", math.inf, "train.tokens: must be a whole number, not inf"),
+        ("data.token_ranges.random", [0, math.inf], "data.token_ranges.random.1: must be a whole number, not inf"),
+        ("train.learning_rate", math.inf, "train.learning_rate: input should be a finite number, not inf"),
         ("train.validation_samples", 33, "must be a multiple of global_batch_size"),
         ("data.split.train", 0.9, "must add up to 1"),
         ("targets.width.method", "minitron-with", "targets.width.method"),
@@ -75,11 +79,20 @@ def test_every_packaged_recipe_reads():
         ),
         ("budgets", {"random": ["equal-total-tokens"]}, "is relative to pruned arms; give their budgets under pruned"),
         ("budgets", ["equal-total-tokens"], "budgets.0: input should be a valid number"),
+        ("budgets", [1000, 2048, 1e3], "budgets lists 1,000 twice for pruned arms; remove one"),
+        (
+            "budgets",
+            {"pruned": [1e3], "random": ["equal-total-tokens", 1e3, "equal-total-tokens"]},
+            "budgets lists equal-total-tokens twice for random arms; remove one",
+        ),
         ("budget", "equal-steps", "budgets.random.0: must be a number of tokens or one of equal-training-tokens"),
         ("data.token_files", {"train": "a", "validation": "b", "calibration": "c", "test": "d"}, "either source or"),
         ("data.token_ranges.pruned", [0, 100], "a budget of 49,152 tokens for pruned arms goes past the end"),
         ("data.token_ranges.parent", [0, 100], "would read tokens that the parent was trained on (0 to 100)"),
         ("data.token_ranges.random", [9, 9], "the range of random ends before it begins"),
+        ("targets", {"../scores": {"method": "dense"}}, "a target names folders of the run, and '../scores'"),
+        ("targets", {"a/b": {"method": "dense"}}, "and 'a/b' cannot; rename it"),
+        ("targets", {"": {"method": "dense"}}, "and '' cannot; rename it"),
         ("parent.source", None, "give the source, or the config and the tokenizer"),
     ],
 )

@@ -196,6 +196,7 @@ def test_equal_sweeps_of_several_targets_are_one_choice(tmp_path: Path) -> None:
         ({"seeds": []}, {}, "seeds: list should have at least 1 item"),
         ({"seeds": [0]}, {}, "seeds.0: input should be greater than or equal to 1, not 0."),
         ({"parent": {"recipe": "no.yaml"}}, {}, "no.yaml does not exist; correct the path."),
+        ({"parent": {"recipe": "parent.yaml", "source": "x"}}, {}, "both a source and a recipe, which trains it"),
         ({}, {"budgets": [64, 128]}, "trains 2 models; name a recipe that trains one."),
         ({}, {"seeds": [1, 2]}, "has seeds, so there are several parents; add the seeds here too."),
         (
@@ -208,6 +209,11 @@ def test_equal_sweeps_of_several_targets_are_one_choice(tmp_path: Path) -> None:
         ({"train": {**TRAIN, "learning_rate": {"sweep": [1e-3]}}}, {}, "train.learning_rate.sweep: list should have"),
         (
             {"train": {**TRAIN, "learning_rate": {"sweep": [1e-3, 1e-3]}}},
+            {},
+            "train.learning_rate: a rate is given twice; leave one out.",
+        ),
+        (
+            {"train": {**TRAIN, "learning_rate": {"sweep": [1e-3, 1.0000001e-3]}}},
             {},
             "train.learning_rate: a rate is given twice; leave one out.",
         ),

@@ -147,6 +147,14 @@ def test_a_loss_that_is_not_finite_is_one_sentence(results: Results) -> None:
         ),
         (lambda r: r.hashes.update({"train tokens": "2"}), "data order differs, the SHA-256 of train tokens"),
         (lambda r: r.recipe["data"].update(seed=9), "data order differs, data.seed is 0 in runs/demo and 9 in"),
+        (
+            lambda r: r.recipe["data"].update(token_files={"train": [0.5, "a", 0.5, "b"]}),
+            "data order differs, the blend of the training files is 0.7, 0.3 in runs/demo and 0.5, 0.5 in",
+        ),
+        (
+            lambda r: r.recipe["data"].update(token_files={"train": ["a", "b"]}),
+            "data order differs, the blend of the training files is 0.7, 0.3 in runs/demo and their sizes in",
+        ),
         (lambda r: r.recipe["train"].update(seed=9, steps=5), "data order differs, its seed is None in"),
         (lambda r: r.hashes.update({"validation tokens": "2"}), "validation set differs, the SHA-256 of its tokens"),
         (lambda r: r.recipe["train"].update(validation_samples=9), "validation set differs, train.validation_samples"),
@@ -165,6 +173,7 @@ def test_what_is_not_comparable_is_refused_with_the_field(
     names = ("tokenizer", "train tokens", "validation tokens", "test tokens", "parent weights")
     results.hashes |= dict.fromkeys(names, "1")
     results.recipe["train"]["validation_samples"] = 8
+    results.recipe["data"]["token_files"] = {"train": [0.7, "a", 0.3, "b"]}
     other = _changed(results, change)
     other.results.recipe["more"] = True  # not a repetition
     runs = [Run("runs/demo", results), other]
@@ -187,6 +196,20 @@ def test_runs_of_which_the_first_says_nothing_are_compared_too(results: Results)
     scratch.results.arms[0].shape = of_depth.results.arms[0].shape
     with pytest.raises(UserError, match=r"the shape of width is .* in runs/pruned and .* in runs/scratch"):
         compare([of_depth, pruned, scratch])
+
+
+def test_shapes_are_compared_seed_by_seed(results: Results) -> None:
+    """As scores of each seed's own parent decide them."""
+    pruned, scratch = ([_repeated(results, seed, {}) for seed in (1, 2)] for _ in range(2))
+    for run, other in zip(pruned, scratch, strict=True):
+        shape = run.results.arms[0].shape.replace(ffn=96 + 8 * run.seed)
+        run.results.arms, other.results.arms = run.results.arms[:1], other.results.arms[1:2]
+        run.results.arms[0].shape = other.results.arms[0].shape = shape
+        other.results.recipe["more"] = True
+    assert compare([*pruned, *scratch]).differences == ()
+    scratch[1].results.arms[0].shape = scratch[0].results.arms[0].shape
+    with pytest.raises(UserError, match=r"the shape of depth is .* in runs/seed2 and .* in runs/seed2"):
+        compare([*pruned, *scratch])
 
 
 def test_the_seeds_that_recipes_do_not_share_are_named(results: Results) -> None:
@@ -216,6 +239,28 @@ def test_equal_arms_of_two_recipes_stay_apart(results: Results) -> None:
     assert runs.missing == []
 
 
+def test_what_another_recipe_asks_for_is_not_missing_from_a_target_that_was_renamed(results: Results) -> None:
+    both, pruned = {"depth": {}, "width": {}}, {"depth": {"arms": ["pruned"], "learning_rate": 1e-3}}
+    other = _changed(results, lambda r: r.recipe.update(targets=pruned))
+    other.results.arms = other.results.arms[:1]
+    results.recipe["targets"] = both
+    runs = compare([Run("runs/demo", results), other])
+    assert list(runs.results.targets) == ["depth", "width", "depth (runs/other)"]
+    assert runs.missing == []
+    assert runs.warnings == ["No arm from random weights was asked for on depth (runs/other), so there is no gap."]
+    del results.arms[1]
+    assert compare([Run("runs/demo", results), other]).missing == [("depth", "random")]
+    assert compare([other, Run("runs/demo", results)]).missing == [("depth (runs/demo)", "random")]
+
+
+def test_an_arm_without_a_budget_is_not_missing(results: Results) -> None:
+    results.recipe |= {"targets": {"width": {}}, "budgets": {"pruned": [], "random": [40_960]}}
+    results.arms = results.arms[3:]
+    runs = compare([Run("runs/demo", results)])
+    assert runs.missing == []
+    assert runs.warnings == ["No arm from the pruned parent was asked for on width, so there is no gap."]
+
+
 def test_pruned_and_scratch_may_be_two_runs(results: Results) -> None:
     other = _changed(results, lambda r: r.recipe.update(more=True))
     whole, other.results.arms = results.arms, other.results.arms[1::2]
@@ -233,6 +278,10 @@ def test_pruned_and_scratch_may_be_two_runs(results: Results) -> None:
 def test_the_same_run_is_no_repetition_of_itself(results: Results, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one recipe with one seed"):
         compare([Run("runs/demo", results), Run("runs/copy", results)])
+    first, second = _repeated(results, 1, {}), _repeated(results, 2, {})
+    again = Run("runs/copy", first.results)
+    with pytest.raises(UserError, match=r"runs/seed1 and runs/copy are one recipe with one seed \(1\)"):
+        compare([first, second, again])
     results.save(tmp_path / "results.json")
     with pytest.raises(UserError, match="given twice"):
         read_runs([str(tmp_path), f"{tmp_path}/."])

@@ -12,9 +12,10 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare.compare import compare
 from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.compare.scores import Score, read_scores
-from nemo_pvs.reporting.compare.tasks import TaskRow, averages, task_rows
+from nemo_pvs.reporting.compare.tasks import TaskRow, averages, error_of, task_rows
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.tables.tasks import task_cells
+from nemo_pvs.reporting.statistics import crossed_estimate
+from nemo_pvs.reporting.tables.tasks import task_cells, task_notes
 from nemo_pvs.system.files import read_json, write_json
 
 from .evaluated import write_evaluation
@@ -47,6 +48,7 @@ def test_differences_are_scratch_minus_pruned_and_paired_by_question(evaluated: 
     assert row.stderr == pytest.approx(statistics.stdev(gaps) / math.sqrt(6))
     assert row.pruned is not None
     assert row.scratch is not None
+    assert row.stderr is not None
     assert row.stderr < math.hypot(row.pruned.stderr or 0, row.scratch.stderr or 0)
     assert row.parent is None
 
@@ -141,8 +143,80 @@ def test_seeds_are_averaged_question_by_question(evaluated: Run, tmp_path: Path)
     row = rows["arc_easy/0-shot/acc_norm"]
     assert row.difference == pytest.approx(-2 / 6 / 2)
     assert row.paired
-    assert row.stderr == pytest.approx(statistics.stdev([0, -0.5, 0, 0, -0.5, 0]) / math.sqrt(6))
+    differences = [[s - p for p, s in zip(pruned, SCRATCH, strict=True)] for pruned in (PRUNED, SCRATCH)]
+    expected = crossed_estimate([differences])
+    assert row.error is not None
+    assert (row.stderr, row.error.degrees) == pytest.approx((expected.stderr, expected.degrees))
     assert "boolq/0-shot/acc" not in rows  # the second run lacks it
+    assert task_notes(compare([evaluated])) == task_notes(compare([evaluated, second]))[:-1]
+
+
+def _seeds(means: list[float], *, single: bool, content: str = "q") -> Score:
+    """Return a mean over seeds, of models that answer 200 questions alike up to the share that is right."""
+    scores = []
+    for mean in means:
+        answers = tuple(float(index < 200 * mean) for index in range(200))
+        scores.append(Score(mean, 0.035, 200, True, answers if single else None, content if single else None))
+    error = error_of([scores])
+    assert error is not None
+    return Score(statistics.fmean(means), error.stderr, 200, True, seeds=tuple(scores))
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_lead_that_seeds_do_not_share_is_within_error(single: bool) -> None:
+    """The error of questions alone, 0.02, would make it sure."""
+    scratch = _seeds([0.5, 0.5, 0.5], single=single)
+    row = TaskRow("t/acc", "p", "s", None, _seeds([0.70, 0.52, 0.61], single=single), scratch)
+    assert row.paired is single
+    assert row.winner == "within error"
+    assert row.stderr is not None
+    assert row.stderr > statistics.stdev([0.2, 0.02, 0.11]) / math.sqrt(3) - 1e-9
+    leads = TaskRow("t/acc", "p", "s", None, _seeds([0.81, 0.80, 0.82], single=single), scratch)
+    assert leads.winner == "pruned"
+
+
+def test_questions_that_all_seeds_answer_do_not_average_out() -> None:
+    """Three equal seeds know no more of the questions than one."""
+    assert _seeds([0.5] * 3, single=False).stderr == pytest.approx(0.035)
+    assert _seeds([0.5] * 3, single=True).stderr == pytest.approx(0.5 / math.sqrt(199))
+
+
+def test_a_model_common_to_all_tasks_makes_their_errors_depend_on_each_other() -> None:
+    scratch = [_seeds([0.5] * 3, single=True, content=name) for name in "ab"]
+    pruned = [_seeds([0.70, 0.52, 0.61], single=True, content=name) for name in "ab"]
+    rows = [TaskRow(f"{name}/acc", "p", "s", None, *sides) for name, *sides in zip("ab", pruned, scratch, strict=True)]
+    (average,) = averages(rows)
+    assert average.difference == pytest.approx(-0.11)
+    assert average.stderr == pytest.approx(crossed_estimate([_table(row) for row in rows]).stderr)
+    assert average.winner == "within error"
+
+
+def _table(row: TaskRow) -> list[list[float]]:
+    assert row.pruned is not None
+    assert row.scratch is not None
+    table = []
+    for ours, theirs in zip(row.pruned.seeds, row.scratch.seeds, strict=True):
+        table.append([s - p for p, s in zip(ours.by_document or (), theirs.by_document or (), strict=True)])
+    return table
+
+
+def test_what_is_not_finite_has_no_winner() -> None:
+    sides = Score(3.0, 0.02, 100, False), Score(math.nan, 0.02, 100, False)
+    assert TaskRow("t/loss", "p", "s", None, *sides).winner == "unknown"
+
+
+def test_the_parent_need_be_evaluated_in_one_of_its_runs_only(evaluated: Run, tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "parent", {"a" * 64: {"arc_easy": PRUNED}})
+    evaluated.scores.update(read_scores(tmp_path / "parent"))
+    other = copy.deepcopy(evaluated.results)
+    other.recipe["more"] = True
+    other.arms = other.arms[2:]
+    evaluated.results.arms = evaluated.results.arms[:2]
+    for runs in ([evaluated, Run("runs/other", other)], [Run("runs/other", other), evaluated]):
+        rows = {row.task: row for row in task_rows(compare(runs))}
+        parent = rows["arc_easy/0-shot/acc_norm"].parent
+        assert parent is not None
+        assert parent.value == pytest.approx(5 / 6)
 
 
 def test_what_is_no_evaluation_is_refused(results: Results, tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
 import pytest
 
+from nemo_pvs.api.report import report
+from nemo_pvs.reporting import html
 from nemo_pvs.reporting.compare.budgets import budget_rows
 from nemo_pvs.reporting.compare.compare import compare
-from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, gap, gap_by_seed, parent_loss
+from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, final_loss, gap, gap_by_seed, parent_loss
 from nemo_pvs.reporting.compare.removed import granularity
 from nemo_pvs.reporting.compare.runs import Run, SideBySide
 from nemo_pvs.reporting.compare.verdicts import Finding
@@ -21,7 +24,7 @@ from nemo_pvs.reporting.results import ArmResult, Results
 from nemo_pvs.reporting.tables.budgets import budget_cells
 from nemo_pvs.reporting.tables.results import outcome
 
-from .grid import BUDGETS, GAPS, OF_TOTAL, OF_TOTAL_GAPS, TARGETS, grid_runs
+from .grid import BUDGETS, GAPS, OF_TOTAL, OF_TOTAL_GAPS, STEP, TARGETS, grid_runs
 
 GOLDEN = Path(__file__).parent / "golden_grid.json"
 HALF_WIDTH = 4.302653 * 0.01 / 3**0.5
@@ -53,6 +56,23 @@ def test_gaps_are_paired_by_seed() -> None:
         found = gap(runs, _arm(runs, target, "pruned", BUDGETS[-1]), EQUAL_TOTAL)
         assert found is not None
         assert (found.mean, found.half_width) == pytest.approx((OF_TOTAL_GAPS[target], HALF_WIDTH), abs=1e-6)
+
+
+def test_an_arm_whose_budget_differs_between_seeds_has_the_mean_of_its_last_losses() -> None:
+    """A budget in FLOPs does, where scores decide each seed's shape."""
+    seeds = grid_runs()
+    name = f"depth-50, random, {OF_TOTAL}"
+    for run in seeds:
+        arm = next(arm for arm in run.results.arms if arm.name == name)
+        arm.validation[-1].tokens += run.seed * STEP
+    runs = compare(seeds)
+    arm, pruned = (_arm(runs, "depth-50", *of) for of in (("random", OF_TOTAL), ("pruned", BUDGETS[-1])))
+    over_seeds = final_loss(runs, arm)
+    assert over_seeds is not None
+    assert [point.tokens for point in arm.validation] == [0, OF_TOTAL + STEP]
+    assert arm.validation_loss == pytest.approx(over_seeds.mean)
+    assert runs.loss_deviations(arm)[OF_TOTAL + STEP] == over_seeds.deviation
+    assert runs.results.gap(pruned, EQUAL_TOTAL) == pytest.approx(OF_TOTAL_GAPS["depth-50"])
 
 
 def test_a_parent_for_each_seed_is_shown_by_its_mean() -> None:
@@ -146,6 +166,19 @@ def test_one_seed_decides_nothing() -> None:
         assert "One seed has no interval; report runs with at least two seeds." in finding.reason
 
 
+def test_a_seed_that_diverged_is_not_one_seed() -> None:
+    runs = grid_runs()
+    arm = next(arm for arm in runs[2].results.arms if arm.name == f"depth-50, random, {OF_TOTAL}")
+    arm.validation[-1].loss = math.nan
+    finding = _finding(compare(runs), "2b")
+    assert finding.judgement == "undecided"
+    assert "1 has no interval, as a training diverged." in finding.reason
+    only = compare(_without(runs, "depth-75"))
+    reason = _finding(only, "2b").reason
+    assert "1 has no interval, as a training diverged." in reason
+    assert "One seed" not in reason
+
+
 def test_what_is_missing_is_named_and_not_filled_in() -> None:
     """A claim about all does not hold while one is missing, and still fails if another contradicts it."""
     runs = compare(_without(grid_runs(), "depth-75, random, 983040", "wanda-2-4, pruned"))
@@ -172,6 +205,23 @@ def test_what_is_missing_is_named_and_not_filled_in() -> None:
     assert finding.missing == (
         "a model with weights set to zero (unstructured or N:M), pruned and from random weights",
     )
+
+
+def test_a_seed_without_results_is_missing_from_the_report_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of three seeds that was killed in the third; without its recipe the folders that exist say so."""
+    monkeypatch.setattr(html, "write_files", lambda *_, **__: None)
+    for run in grid_runs(1, 2):
+        (tmp_path / f"seed-{run.seed}").mkdir()
+        run.results.save(tmp_path / f"seed-{run.seed}" / "results.json")
+    assert _finding(report(tmp_path), "1a").judgement == "holds"
+    (tmp_path / "recipe.yaml").write_text("seeds: [1, 2, 3]")
+    finding = _finding(report(tmp_path), "1a")
+    assert (finding.judgement, finding.missing) == ("undecided", (f"all of {tmp_path}/seed-3, not trained yet",))
+    (tmp_path / "recipe.yaml").unlink()
+    (tmp_path / "seed-3").mkdir()
+    assert _finding(report(tmp_path), "1a").missing == finding.missing
 
 
 def test_one_budget_says_nothing_of_more_tokens() -> None:

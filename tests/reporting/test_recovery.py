@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ def test_one_seed_of_losses_decides_nothing() -> None:
     assert test.words == (
         "undecided (one seed, and the losses of single windows are not stored; report runs with at least two seeds)"
     )
+
+
+def test_seeds_that_gave_one_and_the_same_model_decide_nothing() -> None:
+    """With a given parent and ``train.data_seed`` no seed changes a pruned arm; its spread of zero is no evidence."""
+    runs = grid_runs()
+    for run in runs:
+        run.results.arms[0].validation[-1].loss = run.results.parent.validation_loss  # type: ignore[assignment,union-attr]
+    test = judge_recovery(compare(runs), 0.1, "nats")[0]
+    assert test.words == "undecided (every seed gave the same loss, so the seeds say nothing of its spread)"
+
+
+def test_a_training_that_diverged_decides_nothing() -> None:
+    runs = grid_runs()
+    runs[2].results.arms[0].validation[-1].loss = math.inf
+    test = judge_recovery(compare(runs), 0.1, "nats")[0]
+    assert test.words == "undecided (a loss is not a finite number, as the training diverged)"
 
 
 def test_answers_are_paired_by_question(results: Results, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def test_parents_that_differ_only_by_seed_belong_together(results: Results, tmp_
     runs = [_save(results, tmp_path, seed) for seed in (1, 2, 3)]
     assert compare(read_runs(runs)).seeds == 3
     assert compare(read_runs([str(tmp_path)])).seeds == 3
+
+
+def test_a_sweep_with_a_rate_that_diverged_is_one_sweep(results: Results, tmp_path: Path) -> None:
+    results.sweeps = [replace(SWEEP, losses=[3.5, 3.25, math.nan])]
+    runs = compare(read_runs([_save(results, tmp_path, seed) for seed in (1, 2, 3)]))
+    assert len(sweep_cells(runs)) == 1
 
 
 @pytest.mark.parametrize(("origin", "weights"), [("b" * 64, "1" * 64), (None, "")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ParentResult, Results
 from nemo_pvs.scaling.advise import advise
-from nemo_pvs.scaling.evidence import Question, granularity_of, own_evidence, published_evidence, written
+from nemo_pvs.scaling.evidence import Question, granularity_of, own_evidence, published_evidence, runs_in, written
 
 from ..reporting.conftest import PARENT, TOKENS, make_arm
 
@@ -138,6 +139,37 @@ def test_own_runs_can_say_anything(scratch: float, choice: str) -> None:
 def test_own_runs_that_contradict_each_other_are_tentative() -> None:
     (verdict,) = advise(TINY, [_own(2.5, 2.9), _own(2.5, 2.8), _own(2.5, 2.3)])
     assert (verdict.choice, verdict.sureness) == ("prune", "tentative")
+
+
+def test_the_seeds_of_an_own_run_are_one_comparison(tmp_path: Path) -> None:
+    for seed, scratch in ((1, 2.6), (2, 2.6), (3, 2.3)):
+        run = dataclasses.replace(_own(2.5, scratch), recipe={"train": {"seed": seed}})
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir()
+        run.save(folder / "results.json")
+    for folders in ([str(tmp_path)], [f"{tmp_path}/seed-{seed}" for seed in (1, 2, 3)]):
+        (verdict,) = advise(TINY, runs_in(folders))
+        assert [one.advantage for one in verdict.evidence] == [pytest.approx(0.0)]
+        assert verdict.choice == "either"
+
+
+def test_the_whole_parent_trained_further_is_no_pruned_model() -> None:
+    run = _own(2.5, 2.9)
+    for arm in run.arms:
+        arm.shape, arm.method = PARENT, "dense"
+    assert own_evidence(TINY, [run]) == []
+
+
+def test_equal_total_tokens_count_the_teacher_of_scratch() -> None:
+    """Scratch with a teacher pays for the parent, too: on as many training tokens it took as many in total."""
+    asked = dataclasses.replace(TINY, parent_tokens=TOKENS)
+    for scratch_tokens, settings in ((TOKENS, 2), (3 * TOKENS, 0)):
+        run = _own(2.5, 2.4, scratch_tokens=scratch_tokens)
+        run.arms[0].ledger.charge("teacher", TOKENS, PARENT, 64, training=False)
+        run.arms[1].ledger.charge("parent pretraining", TOKENS, PARENT, 64, training=True, note="of the teacher")
+        run.arms[1].ledger.charge("teacher", scratch_tokens, PARENT, 64, training=False)
+        found = [one.setting for one in own_evidence(asked, [run])]
+        assert found == ["equal training tokens", "equal total tokens"][:settings]
 
 
 def test_an_own_run_at_equal_total_tokens_answers_for_the_parents_cost() -> None:

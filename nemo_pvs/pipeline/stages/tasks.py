@@ -12,7 +12,7 @@ from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer
 from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
 from nemo_pvs.evaluation.continuations import NAME, check_continuations, write_continuations
-from nemo_pvs.evaluation.measure import measure
+from nemo_pvs.evaluation.measure import RESULTS, measure
 from nemo_pvs.evaluation.requests import EvaluationRequest, left_out, parse_tasks
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.evaluation.task_score import task_score
@@ -44,13 +44,16 @@ def ask_tasks(run: RunFolder) -> Stage[TasksRecord]:
     These are the parent and every trained arm, and the models before and during training that the recipe asks for.
     """
     settings, folder = run.recipe.evaluate, run.folder / TASKS
-    chosen = {"tasks", "task_limit", *({"recovery"} if RECOVERY in settings.tasks else ())}
+    windows = {"samples", "sequence_length"}
+    # Windows of the default size are left out, as in the records of earlier versions.
+    sized = settings.model_dump(include=windows) != Evaluation().model_dump(include=windows)
+    of_recovery = {"recovery", *(windows if sized else ())} if RECOVERY in settings.tasks else set()
 
     def inputs() -> Inputs:
         return {
             "models": [fingerprint(open_source(model.path)) for model in _models(run)],
             "text": run.text("test"),
-            "tasks": settings.model_dump(include=chosen),
+            "tasks": settings.model_dump(include={"tasks", "task_limit", *of_recovery}),
         }
 
     def work() -> TasksRecord:
@@ -67,7 +70,8 @@ def ask_tasks(run: RunFolder) -> Stage[TasksRecord]:
         record=TasksRecord,
         inputs=inputs,
         work=work,
-        outputs=[folder],
+        outputs=[folder / RESULTS],
+        reusable=[folder],  # answers of other arms or tasks, which are found there by model, task and settings
         keep_partial=True,
     )
 

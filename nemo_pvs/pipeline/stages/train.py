@@ -78,10 +78,13 @@ def training_inputs(run: RunFolder, arm: Arm, share: Round, initial: str) -> Inp
     initial weights.
     """
     loading, teacher = run.loading(arm), run.job(arm).teacher
+    files = run.recipe.data.token_files
+    weights = files.blend[0] if files else None
     return {
         "initial": str(initial),
         "text": run.text("train", arm.target),
         "validation": run.data_of(arm.target).windows_sha256,
+        **({"blend": weights} if weights else {}),
         "first_token": share.first_token,
         **({"part": [share.first_step, share.all_steps]} if share.all_steps else {}),
         **({"optimizer": "sliced"} if share.first_step and run.carries(arm, 2) else {}),

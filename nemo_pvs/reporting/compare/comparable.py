@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nemo_pvs.recipe.fields import number
 from nemo_pvs.reporting.results import Results, at
 
 if TYPE_CHECKING:
@@ -17,13 +18,19 @@ _SHAPE_OF = "the shape of "
 def differences_of(runs: Sequence[Run]) -> list[str]:
     """Return a clause for every field in which a run differs from the first run that records it, but must not."""
     differences = []
-    recorded: dict[tuple[str, str], tuple[Run, Any]] = {}
+    recorded: dict[tuple[str, str], list[tuple[Run, Any]]] = {}
     traced = all(run.results.parent_origin for run in runs if run.results.parent)
     for run in runs:
         for field, value in {**_fields(run.results), **_parent(run.results, traced)}.items():
-            first, expected = recorded.setdefault(field, (run, value)) if value is not None else (run, value)
-            if field[1].startswith(_SHAPE_OF) and first.identity == run.identity:
-                continue  # scores decide the sizes, and each seed has its own
+            if value is None:
+                continue
+            known = recorded.setdefault(field, [])
+            known.append((run, value))
+            first, expected = known[0]
+            if field[1].startswith(_SHAPE_OF):  # scores decide the sizes, and each seed has its own
+                first, expected = next((one for one in known[:-1] if _seed(one[0]) == _seed(run)), known[0])
+                if first.identity == run.identity:
+                    continue
             if expected != value:
                 what, name = field
                 differences.append(
@@ -39,6 +46,10 @@ def differences_of(runs: Sequence[Run]) -> list[str]:
             "recipe repeated with the same seeds"
         )
     return differences
+
+
+def _seed(run: Run) -> tuple[Any, Any]:
+    return run.seed, run.data_seed
 
 
 def _seeds(runs: Sequence[Run]) -> set[Any]:
@@ -62,6 +73,7 @@ def _fields(results: Results) -> dict[tuple[str, str], Any]:
         **{("architecture", f"{_SHAPE_OF}{name}"): str(arms[0].shape) for name, arms in results.targets.items()},
         **{("data order", f"the SHA-256 of {name}"): value for name, value in hashes.items() if _is_training(name)},
         **{("data order", name): at(recipe, *name.split(".")) for name in order},
+        ("data order", "the blend of the training files"): _weights(at(recipe, "data", "token_files", "train")),
         ("validation set", "the SHA-256 of its tokens"): hashes.get("validation tokens"),
         **{("validation set", name): at(recipe, *name.split(".")) for name in windows},
         ("test set", "the SHA-256 of its tokens"): hashes.get("test tokens"),
@@ -74,6 +86,14 @@ def _parent(results: Results, traced: bool) -> dict[tuple[str, str], Any]:
     if traced:
         return {("parent", "the SHA-256 of its training's recipe"): results.parent_origin}
     return {("parent", "the SHA-256 of its weights"): results.hashes.get("parent weights")}
+
+
+def _weights(files: Any) -> str | None:
+    """Return the weights with which a recipe mixes its training files; None if it has no list of files."""
+    if not isinstance(files, (list, tuple)):
+        return None
+    weights = [value for value in (number(str(entry)) for entry in files) if value is not None]
+    return ", ".join(f"{weight:g}" for weight in weights) or "their sizes"
 
 
 def _is_training(name: str) -> bool:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare.comparable import differences_of
 from nemo_pvs.reporting.compare.findings import judge_findings
-from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of
+from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of, side_by_side
 from nemo_pvs.reporting.compare.scores import TaskScores, read_scores
-from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results, at
+from nemo_pvs.system.files import read_yaml
 
 RESULTS = "results.json"
+RECIPE = "recipe.yaml"
+"""In a run folder, the recipe that was run there; in the folder of several seeds, that of all of them."""
 EVALUATIONS = ("tasks", "evaluation")
 """Folders in a run folder with scores of its models: those of the recipe's tasks, and those of ``pvs evaluate``."""
 
@@ -48,6 +51,16 @@ def seeds_of(folder: Path) -> list[Path]:
     return [file.parent for file in seeds] if seeds and not (folder / RESULTS).exists() else [folder]
 
 
+def seeds_without_results(folder: Path) -> list[str]:
+    """Return the run folders of the seeds in a folder that have no results, while others have."""
+    if seeds_of(folder) == [folder]:
+        return []
+    recipe = read_yaml(folder / RECIPE) if (folder / RECIPE).is_file() else None
+    seeds = [folder / f"seed-{seed}" for seed in at(recipe, "seeds") or ()]
+    begun = [path for path in sorted(folder.glob("seed-*")) if path.is_dir()]
+    return [str(path) for path in seeds or begun if not (path / RESULTS).is_file()]
+
+
 def compare(runs: Sequence[Run], *, absent: Sequence[str] = (), force: bool = False) -> SideBySide:
     """Put runs side by side: repetitions with other seeds are averaged, and equal targets share a panel.
 
@@ -69,9 +82,8 @@ def compare(runs: Sequence[Run], *, absent: Sequence[str] = (), force: bool = Fa
     for run in runs:
         groups.setdefault(run.identity, []).append(run)
     for group in groups.values():
-        for run, other in pairwise(group):
-            others = [(repetition.seed, repetition.data_seed) for repetition in group if repetition is not run]
-            if (run.seed, run.data_seed) in others:
+        for run, other in combinations(group, 2):
+            if (run.seed, run.data_seed) == (other.seed, other.data_seed):
                 raise UserError(
                     f"{run.label} and {other.label} are one recipe with one seed ({run.seed}), so no spread can come "
                     "from them; give one of them, or run it with another train.seed."
@@ -86,8 +98,8 @@ def compare(runs: Sequence[Run], *, absent: Sequence[str] = (), force: bool = Fa
     titles = list(dict.fromkeys(run.results.title for run in runs))
     created = max(run.results.created for run in runs)
     merged = replace(first, title="; ".join(titles), arms=arms, created=created, parent=_mean_parent(runs))
-    side_by_side = SideBySide(merged, tuple(runs), repetitions, tuple(absent), tuple(differences))
-    return replace(side_by_side, findings=judge_findings(side_by_side))
+    found = SideBySide(merged, tuple(runs), repetitions, tuple(absent), tuple(differences))
+    return replace(found, findings=judge_findings(found))
 
 
 def _mean_parent(runs: Sequence[Run]) -> ParentResult | None:
@@ -130,7 +142,7 @@ def _slot(arm: ArmResult) -> tuple[Any, ...]:
 
 
 def _mean(arms: list[ArmResult]) -> ArmResult:
-    """Return the mean of repetitions, at the token counts that they have in common."""
+    """Return the mean of repetitions, at the token counts that they have in common and at their ends."""
     if len(arms) == 1:
         return arms[0]
     return replace(
@@ -150,11 +162,9 @@ def _mean(arms: list[ArmResult]) -> ArmResult:
 
 
 def _mean_points(curves: list[list[Point]]) -> list[Point]:
-    by_tokens = [{point.tokens: point for point in curve} for curve in curves]
     means = []
-    for tokens, point in by_tokens[0].items():
-        if all(tokens in curve for curve in by_tokens):
-            means.append(replace(point, loss=statistics.fmean(curve[tokens].loss for curve in by_tokens)))
+    for points in side_by_side(curves):
+        means.append(replace(points[0], loss=statistics.fmean(point.loss for point in points)))
     return means
 
 

@@ -10,6 +10,7 @@ missing, but may fail without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 from nemo_pvs.ledger.budget import Setting
@@ -229,7 +230,8 @@ def _reason(
     """Return what the intervals say, with the numbers, and what is missing."""
     parts = []
     if evidence:
-        single = sum(item.estimate.half_width is None for item in evidence)
+        diverged = sum(not math.isfinite(item.estimate.mean) for item in evidence)
+        single = sum(item.estimate.half_width is None for item in evidence) - diverged
         open_ = [item for item in evidence if item not in agree and item not in against]
         alone = sum(item.estimate.sign != 0 for item in open_)
         said = [(agree, "agree", "agrees"), (against, "contradict", "contradicts"), (open_, "are open", "is open")]
@@ -248,6 +250,8 @@ def _reason(
             parts.append("One seed has no interval; report runs with at least two seeds.")
         elif single:
             parts.append(f"{single} {'has' if single == 1 else 'have'} no interval.")
+        if diverged:
+            parts.append(f"{diverged} {'has' if diverged == 1 else 'have'} no interval, as a training diverged.")
     if missing:
         parts.append(f"Missing: {'; '.join(missing)}.")
     return " ".join(parts)

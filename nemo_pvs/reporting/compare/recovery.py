@@ -94,9 +94,13 @@ def _loss(runs: SideBySide, arm: ArmResult, margin: float) -> Recovery:
         parent = run.results.parent.validation_loss if run.results.parent else None
         if parent is not None and repeated.validation_loss is not None:
             differences.append(parent - repeated.validation_loss)
-    difference = estimate(differences)
+    difference = _over_seeds(differences)
     if difference is None:
         basis = "the loss of the arm or of its parent was not measured"
+    elif not math.isfinite(difference.mean):
+        basis = "a loss is not a finite number, as the training diverged"
+    elif difference.count < len(differences):
+        basis = "every seed gave the same loss, so the seeds say nothing of its spread"
     elif difference.count == 1:
         basis = "one seed, and the losses of single windows are not stored; report runs with at least two seeds"
     else:
@@ -145,7 +149,7 @@ def _of_tasks(arm: ArmResult, measure: str, tasks: Sequence[Sequence[_Pair]], ma
         basis = f"{sum(table.shape[1] for table in known):,} {what} and {_seeds(difference)}"
     else:
         differences = [[_sign(ours) * (ours.value - parent.value) for ours, parent in pairs] for pairs in tasks]
-        of_seeds = estimate(np.mean(differences, axis=0).tolist())
+        of_seeds = _over_seeds(np.mean(differences, axis=0).tolist())
         assert of_seeds is not None
         difference = of_seeds
         basis = f"{_seeds(difference)}, without single questions, which are not stored for both models"
@@ -157,6 +161,11 @@ def _of_tasks(arm: ArmResult, measure: str, tasks: Sequence[Sequence[_Pair]], ma
         stderr=None if difference.stderr is None else factor * difference.stderr,
     )
     return _recovery(arm, measure, unit, margin, scaled, basis)
+
+
+def _over_seeds(differences: Sequence[float]) -> Estimate | None:
+    """Return the mean over seeds; equal differences are of one model that no seed changed, and count as one."""
+    return estimate(differences[:1] if len(set(differences)) == 1 else differences)
 
 
 def _sign(score: Score) -> int:

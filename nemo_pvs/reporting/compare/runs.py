@@ -12,7 +12,7 @@ from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.scores import Score, TaskScores
 from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
 from nemo_pvs.reporting.numbers import and_list
-from nemo_pvs.reporting.results import ArmResult, ParentResult, Results, at
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results, at
 from nemo_pvs.reporting.statistics import estimate
 
 _LISTED = 6
@@ -61,6 +61,20 @@ def parents_of(runs: Sequence[Run]) -> list[ParentResult]:
     return list(parents.values())
 
 
+def side_by_side(curves: Sequence[Sequence[Point]]) -> list[tuple[Point, ...]]:
+    """Return the points of repeated trainings that belong together: those after the same tokens, and all last ones.
+
+    The ends are at different tokens where a budget in FLOPs follows from a shape that each seed's scores decide.
+    """
+    by_tokens = [{point.tokens: point for point in curve} for curve in curves]
+    common = [tokens for tokens in by_tokens[0] if all(tokens in curve for curve in by_tokens)]
+    together = [tuple(curve[tokens] for curve in by_tokens) for tokens in common]
+    if all(curves):
+        ends = tuple(curve[-1] for curve in curves)
+        together = [*(points for points in together if points[0] is not ends[0]), ends]
+    return together
+
+
 @dataclass(frozen=True)
 class SideBySide:
     """The content of a report: one run, or several with their arms side by side."""
@@ -81,12 +95,11 @@ class SideBySide:
 
     def loss_deviations(self, arm: ArmResult) -> dict[int, float]:
         """Return the standard deviation of the validation loss over seeds, by tokens; empty for one run."""
-        curves = [{point.tokens: point.loss for point in run.validation} for _, run in self.repetitions[arm.name]]
         deviations = {}
-        for point in arm.validation:
-            over_seeds = estimate([curve[point.tokens] for curve in curves])
+        for points in side_by_side([repeated.validation for _, repeated in self.repetitions[arm.name]]):
+            over_seeds = estimate([point.loss for point in points])
             if over_seeds is not None and over_seeds.deviation is not None:
-                deviations[point.tokens] = over_seeds.deviation
+                deviations[points[0].tokens] = over_seeds.deviation
         return deviations
 
     @property
@@ -120,15 +133,28 @@ class SideBySide:
 
     def _requested(self, target: str, start: str) -> bool:
         """Whether a recipe requests an arm; true if no recipe has the target."""
-        requests = []
-        for run in self.runs:
-            if at(run.results.recipe, "targets", target) is not None:
-                requests.append(at(run.results.recipe, "targets", target, "arms") or at(run.results.recipe, "arms"))
-        return not requests or any(arms is None or start in arms for arms in requests)
+        plans = self._plans(target)
+        return not plans or any(_trains(recipe, plan, start) for recipe, plan in plans)
 
     def _method(self, target: str) -> Any:
-        methods = [at(run.results.recipe, "targets", target, "method") for run in self.runs]
-        return next(filter(None, methods), None)
+        return next(filter(None, (at(plan, "method") for _, plan in self._plans(target))), None)
+
+    def _plans(self, target: str) -> list[tuple[Any, Any]]:
+        """Return the recipes that have a target, and what each says of it.
+
+        These are the recipes of the runs whose arms it holds, where it may have had another name, and of the runs that
+        have none of its arms.
+        """
+        names = {}
+        for arm in self.results.targets.get(target, []):
+            names.update({run.label: original.target for run, original in self.repetitions[arm.name]})
+        plans = []
+        for run in self.runs:
+            elsewhere = run.label not in names and target in run.results.targets
+            plan = None if elsewhere else at(run.results.recipe, "targets", names.get(run.label, target))
+            if plan is not None:
+                plans.append((run.results.recipe, plan))
+        return plans
 
     @property
     def not_trained(self) -> list[str]:
@@ -175,3 +201,10 @@ class SideBySide:
                     "diverged, and such points are left out of the figures."
                 )
         return warnings
+
+
+def _trains(recipe: Any, target: Any, start: str) -> bool:
+    """Whether a recipe trains a target's arms from these initial weights, and has a budget for them."""
+    arms, budgets = at(target, "arms") or at(recipe, "arms"), at(recipe, "budgets")
+    without = isinstance(budgets, Mapping) and not budgets.get(start)
+    return (arms is None or start in arms) and not without

@@ -27,6 +27,13 @@ class Score:
     """Identifies the questions: models with equal values were asked the same questions in the same order."""
     cut: str | None = None
     """How a text was split into windows, on which a loss depends: ``chunks of 8192``; None for questions."""
+    seeds: tuple[Score, ...] = ()
+    """The scores that it is the mean of, one for each seed; empty for the score of one model."""
+
+    @property
+    def by_seed(self) -> tuple[Score, ...]:
+        """The scores of the single models."""
+        return self.seeds or (self,)
 
 
 _SHARES = ("acc", "average", "exact_match", "f1", "repetition", "distinct", "agreement")

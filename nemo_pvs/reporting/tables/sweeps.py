@@ -17,10 +17,8 @@ AT_THE_EDGE = "A rate at the edge of those tried was the best, so that another m
 
 def sweeps_of(runs: SideBySide) -> list[SweepResult]:
     """Return the sweeps of all runs, each once."""
-    sweeps: list[SweepResult] = []
-    for run in runs.runs:
-        sweeps += [sweep for sweep in run.results.sweeps if sweep not in sweeps]
-    return sweeps
+    sweeps = {repr(sweep): sweep for run in runs.runs for sweep in run.results.sweeps}  # NaN does not equal itself
+    return list(sweeps.values())
 
 
 def sweep_cells(runs: SideBySide) -> list[list[str]]:

@@ -12,7 +12,7 @@ from nemo_pvs.reporting.numbers import DASH, fixed, plus_minus
 from nemo_pvs.reporting.tables.results import gap_cell
 
 TASK_HEADINGS = ["Task", "pruned model", "parent", "pruned (P)", "scratch (S)", "S − P", "better"]
-TASK_NOTES = [
+_TASK_NOTES = [
     "Accuracies in per cent and differences of them in points, losses in nats per token; in this table ± is one "
     "standard error.",
     f"Better: which side's advantage exceeds {SURE:g} standard errors of the difference; within error: neither.",
@@ -20,8 +20,17 @@ TASK_NOTES = [
     "count as independent.",
     f"{DASH}: not measured, or in windows of another kind.",
 ]
+_OF_SEEDS = (
+    "Standard errors are over questions and seeds; instead of {sure:g} of them, as many count as Student's t says at "
+    "95 % if these are more."
+)
 TERMS_HEADINGS = ["Pruned model", "from scratch", "equal", "gap (nats)"]
 _TRAINING = "equal-training-tokens"
+
+
+def task_notes(runs: SideBySide) -> list[str]:
+    """Return the notes below the table of tasks."""
+    return [*_TASK_NOTES, *([_OF_SEEDS.format(sure=SURE)] if runs.seeds > 1 else [])]
 
 
 def task_cells(rows: Sequence[TaskRow]) -> list[list[str]]:
