@@ -20,9 +20,9 @@ from nemo_pvs.ledger.ledger import Charge, Ledger
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.charges import ancestry, charge_scores, pruning_charges
-from nemo_pvs.pruning.asked import read_asked
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.prune import prune as prune_source
+from nemo_pvs.pruning.prune_command import read_prune_command
 from nemo_pvs.pruning.request import PruneRequest, TaskScorer
 from nemo_pvs.pruning.result import write
 from nemo_pvs.pruning.sparse.work_folder import work_folder
@@ -116,7 +116,7 @@ def prune(
         (64, 'minitron-width')
     """
     target_folder = Path(target_folder)
-    chosen, asked, search = read_asked(method, target, options)
+    chosen, asked, search = read_prune_command(method, target, options)
     one_of("--uneven", uneven, ("keep", "pad"))
     compute = compute_of(device, activation_memory)
     check_new_folder(target_folder, overwrite=overwrite)

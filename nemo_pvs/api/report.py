@@ -59,7 +59,7 @@ def report(
     check_folder(place)
     from nemo_pvs.reporting.compare.compare import compare, read_runs, seeds_without_results
     from nemo_pvs.reporting.compare.curves import take_curves
-    from nemo_pvs.reporting.compare.recovery import check_margin, judge_recovery
+    from nemo_pvs.reporting.compare.non_inferiority import check_margin, judge_non_inferiority
     from nemo_pvs.reporting.html import write_files
 
     tested = check_margin(non_inferior_to, margin, unit)
@@ -68,7 +68,7 @@ def report(
     absent = [seed for folder in runs for seed in seeds_without_results(Path(folder))]
     found = compare(read, absent=absent, force=force)
     if tested is not None:
-        found = replace(found, recoveries=judge_recovery(found, *tested))
+        found = replace(found, recoveries=judge_non_inferiority(found, *tested))
     write_files(found, place, reference=published)
     return found
 

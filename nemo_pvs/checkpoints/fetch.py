@@ -24,7 +24,7 @@ _HUB = "hf://"
 
 
 @contextlib.contextmanager
-def local_checkpoint(source: str, beside: Path | None = None) -> Iterator[Path]:
+def local_checkpoint(source: str, next_to: Path | None = None) -> Iterator[Path]:
     """Yield a checkpoint folder for a source that the user named.
 
     A GGUF file is converted into a temporary folder, which is removed at the end; a hub model is downloaded into the
@@ -32,7 +32,7 @@ def local_checkpoint(source: str, beside: Path | None = None) -> Iterator[Path]:
 
     Args:
         source: As for ``prepare_parent``.
-        beside: The output path; a temporary folder is created next to it, where there must be room for a model
+        next_to: The output path; a temporary folder is created next to it, where there must be room for a model
             anyway. By default the system's folder for temporary files is used.
 
     Raises:
@@ -43,10 +43,10 @@ def local_checkpoint(source: str, beside: Path | None = None) -> Iterator[Path]:
     elif source != SMOLLM2 and not is_gguf(source):
         yield Path(source)
     else:
-        if beside is None:
+        if next_to is None:
             scratch = Path(tempfile.mkdtemp())
         else:
-            scratch = beside.with_name(f".{beside.name}.source-{os.environ.get('RANK', 0)}")
+            scratch = next_to.with_name(f".{next_to.name}.source-{os.environ.get('RANK', 0)}")
             shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
         try:
             yield prepare_parent(source, scratch / "huggingface")

@@ -306,5 +306,5 @@ def _rate(rate: float | Sweep) -> str:
 
 
 def _teacher_flops(ledger: Ledger) -> str:
-    flops = [charge.flops or 0 for charge in ledger.charges if charge.is_lesson]
+    flops = [charge.flops or 0 for charge in ledger.charges if charge.is_teacher_pass]
     return f"{sum(flops):.4g}" if flops else ""

@@ -26,7 +26,7 @@ from nemo_pvs.cli.arguments import (
 )
 from nemo_pvs.cli.checkpoints import sentence
 from nemo_pvs.cli.method_options import AMOUNT, with_method_options
-from nemo_pvs.pruning.asked import read_asked
+from nemo_pvs.pruning.prune_command import read_prune_command
 from nemo_pvs.system.files import check_new_folder
 from nemo_pvs.system.progress import console
 
@@ -130,7 +130,7 @@ def prune(
 ) -> None:
     """Prune a model to a smaller architecture, or make it sparse; under torchrun the ranks share the text."""
     check_new_folder(Path(target_folder), overwrite=overwrite)
-    read_asked(method, target, options)  # so that a mistake need not wait for PyTorch
+    read_prune_command(method, target, options)  # so that a mistake need not wait for PyTorch
     from nemo_pvs.api.prune import prune as prune_checkpoint
     from nemo_pvs.checkpoints.convert import describe
     from nemo_pvs.system import ranks

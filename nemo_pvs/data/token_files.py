@@ -68,7 +68,7 @@ def token_file_manifest(prefix: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a manifest.
     """
-    path = _beside(prefix, ".json")
+    path = _companion(prefix, ".json")
     values = read_json(path) if path.is_file() else {}
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the manifest of a token file; restore it, or remove it.")
@@ -82,7 +82,7 @@ def token_file_hash(prefix: Path) -> str:
     because the tokens themselves may be terabytes.
     """
     known = token_file_manifest(prefix).get("bin_sha256")
-    identity = {"index": sha256_file(_beside(prefix, ".idx")), "bytes": _beside(prefix, ".bin").stat().st_size}
+    identity = {"index": sha256_file(_companion(prefix, ".idx")), "bytes": _companion(prefix, ".bin").stat().st_size}
     return str(known or sha256_json(identity))
 
 
@@ -122,7 +122,7 @@ def check_end(
 
 def _extreme_ids(prefix: Path, tokens: int) -> tuple[int, int]:
     """Return the smallest and the largest id in a sample of a token file."""
-    file = _beside(prefix, ".bin")
+    file = _companion(prefix, ".bin")
     dtype = np.dtype({1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.int64}[file.stat().st_size // tokens])
     ids = np.memmap(file, dtype=dtype, mode="r")
     middle = max(0, tokens // 2 - _SAMPLE // 2)
@@ -130,5 +130,5 @@ def _extreme_ids(prefix: Path, tokens: int) -> tuple[int, int]:
     return int(min(sample.min() for sample in samples)), int(max(sample.max() for sample in samples))
 
 
-def _beside(prefix: Path, suffix: str) -> Path:
+def _companion(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)

@@ -68,7 +68,7 @@ class Charge:
         return self.tokens // self.tokens_per_step if self.tokens is not None and self.tokens_per_step else None
 
     @property
-    def is_lesson(self) -> bool:
+    def is_teacher_pass(self) -> bool:
         """Whether it is for the teacher's answers in a training run, computed in it or read from a cache."""
         return self.activity == "teacher" and (bool(self.steps) or self.note == SHARED_ANSWERS)
 

@@ -85,7 +85,7 @@ def charge_run(
     """Charge the training of a model and, if ``teacher`` is a checkpoint, its distillation."""
     charge_training(ledger, training, shape_of(model), count_masked(model), read)
     if teacher is not None:
-        charge_lessons(ledger, training, shape_of(open_source(teacher)), shape_of(model))
+        charge_teacher_passes(ledger, training, shape_of(open_source(teacher)), shape_of(model))
 
 
 def charge_training(
@@ -113,7 +113,7 @@ def charge_training(
     )
 
 
-def charge_lessons(
+def charge_teacher_passes(
     ledger: Ledger, training: Training, teacher: Shape, student: Shape, share: Fraction | None = None
 ) -> None:
     """Charge the FLOPs that distillation adds to a training run of the student.

@@ -56,7 +56,7 @@ def _scratch(results: Results, target: str) -> tuple[int, Fraction, Ledger]:
     """
     scratch = next((arm for arm in results.arms if (arm.target, arm.initialisation) == (target, "random")), None)
     charges = scratch.ledger.charges if scratch else []
-    teacher = next((charge for charge in charges if charge.is_lesson), None)
+    teacher = next((charge for charge in charges if charge.is_teacher_pass), None)
     if scratch is None or teacher is None:
         return 0, Fraction(1), Ledger()
     rate = (teacher.flops or 0) // (teacher.tokens or 1)

@@ -18,7 +18,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.cached_teacher import check_cached_recipe, teacher_share
-from nemo_pvs.planning.charges import charge_lessons
+from nemo_pvs.planning.charges import charge_teacher_passes
 from nemo_pvs.planning.checks import check_context
 from nemo_pvs.planning.targets import expected_shape
 from nemo_pvs.recipe.distillation import PARENT, Distillation
@@ -60,7 +60,7 @@ def charge_teacher(
         share = None
     elif share is None:
         share = teacher_share(recipe)
-    charge_lessons(ledger, arm.training, teacher, student, share)
+    charge_teacher_passes(ledger, arm.training, teacher, student, share)
 
 
 def inherit_ancestors(

@@ -23,7 +23,7 @@ from nemo_pvs.reporting.compare.removed import removed_share
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score
 from nemo_pvs.reporting.compare.tasks import TaskRow, averages, task_rows
-from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
+from nemo_pvs.reporting.compare.verdicts import Finding, NonInferiority
 from nemo_pvs.reporting.figures.gap import published_gaps
 from nemo_pvs.reporting.results import ArmResult, ParentResult
 from nemo_pvs.reporting.statistics import Estimate
@@ -80,7 +80,7 @@ def report_data(runs: SideBySide, *, reference: bool = False) -> dict[str, Any]:
                 rows.append({**about, "tokens": tokens, "value": value, "relative": row.share(value)})
         data["regained"] = rows
     if runs.recoveries:
-        data["non_inferiority"] = [_recovery(test) for test in runs.recoveries]
+        data["non_inferiority"] = [_non_inferiority(test) for test in runs.recoveries]
     if reference:
         published_rows = []
         for method, points in published_gaps().items():
@@ -191,7 +191,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
     }
 
 
-def _recovery(test: Recovery) -> dict[str, Any]:
+def _non_inferiority(test: NonInferiority) -> dict[str, Any]:
     difference = test.difference
     return {
         "arm": test.arm,

@@ -150,7 +150,7 @@ def test_a_folder_is_its_own_local_checkpoint(hf):
 def test_a_gguf_file_becomes_a_folder_for_as_long_as_it_is_needed(tmp_path):
     leftover = tmp_path / ".out.source-0" / "huggingface"
     leftover.mkdir(parents=True)
-    with local_checkpoint(SMOLLM2, beside=tmp_path / "out") as folder:
+    with local_checkpoint(SMOLLM2, next_to=tmp_path / "out") as folder:
         assert folder == leftover
         manifest = convert(folder, tmp_path / "out", to="nemo")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -161,7 +161,7 @@ def test_a_broken_gguf_file_leaves_nothing(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with (
         pytest.raises(UserError, match=r"x\.gguf is not a readable GGUF file"),
-        local_checkpoint(str(tmp_path / "x.gguf"), beside=tmp_path / "out"),
+        local_checkpoint(str(tmp_path / "x.gguf"), next_to=tmp_path / "out"),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]

@@ -24,7 +24,7 @@ CACHE = {"cache": {"top_k": 16}}
 
 
 def _lesson(ledger: Ledger) -> Charge:
-    (charge,) = (charge for charge in ledger.charges if charge.is_lesson)
+    (charge,) = (charge for charge in ledger.charges if charge.is_teacher_pass)
     return charge
 
 
@@ -98,7 +98,7 @@ def test_equal_terms_count_the_shares(setting, pretraining):
     total = "training" if "training" in setting else "total"
     spent, took = (getattr(getattr(ledger, total), kind) for ledger in (pruned, scratch))
     steps = plan.arms[1].arm.training.steps
-    a_step = sum(getattr(charge, kind) for charge in scratch.charges if charge.steps or charge.is_lesson) / steps
+    a_step = sum(getattr(charge, kind) for charge in scratch.charges if charge.steps or charge.is_teacher_pass) / steps
     assert abs(took - spent) <= a_step
     assert teacher_share(plan.recipe) == Fraction(plan.arms[1].arm.tokens, sum(one.arm.tokens for one in plan.arms))
 

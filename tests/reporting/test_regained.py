@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.reporting.compare.compare import compare
-from nemo_pvs.reporting.compare.recovery import judge_recovery
+from nemo_pvs.reporting.compare.non_inferiority import judge_non_inferiority
 from nemo_pvs.reporting.compare.regained import Regained, regained
 from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.compare.scores import Score, unit_of_score
@@ -144,7 +144,9 @@ def test_results_keep_the_models_before_the_end(results: Results) -> None:
 
 def test_the_verdict_turns_the_sign_where_lower_is_better(results: Results) -> None:
     """More repetition and more divergence are a loss; both are paired by prompt."""
-    tests = {test.measure: test for test in judge_recovery(compare([_run(results)]), 5.0) if "depth" in test.arm}
+    tests = {
+        test.measure: test for test in judge_non_inferiority(compare([_run(results)]), 5.0) if "depth" in test.arm
+    }
     assert set(tests) == {
         "boolq/0-shot/acc_norm",
         "gsm8k/5-shot/exact_match,strict-match",
@@ -159,7 +161,7 @@ def test_the_verdict_turns_the_sign_where_lower_is_better(results: Results) -> N
     assert (repeated.verdict, repeated.basis) == ("inferior", "40 prompts and 1 seed")
     assert tests["gsm8k/5-shot/exact_match,strict-match"].verdict == "equivalent"
 
-    nats = {test.measure: test for test in judge_recovery(compare([_run(results)]), 1.0, "nats")}
+    nats = {test.measure: test for test in judge_non_inferiority(compare([_run(results)]), 1.0, "nats")}
     divergence = nats["recovery/test/kl"]
     assert divergence.difference is not None
     assert divergence.difference.mean == pytest.approx(-0.5)

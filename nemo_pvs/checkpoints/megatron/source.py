@@ -46,7 +46,7 @@ class MegatronSource(NemoSource):
             UserError: it is not a torch_dist checkpoint of a Llama-family model, or its config does not fit it.
         """
         self._config_path = _config_path(Path(folder), config)
-        self._beside_config = config is not None
+        self._config_given = config is not None
         super().__init__(folder)
         if (self.folder / _MODELOPT).is_dir():
             say_once(f"{self.folder} has a {_MODELOPT}, which is ignored; its weights are read as plain ones.")
@@ -54,7 +54,7 @@ class MegatronSource(NemoSource):
     @property
     def assets(self) -> tuple[Path, ...]:
         """Tokenizer files and generation config: next to a given config, in ``tokenizer/``, or next to the weights."""
-        if self._beside_config and self._config_path is not None:
+        if self._config_given and self._config_path is not None:
             return asset_files(self._config_path.parent)
         return asset_files(tokenizer_folder(self.folder))
 

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_pvs.recipe.identity import identity_without_seeds
 from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.scores import Score, TaskScores
-from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
+from nemo_pvs.reporting.compare.verdicts import Finding, NonInferiority
 from nemo_pvs.reporting.numbers import and_list
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results, at
 from nemo_pvs.reporting.statistics import estimate
@@ -90,7 +90,7 @@ class SideBySide:
     """Differences that make these runs incomparable, if the comparison was forced."""
     findings: tuple[Finding, ...] = ()
     """The paper's findings, judged by these runs."""
-    recoveries: tuple[Recovery, ...] = ()
+    recoveries: tuple[NonInferiority, ...] = ()
     """Tests whether pruned arms are as good as their parent, if they were asked for."""
 
     def loss_deviations(self, arm: ArmResult) -> dict[int, float]:

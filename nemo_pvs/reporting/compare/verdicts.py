@@ -38,7 +38,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Recovery:
+class NonInferiority:
     """A test whether a pruned arm is as good as its parent, to within a margin."""
 
     arm: str

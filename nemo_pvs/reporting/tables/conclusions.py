@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_pvs.reporting.compare.verdicts import Finding, Recovery
+from nemo_pvs.reporting.compare.verdicts import Finding, NonInferiority
 
 FINDINGS_TITLE = "Findings of the paper in these runs"
 FINDINGS_NOTE = (
@@ -25,12 +25,12 @@ def finding_line(finding: Finding) -> str:
     return f"**{finding.name} {finding.judgement}:** {finding.statement}. {finding.reason} ({finding.source})"
 
 
-def recovery_cells(tests: Sequence[Recovery]) -> list[list[str]]:
+def recovery_cells(tests: Sequence[NonInferiority]) -> list[list[str]]:
     """Return the formatted cells of tests of non-inferiority."""
     return [[test.arm, test.measure, test.words] for test in tests]
 
 
-def conclusions_text(findings: Sequence[Finding], tests: Sequence[Recovery]) -> list[str]:
+def conclusions_text(findings: Sequence[Finding], tests: Sequence[NonInferiority]) -> list[str]:
     """Return lines for the terminal: the findings, and the verdicts against the parent."""
     lines = []
     if findings:

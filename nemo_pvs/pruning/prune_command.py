@@ -11,7 +11,7 @@ from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.pruning.target import FoundSizes, parse_sizes, read_sizes
 
 
-class Asked(NamedTuple):
+class PruneCommand(NamedTuple):
     """A method with its options, the sizes of the target among them."""
 
     method: Method
@@ -21,7 +21,7 @@ class Asked(NamedTuple):
     """Tokens and FLOPs of the search that found the target, if there was one."""
 
 
-def read_asked(method: str, target: str | Path | None, options: Mapping[str, Any]) -> Asked:
+def read_prune_command(method: str, target: str | Path | None, options: Mapping[str, Any]) -> PruneCommand:
     """Read the name of a method, a target (sizes, or the file of ``pvs search``) and the method's other options.
 
     Raises:
@@ -30,8 +30,8 @@ def read_asked(method: str, target: str | Path | None, options: Mapping[str, Any
     chosen = method_named(method)
     found = _sizes(target)
     if chosen.trains:  # such a method answers with its own message, whatever the options
-        return Asked(chosen, chosen.options(), found.spent)
-    return Asked(chosen, chosen.options.parse(method, {**options, **found.sizes}, "--{}"), found.spent)
+        return PruneCommand(chosen, chosen.options(), found.spent)
+    return PruneCommand(chosen, chosen.options.parse(method, {**options, **found.sizes}, "--{}"), found.spent)
 
 
 def _sizes(target: str | Path | None) -> FoundSizes:

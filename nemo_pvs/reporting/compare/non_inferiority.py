@@ -19,7 +19,7 @@ from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score, metric_of, unit_of_score
 from nemo_pvs.reporting.compare.tasks import ACCURACIES, AVERAGE, accuracies_of, scores_of
-from nemo_pvs.reporting.compare.verdicts import Recovery, Unit
+from nemo_pvs.reporting.compare.verdicts import NonInferiority, Unit
 from nemo_pvs.reporting.results import ArmResult
 from nemo_pvs.reporting.statistics import Estimate, crossed_estimate, estimate, recovered
 
@@ -56,7 +56,7 @@ def check_margin(reference: str | None, margin: float | None, unit: str) -> tupl
     raise UserError(f"--unit {unit} is unknown; choose points (of accuracy) or nats (of validation loss).")
 
 
-def judge_recovery(runs: SideBySide, margin: float, unit: Unit = "points") -> tuple[Recovery, ...]:
+def judge_non_inferiority(runs: SideBySide, margin: float, unit: Unit = "points") -> tuple[NonInferiority, ...]:
     """Test every pruned arm against the parent of its run.
 
     Args:
@@ -85,10 +85,10 @@ def judge_recovery(runs: SideBySide, margin: float, unit: Unit = "points") -> tu
     return tuple(tests)
 
 
-def _loss(runs: SideBySide, arm: ArmResult, margin: float) -> Recovery:
+def _loss(runs: SideBySide, arm: ArmResult, margin: float) -> NonInferiority:
     if not runs.results.same_tokens(arm):
         basis = "the arm has another vocabulary than its parent, so their losses per token are not comparable"
-        return _recovery(arm, "validation loss", "nats", margin, None, basis)
+        return _non_inferiority(arm, "validation loss", "nats", margin, None, basis)
     differences = []
     for run, repeated in runs.repetitions[arm.name]:
         parent = run.results.parent.validation_loss if run.results.parent else None
@@ -105,10 +105,10 @@ def _loss(runs: SideBySide, arm: ArmResult, margin: float) -> Recovery:
         basis = "one seed, and the losses of single windows are not stored; report runs with at least two seeds"
     else:
         basis = _seeds(difference)
-    return _recovery(arm, "validation loss", "nats", margin, difference, basis)
+    return _non_inferiority(arm, "validation loss", "nats", margin, difference, basis)
 
 
-def _scores(runs: SideBySide, arm: ArmResult, margin: float, unit: Unit) -> list[Recovery]:
+def _scores(runs: SideBySide, arm: ArmResult, margin: float, unit: Unit) -> list[NonInferiority]:
     """Return the tests of an arm's scores in a unit, with the average of several accuracies first."""
     by_measure: dict[str, list[_Pair]] = {}
     repetitions = runs.repetitions[arm.name]
@@ -119,7 +119,7 @@ def _scores(runs: SideBySide, arm: ArmResult, margin: float, unit: Unit) -> list
     complete = {name: pairs for name, pairs in by_measure.items() if len(pairs) == len(repetitions)}
     if not complete and unit == "points":
         basis = "the accuracy of the arm or of its parent was not measured with every seed"
-        return [_recovery(arm, "accuracy", unit, margin, None, basis)]
+        return [_non_inferiority(arm, "accuracy", unit, margin, None, basis)]
     tests = []
     accuracies = accuracies_of(list(complete))
     if len(accuracies) > 1:
@@ -139,7 +139,9 @@ def _tested(names: Sequence[str], unit: Unit) -> list[str]:
     return [*accuracies, *(name for name in others if metric_of(name) != AVERAGE)]
 
 
-def _of_tasks(arm: ArmResult, measure: str, tasks: Sequence[Sequence[_Pair]], margin: float, unit: Unit) -> Recovery:
+def _of_tasks(
+    arm: ArmResult, measure: str, tasks: Sequence[Sequence[_Pair]], margin: float, unit: Unit
+) -> NonInferiority:
     """Test the mean score over tasks, by question if all their questions are stored and otherwise by seed."""
     tables = [_by_question(pairs) for pairs in tasks]
     known = [table for table in tables if table is not None]
@@ -160,7 +162,7 @@ def _of_tasks(arm: ArmResult, measure: str, tasks: Sequence[Sequence[_Pair]], ma
         deviation=None if difference.deviation is None else factor * difference.deviation,
         stderr=None if difference.stderr is None else factor * difference.stderr,
     )
-    return _recovery(arm, measure, unit, margin, scaled, basis)
+    return _non_inferiority(arm, measure, unit, margin, scaled, basis)
 
 
 def _over_seeds(differences: Sequence[float]) -> Estimate | None:
@@ -189,8 +191,8 @@ def _seeds(difference: Estimate) -> str:
     return f"{difference.count} {'seed' if difference.count == 1 else 'seeds'}"
 
 
-def _recovery(
+def _non_inferiority(
     arm: ArmResult, measure: str, unit: Unit, margin: float, difference: Estimate | None, basis: str
-) -> Recovery:
+) -> NonInferiority:
     verdict = "undecided" if difference is None else recovered(difference, margin)
-    return Recovery(arm.name, measure, unit, margin, difference, verdict, basis)
+    return NonInferiority(arm.name, measure, unit, margin, difference, verdict, basis)

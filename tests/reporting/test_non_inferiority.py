@@ -12,10 +12,10 @@ import pytest
 from nemo_pvs.cli.results import report
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.compare.compare import compare
-from nemo_pvs.reporting.compare.recovery import judge_recovery
+from nemo_pvs.reporting.compare.non_inferiority import judge_non_inferiority
 from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.compare.scores import read_scores
-from nemo_pvs.reporting.compare.verdicts import Recovery
+from nemo_pvs.reporting.compare.verdicts import NonInferiority
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.reporting.statistics import crossed_estimate, estimate
 from nemo_pvs.system.files import read_json
@@ -52,7 +52,7 @@ def _seeds(results: Results, folder: Path, answers: list[dict[str, dict[str, lis
     return runs
 
 
-def _of(tests: tuple[Recovery, ...], arm: str, measure: str) -> Recovery:
+def _of(tests: tuple[NonInferiority, ...], arm: str, measure: str) -> NonInferiority:
     return next(test for test in tests if (test.arm, test.measure) == (arm, measure))
 
 
@@ -61,7 +61,7 @@ def test_losses_are_paired_by_seed_with_each_seeds_parent() -> None:
     for run, lead in zip(runs, (0.02, 0.03, 0.04), strict=True):
         arm = next(arm for arm in run.results.arms if arm.name == f"depth-50, pruned, {BUDGETS[-1]}")
         arm.validation[-1].loss = run.results.parent.validation_loss - lead  # type: ignore[union-attr,operator]
-    tests = judge_recovery(compare(runs), 0.1, "nats")
+    tests = judge_non_inferiority(compare(runs), 0.1, "nats")
     assert len(tests) == 15
     test = _of(tests, "depth-50, pruned, 1638400", "validation loss")
     expected = estimate([0.02, 0.03, 0.04])
@@ -77,7 +77,7 @@ def test_losses_are_paired_by_seed_with_each_seeds_parent() -> None:
 
 
 def test_one_seed_of_losses_decides_nothing() -> None:
-    test = judge_recovery(compare(grid_runs(1)), 0.1, "nats")[0]
+    test = judge_non_inferiority(compare(grid_runs(1)), 0.1, "nats")[0]
     assert test.verdict == "undecided"
     assert test.words == (
         "undecided (one seed, and the losses of single windows are not stored; report runs with at least two seeds)"
@@ -89,21 +89,21 @@ def test_seeds_that_gave_one_and_the_same_model_decide_nothing() -> None:
     runs = grid_runs()
     for run in runs:
         run.results.arms[0].validation[-1].loss = run.results.parent.validation_loss  # type: ignore[assignment,union-attr]
-    test = judge_recovery(compare(runs), 0.1, "nats")[0]
+    test = judge_non_inferiority(compare(runs), 0.1, "nats")[0]
     assert test.words == "undecided (every seed gave the same loss, so the seeds say nothing of its spread)"
 
 
 def test_a_training_that_diverged_decides_nothing() -> None:
     runs = grid_runs()
     runs[2].results.arms[0].validation[-1].loss = math.inf
-    test = judge_recovery(compare(runs), 0.1, "nats")[0]
+    test = judge_non_inferiority(compare(runs), 0.1, "nats")[0]
     assert test.words == "undecided (a loss is not a finite number, as the training diverged)"
 
 
 def test_answers_are_paired_by_question(results: Results, tmp_path: Path) -> None:
     """Two right answers fewer of 200 and the same otherwise: 1 point worse, with the error of the differences."""
     answers = {"parent": {"boolq": RIGHT}, "pruned": {"boolq": _with_flips(RIGHT, 2)}}
-    tests = judge_recovery(compare(_seeds(results, tmp_path, [answers])), 3.0)
+    tests = judge_non_inferiority(compare(_seeds(results, tmp_path, [answers])), 3.0)
     test = _of(tests, "depth, pruned", "boolq/0-shot/acc")
     expected = estimate([0.0] * 198 + [-100.0] * 2)
     assert test.difference is not None
@@ -128,7 +128,7 @@ def test_verdicts_over_questions_and_seeds(
         pruned = _with_flips(RIGHT, worse + seed % 2, better)
         answers.append({"parent": {"boolq": RIGHT}, "pruned": {"boolq": pruned}})
     runs = compare(_seeds(results, tmp_path, answers), force=True)  # a parent for each seed
-    test = _of(judge_recovery(runs, 3.0), "depth, pruned", "boolq/0-shot/acc")
+    test = _of(judge_non_inferiority(runs, 3.0), "depth, pruned", "boolq/0-shot/acc")
     table = []
     for item in answers:
         table.append([ours - theirs for ours, theirs in zip(item["pruned"]["boolq"], RIGHT, strict=True)])
@@ -140,7 +140,7 @@ def test_verdicts_over_questions_and_seeds(
 def test_several_tasks_have_an_average_of_one_accuracy_each(results: Results, tmp_path: Path) -> None:
     both = {"arc_easy": RIGHT, "boolq": RIGHT[:100]}
     pruned = {"arc_easy": _with_flips(RIGHT, 4), "boolq": RIGHT[:100]}
-    tests = judge_recovery(compare(_seeds(results, tmp_path, [{"parent": both, "pruned": pruned}])), 3.0)
+    tests = judge_non_inferiority(compare(_seeds(results, tmp_path, [{"parent": both, "pruned": pruned}])), 3.0)
     named = [test.measure for test in tests if test.arm == "depth, pruned"]
     assert named == ["average of 2 tasks", "arc_easy/0-shot/acc_norm", "boolq/0-shot/acc"]
     average = _of(tests, "depth, pruned", "average of 2 tasks")
@@ -157,7 +157,7 @@ def test_without_single_questions_only_seeds_count(results: Results, tmp_path: P
     for file in tmp_path.glob("seed-2/evaluation/measured/*/boolq.json"):
         file.unlink()
     runs[1] = Run(runs[1].label, runs[1].results, read_scores(tmp_path / "seed-2" / "evaluation"))
-    test = _of(judge_recovery(compare(runs, force=True), 3.0), "depth, pruned", "boolq/0-shot/acc")
+    test = _of(judge_non_inferiority(compare(runs, force=True), 3.0), "depth, pruned", "boolq/0-shot/acc")
     expected = estimate([-1.0, -2.0, -3.0])
     assert test.difference is not None
     assert expected is not None
