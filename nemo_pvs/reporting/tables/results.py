@@ -200,8 +200,8 @@ def total_cost(results: Results) -> str:
     if len(numbers) > _MANY:
         ratios = [f"{_times(min(numbers))} to {_times(max(numbers))}"]
     return (
-        "With all that made it charged, the parent's pretraining included, a pruned model took this many times the "
-        f"FLOPs of its counterpart from scratch: {', '.join(ratios)}."
+        "Charged with all the work it builds on, the parent's pretraining included, a pruned model cost this many "
+        f"times the FLOPs of its counterpart from scratch: {', '.join(ratios)}."
     )
 
 
