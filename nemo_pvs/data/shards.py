@@ -122,7 +122,7 @@ def _check(shares: Mapping[str, float], workers: int | None, shard: tuple[int, i
         given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
         raise UserError(f"The shares of a split must be positive and add up to 1, not: {given or 'none'}.")
     for name in shares:
-        if Path(name).name != name or name.startswith("."):
+        if not name or Path(name).name != name or name.startswith("."):
             raise UserError(f"The split {name!r} cannot be the name of a file; call it train or the like.")
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; give at least 1.")
