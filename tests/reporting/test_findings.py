@@ -281,6 +281,17 @@ def test_a_teacher_makes_equal_training_tokens_equal_total_tokens() -> None:
     assert runs.results.leaves_out_calibration(arm)
 
 
+def test_arms_with_a_teacher_do_not_decide_what_the_paper_found_without_one() -> None:
+    runs = grid_runs()
+    before = _finding(compare(runs), "2b").reason
+    assert "depth-75, pruned" in before
+    for run in runs:
+        for arm in run.results.arms:
+            if arm.target == "depth-75":
+                arm.ledger.charge("teacher", 1024, arm.shape, 64, training=False)
+    assert "depth-75" not in _finding(compare(runs), "2b").reason
+
+
 def test_equal_terms_have_their_intervals() -> None:
     rows = equal_terms(compare(grid_runs()))
     row = next(row for row in rows if row["scratch"] == "depth-50, random, 8192000")

@@ -171,10 +171,14 @@ def _absent(runs: SideBySide, granularities: Collection[str] = GRANULARITIES) ->
 def _at_equal_total(
     runs: SideBySide, granularities: Collection[str], removed: str
 ) -> tuple[list[Evidence], list[str]]:
-    """Return the gaps at equal total tokens at some granularities, and the targets that have none."""
+    """Return the gaps at equal total tokens at some granularities, and the targets that have none.
+
+    Arms with a teacher are left out: their counterparts are charged the parent too, so that equal total tokens are
+    equal training tokens, where the paper's arms from scratch are trained on the parent's tokens instead.
+    """
     targets: dict[str, list[ArmResult]] = {}
     for target, arms in _by_target(runs).items():
-        of_kind = [arm for arm in arms if granularity(runs, arm) in granularities]
+        of_kind = [arm for arm in arms if granularity(runs, arm) in granularities and not _is_taught(arm)]
         if of_kind:
             targets[target] = of_kind
     evidence: list[Evidence] = []
@@ -187,6 +191,10 @@ def _at_equal_total(
     if not targets and not missing:
         missing.append(f"a model with {removed}, pruned and from random weights")
     return evidence, missing
+
+
+def _is_taught(arm: ArmResult) -> bool:
+    return any(charge.activity == "teacher" for charge in arm.ledger.charges)
 
 
 def _drop(name: str, runs: SideBySide, first: ArmResult, last: ArmResult) -> list[Evidence]:
