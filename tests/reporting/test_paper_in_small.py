@@ -41,11 +41,21 @@ def _gaps(runs: SideBySide) -> dict[str, list[str]]:
     return gaps
 
 
-def test_findings() -> None:
-    runs = compare(read_runs([str(ROOT / RESULTS), str(ROOT / THREE_QUARTERS)]))
+@pytest.fixture(scope="module")
+def both_ratios() -> SideBySide:
+    return compare(read_runs([str(ROOT / RESULTS), str(ROOT / THREE_QUARTERS)]))
+
+
+def test_findings(runs: SideBySide, both_ratios: SideBySide) -> None:
+    """Those at equal total tokens are judged by ``quick``, the only one that has them."""
+    held = {finding.name: finding.judgement for finding in runs.findings}
+    of_both = {finding.name: finding.judgement for finding in both_ratios.findings}
     page = (ROOT / "docs/paper_in_small.md").read_text()
     stated = dict(re.findall(r"^\| (\d[abc])\. [^|]* \| (holds|fails|undecided)", page, re.MULTILINE))
-    assert stated == {finding.name: finding.judgement for finding in runs.findings}
+    assert stated == {**held, **{name: of_both[name] for name in ("1a", "1b", "1c")}}
+    (shrinks,) = (finding for finding in both_ratios.findings if finding.name == "1c")
+    assert "Of 9 comparisons, in nats per token, 5 agree" in shrinks.reason
+    assert "and 4 are open" in shrinks.reason
 
 
 def test_gaps_of_the_page_and_of_the_readme(runs: SideBySide) -> None:
@@ -54,6 +64,13 @@ def test_gaps_of_the_page_and_of_the_readme(runs: SideBySide) -> None:
     for target, name in (("depth-50", "depth"), ("width-50", "width"), ("wanda-50", "Wanda")):
         assert f"| {name} | {' | '.join(gaps[target])} |" in page
         assert f"({gaps[target][-1]})" in (ROOT / "README.md").read_text()
+
+
+def test_gaps_at_three_quarters(both_ratios: SideBySide) -> None:
+    gaps = _gaps(both_ratios)
+    page = (ROOT / "docs/paper_in_small.md").read_text()
+    for target, name in (("depth-75", "depth"), ("width-75", "width"), ("wanda-75", "Wanda")):
+        assert f"| {name} | {' | '.join(gaps[target])} |" in page
 
 
 def test_further_numbers_of_the_page_and_of_the_readme(runs: SideBySide) -> None:
@@ -146,7 +163,9 @@ def test_what_the_teacher_is_worth() -> None:
         def cells(minuend: tuple[str, str], subtrahend: tuple[str, str], losses: Losses = losses) -> str:
             shown = []
             for tokens in (358_400, 1_075_200, 1_792_000):
-                differences = [losses[(*minuend, tokens, seed)] - losses[(*subtrahend, tokens, seed)] for seed in "123"]
+                differences = [
+                    losses[(*minuend, tokens, seed)] - losses[(*subtrahend, tokens, seed)] for seed in "123"
+                ]
                 mean = estimate(differences)
                 assert mean is not None
                 text = plus_minus(fixed(mean.mean, signed=True), mean.half_width)
