@@ -282,14 +282,19 @@ def test_a_teacher_makes_equal_training_tokens_equal_total_tokens() -> None:
 
 
 def test_arms_with_a_teacher_do_not_decide_what_the_paper_found_without_one() -> None:
+    """Where both are charged the parent, equal total tokens are equal training tokens."""
     runs = grid_runs()
     before = _finding(compare(runs), "2b").reason
-    assert "depth-75, pruned" in before
+    assert "Of 2 comparisons" in before
     for run in runs:
-        for arm in run.results.arms:
-            if arm.target == "depth-75":
-                arm.ledger.charge("teacher", 1024, arm.shape, 64, training=False)
-    assert "depth-75" not in _finding(compare(runs), "2b").reason
+        arms = [arm for arm in run.results.arms if arm.target == "depth-75"]
+        (pretraining, *_) = (c for arm in arms for c in arm.ledger.charges if c.activity == "parent pretraining")
+        for arm in arms:
+            if arm.initialisation == "random":
+                arm.ledger.charges.append(pretraining)
+    reason = _finding(compare(runs), "2b").reason
+    assert "Of 1 comparison" in reason
+    assert "depth-75, pruned" not in reason
 
 
 def test_equal_terms_have_their_intervals() -> None:

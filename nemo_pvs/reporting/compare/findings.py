@@ -173,12 +173,12 @@ def _at_equal_total(
 ) -> tuple[list[Evidence], list[str]]:
     """Return the gaps at equal total tokens at some granularities, and the targets that have none.
 
-    Arms with a teacher are left out: their counterparts are charged the parent too, so that equal total tokens are
-    equal training tokens, where the paper's arms from scratch are trained on the parent's tokens instead.
+    Left out is what has equal training tokens as well, since a teacher is charged to both: the paper's arms from
+    scratch are trained on the parent's tokens instead.
     """
     targets: dict[str, list[ArmResult]] = {}
     for target, arms in _by_target(runs).items():
-        of_kind = [arm for arm in arms if granularity(runs, arm) in granularities and not _is_taught(arm)]
+        of_kind = [arm for arm in arms if granularity(runs, arm) in granularities and not _is_of_training(runs, arm)]
         if of_kind:
             targets[target] = of_kind
     evidence: list[Evidence] = []
@@ -193,8 +193,10 @@ def _at_equal_total(
     return evidence, missing
 
 
-def _is_taught(arm: ArmResult) -> bool:
-    return any(charge.activity == "teacher" for charge in arm.ledger.charges)
+def _is_of_training(runs: SideBySide, arm: ArmResult) -> bool:
+    """Whether an arm's counterpart at equal total tokens is that at equal training tokens."""
+    scratch = runs.results.scratch_of(arm, EQUAL_TOTAL)
+    return scratch is not None and scratch is runs.results.scratch_of(arm, EQUAL_TRAINING)
 
 
 def _drop(name: str, runs: SideBySide, first: ArmResult, last: ArmResult) -> list[Evidence]:
