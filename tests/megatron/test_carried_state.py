@@ -97,8 +97,8 @@ def test_without_pruning_it_goes_on_as_if_it_had_not_stopped(whole, first, tmp_p
     expected = losses(whole)[HALF:]
     assert losses(job) == pytest.approx(expected, abs=1e-6 if in_fp32 else 2e-3)
     if in_fp32:
-        anew = run(second(first, tmp_path / "anew", None, carried=False), tmp_path / "anew" / "run")
-        assert losses(anew) != pytest.approx(expected, abs=5e-3), "moments that start from zero would pass, too"
+        reset = run(second(first, tmp_path / "reset", None, carried=False), tmp_path / "reset" / "run")
+        assert losses(reset) != pytest.approx(expected, abs=5e-3), "moments that start from zero would pass, too"
 
 
 def test_ranks_begin_with_what_the_plan_keeps(first, tmp_path):

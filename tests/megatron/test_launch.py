@@ -49,11 +49,16 @@ def test_what_a_rank_forks_does_not_outlive_it(job):
     time.sleep(0.2)  # until it has asked Linux for this
     rank.kill()
     rank.join()
-    while is_running(child, started) and time.monotonic() < deadline:
+    _assert_ends(child, started, deadline)
+
+
+def _assert_ends(process, started, deadline):
+    """Wait for the end of a process; one that is still running at the deadline is killed."""
+    while is_running(process, started) and time.monotonic() < deadline:
         time.sleep(0.01)
-    outlived = is_running(child, started)
+    outlived = is_running(process, started)
     if outlived:
-        os.kill(child, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
     assert not outlived
 
 
@@ -119,12 +124,7 @@ def test_torchrun_ends_with_its_launcher(job, monkeypatch, tmp_path):
     started = start_time(agent)
     launcher.kill()
     launcher.join()
-    while is_running(agent, started) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    outlived = is_running(agent, started)
-    if outlived:
-        os.kill(agent, signal.SIGKILL)
-    assert not outlived
+    _assert_ends(agent, started, deadline)
 
 
 def test_torchrun_s_ranks_know_that_the_folder_is_locked(job, monkeypatch, tmp_path):

@@ -72,7 +72,7 @@ def whole(tmp_path_factory) -> tuple[dict, Pipeline]:
         patch.setattr(trainer, "_launch", ForkedLauncher)
         pipeline.run()
     assert finished.items() <= _records(folder).items(), "a finished stage was done again"
-    assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed stage began anew"
+    assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed stage started again"
     trained = [stage for stage in pipeline.records if not stage.startswith("evaluate/")]
     assert list(look_ahead(pipeline)) == trained, "a stage was done that nobody had looked at"
     return staged, pipeline

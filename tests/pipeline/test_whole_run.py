@@ -56,7 +56,7 @@ def _run(values: dict, folder: Path, doomed_stage: str | None = None, forked_lau
 
 
 def _in_child(*arguments):
-    """Start a run in a process of its own, and return the process."""
+    """Start a run in its own process, and return that."""
     child = fork_context().Process(target=_run, args=arguments)
     child.start()
     return child
