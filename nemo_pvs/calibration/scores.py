@@ -107,7 +107,7 @@ class Scores:
 
     def check_model(self, source: WeightSource) -> None:
         """Raise UserError unless the scores were measured on the model in ``source``."""
-        if not fingerprint(source).names(self.model_fingerprint):
+        if fingerprint(source) != self.model_fingerprint:
             raise UserError(
                 f"These scores were measured on another model ({self.shape}); "
                 "calibrate the model that is to be pruned."

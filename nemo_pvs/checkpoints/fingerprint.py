@@ -1,9 +1,8 @@
-"""Fingerprints: one name for the same model in any format, which also recognises those of earlier versions."""
+"""Fingerprints: one name for the same model in any format."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -22,28 +21,7 @@ _NO_FUNCTION = ("initializer_range", "max_position_embeddings")
 _FREE_OF_CONTEXT = ("default", "linear", "llama3")
 
 
-class Fingerprint(str):
-    """A hash of a model's content; it also recognises the fingerprint that earlier versions gave the same model."""
-
-    earlier: Callable[[], str]
-    """Computes the fingerprint of earlier versions, for which it reads three layers."""
-
-    def __new__(cls, value: str, earlier: Callable[[], str]) -> Fingerprint:
-        """Return ``value`` with the function that computes the fingerprint of earlier versions."""
-        made = super().__new__(cls, value)
-        made.earlier = earlier
-        return made
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """Copy and pickle as a plain string."""
-        return str, (str(self),)
-
-    def names(self, stated: object) -> bool:
-        """Return whether ``stated``, written by any version, is the fingerprint of this model."""
-        return self == stated or (_is_earlier(stated) and self.earlier() == stated)
-
-
-def fingerprint(source: WeightSource) -> Fingerprint:
+def fingerprint(source: WeightSource) -> str:
     """Return 32 hexadecimal digits that name a model, the same for its Hugging Face and NeMo copies.
 
     They cover everything that determines what the model computes: the family, the shape, the constants of its config,
@@ -52,15 +30,13 @@ def fingerprint(source: WeightSource) -> Fingerprint:
     """
     known = getattr(source, "checksums", None)
     records = known() if known else compute_checksums(source)
-    return identity(source.config, records, earlier=lambda: earlier_fingerprint(source))
+    return identity(source.config, records)
 
 
-def identity(
-    config: Mapping[str, Any], records: Mapping[str, TensorRecord], *, earlier: Callable[[], str]
-) -> Fingerprint:
+def identity(config: Mapping[str, Any], records: Mapping[str, TensorRecord]) -> str:
     """Return the fingerprint of the model with this config and these tensors, hashed with ``tensor_record.HASH``."""
     tensors = {name: asdict(record) for name, record in records.items()}
-    return Fingerprint(sha256_json({"function": function_of(config), "tensors": tensors})[:32], earlier)
+    return sha256_json({"function": function_of(config), "tensors": tensors})[:32]
 
 
 def compute_checksums(source: WeightSource, progress: Progress | None = None) -> dict[str, TensorRecord]:
@@ -106,27 +82,6 @@ def function_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return function
 
 
-def earlier_fingerprint(source: WeightSource) -> str:
-    """Return the fingerprint that earlier versions gave a model: 64 hexadecimal digits.
-
-    It covers the shape, every vector, and the matrices of the first, middle and last decoder layers. It is needed to
-    recognise the run folders, scores and plans of those versions.
-    """
-    shape = shape_of(source)
-    digest = hashlib.sha256(sha256_json(shape.to_dict()).encode())
-    sampled = {0, shape.layers // 2, shape.layers - 1}
-    for name, (part, entry) in Layout.for_config(source.config).parts(shape).items():
-        if len(part.axes) == 1 or entry.layer in sampled:
-            tensor = source.read(name).contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _is_earlier(stated: object) -> bool:
-    return isinstance(stated, str) and len(stated) == hashlib.sha256().digest_size * 2
-
-
 def _number(value: Any) -> Any:
     """Return an integer as a float, because rope settings are written either way; anything else as it is."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -137,23 +92,3 @@ def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
     if first.dtype == second.dtype:
         return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
     return torch.equal(first.double(), second.double())
-
-
-def same_inputs(recorded: Any, inputs: Any) -> bool:
-    """Return whether a stage's inputs equal the recorded ones, fingerprints of earlier versions included.
-
-    Args:
-        recorded: The inputs as read from a JSON file.
-        inputs: Plain data in which models are named by ``fingerprint``.
-    """
-    if isinstance(inputs, Fingerprint):
-        return inputs.names(recorded)
-    if isinstance(inputs, Mapping):
-        if not isinstance(recorded, Mapping) or recorded.keys() != inputs.keys():
-            return False
-        return all(same_inputs(recorded[key], value) for key, value in inputs.items())
-    if isinstance(inputs, (list, tuple)):
-        if not isinstance(recorded, list) or len(recorded) != len(inputs):
-            return False
-        return all(same_inputs(then, now) for then, now in zip(recorded, inputs, strict=True))
-    return bool(recorded == inputs)

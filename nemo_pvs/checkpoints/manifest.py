@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from nemo_pvs.checkpoints.fingerprint import compute_checksums, earlier_fingerprint, identity
+from nemo_pvs.checkpoints.fingerprint import compute_checksums, identity
 from nemo_pvs.checkpoints.read_ahead import ReadAhead
 from nemo_pvs.checkpoints.source import Progress, WeightSource, shape_of
 from nemo_pvs.checkpoints.tensor_record import HASH, HASHES, TensorRecord, dtype_name, record_of
@@ -202,8 +202,7 @@ def _write_manifest(
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in _LEFT_OUT:
             files[str(path.relative_to(folder))] = FileRecord(path.stat().st_size, _file_hash(path))
-    name = identity(source.config, read, earlier=lambda: earlier_fingerprint(source))
-    manifest = Manifest(file_format, str(name), written, files)
+    manifest = Manifest(file_format, identity(source.config, read), written, files)
     manifest.write(folder)
     return manifest
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from nemo_pvs.checkpoints.fingerprint import Fingerprint, fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
@@ -95,7 +95,7 @@ class Checkpoint:
         self.tokenizer_sha256 = tokenizer_hash(tokenizer_folder(self.folder))
 
     @cached_property
-    def fingerprint(self) -> Fingerprint:
+    def fingerprint(self) -> str:
         """The hash of the model, the same in every format."""
         return fingerprint(self.source)
 
@@ -119,7 +119,6 @@ class Checkpoint:
         return {
             "checkpoint": self.path,
             "fingerprint": self.fingerprint,
-            "earlier_fingerprint": self.fingerprint.earlier(),  # in run folders of earlier versions
             "tokenizer_sha256": self.tokenizer_sha256,
             "parameters": self.shape.parameters,
         }

@@ -13,7 +13,6 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.pipeline.checks import check_text
-from nemo_pvs.pipeline.earlier_records import adopt_earlier_records
 from nemo_pvs.pipeline.folder import HUGGING_FACE, RunFolder
 from nemo_pvs.pipeline.look_ahead import look_ahead
 from nemo_pvs.pipeline.order import initial_weights
@@ -189,7 +188,6 @@ class Pipeline(RunFolder):
         Nothing is written before these checks. Only a parent that must be fetched and text that must be tokenised are
         written earlier, as the remaining checks need them.
         """
-        adopt_earlier_records(self.folder, self.recipe.parent.source)
         stage = parent(self)
         assert stage.known is not None
         known = stage.known()

@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.checkpoints.fingerprint import same_inputs
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.records import Record, RecordT
 from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.system.files import link_tree, read_json, sha256_json, write_json
 from nemo_pvs.system.progress import console, short_time
-
-_LATER = ("blend",)
-"""Inputs that records of earlier versions lack, which therefore cannot say that they have changed."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +151,8 @@ class Stages:
         return {}
 
     def matches(self, begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
-        """Return whether a stage was begun with these inputs, as far as its record says."""
-        return bool(begun) and same_inputs(begun["inputs"], _recorded_of(inputs, begun["inputs"]))
+        """Return whether a stage was begun with these inputs."""
+        return bool(begun and begun["inputs"] == _as_read(inputs))
 
     def refuse(self, name: str, precious: Sequence[Path], how: str) -> None:
         """Refuse to run a stage again if that removes precious outputs, unless it is forced.
@@ -189,8 +185,9 @@ class Stages:
         return self._record(name).with_suffix(".begun.json")
 
 
-def _recorded_of(inputs: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name in recorded or name not in _LATER}
+def _as_read(inputs: Mapping[str, Any]) -> Any:
+    """Return inputs as they are read from a record."""
+    return json.loads(json.dumps(inputs))
 
 
 def _kind_and_inputs(stage: Stage[Any], inputs: Inputs) -> tuple[str, str]:
@@ -200,7 +197,7 @@ def _kind_and_inputs(stage: Stage[Any], inputs: Inputs) -> tuple[str, str]:
 
 def difference(begun: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     """Describe the first difference between the inputs of an earlier attempt and the current ones."""
-    return _difference(begun.get("inputs", {}), json.loads(json.dumps(inputs)))
+    return _difference(begun.get("inputs", {}), _as_read(inputs))
 
 
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> str:

@@ -36,7 +36,7 @@ class PrunedSource:
         if shape != plan.parent:
             raise UserError(f"The plan was made for [{plan.parent}], but this model is [{shape}]; plan again for it.")
         made_for = plan.provenance.get("model_fingerprint")
-        if made_for is not None and not fingerprint(source).names(made_for):
+        if made_for is not None and fingerprint(source) != made_for:
             raise UserError("The plan was made for a model of this size with other weights; plan again for this one.")
         layout = Layout.for_config(source.config)
         self.config: Mapping[str, Any] = layout.config(plan.target, source.config)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from rich.markup import escape
 
-from nemo_pvs.checkpoints.fingerprint import Fingerprint, earlier_fingerprint, fingerprint, same_inputs
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.masks import check_masks, masks_of
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
@@ -117,7 +116,7 @@ def prepare_job(
         # Hash what determines the random weights: drawing a large model only to hash it takes minutes.
         initialisation = {"initialisation": scheme} if scheme != "megatron" else {}
         digest = sha256_json({"random": training.seed, "model": name, **initialisation})
-        name = Fingerprint(digest[: len(name)], partial(earlier_fingerprint, source))
+        name = digest[: len(name)]
     settings = {
         "initial": name,
         "training": training.model_dump(mode="json"),
@@ -126,11 +125,9 @@ def prepare_job(
         **({"first_token": read.first} if read.first else {}),
     }
     settings_file = out / "settings.json"
-    if settings_file.exists() and not same_inputs(read_json(settings_file), settings):
+    if settings_file.exists() and read_json(settings_file) != settings:
         raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
-    if settings_file.exists():
-        write_json(settings_file, settings)  # with fingerprints of the current version
-    else:
+    if not settings_file.exists():
         check_masks(source)
         _say_unmasked_zeros(initial, source)
         with progress("write initial weights", "parameters") as show:

@@ -11,13 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_pvs.checkpoints.convert import convert
-from nemo_pvs.checkpoints.fingerprint import earlier_fingerprint, fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-from nemo_pvs.pipeline.records import ScoresRecord
-from nemo_pvs.pipeline.stage import Stage
-from nemo_pvs.pipeline.store import Stages
 
 WEIGHTS = "model.safetensors"
 
@@ -101,18 +98,12 @@ def test_scaled_rotations_count_by_what_they_are(model):
 @pytest.mark.slow
 def test_every_tensor_counts(make_tiny_llama, tmp_path):
     folder = make_tiny_llama(tmp_path / "hf", num_hidden_layers=6)
-    source = open_source(folder)
     names = {name_of(folder)}
     tensors = list(load_file(folder / WEIGHTS))
     for name in tensors:
         change_a_weight(folder, name)
         names.add(name_of(folder))
     assert len(names) == len(tensors) + 1
-    # An earlier version took no notice of layers 1, 2 and 4 of 6, or of embedding and head.
-    before = earlier_fingerprint(source)
-    change_a_weight(folder, "model.layers.1.mlp.down_proj.weight")
-    change_a_weight(folder, "lm_head.weight")
-    assert earlier_fingerprint(source) == before
 
 
 @pytest.mark.slow
@@ -186,34 +177,3 @@ def test_the_manifest_is_believed_as_long_as_no_file_is_newer(model, tmp_path, t
         os.utime(data)
         with ignoring_manifests():
             assert name_of(tmp_path / "out") != before
-
-
-def test_records_of_an_earlier_version_are_recognised(model, tmp_path):
-    """A stage that was done from a model known by its earlier fingerprint is not done again."""
-    source = open_source(model)
-    done = []
-
-    def run(inputs):
-        def work():
-            done.append(1)
-            return ScoresRecord("abc", 1)
-
-        stage = Stage(name="calibrate", record=ScoresRecord, inputs=lambda: inputs, work=work)
-        return Stages(tmp_path / "run").run(stage)
-
-    run({"parent": str(earlier_fingerprint(source)), "models": [earlier_fingerprint(source)], "samples": 3})
-    today = {"parent": fingerprint(source), "models": [fingerprint(source)], "samples": 3}
-    assert run(today) == ScoresRecord("abc", 1)
-    assert len(done) == 1
-    change_a_weight(model, "model.layers.0.mlp.down_proj.weight")
-    changed = fingerprint(open_source(model))
-    run({**today, "parent": changed})
-    assert len(done) == 2
-
-
-def test_another_model_is_not_taken_for_one_known_by_its_earlier_name(model, make_tiny_llama, tmp_path):
-    other = open_source(make_tiny_llama(tmp_path / "other", seed=1))
-    stated = earlier_fingerprint(open_source(model))
-    assert fingerprint(open_source(model)).names(stated)
-    assert not fingerprint(other).names(stated)
-    assert not fingerprint(other).names(None)

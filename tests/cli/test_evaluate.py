@@ -116,8 +116,7 @@ def test_a_measurement_is_made_once(evaluate, model, tmp_path, forwards):
     assert len(models[0]["measured"]) == len(first) + 3
     assert all(models[0]["measured"][name]["value"] == about["value"] for name, about in first.items())
     scores = read_scores(tmp_path / "out")
-    # Also under the name that run folders of earlier versions know the model by.
-    assert scores.keys() == {one[name] for one in models for name in ("fingerprint", "earlier_fingerprint")}
+    assert scores.keys() == {one["fingerprint"] for one in models}
     assert scores[models[0]["fingerprint"]]["capitals/0-shot/acc"].documents == 8
 
 

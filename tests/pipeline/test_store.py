@@ -80,13 +80,14 @@ def _answer(folder: Path, models: list[str], *, force: tuple[str, ...] = ()) -> 
     return asked
 
 
-def test_what_an_earlier_record_does_not_say_has_not_changed(tmp_path: Path) -> None:
+def test_inputs_match_as_they_are_read_back(tmp_path: Path) -> None:
     stages = Stages(tmp_path)
-    before = {"inputs": {"text": "a"}}
-    assert stages.matches(before, {"text": "a", "blend": [0.7, 0.3]})
-    assert not stages.matches(before, {"text": "a", "part": [0, 8]})
-    assert not stages.matches({"inputs": {"text": "a", "blend": [0.5, 0.5]}}, {"text": "a", "blend": [0.7, 0.3]})
-    assert not stages.matches({"inputs": {"text": "a", "blend": [0.5, 0.5]}}, {"text": "a"})
+    before = {"inputs": {"text": "a", "validation": [8, 16]}}
+    assert stages.matches(before, {"text": "a", "validation": (8, 16)})
+    assert not stages.matches(before, {"text": "a", "validation": (8, 32)})
+    assert not stages.matches(before, {"text": "a"})
+    assert not stages.matches(before, {"text": "a", "validation": (8, 16), "blend": [0.7, 0.3]})
+    assert not stages.matches({}, {"text": "a"})
 
 
 def test_answers_are_kept_when_a_model_is_added(tmp_path: Path) -> None:

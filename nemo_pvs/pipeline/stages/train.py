@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nemo_pvs.checkpoints.convert import convert
-from nemo_pvs.checkpoints.fingerprint import Fingerprint, fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.manifest import ORIGIN
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.ledger.ledger import LEDGER
@@ -94,7 +94,7 @@ def training_inputs(run: RunFolder, arm: Arm, share: Round, initial: str) -> Inp
     }
 
 
-def hand_over(checkpoint: Path, model: Path) -> Fingerprint:
+def hand_over(checkpoint: Path, model: Path) -> str:
     """Write a trained checkpoint as the Hugging Face folder ``model``, and return its fingerprint."""
     convert(checkpoint, model, to="hf", overwrite=True)
     return fingerprint(open_source(model))

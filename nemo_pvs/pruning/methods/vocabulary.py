@@ -36,7 +36,7 @@ def _prune(request: PruneRequest[VocabularyOptions]) -> Pruned:
         parent=parent,
         target=parent,
         **whole_layers(parent, range(parent.layers)),
-        provenance={"model_fingerprint": str(fingerprint(request.source))},
+        provenance={"model_fingerprint": fingerprint(request.source)},
     )
     return planned(request, everything)
 

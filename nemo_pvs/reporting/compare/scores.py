@@ -70,8 +70,7 @@ def read_scores(folder: Path) -> TaskScores:
         by_model: TaskScores = {}
         for model in sorted(data["models"], key=lambda model: model["limit"] or math.inf):
             scores = {name: _score(folder, model, name, metric) for name, metric in model["measured"].items()}
-            for fingerprint in {model["fingerprint"], model.get("earlier_fingerprint", model["fingerprint"])}:
-                by_model.setdefault(fingerprint, {}).update(scores)
+            by_model.setdefault(model["fingerprint"], {}).update(scores)
         return by_model
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no evaluation ({error!r}); give the --out folder of pvs evaluate.") from None
