@@ -17,11 +17,6 @@ def factory_name(recipe: str) -> str:
     return "pvs_" + re.sub(r"\W", "_", recipe.replace(".", "p")).lower()
 
 
-def arm_factory_name(recipe: str, arm: str) -> str:
-    """Return ``pvs_smollm2_135m_demo_width_pruned``, an older name of the arm ``width-pruned``, which still works."""
-    return factory_name(f"{recipe}_{arm}")
-
-
 def factory_call(name: str, recipe: Recipe, arm: Arm) -> str:
     """Return ``pvs_smollm2_135m_demo(target=width,init=pruned)``: how one arm of a recipe is written.
 

@@ -17,10 +17,9 @@ from pathlib import Path
 import nemo_run as run
 from nemo.collections import llm
 from nemo.lightning import io
-from nemo_run.config import get_type_namespace
 
 from nemo_pvs.checkpoints.nemo.context import write_context
-from nemo_pvs.cli.factory_names import arm_factory_name, choose_arm, factory_name, prune_factory_name
+from nemo_pvs.cli.factory_names import choose_arm, factory_name, prune_factory_name
 from nemo_pvs.cli.verbs import prune
 from nemo_pvs.errors import UserError
 from nemo_pvs.megatron.pretrain import hold_masks, pretrain_recipe
@@ -40,10 +39,6 @@ from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.machine import H100, Machine, h100_layout
 
-_UNLISTED = f"{get_type_namespace(llm.pretrain)}."
-"""Namespace of factories for pretrain's arguments. NeMo-Run also finds pretrain's own factories there, but does not
-list them: the 251 names of single runs, kept from earlier versions, would hide NeMo's own factories."""
-
 _MACHINES: dict[str, Callable[[], Machine]] = {"h100": lambda: H100, "here": Machine.here}
 
 
@@ -54,9 +49,6 @@ def register() -> None:
         if not is_one_run(recipe):  # only pvs run knows the order of its parts
             continue
         run.cli.factory(_pretrain(recipe), target=llm.pretrain, name=factory_name(name))
-        for arm in recipe.runs:
-            alone = {"target": llm.pretrain, "namespace": _UNLISTED, "name": arm_factory_name(name, arm.name)}
-            run.cli.factory(_pretrain_arm(recipe, arm), **alone)
     for method in at_once():
         run.cli.factory(_prune(method), target=llm.prune, name=prune_factory_name(method))
 
@@ -137,14 +129,6 @@ def _pretrain(recipe: Recipe) -> Callable[..., run.Partial]:
         return pretrain_arm(recipe, arm, folder=folder, num_nodes=num_nodes, machine=machine)
 
     factory.__doc__ = f"{recipe.title}. Choose the run with target, init and tokens."
-    factory.__annotations__ = typing.get_type_hints(factory)  # NeMo-Run needs types, not strings
-    return factory
-
-
-def _pretrain_arm(recipe: Recipe, arm: Arm) -> Callable[..., run.Partial]:
-    def factory(folder: str = "", num_nodes: int = 0, machine: str = "h100") -> run.Partial:
-        return pretrain_arm(recipe, arm, folder=folder, num_nodes=num_nodes, machine=machine)
-
     factory.__annotations__ = typing.get_type_hints(factory)  # NeMo-Run needs types, not strings
     return factory
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from nemo_pvs.cli.factory_names import arm_factory_name, choose_arm, factory_call, factory_name
+from nemo_pvs.cli.factory_names import choose_arm, factory_call, factory_name
 from nemo_pvs.errors import UserError
 from nemo_pvs.planning.dry_run import settled
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
@@ -16,9 +16,6 @@ def test_names_are_few_different_and_what_nemo_run_takes():
     names = [factory_name(recipe) for recipe in packaged_recipes()]
     assert len(names) == len(set(names)) < 50
     assert all(re.fullmatch(r"\w+", name) for name in names)
-    assert arm_factory_name("llama31_8b/minitron_width", "4b-width-pruned-50B") == (
-        "pvs_llama31_8b_minitron_width_4b_width_pruned_50b"
-    )
 
 
 @pytest.mark.slow

@@ -35,6 +35,6 @@ def test_python_m_nemo_pvs_cli():
     ],
     ids=["no job", "jobs from standard input", "a job that is not there"],
 )
-def test_python_m_nemo_pvs_training_launch(arguments, given, expected):
+def test_python_m_nemo_pvs_megatron_launch(arguments, given, expected):
     """As batch scripts start the ranks of a job, whose file is the argument."""
-    assert _answer("nemo_pvs.training.launch", *arguments, given=given) == expected
+    assert _answer("nemo_pvs.megatron.launch", *arguments, given=given) == expected
