@@ -34,7 +34,7 @@ class Scores:
     ``energy``, ``mean``, ``variance`` and, only if measured on one rank, ``fluctuation`` (``statistics.Moments``); for
     the weight's columns ``weight_energy``, the sum of squares, and ``weight_mean_abs``, the mean absolute value.
 
-    With gradients also ``groups.<metric>`` [L, G], ``heads.<metric>`` [L, H] (not from earlier versions) and
+    With gradients also ``groups.<metric>`` [L, G], ``heads.<metric>`` [L, H] and
     ``ffn.<metric>`` [L, f] for each of ``taylor.METRICS``."""
     manifest: Mapping[str, Any]
     """The model (``model_fingerprint``, ``shape``), the token set (``tokens``) and the software ``versions``."""
@@ -53,7 +53,7 @@ class Scores:
         """Return a statistic of the inputs of ``o_proj`` (site ``attention``) or ``down_proj`` (site ``ffn``).
 
         Raises:
-            UserError: the scores lack it, because an older version or several ranks measured them.
+            UserError: the scores lack it, because several ranks measured them.
         """
         try:
             return self.tensors[f"{site}.{name}"]

@@ -167,8 +167,8 @@ class TaughtRecord(Record):
 
     content: str
     """Hash of the description of what it holds."""
-    kept: float | None = None
-    """Share of the teacher's probability that its tokens hold; None for a cache of an earlier version."""
+    kept: float
+    """Share of the teacher's probability that its tokens hold."""
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,8 @@ class Measured:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Measured:
-        """Read a record; values that earlier versions did not write are None."""
-        known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
-        return cls(**known)
+        """Undo ``to_json``."""
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nemo_pvs.system.files import read_json, sha256_json
 def identity_without_seeds(recipe: Mapping[str, Any], origin: str | None = None) -> str:
     """Return a hash that is equal for recipes, as plain data, that differ only in their seeds.
 
-    Null keys count as absent, because older runs lack keys that recipes have gained since.
+    Null keys count as absent, because the runs in ``recipes/*/results`` lack keys that recipes have gained since.
 
     Args:
         recipe: The values of a recipe.
@@ -45,7 +45,7 @@ def origin_of(recipe: Recipe, arm: str, parent: Mapping[str, Any] | None) -> dic
 
 
 def read_origin(checkpoint: Path) -> dict[str, Any] | None:
-    """Return how nemo_pvs trained a checkpoint; None if it did not, or an earlier version did."""
+    """Return how nemo_pvs trained a checkpoint; None if it did not."""
     file = latest_checkpoint(checkpoint) / ORIGIN
     return read_json(file) if file.is_file() else None
 

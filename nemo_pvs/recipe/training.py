@@ -67,8 +67,8 @@ class Training(Block):
     dynamic_loading: DynamicLoading | None = Field(default=None, exclude_if=lambda given: given is None)
     """Shares of the domains in a batch, if ``data`` has domains."""
     distill: Distillation | None = Field(default=None, exclude_if=lambda given: given is None)
-    """Learn from a teacher as well. Keys that are not given are left out of a run's identity, so that older runs keep
-    theirs."""
+    """Learn from a teacher as well. Keys that are not given are left out of a run's identity, so that the runs
+    recorded in ``tests/unchanged`` and ``recipes/*/results`` keep theirs."""
 
     @property
     def identity(self) -> dict[str, Any]:

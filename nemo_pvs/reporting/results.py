@@ -242,7 +242,7 @@ class Results:
         data = asdict(self)
         for arm, plain in zip(self.arms, data["arms"], strict=True):
             plain["ledger"] = arm.ledger.to_json()
-        # What a recipe does not ask for is left out, as in the results of earlier versions.
+        # What a recipe does not ask for is left out, as in ``recipes/*/results`` and ``tests/unchanged``.
         for name in ("sweeps", "unfinished"):
             if not data[name]:
                 del data[name]

@@ -159,7 +159,7 @@ class TrainingJob:
         return self.file
 
     def to_json(self) -> dict[str, Any]:
-        """Return the job as plain data; without ``cache`` and ``keep`` if not used, as in older job files."""
+        """Return the job as plain data; without ``cache`` and ``keep`` if not used, as ``tests/unchanged`` has it."""
         values = asdict(self)
         del values["cache"], values["keep"]
         return {

@@ -1,4 +1,4 @@
-"""Former name of ``nemo_pvs.megatron.uneven``; NeMo imports it to read checkpoints that earlier versions wrote.
+"""Former name of ``nemo_pvs.megatron.uneven``, which NeMo imports to read the checkpoints of ``tests/unchanged``.
 
 The module is imported lazily by name, because this package may not depend on ``nemo_pvs.megatron`` or import NeMo.
 """

@@ -149,16 +149,6 @@ def test_query_heads_are_compared_with_neurons_by_the_importance_of_a_weight() -
     assert {unit for _, unit in ranked if isinstance(unit, str)} == {f"second of {layer}" for layer in kept_second}
 
 
-def test_scores_of_an_earlier_version_have_no_heads() -> None:
-    scores = make_scores()
-    earlier = Scores(
-        {name: tensor for name, tensor in scores.tensors.items() if not name.startswith("heads")}, scores.manifest
-    )
-    assert plan_llm_pruner(earlier, 0.3).keep_heads == ()
-    with pytest.raises(UserError, match="without the gradients of query heads; measure them again with pvs calibrate"):
-        plan_llm_pruner(earlier, 0.3, attention_unit="heads")
-
-
 @torch.no_grad()
 def test_useless_heads_go_and_the_loss_stays() -> None:
     model = tiny_model()  # 8 heads in 2 groups

@@ -26,7 +26,7 @@ class Symbol:
 
 
 _MOVED = {"nemo_pvs.training.uneven": "nemo_pvs.megatron.uneven"}
-"""Modules named in checkpoints of earlier versions, and their current names."""
+"""Modules by the names that the checkpoints in ``tests/unchanged/golden`` give them, and their current names."""
 
 _LIST = Symbol("builtins", "list")
 _TUPLE = Symbol("builtins", "tuple")

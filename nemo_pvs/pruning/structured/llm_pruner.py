@@ -47,8 +47,7 @@ def plan_llm_pruner(
             (query heads, the same number from every KV group of a layer).
 
     Raises:
-        UserError: an argument is invalid for this model, or the scores were measured without gradients, or, if heads
-            are removed, by a version without scores of query heads.
+        UserError: an argument is invalid for this model, or the scores were measured without gradients.
     """
     if metric not in METRICS:
         raise UserError(f"Unknown metric {metric!r}; choose {', '.join(METRICS)}.")
@@ -57,11 +56,6 @@ def plan_llm_pruner(
             "These scores were measured without gradients; measure them again with pvs calibrate --gradients."
         )
     heads = attention_unit == "heads"
-    if heads and f"heads.{metric}" not in scores.tensors:
-        raise UserError(
-            "These scores are of an earlier version, without the gradients of query heads; measure them again with "
-            "pvs calibrate --gradients, or leave attention_unit out."
-        )
     attention, ffn = (
         scores.tensors[f"heads.{metric}" if heads else f"groups.{metric}"],
         scores.tensors[f"ffn.{metric}"],
