@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe.fields import Block, Parallelism, Positive
+from nemo_pvs.recipe.fields import Parallelism, Positive, RecipeBlock
 from nemo_pvs.recipe.problems import first_problem
 from nemo_pvs.system.files import expand_home, read_yaml
 from nemo_pvs.system.gpu_environment import GPU_ENVIRONMENT
@@ -35,7 +35,7 @@ _SIGNALLED = 128 + _WARNING
 """What srun exits with if the warning before the time limit has ended a task."""
 
 
-class _Profile(Block):
+class _Profile(RecipeBlock):
     python: str
     """Python interpreter with nemo_pvs, on the machine where the stages run."""
     environment: dict[str, str] = Field(default={})

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from nemo_pvs.checkpoints.huggingface.config import normal_config
 from nemo_pvs.ledger.budget import Setting
-from nemo_pvs.recipe.fields import Block, Fraction, Positive, Tokens, number
+from nemo_pvs.recipe.fields import Fraction, Positive, RecipeBlock, Tokens, number
 
 TASK_DATA = "task_data"
 """Default folder of downloaded data sets."""
@@ -30,7 +30,7 @@ TokenBudget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
 """A number of tokens, or the quantity that is to equal the pruned arm's."""
 
 
-class Parent(Block):
+class Parent(RecipeBlock):
     """The model to prune."""
 
     source: str | None = None
@@ -74,7 +74,7 @@ class Parent(Block):
         return None if self.config is None else normal_config(self.config, "parent.config of the recipe")
 
 
-class Calibration(Block):
+class Calibration(RecipeBlock):
     """The sequences that importance is measured on."""
 
     samples: Positive = 128
@@ -91,7 +91,7 @@ class Calibration(Block):
         return [self.sequence_length, self.seed, *([] if self.windows == "packed" else [self.windows])]
 
 
-class RecoveryMeasures(Block):
+class RecoveryMeasures(RecipeBlock):
     """Sizes of the measures of ``recovery`` that need no data set."""
 
     windows: Positive = 64
@@ -103,7 +103,7 @@ class RecoveryMeasures(Block):
     """Tokens with which each prompt is continued by greedy decoding."""
 
 
-class Evaluation(Block):
+class Evaluation(RecipeBlock):
     """How perplexity on the test split is measured, and which tasks are evaluated."""
 
     samples: Positive = 64
@@ -143,7 +143,7 @@ class Evaluation(Block):
         return self
 
 
-class Budgets(Block):
+class Budgets(RecipeBlock):
     """Token budgets by initial weights; each is a separate run."""
 
     pruned: list[Tokens] = Field(default=[])

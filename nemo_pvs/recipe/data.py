@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from nemo_pvs.recipe.fields import Block, Fraction, Initialisation, Tokens, number
+from nemo_pvs.recipe.fields import Fraction, Initialisation, RecipeBlock, Tokens, number
 
 Domain = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 """The name of a domain, which is used in file names."""
@@ -19,7 +19,7 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
-class Split(Block):
+class Split(RecipeBlock):
     """Shares of the corpus; each document is in exactly one of them."""
 
     train: Fraction = 0.85
@@ -34,7 +34,7 @@ class Split(Block):
         return self
 
 
-class TokenFiles(Block):
+class TokenFiles(RecipeBlock):
     """Megatron token files (``.bin`` and ``.idx``) by their path without suffix; the recipe then tokenises nothing."""
 
     train: str | list[Annotated[str, BeforeValidator(_text)]] | dict[Domain, str]
@@ -76,7 +76,7 @@ class TokenFiles(Block):
         return self
 
 
-class TokenRanges(Block):
+class TokenRanges(RecipeBlock):
     """Which tokens of the training data each kind of run reads, as [first, end), in training order."""
 
     parent: Range | None = None
@@ -118,7 +118,7 @@ class TokenRanges(Block):
         return self
 
 
-class Data(Block):
+class Data(RecipeBlock):
     """The text for training, calibration and evaluation: ``source`` or ``token_files``."""
 
     source: str | list[str] | dict[Domain, str | list[str]] | None = None

@@ -8,13 +8,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from nemo_pvs.data.teacher_cache import CachePrecision
-from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive, Rate, Tokens
+from nemo_pvs.recipe.fields import Initialisation, Parallelism, Positive, Rate, RecipeBlock, Tokens
 
 PARENT = "parent"
 """The value of ``teacher`` that names the recipe's parent."""
 
 
-class Cache(Block):
+class Cache(RecipeBlock):
     """Where the teacher answers once, before training, and all arms read its answers from disk."""
 
     top_k: Positive
@@ -26,7 +26,7 @@ class Cache(Block):
     """How the teacher is spread over ranks; by default as the recipe's ``layout`` says for TP, PP and DP."""
 
 
-class Distillation(Block):
+class Distillation(RecipeBlock):
     """Distillation from a teacher's logits (Hinton et al., 1503.02531), as in Minitron (2407.14679).
 
     The loss is ``lm_weight * LM loss + kl_weight * T^2 KL(teacher || student)``. If many layers were removed,

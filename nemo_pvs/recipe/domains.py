@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.recipe.fields import Block, Fraction
+from nemo_pvs.recipe.fields import Fraction, RecipeBlock
 
 DomainShare = Annotated[float, Field(gt=0, le=1)]
 Loss = Annotated[float, Field(gt=0)]
 
 
-class ReferenceModel(Block):
+class ReferenceModel(RecipeBlock):
     """A model of the parent's family and its loss on each domain."""
 
     parameters: float = Field(gt=0)
@@ -22,7 +22,7 @@ class ReferenceModel(Block):
     """Nats per token, by domain."""
 
 
-class DynamicLoading(Block):
+class DynamicLoading(RecipeBlock):
     """Dynamic batch loading (Xia et al., 2310.06694, section 2.2): each validation raises the shares that lag.
 
     Defaults are those of the published runs.

@@ -9,14 +9,14 @@ from pydantic import Field
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.learned.removal_rules import RemovalRules, fewest_removals
-from nemo_pvs.recipe.fields import Block, Fraction, Parallelism, Positive, Rate, Tokens
+from nemo_pvs.recipe.fields import Fraction, Parallelism, Positive, Rate, RecipeBlock, Tokens
 from nemo_pvs.recipe.rates import peak_of
 
 if TYPE_CHECKING:
     from nemo_pvs.recipe.training import Training
 
 
-class PruningAware(Block):
+class PruningAware(RecipeBlock):
     """Pruning-aware training: units are removed during training until the model has the target size.
 
     Choices that the paper leaves open are documented where they are made, in ``pruning.learned.saliency``

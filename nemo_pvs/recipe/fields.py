@@ -26,13 +26,13 @@ Initialisation = Literal["pruned", "random"]
 Recompute = Literal["none", "selective", "full"]
 
 
-class Block(BaseModel):
+class RecipeBlock(BaseModel):
     """A part of a recipe; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Parallelism(Block):
+class Parallelism(RecipeBlock):
     """How one training run is spread over processes."""
 
     tensor_parallel: Positive = 1

@@ -11,12 +11,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from nemo_pvs.recipe.fields import Block
+from nemo_pvs.recipe.fields import RecipeBlock
 
 _UNION_TAGS = {"Rates", "Sweep", "Budgets", "constrained-float", "float", "str", "local", "slurm"}
 
 
-def first_problem(error: ValidationError, block: type[Block]) -> str:
+def first_problem(error: ValidationError, block: type[RecipeBlock]) -> str:
     """Return the first problem with the values of a block; an unknown key comes before all others."""
     problems = error.errors()
     first = _keys(problems[0])
@@ -36,7 +36,7 @@ def first_problem(error: ValidationError, block: type[Block]) -> str:
         return f"{key} is missing; add it."
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    shown = "" if isinstance(given, (Mapping, Block)) else f", not {given!r}"
+    shown = "" if isinstance(given, (Mapping, RecipeBlock)) else f", not {given!r}"
     return f"{key or 'recipe'}: {message[0].lower()}{message[1:]}{shown}."
 
 
@@ -46,7 +46,7 @@ def _keys(problem: ErrorDetails) -> list[str]:
     return [key for key in keys if key not in _UNION_TAGS and "[" not in key]
 
 
-def _block_at(keys: list[str], block: type[Block]) -> type[Block]:
+def _block_at(keys: list[str], block: type[RecipeBlock]) -> type[RecipeBlock]:
     """Return the class of the block under ``keys``; names chosen by the user (of targets) are skipped."""
     for key in keys:
         if key in block.model_fields:
@@ -54,8 +54,8 @@ def _block_at(keys: list[str], block: type[Block]) -> type[Block]:
     return block
 
 
-def _blocks_in(annotation: Any) -> typing.Iterator[type[Block]]:
-    if inspect.isclass(annotation) and issubclass(annotation, Block):
+def _blocks_in(annotation: Any) -> typing.Iterator[type[RecipeBlock]]:
+    if inspect.isclass(annotation) and issubclass(annotation, RecipeBlock):
         yield annotation
     for argument in typing.get_args(annotation):
         yield from _blocks_in(argument)

@@ -7,10 +7,10 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from nemo_pvs.recipe.fields import Block, Initialisation, Rate, Tokens
+from nemo_pvs.recipe.fields import Initialisation, Rate, RecipeBlock, Tokens
 
 
-class Sweep(Block):
+class Sweep(RecipeBlock):
     """Peak learning rates, of which the one with the lowest validation loss after a training is chosen."""
 
     sweep: list[Rate] = Field(min_length=2)
@@ -24,7 +24,7 @@ class Sweep(Block):
         return self
 
 
-class Rates(Block):
+class Rates(RecipeBlock):
     """Peak learning rates by initial weights."""
 
     pruned: Rate | Sweep

@@ -16,7 +16,7 @@ from nemo_pvs.recipe.blocks import Budgets, Calibration, Evaluation, Parent
 from nemo_pvs.recipe.data import Data
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive, Tokens
+from nemo_pvs.recipe.fields import Initialisation, Parallelism, Positive, RecipeBlock, Tokens
 from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.recipe.training import Training
 
@@ -50,7 +50,7 @@ class Arm:
         return self.training.steps * self.training.tokens_per_step
 
 
-class Recipe(Block):
+class Recipe(RecipeBlock):
     """Everything that ``pvs run`` needs to know."""
 
     name: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Block, Fraction, Parallelism, Positive, Rate, Tokens
+from nemo_pvs.recipe.fields import Fraction, Parallelism, Positive, Rate, RecipeBlock, Tokens
 
 
-class MaskLearning(Block):
+class MaskLearning(RecipeBlock):
     """Joint training of the parent's weights and masks towards the target's sizes (Xia et al., 2310.06694).
 
     Defaults are those of the published runs. The sequence length and every setting that is not given here are those of

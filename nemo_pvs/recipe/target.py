@@ -9,7 +9,7 @@ from pydantic import Field, create_model
 from nemo_pvs.pruning.options import SIZES, TARGET_SIZES, Options
 from nemo_pvs.pruning.registry import method_named, methods
 from nemo_pvs.recipe.efficient import PruningAware
-from nemo_pvs.recipe.fields import Block, Initialisation, Parallelism, Positive
+from nemo_pvs.recipe.fields import Initialisation, Parallelism, Positive, RecipeBlock
 from nemo_pvs.recipe.rates import LearningRate, Sweep, peak_of
 from nemo_pvs.recipe.sheared import MaskLearning
 
@@ -40,12 +40,12 @@ def _either(left: Any, right: Any) -> Any:
 
 if TYPE_CHECKING:
 
-    class _MethodKeys(Block):
+    class _MethodKeys(RecipeBlock):
         method: str
 
 else:
     _MethodKeys = create_model(
-        "_MethodKeys", __base__=Block, method=(Literal[(*methods(), DENSE)], ...), **_keys_of_methods()
+        "_MethodKeys", __base__=RecipeBlock, method=(Literal[(*methods(), DENSE)], ...), **_keys_of_methods()
     )
 
 

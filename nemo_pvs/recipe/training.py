@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Block, Fraction, Positive, Tokens
+from nemo_pvs.recipe.fields import Fraction, Positive, RecipeBlock, Tokens
 from nemo_pvs.recipe.rates import LearningRate, Sweep, peak_of
 
 
-class Training(Block):
+class Training(RecipeBlock):
     """The training settings of all arms, which differ only in initial weights, budget, range, peak rate and layout."""
 
     tokens: Tokens

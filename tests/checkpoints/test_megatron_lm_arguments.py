@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_pvs.checkpoints.convert import convert
-from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, write_torch_dist
+from nemo_pvs.checkpoints.files.torch_dist import TensorBlock, TorchDistReader, write_torch_dist
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.megatron.source import MegatronSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
@@ -74,7 +74,7 @@ def as_megatron_lm(nemo, folder, args=None):
         size = reader.size(name)
         zero = (0,) * len(size)
         blocks.append(
-            Block(
+            TensorBlock(
                 name.removeprefix("module."),
                 size,
                 zero,

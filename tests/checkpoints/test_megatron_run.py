@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from nemo_pvs.checkpoints.convert import convert, describe, verify_checkpoint
-from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, write_torch_dist
+from nemo_pvs.checkpoints.files.torch_dist import TensorBlock, TorchDistReader, write_torch_dist
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.manifest import ORIGIN
@@ -263,7 +263,7 @@ def test_the_command_says_how_to_load_what_it_wrote_and_what_it_left(pvs, hf, tm
     for name, stored in names.items():
         size = reader.size(stored)
         tensor = reader.read(stored, (0,) * len(size), size)
-        blocks.append(Block(name, size, (0,) * len(size), size, tensor.dtype, lambda tensor=tensor: tensor))
+        blocks.append(TensorBlock(name, size, (0,) * len(size), size, tensor.dtype, lambda tensor=tensor: tensor))
     write_torch_dist(weights, blocks, [])  # as in the middle of a training
     (tmp_path / "nemo" / "pvs_manifest.json").unlink()
     done = pvs("convert", tmp_path / "nemo", tmp_path / "root", "--to", "megatron")

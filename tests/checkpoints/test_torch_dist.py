@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, _MetadataUnpickler, write_torch_dist
+from nemo_pvs.checkpoints.files.torch_dist import TensorBlock, TorchDistReader, _MetadataUnpickler, write_torch_dist
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import disk_errors
 
@@ -20,12 +20,12 @@ VECTOR = torch.arange(3, dtype=torch.bfloat16)
 def write(folder):
     """Store MATRIX in eight unequal chunks, and VECTOR whole."""
     blocks = [
-        Block("m", (5, 6, 7), (i, j, k), tuple(piece.shape), torch.float32, lambda piece=piece: piece)
+        TensorBlock("m", (5, 6, 7), (i, j, k), tuple(piece.shape), torch.float32, lambda piece=piece: piece)
         for i, rest in ((0, MATRIX[:2]), (2, MATRIX[2:]))
         for j, rest in ((0, rest[:, :1]), (1, rest[:, 1:]))
         for k, piece in ((0, rest[..., :4]), (4, rest[..., 4:]))
     ]
-    blocks.append(Block("v", (3,), (0,), (3,), torch.bfloat16, lambda: VECTOR))
+    blocks.append(TensorBlock("v", (3,), (0,), (3,), torch.bfloat16, lambda: VECTOR))
     write_torch_dist(folder, blocks, ["object/shard_0_2"])
 
 
@@ -70,7 +70,7 @@ def test_blocks_are_made_once_and_in_order(tmp_path):
     made = []
 
     def block(index):
-        return Block("m", (9, 4), (index, 0), (1, 4), torch.float32, lambda: made.append(index) or torch.ones(4))
+        return TensorBlock("m", (9, 4), (index, 0), (1, 4), torch.float32, lambda: made.append(index) or torch.ones(4))
 
     write_torch_dist(tmp_path, [block(index) for index in (3, 0, 1, 2, 8, 7, 6, 5, 4)], [])
     assert made == [3, 0, 1, 2, 8, 7, 6, 5, 4]
@@ -79,7 +79,7 @@ def test_blocks_are_made_once_and_in_order(tmp_path):
 @pytest.mark.parametrize("size", [10, 1_000_000])
 def test_a_full_disk_is_named(tmp_path, size):
     (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
-    block = Block("m", (size,), (0,), (size,), torch.float32, lambda: torch.ones(size))
+    block = TensorBlock("m", (size,), (0,), (size,), torch.float32, lambda: torch.ones(size))
     with pytest.raises(UserError, match="the disk is full"), disk_errors(tmp_path):
         write_torch_dist(tmp_path, [block], [])
 
@@ -142,7 +142,7 @@ def test_broken_data_is_refused(tmp_path):
 
 
 def test_a_tensor_with_a_hole_is_refused(tmp_path):
-    write_torch_dist(tmp_path, [Block("m", (4, 3), (0, 0), (2, 3), torch.float32, lambda: torch.ones(2, 3))], [])
+    write_torch_dist(tmp_path, [TensorBlock("m", (4, 3), (0, 0), (2, 3), torch.float32, lambda: torch.ones(2, 3))], [])
     reader = TorchDistReader(tmp_path)
     assert reader.read("m", (0, 0), (2, 3)).sum() == 6
     with pytest.raises(UserError, match="only a part of m"):

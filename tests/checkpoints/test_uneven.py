@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nemo_pvs.checkpoints.convert import verify_checkpoint
-from nemo_pvs.checkpoints.files.torch_dist import Block, write_torch_dist
+from nemo_pvs.checkpoints.files.torch_dist import TensorBlock, write_torch_dist
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
@@ -91,7 +91,7 @@ def test_even_layers_that_are_stored_apart_are_read(make_tiny_llama, tmp_path):
     for file in ("__0_0.distcp", ".metadata"):
         (tmp_path / "nemo" / "weights" / file).unlink()
     blocks = [
-        Block(name, tuple(one.shape), (0,) * one.ndim, tuple(one.shape), one.dtype, lambda one=one: one)
+        TensorBlock(name, tuple(one.shape), (0,) * one.ndim, tuple(one.shape), one.dtype, lambda one=one: one)
         for name, one in apart.items()
     ]
     write_torch_dist(tmp_path / "nemo" / "weights", blocks, [])

@@ -22,7 +22,7 @@ from nemo_pvs.pruning.structured.shortgpt import plan_shortgpt
 from nemo_pvs.pruning.structured.wanda_sp import plan_wanda_sp
 from nemo_pvs.pruning.structured.width import plan_width
 from nemo_pvs.recipe.data import TokenFiles
-from nemo_pvs.recipe.fields import Block
+from nemo_pvs.recipe.fields import RecipeBlock
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import DENSE, Target
@@ -325,7 +325,7 @@ def test_blends(train, blend):
 
 def test_the_readme_describes_every_key():
     text = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
-    blocks = [block for block in Block.__subclasses__() if block.__module__.startswith("nemo_pvs.recipe.")]
+    blocks = [block for block in RecipeBlock.__subclasses__() if block.__module__.startswith("nemo_pvs.recipe.")]
     keys = {key for block in blocks for key in block.model_fields}
     assert {"title", "micro_batch_size", "allow_overlap"} <= keys
     assert not {key for key in keys if not re.search(rf"\b{key}\b", text)}

@@ -73,7 +73,7 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 
 
 @dataclass(frozen=True)
-class Block:
+class TensorBlock:
     """A piece of one stored tensor, created when it is written."""
 
     name: str
@@ -89,7 +89,7 @@ class Block:
     """Returns the block."""
 
 
-def write_torch_dist(folder: Path, blocks: Iterable[Block], empty_objects: Iterable[str]) -> None:
+def write_torch_dist(folder: Path, blocks: Iterable[TensorBlock], empty_objects: Iterable[str]) -> None:
     """Write a checkpoint of weights, one block in memory at a time.
 
     Each block's ``make`` is called once, in order, before the next block is requested.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.files.torch_dist import Block, TorchDistReader, write_torch_dist
+from nemo_pvs.checkpoints.files.torch_dist import TensorBlock, TorchDistReader, write_torch_dist
 from nemo_pvs.checkpoints.fingerprint import same_values
 from nemo_pvs.checkpoints.huggingface.shards import few
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
@@ -256,7 +256,7 @@ def _stored_size(entry: Entry, shape: Shape, vocab_rows: int, *, stacked: bool) 
     return (shape.layers, *size) if stacked and entry.layer is not None else size
 
 
-def weight_blocks(recorder: Recorder, vocab_rows: int) -> Iterator[Block]:
+def weight_blocks(recorder: Recorder, vocab_rows: int) -> Iterator[TensorBlock]:
     """Yield the blocks of a checkpoint in the order in which reading the source is fastest.
 
     Args:
@@ -274,7 +274,7 @@ def weight_blocks(recorder: Recorder, vocab_rows: int) -> Iterator[Block]:
         all_rows, *columns = full_size[len(layer) :]
         first_row = 0
         for rows, make in _row_blocks(recorder, entry, (all_rows, *columns), dtypes[name]):
-            yield Block(
+            yield TensorBlock(
                 name=name,
                 full_size=full_size,
                 offset=(*layer, first_row, *(0 for _ in columns)),
