@@ -125,7 +125,7 @@ def evaluate(
     # Imported only now: these take seconds, and the checks above should answer at once.
     from nemo_pvs.checkpoints.fetch import local_checkpoint
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
+    from nemo_pvs.evaluation.checkpoint import Engine, OpenedCheckpoint
     from nemo_pvs.evaluation.measure import measure
     from nemo_pvs.evaluation.requests import EvaluationRequest
     from nemo_pvs.evaluation.store import Store
@@ -160,8 +160,8 @@ def evaluate(
     ):
         engine.check_ranks()
 
-        def opened(path: str) -> Checkpoint:
-            return Checkpoint(path, chosen_backend, folders.enter_context(local_checkpoint(path)))
+        def opened(path: str) -> OpenedCheckpoint:
+            return OpenedCheckpoint(path, chosen_backend, folders.enter_context(local_checkpoint(path)))
 
         models = [opened(path) for path in _texts(paths)]
         reference = None

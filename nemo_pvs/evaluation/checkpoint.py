@@ -73,7 +73,7 @@ class Engine:
             )
 
 
-class Checkpoint:
+class OpenedCheckpoint:
     """A checkpoint of any format, opened but not loaded yet."""
 
     def __init__(self, path: str, backend: Backend | None = None, folder: Path | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_pvs.data.assets import tokenizer_folder
 from nemo_pvs.data.token_set import TokenSet
-from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
+from nemo_pvs.evaluation.checkpoint import Engine, OpenedCheckpoint
 from nemo_pvs.evaluation.recovery import PREFIX, RecoveryMeasure
 from nemo_pvs.evaluation.requests import EvaluationRequest, TaskRequest, left_out
 from nemo_pvs.evaluation.store import Store
@@ -22,13 +22,13 @@ RESULTS = "results.json"
 
 
 def measure(
-    models: Sequence[Checkpoint],
+    models: Sequence[OpenedCheckpoint],
     request: EvaluationRequest,
     store: Store,
     engine: Engine,
     *,
     task_data: Path,
-    parent: Checkpoint | None = None,
+    parent: OpenedCheckpoint | None = None,
     held_out: Mapping[str, TokenSet] | None = None,
     limit: int | None = None,
     run_generated_code: bool = False,
@@ -102,7 +102,7 @@ def measure(
     return results
 
 
-def _windows(request: EvaluationRequest, model: Checkpoint, data: Path) -> dict[str, TokenSet]:
+def _windows(request: EvaluationRequest, model: OpenedCheckpoint, data: Path) -> dict[str, TokenSet]:
     """Return the windows of each text, tokenised for a model, by the name of the text."""
     return {
         text: windows_of(

@@ -17,7 +17,7 @@ import torch
 
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine, measure_once
+from nemo_pvs.evaluation.checkpoint import Engine, OpenedCheckpoint, measure_once
 from nemo_pvs.evaluation.degeneration import agreement, distinct, repetition
 from nemo_pvs.evaluation.store import Store
 from nemo_pvs.layerwise.divergence import Reference, buckets, divergence
@@ -40,7 +40,7 @@ class RecoveryMeasure:
     """Takes the measures of models, against one parent or none."""
 
     sizes: RecoveryMeasures
-    parent: Checkpoint | None
+    parent: OpenedCheckpoint | None
     """What is compared with; without it only repetition and distinct n-grams are measured."""
     store: Store
     engine: Engine
@@ -51,7 +51,7 @@ class RecoveryMeasure:
     _continued: dict[str, list[list[int]]] = field(default_factory=dict)
     """The parent's continuations, by the hash of the prompts."""
 
-    def not_compared(self, model: Checkpoint) -> str | None:
+    def not_compared(self, model: OpenedCheckpoint) -> str | None:
         """Return why a model cannot be compared with the parent; None if it can."""
         if self.parent is None:
             return "no parent to compare with (--parent)"
@@ -59,7 +59,7 @@ class RecoveryMeasure:
             return f"its tokens are not those of {self.parent.path}"
         return None
 
-    def check(self, model: Checkpoint, texts: dict[str, TokenSet]) -> None:
+    def check(self, model: OpenedCheckpoint, texts: dict[str, TokenSet]) -> None:
         """Check that the prompts fit the windows of each text, and with their continuations a model's context.
 
         Raises:
@@ -92,7 +92,9 @@ class RecoveryMeasure:
                 name, ids = f"{PREFIX}/{text}", self._windows(tokens)
                 self._continued[_hash(ids)] = self._continuations(self.parent, name, ids, load)
 
-    def measure(self, model: Checkpoint, text: str, tokens: TokenSet, load: Callable[[], CheckpointLM]) -> Metrics:
+    def measure(
+        self, model: OpenedCheckpoint, text: str, tokens: TokenSet, load: Callable[[], CheckpointLM]
+    ) -> Metrics:
         """Return a model's measures on one text, by metric.
 
         ``repetition``, ``distinct_1`` and ``distinct_2`` are of the continuations alone. ``agreement`` compares them
@@ -122,7 +124,7 @@ class RecoveryMeasure:
         found = self._stored(model, name, ids, self.parent, lambda: _with(metrics, size))
         return {**found, **self._divergence(model, name, ids)}
 
-    def _divergence(self, model: Checkpoint, name: str, ids: torch.Tensor) -> Metrics:
+    def _divergence(self, model: OpenedCheckpoint, name: str, ids: torch.Tensor) -> Metrics:
         assert self.parent is not None
         itself = model.fingerprint == self.parent.fingerprint
 
@@ -146,7 +148,7 @@ class RecoveryMeasure:
         return Reference(self.parent.source, self.engine.compute)
 
     def _continuations(
-        self, model: Checkpoint, name: str, ids: torch.Tensor, load: Callable[[], CheckpointLM]
+        self, model: OpenedCheckpoint, name: str, ids: torch.Tensor, load: Callable[[], CheckpointLM]
     ) -> list[list[int]]:
         """Return a model's greedy continuations of the windows' prompts; earlier ones are read from the store."""
         prompts = ids[:, : self.sizes.prompt_tokens].tolist()
@@ -166,16 +168,16 @@ class RecoveryMeasure:
 
     def _stored(
         self,
-        model: Checkpoint,
+        model: OpenedCheckpoint,
         name: str,
         ids: torch.Tensor,
-        parent: Checkpoint | None,
+        parent: OpenedCheckpoint | None,
         measure: Callable[[], Metrics],
     ) -> Metrics:
         settings = {**self._settings(model, ids, parent), "measure": "text", **self.sizes.model_dump()}
         return measure_once(self.store, name, settings, measure, force=self.force)
 
-    def _settings(self, model: Checkpoint, ids: torch.Tensor, parent: Checkpoint | None) -> dict[str, Any]:
+    def _settings(self, model: OpenedCheckpoint, ids: torch.Tensor, parent: OpenedCheckpoint | None) -> dict[str, Any]:
         """Return what every number depends on; the report pairs answers with equal ``task`` and ``limit``."""
         return {
             "model": model.fingerprint,

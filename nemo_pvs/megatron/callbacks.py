@@ -119,7 +119,7 @@ class MetricsLog(pl.Callback, IOMixin):
         self._step_began = time.monotonic()
 
 
-class Checkpoint(nl.ModelCheckpoint):
+class CheckpointCallback(nl.ModelCheckpoint):
     """NeMo's checkpoint callback, which also copies the initial checkpoint's ``context/`` into every checkpoint.
 
     The architecture never changes during a run, and that context names only stock NeMo classes, so every checkpoint

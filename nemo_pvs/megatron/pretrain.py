@@ -25,7 +25,7 @@ from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
 from nemo_pvs.checkpoints.masks import FILE as MASKS_FILE
 from nemo_pvs.megatron.attention import FUSED_KERNELS, causal_data_step, layer_spec
-from nemo_pvs.megatron.callbacks import Checkpoint, MetricsLog
+from nemo_pvs.megatron.callbacks import CheckpointCallback, MetricsLog
 from nemo_pvs.megatron.data import PretrainingData, text_of
 from nemo_pvs.megatron.distillation.callback import distill
 from nemo_pvs.megatron.domains import DomainData, domains_of, follow_losses
@@ -269,7 +269,7 @@ def hold_masks(job: TrainingJob, *, sparse: bool = False) -> list[run.Config]:
 def checkpointing(job: TrainingJob) -> run.Config:
     """Return the checkpoint callback, which keeps the two newest checkpoints, and those that the job names."""
     return run.Config(
-        Checkpoint,
+        CheckpointCallback,
         initial=str(job.initial),
         keep=list(job.keep),
         dirpath=str(job.checkpoints),

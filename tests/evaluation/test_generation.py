@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import nemo_pvs.modeling  # noqa: F401 - AutoModelForCausalLM loads our uneven models
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.checkpoint import Checkpoint
+from nemo_pvs.evaluation.checkpoint import OpenedCheckpoint
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.store import Journal
@@ -166,9 +166,9 @@ def test_end_of_text_tokens_are_those_of_the_generation_config(letters, tmp_path
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).write_bytes((letters / name).read_bytes())
     (folder / "generation_config.json").unlink(missing_ok=True)
-    assert Checkpoint(str(folder)).ends == {7, tokenizer_end}
+    assert OpenedCheckpoint(str(folder)).ends == {7, tokenizer_end}
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert Checkpoint(str(folder)).ends == {3, 4, tokenizer_end}
+    assert OpenedCheckpoint(str(folder)).ends == {3, 4, tokenizer_end}
 
 
 def test_a_killed_task_goes_on_where_it_was(letters, tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
+from nemo_pvs.evaluation.checkpoint import Engine, OpenedCheckpoint
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.requests import TaskRequest, parse_tasks
 from nemo_pvs.evaluation.scoring import TransformersScorer
@@ -105,7 +105,7 @@ def test_other_end_of_text_tokens_are_another_measurement(folder, tmp_path):
     [task] = load_tasks([TaskRequest("doubling", folder=tasks)], tmp_path, run_generated_code=True)
 
     def measured() -> Any:
-        checkpoint = Checkpoint(str(model))
+        checkpoint = OpenedCheckpoint(str(model))
         with checkpoint.language_model(Engine()) as load:
             return checkpoint.measure_task(task, Store(tmp_path / "out"), Engine(), load, lambda *_, **__: None)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation import recovery
-from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
+from nemo_pvs.evaluation.checkpoint import Engine, OpenedCheckpoint
 from nemo_pvs.evaluation.degeneration import agreement, distinct, repetition
 from nemo_pvs.evaluation.measure import measure
 from nemo_pvs.evaluation.requests import EvaluationRequest
@@ -38,8 +38,8 @@ def _request(**settings) -> EvaluationRequest:
 
 
 def _measure(paths: list[Path], out: Path, parent: Path | None = None, **settings) -> list[dict]:
-    checkpoints = {path: Checkpoint(str(path)) for path in paths}
-    reference = checkpoints.get(parent) or (Checkpoint(str(parent)) if parent else None)
+    checkpoints = {path: OpenedCheckpoint(str(path)) for path in paths}
+    reference = checkpoints.get(parent) or (OpenedCheckpoint(str(parent)) if parent else None)
     options = {"task_data": out / "none", "parent": reference}
     found = measure(list(checkpoints.values()), _request(), Store(out), Engine(), **options, **settings)
     assert json.loads((out / "results.json").read_text())["models"][0].get("left_out") == found[0].get("left_out")
@@ -94,7 +94,7 @@ def test_they_are_those_of_transformers(models: list[Path], tmp_path: Path) -> N
 def test_they_are_measured_once(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _measure(models[1:], tmp_path / "out", models[0])  # the parent is none of the models
     monkeypatch.setattr(recovery, "divergence", None)
-    monkeypatch.setattr(Checkpoint, "_scorer", None)
+    monkeypatch.setattr(OpenedCheckpoint, "_scorer", None)
     again = _measure(models[1:], tmp_path / "out", models[0])
     values = [{name: about["value"] for name, about in _of(found).items()} for found in (first[0], again[0])]
     assert values[0] == values[1]
@@ -130,5 +130,5 @@ def test_prompts_that_do_not_fit_are_refused_before_any_work(
     request = _request(recovery=RecoveryMeasures(**sizes))
     store = Store(tmp_path / "out")
     with pytest.raises(UserError, match=sentence):
-        measure([Checkpoint(str(models[0]))], request, store, Engine(), task_data=tmp_path)
+        measure([OpenedCheckpoint(str(models[0]))], request, store, Engine(), task_data=tmp_path)
     assert not store.folder.exists()

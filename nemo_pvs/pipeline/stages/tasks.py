@@ -10,7 +10,7 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.data.tokenize import load_tokenizer
-from nemo_pvs.evaluation.checkpoint import Checkpoint, Engine
+from nemo_pvs.evaluation.checkpoint import Engine, OpenedCheckpoint
 from nemo_pvs.evaluation.continuations import NAME, check_continuations, write_continuations
 from nemo_pvs.evaluation.measure import RESULTS, measure
 from nemo_pvs.evaluation.requests import EvaluationRequest, left_out, parse_tasks
@@ -162,7 +162,7 @@ def measure_tasks(
         UserError: a task or its data do not exist here.
     """
     tasks = _with_questions(settings.tasks, test, tokenizer, folder, settings.task_limit)
-    checkpoints = {str(model.path): Checkpoint(str(model.path), "transformers") for model in models}
+    checkpoints = {str(model.path): OpenedCheckpoint(str(model.path), "transformers") for model in models}
     request = EvaluationRequest.parse(",".join(tasks), ["none"])
     windows = None
     if request.recovery:
