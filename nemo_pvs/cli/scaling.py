@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nemo_pvs.scaling.advise import Verdict
     from nemo_pvs.scaling.fit import Fit
     from nemo_pvs.scaling.held_out import HeldOut
-    from nemo_pvs.scaling.predict import Estimate
+    from nemo_pvs.scaling.predict import Prediction
 
 # nemo_run reads these signatures too, and knows Optional[X] but not X | None.
 # ruff: noqa: UP045
@@ -288,7 +288,7 @@ def _tokens(count: float) -> str:
     return "never" if math.isinf(count) else f"{count / 1e9:.3g} B tokens"
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: Prediction) -> str:
     return f"{_tokens(estimate.value)} ({_tokens(estimate.low)} to {_tokens(estimate.high)})"
 
 

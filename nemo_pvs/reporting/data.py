@@ -26,7 +26,7 @@ from nemo_pvs.reporting.compare.tasks import TaskRow, averages, task_rows
 from nemo_pvs.reporting.compare.verdicts import Finding, NonInferiority
 from nemo_pvs.reporting.figures.gap import published_gaps
 from nemo_pvs.reporting.results import ArmResult, ParentResult
-from nemo_pvs.reporting.statistics import Estimate
+from nemo_pvs.reporting.statistics import MeanEstimate
 from nemo_pvs.reporting.tables.sweeps import sweeps_of
 
 Rows = list[dict[str, Any]]
@@ -161,7 +161,7 @@ def _arm(runs: SideBySide, arm: ArmResult) -> dict[str, Any]:
     }
 
 
-def _estimate(name: str, over_seeds: Estimate | None) -> dict[str, Any]:
+def _estimate(name: str, over_seeds: MeanEstimate | None) -> dict[str, Any]:
     """Return a mean over seeds with its interval and number of seeds, under keys that start with ``name``."""
     return {
         name: None if over_seeds is None else over_seeds.mean,
@@ -170,7 +170,7 @@ def _estimate(name: str, over_seeds: Estimate | None) -> dict[str, Any]:
     }
 
 
-def _interval(name: str, over_seeds: Estimate | None) -> dict[str, Any]:
+def _interval(name: str, over_seeds: MeanEstimate | None) -> dict[str, Any]:
     """Return standard deviation and 95 % interval over seeds; all None for one seed."""
     return {
         f"{name}_deviation": None if over_seeds is None else over_seeds.deviation,

@@ -21,7 +21,7 @@ Recovered = Literal["equivalent", "not inferior", "inferior", "undecided"]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A mean, and how well it is known."""
 
     mean: float
@@ -79,7 +79,7 @@ def quantile(probability: float, degrees: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
+def estimate(values: Sequence[float]) -> MeanEstimate | None:
     """Return the mean over seeds with Student's t interval of n - 1 degrees of freedom; None without values.
 
     One value has no interval, and neither have values that are not all finite.
@@ -88,13 +88,13 @@ def estimate(values: Sequence[float]) -> Estimate | None:
         return None
     count = len(values)
     if count < 2 or not all(map(math.isfinite, values)):
-        return Estimate(sum(values) / count, count)  # fmean refuses to add opposite infinities
+        return MeanEstimate(sum(values) / count, count)  # fmean refuses to add opposite infinities
     mean = statistics.fmean(values)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return Estimate(mean, count, deviation, deviation / math.sqrt(count), count - 1)
+    return MeanEstimate(mean, count, deviation, deviation / math.sqrt(count), count - 1)
 
 
-def crossed_estimate(tasks: Sequence[Any]) -> Estimate:
+def crossed_estimate(tasks: Sequence[Any]) -> MeanEstimate:
     """Return the mean difference of two models over questions and seeds, where every seed answers every question.
 
     Both the seeds and the questions are samples, so the variance of the mean has a part of each. With one table these
@@ -123,15 +123,15 @@ def crossed_estimate(tasks: Sequence[Any]) -> Estimate:
             rest += part
             terms.append((part, free))
     if seeds == 1:
-        return Estimate(mean, 1, None, math.sqrt(questions), _satterthwaite(questions, terms, 1))
+        return MeanEstimate(mean, 1, None, math.sqrt(questions), _satterthwaite(questions, terms, 1))
     deviation = float(by_seed.std(ddof=1))
     of_seeds = deviation**2 / seeds
     terms.append((of_seeds, seeds - 1))
     variance = max(of_seeds + questions - rest, of_seeds, questions)
-    return Estimate(mean, seeds, deviation, math.sqrt(variance), _satterthwaite(variance, terms, seeds - 1))
+    return MeanEstimate(mean, seeds, deviation, math.sqrt(variance), _satterthwaite(variance, terms, seeds - 1))
 
 
-def recovered(difference: Estimate, margin: float) -> Recovered:
+def recovered(difference: MeanEstimate, margin: float) -> Recovered:
     """Test whether a difference in quality, positive where the model is better, is within a margin.
 
     Each side is a one-sided test at 5 %: not inferior if the lower bound exceeds ``-margin``, equivalent if the upper

@@ -20,7 +20,7 @@ _FARTHEST = 10.0
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Prediction:
     """A value and its 95 % interval; infinite if a loss is never reached."""
 
     value: float
@@ -32,7 +32,7 @@ class Estimate:
 class Overtaking:
     """The tokens from which scratch is better than pruned."""
 
-    tokens: Estimate | None
+    tokens: Prediction | None
     """None if scratch is not better up to ``horizon``."""
     share: float
     """Share of the draws in which scratch is better by ``horizon``."""
@@ -42,7 +42,7 @@ class Overtaking:
     """Upper end of the comparison in tokens."""
 
 
-def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Estimate:
+def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Prediction:
     """Predict the loss after ``tokens`` tokens; the interval is that of a measurement, including its scatter.
 
     Args:
@@ -65,7 +65,7 @@ def loss_at(fit: Fit, tokens: float, at: Conditions | None = None) -> Estimate:
     return _estimate(float(curve_of(fit, at).loss(tokens)), noisy)
 
 
-def tokens_to(fit: Fit, loss: float, at: Conditions | None = None) -> Estimate:
+def tokens_to(fit: Fit, loss: float, at: Conditions | None = None) -> Prediction:
     """Predict the tokens to a target loss (nats per token); infinite if the law never reaches it.
 
     Raises:
@@ -76,7 +76,7 @@ def tokens_to(fit: Fit, loss: float, at: Conditions | None = None) -> Estimate:
     return _of_curve(fit, at, lambda curve: curve.tokens_to(loss))
 
 
-def tokens_at_gain(fit: Fit, gain: float, at: Conditions | None = None) -> Estimate:
+def tokens_at_gain(fit: Fit, gain: float, at: Conditions | None = None) -> Prediction:
     """Predict the tokens after which another billion gains less than ``gain`` nats.
 
     Raises:
@@ -159,10 +159,10 @@ def _drawn(fit: Fit, at: Conditions | None) -> list[Curve]:
     return [_curve(fit, values, at) for values in fit.draws]
 
 
-def _of_curve(fit: Fit, at: Conditions | None, ask: Callable[[Curve], float]) -> Estimate:
+def _of_curve(fit: Fit, at: Conditions | None, ask: Callable[[Curve], float]) -> Prediction:
     return _estimate(ask(curve_of(fit, at)), np.array([ask(curve) for curve in _drawn(fit, at)]))
 
 
-def _estimate(value: float, draws: Array) -> Estimate:
+def _estimate(value: float, draws: Array) -> Prediction:
     low, high = interval(draws)
-    return Estimate(value, float(low), float(high))
+    return Prediction(value, float(low), float(high))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from nemo_pvs.reporting.statistics import Estimate, crossed_estimate, estimate, quantile, recovered
+from nemo_pvs.reporting.statistics import MeanEstimate, crossed_estimate, estimate, quantile, recovered
 
 EXPERIMENTS = 20_000
 
@@ -106,11 +106,11 @@ def test_5_of_100_models_at_the_margin_pass_as_not_inferior(seeds: int) -> None:
     ],
 )
 def test_verdicts(mean: float, stderr: float, verdict: str) -> None:
-    assert recovered(Estimate(mean, 3, stderr, stderr, 2), 0.5) == verdict
+    assert recovered(MeanEstimate(mean, 3, stderr, stderr, 2), 0.5) == verdict
 
 
 def test_without_an_error_nothing_is_decided() -> None:
-    assert recovered(Estimate(0.0, 1), 0.5) == "undecided"
+    assert recovered(MeanEstimate(0.0, 1), 0.5) == "undecided"
 
 
 def test_one_seed_is_students_t_over_questions() -> None:

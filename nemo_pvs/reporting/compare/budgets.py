@@ -10,7 +10,7 @@ from nemo_pvs.reporting.compare.removed import GRANULARITIES, Granularity, granu
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.published import PublishedCurve, published
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import Estimate
+from nemo_pvs.reporting.statistics import MeanEstimate
 
 LOSS = "validation loss (nats)"
 ACCURACY = "average accuracy (%)"
@@ -34,9 +34,9 @@ class BudgetRow:
     pruned: float | None
     scratch_of_total: float | None
     """From scratch, on equal total tokens."""
-    gap: Estimate | None
+    gap: MeanEstimate | None
     """How far pruning is ahead at equal training tokens; positive if it is, whether low or high is better."""
-    gap_of_total: Estimate | None
+    gap_of_total: MeanEstimate | None
     """The same at equal total tokens."""
     source: str = "these runs"
 
@@ -98,8 +98,8 @@ def _published_losses() -> list[BudgetRow]:
                     equal,
                     loss,
                     of_total,
-                    None if equal is None else Estimate(equal - loss, 1),
-                    None if of_total is None else Estimate(of_total - loss, 1),
+                    None if equal is None else MeanEstimate(equal - loss, 1),
+                    None if of_total is None else MeanEstimate(of_total - loss, 1),
                     curve.source,
                 )
             )
@@ -120,8 +120,8 @@ def _published_perplexities() -> list[BudgetRow]:
                 entry.random,
                 entry.pruned,
                 entry.random_of_total,
-                Estimate(entry.random - entry.pruned, 1),
-                Estimate(entry.random_of_total - entry.pruned, 1),
+                MeanEstimate(entry.random - entry.pruned, 1),
+                MeanEstimate(entry.random_of_total - entry.pruned, 1),
                 entry.source,
             )
         )
@@ -143,7 +143,7 @@ def _published_accuracies() -> list[BudgetRow]:
                 entry.pruned,
                 entry.random,
                 None,
-                Estimate(entry.pruned - entry.random, 1),
+                MeanEstimate(entry.pruned - entry.random, 1),
                 entry.source,
             )
         )
@@ -159,7 +159,7 @@ def _published_accuracies() -> list[BudgetRow]:
                 None,
                 None,
                 None,
-                Estimate(advantage.points, 1),
+                MeanEstimate(advantage.points, 1),
                 None,
                 advantage.source,
             )

@@ -10,7 +10,7 @@ import math
 from nemo_pvs.ledger.budget import Setting
 from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of
 from nemo_pvs.reporting.results import ArmResult, gap_between, gaps_along
-from nemo_pvs.reporting.statistics import Estimate, estimate
+from nemo_pvs.reporting.statistics import MeanEstimate, estimate
 
 EQUAL_TRAINING: Setting = "equal-training-tokens"
 EQUAL_TOTAL: Setting = "equal-total-tokens"
@@ -19,31 +19,31 @@ Seed = tuple[str, str]
 """The seeds of the weights and of the data's order."""
 
 
-def parent_loss(runs: SideBySide) -> Estimate | None:
+def parent_loss(runs: SideBySide) -> MeanEstimate | None:
     """Return the parent's validation loss, nats per token; over the seeds if each has its own parent."""
     losses = [parent.validation_loss for parent in parents_of(runs.runs)]
     return estimate([loss for loss in losses if loss is not None])
 
 
-def final_loss(runs: SideBySide, arm: ArmResult) -> Estimate | None:
+def final_loss(runs: SideBySide, arm: ArmResult) -> MeanEstimate | None:
     """Return the last validation loss, nats per token."""
     losses = [repeated.validation_loss for _, repeated in runs.repetitions[arm.name]]
     return estimate([loss for loss in losses if loss is not None])
 
 
-def perplexity_after(runs: SideBySide, arm: ArmResult) -> Estimate | None:
+def perplexity_after(runs: SideBySide, arm: ArmResult) -> MeanEstimate | None:
     """Return the test perplexity after training."""
     values = [repeated.test_perplexity_after for _, repeated in runs.repetitions[arm.name]]
     return estimate([value for value in values if value is not None])
 
 
-def bits_per_byte_after(runs: SideBySide, arm: ArmResult) -> Estimate | None:
+def bits_per_byte_after(runs: SideBySide, arm: ArmResult) -> MeanEstimate | None:
     """Return the test cross-entropy after training, bits per byte."""
     values = [repeated.test_bits_per_byte_after for _, repeated in runs.repetitions[arm.name]]
     return estimate([value for value in values if value is not None])
 
 
-def gap(runs: SideBySide, arm: ArmResult, setting: Setting = EQUAL_TRAINING) -> Estimate | None:
+def gap(runs: SideBySide, arm: ArmResult, setting: Setting = EQUAL_TRAINING) -> MeanEstimate | None:
     """Return the gap of a pruned arm to its counterpart from scratch, nats per token; None if there is none.
 
     Arms that share no seed, which only ``--force`` puts together, have the gap of their means and no interval.
@@ -66,7 +66,7 @@ def gap_by_seed(runs: SideBySide, arm: ArmResult, setting: Setting = EQUAL_TRAIN
     return gaps
 
 
-def gap_curve(runs: SideBySide, arm: ArmResult) -> list[tuple[int, Estimate]]:
+def gap_curve(runs: SideBySide, arm: ArmResult) -> list[tuple[int, MeanEstimate]]:
     """Return training tokens and gaps at equal training tokens along the training.
 
     These are the points at which all seeds measured both losses and all of them are finite.

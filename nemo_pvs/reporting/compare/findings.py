@@ -21,7 +21,7 @@ from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.verdicts import Evidence, Finding, Judgement
 from nemo_pvs.reporting.numbers import and_list, fixed, plus_minus, scaled, unit_of
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import Estimate, estimate
+from nemo_pvs.reporting.statistics import MeanEstimate, estimate
 
 _EQUAL_TRAINING = "arXiv 2606.14150, finding 1 (equal training tokens; Figure 1, left)"
 _EQUAL_TOTAL = "arXiv 2606.14150, finding 2 (equal total tokens; Figure 1, right, and Table 2)"
@@ -277,5 +277,5 @@ def _numbers(items: Sequence[Evidence]) -> str:
     return f" (from {least.name} {_shown(least.estimate)} to {most.name} {_shown(most.estimate)})"
 
 
-def _shown(value: Estimate) -> str:
+def _shown(value: MeanEstimate) -> str:
     return plus_minus(fixed(value.mean, 3, signed=True), value.half_width, 3)

@@ -21,7 +21,7 @@ from nemo_pvs.reporting.compare.scores import Score, metric_of, unit_of_score
 from nemo_pvs.reporting.compare.tasks import ACCURACIES, AVERAGE, accuracies_of, scores_of
 from nemo_pvs.reporting.compare.verdicts import NonInferiority, Unit
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import Estimate, crossed_estimate, estimate, recovered
+from nemo_pvs.reporting.statistics import MeanEstimate, crossed_estimate, estimate, recovered
 
 PARENT = "parent"
 _PER_CENT = 100.0
@@ -165,7 +165,7 @@ def _of_tasks(
     return _non_inferiority(arm, measure, unit, margin, scaled, basis)
 
 
-def _over_seeds(differences: Sequence[float]) -> Estimate | None:
+def _over_seeds(differences: Sequence[float]) -> MeanEstimate | None:
     """Return the mean over seeds; equal differences are of one model that no seed changed, and count as one."""
     return estimate(differences[:1] if len(set(differences)) == 1 else differences)
 
@@ -187,12 +187,12 @@ def _by_question(pairs: Sequence[_Pair]) -> Any:
     return np.stack(rows)
 
 
-def _seeds(difference: Estimate) -> str:
+def _seeds(difference: MeanEstimate) -> str:
     return f"{difference.count} {'seed' if difference.count == 1 else 'seeds'}"
 
 
 def _non_inferiority(
-    arm: ArmResult, measure: str, unit: Unit, margin: float, difference: Estimate | None, basis: str
+    arm: ArmResult, measure: str, unit: Unit, margin: float, difference: MeanEstimate | None, basis: str
 ) -> NonInferiority:
     verdict = "undecided" if difference is None else recovered(difference, margin)
     return NonInferiority(arm.name, measure, unit, margin, difference, verdict, basis)

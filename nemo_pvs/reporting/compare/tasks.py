@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemo_pvs.reporting.compare.scores import Score
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import LEVEL, Estimate, crossed_estimate, estimate, quantile
+from nemo_pvs.reporting.statistics import LEVEL, MeanEstimate, crossed_estimate, estimate, quantile
 
 if TYPE_CHECKING:
     from nemo_pvs.reporting.compare.runs import Run, SideBySide
@@ -58,7 +58,7 @@ class TaskRow:
         return bool(self._differences) and all(score.by_document is not None for score in self._differences)
 
     @property
-    def error(self) -> Estimate | None:
+    def error(self) -> MeanEstimate | None:
         """How well the difference is known: over questions and, if there are several, over seeds."""
         return error_of([self._differences]) if self._differences else None
 
@@ -106,7 +106,7 @@ class AverageRow(TaskRow):
         return all(row.paired for row in self.rows)
 
     @property
-    def error(self) -> Estimate | None:
+    def error(self) -> MeanEstimate | None:
         """How well the mean of the tasks' differences is known, whose questions are independent."""
         return error_of([row._differences for row in self.rows])
 
@@ -258,7 +258,7 @@ def _minus(scratch: Score, pruned: Score) -> Score:
     return Score(value, error_of_both, pruned.documents, None)
 
 
-def error_of(tasks: Sequence[Sequence[Score]]) -> Estimate | None:
+def error_of(tasks: Sequence[Sequence[Score]]) -> MeanEstimate | None:
     """Return how well the mean of scores over tasks and seeds is known; None if an error is unknown.
 
     Seeds share the questions, so these do not average out over them. Where all single questions are known, this is

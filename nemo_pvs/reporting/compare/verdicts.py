@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from nemo_pvs.reporting.numbers import fixed
-from nemo_pvs.reporting.statistics import Estimate, Recovered
+from nemo_pvs.reporting.statistics import MeanEstimate, Recovered
 
 Judgement = Literal["holds", "fails", "undecided"]
 Unit = Literal["points", "nats"]
@@ -17,7 +17,7 @@ class Evidence(NamedTuple):
     """A number that a finding is judged by, nats per token."""
 
     name: str
-    estimate: Estimate
+    estimate: MeanEstimate
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class NonInferiority:
     """A score's name, or ``validation loss``."""
     unit: Unit
     margin: float
-    difference: Estimate | None
+    difference: MeanEstimate | None
     """In ``unit``, positive if the arm is better than the parent; None if they cannot be compared."""
     verdict: Recovered
     basis: str

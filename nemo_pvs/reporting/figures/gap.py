@@ -18,7 +18,7 @@ from nemo_pvs.reporting.figures.theme import GRID, MARKERS, PRUNED, STYLE, TEXT,
 from nemo_pvs.reporting.numbers import fixed, unit_of
 from nemo_pvs.reporting.published import PublishedCurve, published
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import Estimate
+from nemo_pvs.reporting.statistics import MeanEstimate
 
 _LABEL = "scratch minus pruned (nats per token)"
 _LINES = ("solid", "dashed", "dashdot", "dotted")
@@ -29,13 +29,13 @@ _WIDE = 8
 """Tokens that differ by more than this factor have a logarithmic axis."""
 
 
-def gap_series(runs: SideBySide) -> dict[str, list[tuple[int, Estimate]]]:
+def gap_series(runs: SideBySide) -> dict[str, list[tuple[int, MeanEstimate]]]:
     """Return training tokens and gaps to draw as one line each.
 
     A target with arms of several budgets has one line with the end of each, as in Figure 1 of arXiv 2606.14150: points
     along a training have a learning rate that has not decayed. Any other arm has a line along its training.
     """
-    lines: dict[str, list[tuple[int, Estimate]]] = {}
+    lines: dict[str, list[tuple[int, MeanEstimate]]] = {}
     for target, arms in runs.results.targets.items():
         curves = {arm.name: gap_curve(runs, arm) for arm in arms if arm.initialisation == "pruned"}
         curves = {name: curve for name, curve in curves.items() if curve}
@@ -76,7 +76,7 @@ def gap_against_tokens(runs: SideBySide, *, reference: bool = False) -> list[str
     lines = gap_series(runs)
     if not lines:
         return []
-    kinds: dict[str, dict[str, list[tuple[int, Estimate]]]] = {}
+    kinds: dict[str, dict[str, list[tuple[int, MeanEstimate]]]] = {}
     if len(lines) <= len(PRUNED):
         kinds[""] = lines
     else:
@@ -100,7 +100,7 @@ def gap_against_tokens(runs: SideBySide, *, reference: bool = False) -> list[str
 
 @dataclass(frozen=True)
 class _TokensFigure:
-    lines: Mapping[str, list[tuple[int, Estimate]]]
+    lines: Mapping[str, list[tuple[int, MeanEstimate]]]
     published: Mapping[str, list[tuple[int, float, float]]]
     tokens: list[int]
     """The tokens of all panels, for one axis."""
@@ -208,13 +208,13 @@ def longest_arms(runs: SideBySide) -> list[ArmResult]:
     return longest
 
 
-def _bars(line: list[Estimate]) -> list[float] | None:
+def _bars(line: list[MeanEstimate]) -> list[float] | None:
     """Return half of each 95 % interval; None if there is none."""
     widths = [over_seeds.half_width for over_seeds in line]
     return None if all(width is None for width in widths) else [width or 0.0 for width in widths]
 
 
-def _bounds(over_seeds: Estimate) -> tuple[float, float]:
+def _bounds(over_seeds: MeanEstimate) -> tuple[float, float]:
     half = over_seeds.half_width or 0.0
     return over_seeds.mean - half, over_seeds.mean + half
 

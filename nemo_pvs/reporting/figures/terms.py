@@ -14,7 +14,7 @@ from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.figures.theme import GRID, PRUNED, SCRATCH, STYLE, TEXT, to_svg
 from nemo_pvs.reporting.numbers import fixed
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import Estimate
+from nemo_pvs.reporting.statistics import MeanEstimate
 
 _WIDTH = 0.36
 _SIDES = ((EQUAL_TRAINING, -1, PRUNED[0], ""), (EQUAL_TOTAL, 1, SCRATCH, "///"))
@@ -97,5 +97,5 @@ def _rank(runs: SideBySide, arm: ArmResult) -> int:
     return GRANULARITIES.index(kind) if kind else len(GRANULARITIES)
 
 
-def _finite(over_seeds: Estimate | None) -> bool:
+def _finite(over_seeds: MeanEstimate | None) -> bool:
     return over_seeds is not None and math.isfinite(over_seeds.mean)

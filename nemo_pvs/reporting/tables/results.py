@@ -15,7 +15,7 @@ from nemo_pvs.ledger.ledger import SHARED_ANSWERS
 from nemo_pvs.reporting.compare.estimates import bits_per_byte_after, final_loss, gap, parent_loss, perplexity_after
 from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, plus_minus, scaled, scientific, unit_of
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
-from nemo_pvs.reporting.statistics import Estimate
+from nemo_pvs.reporting.statistics import MeanEstimate
 
 if TYPE_CHECKING:
     from nemo_pvs.reporting.compare.runs import SideBySide
@@ -302,19 +302,19 @@ def _perplexity_cell(arm: ArmResult, runs: SideBySide | None) -> str:
     return plus_minus(perplexity(value), spread, 2 if value is None or value < 1000 else 0)
 
 
-def gap_cell(over_seeds: Estimate | None, decimals: int = 2) -> str:
+def gap_cell(over_seeds: MeanEstimate | None, decimals: int = 2) -> str:
     """Format a gap with half of its 95 % interval; a dash if there is none."""
     return plus_minus(
         fixed(over_seeds.mean if over_seeds else None, decimals, signed=True), _half_width(over_seeds), decimals
     )
 
 
-def _half_width(over_seeds: Estimate | None) -> float | None:
+def _half_width(over_seeds: MeanEstimate | None) -> float | None:
     return over_seeds.half_width if over_seeds else None
 
 
-def _alone(value: float | None) -> Estimate | None:
-    return None if value is None else Estimate(value, 1)
+def _alone(value: float | None) -> MeanEstimate | None:
+    return None if value is None else MeanEstimate(value, 1)
 
 
 def results_table(results: Results, runs: SideBySide | None = None) -> Table:
