@@ -23,7 +23,7 @@ from nemo_pvs.reporting.compare.removed import removed_share
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score
 from nemo_pvs.reporting.compare.tasks import TaskRow, averages, task_rows
-from nemo_pvs.reporting.compare.verdicts import Finding, NonInferiority
+from nemo_pvs.reporting.compare.verdicts import NonInferiority, PaperFinding
 from nemo_pvs.reporting.figures.gap import published_gaps
 from nemo_pvs.reporting.results import ArmResult, ParentResult
 from nemo_pvs.reporting.statistics import MeanEstimate
@@ -179,7 +179,7 @@ def _interval(name: str, over_seeds: MeanEstimate | None) -> dict[str, Any]:
     }
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
+def _finding(finding: PaperFinding) -> dict[str, Any]:
     return {
         "name": finding.name,
         "source": finding.source,

@@ -16,7 +16,7 @@ from nemo_pvs.reporting.compare.compare import compare
 from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, final_loss, gap, gap_by_seed, parent_loss
 from nemo_pvs.reporting.compare.removed import granularity
 from nemo_pvs.reporting.compare.runs import Run, SideBySide
-from nemo_pvs.reporting.compare.verdicts import Finding
+from nemo_pvs.reporting.compare.verdicts import PaperFinding
 from nemo_pvs.reporting.data import equal_terms, report_data
 from nemo_pvs.reporting.figures.gap import gap_against_tokens, gap_series
 from nemo_pvs.reporting.figures.terms import compared_arms, terms_figure
@@ -31,7 +31,7 @@ HALF_WIDTH = 4.302653 * 0.01 / 3**0.5
 """Of -0.01, 0 and 0.01: t with 2 degrees of freedom times the standard error."""
 
 
-def _finding(runs: SideBySide, name: str) -> Finding:
+def _finding(runs: SideBySide, name: str) -> PaperFinding:
     return next(finding for finding in runs.findings if finding.name == name)
 
 

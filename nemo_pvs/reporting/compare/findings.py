@@ -18,7 +18,7 @@ from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, EQUAL_TRAINING, gap, gap_by_seed
 from nemo_pvs.reporting.compare.removed import FINE, GRANULARITIES, granularity, method_of, removed_share
 from nemo_pvs.reporting.compare.runs import SideBySide
-from nemo_pvs.reporting.compare.verdicts import Evidence, Finding, Judgement
+from nemo_pvs.reporting.compare.verdicts import Judgement, NamedEstimate, PaperFinding
 from nemo_pvs.reporting.numbers import and_list, fixed, plus_minus, scaled, unit_of
 from nemo_pvs.reporting.results import ArmResult
 from nemo_pvs.reporting.statistics import MeanEstimate, estimate
@@ -31,11 +31,11 @@ _SAME_SHARE = 0.01
 """Shares removed that differ by less are one ratio."""
 
 
-def judge_findings(runs: SideBySide) -> tuple[Finding, ...]:
+def judge_findings(runs: SideBySide) -> tuple[PaperFinding, ...]:
     """Return the findings with their judgements; none if no arm was pruned from a parent."""
     if runs.results.parent is None or not _pruned(runs):
         return ()
-    judges: tuple[Callable[[SideBySide], Finding], ...] = (
+    judges: tuple[Callable[[SideBySide], PaperFinding], ...] = (
         ahead_at_equal_training_tokens,
         gap_shrinks_with_tokens,
         gap_shrinks_with_ratio,
@@ -46,7 +46,7 @@ def judge_findings(runs: SideBySide) -> tuple[Finding, ...]:
     return tuple(judge(runs) for judge in judges)
 
 
-def ahead_at_equal_training_tokens(runs: SideBySide) -> Finding:
+def ahead_at_equal_training_tokens(runs: SideBySide) -> PaperFinding:
     """Judge that a pruned start always beats a random one after equal training tokens."""
     evidence, missing = _gaps(runs, _pruned(runs), EQUAL_TRAINING), _absent(runs)
     for arm in _pruned(runs):
@@ -56,13 +56,13 @@ def ahead_at_equal_training_tokens(runs: SideBySide) -> Finding:
     return _judge(runs, "1a", _EQUAL_TRAINING, statement, evidence, missing)
 
 
-def gap_shrinks_with_tokens(runs: SideBySide) -> Finding:
+def gap_shrinks_with_tokens(runs: SideBySide) -> PaperFinding:
     """Judge that the gap at equal training tokens is smaller after more tokens.
 
     Per target, the gap at the smallest budget minus that at the largest. Points along one training do not count: its
     learning rate has not decayed there.
     """
-    evidence: list[Evidence] = []
+    evidence: list[NamedEstimate] = []
     lacking = []
     for target, arms in _by_target(runs).items():
         with_gap = sorted((arm for arm in arms if gap_by_seed(runs, arm)), key=_tokens)
@@ -76,7 +76,7 @@ def gap_shrinks_with_tokens(runs: SideBySide) -> Finding:
     return _judge(runs, "1b", _EQUAL_TRAINING, "The gap shrinks with more training tokens", evidence, missing)
 
 
-def gap_shrinks_with_ratio(runs: SideBySide) -> Finding:
+def gap_shrinks_with_ratio(runs: SideBySide) -> PaperFinding:
     """Judge that the gap at equal training tokens is smaller where more was removed.
 
     Per method and budget, the gap at the smallest share removed minus that at the largest.
@@ -86,7 +86,7 @@ def gap_shrinks_with_ratio(runs: SideBySide) -> Finding:
         if gap_by_seed(runs, arm):
             # Gaps per token of different vocabularies cannot be compared.
             groups.setdefault((method_of(runs, arm), _tokens(arm), arm.shape.vocab), []).append(arm)
-    evidence: list[Evidence] = []
+    evidence: list[NamedEstimate] = []
     for (method, tokens, _), arms in groups.items():
         ordered = sorted(arms, key=lambda arm: arm.shape.parameters - arm.masked_parameters, reverse=True)
         least, most = (removed_share(runs.results, arm) or 0.0 for arm in (ordered[0], ordered[-1]))
@@ -98,14 +98,14 @@ def gap_shrinks_with_ratio(runs: SideBySide) -> Finding:
     return _judge(runs, "1c", _EQUAL_TRAINING, "The gap shrinks as more is removed", evidence, missing)
 
 
-def fine_is_ahead_at_equal_total_tokens(runs: SideBySide) -> Finding:
+def fine_is_ahead_at_equal_total_tokens(runs: SideBySide) -> PaperFinding:
     """Judge that models with single weights removed still win at equal total tokens."""
     evidence, missing = _at_equal_total(runs, FINE, "weights set to zero (unstructured or N:M)")
     statement = "At equal total tokens, fine pruning (single weights) still beats training from scratch"
     return _judge(runs, "2a", _EQUAL_TOTAL, statement, evidence, missing)
 
 
-def depth_is_caught_at_equal_total_tokens(runs: SideBySide) -> Finding:
+def depth_is_caught_at_equal_total_tokens(runs: SideBySide) -> PaperFinding:
     """Judge that training from scratch is ahead of pruning by depth at equal total tokens.
 
     The paper says "matched or surpassed". An interval cannot show equality, so only a lead of scratch decides.
@@ -115,7 +115,7 @@ def depth_is_caught_at_equal_total_tokens(runs: SideBySide) -> Finding:
     return _judge(runs, "2b", _EQUAL_TOTAL, statement, evidence, missing, side=-1)
 
 
-def width_is_caught_at_equal_total_tokens(runs: SideBySide) -> Finding:
+def width_is_caught_at_equal_total_tokens(runs: SideBySide) -> PaperFinding:
     """Judge that training from scratch is ahead of some pruning by width at equal total tokens."""
     evidence, missing = _at_equal_total(runs, ("width",), "width removed")
     statement = "At equal total tokens, training from scratch beats some pruning by width"
@@ -148,13 +148,13 @@ def _short(tokens: int) -> str:
     return scaled(tokens, unit) + unit[1]
 
 
-def _gaps(runs: SideBySide, arms: Sequence[ArmResult], setting: Setting) -> list[Evidence]:
+def _gaps(runs: SideBySide, arms: Sequence[ArmResult], setting: Setting) -> list[NamedEstimate]:
     """Return the gaps under a setting of the arms that have a counterpart."""
     evidence = []
     for arm in arms:
         over_seeds = gap(runs, arm, setting)
         if over_seeds is not None:
-            evidence.append(Evidence(arm.name, over_seeds))
+            evidence.append(NamedEstimate(arm.name, over_seeds))
     return evidence
 
 
@@ -170,7 +170,7 @@ def _absent(runs: SideBySide, granularities: Collection[str] = GRANULARITIES) ->
 
 def _at_equal_total(
     runs: SideBySide, granularities: Collection[str], removed: str
-) -> tuple[list[Evidence], list[str]]:
+) -> tuple[list[NamedEstimate], list[str]]:
     """Return the gaps at equal total tokens at some granularities, and the targets that have none.
 
     Left out is what has equal training tokens as well, since a teacher is charged to both: the paper's arms from
@@ -181,7 +181,7 @@ def _at_equal_total(
         of_kind = [arm for arm in arms if granularity(runs, arm) in granularities and not _is_of_training(runs, arm)]
         if of_kind:
             targets[target] = of_kind
-    evidence: list[Evidence] = []
+    evidence: list[NamedEstimate] = []
     missing = _absent(runs, granularities)
     for target, arms in targets.items():
         gaps = _gaps(runs, arms, EQUAL_TOTAL)
@@ -199,11 +199,11 @@ def _is_of_training(runs: SideBySide, arm: ArmResult) -> bool:
     return scratch is not None and scratch is runs.results.scratch_of(arm, EQUAL_TRAINING)
 
 
-def _drop(name: str, runs: SideBySide, first: ArmResult, last: ArmResult) -> list[Evidence]:
+def _drop(name: str, runs: SideBySide, first: ArmResult, last: ArmResult) -> list[NamedEstimate]:
     """Return how much smaller the last gap is than the first, subtracted seed by seed."""
     before, after = gap_by_seed(runs, first), gap_by_seed(runs, last)
     drop = estimate([before[seed] - after[seed] for seed in before if seed in after])
-    return [] if drop is None else [Evidence(name, drop)]
+    return [] if drop is None else [NamedEstimate(name, drop)]
 
 
 def _judge(
@@ -211,12 +211,12 @@ def _judge(
     finding: str,
     source: str,
     statement: str,
-    evidence: Sequence[Evidence],
+    evidence: Sequence[NamedEstimate],
     missing: Sequence[str],
     *,
     side: int = 1,
     every: bool = True,
-) -> Finding:
+) -> PaperFinding:
     """Judge a claim that every comparison, or at least one, has its whole interval on one side of zero.
 
     One comparison that contradicts a claim about every one suffices to make it fail; a claim about at least one fails
@@ -231,11 +231,14 @@ def _judge(
     fails = bool(against) if every else complete and len(against) == count
     judgement: Judgement = "holds" if holds else "fails" if fails else "undecided"
     reason = _reason(evidence, agree, against, missing)
-    return Finding(finding, source, statement, judgement, reason, tuple(evidence), tuple(missing))
+    return PaperFinding(finding, source, statement, judgement, reason, tuple(evidence), tuple(missing))
 
 
 def _reason(
-    evidence: Sequence[Evidence], agree: Sequence[Evidence], against: Sequence[Evidence], missing: Sequence[str]
+    evidence: Sequence[NamedEstimate],
+    agree: Sequence[NamedEstimate],
+    against: Sequence[NamedEstimate],
+    missing: Sequence[str],
 ) -> str:
     """Return what the intervals say, with the numbers, and what is missing."""
     parts = []
@@ -267,7 +270,7 @@ def _reason(
     return " ".join(parts)
 
 
-def _numbers(items: Sequence[Evidence]) -> str:
+def _numbers(items: Sequence[NamedEstimate]) -> str:
     if not items:
         return ""
     if len(items) <= _LISTED:

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_pvs.recipe.identity import identity_without_seeds
 from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.scores import Score, TaskScores
-from nemo_pvs.reporting.compare.verdicts import Finding, NonInferiority
+from nemo_pvs.reporting.compare.verdicts import NonInferiority, PaperFinding
 from nemo_pvs.reporting.numbers import and_list
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results, at
 from nemo_pvs.reporting.statistics import estimate
@@ -88,7 +88,7 @@ class SideBySide:
     """Folders of runs that belong here and have no results yet, such as those of further seeds."""
     differences: tuple[str, ...] = ()
     """Differences that make these runs incomparable, if the comparison was forced."""
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[PaperFinding, ...] = ()
     """The paper's findings, judged by these runs."""
     recoveries: tuple[NonInferiority, ...] = ()
     """Tests whether pruned arms are as good as their parent, if they were asked for."""

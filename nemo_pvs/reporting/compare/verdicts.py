@@ -13,7 +13,7 @@ Unit = Literal["points", "nats"]
 """Percentage points of accuracy and other shares, or nats per token of loss and divergence."""
 
 
-class Evidence(NamedTuple):
+class NamedEstimate(NamedTuple):
     """A number that a finding is judged by, nats per token."""
 
     name: str
@@ -21,7 +21,7 @@ class Evidence(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Finding:
+class PaperFinding:
     """A finding of the paper, judged by the intervals of these runs."""
 
     name: str
@@ -32,7 +32,7 @@ class Finding:
     judgement: Judgement
     reason: str
     """A sentence with the numbers."""
-    evidence: tuple[Evidence, ...]
+    evidence: tuple[NamedEstimate, ...]
     missing: tuple[str, ...]
     """What the finding needs and these runs lack."""
 

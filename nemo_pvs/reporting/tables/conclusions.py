@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_pvs.reporting.compare.verdicts import Finding, NonInferiority
+from nemo_pvs.reporting.compare.verdicts import NonInferiority, PaperFinding
 
 FINDINGS_TITLE = "Findings of the paper in these runs"
 FINDINGS_NOTE = (
@@ -20,7 +20,7 @@ RECOVERY_NOTE = (
 )
 
 
-def finding_line(finding: Finding) -> str:
+def finding_line(finding: PaperFinding) -> str:
     """Return a finding with its judgement, reason and source in Markdown."""
     return f"**{finding.name} {finding.judgement}:** {finding.statement}. {finding.reason} ({finding.source})"
 
@@ -30,7 +30,7 @@ def recovery_cells(tests: Sequence[NonInferiority]) -> list[list[str]]:
     return [[test.arm, test.measure, test.words] for test in tests]
 
 
-def conclusions_text(findings: Sequence[Finding], tests: Sequence[NonInferiority]) -> list[str]:
+def conclusions_text(findings: Sequence[PaperFinding], tests: Sequence[NonInferiority]) -> list[str]:
     """Return lines for the terminal: the findings, and the verdicts against the parent."""
     lines = []
     if findings:
