@@ -151,7 +151,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         ckpt_async_save=machine.gpu,
         ckpt_parallel_load=machine.gpu,
         ckpt_parallel_save=machine.gpu,
-        # For checkpoints that can be resumed at another TP x PP; Checkpoint chooses which are.
+        # For checkpoints that can be resumed at another TP x PP; CheckpointCallback chooses which are.
         distrib_optim_fully_reshardable_mem_efficient=True,
         ckpt_load_strictness="log_all",  # extra states may be missing; Strategy refuses missing weights
         ddp=data_parallelism(layout, gpu=machine.gpu),

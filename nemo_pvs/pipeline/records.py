@@ -181,7 +181,7 @@ class TrainedRecord(Record):
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredLoss:
     """The loss of a model on a text in nats per token, its perplexity and bits per byte (``layerwise.perplexity``)."""
 
     loss: float
@@ -202,7 +202,7 @@ class Measured:
         return values
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Measured:
+    def from_json(cls, values: Mapping[str, Any]) -> MeasuredLoss:
         """Undo ``to_json``."""
         return cls(**values)
 
@@ -211,10 +211,10 @@ class Measured:
 class EvaluationRecord(Record):
     """The measurements of a model."""
 
-    test: Measured
-    validation: Measured | None = None
+    test: MeasuredLoss
+    validation: MeasuredLoss | None = None
     """None if training measured it."""
-    texts: Mapping[str, Measured] | None = None
+    texts: Mapping[str, MeasuredLoss] | None = None
     """On the recipe's ``evaluate.texts``, by name."""
 
     def to_json(self) -> dict[str, Any]:
@@ -231,9 +231,9 @@ class EvaluationRecord(Record):
         """Undo ``to_json``."""
         validation, texts = values.get("validation"), values.get("texts")
         return cls(
-            Measured.from_json(values["test"]),
-            None if validation is None else Measured.from_json(validation),
-            None if texts is None else {name: Measured.from_json(text) for name, text in texts.items()},
+            MeasuredLoss.from_json(values["test"]),
+            None if validation is None else MeasuredLoss.from_json(validation),
+            None if texts is None else {name: MeasuredLoss.from_json(text) for name, text in texts.items()},
         )
 
 

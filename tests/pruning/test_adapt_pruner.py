@@ -21,7 +21,7 @@ from nemo_pvs.pruning.request import PruneRequest
 from nemo_pvs.pruning.structured.adapt_pruner import (
     AdaptPrunerSettings,
     LayerMeasure,
-    Measured,
+    MeasuredImportance,
     kept_sizes,
     layer_importance,
     next_sparsity,
@@ -97,10 +97,10 @@ def test_a_layer_pruned_to_nothing_is_refused() -> None:
 def made_up(similarity: list[float]) -> Any:
     """Return measurements by which unit i is worth i."""
 
-    def measure(source: Any, _: int) -> Measured:
+    def measure(source: Any, _: int) -> MeasuredImportance:
         shape = shape_of(source)
         sizes = shape.layer_sizes
-        return Measured(
+        return MeasuredImportance(
             torch.tensor(similarity),
             [torch.arange(one.kv_groups).double() for one in sizes],
             [torch.arange(one.ffn).double() for one in sizes],

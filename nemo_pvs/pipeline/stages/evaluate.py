@@ -10,7 +10,7 @@ from nemo_pvs.data.token_bytes import token_bytes
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pipeline.folder import RunFolder
-from nemo_pvs.pipeline.records import EvaluationRecord, Measured, evaluation_stage
+from nemo_pvs.pipeline.records import EvaluationRecord, MeasuredLoss, evaluation_stage
 from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.system.progress import progress
@@ -46,11 +46,11 @@ def evaluate(run: RunFolder, label: str, path: Path) -> Stage[EvaluationRecord]:
             **({"texts": run.tokens.text_hashes} if settings.texts else {}),
         }
 
-    def measure(text: str, token_set: TokenSet) -> Measured:
+    def measure(text: str, token_set: TokenSet) -> MeasuredLoss:
         with progress(f"{text} loss of {label}", "layers") as show:
             size = token_bytes(run.tokenizer_of(target))
             measured = perplexity(open_source(path), token_set, run.compute, token_bytes=size, progress=show)
-            return Measured.from_json(measured)
+            return MeasuredLoss.from_json(measured)
 
     def windows(prefix: Path) -> TokenSet:
         return TokenSet.from_token_file(prefix, samples=settings.samples, sequence_length=settings.sequence_length)

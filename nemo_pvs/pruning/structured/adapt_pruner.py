@@ -59,7 +59,7 @@ class AdaptPrunerSettings:
             raise UserError(f"An amplitude of {self.amplitude:g} would prune important layers most; choose 0 or more.")
 
 
-class Measured(NamedTuple):
+class MeasuredImportance(NamedTuple):
     """What one iteration measures of a model."""
 
     similarity: torch.Tensor
@@ -128,7 +128,7 @@ def kept_sizes(
 def plan_adapt_pruner(
     source: WeightSource,
     parameters: int,
-    measure: Callable[[WeightSource, int], Measured],
+    measure: Callable[[WeightSource, int], MeasuredImportance],
     settings: AdaptPrunerSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -218,7 +218,7 @@ def _everything(shape: Shape, layer: int) -> tuple[Indices, Indices]:
     return tuple(range(sizes.kv_groups)), tuple(range(sizes.ffn))
 
 
-def _best(plan: Plan, layer: int, sizes: LayerSizes, measured: Measured) -> tuple[Indices, Indices]:
+def _best(plan: Plan, layer: int, sizes: LayerSizes, measured: MeasuredImportance) -> tuple[Indices, Indices]:
     """Return the groups and channels of a layer that are still kept, as indices at the stage's start."""
     groups, ffn = plan.keep_kv_groups[layer], plan.keep_ffn[layer]
     return (
@@ -273,7 +273,7 @@ class LayerMeasure:
         self._metric = metric
         self._compute = compute
 
-    def __call__(self, source: WeightSource, iteration: int) -> Measured:
+    def __call__(self, source: WeightSource, iteration: int) -> MeasuredImportance:
         """Measure a model on the iteration's text."""
         tokens = self._draw(iteration)
         model = LayerwiseModel(source, self._compute)
@@ -281,4 +281,4 @@ class LayerMeasure:
         self.tokens += tokens.ids.numel()
         self.flops += calibration_flops(model.shape, tokens.ids.numel(), tokens.ids.shape[1], gradients=True)
         groups, ffn = ([scores[f"{site}.{self._metric}"] for scores in layers] for site in ("groups", "ffn"))
-        return Measured(similarity, groups, ffn)
+        return MeasuredImportance(similarity, groups, ffn)
