@@ -23,7 +23,7 @@ class Expected(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class PruningMethod:
     """A pruning method. Another package adds one by an entry point in the group ``nemo_pvs.methods``."""
 
     name: str

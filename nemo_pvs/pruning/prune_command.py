@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.pruning.target import FoundSizes, parse_sizes, read_sizes
 
@@ -14,7 +14,7 @@ from nemo_pvs.pruning.target import FoundSizes, parse_sizes, read_sizes
 class PruneCommand(NamedTuple):
     """A method with its options, the sizes of the target among them."""
 
-    method: Method
+    method: PruningMethod
     options: Any
     """Of the class that the method names."""
     spent: Mapping[str, int] | None

@@ -7,7 +7,7 @@ from functools import cache
 from importlib import metadata
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods import (
     adapt_pruner,
     efficient_llm,
@@ -50,7 +50,7 @@ _OURS = (
 
 
 @cache
-def methods() -> Mapping[str, Method]:
+def methods() -> Mapping[str, PruningMethod]:
     """Return every method by name, built-in ones first; unusable ones of other packages are skipped with a message."""
     found = {module.METHOD.name: module.METHOD for module in _OURS}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
@@ -59,7 +59,7 @@ def methods() -> Mapping[str, Method]:
         except Exception as error:  # whatever its code raises, it must not stop users of other methods
             _leave_out(entry, f"it cannot be loaded ({type(error).__name__}: {error})")
             continue
-        if not isinstance(method, Method):
+        if not isinstance(method, PruningMethod):
             _leave_out(entry, "it is not a nemo_pvs.pruning.method.Method")
         elif method.name in found:
             _leave_out(entry, f"there already is a method {method.name}")
@@ -73,7 +73,7 @@ def _leave_out(entry: metadata.EntryPoint, why: str) -> None:
     say_once(f"The method {entry.name} of the package {package} is left out: {why}; repair or uninstall the package.")
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str) -> PruningMethod:
     """Return the method with this name.
 
     Raises:

@@ -17,7 +17,7 @@ from nemo_pvs.layerwise import state_memory
 from nemo_pvs.layerwise.model import Compute, LayerwiseModel
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.layerwise.state_memory import Room
-from nemo_pvs.pruning.sparse.sequential import Method, prune_layers
+from nemo_pvs.pruning.sparse.sequential import LayerwiseMethod, prune_layers
 from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
 from nemo_pvs.pruning.sparse.wanda import Wanda
@@ -82,7 +82,7 @@ def test_masks_are_those_of_the_cpu(device, source, tokens, tmp_path, measured, 
     assert same > (0.999 if method is Wanda else 0.98)
 
 
-def _masks(source: Any, tokens: TokenSet, method: Method, folder: Path, where: str) -> torch.Tensor:
+def _masks(source: Any, tokens: TokenSet, method: LayerwiseMethod, folder: Path, where: str) -> torch.Tensor:
     pruned = prune_layers(source, tokens, method, folder, compute=Compute(device=where))
     names = (f"model.layers.{layer}.{name}.weight" for layer in range(4) for name in MATRICES)
     return torch.cat([pruned.masks.read(name).flatten() for name in names])

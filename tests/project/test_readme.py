@@ -16,7 +16,7 @@ import typer
 
 from nemo_pvs.cli.main import app, main
 from nemo_pvs.cli.verbs import VERBS
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.options import Options
 from nemo_pvs.pruning.registry import methods
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
@@ -144,7 +144,7 @@ def test_every_method_has_a_row_that_says_what_its_registration_says(document):
         assert methods()[name].paper in row, name
 
 
-def _needs(method: Method) -> str:
+def _needs(method: PruningMethod) -> str:
     if method.trains:
         return "training (`pvs run`)"
     if method.scored:

@@ -21,7 +21,7 @@ from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import Compute
 from nemo_pvs.pruning.sparse.pruned_layers import SparseSource
-from nemo_pvs.pruning.sparse.sequential import Method, prune_layers
+from nemo_pvs.pruning.sparse.sequential import LayerwiseMethod, prune_layers
 from nemo_pvs.pruning.sparse.sparsegpt import SparseGPT
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
 from nemo_pvs.pruning.sparse.wanda import Wanda
@@ -33,7 +33,7 @@ from tests.pruning.test_sparsegpt import oracle
 from tests.state_source import StateSource, random_ids, tiny_model
 
 LAYERS = 4
-METHODS: list[Method] = [Wanda(Sparsity(0.5)), SparseGPT(Sparsity.parse("2:4")), SparseGPT(Sparsity(0.6))]
+METHODS: list[LayerwiseMethod] = [Wanda(Sparsity(0.5)), SparseGPT(Sparsity.parse("2:4")), SparseGPT(Sparsity(0.6))]
 
 
 def token_set(samples: int = 6, length: int = 48) -> TokenSet:
@@ -69,7 +69,7 @@ def inputs_of(model: torch.nn.Module, ids: torch.Tensor, layer: int) -> dict[str
     return seen
 
 
-def prune_like_the_paper(weight: torch.Tensor, x: Any, method: Method, samples: int) -> tuple[Any, Any]:
+def prune_like_the_paper(weight: torch.Tensor, x: Any, method: LayerwiseMethod, samples: int) -> tuple[Any, Any]:
     w = weight.detach().double().numpy()
     if isinstance(method, SparseGPT):
         hessian = 2 / samples * x @ x.T
@@ -84,7 +84,7 @@ def prune_like_the_paper(weight: torch.Tensor, x: Any, method: Method, samples: 
 @pytest.mark.slow
 @pytest.mark.parametrize("calibration", ["sequential", "dense"])
 @pytest.mark.parametrize("method", METHODS, ids=["wanda", "sparsegpt 2:4", "sparsegpt 0.6"])
-def test_layer_by_layer_is_what_whole_models_say(method: Method, calibration: Any, tmp_path: Path) -> None:
+def test_layer_by_layer_is_what_whole_models_say(method: LayerwiseMethod, calibration: Any, tmp_path: Path) -> None:
     """The oracle runs all of the dense model, or the model pruned so far, in float64, for every layer."""
     dense, tokens = tiny_model(num_hidden_layers=3).double(), token_set()
     pruned_so_far = copy.deepcopy(dense)
@@ -165,7 +165,7 @@ def test_layers_see_what_will_be_stored(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS[:2], ids=["wanda", "sparsegpt"])
-def test_batches_and_memory_do_not_matter(method: Method, tmp_path: Path) -> None:
+def test_batches_and_memory_do_not_matter(method: LayerwiseMethod, tmp_path: Path) -> None:
     source, tokens = StateSource(tiny_model().double()), token_set(7)
     settings: list[dict[str, Any]] = [{"batch_size": 7}, {"batch_size": 2}, {"batch_size": 7, "memory_limit": 1}]
     results = [
@@ -267,7 +267,7 @@ def test_kill_9(tmp_path: Path) -> None:
     assert (folder / "layer-00000" / "weights.safetensors").stat().st_mtime_ns == first.st_mtime_ns
 
 
-def interrupted(folder: Path, source: StateSource, tokens: TokenSet, method: Method, sequences: int) -> None:
+def interrupted(folder: Path, source: StateSource, tokens: TokenSet, method: LayerwiseMethod, sequences: int) -> None:
     def interrupt(done: int, _: int) -> None:
         if done >= sequences:
             raise KeyboardInterrupt
@@ -280,7 +280,7 @@ def interrupted(folder: Path, source: StateSource, tokens: TokenSet, method: Met
 def test_another_pruning_in_the_folder(tmp_path: Path) -> None:
     source, tokens, folder = StateSource(tiny_model()), token_set(), tmp_path / "work"
     interrupted(folder, source, tokens, METHODS[0], 20)
-    others: list[tuple[str, tuple[StateSource, TokenSet, Method]]] = [
+    others: list[tuple[str, tuple[StateSource, TokenSet, LayerwiseMethod]]] = [
         ("model", (StateSource(tiny_model(seed=1)), tokens, METHODS[0])),
         ("samples, tokens", (source, token_set(5), METHODS[0])),
         ("sparsity", (source, tokens, Wanda(Sparsity.parse("2:4")))),
@@ -341,7 +341,7 @@ def test_bad_tokens_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=["wanda", "sparsegpt"])
-def test_a_broken_layer_is_named(method: Method, tmp_path: Path) -> None:
+def test_a_broken_layer_is_named(method: LayerwiseMethod, tmp_path: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 0] = float("nan")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.method import Expected, Method
+from nemo_pvs.pruning.method import Expected, PruningMethod
 from nemo_pvs.pruning.methods.steps import planned
 from nemo_pvs.pruning.options import Multiples, Positive, Share, Vocabulary, option
 
@@ -59,7 +59,7 @@ def _expected(options: AdaptPrunerOptions, parent: Shape) -> Expected:
     return Expected(shrunk(parent, parameters_left(parent, options.ratio, options.of)), exact=False)
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name=NAME,
     removes="KV groups and FFN channels by |W gradient|, most from layers that change their input least",
     paper="2502.03460",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import in_training
 from nemo_pvs.pruning.options import Options
 
@@ -13,7 +13,7 @@ class EfficientLLMOptions(Options):
     """EfficientLLM has none; how much it removes, and when, is a block of a recipe, ``pruning_aware``."""
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name=NAME,
     removes="hidden and FFN channels and KV groups, one by one while the model trains",
     paper="2502.06663",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.method import Expected, Method
+from nemo_pvs.pruning.method import Expected, PruningMethod
 from nemo_pvs.pruning.methods.steps import by_scores, expected_units
 from nemo_pvs.pruning.options import Units, option
 
@@ -41,7 +41,7 @@ def _expected(options: FlapOptions, parent: Shape) -> Expected:
     return expected._replace(shape=expected.shape.replace(features=features))
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name="flap",
     removes="KV groups and FFN channels by fluctuation, with biases",
     paper="2312.11983",

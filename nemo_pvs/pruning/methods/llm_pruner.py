@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.method import Expected, Method
+from nemo_pvs.pruning.method import Expected, PruningMethod
 from nemo_pvs.pruning.methods.steps import by_scores, expected_units
 from nemo_pvs.pruning.options import ProtectedLayers, Units, option
 
@@ -32,7 +32,7 @@ def _expected(options: LLMPrunerOptions, parent: Shape) -> Expected:
     return expected_units(options, parent, round_kept=True)
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name="llm-pruner",
     removes="KV groups and FFN channels by |W gradient|",
     paper="2305.11627",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_masked, sparsity_of
 from nemo_pvs.pruning.options import Sparse, option
 
@@ -28,7 +28,7 @@ def _prune(request: PruneRequest[MagnitudeOptions]) -> Pruned:
     return Pruned(source, None, {"method": "magnitude", "sparsity": str(sparsity)})
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name="magnitude",
     removes="single weights by |W|",
     paper="1506.02626",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
 from nemo_pvs.pruning.options import NotNegative, Positive, SizesOrRatio, option
 
@@ -87,7 +87,7 @@ def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
     return plan
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name=NAME,
     removes="whole layers, by the loss or a task's score without them",
     paper="2407.14679",

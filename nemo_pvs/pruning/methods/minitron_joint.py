@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
 from nemo_pvs.pruning.options import QueryHeads, SizesOrPreset, Vocabulary, option
 
@@ -30,7 +30,7 @@ def _plan(request: PruneRequest[MinitronJointOptions], target: Shape) -> Plan:
     return plan_joint(request.scores(), target, request.options.aggregation, merge_heads=request.options.merge_heads)
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name=NAME,
     removes="layers and widths at once, to what pvs search found",
     paper="2408.11796",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
 from nemo_pvs.pruning.options import QueryHeads, SizesOrRatio, option
 
@@ -30,7 +30,7 @@ def _plan(request: PruneRequest[MinitronWidthOptions], target: Shape) -> Plan:
     return plan_width(request.scores(), target, request.options.aggregation, merge_heads=request.options.merge_heads)
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name=NAME,
     removes="hidden and FFN channels, KV groups and query heads, by activations",
     paper="2407.14679",

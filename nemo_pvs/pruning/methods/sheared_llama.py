@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_sizes, in_training
 from nemo_pvs.pruning.options import SizesOrPreset
 
@@ -13,7 +13,7 @@ class ShearedLlamaOptions(SizesOrPreset):
     """The options of Sheared LLaMA; how masks are learned is a block of a recipe, ``learn``."""
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name=NAME,
     removes="hidden and FFN channels, KV groups and layers, by masks learned in training",
     paper="2310.06694",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
 from nemo_pvs.pruning.options import ProtectedLayers, SizesOrRatio
 
@@ -29,7 +29,7 @@ def _plan(request: PruneRequest[ShortGPTOptions], target: Shape) -> Plan:
     return plan_shortgpt(request.scores(), remove, **request.options.given("protect_first", "protect_last"))
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name=NAME,
     removes="whole layers, by how little they change their input",
     paper="2403.03853",

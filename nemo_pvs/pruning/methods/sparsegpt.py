@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_masked, layer_by_layer, sparsity_of
 from nemo_pvs.pruning.options import Sparse, option
 
@@ -26,7 +26,7 @@ def _prune(request: PruneRequest[SparseGPTOptions]) -> Pruned:
     return layer_by_layer(request, SparseGPT(sparsity_of(request), **request.options.given("compat")))
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name="sparsegpt",
     removes="single weights by the error they leave, the rest updated",
     paper="2301.00774",

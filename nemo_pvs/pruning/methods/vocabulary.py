@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.method import Expected, Method
+from nemo_pvs.pruning.method import Expected, PruningMethod
 from nemo_pvs.pruning.methods.steps import planned
 from nemo_pvs.pruning.options import VOCAB, Vocabulary
 
@@ -45,7 +45,7 @@ def _expected(options: VocabularyOptions, parent: Shape) -> Expected:
     return Expected(parent, exact=True)
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name=NAME,
     removes="tokens that are rare in a text",
     options=VocabularyOptions,

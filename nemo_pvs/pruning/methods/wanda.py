@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_masked, layer_by_layer, sparsity_of
 from nemo_pvs.pruning.options import Sparse, option
 
@@ -25,7 +25,7 @@ def _prune(request: PruneRequest[WandaOptions]) -> Pruned:
     return layer_by_layer(request, Wanda(sparsity_of(request)))
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name="wanda",
     removes="single weights by |W| |x|",
     paper="2306.11695",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_pvs.pruning.method import Method
+from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import by_scores, expected_units
 from nemo_pvs.pruning.options import Units
 
@@ -22,7 +22,7 @@ def _plan(*arguments: Any, **options: Any) -> Plan:
     return plan_wanda_sp(*arguments, **options)
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name="wanda-sp",
     removes="KV groups and FFN channels by |W| |x|",
     paper="2312.11983",

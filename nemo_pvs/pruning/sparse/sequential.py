@@ -47,7 +47,7 @@ class InputStatistic(Protocol):
         """Return the sum [channels], or [channels, channels] with the squares on its diagonal."""
 
 
-class Method(Protocol):
+class LayerwiseMethod(Protocol):
     """What the engine needs of a pruning method."""
 
     @property
@@ -68,7 +68,7 @@ class Method(Protocol):
 def prune_layers(
     source: WeightSource,
     tokens: TokenSet,
-    method: Method,
+    method: LayerwiseMethod,
     folder: Path,
     *,
     calibration: Literal["sequential", "dense"] = "sequential",
@@ -189,7 +189,7 @@ class _Passes:
 
 @contextmanager
 def _watching(
-    layer: nn.Module, inputs: list[Entry], method: Method, shape: Shape, *, stop: bool
+    layer: nn.Module, inputs: list[Entry], method: LayerwiseMethod, shape: Shape, *, stop: bool
 ) -> Iterator[list[InputStatistic]]:
     """Yield a statistic for each input of the layer's matrices, updated by forward passes within the context.
 
@@ -226,7 +226,7 @@ def _update(statistic: InputStatistic, _: nn.Module, inputs: tuple[torch.Tensor,
 def _prune(
     entry: Entry,
     statistic: InputStatistic,
-    method: Method,
+    method: LayerwiseMethod,
     source: WeightSource,
     sequences: int,
     device: torch.device,
