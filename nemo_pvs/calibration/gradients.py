@@ -19,7 +19,7 @@ from nemo_pvs.calibration.taylor import Matrix, unit_scores
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import IGNORED, LayerwiseModel
-from nemo_pvs.model.layout import Layout, Part
+from nemo_pvs.model.layout import Layout, TensorPart
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.system import ranks
 
@@ -220,7 +220,7 @@ class _MatrixGradient:
         return Matrix(self._axes, self._weight.to(self._dtype), gradient.to(device), square.to(device))
 
 
-def matrices(layout: Layout, shape: Shape, layer: int) -> list[Part]:
+def matrices(layout: Layout, shape: Shape, layer: int) -> list[TensorPart]:
     """Return a decoder layer's matrices."""
     parts = (part for part, _ in layout.parts(shape).values())
     return [part for part in parts if part.layer == layer and len(part.axes) == 2]
@@ -231,7 +231,7 @@ def next_tokens(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
 
 
-def _module_name(part: Part) -> str:
+def _module_name(part: TensorPart) -> str:
     return part.name.removeprefix(f"model.layers.{part.layer}.").removesuffix(".weight")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from nemo_pvs.data.corpus import BlankFilter, Document, read_file
 from nemo_pvs.data.encoder import make_encoder
-from nemo_pvs.data.parts import Part
+from nemo_pvs.data.parts import FilePart
 from nemo_pvs.data.split import split_of
 from nemo_pvs.system.files import whole_folder, write_json
 from nemo_pvs.system.processes import die_with_parent
@@ -58,7 +58,7 @@ class PartWriter:
         self._settings = settings
         self._encoder = make_encoder(settings.description, settings.tokenizer, settings.dtype)
 
-    def write(self, part: Part, folder: Path) -> None:
+    def write(self, part: FilePart, folder: Path) -> None:
         """Write a part as a new ``folder``: ids and lengths of every split with a document, hashes and a manifest.
 
         Raises:
@@ -106,6 +106,6 @@ def start_worker(settings: Settings) -> None:
     _writer = PartWriter(settings)
 
 
-def write_part(part: Part, folder: Path) -> None:
+def write_part(part: FilePart, folder: Path) -> None:
     """Write a part in a worker; see ``PartWriter.write``."""
     _writer.write(part, folder)

@@ -17,7 +17,7 @@ _MOST_PARTS = 4096
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """A file, or the part of one from ``start`` to ``end`` as in ``corpus.read_file``."""
 
     file: Path | None
@@ -25,7 +25,7 @@ class Part:
     end: int | None = None
 
 
-def divide(files: Sequence[Path | None], part_bytes: int | None = None) -> list[Part]:
+def divide(files: Sequence[Path | None], part_bytes: int | None = None) -> list[FilePart]:
     """Divide files into parts, which together are the files in their order.
 
     JSON lines are divided anywhere, ``.jsonl.zst`` between frames and Parquet files between row groups. Other files,
@@ -40,7 +40,7 @@ def divide(files: Sequence[Path | None], part_bytes: int | None = None) -> list[
     parts = []
     for file, size in zip(files, sizes, strict=True):
         starts = _starts(file, size, least) if file and size > least else [0]
-        parts += [Part(file, start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
+        parts += [FilePart(file, start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
     return parts
 
 

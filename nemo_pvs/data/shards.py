@@ -15,7 +15,7 @@ from typing import Any
 from nemo_pvs.data.corpus import input_files, report_blank, report_left_out
 from nemo_pvs.data.encoder import describe
 from nemo_pvs.data.part_tokens import HASHES, IDS, LENGTHS, MANIFEST, PartWriter, Settings, start_worker, write_part
-from nemo_pvs.data.parts import Part, divide
+from nemo_pvs.data.parts import FilePart, divide
 from nemo_pvs.data.token_index import token_dtype, write_index
 from nemo_pvs.data.tokenize import count_tokens, end_of_text, load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
@@ -149,7 +149,7 @@ def _finished(out: Path, shares: Mapping[str, float], made_from: str) -> dict[st
     return manifests
 
 
-def _folders(root: Path, parts: list[Part], made_from: Mapping[str, Any]) -> Iterator[Path]:
+def _folders(root: Path, parts: list[FilePart], made_from: Mapping[str, Any]) -> Iterator[Path]:
     """Yield the folder of every part, named after its number and what it is made from."""
     file = -1
     for number, part in enumerate(parts):
@@ -159,7 +159,7 @@ def _folders(root: Path, parts: list[Part], made_from: Mapping[str, Any]) -> Ite
 
 
 def _write_parts(
-    parts: list[Part],
+    parts: list[FilePart],
     folders: list[Path],
     settings: Settings,
     workers: int,
@@ -206,7 +206,7 @@ def _write_parts(
             raise
 
 
-def _source_hash(parts: list[Part], folders: list[Path]) -> str:
+def _source_hash(parts: list[FilePart], folders: list[Path]) -> str:
     """Return a hash of the texts in their order, which does not depend on how files are divided."""
     digests = []
     for part, folder in zip(parts, folders, strict=True):

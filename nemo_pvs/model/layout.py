@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """One Hugging Face tensor inside a Megatron tensor."""
 
     name: str
@@ -41,7 +41,7 @@ class Entry:
     """Megatron name without prefix (``mlp.linear_fc1.weight``)."""
     layer: int | None
     """Index of the decoder layer, from 0; None for a tensor that exists once."""
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     fuse: str
     """plain, qkv or gate_up (conversions/README.md)."""
     tensor_parallel_axis: int | None
@@ -201,7 +201,7 @@ class Layout:
             present.add("untied")
         return [row for row in self.table[part] if row.get("only_when") in present]
 
-    def parts(self, shape: Shape) -> dict[str, tuple[Part, Entry]]:
+    def parts(self, shape: Shape) -> dict[str, tuple[TensorPart, Entry]]:
         """Return every Hugging Face tensor of a model of this shape by name, with the entry that holds it."""
         return {part.name: (part, entry) for entry in self.entries(shape) for part in entry.parts}
 
@@ -211,7 +211,7 @@ class Layout:
         return Entry(
             megatron=row["megatron"],
             layer=layer,
-            parts=tuple(Part(prefix + name, tuple(axes), layer) for name, axes in row["huggingface"].items()),
+            parts=tuple(TensorPart(prefix + name, tuple(axes), layer) for name, axes in row["huggingface"].items()),
             fuse=row.get("fuse", "plain"),
             tensor_parallel_axis=row.get("tensor_parallel_axis"),
         )

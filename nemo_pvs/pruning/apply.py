@@ -15,7 +15,7 @@ from nemo_pvs.checkpoints.masks import Masks, NoMasks, masks_of
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.data.assets import asset_files
 from nemo_pvs.errors import UserError
-from nemo_pvs.model.layout import Layout, Part
+from nemo_pvs.model.layout import Layout, TensorPart
 from nemo_pvs.pruning.input_means import AXES
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.vocabulary.files import new_ids, renumbered, write_tokenizer
@@ -123,7 +123,7 @@ class PrunedSource:
 class _SlicedMasks:
     """The parent's masks, sliced like their weights."""
 
-    def __init__(self, masks: Masks, plan: Plan, origins: Mapping[str, tuple[Part, int | None]]) -> None:
+    def __init__(self, masks: Masks, plan: Plan, origins: Mapping[str, tuple[TensorPart, int | None]]) -> None:
         self._masks = masks
         self._plan = plan
         self._origins = {name: origin for name, origin in origins.items() if origin[0].name in set(masks.names)}
@@ -148,7 +148,7 @@ def _merge_heads(tensor: torch.Tensor, pairs: Sequence[tuple[int, int]], head_di
     return heads.flatten(0, 1)
 
 
-def _slice(tensor: torch.Tensor, origin: Part, layer: int | None, plan: Plan) -> torch.Tensor:
+def _slice(tensor: torch.Tensor, origin: TensorPart, layer: int | None, plan: Plan) -> torch.Tensor:
     """Return the slice of a parent's tensor that a plan keeps; ``layer`` is its index in the pruned model."""
     for dimension, axis in enumerate(origin.axes):
         keep = plan.kept(axis, layer)
@@ -157,13 +157,13 @@ def _slice(tensor: torch.Tensor, origin: Part, layer: int | None, plan: Plan) ->
     return tensor
 
 
-def _origins(layout: Layout, plan: Plan) -> dict[str, tuple[Part, int | None]]:
+def _origins(layout: Layout, plan: Plan) -> dict[str, tuple[TensorPart, int | None]]:
     """Map each tensor of the pruned model to the parent's tensor and the layer's index in the pruned model.
 
     Biases that the parent lacks are not included.
     """
     parents = {(entry.layer, entry.megatron): entry for entry in layout.entries(plan.parent)}
-    origins: dict[str, tuple[Part, int | None]] = {}
+    origins: dict[str, tuple[TensorPart, int | None]] = {}
     for entry in layout.entries(plan.target):
         parent = parents.get((None if entry.layer is None else plan.keep_layers[entry.layer], entry.megatron))
         if parent is not None:
@@ -173,13 +173,13 @@ def _origins(layout: Layout, plan: Plan) -> dict[str, tuple[Part, int | None]]:
 
 
 def _bias_weights(
-    layout: Layout, plan: Plan, origins: Mapping[str, tuple[Part, int | None]]
-) -> dict[str, tuple[Part, int]]:
+    layout: Layout, plan: Plan, origins: Mapping[str, tuple[TensorPart, int | None]]
+) -> dict[str, tuple[TensorPart, int]]:
     """Map each bias that is not merely sliced to the parent's weight and the layer's index in the pruned model.
 
     These are the biases that the parent lacks, and those that compensate for removed inputs.
     """
-    weights: dict[str, tuple[Part, int]] = {}
+    weights: dict[str, tuple[TensorPart, int]] = {}
     if plan.input_means is None:
         return weights
     for name in layout.parts(plan.target):

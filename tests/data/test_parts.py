@@ -11,7 +11,7 @@ import zstandard
 
 from nemo_pvs.data.compressed import frame_starts, open_text
 from nemo_pvs.data.corpus import Document, read_file
-from nemo_pvs.data.parts import Part, divide
+from nemo_pvs.data.parts import FilePart, divide
 from nemo_pvs.errors import UserError
 
 # A byte order mark, characters of several bytes, blank lines, all kinds of line breaks, a line longer than a part.
@@ -31,7 +31,7 @@ def _texts(documents: list[Document]) -> list[str]:
     return [document.text for document in documents]
 
 
-def _read(part: Part) -> list[Document]:
+def _read(part: FilePart) -> list[Document]:
     return list(read_file(part.file, "text", start=part.start, end=part.end))
 
 
@@ -40,10 +40,10 @@ def test_wherever_a_file_is_divided_every_line_is_read_once(tmp_path: Path, last
     path = tmp_path / "a.jsonl"
     content = ("".join(LINES) + last).encode()
     path.write_bytes(content)
-    whole = _texts(_read(Part(path)))
+    whole = _texts(_read(FilePart(path)))
     assert len(whole) == 6
     for cut in range(1, len(content)):
-        parts = [Part(path, 0, cut), Part(path, cut)]
+        parts = [FilePart(path, 0, cut), FilePart(path, cut)]
         assert [text for part in parts for text in _texts(_read(part))] == whole, cut
     for size in (1, 2, 7, 50):
         parts = divide([path], size)
@@ -74,7 +74,7 @@ def test_frames_may_begin_anywhere(tmp_path: Path, seed: int) -> None:
     path.write_bytes(b"".join(frames))
     starts = frame_starts(path)
     assert starts == [sum(map(len, frames[:index])) for index in range(len(frames))]
-    whole = _texts(_read(Part(path)))
+    whole = _texts(_read(FilePart(path)))
     assert len(whole) == 18
     for least in (1, 100, 300):
         parts = divide([path], least)
@@ -126,7 +126,7 @@ def test_parquet_files_are_divided_between_row_groups(tmp_path: Path) -> None:
     assert _read(parts[2])[0].id == "a.parquet:9"
     assert len(divide([path], 10_000)) == 1
     path.write_bytes(path.read_bytes()[:-3])
-    assert divide([path], 1) == [Part(path)]
+    assert divide([path], 1) == [FilePart(path)]
 
 
 def test_what_cannot_be_divided_is_one_part(tmp_path: Path) -> None:
@@ -134,10 +134,10 @@ def test_what_cannot_be_divided_is_one_part(tmp_path: Path) -> None:
     for file in files:
         file.write_bytes(b"x" * 100)
     assert divide([None, *files], 60) == [
-        Part(None),
-        Part(files[0]),
-        Part(files[1]),
-        Part(files[2], 0, 60),
-        Part(files[2], 60),
+        FilePart(None),
+        FilePart(files[0]),
+        FilePart(files[1]),
+        FilePart(files[2], 0, 60),
+        FilePart(files[2], 60),
     ]
     assert len(divide(files)) == 3, "small files are not divided"

@@ -17,7 +17,7 @@ from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.search import latency, timing
 from nemo_pvs.pruning.search.latency import LatencyTable
-from nemo_pvs.pruning.search.timing import Part, Phase, Timer, Workload, last_level_cache, parts_of
+from nemo_pvs.pruning.search.timing import Phase, TimedPart, Timer, Workload, last_level_cache, parts_of
 from tests.conftest import tiny_llama_config
 from tests.families import CASES, tiny_config
 
@@ -38,7 +38,7 @@ class CountingTimer(Timer):
         self.asked: list[str] = []
         self._stop_after = stop_after
 
-    def part(self, phase: Phase, part: Part) -> float:
+    def part(self, phase: Phase, part: TimedPart) -> float:
         if len(self.asked) == self._stop_after:
             raise KeyboardInterrupt
         self.asked.append(f"{phase}: {part}")
@@ -212,7 +212,7 @@ def test_copies_that_do_not_fit_in_memory_are_refused(monkeypatch: pytest.Monkey
     with pytest.raises(
         UserError, match=r"Measuring attention hidden=64.* needs [\d.]+ GB, more than is free here; ch"
     ):
-        Timer(workload(context=200)).part("decode", Part("attention", 64, heads=8, kv_groups=2))
+        Timer(workload(context=200)).part("decode", TimedPart("attention", 64, heads=8, kv_groups=2))
     assert not Timer(workload()).holds(SHAPE.replace(vocab=100_000))
     assert Timer(workload()).holds(SHAPE)
 
@@ -277,7 +277,7 @@ def test_parts_do_together_what_the_whole_model_does(
 
 
 @pytest.mark.parametrize("part", [part for part, _ in parts_of(SHAPE)], ids=lambda part: part.kind)
-def test_a_part_reads_several_times_what_the_cache_holds(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_reads_several_times_what_the_cache_holds(part: TimedPart, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "last_level_cache", lambda device: 50_000)
     timer = RecordingTimer(workload())
     seconds = timer.part("decode", part)

@@ -25,7 +25,7 @@ from nemo_pvs.checkpoints.stored_tensors import StoredTensors
 from nemo_pvs.checkpoints.tensor_record import TensorRecord, dtype_name
 from nemo_pvs.checkpoints.transforms.biases import with_both_biases
 from nemo_pvs.errors import UserError
-from nemo_pvs.model.layout import Entry, Layout, Part
+from nemo_pvs.model.layout import Entry, Layout, TensorPart
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.system.files import whole_folder
 from nemo_pvs.system.progress import say_once
@@ -301,7 +301,7 @@ def _row_blocks(
         yield padding, partial(torch.zeros, (padding, *size[1:]), dtype=dtype)
 
 
-def _fused(recorder: Recorder, entry: Entry, parts: tuple[Part, ...], dtype: torch.dtype) -> torch.Tensor:
+def _fused(recorder: Recorder, entry: Entry, parts: tuple[TensorPart, ...], dtype: torch.dtype) -> torch.Tensor:
     tensors = [recorder.read(part.name) for part in parts]
     for part, tensor in zip(parts, tensors, strict=True):
         if tensor.dtype != dtype:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from nemo_pvs.model.layout import Entry, Part
+from nemo_pvs.model.layout import Entry, TensorPart
 from nemo_pvs.model.shape import Shape
 
 Initialisation = Literal["megatron", "maxtext", "normal"]
@@ -40,7 +40,7 @@ class Distribution:
 
 
 def distribution(
-    scheme: Initialisation, part: Part, entry: Entry, shape: Shape, config: Mapping[str, Any]
+    scheme: Initialisation, part: TensorPart, entry: Entry, shape: Shape, config: Mapping[str, Any]
 ) -> Distribution:
     """Return the distribution of a matrix.
 

@@ -12,7 +12,7 @@ import torch
 from nemo_pvs.checkpoints.masks import Masks, NoMasks
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.checkpoints.transforms.initialisation import Initialisation, distribution
-from nemo_pvs.model.layout import Entry, Layout, Part
+from nemo_pvs.model.layout import Entry, Layout, TensorPart
 
 
 class RandomSource:
@@ -63,7 +63,7 @@ class RandomSource:
         weight = self._draw(name, part, entry)
         return weight.masked_fill_(~self.masks.read(name), 0) if name in self._masked else weight
 
-    def _draw(self, name: str, part: Part, entry: Entry) -> torch.Tensor:
+    def _draw(self, name: str, part: TensorPart, entry: Entry) -> torch.Tensor:
         size = part.size(self._shape)
         if len(size) == 1:
             return torch.full(size, 0.0 if name.endswith(".bias") else 1.0, dtype=self._dtype)

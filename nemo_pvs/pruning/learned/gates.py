@@ -11,7 +11,7 @@ import torch
 
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
-from nemo_pvs.model.layout import Entry, Layout, Part
+from nemo_pvs.model.layout import Entry, Layout, TensorPart
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.plan import Indices, Plan
 
@@ -123,7 +123,7 @@ class FoldedSource:
         factors = factors.to(tensor.device, torch.promote_types(tensor.dtype, torch.float32))
         return (tensor * factors.view(-1, *[1] * (tensor.ndim - 1))).to(tensor.dtype)
 
-    def _factors(self, part: Part, entry: Entry) -> torch.Tensor | None:
+    def _factors(self, part: TensorPart, entry: Entry) -> torch.Tensor | None:
         """Return the factors of a tensor's rows [rows]; None if it is not gated."""
         gates, layer, module = self._gates, part.layer, entry.megatron
         if module.endswith(("layer_norm_weight", "final_layernorm.weight")):

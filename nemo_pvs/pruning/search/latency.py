@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.search.timing import Part, Phase, Timer, parts_of
+from nemo_pvs.pruning.search.timing import Phase, TimedPart, Timer, parts_of
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import cache_folder, read_json, sha256_json, write_json
 from nemo_pvs.system.folder_lock import locked_target
@@ -97,7 +97,7 @@ class LatencyTable:
             UserError: the table is of another machine, is being measured by another command, or there are several
                 ranks, which would slow each other down.
         """
-        parts: dict[str, Part] = {str(part): part for shape in shapes for part, _ in parts_of(shape)}
+        parts: dict[str, TimedPart] = {str(part): part for shape in shapes for part, _ in parts_of(shape)}
         self._complete(
             phase,
             {key: partial(self._timer.part, phase, part) for key, part in sorted(parts.items())},

@@ -38,7 +38,7 @@ _RUNS, _LONG_ENOUGH = 30, 2.0
 """A median is taken over this many runs, or over those that fit into this many seconds."""
 
 
-class Part(NamedTuple):
+class TimedPart(NamedTuple):
     """A part of a model that takes the same time wherever its sizes are these."""
 
     kind: Literal["attention", "mlp", "head"]
@@ -55,11 +55,11 @@ class Part(NamedTuple):
         return f"{self.kind} " + ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def parts_of(shape: Shape) -> Iterator[tuple[Part, int]]:
+def parts_of(shape: Shape) -> Iterator[tuple[TimedPart, int]]:
     """Yield the parts of a model with even layers, each with how often it occurs."""
-    yield Part("attention", shape.hidden, heads=shape.heads, kv_groups=shape.kv_groups), shape.layers
-    yield Part("mlp", shape.hidden, ffn=shape.ffn), shape.layers
-    yield Part("head", shape.hidden, vocab=shape.vocab), 1
+    yield TimedPart("attention", shape.hidden, heads=shape.heads, kv_groups=shape.kv_groups), shape.layers
+    yield TimedPart("mlp", shape.hidden, ffn=shape.ffn), shape.layers
+    yield TimedPart("head", shape.hidden, vocab=shape.vocab), 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Timer:
         self._config["sliding_window"] = None
 
     @torch.no_grad()
-    def part(self, phase: Phase, part: Part) -> float:
+    def part(self, phase: Phase, part: TimedPart) -> float:
         """Return the median seconds that a part takes.
 
         Raises:
@@ -259,7 +259,7 @@ class Timer:
             cache.update(keys, values, layer)
         return cache
 
-    def _bytes(self, part: Part) -> int:
+    def _bytes(self, part: TimedPart) -> int:
         """Return the bytes that decoding reads in a part: weights, keys and values."""
         head_dim, cached = self._parent.head_dim, self.workload.batch * self.workload.context
         elements = {
