@@ -37,7 +37,7 @@ class TaskRequest:
 
 
 @dataclass(frozen=True)
-class Preset:
+class TaskPreset:
     """One preset of ``presets.yaml``."""
 
     tasks: dict[str, str]
@@ -60,13 +60,13 @@ class Preset:
         return requests
 
 
-def presets() -> dict[str, Preset]:
+def task_presets() -> dict[str, TaskPreset]:
     """Return the presets by name."""
     text = resources.files("nemo_pvs.evaluation").joinpath("presets.yaml").read_text()
     named = {}
     for name, values in yaml.safe_load(text).items():
         sizes = values.pop("recovery", None)
-        named[name] = Preset(**values, recovery=sizes and RecoveryMeasures(**sizes))
+        named[name] = TaskPreset(**values, recovery=sizes and RecoveryMeasures(**sizes))
     return named
 
 
@@ -83,8 +83,8 @@ def parse_tasks(text: str) -> list[TaskRequest]:
         if Path(item).is_dir():
             defined.update({request.task: request.folder for request in _tasks_of_folder(Path(item))})
     for item in items:
-        if item in presets():
-            requests += presets()[item].requests
+        if item in task_presets():
+            requests += task_presets()[item].requests
         elif Path(item).is_dir():
             requests += _tasks_of_folder(Path(item))
         else:
@@ -148,7 +148,7 @@ class EvaluationRequest:
 
     tasks: Sequence[TaskRequest]
     texts: Sequence[str]
-    presets: Sequence[str]
+    task_presets: Sequence[str]
     """Names of the presets that were requested; their averages are reported."""
     samples: int
     sequence_length: int
@@ -177,8 +177,8 @@ class EvaluationRequest:
             UserError: as ``parse_tasks``.
         """
         task_requests = parse_tasks(tasks) if tasks is not None else []
-        named = [name for name in presets() if tasks is not None and name in map(str.strip, tasks.split(","))]
-        preset = presets()[named[0]] if named else None
+        named = [name for name in task_presets() if tasks is not None and name in map(str.strip, tasks.split(","))]
+        preset = task_presets()[named[0]] if named else None
         if texts is None:
             texts = preset.perplexity if preset else [] if task_requests else [_TEXT]
         return cls(
@@ -189,14 +189,14 @@ class EvaluationRequest:
             (preset.sequence_length if preset else _SEQUENCE_LENGTH) if sequence_length is None else sequence_length,
             stride,
             train_split,
-            next((presets()[name].recovery for name in named if presets()[name].recovery), None),
+            next((task_presets()[name].recovery for name in named if task_presets()[name].recovery), None),
         )
 
     def averages(self, measured: Measured) -> Measured:
         """Return the mean over the tasks of each preset, as ``paper/average``."""
         averages = {}
         for name in self.presets:
-            preset = presets()[name]
+            preset = task_presets()[name]
             metrics = [f"{task}/0-shot/{metric}" for task, metric in preset.tasks.items()]
             value = None if preset.data else average(measured, metrics)
             if value is not None:

@@ -15,7 +15,7 @@ from nemo_pvs.model.shape import Shape
 
 
 @dataclass(frozen=True)
-class Preset:
+class TargetPreset:
     """One published target and the model that it was pruned from."""
 
     name: str
@@ -30,7 +30,7 @@ class Preset:
 
 
 @cache
-def presets() -> Mapping[str, Preset]:
+def target_presets() -> Mapping[str, TargetPreset]:
     """Return every preset by its full name."""
     families = yaml.safe_load(resources.files("nemo_pvs.pruning").joinpath("presets.yaml").read_text())
     by_name = {}
@@ -39,11 +39,13 @@ def presets() -> Mapping[str, Preset]:
         for name, target in values["targets"].items():
             full = f"{family}/{name}"
             shape = parent.replace(**target["sizes"])
-            by_name[full] = Preset(full, target["method"], target.get("ratio"), parent, shape, target["parameters"])
+            by_name[full] = TargetPreset(
+                full, target["method"], target.get("ratio"), parent, shape, target["parameters"]
+            )
     return by_name
 
 
-def find_preset(name: str, parent: Shape) -> Preset:
+def find_preset(name: str, parent: Shape) -> TargetPreset:
     """Return a preset by its full name or, if only one family has it, by its last part.
 
     Args:
@@ -53,7 +55,7 @@ def find_preset(name: str, parent: Shape) -> Preset:
     Raises:
         UserError: there is no such preset, several families have it, or it is for another model.
     """
-    known = presets()
+    known = target_presets()
     matches = [preset for full, preset in known.items() if name in (full, full.split("/")[1])]
     if not matches:
         near = difflib.get_close_matches(name, [*known, *(full.split("/")[1] for full in known)], n=1)

@@ -25,7 +25,7 @@ from nemo_pvs.checkpoints.fetch import SMOLLM2
 from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.model.layout import Layout as WeightLayout
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.presets import presets
+from nemo_pvs.pruning.presets import target_presets
 from nemo_pvs.system.progress import console
 from nemo_pvs.training.job import TrainingJob
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
@@ -51,13 +51,13 @@ class Steps:
 def main() -> None:
     """Print the table."""
     options = argparse.ArgumentParser()
-    options.add_argument("--shape", default=SMOLLM2, choices=[SMOLLM2, *presets()], metavar="PRESET")
+    options.add_argument("--shape", default=SMOLLM2, choices=[SMOLLM2, *target_presets()], metavar="PRESET")
     options.add_argument("--layers", type=int)
     options.add_argument("--sequence-length", type=int, default=128)
     options.add_argument("--batch", type=int, default=8, help="sequences a step, one micro-batch each")
     options.add_argument("--steps", type=int, default=12)
     given = options.parse_args()
-    shape = _SMOLLM2 if given.shape == SMOLLM2 else presets()[given.shape].target
+    shape = _SMOLLM2 if given.shape == SMOLLM2 else target_presets()[given.shape].target
     shape = shape.replace(layers=given.layers or shape.layers)
     with tempfile.TemporaryDirectory() as folder:
         job = plain_job(Path(folder), shape, given.sequence_length, given.batch, given.steps)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_pvs.cli.main import main
-from nemo_pvs.evaluation.requests import presets
+from nemo_pvs.evaluation.requests import task_presets
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.layerwise import perplexity as perplexity_module
 from nemo_pvs.reporting.compare.scores import read_scores
@@ -216,7 +216,7 @@ def test_recovery_needs_no_data_set_and_names_what_it_leaves_out(evaluate, model
 def test_presets_name_the_data_sets_of_their_tasks():
     from nemo_pvs.evaluation.tasks import _definition, _known_tasks
 
-    for request in presets()["recovery"].requests:
+    for request in task_presets()["recovery"].requests:
         assert _definition(request, _known_tasks(None))[0]["dataset_path"] == request.data_set
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.language_model import CheckpointLM
-from nemo_pvs.evaluation.requests import EvaluationRequest, TaskRequest, parse_tasks, presets
+from nemo_pvs.evaluation.requests import EvaluationRequest, TaskRequest, parse_tasks, task_presets
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.summary import average
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
@@ -173,7 +173,7 @@ def test_requests():
     assert EvaluationRequest.parse("arc_easy", None).texts == []
     assert EvaluationRequest.parse("paper", ["none"]).texts == []
     assert EvaluationRequest.parse("paper", ["c4"], samples=3).samples == 3
-    assert list(presets()) == ["paper", "recovery"]
+    assert list(task_presets()) == ["paper", "recovery"]
 
 
 @pytest.mark.slow

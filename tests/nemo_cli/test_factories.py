@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nemo_pvs.cli.factory_names import factory_call, factory_name, prune_factory_name
-from nemo_pvs.pruning.presets import presets
+from nemo_pvs.pruning.presets import target_presets
 from nemo_pvs.pruning.registry import at_once
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from nemo_pvs.recipe.series import is_one_run
@@ -139,7 +139,7 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 def test_every_run_of_every_recipe_is_a_factory_of_its_shape(recipes):
     assert len(recipes) > 100
-    shape = presets()["llama31_8b/4b-width"].target
+    shape = target_presets()["llama31_8b/4b-width"].target
     assert recipes[WIDTH]["sizes"] == (shape.layers, shape.hidden, shape.ffn, shape.kv_groups)
     assert recipes[WIDTH]["steps"] == 11921  # ceil(50e9 / (512 * 8192))
     for name, made in recipes.items():

@@ -10,7 +10,7 @@ from nemo_pvs.cli.dry_run_table import _ranks
 from nemo_pvs.cli.main import main
 from nemo_pvs.errors import UserError
 from nemo_pvs.planning.dry_run import dry_run
-from nemo_pvs.pruning.presets import presets
+from nemo_pvs.pruning.presets import target_presets
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from tests.conftest import make_tiny_llama
 
@@ -29,7 +29,9 @@ def test_every_packaged_recipe_is_possible(name):
 def test_the_grid_is_complete():
     names = [name for name in packaged_recipes() if name.startswith("llama31_8b/") and name != "llama31_8b/p200"]
     targets = {planned.name: planned for name in names for planned in dry_run(load_recipe(name)).targets}
-    published = {preset.name.split("/")[1]: preset for preset in presets().values() if "llama31_8b" in preset.name}
+    published = {
+        preset.name.split("/")[1]: preset for preset in target_presets().values() if "llama31_8b" in preset.name
+    }
     assert {name for name in targets if name in published} == published.keys()
     for name, preset in published.items():
         shape = targets[name].expected.shape

@@ -5,7 +5,7 @@ from nemo_pvs.cluster.profile import SlurmProfile
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.memory import parameters_on
 from nemo_pvs.planning.saves import Save, last_save, save_during_run
-from nemo_pvs.pruning.presets import presets
+from nemo_pvs.pruning.presets import target_presets
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.recipe.training import Training
@@ -29,7 +29,7 @@ def test_the_parts_of_a_node_are_its_share_of_the_checkpoint():
 
 def test_one_rank_gathers_what_every_rank_used_to():
     """4.5 B at TP 1: 54 GB, not 54 GB on each of the eight GPUs of a node."""
-    shape = presets()["llama31_8b/4b-width"].target
+    shape = target_presets()["llama31_8b/4b-width"].target
     state = 12 * shape.parameters
     assert state == pytest.approx(54 * GB, rel=0.01)
     last = last_save(shape, Parallelism(data_parallel=128), TRAINING)

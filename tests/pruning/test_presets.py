@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.presets import find_preset, presets
+from nemo_pvs.pruning.presets import find_preset, target_presets
 from tests.model.test_shape import LLAMA_8B
 
 # Sizes and counts of the paper's configurations, written down a second time: layers, hidden, ffn, heads, parameters.
@@ -28,7 +28,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", [*PUBLISHED])
 def test_sizes_and_exact_counts(name: str) -> None:
-    preset = presets()[name]
+    preset = target_presets()[name]
     shape = preset.target
     layers, hidden, ffn, heads, parameters = PUBLISHED[name]
     assert (shape.layers, shape.hidden, shape.ffn, shape.heads) == (layers, hidden, ffn, heads)
@@ -42,8 +42,8 @@ def test_sizes_and_exact_counts(name: str) -> None:
 
 
 def test_there_are_no_others_and_names_say_the_size() -> None:
-    assert presets().keys() == PUBLISHED.keys()
-    ratios = {name: preset.ratio for name, preset in presets().items() if name.endswith(("depth", "width"))}
+    assert target_presets().keys() == PUBLISHED.keys()
+    ratios = {name: preset.ratio for name, preset in target_presets().items() if name.endswith(("depth", "width"))}
     assert sorted(ratios.values()) == [0.5, 0.5, 0.65, 0.65, 0.75, 0.75, 0.8, 0.8]
 
 

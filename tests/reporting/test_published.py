@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_pvs.ledger.ledger import Ledger
-from nemo_pvs.pruning.presets import presets
+from nemo_pvs.pruning.presets import target_presets
 from nemo_pvs.reporting.published import published
 
 PER_STEP = 512 * 8192
@@ -35,10 +35,10 @@ def test_the_labels_are_4_86_percent_short_of_the_tokens() -> None:
 
 
 def test_the_sizes_are_those_of_the_presets() -> None:
-    sizes = {preset.name: preset.parameters for preset in presets().values()}
+    sizes = {preset.name: preset.parameters for preset in target_presets().values()}
     depth, _, width, _ = published().curves
     assert (depth.parameters, width.parameters) == (sizes["llama31_8b/4b-depth"], sizes["llama31_8b/4b-width"])
-    assert published().parent_parameters == presets()["llama31_8b/4b-depth"].parent.parameters
+    assert published().parent_parameters == target_presets()["llama31_8b/4b-depth"].parent.parameters
     smallest = min(one.parameters for one in published().advantages)
     assert smallest == sizes["llama31_8b/1.5b-depth"]
 
@@ -62,7 +62,7 @@ def test_every_point_names_its_source() -> None:
 
 
 def test_the_ledger_of_a_published_run_has_its_steps() -> None:
-    preset = presets()["llama31_8b/4b-depth"]
+    preset = target_presets()["llama31_8b/4b-depth"]
     ledger = Ledger()
     ledger.charge(
         "training", published().accuracy_tokens, preset.target, 8192, training=True, tokens_per_step=PER_STEP

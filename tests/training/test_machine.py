@@ -5,7 +5,7 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.planning.memory import training_memory
-from nemo_pvs.pruning.presets import presets
+from nemo_pvs.pruning.presets import target_presets
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.load import parse_training
 from nemo_pvs.training.machine import H100, H100_BYTES, Machine, check_gpus, h100_layout
@@ -22,9 +22,9 @@ TRAINING = parse_training(
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 256])
-@pytest.mark.parametrize("name", [name for name in presets() if name.startswith("llama31_8b")])
+@pytest.mark.parametrize("name", [name for name in target_presets() if name.startswith("llama31_8b")])
 def test_a_layout_is_legal_fits_and_uses_every_gpu(name, gpus):
-    shape = presets()[name].target
+    shape = target_presets()[name].target
     layout, reasons = h100_layout(shape, TRAINING, gpus)
     assert layout.processes == gpus
     shape.check_parallel(tensor_parallel=layout.tensor_parallel, pipeline_parallel=layout.pipeline_parallel)
@@ -35,7 +35,7 @@ def test_a_layout_is_legal_fits_and_uses_every_gpu(name, gpus):
 
 
 def test_the_least_communication_that_fits():
-    shape = presets()["llama31_8b/4b-width"].target
+    shape = target_presets()["llama31_8b/4b-width"].target
     few, _ = h100_layout(shape, TRAINING, 8)
     many, reasons = h100_layout(shape, TRAINING, 256)
     assert (many.tensor_parallel, many.pipeline_parallel, many.virtual_pipeline) == (1, 1, None)
@@ -49,7 +49,7 @@ def test_the_least_communication_that_fits():
 
 
 def test_a_large_model_is_cut_in_layers_and_stages():
-    shape = presets()["llama31_8b/4b-depth"].parent.replace(layers=80, hidden=8192, ffn=28672, heads=64)
+    shape = target_presets()["llama31_8b/4b-depth"].parent.replace(layers=80, hidden=8192, ffn=28672, heads=64)
     layout, _ = h100_layout(shape, TRAINING, 512)
     assert layout.tensor_parallel * layout.pipeline_parallel > 1
     assert layout.sequence_parallel == (layout.tensor_parallel > 1)
