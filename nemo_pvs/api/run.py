@@ -14,7 +14,7 @@ from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.output_paths import check_folder
 
 if TYPE_CHECKING:
-    from nemo_pvs.pipeline.series import Series
+    from nemo_pvs.pipeline.series import RunSeries
     from nemo_pvs.reporting.results import Results
 
 
@@ -108,7 +108,7 @@ def check_jobs(jobs: int | None) -> None:
         raise UserError(f"--jobs is {jobs}, but at least one arm must be trained at a time; give 1 or more.")
 
 
-def _series(recipe: Recipe, folder: Path, force: Sequence[str], jobs: int | None = None) -> Series:
-    from nemo_pvs.pipeline.series import Series  # takes seconds; what was checked before is answered at once
+def _series(recipe: Recipe, folder: Path, force: Sequence[str], jobs: int | None = None) -> RunSeries:
+    from nemo_pvs.pipeline.series import RunSeries  # takes seconds; what was checked before is answered at once
 
-    return Series(recipe, folder, force, compute_of(None, AUTO), jobs)
+    return RunSeries(recipe, folder, force, compute_of(None, AUTO), jobs)

@@ -26,7 +26,7 @@ from nemo_pvs.system.progress import console
 from nemo_pvs.training.trainer import Trainer
 
 
-class Series:
+class RunSeries:
     """The runs of a recipe; for a plain recipe a single one."""
 
     def __init__(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.curve import BILLION, Curve
 from nemo_pvs.scaling.law import Bounds
-from nemo_pvs.scaling.series import Conditions, Series
+from nemo_pvs.scaling.series import Conditions, LossSeries
 
 
 class Chinchilla:
@@ -23,7 +23,7 @@ class Chinchilla:
         alpha, beta, floor, a, b = values
         return Curve(floor + a * (at.parameters / BILLION) ** -alpha, b, beta)
 
-    def check(self, series: Sequence[Series]) -> list[str]:
+    def check(self, series: Sequence[LossSeries]) -> list[str]:
         """Check that the series have at least two sizes and one kind of initialisation.
 
         Raises:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.curve import BILLION
 from nemo_pvs.scaling.law import Law, names
-from nemo_pvs.scaling.series import Conditions, Series
+from nemo_pvs.scaling.series import Conditions, LossSeries
 
 Array = NDArray[np.float64]
 
@@ -41,7 +41,7 @@ class Points:
     at: Conditions
 
     @classmethod
-    def of(cls, series: Sequence[Series]) -> Points:
+    def of(cls, series: Sequence[LossSeries]) -> Points:
         """Concatenate the points of series."""
         lengths = [len(run.tokens) for run in series]
         columns = zip(*(run.conditions for run in series), strict=True)

@@ -18,7 +18,7 @@ from nemo_pvs.scaling.held_out import HeldOut, held_out, slope_difference
 from nemo_pvs.scaling.law import Law, names
 from nemo_pvs.scaling.p2 import P2
 from nemo_pvs.scaling.per_run import PerRun
-from nemo_pvs.scaling.series import Series, warnings_of
+from nemo_pvs.scaling.series import LossSeries, warnings_of
 from nemo_pvs.system.files import read_json, write_json
 
 Form = Literal["p2", "chinchilla", "per-run"]
@@ -33,7 +33,7 @@ class Fit:
     """A law fitted to series, as plain data."""
 
     form: Form
-    series: list[Series]
+    series: list[LossSeries]
     values: list[float]
     """Exponents, then coefficients, in the law's order; for parameters and tokens in billions."""
     draws: list[list[float]]
@@ -81,7 +81,7 @@ class Fit:
         return min(tokens), max(tokens)
 
 
-def check_tokenizers(series: Sequence[Series]) -> None:
+def check_tokenizers(series: Sequence[LossSeries]) -> None:
     """Refuse series whose tokenizers are known to differ.
 
     Raises:
@@ -98,7 +98,7 @@ def check_tokenizers(series: Sequence[Series]) -> None:
 
 def fit(
     form: Form,
-    series: Sequence[Series],
+    series: Sequence[LossSeries],
     *,
     draws: int = DRAWS,
     seed: int = 0,

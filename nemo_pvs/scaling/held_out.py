@@ -13,7 +13,7 @@ from nemo_pvs.scaling.bootstrap import DRAWS, draw, interval
 from nemo_pvs.scaling.curve import BILLION
 from nemo_pvs.scaling.estimate import Array, Points, estimate, predict
 from nemo_pvs.scaling.law import Law
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.series import LossSeries
 
 _LAST_SHARE = 0.2
 
@@ -37,7 +37,7 @@ class HeldOut:
     """Why it cannot be measured."""
 
 
-def held_out(law: Law, series: Sequence[Series], *, draws: int = DRAWS, seed: int = 0) -> list[HeldOut]:
+def held_out(law: Law, series: Sequence[LossSeries], *, draws: int = DRAWS, seed: int = 0) -> list[HeldOut]:
     """Fit again without the last 20 % of tokens, without the largest model and without the largest ratio (2411.10272).
 
     The last two are only for laws that depend on sizes and ratios.
@@ -51,7 +51,7 @@ def held_out(law: Law, series: Sequence[Series], *, draws: int = DRAWS, seed: in
     return [_measure(law, name, series, unseen, draws, seed) for name, unseen in splits.items()]
 
 
-def slope_difference(law: Law, values: Array, series: Sequence[Series]) -> float | None:
+def slope_difference(law: Law, values: Array, series: Sequence[LossSeries]) -> float | None:
     """Return the average slope difference (ASD): the mean of |fitted - measured slope|, nats per billion tokens.
 
     The P2 law's authors (2411.10272) choose between forms by it, because whether to train on is a question of slopes;
@@ -68,12 +68,12 @@ def slope_difference(law: Law, values: Array, series: Sequence[Series]) -> float
     return float(np.mean(differences)) if differences else None
 
 
-def _largest(series: Sequence[Series], sizes: Sequence[float]) -> list[NDArray[np.bool_]]:
+def _largest(series: Sequence[LossSeries], sizes: Sequence[float]) -> list[NDArray[np.bool_]]:
     return [np.full(len(run.tokens), size == max(sizes)) for run, size in zip(series, sizes, strict=True)]
 
 
 def _measure(
-    law: Law, name: str, series: Sequence[Series], unseen: Sequence[NDArray[np.bool_]], draws: int, seed: int
+    law: Law, name: str, series: Sequence[LossSeries], unseen: Sequence[NDArray[np.bool_]], draws: int, seed: int
 ) -> HeldOut:
     points = int(sum(mask.sum() for mask in unseen))
     fitted, held, slopes = [], [], []

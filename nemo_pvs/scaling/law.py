@@ -9,7 +9,7 @@ from nemo_pvs.scaling.series import Conditions
 
 if TYPE_CHECKING:
     from nemo_pvs.scaling.curve import Curve
-    from nemo_pvs.scaling.series import Series
+    from nemo_pvs.scaling.series import LossSeries
 
 
 class Bounds(NamedTuple):
@@ -38,7 +38,7 @@ class Law(Protocol):
         """
         ...
 
-    def check(self, series: Sequence[Series]) -> list[str]:
+    def check(self, series: Sequence[LossSeries]) -> list[str]:
         """Return warnings about series outside the range in which the law was validated.
 
         Raises:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.curve import BILLION, Curve
 from nemo_pvs.scaling.law import Bounds
-from nemo_pvs.scaling.series import Conditions, Series
+from nemo_pvs.scaling.series import Conditions, LossSeries
 
 _LARGEST_RATIO = 0.35
 _MOST_TOKENS = 1e9
@@ -38,7 +38,7 @@ class P2:
         factor = at.ratio**-gamma * size**-delta
         return Curve(at.parent_loss + factor * (n_c * size**-alpha + floor), factor * d_c, beta)
 
-    def check(self, series: Sequence[Series]) -> list[str]:
+    def check(self, series: Sequence[LossSeries]) -> list[str]:
         """Check that the series have at least two parents and two ratios; warn beyond the paper's ratios and tokens.
 
         Raises:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nemo_pvs.scaling.curve import Curve
 from nemo_pvs.scaling.law import Bounds
-from nemo_pvs.scaling.series import Conditions, Series
+from nemo_pvs.scaling.series import Conditions, LossSeries
 
 
 class PerRun:
@@ -22,6 +22,6 @@ class PerRun:
         beta, floor, scale = values
         return Curve(floor, scale, beta)
 
-    def check(self, series: Sequence[Series]) -> list[str]:
+    def check(self, series: Sequence[LossSeries]) -> list[str]:
         """Accept any series."""
         return []

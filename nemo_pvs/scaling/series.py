@@ -14,7 +14,7 @@ from nemo_pvs.scaling.curve import Values
 
 
 @dataclass(frozen=True)
-class Series:
+class LossSeries:
     """Losses against training tokens.
 
     Raises:
@@ -67,15 +67,15 @@ class Series:
         """Whether the run stopped before the end of its schedule, so that its last loss is not decayed."""
         return self.planned_tokens is not None and self.tokens[-1] < 0.99 * self.planned_tokens
 
-    def where(self, kept: NDArray[np.bool_]) -> Series | None:
+    def where(self, kept: NDArray[np.bool_]) -> LossSeries | None:
         """Return the series with the points where ``kept`` is true; None if there are none."""
         if not kept.any():
             return None
         values = {**self.__dict__, "tokens": tuple(np.array(self.tokens)[kept].tolist())}
-        return Series(**{**values, "losses": tuple(np.array(self.losses)[kept].tolist())})
+        return LossSeries(**{**values, "losses": tuple(np.array(self.losses)[kept].tolist())})
 
 
-def warnings_of(series: Series) -> list[str]:
+def warnings_of(series: LossSeries) -> list[str]:
     """Return warnings about a run whose points are not the ends of fully decayed runs, as scaling laws assume."""
     if series.cut_short:
         done = series.tokens[-1] / (series.planned_tokens or 1)

@@ -14,7 +14,7 @@ from nemo_pvs.reporting.compare.compare import seeds_of
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ArmResult, Results, at
 from nemo_pvs.reporting.training_log import log_files, validation_losses
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.series import LossSeries
 
 PUBLISHED = "published"
 
@@ -27,7 +27,7 @@ _OPTIONAL = ("initialisation", "parent_parameters", "parent_loss")
 _LOG_COLUMNS = ("name", "log", "tokens_per_step", "parameters")
 
 
-def read_series(runs: Iterable[str], leave_out: Callable[[str], None] | None = None) -> list[Series]:
+def read_series(runs: Iterable[str], leave_out: Callable[[str], None] | None = None) -> list[LossSeries]:
     """Read series from run folders (``results.json``), CSV tables or, by the name ``published``, the paper's Figure 1.
 
     A table has the columns name, tokens, loss, parameters and, if known, initialisation (``pruned`` or ``random``),
@@ -43,7 +43,7 @@ def read_series(runs: Iterable[str], leave_out: Callable[[str], None] | None = N
     Raises:
         UserError: one of them cannot be read, or two series have the same name.
     """
-    all_series: list[Series] = []
+    all_series: list[LossSeries] = []
     for run in runs:
         if run == PUBLISHED:
             all_series += _published()
@@ -69,7 +69,7 @@ def _results(folder: Path) -> Results:
     return Results.load(file)
 
 
-def run_series(results: Results, source: str, leave_out: Callable[[str], None] | None = None) -> list[Series]:
+def run_series(results: Results, source: str, leave_out: Callable[[str], None] | None = None) -> list[LossSeries]:
     """Return the series of a run; ``leave_out`` is that of ``read_series``.
 
     Arms of one target with equal initial weights and at least three budgets are one series of their last losses: the
@@ -101,7 +101,7 @@ def _ladders(results: Results) -> list[list[ArmResult]]:
     return [*ladders, *([arm] for arm in results.arms if arm.name not in grouped)]
 
 
-def _last_losses(results: Results, arms: list[ArmResult], source: str) -> Series:
+def _last_losses(results: Results, arms: list[ArmResult], source: str) -> LossSeries:
     series = replace(_arm(results, arms[-1], source), name=f"{source}: {arms[0].target}, {arms[0].initialisation}")
     return replace(
         series,
@@ -112,7 +112,7 @@ def _last_losses(results: Results, arms: list[ArmResult], source: str) -> Series
     )
 
 
-def _arm(results: Results, arm: ArmResult, source: str) -> Series:
+def _arm(results: Results, arm: ArmResult, source: str) -> LossSeries:
     planned = arm.ledger.training.tokens or None
     start = max(_WARM_UP * (planned or arm.validation[-1].tokens), _last_stage(results, arm))
     points = {point.tokens: point.loss for point in arm.validation if point.tokens > start}
@@ -120,7 +120,7 @@ def _arm(results: Results, arm: ArmResult, source: str) -> Series:
     tokenizer = results.hashes.get(f"tokenizer of {arm.target}", of_parent)
     # A loss per token of another tokenizer is in another unit.
     parent_loss = results.parent.validation_loss if results.parent and tokenizer == of_parent else None
-    return Series(
+    return LossSeries(
         name=f"{source.rstrip('/')}: {arm.name}",
         tokens=tuple(sorted(points)),
         losses=tuple(points[tokens] for tokens in sorted(points)),
@@ -143,11 +143,11 @@ def _last_stage(results: Results, arm: ArmResult) -> int:
     return max(stages, default=0)
 
 
-def _published() -> list[Series]:
+def _published() -> list[LossSeries]:
     paper = published()
     all_series = []
     for curve in paper.curves:
-        series = Series(
+        series = LossSeries(
             name=curve.name,
             tokens=tuple(point.tokens for point in curve.points),
             losses=tuple(point.loss for point in curve.points),
@@ -162,7 +162,7 @@ def _published() -> list[Series]:
     return all_series
 
 
-def _table(path: Path) -> list[Series]:
+def _table(path: Path) -> list[LossSeries]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the path.")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel writes a BOM
@@ -181,7 +181,7 @@ def _table(path: Path) -> list[Series]:
     return [_row_series(path, name, list(group)) for name, group in groupby(rows, key=lambda row: str(row["name"]))]
 
 
-def _log_series(path: Path, row: dict[str, str]) -> Series:
+def _log_series(path: Path, row: dict[str, str]) -> LossSeries:
     try:
         size = int(float(row["tokens_per_step"]))
     except (TypeError, ValueError) as error:
@@ -195,7 +195,7 @@ def _log_series(path: Path, row: dict[str, str]) -> Series:
     return replace(_row_series(path, row["name"], rows), separate_runs=False)
 
 
-def _row_series(path: Path, name: str, rows: list[dict[str, str]]) -> Series:
+def _row_series(path: Path, name: str, rows: list[dict[str, str]]) -> LossSeries:
     first = rows[0]
     start = first.get("initialisation") or "pruned"
     for row in rows:
@@ -207,7 +207,7 @@ def _row_series(path: Path, name: str, rows: list[dict[str, str]]) -> Series:
         points = sorted((float(row["tokens"]), float(row["loss"])) for row in rows)
         parent = first.get("parent_parameters")
         parent_loss = first.get("parent_loss")
-        return Series(
+        return LossSeries(
             name=name,
             tokens=tuple(tokens for tokens, _ in points),
             losses=tuple(loss for _, loss in points),

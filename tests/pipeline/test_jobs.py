@@ -16,7 +16,7 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.errors import TrainingError
 from nemo_pvs.pipeline.pipeline import Pipeline
-from nemo_pvs.pipeline.series import Series
+from nemo_pvs.pipeline.series import RunSeries
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.system.files import read_json
 from nemo_pvs.training import metrics, trainer
@@ -51,7 +51,7 @@ def _copy(prepared: tuple[dict, Path], folder: Path) -> Path:
 
 def _run(values: dict, folder: Path, jobs: int) -> None:
     trainer._launch = ForkedLauncher
-    Series(parse_recipe(values, "test"), folder, jobs=jobs).run()
+    RunSeries(parse_recipe(values, "test"), folder, jobs=jobs).run()
 
 
 def test_the_index_is_there_before_any_rank_starts(prepared):

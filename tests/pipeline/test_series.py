@@ -17,7 +17,7 @@ from nemo_pvs.cluster.experiment import stages
 from nemo_pvs.cluster.profile import load_profile
 from nemo_pvs.data.shards import tokenize_files
 from nemo_pvs.errors import UserError
-from nemo_pvs.pipeline.series import Series
+from nemo_pvs.pipeline.series import RunSeries
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.reporting.compare.compare import compare, read_runs
 from nemo_pvs.reporting.results import ParentResult, Results
@@ -172,7 +172,7 @@ def test_a_second_call_and_another_recipe_find_what_is_done(done: tuple[Path, Re
     values |= {"name": "other", "targets": {"depth": {"method": "minitron-depth", "layers": 2}}, "arms": ["random"]}
     values["targets"]["depth"]["learning_rate"] = 1e-2
     (folder / "other.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    prepared = Series(load_recipe(folder / "other.yaml"), folder / "runs" / "other").prepare_only()
+    prepared = RunSeries(load_recipe(folder / "other.yaml"), folder / "runs" / "other").prepare_only()
     assert {job.parents[2].name for job in prepared} == {"seed-1", "seed-2"}  # no parent is to be trained
     assert [os.stat(model).st_mtime_ns for model in models] == times
 
@@ -183,7 +183,7 @@ def test_a_launcher_is_told_of_each_phase_in_turn(done: tuple[Path, Results], tm
     recipe, out = load_recipe(folder / "grid.yaml"), tmp_path / "runs" / "grid"
     planned = stages(recipe, str(folder / "grid.yaml"), out, load_profile("local_cpu"))
     jobs = [command.arguments[-1] for command in planned if command.module == "nemo_pvs.megatron.launch"]
-    first = [str(job) for job in Series(recipe, out).prepare_only()]
+    first = [str(job) for job in RunSeries(recipe, out).prepare_only()]
     assert first == jobs[:2]
     for job in first:
         TrainingJob.load(Path(job))  # can be trained

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline import pipeline
-from nemo_pvs.pipeline.series import Series, compare_seeds
+from nemo_pvs.pipeline.series import RunSeries, compare_seeds
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.series import phases
@@ -44,12 +44,12 @@ def test_a_rate_that_was_added_to_a_sweep_is_not_tried_yet(tmp_path: Path, monke
     _results(sweep.recipe).save(sweep.folder / "results.json")
     monkeypatch.setattr(pipeline, "is_finished", lambda job: "0.1" not in job.name)
     with pytest.raises(UserError, match=r"The sweep in .*run/sweep is not finished; continue pvs run first\."):
-        Series(recipe, tmp_path / "run").run_so_far()
+        RunSeries(recipe, tmp_path / "run").run_so_far()
 
 
 def test_the_folder_of_several_seeds_has_their_recipe(tmp_path: Path) -> None:
     values = {**grid_values(), "parent": {"source": "no", "config": CONFIG}, "budgets": [128], "seeds": [1, 2]}
     recipe = load(tmp_path, values)
     with pytest.raises(UserError, match="is finished yet"):
-        Series(recipe, tmp_path / "run").run_so_far()
+        RunSeries(recipe, tmp_path / "run").run_so_far()
     assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe

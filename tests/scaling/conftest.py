@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from nemo_pvs.scaling.fit import LAWS, Form
-from nemo_pvs.scaling.series import Conditions, Series
+from nemo_pvs.scaling.series import Conditions, LossSeries
 
-Draw = Callable[..., list[Series]]
+Draw = Callable[..., list[LossSeries]]
 
 P2 = {"gamma": -1.2, "delta": 0.15, "alpha": 0.3, "beta": 0.4, "N_C": 0.3, "D_C": 0.25, "E": 0.4}
 CHINCHILLA = {"alpha": 0.34, "beta": 0.28, "E": 1.69, "A": 0.354, "B": 1.24}
@@ -26,7 +26,7 @@ def draw(
     parents: Sequence[float] = (1, 3, 8, 20),
     ratios: Sequence[float] = (0.15, 0.25, 0.35),
     billions: Sequence[float] = tuple(np.geomspace(0.05, 1, 20)),
-) -> list[Series]:
+) -> list[LossSeries]:
     """Return a series for each parent (billions) and ratio whose losses follow the law up to relative noise."""
     generator = np.random.default_rng(seed)
     tokens = np.array(billions) * 1e9
@@ -38,7 +38,7 @@ def draw(
             exact = LAWS[form].curve(list(TRUTH[form].values()), at).loss(tokens)
             losses = exact * np.exp(noise * generator.standard_normal(len(tokens)))
             series.append(
-                Series(
+                LossSeries(
                     name=f"{parent:g}B at {ratio:g}",
                     tokens=tuple(tokens.tolist()),
                     losses=tuple(losses.tolist()),

@@ -15,7 +15,7 @@ from nemo_pvs.scaling.estimate import Points, polish, predict
 from nemo_pvs.scaling.fit import LAWS, Fit, Form, fit
 from nemo_pvs.scaling.law import names
 from nemo_pvs.scaling.predict import loss_at, overtaking, tokens_at_gain, tokens_to
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.series import LossSeries
 
 from .conftest import TRUTH, draw
 
@@ -93,7 +93,7 @@ def _scratch(case: Case, repetition: int, draws: int) -> Fit | None:
     tokens = np.array(case.billions) * 1e9
     noise = case.noise * np.random.default_rng([1, repetition]).standard_normal(len(tokens))
     losses = SCRATCH.loss(tokens) * np.exp(noise)
-    series = Series("scratch", tuple(tokens), tuple(losses), "random", 10**9)
+    series = LossSeries("scratch", tuple(tokens), tuple(losses), "random", 10**9)
     return fit("per-run", [series], draws=draws, seed=_SEED + repetition)
 
 

@@ -20,7 +20,7 @@ from nemo_pvs.scaling.held_out import held_out, slope_difference
 from nemo_pvs.scaling.law import Bounds
 from nemo_pvs.scaling.per_run import PerRun
 from nemo_pvs.scaling.plot import write_figure
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.series import LossSeries
 from nemo_pvs.scaling.sources import read_series
 from tests.conftest import cases
 
@@ -30,7 +30,7 @@ from .coverage import CASES, coverage
 ONE = {"parents": (8,), "ratios": (0.25,)}
 
 
-def _series(drawn: Draw, form: Form, **settings: object) -> list[Series]:
+def _series(drawn: Draw, form: Form, **settings: object) -> list[LossSeries]:
     return drawn(form, **({**ONE, **settings} if form == "per-run" else settings))
 
 

@@ -9,7 +9,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.curve import Curve
 from nemo_pvs.scaling.fit import Fit, fit
 from nemo_pvs.scaling.predict import curve_of, extrapolation, loss_at, overtaking, tokens_at_gain, tokens_to
-from nemo_pvs.scaling.series import Conditions, Series
+from nemo_pvs.scaling.series import Conditions, LossSeries
 
 from .conftest import PER_RUN, Draw
 
@@ -20,7 +20,7 @@ BILLIONS = np.geomspace(1, 100, 40)
 def _fit_of(curve: Curve, name: str, seed: int = 5) -> Fit:
     losses = curve.loss(BILLIONS * 1e9) * np.exp(0.003 * np.random.default_rng(seed).standard_normal(len(BILLIONS)))
     start = "random" if name == "scratch" else "pruned"
-    series = Series(name, tuple(BILLIONS * 1e9), tuple(losses), start, 10**9, separate_runs=True)  # type: ignore[arg-type]
+    series = LossSeries(name, tuple(BILLIONS * 1e9), tuple(losses), start, 10**9, separate_runs=True)  # type: ignore[arg-type]
     return fit("per-run", [series], draws=100)
 
 

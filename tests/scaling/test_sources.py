@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from nemo_pvs.errors import UserError
 from nemo_pvs.reporting.results import Point, Results
 from nemo_pvs.scaling.fit import fit
-from nemo_pvs.scaling.series import Series
+from nemo_pvs.scaling.series import LossSeries
 from nemo_pvs.scaling.sources import read_series
 
 from ..reporting.conftest import TOKENS
@@ -122,7 +122,7 @@ def test_a_table_is_series(tmp_path: Path) -> None:
         HEADER + "a,2e9,2.5,1e9,pruned,2e9,2.2\nb,1e9,3.0,1e9,random,,\na,1e9,2.75,1e9,pruned,2e9,2.2\n"
     )
     a, b = read_series([str(tmp_path / "runs.csv")])
-    assert a == Series(
+    assert a == LossSeries(
         "a", (1e9, 2e9), (2.75, 2.5), "pruned", 10**9, 2 * 10**9, 2.2, True, source=str(tmp_path / "runs.csv")
     )
     assert (b.initialisation, b.parent_parameters, b.ratio) == ("random", None, None)
