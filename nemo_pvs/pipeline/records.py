@@ -37,7 +37,7 @@ class ParentRecord(Record):
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitTokens:
     """The tokens of a split: those of one token file, or of several."""
 
     description: Mapping[str, Any]
@@ -59,16 +59,16 @@ class Split:
         return self.description.get("tokenizer_sha256")
 
     @property
-    def files(self) -> list[Split]:
+    def files(self) -> list[SplitTokens]:
         """The individual token files."""
-        return [Split(file) for file in self.description.get("files", [self.description])]
+        return [SplitTokens(file) for file in self.description.get("files", [self.description])]
 
 
 @dataclass(frozen=True)
 class DataRecord(Record):
     """The tokenised text."""
 
-    splits: Mapping[str, Split]
+    splits: Mapping[str, SplitTokens]
     """For train, validation, calibration and test."""
     validation_windows: Mapping[str, Any]
     """The manifest of the windows that validation losses are measured on."""
@@ -86,7 +86,7 @@ class DataRecord(Record):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DataRecord:
         """Undo ``to_json``."""
-        splits = {name: Split(description) for name, description in values["splits"].items()}
+        splits = {name: SplitTokens(description) for name, description in values["splits"].items()}
         return cls(splits, values["validation_windows"])
 
 

@@ -16,13 +16,13 @@ from nemo_pvs.data.token_set import TokenSet, check_length
 from nemo_pvs.data.tokenize import tokenize, tokenizer_hash
 from nemo_pvs.data.windows import validation_windows, write_validation_document
 from nemo_pvs.errors import UserError
-from nemo_pvs.pipeline.records import DataRecord, Split
+from nemo_pvs.pipeline.records import DataRecord, SplitTokens
 from nemo_pvs.planning.checks import check_domains_end
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.system.files import sha256_bytes, sha256_json
 from nemo_pvs.system.progress import progress
 
-Splits = Mapping[str, Split]
+Splits = Mapping[str, SplitTokens]
 """Keys are train, validation, calibration and test."""
 Descriptions = dict[str, dict[str, Any]]
 """The same as plain data: ``tokens`` and ``bin_sha256``, and ``files`` if there are several."""
@@ -218,8 +218,8 @@ class RunData:
         }
 
 
-def _splits(descriptions: Descriptions) -> dict[str, Split]:
-    return {name: Split(description) for name, description in descriptions.items()}
+def _splits(descriptions: Descriptions) -> dict[str, SplitTokens]:
+    return {name: SplitTokens(description) for name, description in descriptions.items()}
 
 
 def _together(files: list[dict[str, Any]]) -> dict[str, Any]:

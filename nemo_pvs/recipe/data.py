@@ -19,7 +19,7 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
-class Split(RecipeBlock):
+class SplitShares(RecipeBlock):
     """Shares of the corpus; each document is in exactly one of them."""
 
     train: Fraction = 0.85
@@ -28,7 +28,7 @@ class Split(RecipeBlock):
     test: Fraction = 0.05
 
     @model_validator(mode="after")
-    def _sum_to_one(self) -> Split:
+    def _sum_to_one(self) -> SplitShares:
         if abs(sum(self.model_dump().values()) - 1) > 1e-9:
             raise ValueError("the shares of train, validation, calibration and test must add up to 1")
         return self
@@ -125,7 +125,7 @@ class Data(RecipeBlock):
     """Files or folders (.txt, .jsonl[.gz|.zst], .parquet), or the built-in name ``wikipedia-sample``; or these per
     domain, whose calibration and test splits are concatenated."""
     token_files: TokenFiles | None = None
-    split: Split = Split()
+    split: SplitShares = SplitShares()
     seed: int = 0
     """Seed for the split."""
     token_ranges: TokenRanges = TokenRanges()
