@@ -11,7 +11,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.ledger import Ledger, Total
 from nemo_pvs.model.shape import Shape
 
-Setting = Literal["equal-training-tokens", "equal-total-tokens", "equal-training-flops", "equal-total-flops"]
+EqualBudget = Literal["equal-training-tokens", "equal-total-tokens", "equal-training-flops", "equal-total-flops"]
 """The quantity that is equal. The first two are the paper's (arXiv 2606.14150); ``total`` also charges the parent's
 pretraining, calibration, search, mask learning and the teacher."""
 
@@ -43,7 +43,7 @@ class PrunedArm:
 class ScratchBudget:
     """The training of a scratch arm under one setting."""
 
-    setting: Setting
+    setting: EqualBudget
     spent: Total
     """What the pruned arm spent, as counted by the setting."""
     tokens: int
@@ -60,19 +60,19 @@ class ScratchBudget:
         return self.steps * self.tokens_per_step
 
 
-def parse_setting(name: str) -> Setting:
+def parse_setting(name: str) -> EqualBudget:
     """Return the setting with this name.
 
     Raises:
         UserError: there is no such setting.
     """
-    for setting in get_args(Setting):
+    for setting in get_args(EqualBudget):
         if name == setting:
             return setting
     raise UserError(f"There is no setting {name!r}; choose one of {', '.join(get_args(Setting))}.")
 
 
-def scratch_budget(arm: PrunedArm, setting: Setting, *, zeros_skipped: bool = False) -> ScratchBudget:
+def scratch_budget(arm: PrunedArm, setting: EqualBudget, *, zeros_skipped: bool = False) -> ScratchBudget:
     """Compute the budget with which a scratch arm spends as much as the pruned arm.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from nemo_pvs.checkpoints.huggingface.config import normal_config
-from nemo_pvs.ledger.budget import Setting
+from nemo_pvs.ledger.budget import EqualBudget
 from nemo_pvs.recipe.fields import Fraction, Positive, RecipeBlock, Tokens, number
 
 TASK_DATA = "task_data"
@@ -17,7 +17,7 @@ RECOVERY = "recovery"
 
 
 def _budget(value: Any) -> Any:
-    if isinstance(value, str) and value not in get_args(Setting) and number(value) is None:
+    if isinstance(value, str) and value not in get_args(EqualBudget) and number(value) is None:
         raise ValueError(f"must be a number of tokens or one of {', '.join(get_args(Setting))}")
     return value
 
@@ -26,7 +26,7 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-TokenBudget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
+TokenBudget = Annotated[Tokens | EqualBudget, BeforeValidator(_budget)]
 """A number of tokens, or the quantity that is to equal the pruned arm's."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, model_validator
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.ledger.budget import Setting
+from nemo_pvs.ledger.budget import EqualBudget
 from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.recipe.blocks import Budgets, Calibration, Evaluation, Parent
 from nemo_pvs.recipe.data import Data
@@ -36,7 +36,7 @@ class Arm:
     """The recipe's ``train`` with this arm's tokens and learning rate."""
     first_token: int
     """First token that the arm reads, in training order; the start of an optimizer step."""
-    setting: Setting | None = None
+    setting: EqualBudget | None = None
     """The setting that determined the budget, if the recipe gives no number."""
 
     @property
@@ -95,7 +95,7 @@ class Recipe(RecipeBlock):
             return values
         for entries in budgets.values() if isinstance(budgets, Mapping) else [budgets]:
             for budget in entries if isinstance(entries, list) else []:
-                if budget not in typing.get_args(Setting):
+                if budget not in typing.get_args(EqualBudget):
                     return {**values, "train": {**train, "tokens": budget}}
         return values
 
@@ -192,12 +192,12 @@ class Recipe(RecipeBlock):
         """Return the kinds of initial weights from which a target is trained."""
         return self.targets[target].arms or self.arms
 
-    def budgets_of(self, initialisation: Initialisation) -> list[int | Setting]:
+    def budgets_of(self, initialisation: Initialisation) -> list[int | EqualBudget]:
         """Return the budgets of arms with this initialisation: tokens, or settings relative to the pruned arms."""
         if self.budgets is None:
             return [int(self.train.tokens)]
         budgets = self.budgets if isinstance(self.budgets, list) else getattr(self.budgets, initialisation)
-        entries: Sequence[float | Setting] = budgets
+        entries: Sequence[float | EqualBudget] = budgets
         return [budget if isinstance(budget, str) else int(budget) for budget in entries]
 
     def _numbers(self, initialisation: Initialisation) -> list[int]:
@@ -225,13 +225,13 @@ class Recipe(RecipeBlock):
         """Return the runs from a target's pruned weights, even if its ``arms`` do not include them."""
         return [self._arm(target, "pruned", self._ending(budget), budget) for budget in self._numbers("pruned")]
 
-    def matched_runs(self, target: str) -> Iterator[tuple[str, Setting, Arm]]:
+    def matched_runs(self, target: str) -> Iterator[tuple[str, EqualBudget, Arm]]:
         """Yield the random arms of a target whose budget is a setting: name, setting and the pruned arm to match."""
         for budget in self.budgets_of("random"):
             if isinstance(budget, str) and "random" in self.arms_of(target):
                 yield from self._matched(target, budget)
 
-    def _matched(self, target: str, setting: Setting) -> Iterator[tuple[str, Setting, Arm]]:
+    def _matched(self, target: str, setting: EqualBudget) -> Iterator[tuple[str, EqualBudget, Arm]]:
         pruned = self.pruned_runs(target)
         for arm, budget in zip(pruned, self._numbers("pruned"), strict=True):
             ending = self._ending(budget) if len(pruned) > 1 else ""
@@ -268,7 +268,7 @@ class Recipe(RecipeBlock):
         return arms
 
     def _arm(
-        self, target: str, initialisation: Initialisation, ending: str, tokens: int, setting: Setting | None = None
+        self, target: str, initialisation: Initialisation, ending: str, tokens: int, setting: EqualBudget | None = None
     ) -> Arm:
         peak = self.targets[target].peak(initialisation, self.train.learning_rate)
         distill = self.train.distill if self.distills(target, initialisation) else None

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.ledger.budget import Setting
+from nemo_pvs.ledger.budget import EqualBudget
 from nemo_pvs.ledger.ledger import SHARED_ANSWERS, Ledger
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.system.files import read_json, write_json
@@ -95,7 +95,7 @@ class ArmResult:
     """Ranks by dimension: tensor, pipeline, data."""
     masked_parameters: int = 0
     """Weights that a sparsity mask holds at zero; 0 for a dense model."""
-    setting: Setting | None = None
+    setting: EqualBudget | None = None
     """How its budget was made equal to that of a pruned arm; None if the recipe gives a number."""
     validation: list[Point] = field(default_factory=list)
     training: list[Point] = field(default_factory=list)
@@ -126,7 +126,7 @@ class ArmResult:
 class Comparison(NamedTuple):
     """A pruned arm compared with the arm from scratch of equal cost."""
 
-    setting: Setting
+    setting: EqualBudget
     """Which cost is equal."""
     scratch: ArmResult
     gap: float | None
@@ -177,7 +177,7 @@ class Results:
         """The arms by target, in their given order."""
         return {arm.target: [other for other in self.arms if other.target == arm.target] for arm in self.arms}
 
-    def scratch_of(self, arm: ArmResult, setting: Setting = "equal-training-tokens") -> ArmResult | None:
+    def scratch_of(self, arm: ArmResult, setting: EqualBudget = "equal-training-tokens") -> ArmResult | None:
         """Return the arm from random weights to compare a pruned arm with under a setting.
 
         It has the same target, and its training cost equals the pruned arm's (in a ``total`` setting, that of the
@@ -222,13 +222,13 @@ class Results:
         Arms of one shape with equal training tokens also have equal training FLOPs; the setting for tokens is first.
         """
         comparisons: dict[str, Comparison] = {}
-        for setting in get_args(Setting):
+        for setting in get_args(EqualBudget):
             scratch = self.scratch_of(arm, setting)
             if scratch is not None:
                 comparisons.setdefault(scratch.name, Comparison(setting, scratch, self.gap(arm, setting)))
         return list(comparisons.values())
 
-    def gap(self, arm: ArmResult, setting: Setting = "equal-training-tokens") -> float | None:
+    def gap(self, arm: ArmResult, setting: EqualBudget = "equal-training-tokens") -> float | None:
         """Return scratch loss minus this arm's loss, in nats per token: positive if the pruned start won.
 
         At equal training tokens these are validation losses after the same number of tokens, the largest at which both
@@ -306,7 +306,7 @@ class Results:
 _READER = TypeAdapter(Results)
 
 
-def _distance(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float:
+def _distance(pruned: ArmResult, scratch: ArmResult, setting: EqualBudget) -> float:
     """Return the difference in cost of two arms in optimizer steps of ``scratch``; infinite if unknown."""
     kind = "tokens" if setting.endswith("tokens") else "flops"
     pruned_sums = pruned.ledger.training if setting.startswith("equal-training") else pruned.ledger.total
@@ -335,7 +335,7 @@ def _published_total(arm: ArmResult) -> int | None:
     return tokens
 
 
-def gap_between(pruned: ArmResult, scratch: ArmResult, setting: Setting) -> float | None:
+def gap_between(pruned: ArmResult, scratch: ArmResult, setting: EqualBudget) -> float | None:
     """Return scratch loss minus pruned loss under a setting, as ``Results.gap`` describes it, in nats per token."""
     if setting != "equal-training-tokens":
         pruned_loss, scratch_loss = pruned.validation_loss, scratch.validation_loss

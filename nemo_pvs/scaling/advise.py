@@ -12,8 +12,8 @@ from nemo_pvs.reporting.published import Published, published
 from nemo_pvs.reporting.results import Results
 from nemo_pvs.scaling.evidence import (
     Evidence,
+    EvidenceSetting,
     Question,
-    Setting,
     own_evidence,
     packaged_runs,
     published_evidence,
@@ -35,7 +35,7 @@ _FINEST_FIRST = ("sparse", "width", "depth")
 class Verdict:
     """The answer for one way to count the parent's tokens."""
 
-    setting: Setting
+    setting: EvidenceSetting
     choice: Choice
     sureness: Sureness
     granularity: str | None
@@ -74,7 +74,7 @@ def advise(question: Question, runs: Iterable[Results] = (), paper: Published | 
     paper = paper or published()
     packaged = own_evidence(question, packaged_runs(), packaged=True)
     evidence = [*own_evidence(question, runs), *packaged, *published_evidence(question, paper)]
-    settings: list[Setting] = ["equal training tokens"]
+    settings: list[EvidenceSetting] = ["equal training tokens"]
     if question.parent_tokens is not None:
         settings.append("equal total tokens")
     verdicts = [_verdict(setting, [item for item in evidence if item.setting == setting]) for setting in settings]
@@ -90,7 +90,7 @@ def _with_remark(verdict: Verdict, question: Question, paper: Published) -> Verd
     return replace(verdict, summary=verdict.summary + remark)
 
 
-def _verdict(setting: Setting, evidence: list[Evidence]) -> Verdict:
+def _verdict(setting: EvidenceSetting, evidence: list[Evidence]) -> Verdict:
     applicable = [item for item in evidence if item.reaches]
     used = [item for item in applicable if item.own] or applicable
     if not used:

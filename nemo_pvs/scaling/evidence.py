@@ -19,7 +19,7 @@ from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.scaling.curve import BILLION
 
-Setting = Literal["equal training tokens", "equal total tokens"]
+EvidenceSetting = Literal["equal training tokens", "equal total tokens"]
 """Whether the parent is free, or its pretraining is charged to the pruned arm."""
 
 _SIMILAR = 2.0
@@ -50,7 +50,7 @@ class Question:
 class Evidence:
     """One comparison of pruned and scratch."""
 
-    setting: Setting
+    setting: EvidenceSetting
     source: str
     own: bool
     """Whether it is the user's own run."""
@@ -140,7 +140,7 @@ def _own(
     pruned_from: ParentResult,
     arm: ArmResult,
     advantage: float,
-    setting: Setting,
+    setting: EvidenceSetting,
     packaged: bool,
 ) -> Evidence:
     tokens = arm.ledger.training.tokens or arm.validation[-1].tokens

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 
-from nemo_pvs.ledger.budget import Setting
+from nemo_pvs.ledger.budget import EqualBudget
 from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of
 from nemo_pvs.reporting.results import ArmResult, gap_between, gaps_along
 from nemo_pvs.reporting.statistics import MeanEstimate, estimate
 
-EQUAL_TRAINING: Setting = "equal-training-tokens"
-EQUAL_TOTAL: Setting = "equal-total-tokens"
+EQUAL_TRAINING: EqualBudget = "equal-training-tokens"
+EQUAL_TOTAL: EqualBudget = "equal-total-tokens"
 
 Seed = tuple[str, str]
 """The seeds of the weights and of the data's order."""
@@ -43,7 +43,7 @@ def bits_per_byte_after(runs: SideBySide, arm: ArmResult) -> MeanEstimate | None
     return estimate([value for value in values if value is not None])
 
 
-def gap(runs: SideBySide, arm: ArmResult, setting: Setting = EQUAL_TRAINING) -> MeanEstimate | None:
+def gap(runs: SideBySide, arm: ArmResult, setting: EqualBudget = EQUAL_TRAINING) -> MeanEstimate | None:
     """Return the gap of a pruned arm to its counterpart from scratch, nats per token; None if there is none.
 
     Arms that share no seed, which only ``--force`` puts together, have the gap of their means and no interval.
@@ -55,7 +55,7 @@ def gap(runs: SideBySide, arm: ArmResult, setting: Setting = EQUAL_TRAINING) -> 
     return estimate(values)
 
 
-def gap_by_seed(runs: SideBySide, arm: ArmResult, setting: Setting = EQUAL_TRAINING) -> dict[Seed, float]:
+def gap_by_seed(runs: SideBySide, arm: ArmResult, setting: EqualBudget = EQUAL_TRAINING) -> dict[Seed, float]:
     """Return the gap between the two arms of each seed that both have, in nats per token."""
     scratch = runs.results.scratch_of(arm, setting)
     gaps = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 
-from nemo_pvs.ledger.budget import Setting
+from nemo_pvs.ledger.budget import EqualBudget
 from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.estimates import EQUAL_TOTAL, EQUAL_TRAINING, gap, gap_by_seed
 from nemo_pvs.reporting.compare.removed import FINE, GRANULARITIES, granularity, method_of, removed_share
@@ -148,7 +148,7 @@ def _short(tokens: int) -> str:
     return scaled(tokens, unit) + unit[1]
 
 
-def _gaps(runs: SideBySide, arms: Sequence[ArmResult], setting: Setting) -> list[NamedEstimate]:
+def _gaps(runs: SideBySide, arms: Sequence[ArmResult], setting: EqualBudget) -> list[NamedEstimate]:
     """Return the gaps under a setting of the arms that have a counterpart."""
     evidence = []
     for arm in arms:
