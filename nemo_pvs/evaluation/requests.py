@@ -148,7 +148,7 @@ class EvaluationRequest:
 
     tasks: Sequence[TaskRequest]
     texts: Sequence[str]
-    task_presets: Sequence[str]
+    presets: Sequence[str]
     """Names of the presets that were requested; their averages are reported."""
     samples: int
     sequence_length: int

@@ -69,7 +69,7 @@ def parse_setting(name: str) -> EqualBudget:
     for setting in get_args(EqualBudget):
         if name == setting:
             return setting
-    raise UserError(f"There is no setting {name!r}; choose one of {', '.join(get_args(Setting))}.")
+    raise UserError(f"There is no setting {name!r}; choose one of {', '.join(get_args(EqualBudget))}.")
 
 
 def scratch_budget(arm: PrunedArm, setting: EqualBudget, *, zeros_skipped: bool = False) -> ScratchBudget:

@@ -28,7 +28,7 @@ from nemo_pvs.pruning.methods import (
 from nemo_pvs.system.progress import say_once
 
 ENTRY_POINTS = "nemo_pvs.methods"
-"""The group of entry points by which another package adds a ``Method``."""
+"""The group of entry points by which another package adds a ``PruningMethod``."""
 
 _OURS = (
     minitron_depth,
@@ -60,7 +60,7 @@ def methods() -> Mapping[str, PruningMethod]:
             _leave_out(entry, f"it cannot be loaded ({type(error).__name__}: {error})")
             continue
         if not isinstance(method, PruningMethod):
-            _leave_out(entry, "it is not a nemo_pvs.pruning.method.Method")
+            _leave_out(entry, "it is not a nemo_pvs.pruning.method.PruningMethod")
         elif method.name in found:
             _leave_out(entry, f"there already is a method {method.name}")
         else:

@@ -18,7 +18,7 @@ RECOVERY = "recovery"
 
 def _budget(value: Any) -> Any:
     if isinstance(value, str) and value not in get_args(EqualBudget) and number(value) is None:
-        raise ValueError(f"must be a number of tokens or one of {', '.join(get_args(Setting))}")
+        raise ValueError(f"must be a number of tokens or one of {', '.join(get_args(EqualBudget))}")
     return value
 
 

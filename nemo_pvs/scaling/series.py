@@ -1,4 +1,4 @@
-"""Series: the losses of one training run, or of several runs of one model, with the model's properties."""
+"""Series of losses: those of one training run, or of several runs of one model, with the properties of the model."""
 
 from __future__ import annotations
 

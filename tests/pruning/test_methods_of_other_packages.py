@@ -23,7 +23,7 @@ TOY = '''
 
 from __future__ import annotations
 
-from nemo_pvs.pruning.method import Expected, Method
+from nemo_pvs.pruning.method import Expected, PruningMethod
 from nemo_pvs.pruning.methods.steps import planned
 from nemo_pvs.pruning.options import Options, Positive, option
 
@@ -51,7 +51,7 @@ def _prune(request):
     return planned(request, layer_plan(parent, range(left, parent.layers), "toy", {}))
 
 
-METHOD = Method(
+METHOD = PruningMethod(
     name="toy",
     removes="the last layers",
     options=ToyOptions,
@@ -144,7 +144,7 @@ def test_the_method_of_the_documentation_prunes(python: ForkedCommands, tmp_path
 @pytest.mark.parametrize(
     ("code", "why"),
     [
-        ("METHOD = 1", "it is not a nemo_pvs.pruning.method.Method"),
+        ("METHOD = 1", "it is not a nemo_pvs.pruning.method.PruningMethod"),
         ("import nowhere", "it cannot be loaded (ModuleNotFoundError: No module named 'nowhere')"),
         (TOY.replace('name="toy"', 'name="flap"'), "there already is a method flap"),
     ],
