@@ -24,7 +24,7 @@ Tokenize = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Loader:
+class ReferenceLoader:
     """How a reference implementation turns a text into windows."""
 
     text: str
@@ -41,12 +41,12 @@ class Loader:
 
 
 LOADERS = {
-    "c4_random_docs": Loader("allenai/c4, en, train shard 00000 of 01024 (Wanda, SparseGPT)", "documents"),
-    "wikitext2_random": Loader("wikitext-2-raw-v1, train (FLAP)", "random", separator=" "),
-    "wikitext103_seq": Loader("wikitext-103-v1, train (Minitron)", "consecutive", 131072, "\n\n"),
-    "wikitext2_seq": Loader("wikitext-2-raw-v1, train (Minitron)", "consecutive", separator="\n\n"),
-    "c4_seq": Loader("allenai/c4, en, train shard 00000 of 01024 (Minitron)", "consecutive", 8000, " "),
-    "cnn_dailymail_seq": Loader("cnn_dailymail 3.0.0, train (Minitron)", "consecutive", 8000, " ", "article"),
+    "c4_random_docs": ReferenceLoader("allenai/c4, en, train shard 00000 of 01024 (Wanda, SparseGPT)", "documents"),
+    "wikitext2_random": ReferenceLoader("wikitext-2-raw-v1, train (FLAP)", "random", separator=" "),
+    "wikitext103_seq": ReferenceLoader("wikitext-103-v1, train (Minitron)", "consecutive", 131072, "\n\n"),
+    "wikitext2_seq": ReferenceLoader("wikitext-2-raw-v1, train (Minitron)", "consecutive", separator="\n\n"),
+    "c4_seq": ReferenceLoader("allenai/c4, en, train shard 00000 of 01024 (Minitron)", "consecutive", 8000, " "),
+    "cnn_dailymail_seq": ReferenceLoader("cnn_dailymail 3.0.0, train (Minitron)", "consecutive", 8000, " ", "article"),
 }
 """The loaders of Wanda, SparseGPT, FLAP and Minitron in llm-pruning-collection, by name."""
 

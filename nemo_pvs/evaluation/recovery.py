@@ -28,7 +28,7 @@ from nemo_pvs.system.progress import progress
 if TYPE_CHECKING:
     from nemo_pvs.evaluation.language_model import CheckpointLM
 
-Metrics = dict[str, dict[str, Any]]
+RecoveryMetrics = dict[str, dict[str, Any]]
 PREFIX = "recovery"
 """Of the names of measurements, which end in that of the text."""
 _NGRAM = 4
@@ -94,7 +94,7 @@ class RecoveryMeasure:
 
     def measure(
         self, model: OpenedCheckpoint, text: str, tokens: TokenSet, load: Callable[[], CheckpointLM]
-    ) -> Metrics:
+    ) -> RecoveryMetrics:
         """Return a model's measures on one text, by metric.
 
         ``repetition``, ``distinct_1`` and ``distinct_2`` are of the continuations alone. ``agreement`` compares them
@@ -124,11 +124,11 @@ class RecoveryMeasure:
         found = self._stored(model, name, ids, self.parent, lambda: _with(metrics, size))
         return {**found, **self._divergence(model, name, ids)}
 
-    def _divergence(self, model: OpenedCheckpoint, name: str, ids: torch.Tensor) -> Metrics:
+    def _divergence(self, model: OpenedCheckpoint, name: str, ids: torch.Tensor) -> RecoveryMetrics:
         assert self.parent is not None
         itself = model.fingerprint == self.parent.fingerprint
 
-        def measure() -> Metrics:
+        def measure() -> RecoveryMetrics:
             found = torch.zeros(ids.shape)
             if not itself:
                 with progress(f"{name} of {model.path}", "layers") as show:
@@ -153,7 +153,7 @@ class RecoveryMeasure:
         """Return a model's greedy continuations of the windows' prompts; earlier ones are read from the store."""
         prompts = ids[:, : self.sizes.prompt_tokens].tolist()
 
-        def generate() -> Metrics:
+        def generate() -> RecoveryMetrics:
             with progress(f"continuations by {model.path}", "prompts"):
                 return {"continuations": {"ids": load().greedy(prompts, self.sizes.new_tokens, ends=())}}
 
@@ -172,8 +172,8 @@ class RecoveryMeasure:
         name: str,
         ids: torch.Tensor,
         parent: OpenedCheckpoint | None,
-        measure: Callable[[], Metrics],
-    ) -> Metrics:
+        measure: Callable[[], RecoveryMetrics],
+    ) -> RecoveryMetrics:
         settings = {**self._settings(model, ids, parent), "measure": "text", **self.sizes.model_dump()}
         return measure_once(self.store, name, settings, measure, force=self.force)
 
@@ -197,7 +197,7 @@ def _hash(ids: torch.Tensor) -> str:
     return sha256_json(ids.tolist())
 
 
-def _with(metrics: Metrics, about: dict[str, Any]) -> Metrics:
+def _with(metrics: RecoveryMetrics, about: dict[str, Any]) -> RecoveryMetrics:
     return {name: {**values, **about} for name, values in metrics.items()}
 
 

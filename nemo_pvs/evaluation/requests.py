@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.evaluation.summary import Measured, average
+from nemo_pvs.evaluation.summary import MeasuredMetrics, average
 from nemo_pvs.recipe.blocks import RecoveryMeasures
 from nemo_pvs.system.files import read_yaml
 
@@ -192,7 +192,7 @@ class EvaluationRequest:
             next((task_presets()[name].recovery for name in named if task_presets()[name].recovery), None),
         )
 
-    def averages(self, measured: Measured) -> Measured:
+    def averages(self, measured: MeasuredMetrics) -> MeasuredMetrics:
         """Return the mean over the tasks of each preset, as ``paper/average``."""
         averages = {}
         for name in self.presets:

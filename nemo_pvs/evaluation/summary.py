@@ -19,11 +19,11 @@ _SHARES = ("acc", "acc_norm", "average", "repetition", "distinct_1", "distinct_2
 _PRECISE = ("loss", "bits_per_byte", "kl")
 """Beginnings of metrics that are shown with four decimals."""
 
-Measured = dict[str, dict[str, Any]]
+MeasuredMetrics = dict[str, dict[str, Any]]
 """By name (``arc_challenge/25-shot/acc_norm``): value, standard error and what was measured."""
 
 
-def average(measured: Measured, names: list[str]) -> dict[str, Any] | None:
+def average(measured: MeasuredMetrics, names: list[str]) -> dict[str, Any] | None:
     """Return the mean of several metrics, with the standard error for independent tasks; None if one is missing."""
     if not names or any(name not in measured for name in names):
         return None

@@ -11,7 +11,7 @@ import yaml
 
 from nemo_pvs.reporting.results import Point
 
-Granularity = Literal["depth", "width", "sparse"]
+CoarseGranularity = Literal["depth", "width", "sparse"]
 """What pruning removes: layers, channels and heads, or single weights."""
 
 
@@ -20,7 +20,7 @@ class PublishedCurve:
     """Validation losses of one method and initialisation; every point is the end of a separate, fully decayed run."""
 
     method: str
-    granularity: Granularity
+    granularity: CoarseGranularity
     initialisation: Literal["pruned", "random"]
     ratio: float
     """The paper's nominal share to remove; the share of all parameters is smaller."""
@@ -40,7 +40,7 @@ class PublishedAccuracy:
     """Average zero-shot accuracy of one method at equal total tokens, per cent."""
 
     method: str
-    granularity: Granularity
+    granularity: CoarseGranularity
     pruned: float
     random: float
     source: str
@@ -51,7 +51,7 @@ class PublishedAdvantage:
     """Average zero-shot accuracy of pruned minus scratch at equal training tokens, in points."""
 
     method: str
-    granularity: Granularity
+    granularity: CoarseGranularity
     ratio: float
     parameters: int
     points: float
@@ -63,7 +63,7 @@ class PublishedPerplexity:
     """Perplexity of one method on a text, at equal training and at equal total tokens."""
 
     method: str
-    granularity: Granularity
+    granularity: CoarseGranularity
     ratio: float
     text: str
     random: float

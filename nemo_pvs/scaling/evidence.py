@@ -15,7 +15,7 @@ from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.compare import compare, read_runs
 from nemo_pvs.reporting.compare.removed import dimensions_removed
 from nemo_pvs.reporting.compare.runs import Run
-from nemo_pvs.reporting.published import Granularity, Published, PublishedCurve
+from nemo_pvs.reporting.published import CoarseGranularity, Published, PublishedCurve
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.scaling.curve import BILLION
 
@@ -56,7 +56,7 @@ class Evidence:
     """Whether it is the user's own run."""
     published: bool
     """Whether it is from the paper; neither means a run that comes with the package."""
-    granularity: Granularity
+    granularity: CoarseGranularity
     method: str
     advantage: float
     """Advantage of pruned over scratch: nats per token, or points of accuracy. Negative if scratch is better."""
@@ -72,7 +72,7 @@ class Evidence:
         return not self.out_of_reach
 
 
-def granularity_of(arm: ArmResult, parent: ParentResult) -> Granularity:
+def granularity_of(arm: ArmResult, parent: ParentResult) -> CoarseGranularity:
     """Return the granularity at which an arm was pruned; both layers and width count as width."""
     if arm.masked_parameters:
         return "sparse"

@@ -20,7 +20,7 @@ from rich.table import Table
 from nemo_pvs.api.values import parse_dtype
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.search.timing import Phase, TimedPart, Timer, Workload, parts_of
+from nemo_pvs.pruning.search.timing import InferencePhase, TimedPart, Timer, Workload, parts_of
 from nemo_pvs.system.progress import console, progress
 from tests.conftest import tiny_llama_config
 
@@ -81,7 +81,7 @@ def shapes_of(config: dict[str, Any], scale: int) -> list[Shape]:
     ]
 
 
-def compare(timer: Timer, phase: Phase, shapes: list[Shape], rounds: int) -> tuple[list[float], list[float]]:
+def compare(timer: Timer, phase: InferencePhase, shapes: list[Shape], rounds: int) -> tuple[list[float], list[float]]:
     """Return seconds of shapes as sums of parts and of whole models, the shortest of each that was measured."""
     parts: dict[TimedPart, float] = {}
     models: dict[Shape, float] = {}

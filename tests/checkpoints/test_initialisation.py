@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nemo_pvs.checkpoints.transforms.initialisation import Initialisation
+from nemo_pvs.checkpoints.transforms.initialisation import InitialisationScheme
 from nemo_pvs.checkpoints.transforms.random import RandomSource
 from tests.conftest import tiny_llama_config
 
@@ -33,7 +33,7 @@ MAXTEXT = {
 """The standard deviation and the bound of each kind of matrix."""
 
 
-def _draw(scheme: Initialisation, name: str) -> torch.Tensor:
+def _draw(scheme: InitialisationScheme, name: str) -> torch.Tensor:
     return RandomSource(CONFIG, 3, initialisation=scheme).read(name).double()
 
 

@@ -17,7 +17,7 @@ from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.search import latency, timing
 from nemo_pvs.pruning.search.latency import LatencyTable
-from nemo_pvs.pruning.search.timing import Phase, TimedPart, Timer, Workload, last_level_cache, parts_of
+from nemo_pvs.pruning.search.timing import InferencePhase, TimedPart, Timer, Workload, last_level_cache, parts_of
 from tests.conftest import tiny_llama_config
 from tests.families import CASES, tiny_config
 
@@ -38,13 +38,13 @@ class CountingTimer(Timer):
         self.asked: list[str] = []
         self._stop_after = stop_after
 
-    def part(self, phase: Phase, part: TimedPart) -> float:
+    def part(self, phase: InferencePhase, part: TimedPart) -> float:
         if len(self.asked) == self._stop_after:
             raise KeyboardInterrupt
         self.asked.append(f"{phase}: {part}")
         return float(len(self.asked))
 
-    def whole(self, phase: Phase, shape: Shape) -> float:
+    def whole(self, phase: InferencePhase, shape: Shape) -> float:
         self.asked.append(f"{phase}: whole")
         return 0.5
 
@@ -257,7 +257,7 @@ class RecordingTimer(Timer):
 @pytest.mark.parametrize("phase", ["decode", "first token"])
 @pytest.mark.parametrize(("family", "about", "settings"), CASES, ids=lambda one: one if isinstance(one, str) else "")
 def test_parts_do_together_what_the_whole_model_does(
-    family: str, about: str, settings: dict[str, Any], phase: Phase, monkeypatch: pytest.MonkeyPatch
+    family: str, about: str, settings: dict[str, Any], phase: InferencePhase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Operator by operator, with the sizes of its inputs."""
     monkeypatch.setattr(timing, "last_level_cache", lambda device: 1)  # one copy each

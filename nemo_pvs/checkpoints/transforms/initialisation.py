@@ -11,7 +11,7 @@ import torch
 from nemo_pvs.model.layout import Entry, TensorPart
 from nemo_pvs.model.shape import Shape
 
-Initialisation = Literal["megatron", "maxtext", "normal"]
+InitialisationScheme = Literal["megatron", "maxtext", "normal"]
 
 # Standard deviation of a standard normal variable truncated at -2 and 2.
 _CUT_OFF_DEVIATION = 0.87962566103423978
@@ -40,7 +40,7 @@ class Distribution:
 
 
 def distribution(
-    scheme: Initialisation, part: TensorPart, entry: Entry, shape: Shape, config: Mapping[str, Any]
+    scheme: InitialisationScheme, part: TensorPart, entry: Entry, shape: Shape, config: Mapping[str, Any]
 ) -> Distribution:
     """Return the distribution of a matrix.
 

@@ -11,7 +11,7 @@ import torch
 
 from nemo_pvs.checkpoints.masks import Masks, NoMasks
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.checkpoints.transforms.initialisation import Initialisation, distribution
+from nemo_pvs.checkpoints.transforms.initialisation import InitialisationScheme, distribution
 from nemo_pvs.model.layout import Entry, Layout, TensorPart
 
 
@@ -30,7 +30,7 @@ class RandomSource:
         dtype: torch.dtype = torch.float32,
         masks: Masks | None = None,
         keep: WeightSource | None = None,
-        initialisation: Initialisation = "megatron",
+        initialisation: InitialisationScheme = "megatron",
     ) -> None:
         """Prepare; a tensor is drawn when it is read.
 
@@ -50,7 +50,7 @@ class RandomSource:
         self._seed = seed
         self._dtype = dtype
         self._keep = keep
-        self._initialisation: Initialisation = initialisation
+        self._initialisation: InitialisationScheme = initialisation
         self._masked = frozenset(self.masks.names)
         self._shape = Layout.for_config(config).shape(config)
         self._parts = Layout.for_config(config).parts(self._shape)

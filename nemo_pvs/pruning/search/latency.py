@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pruning.search.timing import Phase, TimedPart, Timer, parts_of
+from nemo_pvs.pruning.search.timing import InferencePhase, TimedPart, Timer, parts_of
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import cache_folder, read_json, sha256_json, write_json
 from nemo_pvs.system.folder_lock import locked_target
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Progress = Callable[[int, int, str], None]
+LatencyProgress = Callable[[int, int, str], None]
 """Called with (measured, in all, what is being measured)."""
 
 _SIZES = ("layers", "hidden", "ffn", "kv_groups", "heads", "vocab")
@@ -45,7 +45,7 @@ class _Content(BaseModel):
     first_token: dict[str, Seconds] = {}
     models: dict[str, Seconds] = {}
 
-    def times(self, kind: Phase | Literal["models"]) -> dict[str, float]:
+    def times(self, kind: InferencePhase | Literal["models"]) -> dict[str, float]:
         """Return the seconds of parts in a phase, or of whole models that decode a token."""
         return {"decode": self.decode, "first token": self.first_token, "models": self.models}[kind]
 
@@ -73,7 +73,7 @@ class LatencyTable:
         self.path = path or cache_folder() / "latency" / f"{name}.json"
         self._content = self._read()
 
-    def within(self, bound: float, shapes: Sequence[Shape], progress: Progress | None = None) -> list[Shape]:
+    def within(self, bound: float, shapes: Sequence[Shape], progress: LatencyProgress | None = None) -> list[Shape]:
         """Return the shapes that decode a token in at most ``bound`` seconds; measure their parts where unknown.
 
         Raises:
@@ -90,7 +90,7 @@ class LatencyTable:
             )
         return fast
 
-    def measure(self, phase: Phase, shapes: Iterable[Shape], progress: Progress | None = None) -> None:
+    def measure(self, phase: InferencePhase, shapes: Iterable[Shape], progress: LatencyProgress | None = None) -> None:
         """Measure the parts of shapes that the table lacks.
 
         Raises:
@@ -104,7 +104,7 @@ class LatencyTable:
             progress,
         )
 
-    def measure_whole(self, shapes: Iterable[Shape], progress: Progress | None = None) -> None:
+    def measure_whole(self, shapes: Iterable[Shape], progress: LatencyProgress | None = None) -> None:
         """Time decoding with whole models, to check the sums of their parts; those too large for memory are left out.
 
         Raises:
@@ -117,7 +117,7 @@ class LatencyTable:
             progress,
         )
 
-    def seconds(self, phase: Phase, shape: Shape) -> float:
+    def seconds(self, phase: InferencePhase, shape: Shape) -> float:
         """Return the sum of a shape's parts, which have been measured."""
         times = self._content.times(phase)
         return sum(count * times[str(part)] for part, count in parts_of(shape))
@@ -137,9 +137,9 @@ class LatencyTable:
 
     def _complete(
         self,
-        kind: Phase | Literal["models"],
+        kind: InferencePhase | Literal["models"],
         measurements: Mapping[str, Callable[[], float]],
-        progress: Progress | None,
+        progress: LatencyProgress | None,
     ) -> None:
         """Measure what is not known, and save each result."""
         missing = measurements.keys() - self._content.times(kind).keys()

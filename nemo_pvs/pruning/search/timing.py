@@ -28,7 +28,7 @@ from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.system import host_memory
 
-Phase = Literal["decode", "first token"]
+InferencePhase = Literal["decode", "first token"]
 """``decode`` is one token after ``context`` others; ``first token`` is the ``context`` tokens and the next one."""
 
 _CACHES = 4  # copies of a part are this many times as large as the last-level cache
@@ -132,7 +132,7 @@ class Timer:
         self._config["sliding_window"] = None
 
     @torch.no_grad()
-    def part(self, phase: Phase, part: TimedPart) -> float:
+    def part(self, phase: InferencePhase, part: TimedPart) -> float:
         """Return the median seconds that a part takes.
 
         Raises:
@@ -155,7 +155,7 @@ class Timer:
         return self._median_seconds(run) / copies
 
     @torch.no_grad()
-    def whole(self, phase: Phase, shape: Shape) -> float:
+    def whole(self, phase: InferencePhase, shape: Shape) -> float:
         """Return the median seconds that a whole model with random weights takes.
 
         Its forward pass and the choice of the most likely token are timed, a tokenizer and a sampler are not.
@@ -167,7 +167,7 @@ class Timer:
         cached = 2 * self.workload.batch * self.workload.context * shape.head_dim * shape.kv_groups * shape.layers
         return 1.5 * self.workload.dtype.itemsize * (shape.parameters + cached) < self._free_bytes()
 
-    def _attention(self, phase: Phase, shape: Shape) -> Callable[[], None]:
+    def _attention(self, phase: InferencePhase, shape: Shape) -> Callable[[], None]:
         model = self._skeleton(shape)
         for layer in model.model.layers:
             self._fill(layer.input_layernorm)
@@ -194,7 +194,7 @@ class Timer:
 
         return run
 
-    def _mlp(self, phase: Phase, shape: Shape) -> Callable[[], None]:
+    def _mlp(self, phase: InferencePhase, shape: Shape) -> Callable[[], None]:
         layers = self._skeleton(shape).model.layers
         for layer in layers:
             self._fill(layer.post_attention_layernorm)
@@ -208,7 +208,9 @@ class Timer:
 
         return run
 
-    def _models(self, phase: Phase, shape: Shape, copies: int, without_layers: bool = False) -> Callable[[], None]:
+    def _models(
+        self, phase: InferencePhase, shape: Shape, copies: int, without_layers: bool = False
+    ) -> Callable[[], None]:
         models = [self._skeleton(shape) for _ in range(copies)]
         for model in models:
             if without_layers:
@@ -245,12 +247,12 @@ class Timer:
         for parameter in module.parameters():
             parameter.fill_(1) if parameter.ndim == 1 else parameter.uniform_(-0.05, 0.05)
 
-    def _states(self, phase: Phase, shape: Shape) -> torch.Tensor:
+    def _states(self, phase: InferencePhase, shape: Shape) -> torch.Tensor:
         """Return hidden states [batch, tokens of the phase, d]."""
         size = (self.workload.batch, 1 if phase == "decode" else self.workload.context, shape.hidden)
         return torch.randn(size, device=self._device, dtype=self.workload.dtype)
 
-    def _cache(self, phase: Phase, config: Any, shape: Shape) -> DynamicCache:
+    def _cache(self, phase: InferencePhase, config: Any, shape: Shape) -> DynamicCache:
         """Return what ``generate`` caches keys and values in: those of the context, or nothing yet."""
         cache = DynamicCache(config=config)
         size = (self.workload.batch, shape.kv_groups, self.workload.context, shape.head_dim)

@@ -15,7 +15,7 @@ from nemo_pvs.reporting.statistics import MeanEstimate, estimate
 EQUAL_TRAINING: EqualBudget = "equal-training-tokens"
 EQUAL_TOTAL: EqualBudget = "equal-total-tokens"
 
-Seed = tuple[str, str]
+SeedPair = tuple[str, str]
 """The seeds of the weights and of the data's order."""
 
 
@@ -55,7 +55,7 @@ def gap(runs: SideBySide, arm: ArmResult, setting: EqualBudget = EQUAL_TRAINING)
     return estimate(values)
 
 
-def gap_by_seed(runs: SideBySide, arm: ArmResult, setting: EqualBudget = EQUAL_TRAINING) -> dict[Seed, float]:
+def gap_by_seed(runs: SideBySide, arm: ArmResult, setting: EqualBudget = EQUAL_TRAINING) -> dict[SeedPair, float]:
     """Return the gap between the two arms of each seed that both have, in nats per token."""
     scratch = runs.results.scratch_of(arm, setting)
     gaps = {}
@@ -84,7 +84,7 @@ def gap_curve(runs: SideBySide, arm: ArmResult) -> list[tuple[int, MeanEstimate]
     return points
 
 
-def _pairs(runs: SideBySide, arm: ArmResult, scratch: ArmResult | None) -> dict[Seed, tuple[ArmResult, ArmResult]]:
+def _pairs(runs: SideBySide, arm: ArmResult, scratch: ArmResult | None) -> dict[SeedPair, tuple[ArmResult, ArmResult]]:
     """Return the repetitions of two arms that have the same seed; they may be of different runs."""
     if scratch is None:
         return {}
@@ -96,5 +96,5 @@ def _pairs(runs: SideBySide, arm: ArmResult, scratch: ArmResult | None) -> dict[
     return pairs
 
 
-def _seed(run: Run) -> Seed:
+def _seed(run: Run) -> SeedPair:
     return str(run.seed), str(run.data_seed)
