@@ -106,20 +106,20 @@ def convert(
     check_new_folder(target, overwrite=overwrite)
     # Imported only now: it takes seconds, and the checks above should answer at once.
     from nemo_pvs.checkpoints.convert import convert as convert_stream
-    from nemo_pvs.checkpoints.convert import describe
+    from nemo_pvs.checkpoints.convert import describe_checkpoint
     from nemo_pvs.checkpoints.fetch import local_checkpoint
     from nemo_pvs.checkpoints.huggingface.folder import MAX_SHARD_BYTES
     from nemo_pvs.checkpoints.megatron.how_to_load import how_to_load
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
-    from nemo_pvs.layerwise.agreement import compare
+    from nemo_pvs.layerwise.agreement import compare_logits
 
     with (
         ignoring_manifests(ignore_manifest),
         locked_target(target),
         local_checkpoint(str(source), target) as folder,
     ):
-        found = describe(folder, config=config)["format"]
+        found = describe_checkpoint(folder, config=config)["format"]
         wanted = one_of("--to", to or ("nemo" if found == "huggingface" else "hf"), _FORMATS)
         _check_options(wanted, max_shard_size, pad_vocab_to_multiple)
         reference = _reference(folder, config, str(text)) if verify == "logits" else None
@@ -145,7 +145,7 @@ def convert(
         if reference is not None:
             model, ids = reference
             with progress("run both models on the same tokens", "layers") as show:
-                agreement = compare(model, open_source(target), ids, progress=show)
+                agreement = compare_logits(model, open_source(target), ids, progress=show)
     return ConvertedModel(target, manifest, agreement, notes)
 
 

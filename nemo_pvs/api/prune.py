@@ -10,7 +10,7 @@ from typing import Any
 from nemo_pvs.api.values import compute_of, one_of, scores_of, token_counts_of, tokens_of
 from nemo_pvs.calibration.engine import calibrate
 from nemo_pvs.calibration.scores import Scores
-from nemo_pvs.checkpoints.convert import describe
+from nemo_pvs.checkpoints.convert import describe_checkpoint
 from nemo_pvs.checkpoints.fetch import local_checkpoint
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
@@ -193,4 +193,4 @@ def prune(
 
 
 def _format(folder: Path) -> str:
-    return "hf" if describe(folder)["format"] == "huggingface" else "nemo"
+    return "hf" if describe_checkpoint(folder)["format"] == "huggingface" else "nemo"

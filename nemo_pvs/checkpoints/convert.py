@@ -177,7 +177,9 @@ def read_through(source: WeightSource, *, progress: Progress | None = None) -> N
             progress(done, shape.parameters)
 
 
-def describe(path: str | Path, *, tensors: bool = False, config: str | Path | None = None) -> dict[str, Any]:
+def describe_checkpoint(
+    path: str | Path, *, tensors: bool = False, config: str | Path | None = None
+) -> dict[str, Any]:
     """Describe a checkpoint without reading its weights.
 
     Args:

@@ -90,9 +90,9 @@ def convert(
         for note in notes:
             console.print(note, soft_wrap=True, markup=False)
         return
-    from nemo_pvs.checkpoints.convert import describe
+    from nemo_pvs.checkpoints.convert import describe_checkpoint
 
-    console.print(f"{target}: {sentence(describe(target))}", soft_wrap=True, markup=False)
+    console.print(f"{target}: {sentence(describe_checkpoint(target))}", soft_wrap=True, markup=False)
     for note in converted.notes:
         console.print(note, soft_wrap=True, markup=False)
     if converted.agreement is not None:
@@ -109,14 +109,14 @@ def inspect(
     """Show what a checkpoint is; without --sparsity or --verify no weight is read."""
     from rich.table import Table
 
-    from nemo_pvs.checkpoints.convert import describe, verify_or_read
+    from nemo_pvs.checkpoints.convert import describe_checkpoint, verify_or_read
     from nemo_pvs.checkpoints.fetch import local_checkpoint
     from nemo_pvs.checkpoints.open import open_source
     from nemo_pvs.checkpoints.sparsity import matrix_sparsity
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 
     with ignoring_manifests(ignore_manifest), local_checkpoint(path) as folder:
-        about = describe(folder, tensors=tensors)
+        about = describe_checkpoint(folder, tensors=tensors)
         table = Table(show_header=False, box=None)
         for name, value in _description(about).items():
             table.add_row(f"[bold]{name}[/]", value)
@@ -165,7 +165,7 @@ def _description(about: dict[str, Any]) -> dict[str, str]:
 
 
 def sentence(about: dict[str, Any]) -> str:
-    """Say in one line what ``convert.describe`` found."""
+    """Say in one line what ``convert.describe_checkpoint`` found."""
     from nemo_pvs.model.shape import Shape
 
     return f"{about['format']}, {Shape.from_dict(about['shape'])}, {about['bytes'] / 1e9:,.2f} GB"

@@ -132,7 +132,7 @@ def prune(
     check_new_folder(Path(target_folder), overwrite=overwrite)
     read_prune_command(method, target, options)  # so that a mistake need not wait for PyTorch
     from nemo_pvs.api.prune import prune as prune_checkpoint
-    from nemo_pvs.checkpoints.convert import describe
+    from nemo_pvs.checkpoints.convert import describe_checkpoint
     from nemo_pvs.system import ranks
 
     with ranks.joined():
@@ -162,4 +162,5 @@ def prune(
             **options,
         )
         if ranks.is_main():
-            console.print(f"{target_folder}: {sentence(describe(target_folder))}", soft_wrap=True, markup=False)
+            described = sentence(describe_checkpoint(target_folder))
+            console.print(f"{target_folder}: {described}", soft_wrap=True, markup=False)

@@ -50,7 +50,7 @@ def make_encoder(description: str | None, tokenizer: PreTrainedTokenizerBase | N
     """Return the fastest encoder for a tokenizer.
 
     Args:
-        description: Its ``tokenizer.json`` (``describe``); None if it has none.
+        description: Its ``tokenizer.json`` (``tokenizer_json``); None if it has none.
         tokenizer: The tokenizer itself, if it has no description.
         dtype: NumPy's name of the type of the stored ids.
     """
@@ -63,7 +63,7 @@ def make_encoder(description: str | None, tokenizer: PreTrainedTokenizerBase | N
     return WordEncoder(description, expressions, dtype)
 
 
-def describe(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the content of ``tokenizer.json`` without truncation and padding; None for a tokenizer in Python."""
     if not tokenizer.is_fast:
         return None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_pvs.data.corpus import read_documents
-from nemo_pvs.data.token_set import TokenSet, check_size
+from nemo_pvs.data.token_set import TokenSet, check_window_size
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 
@@ -165,7 +165,7 @@ def _document_windows(
     tokenizer_sha256: str | None,
 ) -> TokenSet:
     """Draw each window from a randomly drawn document, redrawing documents that are not longer than a window."""
-    check_size(samples, sequence_length)
+    check_window_size(samples, sequence_length)
     generator = random.Random(seed)
     short: set[int] = set()
     windows: list[Sequence[int]] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.data.corpus import input_files, report_blank, report_left_out
-from nemo_pvs.data.encoder import describe
+from nemo_pvs.data.encoder import tokenizer_json
 from nemo_pvs.data.part_tokens import HASHES, IDS, LENGTHS, MANIFEST, PartWriter, Settings, start_worker, write_part
 from nemo_pvs.data.parts import FilePart, divide
 from nemo_pvs.data.token_index import token_dtype, write_index
@@ -71,7 +71,7 @@ def tokenize_files(
     tokenizer = load_tokenizer(tokenizer_folder)
     end = end_of_text(tokenizer, tokenizer_folder)
     dtype = token_dtype(len(tokenizer))
-    description = describe(tokenizer)
+    description = tokenizer_json(tokenizer)
     settings = Settings(
         description, None if description else tokenizer, end, dtype, tuple(shares.items()), seed, text_key
     )

@@ -69,7 +69,7 @@ class TokenSet:
         """
         ids = np.asarray(stream)
         if documents is not None:
-            check_size(samples, sequence_length)
+            check_window_size(samples, sequence_length)
             starts = _starts_in_documents(np.asarray(documents), sequence_length, samples, seed, data_set)
             return cls.from_windows(
                 [ids[start : start + sequence_length] for start in starts],
@@ -238,7 +238,7 @@ def check_length(
     Raises:
         UserError: the stream is too short, or a number is invalid.
     """
-    check_size(samples, sequence_length)
+    check_window_size(samples, sequence_length)
     if seed is not None and samples is None:
         raise UserError("Random windows need a number of samples; give it, or leave out the seed.")
     available = tokens // sequence_length if seed is None else max(0, tokens - sequence_length)
@@ -250,7 +250,7 @@ def check_length(
         )
 
 
-def check_size(samples: int | None, sequence_length: int) -> None:
+def check_window_size(samples: int | None, sequence_length: int) -> None:
     """Raise UserError unless there is at least one window and a window has at least two tokens."""
     if sequence_length < 2 or (samples is not None and samples < 1):
         raise UserError(

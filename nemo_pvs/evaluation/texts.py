@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_pvs.data.corpus import read_documents
 from nemo_pvs.data.reference_sets import read_rows
 from nemo_pvs.data.token_files import check_tokenizer
-from nemo_pvs.data.token_set import TokenSet, check_size, read_token_file
+from nemo_pvs.data.token_set import TokenSet, check_window_size, read_token_file
 from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import sha256_bytes, sha256_file
@@ -86,7 +86,7 @@ def windows_of(
         UserError: the text is missing, shorter than one window or in the tokens of another tokenizer, or a number is
             invalid.
     """
-    check_size(samples, sequence_length)
+    check_window_size(samples, sequence_length)
     if stride is not None and not 1 <= stride < sequence_length:
         raise UserError(
             f"A stride of {stride} tokens does not fit windows of {sequence_length}; choose a smaller one."

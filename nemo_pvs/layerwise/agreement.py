@@ -32,7 +32,7 @@ class Agreement:
         )
 
 
-def compare(
+def compare_logits(
     one: WeightSource,
     other: WeightSource,
     ids: torch.Tensor,

@@ -62,7 +62,7 @@ def pretrain_recipe(
     return run.Partial(
         llm.pretrain,
         model=model(job, precision, machine, described),
-        data=data(job, machine),
+        data=data_module(job, machine),
         trainer=trainer(job, precision, machine),
         log=run.Config(
             nl.NeMoLogger,
@@ -116,7 +116,7 @@ def model(job: TrainingJob, precision: str, machine: Machine, described: run.Con
     return run.Config(fiddle.get_callable(stored), config=config)
 
 
-def data(job: TrainingJob, machine: Machine) -> run.Config:
+def data_module(job: TrainingJob, machine: Machine) -> run.Config:
     """Return the data module: the job's tokens in an order that depends only on the seed."""
     training = job.training
     module, text = (DomainData, domains_of(job)) if job.loading else (PretrainingData, text_of(job))
@@ -186,7 +186,7 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
         max_steps=training.steps,
         strategy=strategy,
         plugins=mixed_precision(precision),
-        val_check_interval=interval(training.steps, training.validations),
+        val_check_interval=step_interval(training.steps, training.validations),
         check_val_every_n_epoch=None,  # count steps over the whole run, so that resuming does not shift validations
         limit_val_batches=1.0,  # one whole epoch of the same validation windows each time
         limit_test_batches=0,
@@ -277,7 +277,7 @@ def checkpointing(job: TrainingJob) -> run.Config:
         save_last=True,
         save_top_k=0,  # also keeping the best checkpoints would double every save
         save_on_train_epoch_end=True,  # rather than after every validation
-        every_n_train_steps=interval(job.training.steps, job.training.checkpoints),
+        every_n_train_steps=step_interval(job.training.steps, job.training.checkpoints),
         save_optim_on_train_end=True,
     )
 
@@ -341,7 +341,7 @@ def schedule(job: TrainingJob) -> run.Config:
     )
 
 
-def interval(steps: int, times: int) -> int:
+def step_interval(steps: int, times: int) -> int:
     """Return every how many steps an event occurs if it occurs ``times`` times in ``steps``, including at the end."""
     return max(1, steps // times)
 

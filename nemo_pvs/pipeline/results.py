@@ -135,7 +135,7 @@ def _curve(run: RunFolder, arm: Arm) -> metrics.Metrics:
     between = run.folder / "train" / f"{arm.target}-stages"
     files = [*(between / str(number) / METRICS_FILE for number in range(1, len(parts))), run.job(arm).metrics]
     starts = [share.first_step for share in parts]
-    return metrics.joined(zip(files, starts, strict=True), arm.training.tokens_per_step)
+    return metrics.join_curves(zip(files, starts, strict=True), arm.training.tokens_per_step)
 
 
 def _for_people(arm: Arm) -> str:

@@ -16,7 +16,7 @@ from nemo_pvs.pipeline.results import assemble
 from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.recipe.identity import identity_without_seeds
 from nemo_pvs.recipe.recipe import Recipe
-from nemo_pvs.recipe.series import Member, Phase, kinds, phases, with_rates
+from nemo_pvs.recipe.series import Member, Phase, phases, swept_kinds, with_rates
 from nemo_pvs.reporting.compare.compare import RESULTS, compare, read_runs
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.html import write_files, write_report
@@ -184,7 +184,7 @@ def sweeps(member: Member) -> list[SweepResult]:
         return []
     results = Results.load(member.sweep / RESULTS)
     chosen = []
-    for kind in kinds(member.recipe):
+    for kind in swept_kinds(member.recipe):
         rates = sorted(kind.sweep.sweep)
         losses: list[float] = []
         tokens = flops = 0

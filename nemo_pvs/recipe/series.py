@@ -56,7 +56,7 @@ class Kind:
 
 def is_one_run(recipe: Recipe) -> bool:
     """Return whether a recipe stands for itself alone: no seeds, no parent to train first, no rates to choose."""
-    return not (recipe.seeds or parent_recipe(recipe) or kinds(recipe))
+    return not (recipe.seeds or parent_recipe(recipe) or swept_kinds(recipe))
 
 
 def phases(recipe: Recipe, folder: Path) -> list[Phase]:
@@ -81,7 +81,7 @@ def _phases(recipe: Recipe, folder_of: Callable[[Recipe], Path], folder: Path) -
             parent, lambda one: root / _parent_name(one, first_seed), root / _parent_name(first, first_seed)
         )
         runs = [_with_parent(run, member) for run, member in zip(runs, done[-1], strict=True)]
-    sweep = folder / "sweep" if kinds(recipe) else None
+    sweep = folder / "sweep" if swept_kinds(recipe) else None
     if sweep is not None:
         done.append((Member(candidates(runs[0]), sweep),))
     return [*done, tuple(Member(run, folder_of(run), sweep) for run in runs)]
@@ -115,7 +115,7 @@ def _parent_name(recipe: Recipe, first_seed: int) -> str:
         "first_token": arm.first_token,
         "initialisation": arm.training.initialisation,
         "training": arm.training.identity,
-        **({"rate of seed": first_seed} if kinds(recipe) else {}),
+        **({"rate of seed": first_seed} if swept_kinds(recipe) else {}),
     }
     return f"{recipe.name}-{sha256_json(settings)[:10]}"
 
@@ -126,7 +126,7 @@ def _with_parent(recipe: Recipe, parent: Member) -> Recipe:
     return recipe.model_copy(update={"parent": recipe.parent.model_copy(update={"source": source})})
 
 
-def kinds(recipe: Recipe) -> list[Kind]:
+def swept_kinds(recipe: Recipe) -> list[Kind]:
     """Return the kinds of arms whose learning rates must be chosen."""
     groups: dict[str, Kind] = {}
     for name, target in recipe.targets.items():
@@ -147,11 +147,11 @@ def kinds(recipe: Recipe) -> list[Kind]:
 def candidates(recipe: Recipe) -> Recipe:
     """Return the recipe of a sweep: the first target of each kind, trained with each of its rates."""
     targets, budgets = {}, Budgets()
-    for kind in kinds(recipe):
+    for kind in swept_kinds(recipe):
         for rate in kind.sweep.sweep:
             changes = {"learning_rate": rate, "arms": [kind.initialisation]}
             targets[kind.candidate(rate)] = recipe.targets[kind.target].model_copy(update=changes)
-        tokens = tokens_of(recipe, kind)
+        tokens = sweep_tokens(recipe, kind)
         if getattr(budgets, kind.initialisation) not in ([], [tokens]):
             raise UserError(
                 f"Recipe {recipe.name}: the sweeps of {kind.initialisation} arms have different tokens; give all of "
@@ -171,13 +171,13 @@ def candidates(recipe: Recipe) -> Recipe:
             "targets": targets,
             "budgets": budgets,
             # A rate of no target, as each has its own.
-            "train": recipe.train.model_copy(update={"learning_rate": kinds(recipe)[0].sweep.sweep[0]}),
+            "train": recipe.train.model_copy(update={"learning_rate": swept_kinds(recipe)[0].sweep.sweep[0]}),
             "evaluate": Evaluation(**recipe.evaluate.model_dump(include={"samples", "sequence_length"})),
         }
     )
 
 
-def tokens_of(recipe: Recipe, kind: Kind) -> int:
+def sweep_tokens(recipe: Recipe, kind: Kind) -> int:
     """Return the training tokens of the candidates of a kind."""
     if kind.sweep.tokens is not None:
         return int(kind.sweep.tokens)
@@ -186,10 +186,10 @@ def tokens_of(recipe: Recipe, kind: Kind) -> int:
 
 
 def with_rates(recipe: Recipe, rates: Sequence[float]) -> Recipe:
-    """Return a recipe with the chosen learning rates, given in the order of ``kinds``."""
+    """Return a recipe with the chosen learning rates, given in the order of ``swept_kinds``."""
     if not rates:
         return recipe
-    swept = kinds(recipe)
+    swept = swept_kinds(recipe)
     chosen = {}
     for kind, rate in zip(swept, rates, strict=True):
         chosen.update({(name, kind.initialisation): rate for name in kind.targets})

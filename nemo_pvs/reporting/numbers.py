@@ -29,7 +29,7 @@ def scientific(value: float | None) -> str:
     return f"{mantissa}\u00a0×\u00a010{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
-def perplexity(value: float | None) -> str:
+def format_perplexity(value: float | None) -> str:
     """Format a perplexity: with two decimals below 1000, without decimals from there on."""
     return fixed(value, 2 if value is None or value < 1000 else 0)
 

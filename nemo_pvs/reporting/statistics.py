@@ -79,7 +79,7 @@ def quantile(probability: float, degrees: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
-def estimate(values: Sequence[float]) -> MeanEstimate | None:
+def mean_estimate(values: Sequence[float]) -> MeanEstimate | None:
     """Return the mean over seeds with Student's t interval of n - 1 degrees of freedom; None without values.
 
     One value has no interval, and neither have values that are not all finite.

@@ -11,7 +11,7 @@ from nemo_pvs.scaling.estimate import Array, Points, polish, predict
 from nemo_pvs.scaling.law import Law
 
 DRAWS = 399
-"""With this many, an interval's bounds are exactly draws (``interval``)."""
+"""With this many, an interval's bounds are exactly draws (``confidence_interval``)."""
 CONFIDENCE = 95.0
 """Coverage of the intervals in per cent."""
 FEWEST_DRAWS = 39
@@ -58,7 +58,7 @@ def scatter(points: Points, fitted: Array, parameters: int) -> float:
     return math.sqrt(float(np.sum(residuals**2)) / (len(residuals) - parameters))
 
 
-def interval(draws: Array) -> tuple[Array, Array]:
+def confidence_interval(draws: Array) -> tuple[Array, Array]:
     """Return the bounds of the 95 % interval from draws [draws, ...], which may be infinite.
 
     The truth is equally likely to have any rank among the draws, so the bounds are the draws of rank

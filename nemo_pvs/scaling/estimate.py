@@ -52,7 +52,7 @@ class Points:
         )
 
 
-def estimate(law: Law, points: Points, *, seed: int = 0) -> Array:
+def fit_parameters(law: Law, points: Points, *, seed: int = 0) -> Array:
     """Return the best-fitting parameters [parameters], with exponents within bounds and coefficients of 0 or more.
 
     Exponents are sampled, and the coefficients for them found by non-negative linear least squares. The best of these

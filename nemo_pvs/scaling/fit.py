@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.scaling.bootstrap import CONFIDENCE, DRAWS, FEWEST_DRAWS, draw, interval, scatter
+from nemo_pvs.scaling.bootstrap import CONFIDENCE, DRAWS, FEWEST_DRAWS, confidence_interval, draw, scatter
 from nemo_pvs.scaling.chinchilla import Chinchilla
-from nemo_pvs.scaling.estimate import Points, estimate, predict
+from nemo_pvs.scaling.estimate import Points, fit_parameters, predict
 from nemo_pvs.scaling.held_out import HeldOut, held_out, slope_difference
 from nemo_pvs.scaling.law import Law, names
 from nemo_pvs.scaling.p2 import P2
@@ -65,7 +65,7 @@ class Fit:
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """The 95 % interval of each parameter."""
-        low, high = interval(np.array(self.draws))
+        low, high = confidence_interval(np.array(self.draws))
         return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names(self.law))}
 
     @property
@@ -128,7 +128,7 @@ def fit(
     points = Points.of(series)
     if len(points.tokens) < _POINTS_A_PARAMETER * len(names(law)):
         warnings.append(f"{len(points.tokens)} points for {len(names(law))} parameters: the intervals are rough")
-    values = estimate(law, points, seed=seed)
+    values = fit_parameters(law, points, seed=seed)
     for exponent, value in zip(law.exponents, values, strict=False):
         if min(value - exponent.low, exponent.high - value) < _EDGE:
             warnings.append(

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.scaling.bootstrap import DRAWS, draw, interval
+from nemo_pvs.scaling.bootstrap import DRAWS, confidence_interval, draw
 from nemo_pvs.scaling.curve import BILLION
-from nemo_pvs.scaling.estimate import Array, Points, estimate, predict
+from nemo_pvs.scaling.estimate import Array, Points, fit_parameters, predict
 from nemo_pvs.scaling.law import Law
 from nemo_pvs.scaling.series import LossSeries
 
@@ -89,7 +89,7 @@ def _measure(
         return HeldOut(name, points, reason="nothing is left to fit")
     try:
         law.check(fitted)
-        values = estimate(law, Points.of(fitted), seed=seed)
+        values = fit_parameters(law, Points.of(fitted), seed=seed)
     except UserError as error:
         return HeldOut(name, points, reason=str(error))
     fitted_points, held_points = Points.of(fitted), Points.of(held)
@@ -112,5 +112,5 @@ def _error_interval(
     noise, drawn = draw(law, fitted, values, draws, generator)
     predicted = np.array([predict(law, parameters, held) for parameters in drawn])  # [draws, points]
     measured = predicted * np.exp(noise[:, None] * generator.standard_normal(predicted.shape))
-    low, high = interval(np.mean(held.losses - measured, axis=1))
+    low, high = confidence_interval(np.mean(held.losses - measured, axis=1))
     return float(low), float(high)

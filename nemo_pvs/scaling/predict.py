@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.scaling.bootstrap import interval
+from nemo_pvs.scaling.bootstrap import confidence_interval
 from nemo_pvs.scaling.curve import Curve
 from nemo_pvs.scaling.estimate import Array
 from nemo_pvs.scaling.fit import Fit, check_tokenizers
@@ -164,5 +164,5 @@ def _of_curve(fit: Fit, at: Conditions | None, ask: Callable[[Curve], float]) ->
 
 
 def _estimate(value: float, draws: Array) -> Prediction:
-    low, high = interval(draws)
+    low, high = confidence_interval(draws)
     return Prediction(value, float(low), float(high))

@@ -61,7 +61,7 @@ def read(path: Path) -> Metrics:
     return Metrics(**{kind: [records[step] for step in sorted(records)] for kind, records in by_kind.items()})
 
 
-def joined(parts: Iterable[tuple[Path, int]], tokens_per_step: int) -> Metrics:
+def join_curves(parts: Iterable[tuple[Path, int]], tokens_per_step: int) -> Metrics:
     """Read the metrics files of consecutive training runs as one curve.
 
     Args:

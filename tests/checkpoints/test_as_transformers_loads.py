@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from nemo_pvs.checkpoints.huggingface.as_transformers_loads import AsTransformersLoads
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.errors import UserError
-from nemo_pvs.layerwise.agreement import compare
+from nemo_pvs.layerwise.agreement import compare_logits
 from tests.conftest import make_tiny_llama
 from tests.families import CASES, save_tiny
 from tests.state_source import StateSource
@@ -28,7 +28,7 @@ def edit(path, drop=(), **values):
 def assert_same(folder, model):
     """The folder, as Transformers loads it, is ``model``; and so is our own reading of it."""
     for source in (AsTransformersLoads(folder), HuggingFaceSource(folder)):
-        assert compare(source, StateSource(model), IDS).max_difference < 1e-5
+        assert compare_logits(source, StateSource(model), IDS).max_difference < 1e-5
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_pvs.checkpoints.convert import convert, describe, verify_checkpoint
+from nemo_pvs.checkpoints.convert import convert, describe_checkpoint, verify_checkpoint
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.open import open_source
@@ -52,7 +52,7 @@ def test_a_changed_weight_is_found(make_tiny_llama, tmp_path, to):
     verify_checkpoint(tmp_path / "out")
     data = next(path for path in (tmp_path / "out").rglob("*") if path.suffix in {".safetensors", ".distcp"})
     flip_a_bit(data, data.stat().st_size // 2)
-    assert describe(tmp_path / "out")["manifest"] == "complete"  # a look at lengths cannot tell
+    assert describe_checkpoint(tmp_path / "out")["manifest"] == "complete"  # a look at lengths cannot tell
     with pytest.raises(UserError, match=r"weight in .*out does not match pvs_manifest.json there|Cannot read module"):
         verify_checkpoint(tmp_path / "out")
 
@@ -118,7 +118,7 @@ def test_description(make_tiny_llama, tmp_path, to):
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     convert(tmp_path / "hf", tmp_path / "out", to=to, pad_vocab_to_multiple=99)
     shape = Shape(layers=4, hidden=64, ffn=96, heads=8, kv_groups=2, head_dim=16, vocab=128, tied=False)
-    description = describe(tmp_path / "out", tensors=True)
+    description = describe_checkpoint(tmp_path / "out", tensors=True)
     table = description.pop("tensors")
     assert description == {
         "format": {"hf": "huggingface", "nemo": "nemo"}[to],
@@ -146,8 +146,8 @@ def test_description(make_tiny_llama, tmp_path, to):
 
 def test_description_of_what_others_wrote_or_broke(make_tiny_llama, tmp_path):
     make_tiny_llama(tmp_path / "hf")
-    assert describe(tmp_path / "hf")["manifest"] == "absent"
+    assert describe_checkpoint(tmp_path / "hf")["manifest"] == "absent"
     convert(tmp_path / "hf", tmp_path / "out", to="nemo")
     (tmp_path / "out" / "context" / "io.json").unlink()
     (tmp_path / "out" / "context" / "io.json").write_text("{}")
-    assert describe(tmp_path / "out")["manifest"] == "broken"
+    assert describe_checkpoint(tmp_path / "out")["manifest"] == "broken"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwe
 from nemo_pvs.checkpoints.fetch import dequantize_gguf
 from nemo_pvs.checkpoints.gguf import write
 from nemo_pvs.checkpoints.gguf.file import GgufFile
-from nemo_pvs.checkpoints.gguf.names import is_rotated, pairs_to_halves, stored_name
+from nemo_pvs.checkpoints.gguf.names import gguf_name, is_rotated, pairs_to_halves
 from nemo_pvs.checkpoints.gguf.quantise import quantise_q8_0
 from nemo_pvs.checkpoints.gguf.tokenizer import build_tokenizer
 from nemo_pvs.checkpoints.gguf.write import Written
@@ -105,7 +105,7 @@ def _same_tensors(ours: Written, source: WeightSource) -> None:
     parts = Layout.for_config(source.config).parts(shape)
     assert len(file.tensors) == len(parts)
     for name in parts:
-        tensor = file.read(stored_name(name))
+        tensor = file.read(gguf_name(name))
         if is_rotated(name) and ours.architecture != "qwen2":
             tensor = pairs_to_halves(tensor, shape.head_dim)
         assert torch.equal(tensor, source.read(name)), name

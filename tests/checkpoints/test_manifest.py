@@ -9,7 +9,7 @@ import pytest
 import torch
 import xxhash
 
-from nemo_pvs.checkpoints.convert import convert, describe, verify_checkpoint
+from nemo_pvs.checkpoints.convert import convert, describe_checkpoint, verify_checkpoint
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.manifest import MANIFEST, Manifest, is_finite
@@ -93,7 +93,7 @@ def test_the_first_manifests_still_verify(make_tiny_llama, tmp_path):
     convert(make_tiny_llama(tmp_path / "hf"), tmp_path / "out", to="hf")
     values = as_first_written(tmp_path / "out")
     assert verify_checkpoint(tmp_path / "out").hash == "sha256"
-    assert describe(tmp_path / "out")["manifest"] == "complete"
+    assert describe_checkpoint(tmp_path / "out")["manifest"] == "complete"
     values["tensors"]["model.norm.weight"]["sha256"] = "0" * 64
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"model\.norm\.weight in .*out does not match pvs_manifest.json there"):
@@ -126,7 +126,7 @@ def test_shards_are_as_large_as_asked(make_tiny_llama, tmp_path):
     convert(make_tiny_llama(tmp_path / "hf"), tmp_path / "nemo", to="nemo")
     convert(tmp_path / "nemo", tmp_path / "out", to="hf", max_shard_bytes=60_000)
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("model-*.safetensors")]
-    total = 4 * describe(tmp_path / "hf")["parameters"]
+    total = 4 * describe_checkpoint(tmp_path / "hf")["parameters"]
     assert len(sizes) >= total / 60_000 > 10
     assert max(sizes) < 60_000 + 20_000  # with the header
 

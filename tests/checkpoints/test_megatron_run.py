@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from nemo_pvs.checkpoints.convert import convert, describe, verify_checkpoint
+from nemo_pvs.checkpoints.convert import convert, describe_checkpoint, verify_checkpoint
 from nemo_pvs.checkpoints.files.torch_dist import TensorBlock, TorchDistReader, write_torch_dist
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
@@ -163,7 +163,7 @@ def test_the_files_are_those_of_a_run_that_has_saved_once(hf, root, tmp_path):
     assert (tokenizer / "tokenizer.json").is_file()
     assert tokenizer_folder(root) == iteration / "tokenizer"
     assert verify_checkpoint(root) == verify_checkpoint(iteration)
-    assert describe(root)["format"] == "megatron"
+    assert describe_checkpoint(root)["format"] == "megatron"
 
 
 def test_a_window_includes_the_query_itself_in_hugging_face_only(tmp_path):
@@ -196,7 +196,7 @@ def test_a_root_can_be_moved_and_the_path_of_its_tokenizer_corrected(root, tmp_p
     run_config = moved / ITERATION / "run_config.yaml"
     run_config.write_text(run_config.read_text().replace(f"{root}/", f"{moved}/"))
     assert str(moved) in run_config.read_text()
-    assert describe(moved)["manifest"] == "complete"
+    assert describe_checkpoint(moved)["manifest"] == "complete"
     verify_checkpoint(moved)
     config = moved / ITERATION / "huggingface_config.json"
     config.write_text(config.read_text().replace("500000.0", "400000.0"))

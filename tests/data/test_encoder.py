@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from nemo_pvs.data import encoder
-from nemo_pvs.data.encoder import LibraryEncoder, WordEncoder, describe, make_encoder
+from nemo_pvs.data.encoder import LibraryEncoder, WordEncoder, make_encoder, tokenizer_json
 from tests.conftest import cases
 
 from .conftest import SENTENCES
@@ -137,6 +137,6 @@ def test_a_tokenizer_in_python_is_asked_itself() -> None:
             assert options["add_special_tokens"] is False
             return {"input_ids": [[ord(character) for character in text] for text in texts]}
 
-    assert describe(InPython()) is None
+    assert tokenizer_json(InPython()) is None
     encoded = make_encoder(None, InPython(), "uint16").encode(["ab", ""])
     assert [np.frombuffer(ids, np.uint16).tolist() for ids in encoded] == [[97, 98], []]

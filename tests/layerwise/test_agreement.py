@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from nemo_pvs.layerwise.agreement import compare
+from nemo_pvs.layerwise.agreement import compare_logits
 from tests.conftest import tiny_llama_config
 from tests.state_source import StateSource
 
@@ -18,7 +18,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 def test_differences_are_those_of_the_full_models():
     one, other = make_model(0), make_model(1)
-    measured = compare(StateSource(one), StateSource(other), IDS)
+    measured = compare_logits(StateSource(one), StateSource(other), IDS)
     with torch.no_grad():
         a, b = one(IDS).logits, other(IDS).logits
     assert measured.tokens == IDS.numel()
@@ -30,6 +30,6 @@ def test_differences_are_those_of_the_full_models():
 
 def test_a_model_agrees_with_itself():
     model = make_model(0)
-    measured = compare(StateSource(model), StateSource(model), IDS)
+    measured = compare_logits(StateSource(model), StateSource(model), IDS)
     assert (measured.max_difference, measured.mean_difference, measured.top1) == (0.0, 0.0, 1.0)
     assert str(measured) == "equal logits on 51 tokens"

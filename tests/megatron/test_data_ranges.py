@@ -28,10 +28,10 @@ def _served(job: TrainingJob, steps: int, ranks: int) -> list[list[str]]:
     import fiddle
     from nemo.lightning.data import MegatronPretrainingSampler
 
-    from nemo_pvs.megatron.pretrain import data
+    from nemo_pvs.megatron.pretrain import data_module
     from nemo_pvs.training.machine import Machine
 
-    module = fiddle.build(data(job, Machine.here()))
+    module = fiddle.build(data_module(job, Machine.here()))
     module.build(steps, 1, 1.0, 0)
     dataset = module._train_ds
     samplers = [

@@ -11,7 +11,7 @@ import yaml
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.recipe.recipe import Recipe
-from nemo_pvs.recipe.series import candidates, kinds, phases, with_rates
+from nemo_pvs.recipe.series import candidates, phases, swept_kinds, with_rates
 
 DATA = {"token_files": dict.fromkeys(("train", "validation", "calibration", "test"), "tokens/all")}
 TRAIN = {"sequence_length": 16, "global_batch_size": 4, "validation_samples": 4, "learning_rate": 1e-3, "seed": 7}
@@ -120,7 +120,7 @@ def test_one_rate_is_chosen_per_kind_of_arm(tmp_path: Path) -> None:
     grid["targets"]["depth"]["learning_rate"] = 5e-3
     grid["targets"]["sparse"]["learning_rate"] = {"pruned": {"sweep": [1e-4, 1e-3], "tokens": 256}, "random": 2e-3}
     recipe = load(tmp_path, grid)
-    assert [(kind.name, kind.targets) for kind in kinds(recipe)] == [
+    assert [(kind.name, kind.targets) for kind in swept_kinds(recipe)] == [
         ("pruned", ("width",)),
         ("random", ("width",)),
         ("sparse pruned", ("sparse",)),
@@ -137,7 +137,7 @@ def test_one_rate_is_chosen_per_kind_of_arm(tmp_path: Path) -> None:
         ("sparse-pruned-0.001-pruned-256", 1e-3, 256),
     ]
     chosen = with_rates(recipe, [1e-2, 1e-3, 1e-4])
-    assert not kinds(chosen)
+    assert not swept_kinds(chosen)
     rates = {
         arm.name: arm.training.peak_learning_rate for arm in chosen.settled(dict.fromkeys(_matched(chosen), 64)).runs
     }
@@ -163,7 +163,7 @@ def test_rates_by_initial_weights_hold_for_all_targets_and_can_be_swept(tmp_path
     assert {rate for name, rate in rates.items() if name.startswith(("width-random", "sparse-random"))} == {2e-3}
     grid["train"]["learning_rate"] = {"pruned": {"sweep": [1e-4, 1e-3]}, "random": 2e-3}
     recipe = load(tmp_path, grid)
-    assert [(kind.name, kind.targets) for kind in kinds(recipe)] == [
+    assert [(kind.name, kind.targets) for kind in swept_kinds(recipe)] == [
         ("pruned", ("width",)),
         ("sparse pruned", ("sparse",)),
     ]
@@ -180,7 +180,7 @@ def test_equal_sweeps_of_several_targets_are_one_choice(tmp_path: Path) -> None:
     for name in ("width", "depth"):
         grid["targets"][name]["learning_rate"] = {"sweep": [1e-3, 1e-2]}
     recipe = load(tmp_path, grid)
-    assert [(kind.name, kind.targets) for kind in kinds(recipe)] == [
+    assert [(kind.name, kind.targets) for kind in swept_kinds(recipe)] == [
         ("pruned", ("width", "depth")),
         ("random", ("width", "depth")),
     ]
@@ -241,7 +241,7 @@ def test_a_parents_recipe_can_be_given_in_place(tmp_path: Path) -> None:
 def test_arms_that_are_not_trained_need_no_rate(tmp_path: Path) -> None:
     grid = {**grid_values(), "budgets": {"random": [128]}}
     grid["train"] = {**TRAIN, "learning_rate": {"sweep": [1e-3, 1e-2]}}
-    assert {kind.initialisation for kind in kinds(load(tmp_path, grid))} == {"random"}
+    assert {kind.initialisation for kind in swept_kinds(load(tmp_path, grid))} == {"random"}
 
 
 def test_a_sweep_stays_in_its_range(tmp_path: Path) -> None:

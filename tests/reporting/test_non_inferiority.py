@@ -17,7 +17,7 @@ from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.compare.scores import read_scores
 from nemo_pvs.reporting.compare.verdicts import NonInferiority
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.statistics import crossed_estimate, estimate
+from nemo_pvs.reporting.statistics import crossed_estimate, mean_estimate
 from nemo_pvs.system.files import read_json
 
 from .evaluated import write_evaluation
@@ -64,7 +64,7 @@ def test_losses_are_paired_by_seed_with_each_seeds_parent() -> None:
     tests = judge_non_inferiority(compare(runs), 0.1, "nats")
     assert len(tests) == 15
     test = _of(tests, "depth-50, pruned, 1638400", "validation loss")
-    expected = estimate([0.02, 0.03, 0.04])
+    expected = mean_estimate([0.02, 0.03, 0.04])
     assert test.difference is not None
     assert expected is not None
     assert (test.difference.mean, test.difference.stderr) == pytest.approx((expected.mean, expected.stderr))
@@ -105,7 +105,7 @@ def test_answers_are_paired_by_question(results: Results, tmp_path: Path) -> Non
     answers = {"parent": {"boolq": RIGHT}, "pruned": {"boolq": _with_flips(RIGHT, 2)}}
     tests = judge_non_inferiority(compare(_seeds(results, tmp_path, [answers])), 3.0)
     test = _of(tests, "depth, pruned", "boolq/0-shot/acc")
-    expected = estimate([0.0] * 198 + [-100.0] * 2)
+    expected = mean_estimate([0.0] * 198 + [-100.0] * 2)
     assert test.difference is not None
     assert expected is not None
     assert test.difference.stderr == pytest.approx(expected.stderr)
@@ -158,7 +158,7 @@ def test_without_single_questions_only_seeds_count(results: Results, tmp_path: P
         file.unlink()
     runs[1] = Run(runs[1].label, runs[1].results, read_scores(tmp_path / "seed-2" / "evaluation"))
     test = _of(judge_non_inferiority(compare(runs, force=True), 3.0), "depth, pruned", "boolq/0-shot/acc")
-    expected = estimate([-1.0, -2.0, -3.0])
+    expected = mean_estimate([-1.0, -2.0, -3.0])
     assert test.difference is not None
     assert expected is not None
     assert (test.difference.mean, test.difference.stderr) == pytest.approx((expected.mean, expected.stderr))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nemo_pvs.reporting.numbers import duration, fixed, perplexity, scaled, scientific, unit_of
+from nemo_pvs.reporting.numbers import duration, fixed, format_perplexity, scaled, scientific, unit_of
 
 
 @pytest.mark.parametrize(
@@ -21,10 +21,10 @@ from nemo_pvs.reporting.numbers import duration, fixed, perplexity, scaled, scie
         (scientific(0), "0"),
         (scientific(1_764_000_000_000_000_000_000), "1.76\u00a0×\u00a010²¹"),
         (scientific(9.996e3), "1.00\u00a0×\u00a010⁴"),
-        (perplexity(None), "–"),
-        (perplexity(999.994), "999.99"),
-        (perplexity(49152.4), "49,152"),
-        (perplexity(math.inf), "not finite"),
+        (format_perplexity(None), "–"),
+        (format_perplexity(999.994), "999.99"),
+        (format_perplexity(49152.4), "49,152"),
+        (format_perplexity(math.inf), "not finite"),
         (duration(None), "–"),
         (duration(3725.6), "1:02:06"),
         (duration(59.6), "0:01:00"),

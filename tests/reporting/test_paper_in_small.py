@@ -16,7 +16,7 @@ from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.html import markdown_report
 from nemo_pvs.reporting.numbers import fixed, plus_minus
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.statistics import estimate
+from nemo_pvs.reporting.statistics import mean_estimate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "recipes/paper_in_small/results/quick"
@@ -166,7 +166,7 @@ def test_what_the_teacher_is_worth() -> None:
                 differences = [
                     losses[(*minuend, tokens, seed)] - losses[(*subtrahend, tokens, seed)] for seed in "123"
                 ]
-                mean = estimate(differences)
+                mean = mean_estimate(differences)
                 assert mean is not None
                 text = plus_minus(fixed(mean.mean, signed=True), mean.half_width)
                 shown.append(text.replace("\N{NO-BREAK SPACE}", " "))

@@ -17,7 +17,7 @@ from nemo_pvs.reporting.compare.scores import Score, unit_of_score
 from nemo_pvs.reporting.figures.regained import regained_panels
 from nemo_pvs.reporting.html import write_files
 from nemo_pvs.reporting.results import Results
-from nemo_pvs.reporting.statistics import estimate
+from nemo_pvs.reporting.statistics import mean_estimate
 from nemo_pvs.reporting.tables.regained import regained_cells, regained_headings
 
 from .conftest import TOKENS
@@ -153,7 +153,7 @@ def test_the_verdict_turns_the_sign_where_lower_is_better(results: Results) -> N
         "recovery/test/repetition",
     }
     repeated = tests["recovery/test/repetition"]
-    expected = estimate([-100 * 0.1 * (1 + 0.1 * (-1) ** index) for index in range(PROMPTS)])
+    expected = mean_estimate([-100 * 0.1 * (1 + 0.1 * (-1) ** index) for index in range(PROMPTS)])
     assert repeated.difference is not None
     assert expected is not None
     assert repeated.difference.mean == pytest.approx(expected.mean)

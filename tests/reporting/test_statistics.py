@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from nemo_pvs.reporting.statistics import MeanEstimate, crossed_estimate, estimate, quantile, recovered
+from nemo_pvs.reporting.statistics import MeanEstimate, crossed_estimate, mean_estimate, quantile, recovered
 
 EXPERIMENTS = 20_000
 
@@ -36,7 +36,7 @@ def test_quantiles_of_one_and_two_degrees_have_closed_forms() -> None:
 
 def test_three_seeds_by_hand() -> None:
     """1.0, 1.2 and 1.1: mean 1.1, deviation 0.1, standard error 0.1 / √3, t = 4.3027 and 2.9200."""
-    found = estimate([1.0, 1.2, 1.1])
+    found = mean_estimate([1.0, 1.2, 1.1])
     assert found is not None
     assert (found.count, found.degrees, found.sign) == (3, 2, 1)
     assert found.mean == pytest.approx(1.1)
@@ -47,16 +47,16 @@ def test_three_seeds_by_hand() -> None:
 
 
 def test_too_little_has_no_interval() -> None:
-    assert estimate([]) is None
+    assert mean_estimate([]) is None
     for values in ([1.0], [1.0, math.nan], [1.0, math.inf], [-math.inf, math.inf]):
-        found = estimate(values)
+        found = mean_estimate(values)
         assert found is not None
         assert found.deviation is found.half_width is found.low is found.high is found.lower_bound is None
         assert found.sign == 0
 
 
 def test_the_sign_is_that_of_the_whole_interval() -> None:
-    signs = [estimate(values).sign for values in ([1.0, 1.1], [-1.0, -1.1], [-0.1, 0.3], [0.5, 0.5])]  # type: ignore[union-attr]
+    signs = [mean_estimate(values).sign for values in ([1.0, 1.1], [-1.0, -1.1], [-0.1, 0.3], [0.5, 0.5])]  # type: ignore[union-attr]
     assert signs == [1, -1, 0, 1]
 
 
@@ -65,7 +65,7 @@ def test_several_comparisons_widen_the_interval() -> None:
     for comparisons, confidence in ((1, 0.95), (2, 0.975), (10, 0.995)):
         edge = confidence * math.sqrt(2 / (1 - confidence**2)) / math.sqrt(3)
         for mean, sign in ((edge * 1.001, 1), (edge * 0.999, 0), (-edge * 1.001, -1)):
-            found = estimate([mean - 1, mean, mean + 1])
+            found = mean_estimate([mean - 1, mean, mean + 1])
             assert found is not None
             assert found.sign_among(comparisons) == sign
 
@@ -74,7 +74,7 @@ def test_several_comparisons_widen_the_interval() -> None:
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_95_of_100_intervals_contain_the_truth(seeds: int) -> None:
     values = np.random.default_rng(seeds).normal(0.7, 0.3, (EXPERIMENTS, seeds)).tolist()
-    found = [estimate(experiment) for experiment in values]
+    found = [mean_estimate(experiment) for experiment in values]
     covered = sum(item.low <= 0.7 <= item.high for item in found)  # type: ignore[union-attr,operator]
     # Within 4 standard errors of a binomial share; those of a normal quantile would contain 81 % with 3 seeds.
     assert covered / EXPERIMENTS == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / EXPERIMENTS))
@@ -85,13 +85,13 @@ def test_95_of_100_intervals_contain_the_truth(seeds: int) -> None:
 def test_5_of_100_models_at_the_margin_pass_as_not_inferior(seeds: int) -> None:
     generator = np.random.default_rng(seeds)
     at_margin = generator.normal(-0.5, 0.2, (EXPERIMENTS, seeds)).tolist()
-    verdicts = [recovered(estimate(experiment), 0.5) for experiment in at_margin]  # type: ignore[arg-type]
+    verdicts = [recovered(mean_estimate(experiment), 0.5) for experiment in at_margin]  # type: ignore[arg-type]
     tolerance = 4 * math.sqrt(0.05 * 0.95 / EXPERIMENTS)
     passed = sum(verdict in ("not inferior", "equivalent") for verdict in verdicts) / EXPERIMENTS
     assert passed == pytest.approx(0.05, abs=tolerance)
     assert verdicts.count("inferior") / EXPERIMENTS == pytest.approx(0.05, abs=tolerance)
     better = generator.normal(0.5, 0.2, (EXPERIMENTS, seeds)).tolist()
-    equivalent = sum(recovered(estimate(experiment), 0.5) == "equivalent" for experiment in better)  # type: ignore[arg-type]
+    equivalent = sum(recovered(mean_estimate(experiment), 0.5) == "equivalent" for experiment in better)  # type: ignore[arg-type]
     assert equivalent / EXPERIMENTS < 0.05 + tolerance
 
 
@@ -115,7 +115,7 @@ def test_without_an_error_nothing_is_decided() -> None:
 
 def test_one_seed_is_students_t_over_questions() -> None:
     differences = [1.0, 0.0, 0.0, -1.0, 1.0, 0.0]
-    found, expected = crossed_estimate([[differences]]), estimate(differences)
+    found, expected = crossed_estimate([[differences]]), mean_estimate(differences)
     assert expected is not None
     assert (found.mean, found.stderr, found.degrees) == pytest.approx(
         (expected.mean, expected.stderr, expected.degrees)
@@ -135,11 +135,11 @@ def test_the_two_way_layout_by_hand() -> None:
 
 def test_questions_alike_leave_the_seeds_and_seeds_alike_the_questions() -> None:
     by_seed = crossed_estimate([[[0.1] * 5, [0.3] * 5, [0.2] * 5]])
-    expected = estimate([0.1, 0.3, 0.2])
+    expected = mean_estimate([0.1, 0.3, 0.2])
     assert expected is not None
     assert (by_seed.stderr, by_seed.degrees) == pytest.approx((expected.stderr, expected.degrees))
     questions = [0.0, 1.0, 1.0, 0.0, -1.0]
-    by_question, alone = crossed_estimate([[questions] * 3]), estimate(questions)
+    by_question, alone = crossed_estimate([[questions] * 3]), mean_estimate(questions)
     assert alone is not None
     assert (by_question.stderr, by_question.degrees) == pytest.approx((alone.stderr, alone.degrees))
 

@@ -14,7 +14,7 @@ from scipy.stats import t as student
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling import bootstrap
 from nemo_pvs.scaling.advise import NOISE
-from nemo_pvs.scaling.estimate import Points, estimate, polish, predict
+from nemo_pvs.scaling.estimate import Points, fit_parameters, polish, predict
 from nemo_pvs.scaling.fit import LAWS, Form, fit, load_fits, save_fits
 from nemo_pvs.scaling.held_out import held_out, slope_difference
 from nemo_pvs.scaling.law import Bounds
@@ -38,7 +38,7 @@ def _series(drawn: Draw, form: Form, **settings: object) -> list[LossSeries]:
 def test_without_noise_the_parameters_come_back(drawn: Draw, form: Form) -> None:
     series = _series(drawn, form)
     points = Points.of(series)
-    values = estimate(LAWS[form], points)
+    values = fit_parameters(LAWS[form], points)
     assert np.abs(np.log(predict(LAWS[form], values, points) / points.losses)).max() < 1e-5
     # N_C, alpha and E of the P2 law hardly differ in what they do (four parents): 5 % there.
     np.testing.assert_allclose(values, list(TRUTH[form].values()), rtol=0.05 if form == "p2" else 1e-3)
@@ -84,7 +84,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(case: str, repetitions: i
 @pytest.mark.parametrize("form", ["p2", "chinchilla", "per-run"])
 def test_fits_that_run_together_find_what_scipy_finds(drawn: Draw, form: Form) -> None:
     law, points = LAWS[form], Points.of(_series(drawn, form, noise=0.01, seed=2))
-    values = estimate(law, points)
+    values = fit_parameters(law, points)
     losses = points.losses * np.exp(0.01 * np.random.default_rng(0).standard_normal((3, len(points.losses))))
     costs, _ = polish(law, points, np.tile(values, (3, 1)), losses)
     low = [bounds.low for bounds in law.exponents] + [0.0] * len(law.coefficients)
@@ -107,9 +107,9 @@ def test_the_widths_of_a_straight_line_are_students(drawn: Draw) -> None:
         exponents = (Bounds("beta", 0.4, 0.4),)
 
     points = Points.of([series])
-    values = estimate(Line(), points)
+    values = fit_parameters(Line(), points)
     _, draws = bootstrap.draw(Line(), points, values, 9999, np.random.default_rng(0), None)
-    low, high = bootstrap.interval(draws)
+    low, high = bootstrap.confidence_interval(draws)
     design = np.column_stack([np.ones(6), (points.tokens / 1e9) ** -0.4]) / points.losses[:, None]
     coefficients, _, _, _ = np.linalg.lstsq(design, np.ones(6), rcond=None)
     # Two parameters, but three are counted: the exponent usually is one.
@@ -122,7 +122,7 @@ def test_an_outlier_moves_the_fit_less_than_it_moves_least_squares(drawn: Draw) 
     (series,) = _series(drawn, "per-run")
     losses = [loss * (1.3 if index == 10 else 1) for index, loss in enumerate(series.losses)]
     points = Points.of([dataclasses.replace(series, losses=tuple(losses))])
-    fitted = predict(LAWS["per-run"], estimate(LAWS["per-run"], points), points)
+    fitted = predict(LAWS["per-run"], fit_parameters(LAWS["per-run"], points), points)
     off = np.abs(np.log(fitted / np.array(series.losses)))
     x = np.array(series.tokens)[:, None] / 1e9
     best = np.inf, np.zeros_like(fitted)

@@ -21,7 +21,7 @@ def test_parts_of_a_training_are_counted_through(tmp_path):
             metrics.append(tmp_path / str(part), {"kind": "training", "step": step, "tokens": 8 * step, "loss": loss})
         metrics.append(tmp_path / str(part), {"kind": "validation", "step": 2, "tokens": 16, "loss": loss})
         metrics.append(tmp_path / str(part), {"kind": "sparsity", "step": 2, "zero_fraction": 0.5})
-    curve = metrics.joined([(tmp_path / "0", 0), (tmp_path / "1", 2)], tokens_per_step=8)
+    curve = metrics.join_curves([(tmp_path / "0", 0), (tmp_path / "1", 2)], tokens_per_step=8)
     points = [tuple(point.values()) for point in curve.training]
     assert points == [(1, 8, 5.0), (2, 16, 4.0), (3, 24, 4.5), (4, 32, 3.5)]
     assert [tuple(point.values()) for point in curve.validation] == [(2, 16, 4.0), (4, 32, 3.5)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nemo_pvs.checkpoints.gguf.file import GgufFile
-from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, is_rotated, pairs_to_halves, stored_name
+from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, gguf_name, is_rotated, pairs_to_halves
 from nemo_pvs.checkpoints.gguf.rope import llama3_scaling
 from nemo_pvs.checkpoints.huggingface.shards import few
 from nemo_pvs.errors import UserError
@@ -69,7 +69,7 @@ class GgufSource:
         self._file = file
         self.config: Mapping[str, Any] = _config(file)
         self._shape = Layout.for_config(self.config).shape(self.config)
-        self._names = {name: stored_name(name) for name in Layout.for_config(self.config).parts(self._shape)}
+        self._names = {name: gguf_name(name) for name in Layout.for_config(self.config).parts(self._shape)}
         self._check_tensors()
 
     @property

@@ -33,7 +33,7 @@ _LAYER_TENSORS = {
 _ROTATED = re.compile(r"\.(q|k)_proj\.")
 
 
-def stored_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """Return the GGUF name of a tensor from its Hugging Face name."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if layer is None:

@@ -16,7 +16,7 @@ import xxhash
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape
 
-from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, halves_to_pairs, is_rotated, stored_name
+from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, gguf_name, halves_to_pairs, is_rotated
 from nemo_pvs.checkpoints.gguf.quantise import BLOCK, quantise_q8_0
 from nemo_pvs.checkpoints.gguf.rope import llama3_factors
 from nemo_pvs.checkpoints.gguf.write_tokenizer import add_tokenizer
@@ -108,7 +108,7 @@ def write_gguf(
     for tensor, values in extra.items():
         writer.add_tensor_info(tensor, values.shape, values.dtype, values.nbytes, GGMLQuantizationType.F32)
     for tensor in names:
-        _declare(writer, stored_name(tensor), sizes[tensor], _type_of(sizes[tensor], kind))
+        _declare(writer, gguf_name(tensor), sizes[tensor], _type_of(sizes[tensor], kind))
     done = 0
     with locked_target(target), _partial(target) as partial, disk_errors(target):
         header = _header(writer, partial)
@@ -123,7 +123,7 @@ def write_gguf(
             if architecture in ROTATES_PAIRS and is_rotated(tensor):
                 weight = halves_to_pairs(weight, shape.head_dim)
             pieces = _stored(tensor, weight, _type_of(sizes[tensor], kind), allow_nonfinite=allow_nonfinite)
-            parts.append(_append(file, stored_name(tensor), pieces))
+            parts.append(_append(file, gguf_name(tensor), pieces))
             done += weight.numel()
             if progress:
                 progress(done, shape.parameters)

@@ -17,7 +17,7 @@ from nemo_pvs.pipeline.stage import Stage
 from nemo_pvs.planning.parent_checks import check_dense_parent
 from nemo_pvs.planning.targets import check_recipe
 from nemo_pvs.planning.teacher import check_recipe_teacher, check_tokens
-from nemo_pvs.pruning.vocabulary.choice import check_size
+from nemo_pvs.pruning.vocabulary.choice import check_vocabulary_size
 from nemo_pvs.pruning.vocabulary.tokenizer import BpeTokenizer
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.options import vocabulary_of
@@ -108,7 +108,7 @@ def _check_vocabularies(run: RunFolder) -> None:
         size = vocabulary_of(target)
         if size is not None:
             try:
-                check_size(BpeTokenizer(run.parent_source.assets, run.parent_config), size)
+                check_vocabulary_size(BpeTokenizer(run.parent_source.assets, run.parent_config), size)
             except UserError as error:
                 raise UserError(f"Target {name}: {error}") from None
 

@@ -52,7 +52,7 @@ def unit_parameters(shape: Shape, parent: Shape) -> dict[str, int]:
 def smallest(shape: Shape, rules: RemovalRules) -> Shape:
     """Return the shape at which nothing more may be removed."""
     sizes = {"hidden": shape.hidden, "groups": shape.kv_groups, "ffn": shape.ffn}
-    for kind, at_once, least in kinds(rules):
+    for kind, at_once, least in unit_kinds(rules):
         sizes[kind] -= at_once * max(0, (sizes[kind] - least) // at_once)
     return shape.replace(hidden=sizes["hidden"], kv_groups=sizes["groups"], ffn=sizes["ffn"])
 
@@ -78,7 +78,7 @@ def fewest_removals(shape: Shape, rules: RemovalRules) -> int:
     sizes = {"hidden": (shape.hidden, end.hidden), "groups": (shape.kv_groups, end.kv_groups)}
     sizes["ffn"] = (shape.ffn, end.ffn)
     pools = []
-    for kind, at_once, _ in kinds(rules):
+    for kind, at_once, _ in unit_kinds(rules):
         repeats = 1 if kind == "hidden" else layers
         count = (sizes[kind][0] - sizes[kind][1]) // at_once * (1 if kind == "hidden" else shape.layers // layers)
         pools.append((repeats * at_once * costs[kind], count))
@@ -90,7 +90,7 @@ def fewest_removals(shape: Shape, rules: RemovalRules) -> int:
     return removals
 
 
-def kinds(rules: RemovalRules) -> tuple[tuple[str, int, int], ...]:
+def unit_kinds(rules: RemovalRules) -> tuple[tuple[str, int, int], ...]:
     """Return the name, the number at a time and the least number of each kind of unit."""
     return (
         ("hidden", rules.hidden_at_once, rules.least_hidden),

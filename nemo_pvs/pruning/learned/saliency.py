@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.pruning.learned.removal_rules import RemovalRules, kinds, unit_parameters
+from nemo_pvs.pruning.learned.removal_rules import RemovalRules, unit_kinds, unit_parameters
 from nemo_pvs.pruning.learned.unit_space import UnitSpace
 
 
@@ -95,7 +95,7 @@ def next_removal(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rul
 def _candidates(scores: torch.Tensor, kept: torch.Tensor, space: UnitSpace, rules: RemovalRules) -> Iterator[Removal]:
     costs = unit_parameters(space.kept_shape(kept), space.shape)
     indices = torch.arange(space.size, device=scores.device)
-    for kind, at_once, least in kinds(rules):
+    for kind, at_once, least in unit_kinds(rules):
         part = getattr(space, kind)
         matrices = [part(vector).view(-1, part(vector).shape[-1]) for vector in (scores, kept, indices)]
         parameters = at_once * costs[kind]

@@ -29,7 +29,7 @@ def check_vocabulary(request: PruneRequest[Any]) -> None:
         UserError: it is larger than the model's or too small, or the tokenizer is of an unsupported kind.
     """
     target = with_vocabulary(shape_of(request.source), request.options)
-    check_size(BpeTokenizer(request.source.assets, request.source.config), target.vocab)
+    check_vocabulary_size(BpeTokenizer(request.source.assets, request.source.config), target.vocab)
 
 
 def with_fewer_tokens(plan: Plan, request: PruneRequest[Any], size: int) -> Plan:
@@ -63,7 +63,7 @@ def with_tokens_of(plan: Plan) -> Plan:
     )
 
 
-def check_size(tokenizer: BpeTokenizer, size: int) -> None:
+def check_vocabulary_size(tokenizer: BpeTokenizer, size: int) -> None:
     """Refuse a vocabulary that is too small for the tokens that must be kept.
 
     Raises:
@@ -92,7 +92,7 @@ def choose_tokens(tokenizer: BpeTokenizer, counts: torch.Tensor, size: int) -> I
     Raises:
         UserError: the size is too small.
     """
-    check_size(tokenizer, size)
+    check_vocabulary_size(tokenizer, size)
     kept = set(tokenizer.required)
     frequency = counts.tolist()
     order = sorted(tokenizer.vocab.items(), key=lambda item: (-frequency[item[1]], item[1]))

@@ -10,7 +10,7 @@ import math
 from nemo_pvs.ledger.budget import EqualBudget
 from nemo_pvs.reporting.compare.runs import Run, SideBySide, parents_of
 from nemo_pvs.reporting.results import ArmResult, gap_between, gaps_along
-from nemo_pvs.reporting.statistics import MeanEstimate, estimate
+from nemo_pvs.reporting.statistics import MeanEstimate, mean_estimate
 
 EQUAL_TRAINING: EqualBudget = "equal-training-tokens"
 EQUAL_TOTAL: EqualBudget = "equal-total-tokens"
@@ -22,25 +22,25 @@ SeedPair = tuple[str, str]
 def parent_loss(runs: SideBySide) -> MeanEstimate | None:
     """Return the parent's validation loss, nats per token; over the seeds if each has its own parent."""
     losses = [parent.validation_loss for parent in parents_of(runs.runs)]
-    return estimate([loss for loss in losses if loss is not None])
+    return mean_estimate([loss for loss in losses if loss is not None])
 
 
 def final_loss(runs: SideBySide, arm: ArmResult) -> MeanEstimate | None:
     """Return the last validation loss, nats per token."""
     losses = [repeated.validation_loss for _, repeated in runs.repetitions[arm.name]]
-    return estimate([loss for loss in losses if loss is not None])
+    return mean_estimate([loss for loss in losses if loss is not None])
 
 
 def perplexity_after(runs: SideBySide, arm: ArmResult) -> MeanEstimate | None:
     """Return the test perplexity after training."""
     values = [repeated.test_perplexity_after for _, repeated in runs.repetitions[arm.name]]
-    return estimate([value for value in values if value is not None])
+    return mean_estimate([value for value in values if value is not None])
 
 
 def bits_per_byte_after(runs: SideBySide, arm: ArmResult) -> MeanEstimate | None:
     """Return the test cross-entropy after training, bits per byte."""
     values = [repeated.test_bits_per_byte_after for _, repeated in runs.repetitions[arm.name]]
-    return estimate([value for value in values if value is not None])
+    return mean_estimate([value for value in values if value is not None])
 
 
 def gap(runs: SideBySide, arm: ArmResult, setting: EqualBudget = EQUAL_TRAINING) -> MeanEstimate | None:
@@ -52,7 +52,7 @@ def gap(runs: SideBySide, arm: ArmResult, setting: EqualBudget = EQUAL_TRAINING)
     if not values:
         of_means = runs.results.gap(arm, setting)
         values = [] if of_means is None else [of_means]
-    return estimate(values)
+    return mean_estimate(values)
 
 
 def gap_by_seed(runs: SideBySide, arm: ArmResult, setting: EqualBudget = EQUAL_TRAINING) -> dict[SeedPair, float]:
@@ -78,7 +78,7 @@ def gap_curve(runs: SideBySide, arm: ArmResult) -> list[tuple[int, MeanEstimate]
     points = []
     for tokens in sorted(curves[0]):
         gaps = [curve.get(tokens, math.nan) for curve in curves]
-        over_seeds = estimate(gaps)
+        over_seeds = mean_estimate(gaps)
         if over_seeds is not None and all(map(math.isfinite, gaps)):
             points.append((tokens, over_seeds))
     return points

@@ -21,7 +21,7 @@ from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.verdicts import Judgement, NamedEstimate, PaperFinding
 from nemo_pvs.reporting.numbers import and_list, fixed, plus_minus, scaled, unit_of
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import MeanEstimate, estimate
+from nemo_pvs.reporting.statistics import MeanEstimate, mean_estimate
 
 _EQUAL_TRAINING = "arXiv 2606.14150, finding 1 (equal training tokens; Figure 1, left)"
 _EQUAL_TOTAL = "arXiv 2606.14150, finding 2 (equal total tokens; Figure 1, right, and Table 2)"
@@ -202,7 +202,7 @@ def _is_of_training(runs: SideBySide, arm: ArmResult) -> bool:
 def _drop(name: str, runs: SideBySide, first: ArmResult, last: ArmResult) -> list[NamedEstimate]:
     """Return how much smaller the last gap is than the first, subtracted seed by seed."""
     before, after = gap_by_seed(runs, first), gap_by_seed(runs, last)
-    drop = estimate([before[seed] - after[seed] for seed in before if seed in after])
+    drop = mean_estimate([before[seed] - after[seed] for seed in before if seed in after])
     return [] if drop is None else [NamedEstimate(name, drop)]
 
 

@@ -18,10 +18,10 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.runs import SideBySide
 from nemo_pvs.reporting.compare.scores import Score, metric_of, unit_of_score
-from nemo_pvs.reporting.compare.tasks import ACCURACIES, AVERAGE, accuracies_of, scores_of
+from nemo_pvs.reporting.compare.tasks import ACCURACIES, AVERAGE, accuracies_of, task_scores_of
 from nemo_pvs.reporting.compare.verdicts import NonInferiority, Unit
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import MeanEstimate, crossed_estimate, estimate, recovered
+from nemo_pvs.reporting.statistics import MeanEstimate, crossed_estimate, mean_estimate, recovered
 
 PARENT = "parent"
 _PER_CENT = 100.0
@@ -113,7 +113,7 @@ def _scores(runs: SideBySide, arm: ArmResult, margin: float, unit: Unit) -> list
     by_measure: dict[str, list[_Pair]] = {}
     repetitions = runs.repetitions[arm.name]
     for run, repeated in repetitions:
-        ours, parents = scores_of(run, repeated), run.parent_scores
+        ours, parents = task_scores_of(run, repeated), run.parent_scores
         for name in _tested([name for name in ours if name in parents], unit):
             by_measure.setdefault(name, []).append((ours[name], parents[name]))
     complete = {name: pairs for name, pairs in by_measure.items() if len(pairs) == len(repetitions)}
@@ -167,7 +167,7 @@ def _of_tasks(
 
 def _over_seeds(differences: Sequence[float]) -> MeanEstimate | None:
     """Return the mean over seeds; equal differences are of one model that no seed changed, and count as one."""
-    return estimate(differences[:1] if len(set(differences)) == 1 else differences)
+    return mean_estimate(differences[:1] if len(set(differences)) == 1 else differences)
 
 
 def _sign(score: Score) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nemo_pvs.reporting.compare.runs import Run, SideBySide
 from nemo_pvs.reporting.compare.scores import Score, metric_of, unit_of_score
-from nemo_pvs.reporting.compare.tasks import ACCURACIES, accuracies_of, scores_of
+from nemo_pvs.reporting.compare.tasks import ACCURACIES, accuracies_of, task_scores_of
 from nemo_pvs.reporting.compare.verdicts import Unit
 from nemo_pvs.reporting.results import ArmResult
 
@@ -98,7 +98,7 @@ def _along(run: Run, arm: ArmResult) -> dict[int, dict[str, Score]]:
     """Return the scores of an arm's models by the tokens that they had been trained on."""
     along = {tokens: run.scores.get(model, {}) for tokens, model in arm.before_the_end.items()}
     end = max((point.tokens for point in arm.validation), default=arm.ledger.training.tokens or 0)
-    return {**along, end: scores_of(run, arm)}
+    return {**along, end: task_scores_of(run, arm)}
 
 
 def _measures(parents: Sequence[dict[str, Score]]) -> list[str]:

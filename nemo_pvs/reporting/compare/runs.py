@@ -13,7 +13,7 @@ from nemo_pvs.reporting.compare.scores import Score, TaskScores
 from nemo_pvs.reporting.compare.verdicts import NonInferiority, PaperFinding
 from nemo_pvs.reporting.numbers import and_list
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Point, Results, at
-from nemo_pvs.reporting.statistics import estimate
+from nemo_pvs.reporting.statistics import mean_estimate
 
 _LISTED = 6
 """Arms that are listed by name; of more only the number is said."""
@@ -97,7 +97,7 @@ class SideBySide:
         """Return the standard deviation of the validation loss over seeds, by tokens; empty for one run."""
         deviations = {}
         for points in side_by_side([repeated.validation for _, repeated in self.repetitions[arm.name]]):
-            over_seeds = estimate([point.loss for point in points])
+            over_seeds = mean_estimate([point.loss for point in points])
             if over_seeds is not None and over_seeds.deviation is not None:
                 deviations[points[0].tokens] = over_seeds.deviation
         return deviations

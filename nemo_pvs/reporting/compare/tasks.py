@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nemo_pvs.reporting.compare.scores import Score
 from nemo_pvs.reporting.results import ArmResult
-from nemo_pvs.reporting.statistics import LEVEL, MeanEstimate, crossed_estimate, estimate, quantile
+from nemo_pvs.reporting.statistics import LEVEL, MeanEstimate, crossed_estimate, mean_estimate, quantile
 
 if TYPE_CHECKING:
     from nemo_pvs.reporting.compare.runs import Run, SideBySide
@@ -188,7 +188,7 @@ def _average(rows: list[TaskRow]) -> TaskRow:
 
 def _by_seed(runs: SideBySide, arm: ArmResult) -> dict[tuple[str, str], dict[str, Score]]:
     """Return the scores of an arm's models by the seeds of their weights and of the data's order."""
-    return {(str(run.seed), str(run.data_seed)): scores_of(run, one) for run, one in runs.repetitions[arm.name]}
+    return {(str(run.seed), str(run.data_seed)): task_scores_of(run, one) for run, one in runs.repetitions[arm.name]}
 
 
 def _mean_over_models(models: Sequence[dict[str, Score]]) -> dict[str, Score]:
@@ -206,7 +206,7 @@ def _parent_scores(runs: SideBySide) -> dict[str, Score]:
     return _mean_over_models(list(by_parent.values()))
 
 
-def scores_of(run: Run, arm: ArmResult) -> dict[str, Score]:
+def task_scores_of(run: Run, arm: ArmResult) -> dict[str, Score]:
     """Return the scores of an arm's trained model in one run.
 
     Its fingerprint is stored in ``Results.hashes`` under the arm's name in its recipe.
@@ -268,7 +268,7 @@ def error_of(tasks: Sequence[Sequence[Score]]) -> MeanEstimate | None:
         tasks: For each task the scores of the seeds, which are the same for all tasks.
     """
     count = min(map(len, tasks))
-    of_seeds = estimate([statistics.fmean(task[seed].value for task in tasks) for seed in range(count)])
+    of_seeds = mean_estimate([statistics.fmean(task[seed].value for task in tasks) for seed in range(count)])
     errors = [_of_questions(task) for task in tasks]
     known = [error for error in errors if error is not None]
     if of_seeds is None or len(known) < len(errors) or any(len(task) != count for task in tasks):

@@ -13,7 +13,16 @@ from rich.table import Table
 
 from nemo_pvs.ledger.ledger import SHARED_ANSWERS
 from nemo_pvs.reporting.compare.estimates import bits_per_byte_after, final_loss, gap, parent_loss, perplexity_after
-from nemo_pvs.reporting.numbers import DASH, NOT_FINITE, fixed, perplexity, plus_minus, scaled, scientific, unit_of
+from nemo_pvs.reporting.numbers import (
+    DASH,
+    NOT_FINITE,
+    fixed,
+    format_perplexity,
+    plus_minus,
+    scaled,
+    scientific,
+    unit_of,
+)
 from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
 from nemo_pvs.reporting.statistics import MeanEstimate
 
@@ -269,7 +278,7 @@ def _parent_row(parent: ParentResult, size: tuple[float, str], runs: SideBySide 
         plus_minus(fixed(parent.validation_loss), _half_width(parent_loss(runs)) if runs else None),
         DASH,
         DASH,
-        perplexity(parent.test_perplexity),
+        format_perplexity(parent.test_perplexity),
     ]
 
 
@@ -292,14 +301,14 @@ def _arm_row(
         scientific(arm.ledger.total.flops if arm.ledger.charges else None),
         plus_minus(fixed(arm.validation_loss), _half_width(final_loss(runs, arm)) if runs else None),
         gap_cell(gap(runs, arm) if runs else _alone(results.gap(arm))),
-        perplexity(arm.test_perplexity_before),
+        format_perplexity(arm.test_perplexity_before),
         _perplexity_cell(arm, runs),
     ]
 
 
 def _perplexity_cell(arm: ArmResult, runs: SideBySide | None) -> str:
     value, spread = arm.test_perplexity_after, _half_width(perplexity_after(runs, arm)) if runs else None
-    return plus_minus(perplexity(value), spread, 2 if value is None or value < 1000 else 0)
+    return plus_minus(format_perplexity(value), spread, 2 if value is None or value < 1000 else 0)
 
 
 def gap_cell(over_seeds: MeanEstimate | None, decimals: int = 2) -> str:
