@@ -81,8 +81,8 @@ def prepare(
         ignore_manifest: As for ``run``.
 
     Returns:
-        The job files to train. Where masks are to be learned, or targets are trained between their stages, these are
-        the first jobs; call it again when they are done.
+        The job files to train. Where masks are to be learned, or targets are trained between rounds of pruning, these
+        are the first jobs; call it again when they are done.
 
     Raises:
         UserError: as for ``run``.

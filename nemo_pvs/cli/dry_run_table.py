@@ -102,8 +102,8 @@ def show(
     if on_gpus(train):
         placed = {f"masks of {one.name}": one.placement for one in plan.learnings}
         for one in plan.targets:
-            staged = one.largest.shape != one.expected.shape
-            placed[f"{one.name}{', after its first stage' if staged else ''}"] = one.largest
+            in_rounds = one.largest.shape != one.expected.shape
+            placed[f"{one.name}{', after its first stage' if in_rounds else ''}"] = one.largest
         for name, placement in placed.items():
             shape, layout, training = placement.shape, placement.layout, placement.training
             reason = explain_layout(shape, layout, training, placement.teacher)

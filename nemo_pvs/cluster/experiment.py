@@ -40,8 +40,8 @@ class Command:
 def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile | SlurmProfile) -> list[Command]:
     """Return the stages of ``pvs run`` as commands: prepare, train each arm, report.
 
-    Mask learning comes before these, and so does the training between the pruning stages of targets: after the first
-    stages, then after the second, and so on, each prepared when the previous ones are done. A teacher whose answers
+    Mask learning comes before these, and so does the training between rounds of pruning: after the first
+    rounds, then after the second, and so on, each prepared when the previous ones are done. A teacher whose answers
     are cached runs right before the arms. If the recipe trains its
     parent, sweeps learning rates or has several seeds, this is repeated for the parents, the sweep and all seeds.
 
@@ -57,7 +57,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
     from nemo_pvs.planning.cached_teacher import cached_ranges, teaching_layout
     from nemo_pvs.planning.dry_run import settled  # takes seconds; profiles are also read to list them
     from nemo_pvs.planning.learned import first_of_each_training
-    from nemo_pvs.recipe.options import stages_of
+    from nemo_pvs.recipe.options import rounds_of
 
     if profile.kind == "slurm":
         _check_visible([recipe_name, *_texts(recipe.model_dump())], profile)
@@ -91,7 +91,7 @@ def stages(recipe: Recipe, recipe_name: str, folder: Path, profile: LocalProfile
                 job = place / "masks" / target_name / "run" / JOB_FILE
                 masks[f"{prefix}masks-{target_name}"] = (job, learned.layout)
             for target_name, target in run.targets.items():
-                for number in range(1, stages_of(target)):
+                for number in range(1, rounds_of(target)):
                     job = place / "train" / f"{target_name}-stages" / str(number) / JOB_FILE
                     shares.setdefault(number, {})[f"{prefix}train-{target_name}-stage-{number}"] = (job, target.layout)
             for number in range(1, len(cached_ranges(run)) + 1):

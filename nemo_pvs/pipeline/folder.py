@@ -22,7 +22,7 @@ from nemo_pvs.pipeline.records import DataRecord, Records
 from nemo_pvs.pipeline.store import Stages
 from nemo_pvs.pipeline.tokens import RunData
 from nemo_pvs.planning.charges import tokens_read
-from nemo_pvs.planning.rounds import Round, shares
+from nemo_pvs.planning.rounds import RoundTraining, shares
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.fields import Initialisation
 from nemo_pvs.recipe.options import vocabulary_of
@@ -160,7 +160,7 @@ class RunFolder:
         return self.folder / "models" / arm
 
     def job(self, arm: Arm) -> TrainingJob:
-        """Return the training job of an arm; for an arm with stages, that of its last share."""
+        """Return the training job of an arm; for an arm that is pruned in rounds, that of its last share."""
         parts = shares(self.recipe, arm)
         initial = self.initial(arm.target, arm.initialisation)
         job = self.share_job(arm, parts[-1], arm.name, self.arm_folder(arm.name), initial, len(parts))
@@ -169,8 +169,8 @@ class RunFolder:
     def evaluated_steps(self, arm: Arm) -> list[int]:
         """Return the steps of an arm's training, before its last, after which it is evaluated on the tasks.
 
-        An arm from random weights has nothing to recover and is evaluated at its end only. Of an arm with stages these
-        are steps of the last share.
+        An arm from random weights has nothing to recover and is evaluated at its end only. Of an arm that is pruned in
+        rounds these are steps of the last share.
         """
         if not arm.takes_parent:
             return []
@@ -178,7 +178,7 @@ class RunFolder:
         return sorted({round(share * steps) for share in self.recipe.evaluate.before_the_end} - {steps})
 
     def share_job(
-        self, arm: Arm, share: Round, name: str, folder: Path, initial: Path, number: int = 1
+        self, arm: Arm, share: RoundTraining, name: str, folder: Path, initial: Path, number: int = 1
     ) -> TrainingJob:
         """Return the job of one share of an arm's training.
 
@@ -214,11 +214,11 @@ class RunFolder:
         return sliced and number > 1
 
     def arm_folder(self, arm: str) -> Path:
-        """Return the folder of an arm's training; for an arm with stages, that of its last share."""
+        """Return the folder of an arm's training; for an arm that is pruned in rounds, that of its last share."""
         return self.folder.resolve() / "train" / arm
 
     def share_folder(self, target: str, number: int) -> Path:
-        """Return the folder of the training after a stage, counted from 1, that is not the target's last."""
+        """Return the folder of the training after a round, counted from 1, that is not the target's last."""
         return self.folder.resolve() / "train" / f"{target}-stages" / str(number)
 
     def loading(self, arm: Arm) -> Loading | None:

@@ -18,7 +18,7 @@ from nemo_pvs.pipeline.stages.random import random
 from nemo_pvs.pipeline.stages.rounds import rounds
 from nemo_pvs.pipeline.stages.teacher import slice_teacher
 from nemo_pvs.planning.learned import is_trained_first, untrained_first
-from nemo_pvs.recipe.options import needs_scores, stages_of, vocabulary_of
+from nemo_pvs.recipe.options import needs_scores, rounds_of, vocabulary_of
 from nemo_pvs.recipe.target import DENSE, Target
 
 
@@ -36,8 +36,8 @@ def initial_weights(run: RunFolder) -> Iterator[Iterator[Stage[Any]]]:
 def _target(run: RunFolder, name: str, target: Target) -> Iterator[Stage[Any]]:
     if is_trained_first(target):
         yield learn(run, name, target)
-    if stages_of(target) > 1:
-        if "parent" in run.records:  # otherwise the stages have not been checked against the parent yet
+    if rounds_of(target) > 1:
+        if "parent" in run.records:  # otherwise the rounds have not been checked against the parent yet
             yield from rounds(run, name, target)
     elif target.method != DENSE or "pruned" in run.recipe.arms_of(name):
         yield prune(run, name, target)

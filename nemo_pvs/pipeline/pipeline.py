@@ -102,7 +102,7 @@ class Pipeline(RunFolder):
     def prepare_only(self) -> list[Path]:
         """Run every stage before training, and return the job files for a launcher to run.
 
-        If masks must be learned first, targets are trained between stages, or a teacher must answer, these are the
+        If masks must be learned first, targets are trained between rounds, or a teacher must answer, these are the
         files of those jobs; call this again when they are done.
         """
         self._begin(trains_here=False)
@@ -237,7 +237,7 @@ class Pipeline(RunFolder):
                 job.build_index()
 
     def _training_jobs(self) -> list[TrainingJob]:
-        """Return the jobs of every training but those between the stages of a target."""
+        """Return the jobs of every training but those between the rounds of a target."""
         learned = [name for name, _ in first_of_each_training(self.recipe)]
         learning = [learning_job(self, name, self.recipe.targets[name]) for name in learned]
         return [*learning, *map(self.job, self.recipe.runs)]

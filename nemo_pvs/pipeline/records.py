@@ -129,7 +129,7 @@ class PrunedRecord(Record):
     calibration: Spent | None = None
     """Cost of calibration during pruning."""
     charges: tuple[Charge, ...] | None = None
-    """For a stage of a target: the cost of everything up to and including this pruning."""
+    """For a round of pruning: the cost of everything up to and including this pruning."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the values as plain data."""
@@ -177,7 +177,7 @@ class TrainedRecord(Record):
 
     fingerprint: str
     layout: dict[str, Any] | None = None
-    """Parallel layout of the training; None for training between the stages of a target."""
+    """Parallel layout of the training; None for training between rounds of pruning."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class Records:
         return self._get(masks_stage(target), MasksRecord)
 
     def pruned(self, target: str, number: int | None = None) -> PrunedRecord:
-        """A pruned target; with ``number``, one of its stages before the last, counted from 1."""
+        """A pruned target; with ``number``, one of its rounds before the last, counted from 1."""
         return self._get(prune_stage(target, number), PrunedRecord)
 
     def random(self, target: str) -> RandomRecord:
@@ -326,7 +326,7 @@ def masks_stage(target: str) -> str:
 
 
 def prune_stage(target: str, number: int | None = None) -> str:
-    """Return the name of the stage that prunes a target; ``number`` is set for stages before the last, from 1."""
+    """Return the name of the stage that prunes a target; ``number`` is set for rounds before the last, from 1."""
     return f"prune/{target}" if number is None else f"prune/{target}/stage-{number}"
 
 
@@ -346,7 +346,7 @@ def train_stage(arm: str) -> str:
 
 
 def share_stage(target: str, number: int) -> str:
-    """Return the name of the training after a target's stage, counted from 1, that is not the last."""
+    """Return the name of the stage that trains after a round of pruning, counted from 1, that is not the last."""
     return f"train/{target}/stage-{number}"
 
 

@@ -97,7 +97,7 @@ def _arm(run: RunFolder, arm: Arm) -> ArmResult:
         training=[
             Point(point["step"], point["tokens"], point["loss"], point["learning_rate"]) for point in curve.training
         ],
-        # The initial model of an arm with stages is pruned further before it could be compared.
+        # The initial model of an arm that is pruned in rounds is pruned further before it could be compared.
         test_perplexity_before=None if first_step else before.test.perplexity,
         test_perplexity_after=after.test.perplexity,
         test_bits_per_byte_before=None if first_step else before.test.bits_per_byte,
@@ -130,7 +130,7 @@ def _losses(measured: EvaluationRecord) -> dict[str, float]:
 
 
 def _curve(run: RunFolder, arm: Arm) -> metrics.Metrics:
-    """Return the metrics of an arm's whole training, joined over the shares of an arm with stages."""
+    """Return the metrics of an arm's whole training, joined over the shares of all rounds of pruning."""
     parts = shares(run.recipe, arm)
     between = run.folder / "train" / f"{arm.target}-stages"
     files = [*(between / str(number) / METRICS_FILE for number in range(1, len(parts))), run.job(arm).metrics]
@@ -169,7 +169,7 @@ def _hashes(records: Records) -> dict[str, str]:
 
 
 def _subject(stage: str) -> str:
-    """Return the target or the arm in the name of a stage; for a target with stages the last one counts."""
+    """Return the target or the arm in the name of a stage; of several rounds of pruning the last one counts."""
     return stage.split("/")[1]
 
 

@@ -83,8 +83,8 @@ def check_cached_recipe(recipe: Recipe, teacher: Shape) -> None:
     """Refuse a recipe whose arms cannot share a cache.
 
     Raises:
-        UserError: the order of the text depends on more than the seed, arms have stages, or the layout does not divide
-            the teacher.
+        UserError: the order of the text depends on more than the seed, arms are pruned in rounds, or the layout does
+            not divide the teacher.
     """
     cache = recipe.train.distill and recipe.train.distill.cache
     if not cache:
@@ -103,8 +103,8 @@ def check_cached_recipe(recipe: Recipe, teacher: Shape) -> None:
     for name, target in recipe.targets.items():
         if target.stages and recipe.distills(name, "pruned"):
             raise UserError(
-                f"targets.{name}.stages: training between stages begins before the tokens of all arms are known, so "
-                "it cannot read a cache; leave out stages, or train.distill.cache."
+                f"targets.{name}.stages: training between rounds of pruning begins before the tokens of all arms are "
+                "known, so it cannot read a cache; leave out stages, or train.distill.cache."
             )
     layout = teaching_layout(recipe)
     try:

@@ -27,13 +27,13 @@ from nemo_pvs.planning.learned import (
 )
 from nemo_pvs.planning.memory import Memory, training_memory
 from nemo_pvs.planning.parent_checks import check_unread
-from nemo_pvs.planning.rounds import stage_targets
+from nemo_pvs.planning.rounds import round_targets
 from nemo_pvs.planning.saves import Save, last_save, save_during_run
 from nemo_pvs.planning.targets import check_recipe, expected_shape
 from nemo_pvs.planning.teacher import check_recipe_teacher, teacher_shape
 from nemo_pvs.pruning.method import Expected
 from nemo_pvs.recipe.fields import Parallelism
-from nemo_pvs.recipe.options import needs_scores, stages_of, vocabulary_of
+from nemo_pvs.recipe.options import needs_scores, rounds_of, vocabulary_of
 from nemo_pvs.recipe.recipe import _TRAIN, Arm, Recipe, _blocks, _key
 from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.recipe.training import Training
@@ -71,7 +71,7 @@ class PlannedTarget:
     target: Target
     expected: Expected
     largest: Placement
-    """The largest model that is trained on the way to it: with stages, what the first one leaves."""
+    """The largest model that is trained on the way to it: with rounds of pruning, what the first one leaves."""
     spent: Ledger
     """Cost of pruning to it; a calibration that several targets share is included in each."""
 
@@ -201,8 +201,8 @@ def _target(recipe: Recipe, name: str, target: Target, parent: Shape, teacher: S
     training = recipe.train if distilled else recipe.train.model_copy(update={"distill": None})
     online = distilled and recipe.train.distill and not recipe.train.distill.cache
     largest = expected.shape
-    if stages_of(target) > 1 and "pruned" in arms:
-        _, largest = stage_targets(target, parent)[0]
+    if rounds_of(target) > 1 and "pruned" in arms:
+        _, largest = round_targets(target, parent)[0]
     placement = Placement(largest, target.layout, training, teacher if online else None)
     return PlannedTarget(name, target, expected, placement, pruning_cost(recipe, target, expected.shape, parent))
 
@@ -223,7 +223,7 @@ def _stages(recipe: Recipe) -> list[str]:
         if is_trained_first(target):
             stages.append(f"masks/{name}")
         if target.method != DENSE or "pruned" in recipe.arms_of(name):
-            between = f" ({stages_of(target)} times, training between)" if stages_of(target) > 1 else ""
+            between = f" ({rounds_of(target)} times, training between)" if rounds_of(target) > 1 else ""
             stages.append(f"prune/{name}{between}")
         if vocabulary_of(target) is not None:
             stages.append(f"data/{name}")

@@ -18,14 +18,14 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.cached_teacher import teacher_share
 from nemo_pvs.planning.charges import DEPTH_SCAN, charge_scores, charge_training, lesson_flops
 from nemo_pvs.planning.learned import charge_learning, learned_target
-from nemo_pvs.planning.rounds import shares, stage_targets
+from nemo_pvs.planning.rounds import round_targets, shares
 from nemo_pvs.planning.targets import expected_shape, masked_parameters
 from nemo_pvs.planning.teacher import charge_teacher, inherit_ancestors, teacher_shape
 from nemo_pvs.pruning.methods import adapt_pruner
 from nemo_pvs.pruning.methods.adapt_pruner import AdaptPrunerOptions
 from nemo_pvs.pruning.methods.minitron_depth import MinitronDepthOptions
 from nemo_pvs.pruning.spent import depth_scan_cost
-from nemo_pvs.recipe.options import is_sparse, needs_gradients, needs_scores, scans, stages_of, task_of
+from nemo_pvs.recipe.options import is_sparse, needs_gradients, needs_scores, rounds_of, scans, task_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
 
@@ -103,7 +103,7 @@ def arm_cost(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape, share: Fract
     target = recipe.targets[arm.target]
     if arm.initialisation == "pruned":
         ledger.charges += pruning_cost(recipe, target, shape, parent).charges
-        shapes = [between for _, between in stage_targets(target, parent)] if stages_of(target) > 1 else [shape]
+        shapes = [between for _, between in round_targets(target, parent)] if rounds_of(target) > 1 else [shape]
     else:
         shapes = [shape]
     for part, between in zip(shares(recipe, arm), [*shapes[:-1], shape], strict=True):
@@ -118,9 +118,9 @@ def pruning_cost(recipe: Recipe, target: Target, shape: Shape, parent: Shape) ->
     length = settings.sequence_length
     tokens = settings.samples * length
     ledger = Ledger()
-    if stages_of(target) > 1:
-        for stage, after in stage_targets(target, parent):
-            ledger.charges += pruning_cost(recipe, stage.model_copy(update={"stages": None}), after, parent).charges
+    if rounds_of(target) > 1:
+        for one, after in round_targets(target, parent):
+            ledger.charges += pruning_cost(recipe, one.model_copy(update={"stages": None}), after, parent).charges
             parent = after
         return ledger
     if target.method == adapt_pruner.NAME:

@@ -18,7 +18,7 @@ from nemo_pvs.planning.sheared import ShearedTarget
 from nemo_pvs.pruning.methods import efficient_llm, sheared_llama
 from nemo_pvs.pruning.options import SIZES
 from nemo_pvs.recipe.fields import Parallelism
-from nemo_pvs.recipe.options import stages_of
+from nemo_pvs.recipe.options import rounds_of
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import Target
 from nemo_pvs.recipe.training import Training
@@ -91,7 +91,7 @@ def untrained_first(targets: Mapping[str, Target]) -> list[tuple[str, Target]]:
 
     Errors in pruning those are then reported before anything is trained.
     """
-    return sorted(targets.items(), key=lambda item: is_trained_first(item[1]) or stages_of(item[1]) > 1)
+    return sorted(targets.items(), key=lambda item: is_trained_first(item[1]) or rounds_of(item[1]) > 1)
 
 
 def first_of_each_training(recipe: Recipe) -> list[tuple[str, LearnedTarget]]:

@@ -7,7 +7,7 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.checks import check_context, check_training
 from nemo_pvs.planning.efficient import about_shape
 from nemo_pvs.planning.learned import learned_target
-from nemo_pvs.planning.rounds import check_stages
+from nemo_pvs.planning.rounds import check_rounds
 from nemo_pvs.pruning.method import Expected
 from nemo_pvs.pruning.registry import method_named
 from nemo_pvs.pruning.sparse.sparsity import Sparsity
@@ -48,7 +48,7 @@ def _check_vocabulary(recipe: Recipe, target: Target) -> None:
             "prune the vocabulary first (pvs prune --method vocabulary) and make the result the parent."
         )
     if target.stages is not None:
-        raise UserError("a target with vocab cannot be reached in stages; leave out vocab, or stages.")
+        raise UserError("a target with vocab cannot be reached in rounds; leave out vocab, or stages.")
 
 
 def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
@@ -63,7 +63,7 @@ def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
     for name, target in recipe.targets.items():
         try:
             expected = expected_shape(target, parent)
-            check_stages(recipe, name, target, parent)
+            check_rounds(recipe, name, target, parent)
             _check_vocabulary(recipe, target)
             check_training(recipe.train, target.layout, expected.shape, exact=expected.exact)
             if learned := learned_target(recipe, target):

@@ -1,4 +1,4 @@
-"""The method options of a recipe's targets: validation, and what they imply for calibration and stages."""
+"""The method options of a recipe's targets: validation, and what they imply for calibration and rounds of pruning."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def task_limit_of(target: Target) -> int | None:
 
 def needs_scores(target: Target) -> bool:
     """Return whether a target is pruned by calibration scores that targets share."""
-    return target.method != DENSE and method_named(target.method).scored and stages_of(target) == 1
+    return target.method != DENSE and method_named(target.method).scored and rounds_of(target) == 1
 
 
 def needs_gradients(target: Target) -> bool:
@@ -99,6 +99,6 @@ def vocabulary_of(target: Target) -> int | None:
     return None if size is None else int(size)
 
 
-def stages_of(target: Target) -> int:
-    """Return the number of stages in which a target is pruned."""
+def rounds_of(target: Target) -> int:
+    """Return the number of rounds in which a target is pruned: its key ``stages``."""
     return target.stages or 1

@@ -323,7 +323,9 @@ def check_recipe_domains(recipe: Recipe) -> None:
         raise ValueError(f"data has domains ({', '.join(domains)}), but nothing sets their shares; add {_TRAIN}")
     for name, target in recipe.targets.items():
         if target.stages:
-            raise ValueError(f"targets.{name}.stages: stages do not work with text in domains; leave stages out")
+            raise ValueError(
+                f"targets.{name}.stages: rounds of pruning do not work with text in domains; leave stages out"
+            )
         options = target.learn or target.pruning_aware
         if options and options.first_token is not None:
             raise ValueError(f"targets.{name}: first_token does not apply to text with domains; leave it out")

@@ -114,7 +114,7 @@ def _last_losses(results: Results, arms: list[ArmResult], source: str) -> LossSe
 
 def _arm(results: Results, arm: ArmResult, source: str) -> LossSeries:
     planned = arm.ledger.training.tokens or None
-    start = max(_WARM_UP * (planned or arm.validation[-1].tokens), _last_stage(results, arm))
+    start = max(_WARM_UP * (planned or arm.validation[-1].tokens), _last_round(results, arm))
     points = {point.tokens: point.loss for point in arm.validation if point.tokens > start}
     of_parent = results.hashes.get("tokenizer")
     tokenizer = results.hashes.get(f"tokenizer of {arm.target}", of_parent)
@@ -134,13 +134,13 @@ def _arm(results: Results, arm: ArmResult, source: str) -> LossSeries:
     )
 
 
-def _last_stage(results: Results, arm: ArmResult) -> int:
+def _last_round(results: Results, arm: ArmResult) -> int:
     """Return the tokens after which an arm was last pruned; before that it was a larger model."""
     if arm.initialisation == "random" or (at(results.recipe, "targets", arm.target, "stages") or 1) == 1:
         return 0
-    # A stage begins with a second validation at the same number of tokens.
-    stages = [point.tokens for point, following in pairwise(arm.validation) if point.tokens == following.tokens]
-    return max(stages, default=0)
+    # A round begins with a second validation at the same number of tokens.
+    rounds = [point.tokens for point, following in pairwise(arm.validation) if point.tokens == following.tokens]
+    return max(rounds, default=0)
 
 
 def _published() -> list[LossSeries]:

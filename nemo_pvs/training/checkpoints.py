@@ -98,10 +98,10 @@ def state_to_carry(folder: Path) -> Path:
     """
     checkpoint, _ = newest_sound(folder)
     if checkpoint is None:
-        target, stage = folder.parents[2].name.removesuffix("-stages"), folder.parents[1].name
+        target, number = folder.parents[2].name.removesuffix("-stages"), folder.parents[1].name
         raise UserError(
-            f"There is no intact checkpoint in {folder} to take optimizer state from; train that stage again (--force "
-            f"train/{target}/stage-{stage}), or leave slice_optimizer_state out."
+            f"There is no intact checkpoint in {folder} to take optimizer state from; train that round again (--force "
+            f"train/{target}/stage-{number}), or leave slice_optimizer_state out."
         )
     return checkpoint
 

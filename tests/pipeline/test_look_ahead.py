@@ -259,7 +259,7 @@ def test_every_stage_is_looked_at_before_the_first_is_done(values, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
-def test_stages_of_a_target_are_looked_at(values, tmp_path):
+def test_rounds_of_a_target_are_looked_at(values, tmp_path):
     """The training between them is as precious as the last."""
     values["targets"] = {"width": {"method": "minitron-width", "ffn": 48, "stages": 2, "arms": ["pruned"]}}
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A target in stages, trained on Megatron's ranks: killed in the middle of a stage, started by others, spread out."""
+"""A target in rounds, trained on Megatron's ranks: killed in the middle of a round, started by others, spread out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 
 def staged_values(folder: Path) -> dict:
-    """Return the tiny recipe with one target in two stages, uneven under TP=2, and 16 steps in all."""
+    """Return the tiny recipe with one target in two rounds, uneven under TP=2, and 16 steps in all."""
     values = tiny_values(folder)
     values["targets"] = {
         "one": {
@@ -50,7 +50,7 @@ def staged_values(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[dict, Pipeline]:
-    """A recipe, and its run, which was killed in the middle of the first stage's training and gone on with."""
+    """A recipe, and its run, which was killed in the middle of the first round's training and gone on with."""
     tmp_path = tmp_path_factory.mktemp("staged")
     staged = staged_values(tmp_path)
     folder = tmp_path / "run"
@@ -72,18 +72,18 @@ def whole(tmp_path_factory) -> tuple[dict, Pipeline]:
         patch.setattr(trainer, "_launch", ForkedLauncher)
         pipeline.run()
     assert finished.items() <= _records(folder).items(), "a finished stage was done again"
-    assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed stage started again"
+    assert (first / "log.txt").read_text().count("step 4/8  tokens") == 1, "the killed training started again"
     trained = [stage for stage in pipeline.records if not stage.startswith("evaluate/")]
     assert list(look_ahead(pipeline)) == trained, "a stage was done that nobody had looked at"
     return staged, pipeline
 
 
-def test_stages_are_one_training(whole):
+def test_rounds_are_one_training(whole):
     staged, pipeline = whole
     folder = pipeline.folder
     first = folder / "train" / "one-stages" / "1"
 
-    # One schedule over both stages, data where the first has ended, what is left of its moments.
+    # One schedule over both rounds, data where the first has ended, what is left of its moments.
     last = folder / "train" / "one-pruned"
     assert "optimizer state of step=7-last after 8 steps is carried over" in (last / "log.txt").read_text()
     rates = [point["learning_rate"] for run in (first, last) for point in metrics.read(run / METRICS_FILE).training]
@@ -100,8 +100,8 @@ def test_stages_are_one_training(whole):
         for path in (folder / "pruned" / "one-stages" / "1", folder / "pruned" / "one")
     ]
     parent = shape_of(open_source(staged["parent"]["source"]))
-    for stage, shape in enumerate(shapes, 1):
-        wanted = parent.parameters * (1 - 0.1 * stage)
+    for number, shape in enumerate(shapes, 1):
+        wanted = parent.parameters * (1 - 0.1 * number)
         assert wanted - 4 * 3 * 64 * 2 <= shape.parameters <= wanted + 1
     assert shape_of(open_source(folder / "models" / "one-random")) == shapes[1]
     assert Plan.load(folder / "pruned" / "one" / "plan.json").parent == shapes[0]
@@ -153,7 +153,7 @@ def train(file: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"data_parallel": 2}], ids=["PP=2", "DP=2"])
-def test_ranks_that_others_start_train_between_stages(whole, layout, tmp_path):
+def test_ranks_that_others_start_train_between_rounds(whole, layout, tmp_path):
     """Job after job, at another layout: the same curve, the same units, the same charges as in one go at TP=2."""
     _, reference = whole
     values = staged_values(tmp_path)

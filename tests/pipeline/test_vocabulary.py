@@ -144,7 +144,7 @@ def test_the_teacher_of_a_target_with_fewer_tokens_has_these_tokens(values: dict
     ("path", "value", "message"),
     [
         (("data", "token_files"), dict.fromkeys(("train", "validation", "calibration", "test"), "x"), "token_files"),
-        (("targets", "small", "stages"), 2, "cannot be reached in stages"),
+        (("targets", "small", "stages"), 2, "cannot be reached in rounds"),
         (("train", "distill"), None, "only the parent can be the teacher"),
         (("targets", "small", "vocab"), 9999, "pruning only removes"),
     ],

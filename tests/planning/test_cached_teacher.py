@@ -141,7 +141,7 @@ _FILES = {"train": ["1", "a", "2", "b"], "validation": "v", "calibration": "c", 
         ({"rest": "class"}, {}, "rest says what becomes of tokens that top_k leaves out"),
         ({"cache": {"top_k": 16, "layout": {"tensor_parallel": 3}}}, {}, "The teacher must fit on the ranks of train"),
         (CACHE, {"data": {"token_files": _FILES}}, "needs a single training file"),
-        (CACHE, {"target": {"stages": 2}}, "targets.depth.stages: training between stages begins before"),
+        (CACHE, {"target": {"stages": 2}}, "targets.depth.stages: training between rounds of pruning begins before"),
         (CACHE, {"layout": {"context_parallel": 2}}, "does not support context_parallel 2"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -152,7 +152,7 @@ def test_what_cannot_be_cached_is_refused(distill: Any, changes: dict[str, Any],
 
 
 def test_a_teacher_need_not_fit_on_the_ranks_of_arms_that_read_its_answers():
-    """Four layers do not split into three stages, but a student of three does."""
+    """Four layers do not split into three pipeline stages, but a student of three does."""
     arm = {"target": {"layers": 3}, "layout": {"pipeline_parallel": 3}}
     with pytest.raises(UserError, match="The teacher must fit on its student's ranks"):
         dry_run(distilled_recipe({}, **arm))

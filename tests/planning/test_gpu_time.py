@@ -21,7 +21,7 @@ from nemo_pvs.planning.gpu_time import (
     training_flops,
 )
 from nemo_pvs.planning.memory import training_memory
-from nemo_pvs.planning.rounds import stage_targets
+from nemo_pvs.planning.rounds import round_targets
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
 from nemo_pvs.recipe.training import Training
@@ -91,7 +91,7 @@ def test_stages_need_what_the_first_of_them_does() -> None:
     recipe = load_recipe("adapt_pruner/llama31_8b")
     plan = dry_run(recipe)
     for planned in plan.targets:
-        first = stage_targets(planned.target, plan.parent)[0][1]
+        first = round_targets(planned.target, plan.parent)[0][1]
         assert planned.largest.shape == first
         assert planned.largest.memory == training_memory(first, planned.target.layout, recipe.train)
         assert (

@@ -1,4 +1,4 @@
-"""Targets in stages: what each prunes to, its share of one training, what it costs, and what is refused."""
+"""Targets in rounds of pruning: what each prunes to, its share of one training, what it costs, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.equal_terms import arm_cost, pruning_cost
-from nemo_pvs.planning.rounds import adapt_parameters, shares, stage_targets
+from nemo_pvs.planning.rounds import adapt_parameters, round_targets, shares
 from nemo_pvs.planning.targets import check_recipe, expected_shape
 from nemo_pvs.pruning.target import shrunk
 from nemo_pvs.recipe.load import parse_recipe
@@ -48,7 +48,7 @@ def adapt(**changes: Any) -> dict[str, Any]:
     return {"method": "adapt-pruner", "ratio": 0.5, "stages": 4, **changes}
 
 
-def test_stages_share_one_training() -> None:
+def test_rounds_share_one_training() -> None:
     """Steps and tokens follow each other without a gap, and differ by one step at most."""
     recipe = recipe_of(
         adapt(stages=7), data={**recipe_of(adapt()).data.model_dump(), "token_ranges": {"pruned": [640, 1e6]}}
@@ -66,51 +66,51 @@ def test_stages_share_one_training() -> None:
 
 
 def test_parameters_go_in_equal_portions_of_all() -> None:
-    """376.1 M to 143.1 M in 20 stages is 3.1 % of the first model at each (methods.md, 12.1)."""
+    """376.1 M to 143.1 M in 20 rounds is 3.1 % of the first model at each (methods.md, 12.1)."""
     target = recipe_of(adapt(stages=20, ratio=1 - 143.1 / 376.1)).targets["one"]
-    left = [PARENT.parameters, *(adapt_parameters(target, PARENT, stage) for stage in range(1, 21))]
+    left = [PARENT.parameters, *(adapt_parameters(target, PARENT, number) for number in range(1, 21))]
     for before, after in pairwise(left):
         assert (before - after) / left[0] == pytest.approx(0.031, abs=2e-4)
     assert left[-1] == pytest.approx(left[0] * 143.1 / 376.1, abs=1)
 
 
-def test_what_is_expected_has_about_the_parameters_of_each_stage() -> None:
+def test_what_is_expected_has_about_the_parameters_of_each_round() -> None:
     target = recipe_of(adapt()).targets["one"]
-    for stage, (_, shape) in enumerate(stage_targets(target, PARENT), 1):
-        wanted = adapt_parameters(target, PARENT, stage)
+    for number, (_, shape) in enumerate(round_targets(target, PARENT), 1):
+        wanted = adapt_parameters(target, PARENT, number)
         assert abs(shape.parameters - wanted) <= 3 * 64 * 8
     assert not expected_shape(target, PARENT).exact
     with pytest.raises(UserError, match="leave nothing"):
         shrunk(PARENT, PARENT.vocab * PARENT.hidden)
 
 
-def test_minitron_in_stages_ends_at_its_target() -> None:
+def test_minitron_in_rounds_ends_at_its_target() -> None:
     width = recipe_of({"method": "minitron-width", "hidden": 32, "ffn": 96, "stages": 4}).targets["one"]
-    shapes = [shape for _, shape in stage_targets(width, PARENT)]
+    shapes = [shape for _, shape in round_targets(width, PARENT)]
     assert [(shape.hidden, shape.ffn) for shape in shapes] == [(56, 168), (48, 144), (40, 120), (32, 96)]
     depth = recipe_of({"method": "minitron-depth", "ratio": 0.5, "stages": 2}).targets["one"]
-    assert [(asked.layers, asked.ratio, asked.stages) for asked, _ in stage_targets(depth, PARENT)] == [
+    assert [(asked.layers, asked.ratio, asked.stages) for asked, _ in round_targets(depth, PARENT)] == [
         (6, None, None),
         (4, None, None),
     ]
 
 
-def test_query_heads_go_in_stages_too() -> None:
+def test_query_heads_go_in_rounds_too() -> None:
     """From 8 heads in 4 groups to 2 in 2: groups and the heads of a group are both halved, one after the other."""
     target = recipe_of({"method": "minitron-width", "kv_groups": 2, "heads": 2, "stages": 2}).targets["one"]
-    stages = stage_targets(target, PARENT)
-    assert [(shape.kv_groups, shape.heads) for _, shape in stages] == [(3, 6), (2, 2)]
-    assert [stage.sizes["heads"] for stage, _ in stages] == [6, 2]
+    targets = round_targets(target, PARENT)
+    assert [(shape.kv_groups, shape.heads) for _, shape in targets] == [(3, 6), (2, 2)]
+    assert [asked.sizes["heads"] for asked, _ in targets] == [6, 2]
     follow = recipe_of({"method": "minitron-width", "kv_groups": 2, "stages": 2}).targets["one"]
-    assert ["heads" in stage.sizes for stage, _ in stage_targets(follow, PARENT)] == [False, False]
+    assert ["heads" in asked.sizes for asked, _ in round_targets(follow, PARENT)] == [False, False]
 
 
-def test_every_stage_is_charged_at_its_own_size() -> None:
+def test_every_round_is_charged_at_its_own_size() -> None:
     recipe = recipe_of(adapt())
     arm = recipe.runs[0]
     final = expected_shape(recipe.targets["one"], PARENT).shape
     ledger = arm_cost(recipe, arm, final, PARENT)
-    shapes = [shape for _, shape in stage_targets(recipe.targets["one"], PARENT)]
+    shapes = [shape for _, shape in round_targets(recipe.targets["one"], PARENT)]
     parts = shares(recipe, arm)
     assert ledger.training.tokens == arm.tokens
     assert ledger.training.flops == sum(
@@ -119,7 +119,7 @@ def test_every_stage_is_charged_at_its_own_size() -> None:
     )
     calibration = pruning_cost(recipe, recipe.targets["one"], final, PARENT).charges
     assert len(calibration) == 4
-    # At each stage so many of the 50 iterations as its share of the matrices is of all that are left.
+    # In each round so many of the 50 iterations as its share of the matrices is of all that are left.
     lost = [1 - after.matrix_parameters / before.matrix_parameters for before, after in pairwise([PARENT, *shapes])]
     for charge, share in zip(calibration, lost, strict=True):
         assert charge.tokens == pytest.approx(share * 50 * 8 * 32, abs=8 * 32)
@@ -128,11 +128,11 @@ def test_every_stage_is_charged_at_its_own_size() -> None:
 @pytest.mark.parametrize(
     ("target", "sentence"),
     [
-        (adapt(stages=51), "51 stages but trains for 50 steps"),
-        ({"method": "flap", "ratio": 0.2, "stages": 2}, "flap has no stages"),
-        ({"method": "minitron-depth", "layers": 6, "stages": 3}, "stage [12] of 3 would remove nothing"),
+        (adapt(stages=51), "51 rounds but trains for 50 steps"),
+        ({"method": "flap", "ratio": 0.2, "stages": 2}, "flap has no rounds of pruning"),
+        ({"method": "minitron-depth", "layers": 6, "stages": 3}, "round [12] of 3 would remove nothing"),
         ({"method": "minitron-depth", "layers": 6, "stages": 2, "task": "continuation"}, "leave out task"),
-        (adapt(stages=1, slice_optimizer_state=True), "between stages; give stages"),
+        (adapt(stages=1, slice_optimizer_state=True), "between rounds of pruning; give stages"),
         (adapt(ratio=0.99), "leave nothing for the layers"),
         (
             {"method": "minitron-width", "heads": 4, "merge_heads": True, "stages": 2, "slice_optimizer_state": True},
@@ -140,12 +140,12 @@ def test_every_stage_is_charged_at_its_own_size() -> None:
         ),
     ],
 )
-def test_stages_that_cannot_be_are_refused(target: dict[str, Any], sentence: str) -> None:
+def test_rounds_that_cannot_be_are_refused(target: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         check_recipe(recipe_of(target), PARENT, 4096)
 
 
-def test_stages_have_one_budget() -> None:
+def test_rounds_have_one_budget() -> None:
     with pytest.raises(UserError, match="one budget"):
         check_recipe(recipe_of(adapt(), budgets=[6400, 12800]), PARENT, 4096)
 

@@ -126,7 +126,7 @@ def test_the_target_is_reached_with_less_than_an_iteration_over(compat: bool) ->
     assert len(plan.keep_ffn[0]) > len(plan.keep_ffn[1]) > len(plan.keep_ffn[2])
 
 
-def test_a_second_stage_goes_on_from_uneven_layers() -> None:
+def test_a_second_round_goes_on_from_uneven_layers() -> None:
     source = StateSource(tiny_model())
     start = shape_of(source)
     first = PrunedSource(

@@ -53,7 +53,7 @@ def test_loading_is_shared_by_all_trainings_unless_masks_have_their_own() -> Non
         ("data.source", {"song/s": "a"}, "string should match pattern"),
         ("data.token_ranges", {"random": [0, 10]}, "token_ranges does not apply to text with domains"),
         ("targets.sheared.learn.first_token", 64, "first_token does not apply to text with domains"),
-        ("targets.width.stages", 2, "stages do not work with text in domains"),
+        ("targets.width.stages", 2, "rounds of pruning do not work with text in domains"),
         ("train.dynamic_loading.proportions", {"song": 1.0}, r"proportions: noise is missing, .* are song, noise"),
         ("train.dynamic_loading.proportions", {"song": 0.5, "mail": 0.5}, "proportions: mail is no domain of data"),
         ("train.dynamic_loading.proportions", {"song": 1.0, "noise": 0.0}, "proportions.noise: input should be great"),

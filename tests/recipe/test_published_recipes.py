@@ -44,11 +44,11 @@ def test_adapt_pruner(name: str, target: str, stages: int, before: int, after: i
     assert (recipe.calibrate.samples, recipe.calibrate.sequence_length) == (512, 64)
 
 
-def test_the_stages_of_adapt_pruner_are_the_scripts() -> None:
+def test_the_rounds_of_adapt_pruner_are_the_scripts() -> None:
     recipe, parent = _load("adapt_pruner/qwen25_0p5b")
-    stages = [adapt_parameters(recipe.targets["376m"], parent, stage) for stage in range(1, 6)]
-    # original - (original - target) * stage / steps, in the shell's whole numbers
-    assert stages == [470_446_215, 446_859_661, 423_273_108, 399_686_554, 376_100_000]
+    sizes = [adapt_parameters(recipe.targets["376m"], parent, number) for number in range(1, 6)]
+    # original - (original - target) * round / steps, in the shell's whole numbers
+    assert sizes == [470_446_215, 446_859_661, 423_273_108, 399_686_554, 376_100_000]
 
 
 def test_llm_pruner() -> None:

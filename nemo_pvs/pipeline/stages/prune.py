@@ -17,7 +17,7 @@ from nemo_pvs.recipe.target import Target
 
 
 def prune(run: RunFolder, name: str, target: Target) -> Stage[PrunedRecord]:
-    """Return the stage that prunes to a target in one step; ``stages.rounds`` has targets with stages."""
+    """Return the stage that prunes to a target at once; ``stages.rounds`` has targets that are pruned in rounds."""
     settings, folder = run.recipe.calibrate, run.pruned(name)
     samples = settings.scan_samples if scans(target) else settings.samples
 

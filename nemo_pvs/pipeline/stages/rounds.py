@@ -1,4 +1,4 @@
-"""A target that is reached in stages, alternating pruning and training; each step is a stage of the run."""
+"""A target that is reached in rounds of pruning and training; pruning and training are each a stage of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_pvs.pipeline.stage import Inputs, Stage, TrainingStage
 from nemo_pvs.pipeline.stages.train import hand_over, training_inputs
 from nemo_pvs.pipeline.target import prune_target
 from nemo_pvs.planning.charges import charge_scores, charge_training, charges_of_spent
-from nemo_pvs.planning.rounds import Round, adapt_parameters, shares, stage_targets
+from nemo_pvs.planning.rounds import RoundTraining, adapt_parameters, round_targets, shares
 from nemo_pvs.pruning.methods import adapt_pruner
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.recipe.target import DENSE, Target
@@ -31,7 +31,7 @@ from nemo_pvs.training.job import CHECKPOINTS, TrainingJob
 from nemo_pvs.training.trainer import last_checkpoint
 
 _DRAWS = 10_000
-"""Distance between the calibration seeds of two stages; larger than the iterations of a stage."""
+"""Distance between the calibration seeds of two rounds; larger than the iterations of a round."""
 
 
 def rounds(run: RunFolder, name: str, target: Target) -> Iterator[Stage[Any]]:
@@ -42,27 +42,27 @@ def rounds(run: RunFolder, name: str, target: Target) -> Iterator[Stage[Any]]:
     (arm,) = run.recipe.pruned_runs(name)
     parts = shares(run.recipe, arm)
     for number in range(1, len(parts) + 1):
-        stage = _Round(run, arm, target, number, parts)
-        yield stage.prune()
-        if not stage.last:
-            yield stage.train()
+        one = _Round(run, arm, target, number, parts)
+        yield one.prune()
+        if not one.last:
+            yield one.train()
 
 
 @dataclass(frozen=True)
 class _Round:
-    """One stage of a target."""
+    """One round."""
 
     run: RunFolder
     arm: Arm
     target: Target
     number: int
     """Counted from 1."""
-    parts: list[Round]
-    """The shares of the training for all stages."""
+    parts: list[RoundTraining]
+    """The shares of the training of all rounds."""
 
     @property
     def last(self) -> bool:
-        """Whether this stage reaches the target."""
+        """Whether this round reaches the target."""
         return self.number == len(self.parts)
 
     @property
@@ -78,28 +78,28 @@ class _Round:
 
     @property
     def previous(self) -> _Round | None:
-        """The previous stage; None for the first one."""
+        """The previous round; None for the first one."""
         if self.number == 1:
             return None
         return _Round(self.run, self.arm, self.target, self.number - 1, self.parts)
 
     @property
     def before(self) -> Path:
-        """The model that this stage prunes."""
+        """The model that this round prunes."""
         return self.previous.model if self.previous else self.run.parent_path
 
     @property
     def pruning(self) -> str:
-        """The name of the run's stage that prunes."""
+        """The name of the stage that prunes."""
         return prune_stage(self.arm.target, None if self.last else self.number)
 
     @property
     def training(self) -> str:
-        """The name of the run's stage that trains."""
+        """The name of the stage that trains."""
         return share_stage(self.arm.target, self.number)
 
     def prune(self) -> Stage[PrunedRecord]:
-        """Return the run's stage that prunes the previously trained model."""
+        """Return the stage that prunes the previously trained model."""
         previous = self.previous
         forgets = previous is not None and not self.run.carries(self.arm, self.number)
         return Stage(
@@ -114,7 +114,7 @@ class _Round:
         )
 
     def train(self) -> TrainingStage[TrainedRecord]:
-        """Return the run's stage that trains the pruned model on this stage's share."""
+        """Return the stage that trains the pruned model on this round's share."""
         run, arm = self.run, self.arm
         share, folder = self.parts[self.number - 1], run.share_folder(arm.target, self.number)
         forgets = run.carries(arm, self.number)
@@ -145,7 +145,7 @@ class _Round:
 
     @property
     def _charges(self) -> tuple[Charge, ...]:
-        """The cost of everything before this stage, including the training."""
+        """The cost of everything before this round, including the training."""
         previous = self.previous
         if previous is None:
             return ()
@@ -160,11 +160,11 @@ class _Round:
         return settings.scan_samples if self.target.method == "minitron-depth" else settings.samples
 
     def _asked(self, shape: Shape) -> Target:
-        """Return this stage's target for the method, given the shape of the model to prune."""
+        """Return this round's target for the method, given the shape of the model to prune."""
         if self.target.method != adapt_pruner.NAME:
-            return stage_targets(self.target, self.run.parent_shape)[self.number - 1][0]
+            return round_targets(self.target, self.run.parent_shape)[self.number - 1][0]
         left = adapt_parameters(self.target, self.run.parent_shape, self.number)
-        if shape.parameters <= left:  # removing whole KV groups overshot the previous stage's target
+        if shape.parameters <= left:  # removing whole KV groups overshot the previous round's target
             return self.target.model_copy(update={"method": DENSE})
         return self.target.model_copy(update={"ratio": 1 - left / shape.parameters, "of": "total"})
 
@@ -175,7 +175,7 @@ class _Round:
             "before": fingerprint(source),
             "method": asked.method,
             "options": asked.options,
-            "stage": self.number,
+            "stage": self.number,  # the key in records
             "text": [self.run.text("calibration"), self._samples, *settings.identity],
             "charges": [asdict(charge) for charge in self._charges],
         }
@@ -192,7 +192,7 @@ class _Round:
                 return calibrate(source, draw(0), compute=run.compute, progress=show)
 
         def no_task() -> Any:
-            raise UserError("stages cannot choose layers by a task; leave out task, or stages.")
+            raise UserError("rounds of pruning cannot choose layers by a task; leave out task, or stages.")
 
         made = prune_target(
             self._asked(shape),

@@ -15,9 +15,9 @@ from nemo_pvs.pipeline.ledger import run_ledger
 from nemo_pvs.pipeline.records import TrainedRecord, data_stage, prune_stage, random_stage, teacher_stage, train_stage
 from nemo_pvs.pipeline.stage import Inputs, TrainingStage
 from nemo_pvs.pipeline.stages.teach import check_cache, reading_cache
-from nemo_pvs.planning.rounds import Round, shares
+from nemo_pvs.planning.rounds import RoundTraining, shares
 from nemo_pvs.recipe.identity import origin_of, read_origin
-from nemo_pvs.recipe.options import stages_of, vocabulary_of
+from nemo_pvs.recipe.options import rounds_of, vocabulary_of
 from nemo_pvs.recipe.recipe import Arm
 from nemo_pvs.system.files import write_json
 from nemo_pvs.training.job import CHECKPOINTS, TrainingJob
@@ -25,7 +25,7 @@ from nemo_pvs.training.trainer import last_checkpoint
 
 
 def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
-    """Return the stage that trains an arm; for an arm with stages, the last share of its training."""
+    """Return the stage that trains an arm; for an arm that is pruned in rounds, the last share of its training."""
     folder, model = run.arm_folder(arm.name), run.model(arm.name)
 
     def job() -> TrainingJob:
@@ -49,7 +49,7 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
         return job().save()
 
     def then() -> None:
-        if pruned and (number := stages_of(run.recipe.targets[arm.target])) > 1:
+        if pruned and (number := rounds_of(run.recipe.targets[arm.target])) > 1:
             forget_optimizer(run, arm.target, number - 1)
         ledger = run_ledger(run, arm, open_source(model), run.reads(arm))
         for place in (folder, model):  # next to the model, so that what is pruned from it inherits its cost
@@ -71,7 +71,7 @@ def train(run: RunFolder, arm: Arm) -> TrainingStage[TrainedRecord]:
     )
 
 
-def training_inputs(run: RunFolder, arm: Arm, share: Round, initial: str) -> Inputs:
+def training_inputs(run: RunFolder, arm: Arm, share: RoundTraining, initial: str) -> Inputs:
     """Return what the result of a share of an arm's training depends on.
 
     The layout is not included, as a run may be resumed with a different one. ``initial`` is the fingerprint of the

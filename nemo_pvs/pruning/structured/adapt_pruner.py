@@ -1,7 +1,7 @@
 """Adapt-Pruner: prune in small steps by Taylor importance, most in layers that change their input least (2502.03460).
 
-One call is one stage: it prunes a model to at most a given number of parameters. ``nemo_pvs.planning.rounds`` plans
-the training between stages.
+One call is one round: it prunes a model to at most a given number of parameters. ``nemo_pvs.planning.rounds`` plans
+the training between rounds.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _HALVINGS = 40
 
 @dataclass(frozen=True)
 class AdaptPrunerSettings:
-    """How a stage removes units, regardless of their scores. The defaults are those of the published scripts."""
+    """How a round removes units, regardless of their scores. The defaults are those of the published scripts."""
 
     iterations: int = 50
-    """T: each iteration removes on average 1 / T of the stage's starting model, so T iterations would remove all."""
+    """T: each iteration removes on average 1 / T of the round's starting model, so T iterations would remove all."""
     amplitude: float = 0.02
     """A: how much less the most important layer's sparsity grows than the average at each iteration."""
     metric: str = "param_first"
@@ -96,13 +96,13 @@ def next_sparsity(sparsity: torch.Tensor, importance: torch.Tensor, settings: Ad
 def kept_sizes(
     start: Shape, current: Shape, sparsity: torch.Tensor, settings: AdaptPrunerSettings
 ) -> list[LayerSizes]:
-    """Return the sizes of each layer at a sparsity relative to the stage's start.
+    """Return the sizes of each layer at a sparsity relative to the round's start.
 
     Of ``n`` FFN channels or key channels at the start ``int(n (1 - s))`` are kept; a KV group is removed when as many
     key channels as it has are due.
 
     Args:
-        start: Shape at the stage's start.
+        start: Shape at the round's start.
         current: Shape now.
         sparsity: Sparsity of each layer [L].
         settings: Multiples and rounding.
@@ -219,7 +219,7 @@ def _everything(shape: Shape, layer: int) -> tuple[Indices, Indices]:
 
 
 def _best(plan: Plan, layer: int, sizes: LayerSizes, measured: MeasuredImportance) -> tuple[Indices, Indices]:
-    """Return the groups and channels of a layer that are still kept, as indices at the stage's start."""
+    """Return the groups and channels of a layer that are still kept, as indices at the round's start."""
     groups, ffn = plan.keep_kv_groups[layer], plan.keep_ffn[layer]
     return (
         tuple(groups[position] for position in most_important(measured.groups[layer], sizes.kv_groups)),
