@@ -91,7 +91,7 @@ def prune(
         format: ``hf`` or ``nemo``; that of the source by default.
         uneven: ``keep`` layers of different sizes, or ``pad`` them with zeros.
         tensor_parallel: Refuse a shape that cannot be split over this many ranks.
-        pipeline_parallel: Refuse a shape whose layers cannot be split over this many stages.
+        pipeline_parallel: Refuse a shape whose layers cannot be split over this many pipeline stages.
         fp8: Refuse a shape whose shards do not suit FP8.
         device: ``cpu`` or ``cuda``; by default the GPU if there is one.
         activation_memory: Memory for hidden states, such as ``8GB``; ``auto`` is 8 GB on a CPU, and with a GPU what

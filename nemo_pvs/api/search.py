@@ -130,7 +130,7 @@ def search(
         sequence_length: Tokens per sequence of that training.
         learning_rate: Peak learning rate of that training.
         tensor_parallel: Only shapes that can be split over this many ranks.
-        pipeline_parallel: Only shapes whose layers can be split over this many stages.
+        pipeline_parallel: Only shapes whose layers can be split over this many pipeline stages.
         data_parallel: Replicas of a candidate that is trained.
         fp8: Only shapes whose shards suit FP8.
         device: ``cpu`` or ``cuda``; by default the GPU if there is one.

@@ -51,7 +51,7 @@ def teach(
         data_seed: Seed of the order of the data: ``data_seed`` of ``train``, or its ``seed`` if it has none.
         first_token: Where in that order to begin; rounded up to whole steps.
         tensor_parallel: Ranks that share every layer.
-        pipeline_parallel: Stages that share the layers.
+        pipeline_parallel: Pipeline stages that share the layers.
         data_parallel: Replicas that share the samples.
         precision: Arithmetic of the teacher: ``auto``, ``bf16`` or ``fp32``.
         ignore_manifest: Read weights that differ from their manifest.

@@ -87,9 +87,9 @@ def train(
         learning_rate: The peak of the schedule.
         validation_samples: Sequences for validation, a multiple of the global batch size.
         tensor_parallel: Ranks that share every layer.
-        pipeline_parallel: Stages that share the layers.
-        first_stage_layers: Layers of the first stage, if it differs from the others.
-        last_stage_layers: Layers of the last stage, if it differs from the others.
+        pipeline_parallel: Pipeline stages that share the layers.
+        first_stage_layers: Layers of the first pipeline stage, if it differs from the others.
+        last_stage_layers: Layers of the last pipeline stage, if it differs from the others.
         data_parallel: Replicas that share the batch.
         precision: ``auto``, ``bf16`` or ``fp32``.
         random_init: Keep the architecture and draw the weights: the baseline.

@@ -120,7 +120,7 @@ def prune(
         int, typer.Option(help="that cannot be split over this many ranks", rich_help_panel=_CHECK)
     ] = 1,
     pipeline_parallel: Annotated[
-        int, typer.Option(help="whose layers cannot be split over this many stages", rich_help_panel=_CHECK)
+        int, typer.Option(help="whose layers cannot be split over this many pipeline stages", rich_help_panel=_CHECK)
     ] = 1,
     fp8: Annotated[bool, typer.Option(help="whose shards do not suit FP8", rich_help_panel=_CHECK)] = False,
     device: Device = None,

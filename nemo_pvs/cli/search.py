@@ -101,7 +101,9 @@ def search(
     ] = 1,
     pipeline_parallel: Annotated[
         int,
-        typer.Option(help="only shapes whose layers can be split over this many stages", rich_help_panel=PARALLEL),
+        typer.Option(
+            help="only shapes whose layers can be split over this many pipeline stages", rich_help_panel=PARALLEL
+        ),
     ] = 1,
     data_parallel: Annotated[
         int, typer.Option(help="replicas of a candidate that is trained", rich_help_panel=PARALLEL)

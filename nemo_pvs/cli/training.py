@@ -86,7 +86,9 @@ def teach(
         float, typer.Option(help="where in that order to begin; rounded up to whole steps", rich_help_panel=DATA)
     ] = 0,
     tensor_parallel: Annotated[int, typer.Option(help="ranks that share every layer", rich_help_panel=PARALLEL)] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="stages that share the layers", rich_help_panel=PARALLEL)] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(help="pipeline stages that share the layers", rich_help_panel=PARALLEL)
+    ] = 1,
     data_parallel: Annotated[int, typer.Option(help="replicas that share the samples", rich_help_panel=PARALLEL)] = 1,
     precision: Annotated[
         str, typer.Option(help="arithmetic of the teacher: auto, bf16 or fp32", rich_help_panel=PARALLEL)
@@ -143,14 +145,16 @@ def train(
         int, typer.Option(help="sequences for validation, a multiple of the global batch size", rich_help_panel=DATA)
     ] = 512,
     tensor_parallel: Annotated[int, typer.Option(help="ranks that share every layer", rich_help_panel=PARALLEL)] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="stages that share the layers", rich_help_panel=PARALLEL)] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(help="pipeline stages that share the layers", rich_help_panel=PARALLEL)
+    ] = 1,
     first_stage_layers: Annotated[
         Optional[int],
-        typer.Option(help="layers of the first stage, if it is not like the rest", rich_help_panel=PARALLEL),
+        typer.Option(help="layers of the first pipeline stage, if it is not like the rest", rich_help_panel=PARALLEL),
     ] = None,
     last_stage_layers: Annotated[
         Optional[int],
-        typer.Option(help="layers of the last stage, if it is not like the rest", rich_help_panel=PARALLEL),
+        typer.Option(help="layers of the last pipeline stage, if it is not like the rest", rich_help_panel=PARALLEL),
     ] = None,
     data_parallel: Annotated[int, typer.Option(help="replicas that share the batch", rich_help_panel=PARALLEL)] = 1,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32", rich_help_panel=TRAINING)] = "auto",

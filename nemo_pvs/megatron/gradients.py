@@ -34,7 +34,7 @@ def megatron_taylor_scores(
     """Return the Taylor importance of all units (``calibration.taylor``); call inside ``inference.megatron_ranks``.
 
     Gradients are summed over the copies of the model (DP) before absolute values are taken. All weights of a KV group,
-    query head or FFN channel are on one tensor rank and one stage, so the scores need no sum over TP or PP.
+    query head or FFN channel are on one tensor rank and one pipeline stage, so the scores need no sum over TP or PP.
 
     Args:
         source: The dense model, of any format.
@@ -98,8 +98,8 @@ class _MegatronGradients(MegatronScorer):
         positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
         hidden = torch.empty(inputs.shape[1], 1, self._shape.hidden, dtype=self._dtype, device=self.device)
         if not self._first:
-            previous_stage = parallel_state.get_pipeline_model_parallel_prev_rank()
-            distributed.recv(hidden, previous_stage)
+            previous_rank = parallel_state.get_pipeline_model_parallel_prev_rank()
+            distributed.recv(hidden, previous_rank)
             self.model.set_input_tensor(hidden.requires_grad_())
         output = self.model(inputs, positions, None)
         if self._last:
@@ -108,13 +108,13 @@ class _MegatronGradients(MegatronScorer):
             logits = logits.masked_fill(columns >= self._vocab, -torch.inf)  # padding of the vocabulary
             vocab_parallel_cross_entropy(logits, targets).mean().backward()
         else:
-            next_stage = parallel_state.get_pipeline_model_parallel_next_rank()
-            distributed.send(output.detach().contiguous(), next_stage)
+            next_rank = parallel_state.get_pipeline_model_parallel_next_rank()
+            distributed.send(output.detach().contiguous(), next_rank)
             gradient = torch.empty_like(output)
-            distributed.recv(gradient, next_stage)
+            distributed.recv(gradient, next_rank)
             output.backward(gradient)
         if not self._first:
-            distributed.send(hidden.grad, previous_stage)
+            distributed.send(hidden.grad, previous_rank)
 
     @torch.no_grad()
     def scores(self, samples: int) -> dict[str, torch.Tensor]:

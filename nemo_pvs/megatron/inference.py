@@ -114,7 +114,7 @@ class LoadedModel:
         self.cache_bytes = 2 * groups * shape.head_dim * dtype.itemsize
 
     def forward(self, ids: torch.Tensor, cache: StaticInferenceContext | None = None) -> torch.Tensor | None:
-        """Run all stages on token ids [N, S] and return the logits on the last one, elsewhere None.
+        """Run all pipeline stages on token ids [N, S] and return the logits on the last one, elsewhere None.
 
         Args:
             ids: Token ids.
@@ -179,7 +179,7 @@ class LoadedModel:
             prefix = "" if entry.layer is None else f"decoder.layers.{layers[entry.layer]}."
             names = [prefix + entry.megatron, prefix + _LOCAL_NORMS.get(entry.megatron, entry.megatron)]
             if entry.parts[0].name == "model.embed_tokens.weight" and shape_of(source).tied:
-                names.append("output_layer.weight")  # the last stage's own copy
+                names.append("output_layer.weight")  # the last pipeline stage's own copy
             parameters = [unfilled.pop(name) for name in dict.fromkeys(names) if name in unfilled]
             if parameters:
                 shard = self._shard(entry, source)
@@ -206,7 +206,7 @@ class MegatronScorer(LoadedModel):
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor) -> TokenScores | None:
-        """Score token ids [N, S]; return the scores on the first tensor rank of the last stage, elsewhere None."""
+        """Score token ids [N, S]; return scores on tensor rank 0 of the last pipeline stage, elsewhere None."""
         ids = ids.to(self.device, torch.int64)
         inputs, targets = ids[:, :-1], ids[:, 1:]
         output = self.forward(inputs)

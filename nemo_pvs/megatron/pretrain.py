@@ -109,7 +109,7 @@ def model(job: TrainingJob, precision: str, machine: Machine, described: run.Con
     elif job.layout.recompute == "full":
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     if job.layout.virtual_pipeline:
-        # With two stages each is both the previous and the next one of the other: batched messages would be mixed up.
+        # Of two pipeline stages each comes before and after the other: batched messages would be mixed up.
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
         # gloo still reads a sent tensor after Megatron would have freed it.
         config.deallocate_pipeline_outputs = machine.gpu

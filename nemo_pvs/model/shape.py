@@ -262,13 +262,13 @@ class Shape:
             tensor_parallel: Ranks that share every layer.
             pipeline_parallel: Pipeline stages.
             virtual_pipeline: Model chunks per pipeline stage.
-            first_stage_layers: Layers of the first stage (``stage_layers``).
-            last_stage_layers: Layers of the last stage (``stage_layers``).
+            first_stage_layers: Layers of the first pipeline stage (``stage_layers``).
+            last_stage_layers: Layers of the last pipeline stage (``stage_layers``).
             fp8: Also require that Transformer Engine can multiply the shards in FP8: sizes must be multiples of 16.
 
         Raises:
             UserError: tensor parallelism does not divide the KV groups, ffn or vocabulary; pipeline stages or their
-                chunks do not divide the layers; there are chunks but only one stage; or a shard does not fit FP8.
+                chunks do not divide the layers; there are chunks but no pipeline; or a shard does not fit FP8.
         """
         for name, size in self._sharded_sizes():
             if size % tensor_parallel:
@@ -292,12 +292,13 @@ class Shape:
 
         Args:
             stages: Pipeline parallelism.
-            first: Layers of the first stage, which also has the embedding; by default as many as the middle stages,
-                which share the remaining layers equally.
-            last: Layers of the last stage, which also has the output head; by default as many as the middle stages.
+            first: Layers of the first pipeline stage, which also has the embedding; by default as many as the middle
+                stages, which share the remaining layers equally.
+            last: Layers of the last pipeline stage, which also has the output head; by default as many as the middle
+                stages.
 
         Raises:
-            UserError: a stage would have no layers, or the layers cannot be divided equally.
+            UserError: a pipeline stage would have no layers, or the layers cannot be divided equally.
         """
         if stages == 1:
             if (first, last) != (None, None):
@@ -323,7 +324,7 @@ class Shape:
         return layers
 
     def _unequal(self, stages: int) -> str:
-        """Return a clause that suggests unequal stages, if that works: all equal but the last, which has the rest."""
+        """Return a clause that suggests unequal pipeline stages, if that works: the last has the rest."""
         equal = math.ceil(self.layers / stages)
         last = self.layers - equal * (stages - 1)
         return f"; or {stages} with last_stage_layers: {last}" if last > 0 else ""
@@ -335,7 +336,7 @@ class Shape:
         if layers % pieces:
             legal = [n for n in range(1, layers + 1) if layers % n == 0]
             raise UserError(
-                f"A virtual pipeline of {pieces} does not divide the {layers} layers of a stage; "
+                f"A virtual pipeline of {pieces} does not divide the {layers} layers of a pipeline stage; "
                 f"legal for this model: {', '.join(map(str, legal))}."
             )
 

@@ -41,7 +41,7 @@ def save_during_run(shape: Shape, layout: Parallelism, training: Training, gpus_
     files are written while training goes on.
     """
     weights = 4 if training.precision == "fp32" else 2
-    part = (weights + _STATE) * _largest_stage(shape, layout) / _copies(layout)
+    part = (weights + _STATE) * _largest_part(shape, layout) / _copies(layout)
     return Save(part * min(layout.processes, gpus_per_node), part / _TO_HOST)
 
 
@@ -54,18 +54,18 @@ def last_save(shape: Shape, layout: Parallelism, training: Training, gpus_per_no
     during, copies = save_during_run(shape, layout, training, gpus_per_node), _copies(layout)
     if copies == 1 or not layout.distributed_optimizer:
         return Save(during.host, during.seconds + during.seconds * _TO_HOST / _DISK)
-    state = _STATE * _largest_stage(shape, layout)
+    state = _STATE * _largest_part(shape, layout)
     gathering = Counter(
-        (tensor + stage * layout.processes // layout.pipeline_parallel) // gpus_per_node
+        (tensor + pipeline_rank * layout.processes // layout.pipeline_parallel) // gpus_per_node
         for tensor in range(layout.tensor_parallel)
-        for stage in range(layout.pipeline_parallel)
+        for pipeline_rank in range(layout.pipeline_parallel)
     )
     gather = state * (1 - 1 / copies) / _NETWORK
     return Save(during.host + state * max(gathering.values()), during.seconds + gather + state / _DISK)
 
 
-def _largest_stage(shape: Shape, layout: Parallelism) -> float:
-    return max(parameters_on(shape, layout, stage) for stage in range(layout.pipeline_parallel))
+def _largest_part(shape: Shape, layout: Parallelism) -> float:
+    return max(parameters_on(shape, layout, pipeline_rank) for pipeline_rank in range(layout.pipeline_parallel))
 
 
 def _copies(layout: Parallelism) -> int:

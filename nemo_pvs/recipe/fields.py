@@ -38,11 +38,11 @@ class Parallelism(RecipeBlock):
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive | None = None
-    """Model chunks per stage (interleaved schedule), which divides the pipeline bubble by this number."""
+    """Model chunks per pipeline stage (interleaved schedule), which divides the pipeline bubble by this number."""
     first_stage_layers: Positive | None = None
-    """Layers of the first pipeline stage, if stages are not equal."""
+    """Layers of the first pipeline stage, if they are not equal."""
     last_stage_layers: Positive | None = None
-    """Layers of the last pipeline stage, if stages are not equal."""
+    """Layers of the last pipeline stage, if they are not equal."""
     context_parallel: Positive = 1
     """Ranks that share every sequence; needs Transformer Engine."""
     data_parallel: Positive = 1

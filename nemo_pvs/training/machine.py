@@ -214,7 +214,7 @@ def h100_layout(
 
 
 def _pieces(shape: Shape, pipeline: int) -> int | None:
-    """Return the number of chunks of a stage for a virtual pipeline; None if there is one stage or none divides it."""
+    """Return the chunks of a pipeline stage for a virtual pipeline; None if there is one, or none divides it."""
     layers = shape.layers // pipeline
     return next((pieces for pieces in _PIECES if pipeline > 1 and layers % pieces == 0), None)
 

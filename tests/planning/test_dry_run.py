@@ -130,7 +130,7 @@ def test_what_a_task_reads_is_not_known_beforehand():
         (
             "targets.depth.layout",
             {"pipeline_parallel": 2, "virtual_pipeline": 2},
-            "A virtual pipeline of 2 does not divide the 7 layers of a stage; legal for this model: 1, 7",
+            "A virtual pipeline of 2 does not divide the 7 layers of a pipeline stage; legal for this model: 1, 7",
         ),
         ("targets.depth.layout", {"virtual_pipeline": 7}, "needs pipeline parallelism of at least 2; leave it out"),
         (
@@ -141,7 +141,7 @@ def test_what_a_task_reads_is_not_known_beforehand():
         (
             "targets.width",
             {"method": "flap", "ratio": 0.2, "layout": {"pipeline_parallel": 2, "virtual_pipeline": 2}},
-            "Target width: A virtual pipeline of 2 does not divide the 15 layers of a stage; legal for this model",
+            "Target width: A virtual pipeline of 2 does not divide the 15 layers of a pipeline stage; legal for this",
         ),
         ("targets.width.hidden", 577, "asks for hidden=577, but the model has 576"),
         ("targets.width", {"method": "wanda", "sparsity": "2:5"}, "needs groups of 5 inputs, but q_proj has 576"),
@@ -171,7 +171,7 @@ def test_what_is_impossible_is_refused(path, value, sentence):
 
 IMPOSSIBLE = {
     "asks for hidden=577, but the model has 576": {"method": "sheared-llama", "hidden": 577},
-    "has 97 stages but trains for 96 steps": {"method": "adapt-pruner", "ratio": 0.2, "stages": 97},
+    "is pruned in 97 rounds but trains for 96 steps": {"method": "adapt-pruner", "ratio": 0.2, "stages": 97},
     "leave nothing for the layers in addition to the embeddings": {"method": "adapt-pruner", "ratio": 0.99},
     "at which a layer would be pruned to nothing next": {
         "method": "efficient-llm",

@@ -244,7 +244,7 @@ def _items(batch):
 
 
 def _loss_mask(batch):
-    """Return the loss mask [b, s] of a micro-batch; NeMo's data step gives it to the last stage only."""
+    """Return the loss mask [b, s] of a micro-batch; NeMo's data step gives it to the last pipeline stage only."""
     return _items(batch)["loss_mask"]
 
 

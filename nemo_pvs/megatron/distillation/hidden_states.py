@@ -21,12 +21,12 @@ class HiddenStates:
 
     The loss of a place is computed on the pipeline stage where the student has this place. Its gradient is added to
     the one that flows back from the layers above, so Megatron's schedules, optimizer and loss need no change. The
-    teacher's states are sent to this stage if they are computed on another. Each loss is a mean over the tokens of a
+    teacher's states are sent there if they are computed on another. Each loss is a mean over the tokens of a
     micro-batch, as the LM loss is.
 
     With a dynamic weight the losses are scaled by Minitron's ``alpha = L_logits / L_is`` (2407.14679, section 3.2), a
-    constant without gradient. It comes from the losses of the previous step, over all ranks, because a stage finishes
-    its part of a step before the last stage knows the divergence. So it is 0 in the first step of a run.
+    constant without gradient. It comes from the losses of the previous step, over all ranks, because a pipeline stage
+    finishes its part of a step before the last one knows the divergence. So it is 0 in the first step of a run.
 
     The projection is not part of the model. Every rank holds all of it in fp32 with its own Adam, at the learning rate
     of the weights and without decay, and takes the same step with a gradient summed over all ranks; so an interrupted
@@ -159,7 +159,7 @@ class HiddenStates:
         return compare
 
     def _over_ranks(self, parts: torch.Tensor) -> torch.Tensor:
-        """Sum over stages and sequence shards, average over replicas; copies on tensor ranks count once."""
+        """Sum over pipeline stages and sequence shards, average over replicas; copies on tensor ranks count once."""
         if not self._sequence_parallel:
             parts /= _tensor_ranks()
         distributed.all_reduce(parts)

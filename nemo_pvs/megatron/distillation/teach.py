@@ -26,7 +26,7 @@ from nemo_pvs.training.metrics import time_left
 from nemo_pvs.training.teaching_job import TeachingJob
 
 _MICRO_BATCHES_AHEAD = 16
-"""Micro-batches in a pipeline at a time, whose final hidden states the last stage keeps."""
+"""Micro-batches in a pipeline at a time, whose final hidden states the last pipeline stage keeps."""
 _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -28,12 +28,12 @@ class Teacher:
     It is not part of the student's module, so neither of its checkpoints, optimizer or gradient buffers. Without
     pipeline parallelism, each micro-batch goes through the teacher when its logits are needed. With pipeline
     parallelism, all micro-batches of a step go through the teacher before the student's first one, in Megatron's
-    forward-only schedule. The last stage then keeps the final hidden states, which are much smaller than logits, and
-    applies the output head when the student reaches the micro-batch. Layers are split evenly over the stages, even if
-    the student uses a virtual pipeline.
+    forward-only schedule. The last pipeline stage then keeps the final hidden states, which are much smaller than
+    logits, and applies the output head when the student reaches the micro-batch. Layers are split evenly over the
+    pipeline stages, even if the student uses a virtual pipeline.
 
-    Hidden states are sent from the teacher's stage to the stage that requested them, for all micro-batches of a step
-    at once, before the student's first one.
+    Hidden states are sent from the teacher's pipeline stage to the one that requested them, for all micro-batches of a
+    step at once, before the student's first one.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Teacher:
             dtype: Type of weights and arithmetic.
             device: The student's device.
             sequence_parallel: Whether the student uses sequence parallelism.
-            places: Places whose hidden states any stage will request.
+            places: Places whose hidden states any pipeline stage will request.
         """
         loaded = LoadedModel(source, dtype=dtype, device=device, sequence_parallel=sequence_parallel)
         self.model = loaded.model.requires_grad_(False)
@@ -74,7 +74,7 @@ class Teacher:
 
     @torch.no_grad()
     def read(self, batches: list[Batch], data_step: DataStep, *, sequence_length: int, micro_batch_size: int) -> None:
-        """Read the micro-batches of a step; call it on all stages.
+        """Read the micro-batches of a step; call it on all pipeline stages.
 
         Args:
             batches: Micro-batches in the order in which the student reads them.
@@ -112,18 +112,18 @@ class Teacher:
         return {"tokens": tokens, "position_ids": torch.arange(tokens.shape[1], device=self._device).expand_as(tokens)}
 
     def deliver(self, places: Collection[int]) -> None:
-        """Send the hidden states of these places to this stage in every step; call it on all stages."""
+        """Send the hidden states of these places to this pipeline stage in every step; call it on all of them."""
         group = parallel_state.get_pipeline_model_parallel_group()
-        stages: list[Any] = [None] * group.size()
-        distributed.all_gather_object(stages, (self._local_places, set(places)), group=group)
+        ranks: list[Any] = [None] * group.size()
+        distributed.all_gather_object(ranks, (self._local_places, set(places)), group=group)
         for place in self._states:
-            (source,) = (stage for stage, (computed, _) in enumerate(stages) if place in computed)
-            (target,) = (stage for stage, (_, requested) in enumerate(stages) if place in requested)
+            (source,) = (rank for rank, (computed, _) in enumerate(ranks) if place in computed)
+            (target,) = (rank for rank, (_, requested) in enumerate(ranks) if place in requested)
             if source != target:
                 self._moves.append((place, source, target))
 
     def states(self, place: int) -> torch.Tensor:
-        """Return the hidden states [s, b, d] of a place for its next micro-batch, on the stage that requested them.
+        """Return the hidden states [s, b, d] of a place for its next micro-batch, where they were requested.
 
         With sequence parallelism s counts this rank's part of the sequence only.
         """
@@ -133,7 +133,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
-        """Return the logits [s, b, V / TP] of the next micro-batch; call it on the last stage."""
+        """Return the logits [s, b, V / TP] of the next micro-batch; call it on the last pipeline stage."""
         hidden = self._ahead.popleft() if self._ahead else next(self._hidden)
         logits, _ = self.model.output_layer(hidden, weight=self._head_weight)
         return logits
@@ -145,15 +145,15 @@ class Teacher:
         return keep
 
     def _send(self, shape: tuple[int, ...]) -> None:
-        """Send states [micro-batch, s, b, d] between stages, all in the same order so that there is no deadlock."""
+        """Send states [micro-batch, s, b, d] between pipeline stages, in the same order on all: no deadlock."""
         group = parallel_state.get_pipeline_model_parallel_group()
-        stage = parallel_state.get_pipeline_model_parallel_rank()
+        rank = parallel_state.get_pipeline_model_parallel_rank()
         for place, source, target in self._moves:
-            if stage == source:
+            if rank == source:
                 states = torch.stack(list(self._states[place]))
                 distributed.send(states, distributed.get_global_rank(group, target), group=group)
                 self._states[place].clear()
-            elif stage == target:
+            elif rank == target:
                 states = torch.empty(shape, dtype=self._dtype, device=self._device)
                 distributed.recv(states, distributed.get_global_rank(group, source), group=group)
                 self._states[place].extend(states)

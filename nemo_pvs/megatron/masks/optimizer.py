@@ -102,7 +102,7 @@ def _masked_parameters(model: torch.nn.Module, masks: RankMasks) -> dict[torch.n
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
             for name, parameter in layer.named_parameters():
-                # Megatron counts layers from 1 over all stages.
+                # Megatron counts layers from 1 over all pipeline stages.
                 entry = masks.entries.get((layer.layer_number - 1, name))
                 if entry is not None:
                     masked[parameter] = entry

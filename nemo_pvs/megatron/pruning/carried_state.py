@@ -1,7 +1,7 @@
 """Carry optimizer state over a pruning step: keep the moments and fp32 weights of the weights that the plan keeps.
 
 Each kept weight keeps its own AdamW moments, so a run that prunes nothing continues as if it had not been interrupted.
-Adapt-Pruner (2502.03460) resets the moments in each stage; so does a recipe by default.
+Adapt-Pruner (2502.03460) resets the moments in each round; so does a recipe by default.
 """
 
 from __future__ import annotations

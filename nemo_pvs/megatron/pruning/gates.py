@@ -55,7 +55,7 @@ class GatedRMSNorm(RMSNorm):
 
 
 def gated_layer_spec(config: GPTConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Return the layers of this stage with norms that can be gated, not fused into the linear layers that follow.
+    """Return the layers of this pipeline stage, with norms that can be gated: not fused into the next linear layers.
 
     This is for ``transformer_layer_spec`` of a config; the names in checkpoints do not change.
     """
@@ -145,11 +145,11 @@ class _Sites:
 
 
 def gate_gradients(gates: Gates, *, sequence_parallel: bool) -> Gates:
-    """Return the gates' gradients from all ranks, summed over stages and shards and averaged over DP.
+    """Return the gates' gradients from all ranks, summed over pipeline stages and shards and averaged over DP.
 
-    A tensor rank has gradients only for its own KV groups and FFN channels, and a stage only for its own layers.
-    Gradients of hidden channels and layers are complete on every tensor rank, unless sequence parallelism gives each
-    rank a part of the tokens.
+    A tensor rank has gradients only for its own KV groups and FFN channels, and a pipeline stage only for its own
+    layers. Gradients of hidden channels and layers are complete on every tensor rank, unless sequence parallelism
+    gives each rank a part of the tokens.
     """
     tensors = gates.tensors
     parts = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]

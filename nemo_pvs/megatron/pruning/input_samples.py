@@ -16,7 +16,7 @@ COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1", "output_layer"
 """Layers whose inputs on a tensor rank are all channels, for all tokens or, with sequence parallelism, for some."""
 
 Site = tuple[int | None, str]
-"""Decoder layer, counted from 0 over all stages (None for the output head), and name of the linear layer in it."""
+"""Decoder layer, counted from 0 over all pipeline stages (None for the output head), and name of the linear layer."""
 
 
 class InputSamples:
