@@ -45,7 +45,7 @@ class UnevenLayers:
 
 @dataclass
 class PrunedLlamaConfig(UnevenLayers, LlamaConfig):
-    """LlamaConfig with uneven layers."""
+    """NeMo's LlamaConfig with uneven layers; checkpoints name it, so it keeps the name of that for Transformers."""
 
 
 @dataclass

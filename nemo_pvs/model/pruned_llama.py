@@ -17,6 +17,7 @@ class PrunedLlamaConfig(LlamaConfig):
 
     ``layer_shapes`` has one entry per layer: its intermediate_size, num_attention_heads and num_key_value_heads. The
     config's own settings of these names are the layers' common bounds, so buffers sized by them are large enough.
+    ``config.json`` names this class, and NeMo's checkpoints its namesake for NeMo in ``megatron.uneven``.
     """
 
     model_type = "pruned_llama"
