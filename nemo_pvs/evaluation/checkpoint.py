@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nemo_pvs.evaluation.tasks import LoadedTask
 
 Backend = Literal["transformers", "megatron"]
-Progress = Callable[..., None]
+ShowProgress = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class OpenedCheckpoint:
         }
 
     def measure_text(
-        self, name: str, tokens: TokenSet, store: Store, engine: Engine, progress: Progress, *, force: bool = False
+        self, name: str, tokens: TokenSet, store: Store, engine: Engine, progress: ShowProgress, *, force: bool = False
     ) -> dict[str, dict[str, Any]]:
         """Return loss, perplexity and bits per byte on a text's windows.
 
@@ -177,7 +177,7 @@ class OpenedCheckpoint:
         store: Store,
         engine: Engine,
         model: Callable[[], CheckpointLM],
-        progress: Progress,
+        progress: ShowProgress,
         *,
         limit: int | None = None,
         force: bool = False,

@@ -126,13 +126,13 @@ class SizesOrPreset(Options):
         return self.given(*SIZES)
 
 
-class Vocabulary(Options):
+class VocabularySize(Options):
     """The size of the vocabulary, which any structured method may reduce together with the layers."""
 
     vocab: Positive | None = option("tokens to keep", exclude_if=not_given)
 
 
-class SizesOrRatio(Vocabulary, SizesOrPreset):
+class SizesOrRatio(VocabularySize, SizesOrPreset):
     """The size to reach: numbers, a share of the parameters, or a published name."""
 
     amounts: ClassVar[tuple[str, ...]] = ("sizes", "ratio", "preset")
@@ -163,7 +163,7 @@ class Multiples(Options):
     kv_groups_multiple: Positive = option("KV groups remain in multiples of this", 1)
 
 
-class Units(Vocabulary, Multiples):
+class Units(VocabularySize, Multiples):
     """KV groups and FFN channels are counted layer by layer, or over all layers."""
 
     amounts: ClassVar[tuple[str, ...]] = ("ratio",)

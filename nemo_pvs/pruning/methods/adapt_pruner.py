@@ -9,7 +9,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.method import Expected, PruningMethod
 from nemo_pvs.pruning.methods.steps import planned
-from nemo_pvs.pruning.options import Multiples, Positive, Share, Vocabulary, option
+from nemo_pvs.pruning.options import Multiples, Positive, Share, VocabularySize, option
 
 if TYPE_CHECKING:
     from nemo_pvs.pruning.request import PruneRequest
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NAME = "adapt-pruner"
 
 
-class AdaptPrunerOptions(Vocabulary, Multiples):
+class AdaptPrunerOptions(VocabularySize, Multiples):
     """The options of Adapt-Pruner."""
 
     amounts: ClassVar[tuple[str, ...]] = ("ratio",)

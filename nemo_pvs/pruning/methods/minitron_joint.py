@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.method import PruningMethod
 from nemo_pvs.pruning.methods.steps import expected_sizes, to_shape
-from nemo_pvs.pruning.options import QueryHeads, SizesOrPreset, Vocabulary, option
+from nemo_pvs.pruning.options import QueryHeads, SizesOrPreset, VocabularySize, option
 
 if TYPE_CHECKING:
     from nemo_pvs.pruning.plan import Plan
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "minitron-joint"
 
 
-class MinitronJointOptions(QueryHeads, Vocabulary, SizesOrPreset):
+class MinitronJointOptions(QueryHeads, VocabularySize, SizesOrPreset):
     """The options of Minitron-joint."""
 
     aggregation: Literal["energy", "meanabs_l2"] = option(

@@ -8,7 +8,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.method import Expected, PruningMethod
 from nemo_pvs.pruning.methods.steps import planned
-from nemo_pvs.pruning.options import VOCAB, Vocabulary
+from nemo_pvs.pruning.options import VOCAB, VocabularySize
 
 if TYPE_CHECKING:
     from nemo_pvs.pruning.request import PruneRequest
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NAME = "vocabulary"
 
 
-class VocabularyOptions(Vocabulary):
+class VocabularyOptions(VocabularySize):
     """The options of vocabulary pruning."""
 
     amounts: ClassVar[tuple[str, ...]] = (VOCAB,)
