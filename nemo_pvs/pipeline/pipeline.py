@@ -16,13 +16,14 @@ from nemo_pvs.pipeline.checks import check_text
 from nemo_pvs.pipeline.folder import HUGGING_FACE, RunFolder
 from nemo_pvs.pipeline.look_ahead import look_ahead
 from nemo_pvs.pipeline.order import initial_weights
+from nemo_pvs.pipeline.recipe_tasks import check_questions, check_tasks
 from nemo_pvs.pipeline.records import MasksRecord, RecordT, TaughtRecord, prune_stage
 from nemo_pvs.pipeline.stage import Stage, TrainingStage
 from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.evaluate import evaluate, models_to_evaluate
 from nemo_pvs.pipeline.stages.learned import learn, learning_job
 from nemo_pvs.pipeline.stages.parent import check_parent, parent
-from nemo_pvs.pipeline.stages.tasks import TASKS, ask_tasks, check_questions, check_tasks, say_left_out, say_not_kept
+from nemo_pvs.pipeline.stages.tasks import TASKS, ask_tasks, say_left_out, say_not_kept
 from nemo_pvs.pipeline.stages.teach import teach
 from nemo_pvs.pipeline.stages.train import train
 from nemo_pvs.pipeline.tokens import Splits

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from nemo_pvs.pipeline.folder import RunFolder
+from nemo_pvs.pipeline.recipe_tasks import reads_text, search_score
 from nemo_pvs.pipeline.records import PrunedRecord, masks_stage, prune_stage
 from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.pipeline.stages.calibrate import load_scores
 from nemo_pvs.pipeline.stages.learned import prune_by_learning
-from nemo_pvs.pipeline.stages.tasks import reads_text, search_score
 from nemo_pvs.pipeline.target import prune_target, write_planned
 from nemo_pvs.planning.learned import is_trained_first
 from nemo_pvs.planning.targets import expected_shape
