@@ -15,7 +15,7 @@ import pytest
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.dry_run import dry_run
-from nemo_pvs.planning.memory import _stage
+from nemo_pvs.planning.memory import _memory_of
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes
 from nemo_pvs.recipe.training import Training
@@ -187,7 +187,7 @@ def test_the_estimate_is_what_megatron_allocates() -> None:
     (built,) = run_ranks(1, _build, cases)
     assert len(cases) > 20
     for case, real in zip(cases, built, strict=True):
-        estimate = _stage(case.shape, case.layout, TRAINING, case.stage, None)
+        estimate = _memory_of(case.shape, case.layout, TRAINING, case.stage, None)
         assert 2 * real.parameters == estimate.weights, case.name
         # Megatron pads each bucket of gradients so that the ranks' shards are aligned.
         assert estimate.gradients <= real.gradient_bytes <= 1.001 * estimate.gradients, case.name
