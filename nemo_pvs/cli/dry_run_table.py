@@ -301,8 +301,8 @@ def _describe_gpu_time(train: Training, mfu: float | None) -> str:
 
 def _rate(rate: float | Sweep) -> str:
     if isinstance(rate, Sweep):
-        return f"one of {', '.join(f'{candidate:.2g}' for candidate in rate.sweep)}"
-    return f"{rate:.2g}"
+        return f"one of {', '.join(f'{candidate:g}' for candidate in rate.sweep)}"
+    return f"{rate:g}"
 
 
 def _teacher_flops(ledger: Ledger) -> str:

@@ -6,8 +6,9 @@ Imports no NeMo.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,18 +48,44 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Metrics:
-    """Read a metrics file; if a resumed run repeated steps, the later record counts.
+    """Read a metrics file, as ``GrowingMetrics`` does."""
+    return GrowingMetrics(path).read()
 
-    An incomplete line at the end, left by a killed run, is ignored.
-    """
-    by_kind: dict[str, dict[int, dict[str, Any]]] = {kind.name: {} for kind in fields(Metrics)}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        by_kind[record.pop("kind")][record["step"]] = record
-    return Metrics(**{kind: [records[step] for step in sorted(records)] for kind, records in by_kind.items()})
+
+class GrowingMetrics:
+    """A metrics file that is being written; of what it had before, nothing is read again."""
+
+    def __init__(self, path: Path) -> None:
+        """Read nothing yet; the file may not exist."""
+        self._path = path
+        self._metrics = Metrics([], [])
+        self._end = 0
+        """Where the last whole line ends, in bytes."""
+
+    def read(self) -> Metrics:
+        """Return the metrics so far, without the steps that a resumed run has repeated or is about to repeat.
+
+        A line that is incomplete, as after a kill, is left out.
+        """
+        new = b""
+        if self._path.exists():
+            with open(self._path, "rb") as file:
+                if file.seek(0, os.SEEK_END) < self._end:  # another file, of a run that was begun again
+                    self._metrics, self._end = Metrics([], []), 0
+                file.seek(self._end)
+                new = file.read()
+        whole = new.rfind(b"\n") + 1
+        self._end += whole
+        for line in new[:whole].splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            records = getattr(self._metrics, record.pop("kind"))
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
+            records.append(record)
+        return self._metrics
 
 
 def join_curves(parts: Iterable[tuple[Path, int]], tokens_per_step: int) -> Metrics:

@@ -239,7 +239,7 @@ def _say_unmasked_zeros(initial: str, source: WeightSource) -> None:
     first = next(matrix_sparsity(source))
     share = first.zeros / first.weights
     if not masks_of(source).names and share > _SPARSE:
-        how = f"--method magnitude --sparsity {first.pattern or f'{share:.2g}'}"
+        how = f"--method magnitude --sparsity {first.pattern or f'{share:.4g}'}"
         console.print(
             f"[yellow]![/] {escape(initial)} has {share:.0%} zeros in {first.name} and no masks, so training fills "
             f"them; pvs prune {escape(initial)} DST {how} keeps these zeros and writes their masks.",

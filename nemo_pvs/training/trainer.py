@@ -6,12 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -23,9 +21,9 @@ from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.system.folder_lock import locked_folder
 from nemo_pvs.system.processes import die_with_parent
 from nemo_pvs.system.progress import console, progress
-from nemo_pvs.training import metrics
 from nemo_pvs.training.checkpoints import check_split, checkpoint_name, newest_sound, say_broken, state_to_carry
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.job_progress import AllJobs, heading, showing, tokens_done
 from nemo_pvs.training.launcher import Launcher, rank_memory, share_of_machine
 from nemo_pvs.training.preemption import PREEMPTED, handing_on
 from nemo_pvs.training.teaching_job import Job, TeachingJob
@@ -44,8 +42,8 @@ class _Active:
     """A job that a launcher is training."""
 
     job: Job
-    show: Callable[[], None]
-    """Updates its row of progress."""
+    show: Callable[[], int]
+    """Updates its row of progress, and returns its tokens so far."""
     held: ExitStack
     """The lock of its folder, and that row."""
 
@@ -109,16 +107,21 @@ class Trainer:
         trained: dict[Path, Path] = {}
         failures: list[TrainingError | UserError] = []
         try:
-            with handing_on(self._send_signal) as received:
+            with ExitStack() as row, handing_on(self._send_signal) as received:
+                show = (
+                    row.enter_context(progress(f"all {len(jobs)} jobs", "tokens")) if len(jobs) > 1 else _show_nothing
+                )
+                together = AllJobs(jobs, show)
                 while waiting or self._active:
                     if failures or received:
                         skipped.extend(waiting)
                         waiting.clear()
                     try:
                         if waiting and len(self._active) < len(self._launchers):
-                            self._start(waiting.popleft(), trained, received)
+                            job = waiting.popleft()
+                            self._start(job, heading(job, jobs), trained, received)
                         elif self._active:
-                            self._wait(trained, received)
+                            self._wait(together, trained, received)
                     except (TrainingError, UserError) as error:
                         failures.append(error)
         except BaseException:
@@ -134,8 +137,8 @@ class Trainer:
             raise TrainingError(" ".join(map(str, failures)))
         return [trained[job.folder] for job in jobs]
 
-    def _start(self, job: Job, trained: dict[Path, Path], received: Sequence[int]) -> None:
-        """Have a job trained, unless it is finished or a signal is ``received`` before."""
+    def _start(self, job: Job, row: str, trained: dict[Path, Path], received: Sequence[int]) -> None:
+        """Have a job trained, unless it is finished or a signal is ``received`` before; its progress is in ``row``."""
         with ExitStack() as held:
             held.enter_context(locked_folder(job.folder))
             if is_finished(job):
@@ -143,10 +146,7 @@ class Trainer:
                 return
             _check_beginning(job)
             launcher = self._free_launcher()
-            if isinstance(job, TeachingJob):
-                update = _showing_cache(job, held.enter_context(progress(job.name, "tokens")))
-            else:
-                update = partial(_show, job, held.enter_context(progress(f"train {job.name}", "tokens")))
+            update = showing(job, held.enter_context(progress(row, "tokens")))
             # From here on signals reach the launcher.
             self._active[launcher] = _Active(job, update, held.pop_all())
         if received:
@@ -154,7 +154,7 @@ class Trainer:
         else:
             launcher.train(job)
 
-    def _wait(self, trained: dict[Path, Path], received: Sequence[int]) -> None:
+    def _wait(self, together: AllJobs, trained: dict[Path, Path], received: Sequence[int]) -> None:
         """Wait a moment for one of the jobs to end, or show the progress of all.
 
         Raises:
@@ -164,12 +164,14 @@ class Trainer:
             launcher, answer = self._answers.get(timeout=_SECONDS_BETWEEN_LOOKS)
         except Empty:
             for active in self._active.values():
-                active.show()
+                together.update(active.job, active.show())
+            together.show(len(trained))
             return
         ended = self._active.pop(launcher, None)
         if ended is None:  # a launcher without a job ended
             return
         job = ended.job
+        together.update(job, tokens_done(job))
         with ended.held:
             if answer == "0" and is_finished(job):
                 trained[job.folder] = _result(job)
@@ -299,42 +301,5 @@ def with_manifest(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _showing_cache(job: TeachingJob, show: Callable[..., None]) -> Callable[[], None]:
-    """Return a function that shows how much of a cache is written, and how fast since now."""
-    began, before = time.monotonic(), job.cache.tokens_done
-
-    def update() -> None:
-        done, total = job.cache.tokens_done, job.content.tokens
-        speed = (done - before) / max(time.monotonic() - began, 1e-3)
-        if speed:
-            show(done, total, note=f"{speed:,.0f} tokens/s", left=metrics.time_left(total - done, [speed]))
-        else:
-            show(done, total, note="starting NeMo and Megatron")
-
-    return update
-
-
-def _show(job: TrainingJob, show) -> None:  # type: ignore[no-untyped-def]
-    curve = metrics.read(job.metrics)
-    total = job.training.steps * job.training.tokens_per_step
-    if not curve.training:
-        show(0, total, note="starting NeMo and Megatron")
-        return
-    tokens = curve.training[-1]["tokens"]
-    speeds = [point["tokens_per_second"] for point in curve.training[-metrics.PACE_STEPS :]]
-    show(tokens, total, note=latest(curve), left=metrics.time_left(total - tokens, speeds))
-
-
-def latest(curve: metrics.Metrics) -> str:
-    """Format the latest loss and speed, and the latest validation loss and share of zeros if there are any."""
-    last = curve.training[-1]
-    note = f"loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s"
-    if "mfu" in last:
-        note += f", MFU {last['mfu']:.0%}"
-    if "peak_gigabytes" in last:
-        note += f", {last['peak_gigabytes']:.0f} GB"
-    if curve.validation:
-        note += f", validation {curve.validation[-1]['loss']:.3f}"
-    if curve.sparsity:
-        note += f", {curve.sparsity[-1]['zero_fraction']:.2%} zeros"
-    return note
+def _show_nothing(*_: object, **__: object) -> None:
+    """Show nothing: the progress of all jobs is that of the only one."""

@@ -11,7 +11,7 @@ from nemo_pvs.training.checkpoints import (
     say_broken,
     set_aside,
 )
-from nemo_pvs.training.trainer import latest
+from nemo_pvs.training.job_progress import latest
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 

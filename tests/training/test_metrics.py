@@ -1,4 +1,5 @@
 import json
+import os
 
 from nemo_pvs.training import metrics
 
@@ -13,6 +14,25 @@ def test_resumed_steps_replace_earlier_ones_and_half_a_line_is_ignored(tmp_path)
     curve = metrics.read(path)
     assert [(point["step"], point["loss"]) for point in curve.training] == [(1, 5.0), (2, 4.25), (3, 3.75)]
     assert [(point["step"], point["loss"]) for point in curve.validation] == [(2, 4.5)]
+
+
+def test_a_file_that_grows_is_read_on_from_where_it_ended(tmp_path):
+    """Never twice, and not beyond the last whole line; steps that a resumed run is about to repeat are gone."""
+    path = tmp_path / "metrics.jsonl"
+    growing = metrics.GrowingMetrics(path)
+    assert growing.read() == metrics.Metrics([], [])
+    for step in (1, 2, 3):
+        metrics.append(path, {"kind": "training", "step": step})
+        with open(path, "a") as file:
+            half = json.dumps({"kind": "training", "step": step + 1})
+            file.write(half[:9])
+        assert [point["step"] for point in growing.read().training] == list(range(1, step + 1))
+        os.truncate(path, path.stat().st_size - 9)
+    metrics.append(path, {"kind": "training", "step": 2})
+    assert [point["step"] for point in growing.read().training] == [1, 2]
+    path.unlink()
+    metrics.append(path, {"kind": "training", "step": 1})
+    assert growing.read().training == metrics.read(path).training == [{"step": 1}]
 
 
 def test_parts_of_a_training_are_counted_through(tmp_path):

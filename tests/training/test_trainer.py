@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -12,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.megatron import launch
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
-from nemo_pvs.training import trainer
+from nemo_pvs.system import progress
+from nemo_pvs.training import job_progress, metrics, trainer
 from nemo_pvs.training.job import TrainingJob
+from nemo_pvs.training.job_progress import AllJobs, heading
 from nemo_pvs.training.launcher import rank_memory, share_of_machine
 from nemo_pvs.training.machine import H100, Machine, check_here
 from nemo_pvs.training.trainer import PreemptedError, Trainer
@@ -190,6 +194,52 @@ def test_as_many_at_once_as_asked_in_order_and_finished_ones_not_again(tmp_path,
     assert [event for event in made.events if event.startswith("start")] == [f"start {name}" for name in "acde"]
     assert made.most_at_once() == 2
     assert not list(tmp_path.rglob(".lock*")), "a folder is still locked"
+
+
+def test_a_log_says_how_far_all_jobs_are(tmp_path, ranks, monkeypatch):
+    """Each job has 512 tokens; an earlier attempt ended after 128 tokens of one and 256 of the other."""
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=log, width=200))
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    ranks(a="0", b="0", seconds=1)
+    for name, steps in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        record = {"kind": "training", "step": steps, "tokens": 128 * steps, "loss": 5.0, "tokens_per_second": 64.0}
+        metrics.append(_job(tmp_path, name).metrics, record)
+    _train(tmp_path, "ab", 1)
+    lines = log.getvalue().splitlines()
+    assert any(line.startswith("  all 2 jobs: 384/1,024 tokens, ") and line.endswith("0 finished") for line in lines)
+    assert any(line.startswith("  all 2 jobs: ") and line.endswith("1 finished") for line in lines)
+    log.truncate(0)
+    _train(tmp_path, "a", 1)
+    assert "all 1 jobs" not in log.getvalue()
+
+
+def test_time_left_of_all_jobs_by_what_was_done_since_the_start(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(job_progress.time, "monotonic", lambda: now)
+    jobs = [_job(tmp_path, name) for name in "abc"]
+    for job, steps in zip(jobs, (4, 2, 0), strict=True):
+        job.folder.mkdir()
+        if steps:
+            metrics.append(job.metrics, {"kind": "training", "step": steps, "tokens": 128 * steps})
+    shown: list[tuple[object, ...]] = []
+    together = AllJobs(jobs, lambda *counts, **words: shown.append((*counts, words["note"], words["left"])))
+    together.show(1)
+    now += 10
+    together.update(jobs[1], 384)  # 128 tokens in 10 s, and 640 are left
+    together.show(1)
+    assert shown == [(768, 1536, "1 finished", ""), (896, 1536, "1 finished", "50 s")]
+
+
+def test_jobs_of_one_name_are_told_apart_by_their_runs(tmp_path):
+    one, two, other = (_job(tmp_path / seed / "train", arm) for seed, arm in (("1", "a"), ("2", "a"), ("2", "b")))
+    assert [heading(job, [one, two, other]) for job in (one, two, other)] == [
+        "train a of 1",
+        "train a of 2",
+        "train b",
+    ]
 
 
 def test_one_that_fails_lets_the_others_end_and_is_named(tmp_path, ranks):
