@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.data.sample_index import training_samples
+from nemo_pvs.data.sample_index import index_text
 from nemo_pvs.data.teacher_cache import CacheContent, CachePrecision, TeacherCache
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
@@ -61,7 +61,7 @@ class TeachingJob:
     def build_index(self) -> None:
         """Build the index of the text unless it is there, so that ranks need not wait while the first builds it."""
         content = self.content
-        training_samples(
+        index_text(
             self.text, self.index, sequence_length=content.sequence_length, seed=content.seed, samples=content.end
         )
 
