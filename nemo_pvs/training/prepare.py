@@ -121,14 +121,19 @@ def prepare_job(
     settings = {
         "initial": name,
         "training": training.model_dump(mode="json"),
+        "data": train_file["bin_sha256"],
         "validation": windows.manifest["ids_sha256"],
         **({"teacher": fingerprint(open_source(teacher))} if teacher else {}),
         **({"first_token": read.first} if read.first else {}),
     }
     settings_file = out / "settings.json"
-    if settings_file.exists() and not same_inputs(read_json(settings_file), settings):
+    begun = read_json(settings_file) if settings_file.exists() else {}
+    if begun and begun.get("data", train_file["bin_sha256"]) != train_file["bin_sha256"]:
+        raise UserError(f"{out} holds a run on another {data / 'train'}.bin; choose another folder or remove it.")
+    # Earlier versions did not record the data.
+    if begun and not same_inputs({"data": train_file["bin_sha256"], **begun}, settings):
         raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
-    if settings_file.exists():
+    if begun:
         write_json(settings_file, settings)  # with fingerprints of the current version
     else:
         check_masks(source)
