@@ -117,12 +117,17 @@ class TeacherCache:
         """Return the cache in a folder, begun now or by an earlier attempt.
 
         Raises:
-            UserError: the folder holds another cache, or cannot be written.
+            UserError: the folder holds another cache or other tensors, or cannot be written.
         """
         if (folder / CACHE_FILE).exists():
             cls._described(folder).check_equal(content)
             remove_partial_files(folder)
         else:
+            if tensors := sorted(folder.glob("*.safetensors")):  # they could pass for shards
+                raise UserError(
+                    f"{folder} has {tensors[0].name} but no {CACHE_FILE} that says what is in it; choose another "
+                    "folder, or remove it."
+                )
             write_json(folder / CACHE_FILE, asdict(content))
         return cls(folder, content)
 

@@ -17,7 +17,7 @@ from nemo_pvs.pipeline.stage import Inputs, Stage
 from nemo_pvs.system.files import link_tree, read_json, sha256_json, write_json
 from nemo_pvs.system.progress import console, short_time
 
-_LATER = ("blend",)
+_LATER = ("blend", "arithmetic")
 """Inputs that records of earlier versions lack, which therefore cannot say that they have changed."""
 
 

@@ -183,7 +183,7 @@ def prepare_teaching(
 
     Raises:
         UserError: the layout does not fit the teacher, sequences are longer than its context, the data are too short
-            or were made with another tokenizer, or ``out`` holds another cache.
+            or were made with another tokenizer, or ``out`` holds another cache (``TeachingJob.save``).
     """
     source: WeightSource = open_source(teacher)
     shape = shape_of(source)
@@ -204,10 +204,6 @@ def prepare_teaching(
         top_k=top_k,
         precision=precision,
     )
-    cache = TeacherCache.begin(out, content)
-    needed = content.bytes_per_token * (content.tokens - cache.tokens_done)
-    if warning := disk_warning(needed, out):
-        console.print(warning, soft_wrap=True)
     job = TeachingJob(
         name=f"teach {out.name}",
         folder=out.resolve(),
@@ -219,6 +215,10 @@ def prepare_teaching(
         micro_batch_size=training.micro_batch_size,
         precision=training.precision,
     )
+    job.save()
+    needed = content.bytes_per_token * (content.tokens - job.cache.tokens_done)
+    if warning := disk_warning(needed, out):
+        console.print(warning, soft_wrap=True)
     job.build_index()
     return job
 

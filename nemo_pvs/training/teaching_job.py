@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_pvs.data.sample_index import index_text
 from nemo_pvs.data.teacher_cache import CacheContent, CachePrecision, TeacherCache
+from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, write_json
@@ -69,9 +70,15 @@ class TeachingJob:
         """Begin the cache, unless it is begun; write the job into its folder, and return the file's path.
 
         Raises:
-            UserError: the folder holds another cache.
+            UserError: the folder holds another cache, or answers in another precision.
         """
-        TeacherCache.begin(self.folder, self.content)
+        cache = TeacherCache.begin(self.folder, self.content)
+        begun = read_json(self.file).get("precision") if self.file.exists() else self.precision
+        if begun != self.precision and cache.tokens_done:
+            raise UserError(
+                f"{self.folder} holds answers that the teacher computed in precision {begun}, not {self.precision}; "
+                "choose another folder, or remove it."
+            )
         write_json(self.file, self.to_json())
         return self.file
 
