@@ -155,7 +155,7 @@ def _finished(out: Path, shares: Mapping[str, float], made_from: str) -> dict[st
 
 
 def _refuse_other_splits(out: Path, shares: Mapping[str, float], source: str) -> None:
-    """Refuse to write splits next to one of an earlier division of the same texts, which has documents of the new ones.
+    """Refuse to write splits next to one of an earlier division of the same texts, which shares documents with them.
 
     Raises:
         UserError: naming the split.
