@@ -24,6 +24,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import disk_errors, read_json, sha256_file, sha256_json, write_json
 from nemo_pvs.system.output_paths import check_folder
 from nemo_pvs.system.processes import hidden_main_module
+from nemo_pvs.system.progress import console
 
 PARTS = ".shards"
 """The folder of the parts, until they are joined."""
@@ -93,6 +94,7 @@ def tokenize_files(
         return finished
     parts = divide(files, part_bytes)
     folders = list(_folders(out / PARTS, parts, made_from))
+    _report_unused(out / PARTS, folders)
     mine = slice(None) if shard is None else slice(shard[0] - 1, None, shard[1])
     _write_parts(parts[mine], folders[mine], settings, workers or available_cores(), progress)
     if shard is not None:
@@ -166,6 +168,18 @@ def _refuse_other_splits(out: Path, shares: Mapping[str, float], source: str) ->
                 f"{data} is a split of the same text that --split no longer names, and its documents would be in the "
                 "other splits too; remove it, or choose another --out."
             )
+
+
+def _report_unused(root: Path, folders: list[Path]) -> None:
+    """Print a line if there are parts and none of them is used, as when shards were written with other options."""
+    present = {path for path in root.glob("*") if path.is_dir() and not path.name.startswith(".")}
+    if present and present.isdisjoint(folders):
+        console.print(
+            f"{root} has {len(present):,} parts of other text or with another tokenizer, --split, --seed or "
+            "--text-key, which are not used.",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def _remove_parts(root: Path, parts: list[Part], made_from: Mapping[str, Any]) -> None:

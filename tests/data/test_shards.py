@@ -256,6 +256,17 @@ def test_a_disk_that_is_full_when_parts_are_joined_is_not_left_full(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".shards"]
 
 
+def test_shards_that_a_join_does_not_use_are_named(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another --split than theirs it would do all their work again without a word."""
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1, shard=(1, 2))
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1, shard=(2, 2))
+    assert capsys.readouterr().out == ""
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", {"train": 0.7, "validation": 0.3}, workers=1)
+    assert "has 5 parts of other text or with another tokenizer, --split" in capsys.readouterr().out
+
+
 def test_a_document_too_long_for_megatrons_files_is_refused(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
