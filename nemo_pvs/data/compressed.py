@@ -79,8 +79,11 @@ def _frame_end(file: IO[bytes], position: int) -> int | None:
         return position + 8 + int.from_bytes(header[4:8], "little")
     if not header.startswith(zstandard.FRAME_HEADER):
         return None
-    parameters = zstandard.get_frame_parameters(header)
-    position += zstandard.frame_header_size(header)
+    try:
+        parameters = zstandard.get_frame_parameters(header)
+        position += zstandard.frame_header_size(header)
+    except zstandard.ZstdError:
+        return None
     last = False
     while not last:
         file.seek(position)

@@ -101,7 +101,7 @@ def input_files(inputs: Sequence[str | Path]) -> list[Path | None]:
 
 def report_left_out(inputs: Sequence[str | Path]) -> None:
     """Print a line for every input folder with files that are not read."""
-    for folder in [Path(name) for name in inputs if str(name) != WIKIPEDIA_SAMPLE]:
+    for folder in [Path(name) for name in inputs if Path(name).is_dir()]:
         left_out = [file for file in _files_below(folder) if not _is_text(file, folder)]
         if left_out:
             few = ", ".join(str(file.relative_to(folder)) for file in left_out[:3])
@@ -127,21 +127,36 @@ def _sources(name: str | Path) -> list[Path | None]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Return all files below a folder in the order of their paths, those in linked folders included."""
+    """Return all files below a folder in the order of their paths, those in linked folders included.
+
+    Raises:
+        UserError: a folder cannot be read, or a link that is not hidden leads nowhere, so that texts may be missing.
+    """
     files: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):  # rglob does not follow links
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):  # rglob does not follow links
         above = Path(parent).parents[: len(Path(parent).relative_to(folder).parts)]
         if os.path.realpath(parent) in map(os.path.realpath, above):  # a link that leads back
             folders.clear()
         else:
             files += (Path(parent, name) for name in names)
+    for file in files:
+        if not file.exists() and not _is_hidden(file, folder):
+            raise UserError(f"{file} is a link to {os.readlink(file)}, which does not exist; restore or remove it.")
     return [file for file in sorted(files) if file.is_file()]
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}); check its permissions.")
 
 
 def _is_text(file: Path, folder: Path) -> bool:
     """Return whether a file of a folder is part of its text."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.name.endswith(_SUFFIXES) and not hidden and not _ABOUT_THE_DATA.fullmatch(file.name)
+    is_about_data = _ABOUT_THE_DATA.fullmatch(file.name)
+    return file.name.endswith(_SUFFIXES) and not _is_hidden(file, folder) and not is_about_data
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _not_nothing(

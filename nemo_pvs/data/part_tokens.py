@@ -20,6 +20,7 @@ from nemo_pvs.data.corpus import BlankFilter, Document, read_file
 from nemo_pvs.data.encoder import make_encoder
 from nemo_pvs.data.parts import FilePart
 from nemo_pvs.data.split import split_of
+from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import whole_folder, write_json
 from nemo_pvs.system.processes import die_with_parent
 
@@ -33,6 +34,8 @@ IDS, LENGTHS = ".ids", ".lengths"
 """Suffixes of a split's files: the ids, and the number of ids of each document as int32."""
 
 _BATCH = 64
+_MOST_TOKENS = 2**31 - 1
+"""In a document, as the lengths are int32."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,20 @@ class PartWriter:
                     if name not in files:
                         files[name] = closing.enter_context(open(partial / f"{name}{IDS}", "wb"))
                     files[name].write(ids + end)
-                    lengths[name].append(len(ids) // len(end) + 1)
+                    lengths[name].append(_checked(len(ids) // len(end) + 1, document, part))
                     documents[name] += 1
             for name in files:
                 np.array(lengths[name], np.int32).tofile(partial / f"{name}{LENGTHS}")
             write_json(partial / MANIFEST, {"documents": documents, "without_text": blank.count})
+
+
+def _checked(length: int, document: Document, part: FilePart) -> int:
+    if length > _MOST_TOKENS:
+        raise UserError(
+            f"{part.file} has a document of {length:,} tokens ({document.id}), but Megatron's files hold at most "
+            f"{_MOST_TOKENS:,} each; divide it, such as into one document per line of a .jsonl file."
+        )
+    return length
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_pvs.system.megatron_import import import_megatron
 from nemo_pvs.system.progress import console, expected, short_time
 
@@ -72,6 +74,8 @@ def _process_group() -> Iterator[None]:
 def index_text(text: str | Sequence[str], folder: Path, *, sequence_length: int, seed: int, samples: int) -> None:
     """Build the index of a training text, unless it is there, and say how long that takes if it takes long.
 
+    Call it before there are ranks: files of the folder that an earlier build could not finish are removed.
+
     Args:
         text: Prefix of the token files, or a list of them, or one of alternating weights and prefixes, as for NeMo.
         folder: Folder of the index.
@@ -79,7 +83,17 @@ def index_text(text: str | Sequence[str], folder: Path, *, sequence_length: int,
         seed: Seed of the order.
         samples: As for ``build_datasets``.
     """
+    _remove_unfinished(folder)
     training_samples(text, folder, sequence_length=sequence_length, seed=seed, samples=samples)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process or a full disk has cut short: Megatron takes every file that exists for whole."""
+    for path in folder.glob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r")  # reads the header and compares the size
+        except (ValueError, EOFError, OSError):
+            path.unlink()
 
 
 def training_samples(text: str | Sequence[str], folder: Path, *, sequence_length: int, seed: int, samples: int) -> Any:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from nemo_pvs.data.corpus import input_files, report_blank, report_left_out
 from nemo_pvs.data.encoder import tokenizer_json
 from nemo_pvs.data.part_tokens import HASHES, IDS, LENGTHS, MANIFEST, PartWriter, Settings, start_worker, write_part
 from nemo_pvs.data.parts import FilePart, divide
+from nemo_pvs.data.token_files import token_file_manifest
 from nemo_pvs.data.token_index import token_dtype, write_index
-from nemo_pvs.data.tokenize import count_tokens, end_of_text, load_tokenizer, tokenizer_hash
+from nemo_pvs.data.tokenize import count_tokens, end_of_ids, end_of_text, load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import disk_errors, read_json, sha256_file, sha256_json, write_json
 from nemo_pvs.system.output_paths import check_folder
 from nemo_pvs.system.processes import hidden_main_module
+from nemo_pvs.system.progress import console
 
 PARTS = ".shards"
 """The folder of the parts, until they are joined."""
@@ -70,7 +73,7 @@ def tokenize_files(
     check_folder(out)
     tokenizer = load_tokenizer(tokenizer_folder)
     end = end_of_text(tokenizer, tokenizer_folder)
-    dtype = token_dtype(len(tokenizer))
+    dtype = token_dtype(end_of_ids(tokenizer))
     description = tokenizer_json(tokenizer)
     settings = Settings(
         description, None if description else tokenizer, end, dtype, tuple(shares.items()), seed, text_key
@@ -86,9 +89,12 @@ def tokenize_files(
     }
     finished = _finished(out, shares, sha256_json(made_from))
     if finished is not None:
+        if shard is None and (out / PARTS).exists():  # a kill interrupted their removal
+            _remove_parts(out / PARTS, divide(files, part_bytes), made_from)
         return finished
     parts = divide(files, part_bytes)
     folders = list(_folders(out / PARTS, parts, made_from))
+    _report_unused(out / PARTS, folders)
     mine = slice(None) if shard is None else slice(shard[0] - 1, None, shard[1])
     _write_parts(parts[mine], folders[mine], settings, workers or available_cores(), progress)
     if shard is not None:
@@ -96,6 +102,7 @@ def tokenize_files(
     report_blank(sum(read_json(folder / MANIFEST)["without_text"] for folder in folders))
     with disk_errors(out):
         source = _source_hash(parts, folders)
+        _refuse_other_splits(out, shares, source)
         manifests = {}
         for name in shares:
             joined = _join(name, folders, out, dtype)
@@ -147,6 +154,40 @@ def _finished(out: Path, shares: Mapping[str, float], made_from: str) -> dict[st
             return None
         count_tokens(out / name)
     return manifests
+
+
+def _refuse_other_splits(out: Path, shares: Mapping[str, float], source: str) -> None:
+    """Refuse to write splits next to one of an earlier division of the same texts, which shares documents with them.
+
+    Raises:
+        UserError: naming the split.
+    """
+    for data in sorted(out.glob("*.bin")):
+        if data.stem not in shares and token_file_manifest(data.with_suffix("")).get("source_sha256") == source:
+            raise UserError(
+                f"{data} is a split of the same text that --split no longer names, and its documents would be in the "
+                "other splits too; remove it, or choose another --out."
+            )
+
+
+def _report_unused(root: Path, folders: list[Path]) -> None:
+    """Print a line if there are parts and none of them is used, as when shards were written with other options."""
+    present = {path for path in root.glob("*") if path.is_dir() and not path.name.startswith(".")}
+    if present and present.isdisjoint(folders):
+        console.print(
+            f"{root} has {len(present):,} parts of other text or with another tokenizer, --split, --seed or "
+            "--text-key, which are not used.",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def _remove_parts(root: Path, parts: list[FilePart], made_from: Mapping[str, Any]) -> None:
+    """Remove parts that are joined, and the folder that they are in unless it holds others."""
+    for folder in _folders(root, parts, made_from):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        root.rmdir()
 
 
 def _folders(root: Path, parts: list[FilePart], made_from: Mapping[str, Any]) -> Iterator[Path]:
@@ -225,14 +266,18 @@ def _join(name: str, folders: list[Path], out: Path, dtype: str) -> dict[str, An
     if not present:
         raise UserError(f"The split {name} got no document; give more text, or a larger share for {name}.")
     partial = out / f".{name}.partial.bin"
-    with open(partial, "wb") as joined:
-        for folder in present:
-            with open(folder / f"{name}{IDS}", "rb") as ids:
-                shutil.copyfileobj(ids, joined)
-    write_index(partial.with_suffix(".idx"), [folder / f"{name}{LENGTHS}" for folder in present], dtype)
-    (out / f"{name}.json").unlink(missing_ok=True)  # it describes other tokens
-    for suffix in (".bin", ".idx"):
-        with open(partial.with_suffix(suffix), "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial.with_suffix(suffix), out / f"{name}{suffix}")
+    try:
+        with open(partial, "wb") as joined:
+            for folder in present:
+                with open(folder / f"{name}{IDS}", "rb") as ids:
+                    shutil.copyfileobj(ids, joined)
+        write_index(partial.with_suffix(".idx"), [folder / f"{name}{LENGTHS}" for folder in present], dtype)
+        (out / f"{name}.json").unlink(missing_ok=True)  # it describes other tokens
+        for suffix in (".bin", ".idx"):
+            with open(partial.with_suffix(suffix), "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial.with_suffix(suffix), out / f"{name}{suffix}")
+    finally:
+        for suffix in (".bin", ".idx"):
+            partial.with_suffix(suffix).unlink(missing_ok=True)
     return {"documents": sum(counts), "tokens": count_tokens(out / name), "dtype": dtype}

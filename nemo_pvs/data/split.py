@@ -12,7 +12,11 @@ from nemo_pvs.system.files import sha256_bytes
 
 
 def split_documents(
-    documents: Iterable[Document], fractions: Mapping[str, float], *, seed: int = 0
+    documents: Iterable[Document],
+    fractions: Mapping[str, float],
+    *,
+    seed: int = 0,
+    divided: dict[str, str] | None = None,
 ) -> dict[str, list[Document]]:
     """Divide documents among named splits, each of which gets its fraction of the characters.
 
@@ -25,6 +29,8 @@ def split_documents(
         documents: The corpus, which is held in memory.
         fractions: Split name to share of the characters, e.g. ``{"train": 0.9, "validation": 0.1}``; they add up to 1.
         seed: Seed of the split.
+        divided: The splits of the texts of other corpora, by their hashes, so that a text that several corpora have is
+            in one split; those of this one are added. None if there are no others.
 
     Raises:
         UserError: the fractions are not positive numbers that add up to 1, or there are fewer texts than splits.
@@ -43,10 +49,12 @@ def split_documents(
     total = sum(len(document.text) for copies in same_text.values() for document in copies)
     missing = {name: fraction * total for name, fraction in fractions.items()}
     splits: dict[str, list[Document]] = {name: [] for name in fractions}
-    for _, copies in sorted(same_text.items()):
+    divided = {} if divided is None else divided
+    for digest, copies in sorted(same_text.items(), key=lambda text: (text[0] not in divided, text[0])):
         neediest = max(fractions, key=lambda name: (not splits[name], missing[name]))
-        splits[neediest].extend(copies)
-        missing[neediest] -= sum(len(document.text) for document in copies)
+        split = divided.setdefault(digest, neediest)
+        splits[split].extend(copies)
+        missing[split] -= sum(len(document.text) for document in copies)
     return splits
 
 

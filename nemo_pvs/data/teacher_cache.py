@@ -117,12 +117,17 @@ class TeacherCache:
         """Return the cache in a folder, begun now or by an earlier attempt.
 
         Raises:
-            UserError: the folder holds another cache, or cannot be written.
+            UserError: the folder holds another cache or other tensors, or cannot be written.
         """
         if (folder / CACHE_FILE).exists():
             cls._described(folder).check_equal(content)
             remove_partial_files(folder)
         else:
+            if tensors := sorted(folder.glob("*.safetensors")):  # they could pass for shards
+                raise UserError(
+                    f"{folder} has {tensors[0].name} but no {CACHE_FILE} that says what is in it; choose another "
+                    "folder, or remove it."
+                )
             write_json(folder / CACHE_FILE, asdict(content))
         return cls(folder, content)
 
@@ -213,7 +218,7 @@ class TeacherCache:
         """Write a shard, with one entry of ``answers`` per sample, each with arrays [s, k], [s, k] and [s].
 
         Raises:
-            UserError: the disk is full, or cannot be written.
+            UserError: an answer is not a number, or the disk is full or cannot be written.
         """
         content, value = self.content, _DTYPES[self.content.precision]
         assert len(answers) == len(content.shard_samples(shard))
@@ -222,6 +227,11 @@ class TeacherCache:
             _LOGPROBS: np.stack([sample.logprobs for sample in answers]).astype(value),
             _REST: np.stack([sample.rest for sample in answers]).astype(value),
         }
+        if any(np.isnan(arrays[name]).any() for name in (_LOGPROBS, _REST)):
+            raise UserError(
+                f"The teacher's answers to samples {content.shard_samples(shard)[0]:,} and later are not numbers; is "
+                "its checkpoint damaged?"
+            )
         rows = (Answers(*row) for row in zip(*arrays.values(), strict=True))
         arrays[_CRC] = np.array([_checksum(row) for row in rows], dtype=np.uint32)
         write_bytes(self._path(shard), save(arrays))

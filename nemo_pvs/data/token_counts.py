@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_pvs.data.corpus import Document
+from nemo_pvs.data.token_files import check_ids
 from nemo_pvs.data.token_set import read_token_file
 from nemo_pvs.data.tokenize import batches, encode
 
@@ -44,10 +45,12 @@ def counts_of_token_file(prefix: Path, vocab: int) -> torch.Tensor:
     """Return how often each token occurs in Megatron's ``prefix.bin``, int64 [vocab].
 
     Raises:
-        UserError: as ``read_token_file``.
+        UserError: as ``read_token_file``, or an id is not in the vocabulary.
     """
     ids = read_token_file(prefix)
     counts = torch.zeros(vocab, dtype=torch.int64)
     for start in range(0, len(ids), _AT_ONCE):
-        counts += torch.bincount(torch.tensor(ids[start : start + _AT_ONCE].astype("int64")), minlength=vocab)
+        part = torch.tensor(ids[start : start + _AT_ONCE].astype("int64"))
+        check_ids(prefix, int(part.min()), int(part.max()), vocab)
+        counts += torch.bincount(part, minlength=vocab)
     return counts

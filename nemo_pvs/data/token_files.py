@@ -28,13 +28,34 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
         vocab: Rows of the model's embedding.
 
     Raises:
-        UserError: the files are missing or damaged, or were made with another tokenizer or a larger vocabulary.
+        UserError: the files are missing or damaged, do not belong together, or were made with another tokenizer or a
+            larger vocabulary.
     """
     tokens = count_tokens(prefix)
     if not tokens:
         raise UserError(f"{prefix}.bin contains no tokens; tokenise some text into it.")
     check_tokenizer(prefix, tokenizer_sha256)
-    smallest, largest = _extreme_ids(prefix, tokens)
+    if token_file_manifest(prefix).get("tokens", tokens) != tokens:
+        raise UserError(
+            f"{prefix}.json describes another file than {prefix}.bin, which has {tokens:,} tokens; restore the file "
+            "that belongs to it, or remove it."
+        )
+    check_ids(prefix, *_extreme_ids(prefix, tokens), vocab)
+    return {"tokens": tokens, "bin_sha256": token_file_hash(prefix)}
+
+
+def check_ids(prefix: Path, smallest: int, largest: int, vocab: int) -> None:
+    """Refuse a token file with ids that the model's vocabulary does not have.
+
+    Args:
+        prefix: Path without suffix.
+        smallest: The smallest of its ids, or of those that were read.
+        largest: The largest one, likewise.
+        vocab: Rows of the model's embedding.
+
+    Raises:
+        UserError: naming the file and the id.
+    """
     if smallest < 0:
         raise UserError(
             f"{prefix}.bin contains the token {smallest:,}, which no tokenizer has, so it may be damaged; tokenise "
@@ -45,7 +66,6 @@ def describe_token_file(prefix: Path, tokenizer_sha256: str, vocab: int) -> dict
             f"{prefix}.bin contains the token {largest:,}, but the model's vocabulary ends at {vocab - 1:,}; "
             "tokenise the text with the model's tokenizer."
         )
-    return {"tokens": tokens, "bin_sha256": token_file_hash(prefix)}
 
 
 def check_tokenizer(prefix: Path, tokenizer_sha256: str) -> None:

@@ -165,17 +165,18 @@ class TokenSet:
     def from_token_file(cls, prefix: Path, *, windows: Windows = "packed", **settings: Any) -> TokenSet:
         """Cut windows from Megatron's ``prefix.bin`` as ``from_stream`` does with ``settings``.
 
-        The tokenizer's hash is taken from the manifest ``prefix.json`` if ``nemo_pvs.data.tokenize`` wrote one.
+        The hashes of tokenizer and tokens are taken from the manifest ``prefix.json`` if ``nemo_pvs.data.tokenize``
+        wrote one: reading terabytes for a hash takes hours.
 
         Raises:
             UserError: as ``from_stream`` and ``read_token_file``.
         """
         stream = read_token_file(prefix)
-        made_with = token_file_manifest(prefix).get("tokenizer_sha256")
-        settings = {"data_set": prefix.name, "tokenizer_sha256": made_with, **settings}
+        known = token_file_manifest(prefix)
+        settings = {"data_set": prefix.name, "tokenizer_sha256": known.get("tokenizer_sha256"), **settings}
         if windows == "documents":
             settings["documents"] = document_lengths(prefix)
-        source_sha256 = sha256_file(prefix.with_name(prefix.name + ".bin"))
+        source_sha256 = known.get("bin_sha256") or sha256_file(prefix.with_name(prefix.name + ".bin"))
         return cls.from_stream(stream, source_sha256=source_sha256, **settings)
 
 

@@ -78,7 +78,7 @@ def tokenize(
             if progress:
                 progress(count, total)
 
-    dtype = write_token_file(prefix, tokenized(), len(tokenizer))
+    dtype = write_token_file(prefix, tokenized(), end_of_ids(tokenizer))
     manifest = {
         "documents": count,
         "tokens": count_tokens(prefix),
@@ -100,7 +100,7 @@ def write_token_file(prefix: Path, documents: Iterable[Sequence[int]], vocab: in
     Args:
         prefix: Path of the token files without suffix.
         documents: The ids of each document, read once.
-        vocab: Size of the vocabulary, which determines whether ids are stored as uint16 or int32.
+        vocab: Size of the vocabulary, above all ids, which determines whether ids are stored as uint16 or int32.
 
     Returns:
         The name of the stored type.
@@ -212,6 +212,11 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     if end is None:
         raise UserError(f"The tokenizer in {folder} names no end-of-text token; set eos_token in its config.")
     return end
+
+
+def end_of_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number above all ids of a tokenizer; it has fewer tokens than that if some ids are not used."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

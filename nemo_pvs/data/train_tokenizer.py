@@ -8,7 +8,7 @@ from pathlib import Path
 from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.tokenizer_config import TOKENIZER_CONFIG
 from nemo_pvs.errors import UserError
-from nemo_pvs.system.files import whole_folder, write_json
+from nemo_pvs.system.files import whole_folder, write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257
@@ -67,6 +67,6 @@ def train_tokenizer(
             "a smaller vocabulary."
         )
     with whole_folder(out) as partial:
-        tokenizer.save(str(partial / "tokenizer.json"))
+        write_text(partial / "tokenizer.json", tokenizer.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
         write_json(partial / TOKENIZER_CONFIG, {**config, "clean_up_tokenization_spaces": False})

@@ -150,9 +150,10 @@ class RunData:
             assert source is not None
             return split_documents(list(read_documents(source)), shares, seed=seed)
         texts: dict[str, list[Document]] = {"calibration": [], "test": []}
+        divided: dict[str, str] = {}  # no test text of one domain may be a training text of another
         for domain, files in source.items():
             try:
-                parts = split_documents(list(read_documents(files)), shares, seed=seed)
+                parts = split_documents(list(read_documents(files)), shares, seed=seed, divided=divided)
             except UserError as error:
                 raise UserError(f"Domain {domain}: {error}") from None
             for split, part in parts.items():

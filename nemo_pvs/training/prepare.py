@@ -120,14 +120,18 @@ def prepare_job(
     settings = {
         "initial": name,
         "training": training.model_dump(mode="json"),
+        "data": train_file["bin_sha256"],
         "validation": windows.manifest["ids_sha256"],
         **({"teacher": fingerprint(open_source(teacher))} if teacher else {}),
         **({"first_token": read.first} if read.first else {}),
     }
     settings_file = out / "settings.json"
-    if settings_file.exists() and read_json(settings_file) != settings:
+    begun = read_json(settings_file) if settings_file.exists() else None
+    if begun and begun["data"] != train_file["bin_sha256"]:
+        raise UserError(f"{out} holds a run on another {data / 'train'}.bin; choose another folder or remove it.")
+    if begun and begun != settings:
         raise UserError(f"{out} holds a run with other settings or weights; choose another folder or remove it.")
-    if not settings_file.exists():
+    if begun is None:
         check_masks(source)
         _say_unmasked_zeros(initial, source)
         with progress("write initial weights", "parameters") as show:
@@ -175,7 +179,7 @@ def prepare_teaching(
 
     Raises:
         UserError: the layout does not fit the teacher, sequences are longer than its context, the data are too short
-            or were made with another tokenizer, or ``out`` holds another cache.
+            or were made with another tokenizer, or ``out`` holds another cache (``TeachingJob.save``).
     """
     source: WeightSource = open_source(teacher)
     shape = shape_of(source)
@@ -196,10 +200,6 @@ def prepare_teaching(
         top_k=top_k,
         precision=precision,
     )
-    cache = TeacherCache.begin(out, content)
-    needed = content.bytes_per_token * (content.tokens - cache.tokens_done)
-    if warning := disk_warning(needed, out):
-        console.print(warning, soft_wrap=True)
     job = TeachingJob(
         name=f"teach {out.name}",
         folder=out.resolve(),
@@ -211,6 +211,10 @@ def prepare_teaching(
         micro_batch_size=training.micro_batch_size,
         precision=training.precision,
     )
+    job.save()
+    needed = content.bytes_per_token * (content.tokens - job.cache.tokens_done)
+    if warning := disk_warning(needed, out):
+        console.print(warning, soft_wrap=True)
     job.build_index()
     return job
 

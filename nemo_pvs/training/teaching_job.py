@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pvs.data.sample_index import training_samples
+from nemo_pvs.data.sample_index import index_text
 from nemo_pvs.data.teacher_cache import CacheContent, CachePrecision, TeacherCache
+from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, write_json
@@ -61,7 +62,7 @@ class TeachingJob:
     def build_index(self) -> None:
         """Build the index of the text unless it is there, so that ranks need not wait while the first builds it."""
         content = self.content
-        training_samples(
+        index_text(
             self.text, self.index, sequence_length=content.sequence_length, seed=content.seed, samples=content.end
         )
 
@@ -69,9 +70,15 @@ class TeachingJob:
         """Begin the cache, unless it is begun; write the job into its folder, and return the file's path.
 
         Raises:
-            UserError: the folder holds another cache.
+            UserError: the folder holds another cache, or answers in another precision.
         """
-        TeacherCache.begin(self.folder, self.content)
+        cache = TeacherCache.begin(self.folder, self.content)
+        begun = read_json(self.file).get("precision") if self.file.exists() else self.precision
+        if begun != self.precision and cache.tokens_done:
+            raise UserError(
+                f"{self.folder} holds answers that the teacher computed in precision {begun}, not {self.precision}; "
+                "choose another folder, or remove it."
+            )
         write_json(self.file, self.to_json())
         return self.file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def save_tokenizer(folder: Path, *, vocab_size: int = 400, eos: str | None = "<|
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token=eos, model_max_length=16
     ).save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer_with_gap(folder: Path, last: int) -> Path:
+    """Save a tokenizer in which the word for "the" has the id ``last`` and all ids between are not used."""
+    file = save_tokenizer(folder) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    assert "Ġthe" in content["model"]["vocab"]
+    content["model"]["vocab"]["Ġthe"] = last
+    file.write_text(json.dumps(content))
     return folder
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import itertools
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -274,10 +277,35 @@ def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path
     (data / "one").symlink_to(tmp_path / "disk" / "one")
     (data / "two").symlink_to(Path("..", "disk", "two"))
     (data / "two" / "again").symlink_to(data)
-    (data / "missing").symlink_to(tmp_path / "disk" / "three")
+    (data / ".missing").symlink_to(tmp_path / "disk" / "three")
     (tmp_path / "link").symlink_to(data)
     for folder in (data, tmp_path / "link"):
         assert input_files([folder]) == [folder / name for name in ("c.txt", "one/a.txt", "two/b.txt")]
+
+
+@pytest.mark.parametrize("name", ["three", "two/d.jsonl"])
+def test_what_cannot_be_reached_is_not_silently_missing(tmp_path: Path, name: str) -> None:
+    """As when a disk is not mounted: the corpus would be smaller than it should be."""
+    (tmp_path / "two").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"{name} is a link to .*elsewhere, which does not exist"):
+        read_documents(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_not_silently_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    real = os.scandir
+
+    def scandir(path: Path) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"closed cannot be read \(Permission denied\)"):
+        input_files([tmp_path])
 
 
 def test_a_parquet_column_must_be_there_and_be_text(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_frames_of_every_kind_of_block_are_found(tmp_path: Path, size: int, repe
     assert frame_starts(path) == [0, len(frames[0])]
     path.write_bytes(frames[0] + b"no frame")
     assert frame_starts(path) == [0, len(frames[0])]
+    path.write_bytes(frames[0] + frames[1][:5])  # ends within a header
+    assert frame_starts(path) == [0, len(frames[0])]
     path.write_bytes(frames[0][:-1])
     assert frame_starts(path) == [0]
 

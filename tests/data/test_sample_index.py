@@ -18,6 +18,11 @@ def _index(prefix: str | list[str], folder: Path, *, samples: int = 3, seed: int
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+def _contents(prefix: str | list[str], folder: Path) -> dict[str, bytes]:
+    _index(prefix, folder)
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
 @pytest.fixture
 def prefix(tmp_path: Path) -> str:
     return write_tokens(tmp_path / "train", list(range(100)))
@@ -35,6 +40,17 @@ def test_one_index_serves_every_budget_and_another_seed_needs_another(prefix, tm
     assert sorted(order) == list(range(99 // 8)), "every sample of the text once"
     assert _index(prefix, tmp_path / "index", samples=9) == first
     assert len(_index(prefix, tmp_path / "index", seed=6)) == 8
+
+
+@pytest.mark.parametrize("size", [0, 40, 150])
+def test_an_index_that_was_cut_short_is_built_again(prefix, tmp_path, size):
+    """By kill -9 or a full disk, in any of its files; Megatron would fail to read it whenever training is resumed."""
+    texts = [prefix, write_tokens(tmp_path / "other", list(range(200, 260)))]
+    whole = _contents(texts, tmp_path / "index")
+    assert len(whole) == 8
+    for name in whole:
+        (tmp_path / "index" / name).write_bytes((tmp_path / "index" / name).read_bytes()[:size])
+        assert _contents(texts, tmp_path / "index") == whole
 
 
 def test_what_takes_long_is_announced(prefix, tmp_path, capsys, monkeypatch):

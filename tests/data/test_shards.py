@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +17,16 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer
 
+from nemo_pvs.data import part_tokens, shards
+from nemo_pvs.data.corpus import Document
 from nemo_pvs.data.part_tokens import PartWriter
 from nemo_pvs.data.shards import tokenize_files
 from nemo_pvs.data.split import split_of
+from nemo_pvs.data.tokenize import tokenize
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import sha256_bytes, sha256_json
 
-from .conftest import SENTENCES
+from .conftest import SENTENCES, save_tokenizer_with_gap
 
 SHARES = {"train": 0.8, "validation": 0.2}
 
@@ -39,6 +44,10 @@ def corpus(tmp_path: Path) -> Path:
 
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def _bytes_of_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 @pytest.mark.slow
@@ -190,6 +199,91 @@ def test_killed_in_the_middle_it_goes_on(corpus: Path, tokenizer_folder: Path, t
     made = tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1, part_bytes=500)
     assert made == expected
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_parts_whose_removal_was_interrupted_are_removed_by_the_next_run(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take as much disk space as the tokens; parts of other settings are not finished and stay."""
+
+    real = shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if path.name == ".shards":
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
+    whole = _bytes_of_files(tmp_path / "out")
+    assert len(list((tmp_path / "out" / ".shards").iterdir())) == 5
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, seed=1, workers=1, shard=(1, 2))
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
+    assert len(list((tmp_path / "out" / ".shards").iterdir())) == 3, "the parts of the other seed"
+    shutil.rmtree(tmp_path / "out" / ".shards")
+    assert _bytes_of_files(tmp_path / "out") == whole
+
+
+def test_a_split_of_an_earlier_division_is_not_left_next_to_new_ones(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Its documents would be in the new training split, too."""
+    three = {"train": 0.6, "validation": 0.2, "test": 0.2}
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", three, workers=1)
+    before = _bytes_of_files(tmp_path / "out")
+    with pytest.raises(UserError, match=r"test\.bin is a split of the same text that --split no longer names"):
+        tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
+    assert _bytes_of_files(tmp_path / "out") == before
+    for file in (tmp_path / "out").glob("test.*"):
+        file.unlink()
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
+    (corpus / "0.jsonl").unlink()
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", {"less": 1.0}, workers=1)  # another text
+
+
+def test_a_disk_that_is_full_when_parts_are_joined_is_not_left_full(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards, "write_index", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".shards"]
+
+
+def test_shards_that_a_join_does_not_use_are_named(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another --split than theirs it would do all their work again without a word."""
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1, shard=(1, 2))
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1, shard=(2, 2))
+    assert capsys.readouterr().out == ""
+    tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", {"train": 0.7, "validation": 0.3}, workers=1)
+    assert "has 5 parts of other text or with another tokenizer, --split" in capsys.readouterr().out
+
+
+def test_a_document_too_long_for_megatrons_files_is_refused(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (corpus / "1.jsonl").write_text(json.dumps({"text": SENTENCES[1] * 20}) + "\n")
+    monkeypatch.setattr(part_tokens, "_MOST_TOKENS", 200)
+    with pytest.raises(UserError, match=r"1\.jsonl has a document of [\d,]+ tokens \(1\.jsonl:1\)"):
+        tokenize_files([str(corpus)], tokenizer_folder, tmp_path / "out", SHARES, workers=1)
+
+
+def test_ids_beyond_the_number_of_tokens_are_stored(corpus: Path, tmp_path: Path) -> None:
+    """A vocabulary with gaps; NumPy 1 stores the id 70,000 as the uint16 4,464 without a word."""
+    folder = save_tokenizer_with_gap(tmp_path / "tokenizer", 70_000)
+    made = tokenize_files([str(corpus)], folder, tmp_path / "out", {"train": 1.0}, workers=1)
+    assert made["train"]["dtype"] == "int32"
+    tokenize([Document(SENTENCES[0], "0")], folder, tmp_path / "one")
+    for name in ("out/train", "one"):
+        assert max(int(row.max()) for row in IndexedDataset(str(tmp_path / name))) == 70_000
 
 
 @pytest.mark.parametrize("shard", [(0, 2), (3, 2)])

@@ -58,6 +58,22 @@ def test_copies_of_a_text_stay_in_one_split() -> None:
     assert sum(map(len, splits.values())) == 200
 
 
+def test_a_text_of_two_corpora_is_in_one_split() -> None:
+    """Else a test text of one domain could be a training text of another."""
+    divided: dict[str, str] = {}
+    first = split_documents(_corpus(60), FRACTIONS, seed=2, divided=divided)
+    assert first == split_documents(_corpus(60), FRACTIONS, seed=2)
+    other = [*_corpus(40), *(Document(f"other {index}", str(index)) for index in range(60))]
+    second = split_documents(other, FRACTIONS, seed=2, divided=divided)
+    for name, part in second.items():
+        elsewhere = {document.text for split, documents in first.items() if split != name for document in documents}
+        assert not elsewhere & {document.text for document in part}
+    assert sum(map(len, second.values())) == 100
+    alone = split_documents(other, FRACTIONS, seed=2)
+    texts = {name: {document.text for document in part} for name, part in first.items()}
+    assert any(document.text in texts["train"] for document in alone["test"] + alone["validation"]), "a weak test"
+
+
 def test_a_split_is_the_one_it_was() -> None:
     # Pinned, so that the data of a finished run splits the same way in every later version: "0:h" has the smallest
     # SHA-256, then come f, g, d, a, c, b, e; texts of one length take turns.

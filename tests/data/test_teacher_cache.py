@@ -114,6 +114,25 @@ def test_a_cache_is_completed_by_the_shards_that_are_missing(tmp_path):
     np.testing.assert_array_equal(cache.read(40).ids, _answers(CONTENT, 40).ids)
 
 
+def test_a_teacher_that_computes_nothing_is_noticed_at_the_first_shard(tmp_path):
+    cache = TeacherCache.begin(tmp_path, CONTENT)
+    for name in ("logprobs", "rest"):
+        answers = _answers(CONTENT, 0)
+        getattr(answers, name)[-1] = np.nan
+        with pytest.raises(UserError, match="answers to samples 7 and later are not numbers"):
+            cache.write(0, [answers] * len(CONTENT.shard_samples(0)))
+    assert len(cache.missing()) == CONTENT.shards
+
+
+def test_tensors_without_a_description_do_not_pass_for_shards(tmp_path):
+    """Those of a cache of which only the description was removed would be read as answers to another one."""
+    cache = _write(tmp_path, CONTENT, [0])
+    (tmp_path / teacher_cache.CACHE_FILE).unlink()
+    with pytest.raises(UserError, match=r"has 000000\.safetensors but no cache\.json"):
+        TeacherCache.begin(tmp_path, replace(CONTENT, seed=2))
+    assert [path.name for path in tmp_path.iterdir()] == [cache._path(0).name]
+
+
 @pytest.mark.parametrize(
     "change",
     [

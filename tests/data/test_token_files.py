@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_pvs.data import token_files
 from nemo_pvs.data.corpus import Document
+from nemo_pvs.data.token_counts import counts_of_token_file
 from nemo_pvs.data.token_files import check_end, describe_token_file
 from nemo_pvs.data.tokenize import tokenize, tokenizer_hash, write_token_file
 from nemo_pvs.errors import UserError
@@ -27,6 +29,27 @@ def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
     assert describe_token_file(tmp_path / "a", "any", 128)["tokens"] == 4
     with pytest.raises(UserError, match="contains the token 127, but the model's vocabulary ends at 126"):
         describe_token_file(tmp_path / "a", "any", 127)
+
+
+def test_an_id_that_no_sample_shows_is_refused_where_all_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_token_file(tmp_path / "a", [[1, 2, 127, 3, 4, 5, 6, 7]], vocab=128)
+    monkeypatch.setattr(token_files, "_SAMPLE", 1)
+    assert describe_token_file(tmp_path / "a", "any", 127)["tokens"] == 8
+    with pytest.raises(UserError, match="contains the token 127, but the model's vocabulary ends at 126"):
+        counts_of_token_file(tmp_path / "a", 127)
+    assert counts_of_token_file(tmp_path / "a", 128).nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6, 7, 127]
+
+
+def test_a_manifest_of_an_earlier_file_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """As when Megatron's own script wrote the new one: its hash would say that the tokens are the old ones."""
+    tokenize([Document(text, text) for text in SENTENCES], tokenizer_folder, tmp_path / "a")
+    manifest = (tmp_path / "a.json").read_bytes()
+    write_token_file(tmp_path / "a", [[1, 2, 3]], vocab=128)
+    (tmp_path / "a.json").write_bytes(manifest)
+    with pytest.raises(UserError, match=r"a\.json describes another file than .*a\.bin, which has 3 tokens"):
+        describe_token_file(tmp_path / "a", tokenizer_hash(tokenizer_folder), 10_000)
 
 
 def test_another_index_is_another_file(tmp_path: Path) -> None:

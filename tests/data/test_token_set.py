@@ -103,11 +103,12 @@ def test_large_ids_survive_uint16(tmp_path: Path) -> None:
     assert TokenSet.from_token_file(prefix, sequence_length=2).ids.tolist() == [[49151, 65535]]
 
 
-def test_the_tokenizer_hash_comes_from_the_files_manifest(tmp_path: Path) -> None:
+def test_the_hashes_come_from_the_files_manifest(tmp_path: Path) -> None:
     prefix = write_token_file(tmp_path / "text.v1", [[1, 2, 3]])
-    (tmp_path / "text.v1.json").write_text(json.dumps({"tokenizer_sha256": "abc"}))
+    (tmp_path / "text.v1.json").write_text(json.dumps({"tokenizer_sha256": "abc", "bin_sha256": "def"}))
     tokens = TokenSet.from_token_file(prefix, sequence_length=3, data_set="mine")
     assert tokens.manifest["tokenizer_sha256"] == "abc"
+    assert tokens.manifest["source_sha256"] == "def", "the file, which may have terabytes, is not read for its hash"
     assert tokens.manifest["data_set"] == "mine"
 
 

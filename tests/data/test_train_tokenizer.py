@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def test_the_same_text_gives_the_same_tokenizer(folder: Path, tmp_path: Path) ->
 def test_a_vocabulary_that_does_not_fit_is_refused(folder: Path, tmp_path: Path, vocab: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train_tokenizer(folder / "text.txt", tmp_path / "made", vocab=vocab)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_no_traceback(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own ``save`` raises a plain Exception."""
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        train_tokenizer(folder / "text.txt", tmp_path / "made", vocab=280)
     assert not list(tmp_path.iterdir())
 
 

@@ -90,6 +90,10 @@ def test_the_teacher_is_prepared_before_the_arms(values, tmp_path):
     values["train"]["distill"]["cache"]["top_k"] = 17
     with pytest.raises(UserError, match="teacher/1 was made with top_k 16, not 17"):
         Pipeline(parse_recipe(values, "test"), folder).prepare_only()
+    values["train"]["distill"]["cache"]["top_k"] = 16
+    values["train"]["precision"] = "auto"
+    with pytest.raises(UserError, match="teacher/1 was made with arithmetic fp32, not auto"):
+        Pipeline(parse_recipe(values, "test"), folder).prepare_only()
 
 
 def test_an_arm_is_not_trained_from_a_cache_that_was_replaced(values, tmp_path):

@@ -121,6 +121,18 @@ def test_a_run_begins_with_a_whole_step_and_ends_within_the_data(sparse):
         first(0)
 
 
+def test_a_run_goes_on_with_its_own_text_alone(sparse):
+    """Its validation may be the same, and Megatron's index of the old text would be read as one of the new."""
+    _job(sparse, random_init=False)
+    settings = sparse.parent / "run" / "settings.json"
+    earlier = {key: value for key, value in read_json(settings).items() if key != "data"}
+    write_json(settings, earlier)
+    _job(sparse, random_init=False)  # as begun by an earlier version
+    write_tokens(sparse.parent / "data" / "train", list(range(3, 125)) * 10)
+    with pytest.raises(UserError, match=r"holds a run on another .*data/train\.bin"):
+        _job(sparse, random_init=False)
+
+
 def test_tokens_of_another_model_are_refused(sparse):
     folder = sparse.parent / "data"
     write_json(folder / "train.json", {"tokenizer_sha256": "f" * 64})

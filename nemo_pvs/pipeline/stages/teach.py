@@ -30,7 +30,7 @@ def teach(run: RunFolder, number: int, tokens: CachedRange) -> TrainingStage[Tau
     return TrainingStage(
         name=teach_stage(number),
         record=TaughtRecord,
-        inputs=lambda: asdict(job().content),
+        inputs=lambda: {**asdict(job().content), "arithmetic": job().precision},
         job=job,
         prepare=lambda: job().save(),
         work=lambda: _taught(job()),
