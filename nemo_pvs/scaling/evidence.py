@@ -111,17 +111,16 @@ def own_evidence(question: Question, runs: Iterable[Results], *, packaged: bool 
         packaged: Whether they are the project's own runs (``packaged_runs``), not the user's.
     """
     evidence = []
-    counted: set[tuple[Setting, str, str]] = set()
+    counted: set[tuple[Setting, str | None, str | None]] = set()
     for results in runs:
         for arm in results.arms:
             if arm.initialisation != "pruned" or arm.method == DENSE or results.parent is None:
                 continue
             for setting, scratch, advantage in _comparisons(results, arm):
                 arms = _identity(results, arm), _identity(results, scratch)
-                if arms[0] is not None and arms[1] is not None:
-                    if (setting, *arms) in counted:
-                        continue
-                    counted.add((setting, *arms))
+                if None not in arms and (setting, *arms) in counted:
+                    continue
+                counted.add((setting, *arms))
                 evidence.append(_own(question, results, results.parent, arm, advantage, setting, packaged))
     return evidence
 
