@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from nemo_pvs.checkpoints.huggingface.config import normal_config
 from nemo_pvs.ledger.budget import Setting
-from nemo_pvs.recipe.fields import Block, Fraction, Positive, Tokens, number
+from nemo_pvs.recipe.fields import Block, Budget, Fraction, Positive, Tokens, number
 
 TASK_DATA = "task_data"
 """Default folder of downloaded data sets."""
@@ -26,7 +26,7 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-TokenBudget = Annotated[Tokens | Setting, BeforeValidator(_budget)]
+TokenBudget = Annotated[Budget | Setting, BeforeValidator(_budget)]
 """A number of tokens, or the quantity that is to equal the pruned arm's."""
 
 
@@ -146,7 +146,7 @@ class Evaluation(Block):
 class Budgets(Block):
     """Token budgets by initial weights; each is a separate run."""
 
-    pruned: list[Tokens] = Field(default=[])
+    pruned: list[Budget] = Field(default=[])
     random: list[TokenBudget] = Field(default=[])
     """A setting stands for one run per budget in ``pruned``, with the budget that makes it equal to that run."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Block, Fraction, Parallelism, Positive, Rate, Tokens
+from nemo_pvs.recipe.fields import Block, Budget, Fraction, Parallelism, Positive, Rate, Tokens
 
 
 class MaskLearning(Block):
@@ -15,7 +15,7 @@ class MaskLearning(Block):
     ``train``; there is no weight decay.
     """
 
-    tokens: Tokens = 419_430_400
+    tokens: Budget = 419_430_400
     """3,200 steps of 32 sequences of 4,096 tokens."""
     first_token: Tokens | None = None
     """First token of this training, in training order; by default the first token of pruned arms, which then read the
