@@ -66,7 +66,7 @@ def show_series(
         console.print(f"{', '.join(str(member.folder) for member in phase)}{each}:", soft_wrap=True)
         show(plan, phase[0].folder, executor, mfu, cluster)
         total += len(phase) * _tokens(plan)
-        hours += len(phase) * plan_hours(plan, mfu)
+        hours += len(phase) * (plan_hours(plan, mfu) + teacher_hours(plan, mfu))
     console.print(f"training tokens of all runs: {total:,}")
     if on_gpus(recipe.train):
         console.print(f"GPU-hours of all runs: {hours:,.0f}")
@@ -121,10 +121,7 @@ def show(
             "measured in training, and in the report: tokens per second, MFU, and the peak memory of a GPU",
             soft_wrap=True,
         )
-        if taught := sum(part.tokens for part in cached_ranges(recipe)):
-            assert teacher is not None
-            flops = taught * teacher.flops_per_token(sequence_length=train.sequence_length, training=False)
-            hours = gpu_hours(flops, train.precision, mfu)
+        if hours := teacher_hours(plan, mfu):
             console.print(f"GPU-hours of the teacher, in addition: {_amount(hours)}", soft_wrap=True)
 
 
@@ -276,6 +273,16 @@ def plan_hours(plan: DryRun, mfu: float | None = None) -> float:
     """Return the GPU-hours of all trainings of a run, including those that train the parent to learn what to keep."""
     hours = sum(_learning_hours(plan, learning, mfu) for learning in plan.learnings)
     return hours + sum(_hours(plan, planned, mfu) for planned in plan.arms)
+
+
+def teacher_hours(plan: DryRun, mfu: float | None = None) -> float:
+    """Return the GPU-hours of the teacher that fills the caches of a run; 0 without caches."""
+    train, teacher = plan.recipe.train, teacher_shape(plan.recipe, plan.parent)
+    taught = sum(part.tokens for part in cached_ranges(plan.recipe))
+    if teacher is None:
+        return 0.0
+    flops = taught * teacher.flops_per_token(sequence_length=train.sequence_length, training=False)
+    return gpu_hours(flops, train.precision, mfu)
 
 
 def _tokens(plan: DryRun) -> int:

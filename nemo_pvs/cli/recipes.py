@@ -46,7 +46,7 @@ def _list(names: list[str]) -> float:
     """Show packaged recipes, with the hours on H100s of those for GPUs, and return the sum of these hours."""
     from rich.table import Table
 
-    from nemo_pvs.cli.dry_run_table import on_gpus, plan_hours
+    from nemo_pvs.cli.dry_run_table import on_gpus, plan_hours, teacher_hours
     from nemo_pvs.planning.dry_run import dry_run, settled
     from nemo_pvs.recipe.load import load_recipe
 
@@ -54,7 +54,10 @@ def _list(names: list[str]) -> float:
     for name in names:
         known = settled(load_recipe(name))
         times = f" x {len(known.seeds)} seeds" if known.seeds else ""
-        hours = plan_hours(dry_run(known)) if on_gpus(known.train) else None
+        hours = None
+        if on_gpus(known.train):
+            plan = dry_run(known)
+            hours = (plan_hours(plan) + teacher_hours(plan)) * len(known.seeds or [known.train.seed])
         total += hours or 0
         shown = "" if hours is None else f"{hours:,.0f}"
         table.add_row(name, f"{len(known.runs)}{times}", shown, known.title)

@@ -182,6 +182,7 @@ def scaling_predict(
             if met.tokens:
                 best = f"at {'or before ' if met.tokens.value <= met.low else ''}{_interval(met.tokens)}"
                 found.append(met.tokens.value)
+                doubts += extrapolation(scratch, met.tokens.value + parent_tokens, at)
             console.print(
                 f"  {scratch.name} catches up: {best}; it does in {met.share:.0%} of the draws", soft_wrap=True
             )

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.fields import Parallelism, Positive, RecipeBlock
 from nemo_pvs.recipe.problems import first_problem
-from nemo_pvs.system.files import expand_home, read_yaml
+from nemo_pvs.system.files import StrictLoader, expand_home, read_yaml
 from nemo_pvs.system.gpu_environment import GPU_ENVIRONMENT
 from nemo_pvs.training.preemption import PREEMPTED
 
@@ -225,7 +225,7 @@ def load_profile(name_or_path: str, environment: Mapping[str, str] = os.environ)
             f"There is no launch profile {name_or_path}; give the path of a YAML file or one of "
             f"{', '.join(packaged_profiles())}."
         )
-    values = expand_home(_substituted(read_yaml(path), environment, str(path)))
+    values = expand_home(_substituted(read_yaml(path, StrictLoader), environment, str(path)))
     try:
         profile: LocalProfile | SlurmProfile = TypeAdapter(Profile).validate_python(values)
     except ValidationError as error:

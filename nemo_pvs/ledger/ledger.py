@@ -143,11 +143,11 @@ class Ledger:
                 activity: Activity = "parent pretraining" if charge.activity == "training" else charge.activity
                 self.charges.append(replace(charge, activity=activity))
 
-    def inherit_checkpoint(self, checkpoint: Path, shape: Shape, declared_tokens: int | None) -> None:
+    def inherit_checkpoint(self, checkpoint: Path | None, shape: Shape, declared_tokens: int | None) -> None:
         """Add a parent's charges from the ledger in its folder, or else the pretraining tokens that the user declared.
 
         Args:
-            checkpoint: The parent's folder; it need not exist.
+            checkpoint: The parent's folder, which need not exist; None if the parent is still to be trained.
             shape: The parent's shape.
             declared_tokens: Number of tokens that it was pretrained on; None if unknown. It may differ from the
                 ledger's count by less than one optimizer step, because budgets are rounded up to whole steps.
@@ -155,8 +155,8 @@ class Ledger:
         Raises:
             UserError: there is a ledger whose count differs from the declared tokens.
         """
-        parent = Ledger.of_checkpoint(checkpoint)
-        if parent is None:
+        parent = None if checkpoint is None else Ledger.of_checkpoint(checkpoint)
+        if checkpoint is None or parent is None:
             self.charge("parent pretraining", declared_tokens, shape, 0, training=True, note="as declared")
             return
         if declared_tokens is not None and not parent._counts(declared_tokens):

@@ -18,15 +18,16 @@ from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
-from nemo_pvs.pipeline.records import DataRecord, Records
+from nemo_pvs.pipeline.records import CALIBRATE, DataRecord, Records
 from nemo_pvs.pipeline.store import Stages
 from nemo_pvs.pipeline.tokens import RunData
 from nemo_pvs.planning.charges import tokens_read
 from nemo_pvs.planning.rounds import RoundTraining, shares
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.fields import Initialisation
-from nemo_pvs.recipe.options import vocabulary_of
+from nemo_pvs.recipe.options import needs_gradients, vocabulary_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
+from nemo_pvs.recipe.target import Target
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import CHECKPOINTS, METRICS_FILE, CarriedState, Loading, TrainingJob
 from nemo_pvs.training.trainer import is_finished
@@ -252,6 +253,12 @@ class RunFolder:
         """Return the tokens that all shares of an arm read; None if several files are blended."""
         file = self.tokens_of(arm.target).training_file(self.data_of(arm.target).splits)
         return tokens_read(file, arm.training, arm.first_token) if file else None
+
+    def calibration_of(self, target: Target) -> str:
+        """Return the name of the stage that measures the scores of a target (``stages.calibrate.calibrations``)."""
+        begun = self.stages.begun(CALIBRATE)
+        separate = needs_gradients(target) and begun and "gradients" not in begun["inputs"]
+        return f"{CALIBRATE}/gradients" if separate else CALIBRATE
 
     def calibration_tokens(self, samples: int, draw: int = 0) -> TokenSet:
         """Return ``samples`` sequences of the calibration split; each ``draw`` gives different ones."""

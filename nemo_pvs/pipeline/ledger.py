@@ -32,7 +32,7 @@ def run_ledger(run: RunFolder, arm: Arm, model: WeightSource, read: TokensRead |
     if arm.initialisation == "pruned":
         target, made = recipe.targets[arm.target], run.records.pruned(arm.target)
         if needs_scores(target):
-            tokens, length = run.records.scores.tokens, recipe.calibrate.sequence_length
+            tokens, length = run.records.scores(run.calibration_of(target)).tokens, recipe.calibrate.sequence_length
             ledger.charges.append(charge_scores(parent, tokens, length, gradients=needs_gradients(target)))
         if made.charges is not None:
             ledger.charges += made.charges

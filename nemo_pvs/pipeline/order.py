@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_pvs.pipeline.folder import RunFolder
 from nemo_pvs.pipeline.stage import Stage
-from nemo_pvs.pipeline.stages.calibrate import calibrate
+from nemo_pvs.pipeline.stages.calibrate import calibrations
 from nemo_pvs.pipeline.stages.data import retokenise
 from nemo_pvs.pipeline.stages.learned import learn
 from nemo_pvs.pipeline.stages.prune import prune
@@ -18,17 +18,17 @@ from nemo_pvs.pipeline.stages.random import random
 from nemo_pvs.pipeline.stages.rounds import rounds
 from nemo_pvs.pipeline.stages.teacher import slice_teacher
 from nemo_pvs.planning.learned import is_trained_first, untrained_first
-from nemo_pvs.recipe.options import needs_scores, rounds_of, vocabulary_of
+from nemo_pvs.recipe.options import rounds_of, vocabulary_of
 from nemo_pvs.recipe.target import DENSE, Target
 
 
 def initial_weights(run: RunFolder) -> Iterator[Iterator[Stage[Any]]]:
-    """Yield the stages that make all initial weights: a group that targets share, then one group per target.
+    """Yield the stages that make all initial weights: groups that targets share, then one group per target.
 
-    Within a group each stage depends on those before it; a target's group depends only on the shared one.
+    Within a group each stage depends on those before it; a target's group depends only on the shared ones.
     """
-    if any(map(needs_scores, run.recipe.targets.values())):
-        yield iter([calibrate(run)])
+    for stage in calibrations(run):
+        yield iter([stage])
     for name, target in untrained_first(run.recipe.targets):
         yield _target(run, name, target)
 

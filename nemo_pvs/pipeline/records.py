@@ -279,10 +279,9 @@ class Records:
         """The text in the tokens of a target whose vocabulary is pruned."""
         return self._get(data_stage(target), DataRecord)
 
-    @property
-    def scores(self) -> ScoresRecord:
-        """The scores of the calibration."""
-        return self._get("calibrate", ScoresRecord)
+    def scores(self, stage: str) -> ScoresRecord:
+        """The scores of a calibration (``RunFolder.calibration_of``)."""
+        return self._get(stage, ScoresRecord)
 
     def masks(self, target: str) -> MasksRecord:
         """The training that learned which parts of the parent a target keeps."""
@@ -308,6 +307,10 @@ class Records:
         record = self._records[stage]
         assert isinstance(record, kind), (stage, record)
         return record
+
+
+CALIBRATE = "calibrate"
+"""The name of the stage that measures importance scores."""
 
 
 def data_stage(target: str | None = None) -> str:

@@ -14,6 +14,7 @@ from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.pipeline.folder import RunFolder
 from nemo_pvs.pipeline.records import (
+    CALIBRATE,
     DataRecord,
     EvaluationRecord,
     PrunedRecord,
@@ -149,8 +150,8 @@ def _for_people(arm: Arm) -> str:
 def _hashes(records: Records) -> dict[str, str]:
     """Return the content hash of every artefact of the run."""
     hashes = {"parent weights": records.parent.fingerprint} if evaluation_stage("parent") in records else {}
-    for scores in records.of(ScoresRecord).values():
-        hashes["scores"] = scores.scores
+    for stage, scores in records.of(ScoresRecord).items():
+        hashes["scores" if stage == CALIBRATE else f"scores with {_subject(stage)}"] = scores.scores
     splits = records.data.splits
     if tokenizer := next((split.tokenizer_sha256 for split in splits.values()), None):
         hashes["tokenizer"] = tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.records import Record, RecordT
 from nemo_pvs.pipeline.stage import Inputs, Stage
-from nemo_pvs.system.files import link_tree, read_json, sha256_json, write_json
+from nemo_pvs.system.files import link_tree, read_json, remove_leftover, remove_whole, sha256_json, write_json
 from nemo_pvs.system.progress import console, short_time
 
 
@@ -28,8 +27,7 @@ class _Done:
     def again(self, outputs: Sequence[Path]) -> None:
         """Link the outputs to other paths."""
         for source, destination in zip(self.outputs, outputs, strict=True):
-            if destination.exists():  # left by an attempt that was killed
-                shutil.rmtree(destination)
+            remove_whole(destination)  # left by an attempt that was killed
             link_tree(source, destination)
 
 
@@ -133,7 +131,9 @@ class Stages:
             if begun:
                 self.refuse(name, stage.precious, difference(begun, inputs))
             for path in [*stage.outputs, *(stage.reusable if forced else ())]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                remove_whole(path)
+        for path in stage.outputs:
+            remove_leftover(path)
         self._begun.add(name)
         self._record(name).unlink(missing_ok=True)
         write_json(self._attempt(name), {"inputs_hash": sha256_json(inputs), "inputs": inputs})

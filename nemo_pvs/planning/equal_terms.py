@@ -55,12 +55,12 @@ def settle(recipe: Recipe, parent: Shape, shapes: Mapping[str, Shape] | None = N
                 tokens[run] = scratch_budget(pruned_arm(recipe, arm, shape, parent, share), setting).tokens
         if not tokens:
             return recipe
-        recipe, before = recipe.settled(tokens), share
+        recipe, before = recipe.settled(tokens, final=False), share
         # With a shared teacher, budgets decide the shares, and shares the budgets.
         share = teacher_share(recipe)
         if share == before:
             break
-    return recipe
+    return recipe.settled(tokens)
 
 
 def pruned_arm(recipe: Recipe, arm: Arm, shape: Shape, parent: Shape, share: Fraction | None = None) -> PrunedArm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from nemo_pvs.ledger.ledger import Ledger
@@ -16,8 +17,16 @@ USABLE_BYTES = 0.9 * H100_BYTES
 """What a training may take of it; the rest is for NCCL buffers, kernel workspaces and fragmentation."""
 PEAK_FLOPS = {"bf16": 989.4e12, "fp8": 1978.9e12}
 """Dense FLOPs per second of an H100 SXM, from NVIDIA's data sheet."""
-_BF16_OF_OTHERS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12}
-"""Dense bf16 FLOPs per second by a part of the device's name, the first that fits."""
+_BF16_OF_OTHERS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
+    "H200 NVL": 835.5e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "GH200": 989.4e12,
+    "A100": 312e12,
+}
+"""Dense bf16 FLOPs per second by words of the device's name, the first that fit."""
 _WITHOUT_FP8 = ("A100",)
 MFU = {"bf16": 0.40, "fp8": 0.37}
 """Model FLOPs utilisation to expect; models of fewer than about a billion parameters reach less."""
@@ -48,7 +57,7 @@ def peak_flops(device: str, precision: str) -> float | None:
         device: Its name as CUDA reports it: ``NVIDIA H100 80GB HBM3``.
         precision: ``bf16``, ``fp8`` or ``fp32``.
     """
-    name = next((part for part in _BF16_OF_OTHERS if part in device), None)
+    name = next((part for part in _BF16_OF_OTHERS if re.search(rf"\b{part}\b", device)), None)  # not an RTX A1000
     if name is None or precision == "fp32" or (precision == "fp8" and name in _WITHOUT_FP8):
         return None
     return _BF16_OF_OTHERS[name] * (2 if precision == "fp8" else 1)

@@ -134,7 +134,8 @@ def _of_teacher(
         tokens: Tokens per micro-batch on the rank.
         batches: Micro-batches per step.
     """
-    equal = layout.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
+    whole = {"virtual_pipeline": None, "first_stage_layers": None, "last_stage_layers": None}
+    equal = layout.model_copy(update=whole)  # as ``teacher.Teacher`` divides it
     needed = value * parameters_on(teacher, equal, pipeline_rank)
     if pipeline_rank == layout.pipeline_parallel - 1 > 0:
         shards = layout.tensor_parallel if layout.sequence_parallel else 1

@@ -77,7 +77,7 @@ def of_recipe(recipe: Recipe) -> list[PrunedArm]:
     plan = dry_run(recipe)
     shapes = {planned.name: planned.expected.shape for planned in plan.targets}
     return [
-        pruned_arm(recipe, planned.arm, shapes[planned.arm.target], plan.parent)
+        pruned_arm(plan.recipe, planned.arm, shapes[planned.arm.target], plan.parent)
         for planned in plan.arms
         if planned.arm.initialisation == "pruned"
     ]

@@ -53,7 +53,9 @@ class ShearedTarget:
 
     @property
     def layout(self) -> Parallelism:
-        """Parallel layout of mask learning."""
+        """Parallel layout of mask learning; a micro-batch size of the arms' layout gives way to one of ``learn``."""
+        if self.how.layout is None and self.how.micro_batch_size is not None:
+            return self.target.layout.model_copy(update={"micro_batch_size": None})
         return self.how.layout or self.target.layout
 
     @property

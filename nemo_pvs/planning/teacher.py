@@ -73,9 +73,9 @@ def inherit_ancestors(
     """
     distill = recipe.train.distill if recipe.distills(target, initialisation) else None
     if initialisation == "pruned" or (distill and distill.teacher == PARENT):
-        source = Path(recipe.parent.source or "")
+        source = Path(recipe.parent.source) if recipe.parent.source else None
         stated = int(recipe.parent.pretraining_tokens) or None
-        has_ledger = Ledger.of_checkpoint(source) is not None
+        has_ledger = source is not None and Ledger.of_checkpoint(source) is not None
         ledger.inherit_checkpoint(source, parent, stated if has_ledger else recipe.parent_tokens)
     if distill and distill.teacher != PARENT:
         teacher = teacher_shape(recipe, parent)

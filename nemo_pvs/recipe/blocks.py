@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from nemo_pvs.checkpoints.huggingface.config import normal_config
 from nemo_pvs.ledger.budget import EqualBudget
-from nemo_pvs.recipe.fields import Fraction, Positive, RecipeBlock, Tokens, number
+from nemo_pvs.recipe.fields import Budget, Fraction, Positive, RecipeBlock, Tokens, number
 
 TASK_DATA = "task_data"
 """Default folder of downloaded data sets."""
@@ -26,7 +26,7 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-TokenBudget = Annotated[Tokens | EqualBudget, BeforeValidator(_budget)]
+TokenBudget = Annotated[Budget | EqualBudget, BeforeValidator(_budget)]
 """A number of tokens, or the quantity that is to equal the pruned arm's."""
 
 
@@ -146,7 +146,7 @@ class Evaluation(RecipeBlock):
 class Budgets(RecipeBlock):
     """Token budgets by initial weights; each is a separate run."""
 
-    pruned: list[Tokens] = Field(default=[])
+    pruned: list[Budget] = Field(default=[])
     random: list[TokenBudget] = Field(default=[])
     """A setting stands for one run per budget in ``pruned``, with the budget that makes it equal to that run."""
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.learned.removal_rules import RemovalRules, fewest_removals
-from nemo_pvs.recipe.fields import Fraction, Parallelism, Positive, Rate, RecipeBlock, Tokens
+from nemo_pvs.recipe.fields import Budget, Fraction, Parallelism, Positive, Rate, RecipeBlock, Tokens
 from nemo_pvs.recipe.rates import peak_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class PruningAware(RecipeBlock):
 
     parameters: Tokens
     """Target size: pruning ends when the model has at most this many, embedding and output head included."""
-    tokens: Tokens
+    tokens: Budget
     """Tokens of this training run, in the steps of ``train``; the target's arms are trained after it."""
     start_tokens: Tokens = 0
     """Tokens before the first removal; saliency is accumulated meanwhile."""

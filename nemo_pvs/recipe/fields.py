@@ -18,6 +18,8 @@ def _whole(value: float) -> int:
 
 Tokens = Annotated[float, Field(ge=0), AfterValidator(_whole)]
 """A number of tokens; 200e9 means 200000000000."""
+Budget = Annotated[float, Field(ge=1), AfterValidator(_whole)]
+"""The tokens of a training run."""
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Initialisation = Literal["pruned", "random"]
 """An arm's initial weights: the pruned parent (R_N in arXiv 2606.14150), or random (S_N)."""

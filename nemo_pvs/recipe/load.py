@@ -14,7 +14,7 @@ from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.problems import first_problem
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.training import Training
-from nemo_pvs.system.files import expand_home, read_yaml
+from nemo_pvs.system.files import StrictLoader, expand_home, read_yaml
 
 _BASE = "base.yaml"
 """The name of a file that other recipes in its folder extend and that is not a recipe itself."""
@@ -90,7 +90,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path} extends itself through {extended_by[-1].name}; remove one of the two lines.")
     if not path.exists() and extended_by:
         raise UserError(f"{extended_by[-1]} extends {path}, which does not exist; correct the path.")
-    values = read_yaml(path)
+    values = read_yaml(path, StrictLoader)
     if not isinstance(values, Mapping):
         raise UserError(f"{path} is not a recipe: it should hold keys such as parent, data, targets and train.")
     recipe = dict(expand_home(values))

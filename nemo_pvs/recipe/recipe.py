@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -16,9 +17,14 @@ from nemo_pvs.recipe.blocks import Budgets, Calibration, Evaluation, Parent
 from nemo_pvs.recipe.data import Data
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Initialisation, Parallelism, Positive, RecipeBlock, Tokens
+from nemo_pvs.recipe.fields import Budget, Initialisation, Parallelism, Positive, RecipeBlock
 from nemo_pvs.recipe.target import DENSE, Target
 from nemo_pvs.recipe.training import Training
+
+_NAME = re.compile(r"(?![.\s])[^\\/\[\]\x00-\x1f\x7f]+(?<!\s)")
+"""Names of targets: no path, and no brackets, which mark styles in what is printed."""
+_LONGEST_NAME = 120
+"""In bytes: the names of arms and of their records are up to a hundred longer, and file systems allow 255."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Arm:
 class Recipe(RecipeBlock):
     """Everything that ``pvs run`` needs to know."""
 
-    name: str
+    name: str = Field(min_length=1)
     title: str
     seeds: list[Positive] | None = Field(default=None, min_length=1, exclude_if=lambda given: given is None)
     """Repeat everything with each of these as ``train.seed``, the parent's training included if it has a recipe."""
@@ -63,7 +69,7 @@ class Recipe(RecipeBlock):
     targets: dict[str, Target] = Field(min_length=1)
     arms: list[Initialisation] = Field(default=["pruned", "random"], min_length=1)
     """Initial weights from which each target is trained, unless the target gives its own ``arms``."""
-    budgets: list[Tokens] | Budgets | None = None
+    budgets: Annotated[list[Budget], Field(min_length=1)] | Budgets | None = None
     """Training tokens, one run per budget: a list for all arms, or one for pruned and one for random weights.
     ``budget: equal-total-tokens`` is short for ``train.tokens`` for pruned and this setting for random weights."""
     layout: Parallelism = Parallelism()
@@ -119,10 +125,31 @@ class Recipe(RecipeBlock):
         return self
 
     @model_validator(mode="after")
+    def _arms_differ(self) -> Recipe:
+        given = {f"targets.{name}.arms": target.arms or [] for name, target in self.targets.items()}
+        for key, arms in {"arms": self.arms, **given}.items():
+            if len(set(arms)) < len(arms):  # two arms of one name would pass for two repetitions
+                raise ValueError(f"{key} lists {arms[0]} twice; remove one")
+        return self
+
+    @model_validator(mode="after")
     def _targets_name_folders(self) -> Recipe:
-        for name in self.targets:
-            if not name or "/" in name or name.startswith("."):
+        for name, target in self.targets.items():
+            if not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
                 raise ValueError(f"a target names folders of the run, and {name!r} cannot; rename it")
+            stages = target.stages or 1
+            between = [f"{name}-stages", *(f"{name}-stage-{number}" for number in range(1, stages))]
+            for taken in [f"{name}.begun", *(between if stages > 1 else ())]:
+                if taken in self.targets:
+                    raise ValueError(f"targets {taken} and {name} would share files; rename one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Recipe:
+        if not any(
+            self.budgets_of(initialisation) for target in self.targets for initialisation in self.arms_of(target)
+        ):
+            raise ValueError("budgets has none for the arms of any target, so nothing would be trained; give one")
         return self
 
     @model_validator(mode="after")
@@ -237,14 +264,18 @@ class Recipe(RecipeBlock):
             ending = self._ending(budget) if len(pruned) > 1 else ""
             yield f"{target}-random-{setting}{ending}", setting, arm
 
-    def settled(self, tokens: Mapping[str, int]) -> Recipe:
+    def settled(self, tokens: Mapping[str, int], *, final: bool = True) -> Recipe:
         """Return this recipe with the tokens of all ``matched_runs``, given by name.
+
+        Args:
+            tokens: The tokens.
+            final: Whether these are the budgets, not numbers on the way to them, which may exceed the range.
 
         Raises:
             UserError: they exceed the range that random arms may read.
         """
         try:
-            self._check_range("random", max(tokens.values(), default=0))
+            self._check_range("random", max(tokens.values(), default=0) if final else 0)
         except ValueError as error:
             raise UserError(f"Recipe {self.name}: {error}.") from None
         copy = self.model_copy()

@@ -158,9 +158,10 @@ def candidates(recipe: Recipe) -> Recipe:
                 "them the same."
             )
         first, end = recipe.data.token_ranges.of(kind.initialisation)
-        if first + tokens > end:
+        read = int(recipe.train.for_budget(tokens).tokens)
+        if first + read > end:
             raise UserError(
-                f"Recipe {recipe.name}: the sweep of {kind.name} arms reads {tokens:,} tokens, past the end of their "
+                f"Recipe {recipe.name}: the sweep of {kind.name} arms reads {read:,} tokens, past the end of their "
                 f"range ({first:,} to {end:,.0f}); give the sweep fewer tokens."
             )
         budgets = budgets.model_copy(update={kind.initialisation: [tokens]})
@@ -178,10 +179,12 @@ def candidates(recipe: Recipe) -> Recipe:
 
 
 def sweep_tokens(recipe: Recipe, kind: Kind) -> int:
-    """Return the training tokens of the candidates of a kind."""
+    """Return the training tokens of the candidates of a kind, counted as in ``budgets``."""
     if kind.sweep.tokens is not None:
         return int(kind.sweep.tokens)
     numbers = [budget for budget in recipe.budgets_of(kind.initialisation) if not isinstance(budget, str)]
+    if not numbers and recipe.train.paper_steps:  # in whose labels the tokens of arms are more
+        numbers = [budget for budget in recipe.budgets_of("pruned") if not isinstance(budget, str)]
     return max(numbers or [arm.tokens for arm in recipe.pruned_runs(kind.target)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Fraction, Parallelism, Positive, Rate, RecipeBlock, Tokens
+from nemo_pvs.recipe.fields import Budget, Fraction, Parallelism, Positive, Rate, RecipeBlock, Tokens
 
 
 class MaskLearning(RecipeBlock):
@@ -15,7 +15,7 @@ class MaskLearning(RecipeBlock):
     ``train``; there is no weight decay.
     """
 
-    tokens: Tokens = 419_430_400
+    tokens: Budget = 419_430_400
     """3,200 steps of 32 sequences of 4,096 tokens."""
     first_token: Tokens | None = None
     """First token of this training, in training order; by default the first token of pruned arms, which then read the

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from nemo_pvs.recipe.distillation import Distillation
 from nemo_pvs.recipe.domains import DynamicLoading
-from nemo_pvs.recipe.fields import Fraction, Positive, RecipeBlock, Tokens
+from nemo_pvs.recipe.fields import Budget, Fraction, Positive, Rate, RecipeBlock
 from nemo_pvs.recipe.rates import LearningRate, Sweep, peak_of
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Training(RecipeBlock):
     """The training settings of all arms, which differ only in initial weights, budget, range, peak rate and layout."""
 
-    tokens: Tokens
+    tokens: Budget
     """Training tokens, rounded up to whole steps; replaced by the recipe's ``budgets``."""
     sequence_length: Positive
     global_batch_size: Positive
@@ -35,8 +37,8 @@ class Training(RecipeBlock):
     weight_decay: float = Field(default=0.1, ge=0)
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     """all: norms and biases too, as in arXiv 2606.14150."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    adam_eps: float = 1e-8
+    adam_betas: tuple[_Decay, _Decay] = (0.9, 0.95)
+    adam_eps: Rate = 1e-8
     clip_grad_norm: float = Field(default=1.0, gt=0)
     clip_before_mask: bool = False
     """For sparse models: clip the gradient norm before masking, as the published runs did; the norm then includes the

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nemo_pvs.scaling.estimate import Array, Points, polish, predict
+from nemo_pvs.scaling.estimate import Array, Points, polish, predict, spread, undetermined
 from nemo_pvs.scaling.law import Law
 
 DRAWS = 399
@@ -36,6 +36,9 @@ def draw(
     to be chosen: intervals of positive quantities and of token counts, even infinite ones, are the same as on a
     logarithmic scale.
 
+    Fits begin at ``values``. What the points do not determine would stay there, and its interval would be a point; so
+    for those parameters each draw begins elsewhere (``estimate.spread``).
+
     Returns:
         The standard deviation of ln(loss) in each draw [draws], and the parameters [draws, parameters].
     """
@@ -43,10 +46,13 @@ def draw(
     freedom = len(fitted) - len(values)
     noise = scatter(points, fitted, len(values)) * np.sqrt(freedom / generator.chisquare(freedom, draws))
     losses = fitted * np.exp(noise[:, None] * generator.standard_normal((draws, len(fitted))))
+    starts = np.tile(values, (draws, 1))
+    if free := undetermined(law, points, values):
+        starts = spread(law, points, values, free, draws, generator)
     drawn = []
     for start in range(0, draws, _BLOCK):
         block = losses[start : start + _BLOCK]
-        drawn.append(polish(law, points, np.tile(values, (len(block), 1)), block)[1])
+        drawn.append(polish(law, points, starts[start : start + _BLOCK], block)[1])
         if progress:
             progress(start + len(block), draws)
     return noise, np.concatenate(drawn)

@@ -25,11 +25,15 @@ _POLISHED = 5
 _MOST_STEPS = 200
 _FIRST_DAMPING = 1e-3
 _MOST_DAMPING = 1e12
+_LEAST_DAMPING = 1e-12
+"""Keeps the equations of parameters that the points do not determine solvable."""
 _ENOUGH = 1e-8
 """Stop after a step that reduces the cost by less than this share."""
 _STEP = 1e-7
 """Step of the finite differences; parameters are of the order of losses and exponents."""
 _TINY = 1e-30
+_SAME = 1e-5
+"""Directions in which losses change by less than this share of what single parameters do are not determined."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,53 @@ def polish(law: Law, points: Points, starts: Array, losses: Array | None = None)
         taken = moving[better]
         values[taken], residuals[taken], slopes[taken] = tried[better], tried_residuals[better], tried_slopes[better]
         costs[taken] = tried_costs[better]
-        damping[moving] *= np.where(better, 0.2, 5.0)
+        damping[moving] = np.maximum(_LEAST_DAMPING, damping[moving] * np.where(better, 0.2, 5.0))
         done = (better & (gain <= _ENOUGH * tried_costs)) | (damping[moving] > _MOST_DAMPING)
         moving = moving[~done]
         if not len(moving):
             break
     return costs, _change_unit(law, values, 1 / unit)
+
+
+def undetermined(law: Law, points: Points, values: Array) -> list[str]:
+    """Return the names of the parameters that the points do not determine.
+
+    These can change, alone or together, without any loss changing: the singular vectors of the losses' derivatives,
+    each parameter's divided by their norm, whose singular value is zero up to rounding.
+
+    Args:
+        law: The law that was fitted.
+        points: The points that it was fitted to, more than it has parameters.
+        values: The fitted parameters [parameters].
+    """
+    unit = float(np.exp(np.mean(np.log(points.tokens / BILLION))))
+    moved = replace(points, tokens=points.tokens / unit)
+    _, slopes = _residuals(law, _change_unit(law, values[None], unit), moved, np.log(points.losses)[None])
+    sizes = np.linalg.norm(slopes[0], axis=0)
+    _, singular, directions = np.linalg.svd(slopes[0] / np.where(sizes > _TINY, sizes, 1), full_matrices=False)
+    free = (np.abs(directions[singular < _SAME]) > _SAME).any(axis=0)
+    return [name for name, is_free in zip(names(law), free, strict=True) if is_free]
+
+
+def spread(
+    law: Law, points: Points, values: Array, free: Sequence[str], count: int, generator: np.random.Generator
+) -> Array:
+    """Return parameters [count, parameters] that differ in what the points do not determine.
+
+    Exponents among ``free`` are drawn from their whole range, with a random one of the best coefficients for each
+    draw: where there are several, they are the mixtures of those with as many zeros as possible.
+    """
+    exponents = np.tile(values[: len(law.exponents)], (count, 1))
+    for index, bounds in enumerate(law.exponents):
+        if bounds.name in free:
+            exponents[:, index] = bounds.low + (bounds.high - bounds.low) * generator.random(count)
+    errors, coefficients = _solutions(law, points, exponents)
+    best = errors.min(axis=0)
+    shares = np.where(errors <= best + _SAME * (best + _SAME), generator.exponential(size=errors.shape), 0)
+    mixed = np.einsum(
+        "sm,smp->mp", shares / shares.sum(axis=0), np.where(np.isfinite(errors)[..., None], coefficients, 0)
+    )
+    return np.concatenate([exponents, mixed], axis=1)
 
 
 def _residuals(law: Law, values: Array, points: Points, measured: Array) -> tuple[Array, Array]:
@@ -159,9 +204,17 @@ def predict(law: Law, values: Array, points: Points) -> Array:
 
 
 def _starts(law: Law, points: Points, exponents: Array) -> tuple[Array, Array]:
-    """Return the errors [starts] and parameters [starts, parameters] with the best coefficients for given exponents.
+    """Return errors [starts] and parameters [starts, parameters] with the best coefficients for given exponents."""
+    errors, coefficients = _solutions(law, points, exponents)
+    best, starts = np.argmin(errors, axis=0), np.arange(len(exponents))
+    return errors[best, starts], np.concatenate([exponents, coefficients[best, starts]], axis=1)
 
-    Of two or three non-negative coefficients the best are the least-squares solution on one of their subsets.
+
+def _solutions(law: Law, points: Points, exponents: Array) -> tuple[Array, Array]:
+    """Return errors [subsets, starts] and coefficients [subsets, starts, coefficients] for given exponents.
+
+    Of two or three non-negative coefficients the best are the least-squares solution on one of their subsets, the
+    others being 0. The error of a solution with a negative coefficient is infinite.
     """
     given = list(exponents.T[:, :, None])
 
@@ -174,17 +227,17 @@ def _starts(law: Law, points: Points, exponents: Array) -> tuple[Array, Array]:
     size = np.linalg.norm(features, axis=1)
     features /= size[:, None, :]
     wanted = (points.losses - offset) / points.losses
-    best, errors = np.zeros((len(exponents), count)), np.sum(wanted**2, axis=1)
+    errors, solutions = [], []
     for chosen in product((False, True), repeat=count):
         subset = features[:, :, chosen]
         squares = np.swapaxes(subset, 1, 2) @ subset + _RIDGE * np.eye(subset.shape[2])
         solved = np.linalg.solve(squares, np.swapaxes(subset, 1, 2) @ wanted[:, :, None])[:, :, 0]
         error = np.sum((wanted - np.einsum("mnp,mp->mn", subset, solved)) ** 2, axis=1)
-        better = (error < errors) & (solved >= 0).all(axis=1)
-        errors[better] = error[better]
-        best[better] = 0
-        best[np.ix_(better, chosen)] = solved[better]
-    return errors, np.concatenate([exponents, best / size], axis=1)
+        errors.append(np.where((solved >= 0).all(axis=1), error, np.inf))
+        solution = np.zeros((len(exponents), count))
+        solution[:, chosen] = solved
+        solutions.append(solution / size)
+    return np.array(errors), np.array(solutions)
 
 
 def _bounds(law: Law) -> tuple[Array, Array]:

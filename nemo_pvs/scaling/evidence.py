@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from nemo_pvs.recipe.identity import identity_without_seeds
 from nemo_pvs.recipe.target import DENSE
 from nemo_pvs.reporting.compare.compare import compare, read_runs
 from nemo_pvs.reporting.compare.removed import dimensions_removed
 from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.published import CoarseGranularity, Published, PublishedCurve
-from nemo_pvs.reporting.results import ArmResult, ParentResult, Results
+from nemo_pvs.reporting.results import ArmResult, ParentResult, Results, at
 from nemo_pvs.scaling.curve import BILLION
 
 EvidenceSetting = Literal["equal training tokens", "equal total tokens"]
@@ -101,26 +102,75 @@ def runs_in(folders: Sequence[str]) -> list[Results]:
 def own_evidence(question: Question, runs: Iterable[Results], *, packaged: bool = False) -> list[Evidence]:
     """Compare pruned and scratch arms of finished runs, for each target at equal training and equal total tokens.
 
+    Two arms that several runs have, such as those of a recipe and of one that extends it, are one comparison: that of
+    the first of these runs.
+
     Args:
         question: What a user wants to train.
         runs: Results of finished runs.
         packaged: Whether they are the project's own runs (``packaged_runs``), not the user's.
     """
     evidence = []
+    counted: set[tuple[EvidenceSetting, str | None, str | None]] = set()
     for results in runs:
         for arm in results.arms:
             if arm.initialisation != "pruned" or arm.method == DENSE or results.parent is None:
                 continue
-            gap = results.gap(arm)
-            if gap is not None and math.isfinite(gap):
-                evidence.append(_own(question, results, results.parent, arm, gap, "equal training tokens", packaged))
-            for scratch in results.targets[arm.target]:
-                advantage = _advantage_at_equal_total(arm, scratch)
-                if advantage is not None:
-                    evidence.append(
-                        _own(question, results, results.parent, arm, advantage, "equal total tokens", packaged)
-                    )
+            for setting, scratch, advantage in _comparisons(results, arm):
+                arms = _identity(results, arm), _identity(results, scratch)
+                if None not in arms and (setting, *arms) in counted:
+                    continue
+                counted.add((setting, *arms))
+                evidence.append(_own(question, results, results.parent, arm, advantage, setting, packaged))
     return evidence
+
+
+def _comparisons(results: Results, arm: ArmResult) -> list[tuple[EvidenceSetting, ArmResult, float]]:
+    """Return the comparisons of a pruned arm: setting, scratch arm and advantage; at most one for each setting."""
+    comparisons: list[tuple[EvidenceSetting, ArmResult, float]] = []
+    scratch, gap = results.scratch_of(arm), results.gap(arm)
+    if scratch is not None and gap is not None and math.isfinite(gap):
+        comparisons.append(("equal training tokens", scratch, gap))
+    total = arm.ledger.total.tokens or 0
+    nearest = sorted(results.targets[arm.target], key=lambda other: abs((other.ledger.total.tokens or 0) - total))
+    for other in nearest:
+        advantage = _advantage_at_equal_total(arm, other)
+        if advantage is not None:
+            return [*comparisons, ("equal total tokens", other, advantage)]
+    return comparisons
+
+
+_OF_A_MACHINE = ("micro_batch_size", "checkpoints", "checkpoint_minutes", "mask_check_steps")
+_OF_THE_ARM = ("tokens", "paper_steps", "learning_rate", "validations", "validation_samples")
+"""Keys of ``train`` that an arm's tokens and rate stand for, or that only decide when it is measured."""
+_OF_THE_RUN = ("layout", "arms", "learning_rate", "distill", "task_data")
+"""Keys of a target that do not decide what is pruned."""
+
+
+def _identity(results: Results, arm: ArmResult) -> str | None:
+    """Return a hash that is equal for one arm in several runs, with any seeds; None if its recipe is not known.
+
+    It covers the parent, the text, what was pruned and how, and the training: not the other arms of its recipe, nor
+    their budgets, the layout or the evaluation.
+    """
+    target, train = at(results.recipe, "targets", arm.target), at(results.recipe, "train")
+    if not isinstance(target, Mapping) or not isinstance(train, Mapping):
+        return None
+    rate: Any = target.get("learning_rate") or train.get("learning_rate")
+    taught = any(charge.activity == "teacher" for charge in arm.ledger.charges)
+    unlike = {*_OF_A_MACHINE, *_OF_THE_ARM, *([] if taught else ["distill"])}
+    return identity_without_seeds(
+        {
+            "parent": results.hashes.get("parent weights") or results.recipe.get("parent"),
+            "text": results.hashes.get("train tokens") or results.recipe.get("data"),
+            "target": {key: value for key, value in target.items() if key not in _OF_THE_RUN},
+            "initialisation": arm.initialisation,
+            "rate": rate.get(arm.initialisation) if isinstance(rate, Mapping) else rate,
+            "tokens": arm.ledger.training.tokens,
+            "train": {key: value for key, value in train.items() if key not in unlike},
+        },
+        results.parent_origin,
+    )
 
 
 def _advantage_at_equal_total(pruned: ArmResult, scratch: ArmResult) -> float | None:

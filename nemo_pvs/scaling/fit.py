@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from nemo_pvs.errors import UserError
 from nemo_pvs.scaling.bootstrap import CONFIDENCE, DRAWS, FEWEST_DRAWS, confidence_interval, draw, scatter
 from nemo_pvs.scaling.chinchilla import Chinchilla
-from nemo_pvs.scaling.estimate import Points, fit_parameters, predict
+from nemo_pvs.scaling.estimate import Points, fit_parameters, predict, undetermined
 from nemo_pvs.scaling.held_out import HeldOut, held_out, slope_difference
 from nemo_pvs.scaling.law import Law, names
 from nemo_pvs.scaling.p2 import P2
@@ -134,6 +134,10 @@ def fit(
             warnings.append(
                 f"{exponent.name} is {value:.3g}, at the edge of its range: these losses hardly follow the law"
             )
+    if free := undetermined(law, points, values):
+        warnings.append(
+            f"these points do not determine {', '.join(free)}: many values fit equally well, as the intervals show"
+        )
     fitted = predict(law, values, points)
     noise, drawn = draw(law, points, values, draws, np.random.default_rng(seed), progress)
     return Fit(

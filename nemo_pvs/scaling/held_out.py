@@ -55,14 +55,18 @@ def slope_difference(law: Law, values: Array, series: Sequence[LossSeries]) -> f
     """Return the average slope difference (ASD): the mean of |fitted - measured slope|, nats per billion tokens.
 
     The P2 law's authors (2411.10272) choose between forms by it, because whether to train on is a question of slopes;
-    they do not say how slopes are measured. Here they are between consecutive points of a series. None if there are
-    none.
+    they do not say how slopes are measured. Here they are between consecutive points of a series, of which those at
+    equal tokens, from several seeds, count as one. None if there are none.
     """
     differences = []
     for run in series:
         points = Points.of([run])
-        intervals = np.diff(points.tokens) / BILLION
-        slopes = (np.diff(losses) / intervals for losses in (points.losses, predict(law, values, points)))
+        tokens, which = np.unique(points.tokens, return_inverse=True)
+        means = (
+            np.bincount(which, losses) / np.bincount(which) for losses in (points.losses, predict(law, values, points))
+        )
+        intervals = np.diff(tokens) / BILLION
+        slopes = (np.diff(losses) / intervals for losses in means)
         measured, fitted = slopes
         differences += np.abs(fitted - measured).tolist()
     return float(np.mean(differences)) if differences else None

@@ -42,13 +42,18 @@ class P2:
         """Check that the series have at least two parents and two ratios; warn beyond the paper's ratios and tokens.
 
         Raises:
-            UserError: a series is not of a pruned model, or there are too few parents or ratios.
+            UserError: a series is not of a model smaller than its parent, or there are too few parents or ratios.
         """
         for run in series:
             if run.initialisation != "pruned" or run.parent_parameters is None or run.parent_loss is None:
                 raise UserError(
                     f"{run.name} cannot be fitted by the P2 law, which needs a pruned model and its parent's "
                     "parameters and loss; leave it out or use --form chinchilla or per-run."
+                )
+            if not run.ratio or run.ratio < 0:
+                raise UserError(
+                    f"{run.name} has {run.parameters:,} parameters and its parent {run.parent_parameters:,}, so "
+                    "nothing was pruned that the P2 law could describe; leave it out or use --form per-run."
                 )
         parents = {run.parent_parameters for run in series}
         ratios = {round(run.ratio or 0, 2) for run in series}

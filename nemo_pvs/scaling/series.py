@@ -18,7 +18,7 @@ class LossSeries:
     """Losses against training tokens.
 
     Raises:
-        UserError: there are no points, or tokens or a loss are not positive and finite.
+        UserError: there are no points, or tokens, a loss or a size are not positive and finite.
     """
 
     name: str
@@ -42,6 +42,9 @@ class LossSeries:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise UserError(f"{self.name} has no validation loss after its warm-up; train it further.")
+        for whose, size in (("", self.parameters), ("a parent of ", self.parent_parameters)):
+            if size is not None and size < 1:
+                raise UserError(f"{self.name} has {whose}{size:,} parameters; give a number above 0.")
         for tokens, loss in zip(self.tokens, self.losses, strict=True):
             if not (math.isfinite(loss) and loss > 0):
                 raise UserError(

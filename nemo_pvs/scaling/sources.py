@@ -184,7 +184,7 @@ def _table(path: Path) -> list[LossSeries]:
 def _log_series(path: Path, row: dict[str, str]) -> LossSeries:
     try:
         size = int(float(row["tokens_per_step"]))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {row['name']!r} has a value that is not a number ({error}); correct it.") from None
     losses = validation_losses(path.parent / row["log"])
     start = _WARM_UP * max(losses) * size
@@ -218,5 +218,5 @@ def _row_series(path: Path, name: str, rows: list[dict[str, str]]) -> LossSeries
             separate_runs=True,
             source=str(path),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {name!r} has a value that is not a number ({error}); correct it.") from None

@@ -119,6 +119,41 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
+class StrictLoader(yaml.SafeLoader):
+    """Also refuses a key that is given twice, of which YAML takes the last, and an anchor that refers to itself."""
+
+    def __init__(self, stream: Any) -> None:
+        """Begin to read a file."""
+        super().__init__(stream)
+        self._open: list[Any] = []
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node, which must not be one of those that it is in."""
+        event: Any = self.peek_event()
+        if self.check_event(yaml.AliasEvent) and event.anchor in self._open:
+            raise yaml.composer.ComposerError(None, None, f"{event.anchor} contains itself", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_sequence_node(self, anchor: Any) -> Any:
+        """Compose a list."""
+        self._open.append(anchor)
+        node = super().compose_sequence_node(anchor)
+        self._open.pop()
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Compose a mapping; keys that it merges from others may be given again."""
+        self._open.append(anchor)
+        node: Any = super().compose_mapping_node(anchor)
+        self._open.pop()
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -219,6 +254,20 @@ def _move_away(target: Path) -> None:
     shutil.rmtree(_old_name(target), ignore_errors=True)
     if target.exists():
         os.replace(target, _old_name(target))
+
+
+def remove_whole(target: Path) -> None:
+    """Remove a folder or a file, if it exists; a crash leaves all of it or nothing, because it is renamed first."""
+    if target.is_dir():
+        _move_away(target)
+    else:
+        target.unlink(missing_ok=True)
+    remove_leftover(target)
+
+
+def remove_leftover(target: Path) -> None:
+    """Remove what a killed process has left of an earlier folder ``target`` that it was removing or replacing."""
+    shutil.rmtree(_old_name(target), ignore_errors=True)
 
 
 def check_new_folder(target: Path, *, overwrite: bool = False) -> None:

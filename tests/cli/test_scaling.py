@@ -65,6 +65,9 @@ def test_fit_and_predict_on_the_papers_points(pvs: Pvs, tmp_path: Path) -> None:
     assert "catches up: at or before 10.5 B tokens" in out
     assert "has 4,540,469,248 parameters" in out
     assert "two architectures" in out
+    code, out, _ = pvs("scaling", "predict", fit, "--against", scratch, *depth[:2], "--parent-tokens", "5e12")
+    assert code == 0
+    assert "5,010,485,760,000 tokens are outside the fitted" in out, "scratch is extrapolated, though the other is not"
 
 
 def test_scratch_of_another_tokenizer_is_not_compared(pvs: Pvs, results: Results, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -182,6 +183,42 @@ def test_what_is_forced_is_removed_and_nothing_else(values, run):
 def test_a_calibration_that_is_forced_changes_nothing(values, run):
     _pipeline(values, run, "calibrate").prepare_only()
     assert len(list((run / "train").rglob("step=7-last"))) == 6
+
+
+def test_scores_with_gradients_are_measured_apart_from_those_that_targets_were_pruned_by(values, run):
+    """A target that needs them changes nothing of the others, whether it is added or removed again."""
+    scores = (run / "stages" / "calibrate.json").read_bytes()
+    added = _change(values, "targets.taylor", {"method": "llm-pruner", "ratio": 0.3, "arms": ["pruned"]})
+    _pipeline(added, run).prepare_only()
+    assert len(list((run / "train").rglob("step=7-last"))) == 6
+    assert (run / "stages" / "calibrate.json").read_bytes() == scores
+    assert (run / "scores-gradients").is_dir()
+    _pipeline(values, run).prepare_only()
+    assert (run / "stages" / "calibrate.json").read_bytes() == scores
+
+
+def test_a_target_that_needed_gradients_can_be_removed(values, tmp_path):
+    both = _change(values, "targets.taylor", {"method": "llm-pruner", "ratio": 0.3, "arms": ["pruned"]})
+    run = _begun(both, tmp_path / "run")
+    assert [path.name for path in (run / "stages").glob("calibrate*")] == ["calibrate.json"], "one pass for all"
+    _pipeline(values, run).prepare_only()
+    assert len(list((run / "train").rglob("step=7-last"))) == 7
+
+
+def test_random_weights_of_another_rope_are_drawn_again(values, tmp_path):
+    """Their shape and seed are the same, but not what they compute; records of earlier versions do not say."""
+    parent = Path(values["parent"]["source"])
+    values["parent"] = {"config": json.loads((parent / "config.json").read_text()), "tokenizer": str(parent)}
+    values |= {"targets": {"parent": {"method": "dense"}}, "arms": ["random"]}
+    run = _begun(values, tmp_path / "run")
+    for key, value in (("rope_theta", 500_000.0), ("initializer_range", 0.01)):
+        _refused(_change(values, f"parent.config.{key}", value), run, rf"made with constants.{key} .*, not {value}")
+    record = run / "stages" / "random-parent.json"
+    earlier = json.loads(record.read_text())
+    del earlier["inputs"]["constants"]
+    record.write_text(json.dumps(earlier))
+    _pipeline(values, run).prepare_only()
+    assert len(list((run / "train").rglob("step=7-last"))) == 1
 
 
 def test_pruned_weights_that_were_removed_are_made_again(values, run):

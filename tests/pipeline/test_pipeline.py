@@ -19,7 +19,7 @@ from nemo_pvs.ledger.flops import calibration_flops
 from nemo_pvs.ledger.tokens_read import TokensRead
 from nemo_pvs.pipeline.ledger import run_ledger
 from nemo_pvs.pipeline.pipeline import Pipeline
-from nemo_pvs.pipeline.stages.calibrate import calibrate
+from nemo_pvs.pipeline.stages.calibrate import calibrations
 from nemo_pvs.pipeline.stages.data import data
 from nemo_pvs.pipeline.stages.evaluate import models_to_evaluate
 from nemo_pvs.pipeline.stages.parent import parent
@@ -310,7 +310,7 @@ def test_the_ledger_counts_what_was_computed(values, tmp_path):
     layer, head = shape.matrix_parameters // 4, shape.vocab * shape.hidden
     attention = 2 * 32 * shape.heads * shape.head_dim
 
-    assert multiplications(lambda: pipeline.do(calibrate(pipeline))) == 256 * 4 * layer
+    assert multiplications(lambda: pipeline.do(calibrations(pipeline)[0])) == 256 * 4 * layer
     # Tokens, layers run, models measured: by hand for four layers. The last token of a sequence is only predicted.
     for name, models, forwards in (
         ("depth", 4, 4 + 2 + 1 + 0),

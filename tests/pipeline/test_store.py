@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,26 @@ def test_what_took_long_is_not_removed_unasked(tmp_path: Path, dies: bool) -> No
     with pytest.raises(UserError, match=rf"not 0.002; remove {tmp_path} to train it again"):
         _train(tmp_path, 2e-3, force=None)
     assert _train(tmp_path, 2e-3, force=("train/width",)) == 1
+
+
+def test_a_removal_that_was_interrupted_leaves_nothing_that_passes_for_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _train(tmp_path, 1e-3)
+    (tmp_path / "train" / "width" / "weights").write_text("all of them")
+
+    def killed(folder: Path, **_: object) -> None:
+        if folder.exists():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _train(tmp_path, 1e-3, force=("train",))
+    assert _train(tmp_path, 1e-3) == 1, "what was left of the removed folder passed for the result"
+    assert [path.name for path in (tmp_path / "train").iterdir()] == ["width"]
+    assert [path.name for path in (tmp_path / "train" / "width").iterdir()] == ["count"]
 
 
 def test_equal_stages_of_a_kind_are_done_once(tmp_path: Path) -> None:

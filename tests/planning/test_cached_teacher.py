@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from nemo_pvs.cli.dry_run_table import show_series
+from nemo_pvs.cli.dry_run_table import plan_hours, show_series, teacher_hours
 from nemo_pvs.data.teacher_cache import CacheContent
 from nemo_pvs.errors import UserError
 from nemo_pvs.ledger.budget import scratch_budget
 from nemo_pvs.ledger.ledger import SHARED_ANSWERS, Charge, Ledger
 from nemo_pvs.planning.cached_teacher import bytes_per_token, cached_ranges, disk_warning, teacher_share
 from nemo_pvs.planning.dry_run import dry_run
+from nemo_pvs.planning.gpu_time import gpu_hours
 from nemo_pvs.planning.pruned_arms import of_recipe
 from nemo_pvs.recipe.load import parse_recipe
 from nemo_pvs.recipe.recipe import Recipe
@@ -110,6 +111,43 @@ def test_pvs_budget_counts_the_share():
     budget = scratch_budget(arm, "equal-total-tokens")
     before = arm.scratch_before.total.tokens
     assert budget.tokens == -(-2 * (arm.ledger.total.tokens - before) // 3)
+
+
+def test_pvs_budget_settles_the_other_budgets_of_the_recipe_first():
+    """Their arms have a part in the share of the teacher."""
+    (arm,) = of_recipe(distilled_recipe(CACHE, budget="equal-total-tokens"))
+    plan = dry_run(distilled_recipe(CACHE, budget="equal-total-tokens"))
+    assert arm.scratch_teacher_share == teacher_share(plan.recipe)
+    assert scratch_budget(arm, "equal-total-tokens").steps == plan.arms[1].arm.training.steps
+
+
+def test_a_range_that_holds_the_final_budgets_is_not_refused_for_those_on_the_way():
+    """While every arm still pays for its own teacher, scratch without one would get more tokens than in the end."""
+    how = {**CACHE, "arms": ["pruned"]}
+    targets = {name: {"method": "minitron-depth", "layers": layers} for name, layers in (("two", 2), ("three", 3))}
+    parent = {**distilled_recipe({}).parent.model_dump(), "pretraining_tokens": 1}
+    recipe = distilled_recipe(how, budget="equal-total-tokens", targets=targets, parent=parent)
+    wanted = max(planned.arm.tokens for planned in dry_run(recipe).arms)
+    ranges = {"source": "text", "token_ranges": {"random": [0, wanted]}}
+    enough = distilled_recipe(how, budget="equal-total-tokens", targets=targets, parent=parent, data=ranges)
+    assert max(planned.arm.tokens for planned in dry_run(enough).arms) == wanted
+    ranges["token_ranges"] = {"random": [0, wanted - PER_STEP]}
+    with pytest.raises(UserError, match="goes past the end of their range"):
+        dry_run(distilled_recipe(how, budget="equal-total-tokens", targets=targets, parent=parent, data=ranges))
+
+
+def test_the_hours_of_all_runs_include_the_teacher(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    train = {**distilled_recipe(CACHE).train.model_dump(), "precision": "bf16", "tokens": 10**15}
+    recipe = distilled_recipe(CACHE, train=train, seeds=[1, 2])
+    plan = dry_run(recipe)
+    tokens = plan.arms[0].arm.tokens
+    forward = PARENT.flops_per_token(sequence_length=32, training=False)
+    assert teacher_hours(plan) == pytest.approx(gpu_hours(tokens * forward, "bf16"))
+    show_series(recipe, tmp_path / "run", "here")
+    both = 2 * (plan_hours(plan) + teacher_hours(plan))
+    assert f"GPU-hours of all runs: {both:,.0f}" in capsys.readouterr().out
+    assert teacher_hours(dry_run(distilled_recipe({}))) == teacher_hours(dry_run(distilled_recipe(None))) == 0
 
 
 def test_caches_leave_the_identity_of_other_runs_alone():

@@ -18,6 +18,7 @@ from nemo_pvs.planning.gpu_time import (
     explain_kernels,
     explain_layout,
     gpu_hours,
+    peak_flops,
     training_flops,
 )
 from nemo_pvs.planning.memory import training_memory
@@ -42,6 +43,23 @@ def test_gpu_hours_by_hand() -> None:
     assert gpu_hours(3600 * 989.4e12, "bf16", mfu=1.0) == pytest.approx(1)
     assert gpu_hours(3600 * 989.4e12, "auto", mfu=0.5) == pytest.approx(2)
     assert gpu_hours(3600 * 1978.9e12, "fp8") == pytest.approx(1 / MFU["fp8"])
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA GH200 480GB", 989.4e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_the_peak_of_a_device_is_that_of_its_name(device: str, expected: float | None) -> None:
+    assert peak_flops(device, "bf16") == expected
 
 
 def test_nvidias_own_measurement_is_met() -> None:

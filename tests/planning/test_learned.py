@@ -25,3 +25,17 @@ def test_targets_that_differ_after_the_training_share_it() -> None:
     assert [
         name for name, _ in first_of_each_training(recipe.model_copy(update={"targets": recipe.targets | again}))
     ] == [name for name, _ in first_of_each_training(recipe)]
+
+
+def test_the_micro_batch_of_the_masks_goes_before_that_of_the_arms() -> None:
+    """The parent is trained whole, so it may need smaller ones; the arms' layout is the default for all else."""
+    recipe = load_recipe("smollm2_135m/sheared")
+    name, target = next((name, one) for name, one in recipe.targets.items() if is_trained_first(one))
+    layout = target.layout.model_copy(update={"micro_batch_size": 4})
+    for given, expected in ((1, 1), (None, 4)):
+        assert target.learn is not None
+        learn = target.learn.model_copy(update={"micro_batch_size": given, "layout": None})
+        changed = target.model_copy(update={"learn": learn, "layout": layout})
+        (learned,) = learned_targets(recipe.model_copy(update={"targets": {name: changed}}))
+        assert (learned.layout.micro_batch_size or learned.training.micro_batch_size) == expected
+        assert learned.layout.pipeline_parallel == layout.pipeline_parallel

@@ -1,7 +1,7 @@
 import pytest
 
 from nemo_pvs.model.shape import LayerSizes, Shape
-from nemo_pvs.planning.memory import parameters_on, training_memory
+from nemo_pvs.planning.memory import _of_teacher, parameters_on, training_memory
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 
@@ -107,3 +107,11 @@ def test_pieces_of_a_stage_are_dealt_out_in_turns():
     layout = Parallelism(pipeline_parallel=2, virtual_pipeline=2)
     without = uneven.with_layers([sizes[0], sizes[2]])
     assert parameters_on(uneven, layout, 0) == without.matrix_parameters + without.vector_parameters + 128 * 64
+
+
+def test_a_teacher_is_divided_evenly_whatever_the_pieces_of_its_student():
+    """Its 16 layers are four on each of 4 stages; the student's three pieces of one layer do not divide these."""
+    teacher, plain = SHAPE.replace(layers=16), Parallelism(pipeline_parallel=4)
+    pieces = plain.model_copy(update={"virtual_pipeline": 3})
+    for stage in range(4):
+        assert _of_teacher(teacher, pieces, stage, 2, 32, 8) == _of_teacher(teacher, plain, stage, 2, 32, 8)

@@ -26,6 +26,7 @@ from nemo_pvs.recipe.fields import RecipeBlock
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.target import DENSE, Target
+from nemo_pvs.system.files import StrictLoader, read_yaml
 
 
 @pytest.fixture
@@ -93,6 +94,29 @@ def test_every_packaged_recipe_reads():
         ("targets", {"../scores": {"method": "dense"}}, "a target names folders of the run, and '../scores'"),
         ("targets", {"a/b": {"method": "dense"}}, "and 'a/b' cannot; rename it"),
         ("targets", {"": {"method": "dense"}}, "and '' cannot; rename it"),
+        ("name", "", "name: string should have at least 1 character"),
+        ("arms", ["pruned", "pruned"], "arms lists pruned twice; remove one"),
+        ("targets.width.arms", ["random", "random"], "targets.width.arms lists random twice; remove one"),
+        ("targets", {"a[b]": {"method": "dense"}}, "and 'a[b]' cannot; rename it"),
+        ("targets", {"a\nb": {"method": "dense"}}, "cannot; rename it"),
+        ("targets", {"a" * 121: {"method": "dense"}}, "cannot; rename it"),
+        (
+            "targets",
+            {"w": {"method": "minitron-width", "ffn": 768, "stages": 3}, "w-stage-2": {"method": "dense"}},
+            "targets w-stage-2 and w would share files; rename one of them",
+        ),
+        (
+            "targets",
+            {"w": {"method": "minitron-width", "ffn": 768, "stages": 2}, "w-stages": {"method": "dense"}},
+            "targets w-stages and w would share files; rename one of them",
+        ),
+        ("budgets", [0], "budgets.0: input should be greater than or equal to 1, not 0."),
+        ("budgets", {"pruned": [1e3], "random": [0]}, "budgets.random.0: input should be greater than or equal to 1"),
+        ("budgets", [], "budgets: list should have at least 1 item"),
+        ("budgets", {"pruned": [], "random": []}, "so nothing would be trained; give one"),
+        ("train.tokens", 0, "train.tokens: input should be greater than or equal to 1, not 0."),
+        ("train.adam_betas", [0.9, 1], "train.adam_betas.1: input should be less than 1, not 1."),
+        ("train.adam_eps", -1e-8, "train.adam_eps: input should be greater than 0"),
         ("parent.source", None, "give the source, or the config and the tokenizer"),
     ],
 )
@@ -133,6 +157,27 @@ def test_not_a_recipe(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"broken\.yaml"):
         load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("name: a\ntrain: {tokens: 1}\ntrain: {tokens: 2}\n", "train is given twice in"),
+        ("targets:\n  a: {method: dense}\n  a: {method: flap}\n", "a is given twice in"),
+        ("name: &n {a: [*n]}\n", "n contains itself in"),
+    ],
+)
+def test_what_yaml_would_drop_or_repeat_for_ever_is_refused(tmp_path, text, sentence):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_anchors_and_merged_keys_are_understood(tmp_path):
+    """Also where what is merged is in a deeper block, which YAML reads later, and merges keys itself."""
+    (tmp_path / "r.yaml").write_text("x: {b: &b {<<: &a {p: 1, q: 1}, p: 2}}\nc: {<<: *b, r: 3}\nd: *a\n")
+    expected = {"x": {"b": {"p": 2, "q": 1}}, "c": {"p": 2, "q": 1, "r": 3}, "d": {"p": 1, "q": 1}}
+    assert read_yaml(tmp_path / "r.yaml", StrictLoader) == expected
 
 
 def test_unknown_recipe_names_the_known_ones():

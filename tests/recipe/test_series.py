@@ -258,3 +258,17 @@ def test_sweeps_of_one_kind_with_different_tokens_are_refused(tmp_path: Path) ->
     grid["targets"]["sparse"]["learning_rate"] = {"sweep": [1e-3, 1e-2], "tokens": 128}
     with pytest.raises(UserError, match="the sweeps of pruned arms have different tokens; give all of them the same"):
         phases(load(tmp_path, grid), RUN)
+
+
+def test_a_sweep_counts_tokens_as_the_recipe_does(tmp_path: Path) -> None:
+    """The paper's label of 61,035 tokens stands for 64,000, which are not scaled again and stay in their range."""
+    grid = grid_values()
+    grid["train"] = {**TRAIN, "paper_steps": True, "learning_rate": {"sweep": [1e-3, 1e-2]}}
+    grid["budgets"] = {"pruned": [61_035], "random": ["equal-training-tokens"]}
+    _, (sweep,), (run,) = phases(load(tmp_path, grid), RUN)
+    (pruned,) = run.recipe.pruned_runs("width")
+    assert pruned.tokens == 64_000
+    assert {arm.tokens for arm in sweep.recipe.runs} == {64_000}
+    grid["data"] = {**DATA, "token_ranges": {"pruned": [0, 64_000], "random": [0, 63_000]}}
+    with pytest.raises(UserError, match=r"sweep of random arms reads 64,000 tokens, .*\(0 to 63,000\)"):
+        phases(load(tmp_path, grid), RUN)

@@ -12,7 +12,15 @@ from nemo_pvs.ledger.ledger import Ledger
 from nemo_pvs.reporting.published import published
 from nemo_pvs.reporting.results import ParentResult, Results
 from nemo_pvs.scaling.advise import advise
-from nemo_pvs.scaling.evidence import Question, granularity_of, own_evidence, published_evidence, runs_in, written
+from nemo_pvs.scaling.evidence import (
+    Question,
+    granularity_of,
+    own_evidence,
+    packaged_runs,
+    published_evidence,
+    runs_in,
+    written,
+)
 
 from ..reporting.conftest import PARENT, TOKENS, make_arm
 
@@ -51,6 +59,40 @@ def test_a_run_of_the_package_is_named_as_such_and_applies_at_its_scale() -> Non
     training, total = own_evidence(dataclasses.replace(asked, parent_tokens=9 * TOKENS), runs, packaged=True)
     assert training.reaches
     assert "parent tokens" in total.out_of_reach
+
+
+def _of_recipe(name: str, *, targets: tuple[str, ...] = ("depth",), rate: float = 1e-3, **train: object) -> Results:
+    """Return ``_own`` as a recipe with these targets gave it."""
+    recipe = {
+        "name": name,
+        "parent": {"source": "big"},
+        "targets": {target: {"method": "minitron-depth", "layers": 2, "distill": True} for target in targets},
+        "train": {"seed": 1, "tokens": TOKENS, "learning_rate": {"pruned": rate, "random": 1e-2}, **train},
+    }
+    return dataclasses.replace(_own(2.5, 2.9, scratch_tokens=2 * TOKENS), recipe=recipe, recipe_name=name)
+
+
+def test_arms_that_two_runs_share_are_one_comparison() -> None:
+    first = _of_recipe("quick")
+    again = _of_recipe("full", targets=("depth", "width"), tokens=2 * TOKENS, checkpoints=9, distill={"top_k": 8})
+    asked = dataclasses.replace(TINY, parent_tokens=TOKENS)
+    assert own_evidence(asked, [first, again]) == own_evidence(asked, [first])
+    assert len(own_evidence(asked, [first])) == 1
+    for other in (_of_recipe("other", rate=2e-3), _of_recipe("other", weight_decay=0.0)):
+        assert len(own_evidence(asked, [first, other])) == 2
+    packaged = packaged_runs()
+    alone = [one for run in packaged for one in own_evidence(TINY, [run])]
+    assert own_evidence(TINY, [*packaged, *packaged]) == own_evidence(TINY, packaged) == alone
+
+
+def test_of_two_arms_from_scratch_with_nearly_equal_total_tokens_the_nearer_counts() -> None:
+    run = _own(2.5, 2.9, scratch_tokens=2 * TOKENS)
+    run.arms.append(dataclasses.replace(run.arms[1], name="further", validation=run.arms[0].validation))
+    run.arms[-1].ledger = Ledger()
+    run.arms[-1].ledger.charge("training", 2 * TOKENS + TOKENS // 20, DEPTH, 64, training=True)
+    asked = dataclasses.replace(TINY, parent_tokens=TOKENS)
+    totals = [one.advantage for one in own_evidence(asked, [run]) if one.setting == "equal total tokens"]
+    assert totals == [pytest.approx(0.4)]
 
 
 def test_evidence_of_distilled_models_is_named_as_such() -> None:

@@ -202,6 +202,65 @@ def test_slopes_are_compared_between_neighbours(drawn: Draw) -> None:
     assert slope_difference(LAWS["per-run"], values, [dataclasses.replace(series, tokens=(1e9,), losses=(3,))]) is None
 
 
+def test_two_seeds_at_equal_tokens_have_no_slope_between_them(drawn: Draw) -> None:
+    (series,) = _series(drawn, "per-run", billions=(1, 2, 4, 8, 16))
+    twice = dataclasses.replace(
+        series,
+        tokens=tuple(np.repeat(series.tokens, 2).tolist()),
+        losses=tuple((np.repeat(series.losses, 2) + np.tile([-0.1, 0.1], 5)).tolist()),
+    )
+    values = np.array([0.4, 2.3, 1.4])
+    alone = slope_difference(LAWS["per-run"], values, [series])
+    assert slope_difference(LAWS["per-run"], values, [twice]) == pytest.approx(alone)
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "free"),
+    [
+        ("chinchilla", {"parents": (1, 3), "ratios": (0.25,)}, ["alpha", "E", "A"]),
+        ("chinchilla", {"parents": (1, 2, 4, 8), "ratios": (0.25, 0.5), "billions": (1,)}, ["beta", "E", "B"]),
+        ("p2", {"parents": (1, 8), "ratios": (0.2, 0.3)}, ["alpha", "N_C", "E"]),
+    ],
+)
+def test_the_interval_of_what_points_do_not_determine_is_wide(
+    drawn: Draw, form: Form, settings: dict[str, object], free: list[str]
+) -> None:
+    found = fit(form, drawn(form, noise=0.002, **settings), draws=39)
+    assert any(f"these points do not determine {', '.join(free)}:" in warning for warning in found.warnings)
+    for name in free:
+        low, high = found.intervals[name]
+        assert low <= TRUTH[form][name] <= high, name
+    low, high = found.intervals[free[0]]
+    assert high > 10 * low
+
+
+def test_a_point_for_every_parameter_determines_them(drawn: Draw) -> None:
+    found = fit("chinchilla", drawn("chinchilla", noise=0.002, parents=(1, 3, 9), ratios=(0.25,)), draws=39)
+    assert not any("do not determine" in warning for warning in found.warnings)
+
+
+def test_parents_that_differ_in_their_ratios_too_are_fitted() -> None:
+    """Without the largest of these, size and ratio cannot be told apart; that was a singular matrix."""
+    noise, series = np.random.default_rng(1).standard_normal(26)[14:], []
+    for number, (size, ratio, parent_loss) in enumerate(((1.0, 0.2, 2.6), (2.0, 0.3, 2.4), (4.0, 0.35, 2.2))):
+        tokens = np.array([0.1, 0.2, 0.4, 0.8])
+        losses = parent_loss + ratio**1.5 * size**-0.2 * (0.8 * size**-0.1 + 0.6 * tokens**-0.3 + 0.4)
+        losses *= np.exp(0.002 * noise[4 * number : 4 * number + 4])
+        parameters = int(size * 1e9 * (1 - ratio)), int(size * 1e9)
+        counts = tuple((tokens * 1e9).tolist())
+        series.append(LossSeries(str(size), counts, tuple(losses.tolist()), "pruned", *parameters, parent_loss, True))
+    largest = fit("p2", series, draws=99).held_out[1]
+    assert largest.error_interval is not None
+    assert largest.error_interval[0] < 0 < largest.error_interval[1]
+
+
+def test_a_model_that_is_no_smaller_than_its_parent_has_no_p2_law(drawn: Draw) -> None:
+    series = drawn("p2")
+    same = dataclasses.replace(series[0], parameters=series[0].parent_parameters)
+    with pytest.raises(UserError, match="so nothing was pruned"):
+        fit("p2", [same, *series[1:]])
+
+
 def test_what_cannot_be_held_out_is_said(drawn: Draw) -> None:
     found = fit("chinchilla", drawn("chinchilla", parents=(1, 3), ratios=(0.25,)), draws=39)
     largest = found.held_out[1]

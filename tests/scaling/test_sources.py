@@ -136,6 +136,8 @@ def test_a_table_is_series(tmp_path: Path) -> None:
         (HEADER + "a,1e9,2.5,1e9,warm,,\n", "initialisation is 'warm'; write pruned or random"),
         (HEADER + "a,1e9,2.5,1e9,pruned,,\na,2e9,2.4,2e9,pruned,,\n", "rows of 'a' are of different models"),
         (HEADER + "a,0,2.5,1e9,pruned,,\n", "give tokens above 0"),
+        (HEADER + "a,1e9,2.5,inf,pruned,,\n", "'a' has a value that is not a number"),
+        (HEADER + "a,1e9,2.5,-5,pruned,,\n", "a has -5 parameters; give a number above 0"),
     ],
 )
 def test_a_damaged_table_is_refused(tmp_path: Path, content: str, message: str) -> None:

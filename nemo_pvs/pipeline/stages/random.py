@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nemo_pvs.checkpoints.fingerprint import fingerprint
+from nemo_pvs.checkpoints.fingerprint import fingerprint, function_of
 from nemo_pvs.checkpoints.masks import NoMasks, masks_of
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.data.assets import asset_files
+from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pipeline.folder import HUGGING_FACE, NEMO, RunFolder
 from nemo_pvs.pipeline.records import RandomRecord, prune_stage, random_stage
@@ -38,6 +41,7 @@ def random(run: RunFolder, name: str, target: Target) -> Stage[RandomRecord]:
         shape, masked = shape_and_masks()
         return {
             "shape": shape.to_dict(),
+            "constants": _constants(run.parent_config),
             "seed": train.seed,
             **({"initialisation": train.initialisation} if train.initialisation != "megatron" else {}),
             **(
@@ -73,6 +77,13 @@ def _draw(run: RunFolder, target: Target, pruned: Path) -> RandomSource:
     source = open_source(pruned)
     keep = source if target.keep_parent_embeddings else None
     return RandomSource(source.config, seed, source.assets, torch.bfloat16, masks_of(source), keep, scheme)
+
+
+def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what random weights depend on besides the shape: the parent's constants, which theirs are."""
+    spread = config.get("initializer_range", Layout.for_config(config).defaults.get("initializer_range"))
+    function = {key: value for key, value in function_of(config).items() if key != "shape"}
+    return {**function, "initializer_range": spread}
 
 
 def _needs_shape_only(run: RunFolder, name: str, target: Target) -> bool:
