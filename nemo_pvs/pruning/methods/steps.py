@@ -23,7 +23,9 @@ def to_shape(method: str, plan: Callable[[PruneRequest[Any], Shape], Plan]) -> C
         from nemo_pvs.checkpoints.source import shape_of
 
         parent = shape_of(request.source)
-        target = expected_sizes(method)(request.options, parent).shape
+        target = _target(method, request.options, parent)
+        if parent.uneven:  # which layers are kept determines their sizes
+            return planned(request, plan(request, target))
         _announce(request, parent, target)
         return _pruned(request, plan(request, target))
 
@@ -78,14 +80,24 @@ def expected_sizes(method: str) -> Callable[[SizesOrPreset, Shape], Expected]:
     """Return the ``expected`` function of a method whose target is given by sizes, a ratio or a preset."""
 
     def expected(options: SizesOrPreset, parent: Shape) -> Expected:
-        from nemo_pvs.pruning.target import choose_target
+        from nemo_pvs.pruning.target import average_of_layers
 
-        amount: dict[str, Any] = {"sizes": options.sizes, "preset": options.preset}
-        if isinstance(options, SizesOrRatio):
-            amount |= {"ratio": options.ratio, "of": options.of}
-        return Expected(choose_target(parent, method, **amount), exact=True)
+        target = _target(method, options, parent)
+        if parent.uneven:
+            return Expected(average_of_layers(parent, target.layers), exact=False)
+        return Expected(target, exact=True)
 
     return expected
+
+
+def _target(method: str, options: SizesOrPreset, parent: Shape) -> Shape:
+    """Return the target; for a parent with uneven layers only its number of layers counts."""
+    from nemo_pvs.pruning.target import choose_target
+
+    amount: dict[str, Any] = {"sizes": options.sizes, "preset": options.preset}
+    if isinstance(options, SizesOrRatio):
+        amount |= {"ratio": options.ratio, "of": options.of}
+    return choose_target(parent, method, **amount)
 
 
 def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
