@@ -6,6 +6,7 @@ Imports no NeMo.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -41,15 +42,21 @@ class Metrics:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Append one record in a single write, so that a reader never takes half a record for a whole line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append one record in a single write, so that a reader never takes half a record for a whole line.
+
+    Half a line that a full disk or a crash left at the end is ended first, or this record would become part of it.
+    """
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        begun = file.read() not in (b"", b"\n")
+        line = json.dumps(record) + "\n"
+        file.write((f"\n{line}" if begun else line).encode())
 
 
 def read(path: Path) -> Metrics:
     """Read a metrics file; if a resumed run repeated steps, the later record counts.
 
-    An incomplete line at the end, left by a killed run, is ignored.
+    An incomplete line, left by a killed run, is ignored.
     """
     by_kind: dict[str, dict[int, dict[str, Any]]] = {kind.name: {} for kind in fields(Metrics)}
     for line in path.read_text().splitlines() if path.exists() else []:
