@@ -32,16 +32,26 @@ def to_shape(method: str, plan: Callable[[PruneRequest[Any], Shape], Plan]) -> C
     return prune
 
 
-def by_scores(plan: Callable[..., Plan]) -> Callable[[PruneRequest[Any]], Pruned]:
+def by_scores(
+    plan: Callable[..., Plan], expected: Callable[[Any, Shape], Expected]
+) -> Callable[[PruneRequest[Any]], Pruned]:
     """Return the ``prune`` function of a method that removes a given ratio by the scores of a calibration.
 
     Args:
         plan: Takes the scores, the ratio and the other options that were given, and returns the plan.
+        expected: The method's ``expected``.
     """
 
     def prune(request: PruneRequest[Any]) -> Pruned:
+        from nemo_pvs.checkpoints.source import shape_of
+        from nemo_pvs.pruning.target import with_vocabulary
+
         if request.options.ratio is None:
             raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of the decoder layers.")
+        parent = shape_of(request.source)
+        if request.options.structure.startswith("UL") and not parent.uneven:
+            # No scores can change the sizes, so what is wrong with them is said before any are measured.
+            request.check(with_vocabulary(expected(request.options, parent).shape, request.options))
         others = request.options.given()
         others.pop(VOCAB, None)  # ``_pruned`` removes tokens, whatever the method
         return planned(request, plan(request.scores(), others.pop("ratio"), **others))
