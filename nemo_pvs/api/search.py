@@ -251,7 +251,7 @@ def search(
                     }
                 )
                 runs, data = out.with_suffix(".runs"), Path(retrain_data or "")
-                with short_training(model, runs, data, layout, training) as retrain:
+                with short_training(model, runs, data, layout, training, compute) as retrain:
                     ranking = find(retrain=retrain, retrain_best=retrain_best, retrained=f"{data}: {training}")
             tokens, flops = ranking.tokens_read, ranking.flops
             for shape in [one.shape for one in ranking.candidates if one.retrained_loss is not None]:

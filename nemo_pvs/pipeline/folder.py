@@ -12,6 +12,7 @@ from nemo_pvs.checkpoints.huggingface.config import normal_config
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource
 from nemo_pvs.data.assets import tokenizer_folder
+from nemo_pvs.data.domain_order import DomainOrder
 from nemo_pvs.data.token_set import TokenSet
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import ON_CPU, Compute
@@ -22,12 +23,14 @@ from nemo_pvs.pipeline.records import CALIBRATE, DataRecord, Records
 from nemo_pvs.pipeline.store import Stages
 from nemo_pvs.pipeline.tokens import RunData
 from nemo_pvs.planning.charges import tokens_read
+from nemo_pvs.planning.learned import learned_target
 from nemo_pvs.planning.rounds import RoundTraining, shares
 from nemo_pvs.recipe.distillation import PARENT
 from nemo_pvs.recipe.fields import Initialisation
 from nemo_pvs.recipe.options import needs_gradients, vocabulary_of
 from nemo_pvs.recipe.recipe import Arm, Recipe
 from nemo_pvs.recipe.target import Target
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics
 from nemo_pvs.training.job import CHECKPOINTS, METRICS_FILE, CarriedState, Loading, TrainingJob
 from nemo_pvs.training.trainer import is_finished
@@ -230,10 +233,11 @@ class RunFolder:
         """
         start = Loading.at_the_start(arm.training)
         before = self.folder / "masks" / arm.target / "run" / METRICS_FILE
-        if start is None or arm.initialisation != "pruned":
+        learned = learned_target(self.recipe, self.recipe.targets[arm.target])
+        if start is None or learned is None or arm.initialisation != "pruned":
             return start
         done = metrics.read(before).domains
-        return Loading(start.shares or done[-1]["shares"], done[-1]["samples"]) if done else start
+        return at_the_end(done[-1], learned.training, start.shares) if done else start
 
     @property
     def training_data(self) -> dict[str, Any]:
@@ -270,6 +274,29 @@ class RunFolder:
             seed=settings.seed + draw,
             windows=settings.windows,
         )
+
+
+def at_the_end(last: Mapping[str, Any], training: Training, shares: Mapping[str, float] | None) -> Loading:
+    """Return the state of the domains after a training's last step, given its last record of them.
+
+    That record is of an earlier step if the training was killed between its last save and its last validation, or if
+    the interval of validations does not divide its steps. What the steps after it read follows from its shares.
+
+    Args:
+        last: The record, as in ``Metrics.domains``.
+        training: Settings of the training.
+        shares: The shares to begin with instead of those at the end.
+    """
+    order = DomainOrder(
+        dict.fromkeys(last["samples"], 0),
+        last["shares"],
+        last["samples"],
+        batch=training.global_batch_size,
+        seed=training.order_seed,
+    )
+    order.restore({"step": last["step"], "shares": last["shares"], "taken": last["samples"]})
+    order.advance(max(last["step"], training.steps))
+    return Loading(dict(shares or last["shares"]), order.taken)
 
 
 def forget_optimizer(run: RunFolder, name: str, number: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from nemo_pvs.errors import UserError
-from nemo_pvs.system.files import disk_errors, sha256_bytes, sha256_json
+from nemo_pvs.system.files import sha256_bytes, sha256_json, write_bytes
 
 FEATURES = frozenset({"attention_bias", "mlp_bias"})
 """The features of a Shape that stand for the biases."""
@@ -63,11 +62,7 @@ class InputMeans:
 
     def save(self, path: Path) -> None:
         """Write the vectors atomically."""
-        partial = path.with_name(f".{path.name}.partial")
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self._rows(), partial)
-            os.replace(partial, path)
+        write_bytes(path, save(self._rows()))
 
     @classmethod
     def load(cls, path: Path, content_hash: str) -> InputMeans:

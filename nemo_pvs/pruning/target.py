@@ -132,7 +132,7 @@ def target_for_ratio(parent: Shape, ratio: float, method: str, of: str = "body")
     same ratio were chosen by hand and have other proportions; see the presets.
 
     Args:
-        parent: The model that is to be pruned, with even layers.
+        parent: The model that is to be pruned; uneven layers count as their mean.
         ratio: Share to remove, between 0 and 1.
         method: minitron-depth, shortgpt or minitron-width.
         of: What the ratio is a share of, ``body`` or ``total``.
@@ -148,10 +148,14 @@ def target_for_ratio(parent: Shape, ratio: float, method: str, of: str = "body")
         raise UserError(f"The ratio {ratio:g} leaves nothing or removes nothing; choose one between 0 and 1.")
     wanted = (1 - ratio) * _count(parent, of)
     if _RATIO_AXES[method] == "depth":
-        shape = _nearest((parent.replace(layers=layers) for layers in range(1, parent.layers)), wanted, of, parent)
+        lost = {layers: parameters_of_layers(parent, parent.layers - layers) for layers in range(1, parent.layers)}
+        left = {layers: _count(parent, of) - count for layers, count in lost.items()}
+        layers = min(left, key=lambda layers: (abs(left[layers] - wanted), layers), default=parent.layers)
+        shape, count = parent.replace(layers=layers), left.get(layers, wanted)
     else:
         shape = _narrower(parent, wanted, of)
-    if shape == parent or abs(_count(shape, of) - wanted) > _TOLERANCE * _count(parent, of):
+        count = _count(shape, of)
+    if shape == parent or abs(count - wanted) > _TOLERANCE * _count(parent, of):
         raise UserError(
             f"No {_RATIO_AXES[method]} of this model is close to a ratio of {ratio:g} of {of}; "
             f"the nearest is [{shape}]. Choose another ratio, or give the sizes with --target."
@@ -236,6 +240,17 @@ def _nearest(shapes: Iterable[Shape], wanted: float, of: str, default: Shape) ->
 
 def _count(shape: Shape, of: str) -> int:
     return shape.body_parameters if of == "body" else shape.parameters
+
+
+def parameters_of_layers(parent: Shape, layers: int) -> float:
+    """Return the parameters of a number of layers; uneven ones count as their mean."""
+    return layers * (parent.matrix_parameters + parent.vector_parameters) / parent.layers
+
+
+def average_of_layers(parent: Shape, layers: int) -> Shape:
+    """Return an even shape of ``layers`` layers with as many parameters as that many of a parent's uneven ones."""
+    left = parent.parameters - parameters_of_layers(parent, parent.layers - layers)
+    return shrunk(parent.replace(layers=layers), round(left))
 
 
 def shrunk(parent: Shape, parameters: int) -> Shape:

@@ -15,6 +15,7 @@ from typing import Any
 from nemo_pvs.checkpoints.files.torch_dist import TorchDistReader
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json, write_json
+from nemo_pvs.training.job import JOB_FILE, TrainingJob
 
 KEPT = 2
 """Number of checkpoints kept, the newest ones; while one is being written there is one more."""
@@ -91,17 +92,21 @@ def check_split(checkpoint: Path, split: Mapping[str, Any], *, distributed_optim
 
 
 def state_to_carry(folder: Path) -> Path:
-    """Return the checkpoint from which another run takes its optimizer state, the newest intact one.
+    """Return the checkpoint from which another run takes its optimizer state, that of the last step.
+
+    An earlier one would do for resuming, but its moments are not those of the weights that were handed over.
 
     Raises:
-        UserError: there is no intact checkpoint.
+        UserError: there is no such checkpoint, or it is broken.
     """
     checkpoint, _ = newest_sound(folder)
-    if checkpoint is None:
+    job = folder.parents[1] / JOB_FILE
+    steps = TrainingJob.load(job).training.steps if job.is_file() else None
+    if checkpoint is None or (steps is not None and checkpoint.name != checkpoint_name(steps)):
         target, number = folder.parents[2].name.removesuffix("-stages"), folder.parents[1].name
         raise UserError(
-            f"There is no intact checkpoint in {folder} to take optimizer state from; train that round again (--force "
-            f"train/{target}/stage-{number}), or leave slice_optimizer_state out."
+            f"There is no intact checkpoint of the last step in {folder} to take optimizer state from; train that "
+            f"round again (--force train/{target}/stage-{number}), or leave slice_optimizer_state out."
         )
     return checkpoint
 

@@ -42,9 +42,15 @@ class Metrics:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Append one record in a single write, so that a reader never takes half a record for a whole line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append one record in a single write, so that a reader never takes half a record for a whole line.
+
+    Half a line that a full disk or a crash left at the end is ended first, or this record would become part of it.
+    """
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        begun = file.read() not in (b"", b"\n")
+        line = json.dumps(record) + "\n"
+        file.write((f"\n{line}" if begun else line).encode())
 
 
 def read(path: Path) -> Metrics:

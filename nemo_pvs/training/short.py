@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_pvs.checkpoints.huggingface.folder import write_huggingface
+from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import WeightSource
-from nemo_pvs.errors import UserError
+from nemo_pvs.data.windows import validation_windows
+from nemo_pvs.layerwise.model import ON_CPU, Compute
+from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.fields import Parallelism
@@ -24,7 +27,12 @@ from nemo_pvs.training.trainer import Trainer
 
 @contextmanager
 def short_training(
-    source: WeightSource, folder: Path, data: Path, layout: Parallelism, training: Training
+    source: WeightSource,
+    folder: Path,
+    data: Path,
+    layout: Parallelism,
+    training: Training,
+    compute: Compute = ON_CPU,
 ) -> Iterator[Callable[[Plan], float]]:
     """Yield a function that prunes by a plan, trains the result and returns its validation loss (nats per token).
 
@@ -38,9 +46,10 @@ def short_training(
         data: Folder with ``train`` and ``validation`` token files.
         layout: Parallelism of every run.
         training: Training options of every run.
+        compute: Where and how layers run if the training did not measure the loss after its last step.
 
     Raises:
-        UserError: raised by the function if ``prepare_job`` refuses a run, or a run has no validation loss.
+        UserError: raised by the function if ``prepare_job`` refuses a run.
     """
     with Trainer(folder / "launcher.log") as trainer:
 
@@ -50,11 +59,24 @@ def short_training(
             if not pruned.exists():
                 write_huggingface(PrunedSource(source, plan), pruned)
             job = prepare_job(str(pruned), run, data, layout, training, random_init=False)
-            trainer.train(job)
-            curve = metrics.read(job.metrics)
-            if not curve.validation:
-                raise UserError(f"{run} has no validation loss; remove the folder and search again.")
+            checkpoint = trainer.train(job)
+            loss = _final_loss(metrics.read(job.metrics), checkpoint, data, training, compute)
             shutil.rmtree(pruned)
-            return float(curve.validation[-1]["loss"])
+            return loss
 
         yield train
+
+
+def _final_loss(curve: metrics.Metrics, checkpoint: Path, data: Path, training: Training, compute: Compute) -> float:
+    """Return the validation loss after the last step.
+
+    Training does not measure it if it was killed between its last save and its last validation, or if the interval of
+    validations does not divide its steps; the loss of an earlier step would be compared with losses of the last one.
+    """
+    for point in curve.validation:
+        if point["step"] == training.steps:
+            return float(point["loss"])
+    windows = validation_windows(
+        data / "validation", samples=training.validation_samples, sequence_length=training.sequence_length
+    )
+    return float(perplexity(open_source(checkpoint), windows, compute)["loss"])

@@ -15,9 +15,11 @@ import torch
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
+from nemo_pvs.data.domain_order import DomainOrder
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.perplexity import perplexity
 from nemo_pvs.ledger.ledger import LEDGER, Ledger
+from nemo_pvs.pipeline.folder import at_the_end
 from nemo_pvs.pipeline.pipeline import Pipeline
 from nemo_pvs.pipeline.stages.learned import complete_job
 from nemo_pvs.planning.dry_run import dry_run
@@ -27,6 +29,7 @@ from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
 from nemo_pvs.pruning.learned.sheared import save_masks
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.recipe.load import load_recipe, parse_recipe
+from nemo_pvs.recipe.training import Training
 from nemo_pvs.training import metrics, trainer
 from nemo_pvs.training.checkpoints import checkpoint_name, newest_sound
 from nemo_pvs.training.job import Loading, TrainingJob
@@ -150,6 +153,21 @@ def test_a_run_killed_while_it_learns_masks_goes_on_to_a_pruned_and_trained_mode
     windows = Pipeline(recipe, folder).tokens.validation_windows
     measured = perplexity(open_source(folder / "models" / arm.name), windows)
     assert arms.validation[-1]["loss"] == pytest.approx(measured["loss"], abs=2e-3)
+
+
+def test_an_arm_reads_nothing_again_that_mask_learning_read_after_its_last_validation() -> None:
+    """Training that was killed after its last save has recorded its domains at an earlier step last."""
+    train = Training(
+        tokens=30 * 8 * 4, sequence_length=4, global_batch_size=8, learning_rate=1e-3, validation_samples=8
+    )
+    shares = {"song": 0.7, "noise": 0.3}
+    order = DomainOrder(dict.fromkeys(shares, 999), shares, dict.fromkeys(shares, 5), batch=8, seed=train.order_seed)
+    last = {"step": 21, "shares": shares, "samples": order.state(21)["taken"]}
+    read = order.state(30)["taken"]
+    assert sum(read.values()) == 10 + 30 * 8
+    assert at_the_end(last, train, None) == Loading(shares, read)
+    assert at_the_end({**last, "step": 30, "samples": read}, train, {"song": 1.0}) == Loading({"song": 1.0}, read)
+    assert at_the_end({**last, "step": 31, "samples": read}, train, None).samples == read
 
 
 def test_what_is_prepared_first_is_the_job_that_learns_masks(tmp_path: Path) -> None:

@@ -150,6 +150,17 @@ def test_what_cannot_be_reached_is_said() -> None:
         plan_adapt_pruner(source, 1, made_up([0.5] * 4), AdaptPrunerSettings(amplitude=-1))
 
 
+def test_a_target_is_reached_although_a_full_step_would_empty_a_layer() -> None:
+    """Of 32 key channels a sparsity of 0.99, that of a full second step, leaves none; the target needs much less."""
+    source = StateSource(tiny_model())
+    start = shape_of(source)
+    wanted = start.parameters - round(0.6 * start.matrix_parameters)
+    settings = AdaptPrunerSettings(iterations=2, amplitude=0)
+    target = plan_adapt_pruner(source, wanted, made_up([0.5] * 4), settings).target
+    assert wanted - 4 * 3 * start.hidden <= target.parameters <= wanted
+    assert target.kv_groups == 1
+
+
 def test_measurements_of_uneven_layers_are_those_of_the_whole_model() -> None:
     """Cosines by forward hooks, importance by plain autograd, of a model whose layers all differ."""
     model = uneven_model().double()

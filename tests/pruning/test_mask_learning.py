@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from nemo_pvs.checkpoints.masks import check_masks
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.learned.gates import UNITS, FoldedSource, Gates, gate_sizes, plan_of_gates
 from nemo_pvs.pruning.learned.mask_learning import MaskLearner, MaskSettings
 from nemo_pvs.pruning.learned.sheared import check_reached, load_gates, save_masks, sheared_plan
+from tests.masked_source import MaskedSource
 from tests.pruning.gated_llama import gated
 from tests.pruning.test_apply import IDS
 from tests.state_source import StateSource, as_transformers, tiny_model
@@ -130,6 +132,19 @@ def test_folding_rounds_once_and_leaves_embedding_and_head_alone() -> None:
         assert torch.equal(folded.read(name), plain.read(name))
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(folded.read(name), (plain.read(name).float() * (torch.tensor(0.9) * 0.9)).bfloat16())
+
+
+def test_a_sparse_parent_stays_sparse() -> None:
+    """Without the masks, training would fill the zeros of the pruned model."""
+    gates = learned(30).deterministic()
+    source = MaskedSource(StateSource(tiny_model()))
+    pruned, plan = sheared_plan(source, gates, {})
+    assert set(pruned.masks.names) == {name for name in pruned.masks.names if name.endswith("proj.weight")} != set()
+    check_masks(pruned)
+    name = "model.layers.0.mlp.down_proj.weight"
+    rows, columns = torch.tensor(plan.keep_hidden), torch.tensor(plan.keep_ffn[0])
+    parent = f"model.layers.{plan.keep_layers[0]}.mlp.down_proj.weight"
+    assert torch.equal(pruned.masks.read(name), source.masks.read(parent)[rows][:, columns])
 
 
 def test_masks_that_did_not_reach_the_target_say_how_far_they_got(tmp_path: Path) -> None:

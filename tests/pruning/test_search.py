@@ -204,3 +204,9 @@ def test_candidates_sort_by_the_best_that_is_known() -> None:
     smaller = Candidate(shape.replace(hidden=3), 1, estimated_loss=3.5)
     ranked = [retrained, measured, good, smaller, bad]
     assert sorted([bad, smaller, measured, good, retrained], key=lambda one: one.rank) == ranked
+    diverged = Candidate(shape, 1, estimated_loss=1.0, loss=1.0, retrained_loss=float("nan"))
+    broken = Candidate(shape, 1, estimated_loss=1.0, loss=float("nan"))
+    for candidates in ([diverged, retrained, broken, measured], [broken, measured, retrained, diverged]):
+        best = sorted(candidates, key=lambda one: one.rank)
+        assert best[0] is retrained, "a loss that is no number must not decide the order"
+        assert best[-1] is broken

@@ -2,7 +2,10 @@ import pytest
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
-from nemo_pvs.training import metrics
+from nemo_pvs.errors import UserError
+from nemo_pvs.recipe.fields import Parallelism
+from nemo_pvs.recipe.training import Training
+from nemo_pvs.training import checkpoints, metrics
 from nemo_pvs.training.checkpoints import (
     checkpoint_name,
     damage,
@@ -10,7 +13,9 @@ from nemo_pvs.training.checkpoints import (
     saved_checkpoints,
     say_broken,
     set_aside,
+    state_to_carry,
 )
+from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.job_progress import latest
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
@@ -78,3 +83,19 @@ def test_the_line_of_progress_has_what_was_measured():
     curve.validation.append({"step": 1, "loss": 3.125})
     curve.sparsity.append({"step": 1, "zero_fraction": 0.5})
     assert latest(curve) == "loss 3.250, 1,234 tokens/s, validation 3.125, 50.00% zeros"
+
+
+def test_optimizer_state_is_carried_over_from_the_last_step_only(tmp_path, monkeypatch):
+    """Of two kept checkpoints the last is broken; the moments of the one before are not those of the weights."""
+    run = tmp_path / "train" / "small-stages" / "1"
+    training = Training(
+        tokens=20 * 8, sequence_length=8, global_batch_size=1, learning_rate=1e-3, validation_samples=1
+    )
+    job = TrainingJob("small 1", run, run / "initial", {"train": "", "validation": ""}, Parallelism(), training)
+    job.save()
+    sound = {"newest": job.checkpoints / checkpoint_name(20)}
+    monkeypatch.setattr(checkpoints, "newest_sound", lambda _: (sound["newest"], {}))
+    assert state_to_carry(job.checkpoints) == sound["newest"]
+    for sound["newest"] in (job.checkpoints / checkpoint_name(10), None):
+        with pytest.raises(UserError, match=r"of the last step in .* \(--force train/small/stage-1\)"):
+            state_to_carry(job.checkpoints)

@@ -35,6 +35,17 @@ def test_a_file_that_grows_is_read_on_from_where_it_ended(tmp_path):
     assert growing.read().training == metrics.read(path).training == [{"step": 1}]
 
 
+def test_the_record_after_half_a_line_is_not_lost_with_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics.append(path, {"kind": "training", "step": 1, "loss": 5.0})
+    with open(path, "a") as file:
+        file.write('{"kind": "training", "st')  # a full disk
+    for step in (2, 3):
+        metrics.append(path, {"kind": "training", "step": step, "loss": 4.0})
+    assert [point["step"] for point in metrics.read(path).training] == [1, 2, 3]
+    assert len(path.read_text().splitlines()) == 4
+
+
 def test_parts_of_a_training_are_counted_through(tmp_path):
     for part, losses in enumerate([(5.0, 4.0), (4.5, 3.5)]):
         for step, loss in enumerate(losses, 1):

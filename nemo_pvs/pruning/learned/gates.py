@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nemo_pvs.checkpoints.masks import Masks, masks_of
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Entry, Layout, TensorPart
@@ -113,6 +114,7 @@ class FoldedSource:
         self._parts = Layout.for_config(source.config).parts(self._shape)
         self.config = source.config
         self.assets = source.assets
+        self.masks: Masks = masks_of(source)  # a factor leaves zeros where they are
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, multiplied in fp32 and rounded once to its dtype."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.pruning.learned.unit_space import UnitSpace
+from nemo_pvs.system.files import write_bytes
 
 
 @dataclass
@@ -34,11 +34,8 @@ class KeptUnits:
 
     def save(self, path: Path) -> None:
         """Write the state atomically, as safetensors."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         tensors = {"kept": self.kept, "totals": self.totals.cpu()}
-        save_file(tensors, partial, {"removals": json.dumps(self.removals)})
-        os.replace(partial, path)
+        write_bytes(path, save(tensors, {"removals": json.dumps(self.removals)}))
 
     @classmethod
     def load(cls, path: Path, space: UnitSpace) -> KeptUnits:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.source import WeightSource, shape_of
@@ -19,7 +18,7 @@ from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.learned.gates import UNITS, FoldedSource, Gates, plan_of_gates
 from nemo_pvs.pruning.learned.mask_learning import NAMES, MaskLearner
 from nemo_pvs.pruning.plan import Plan
-from nemo_pvs.system.files import disk_errors
+from nemo_pvs.system.files import write_bytes
 
 METHOD = "sheared-llama"
 TOLERANCE = 0.02
@@ -33,10 +32,8 @@ def save_masks(path: Path, masks: MaskLearner) -> None:
     """Write the deterministic gates and the sparsities reached to a safetensors file, atomically."""
     header = {"target": masks.target.to_dict(), "sparsities": masks.sparsities(), "targets": masks.targets}
     gates = zip(UNITS, masks.deterministic().tensors, strict=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        save_file({unit: tensor.cpu().contiguous() for unit, tensor in gates}, partial, {_HEADER: json.dumps(header)})
-        os.replace(partial, path)
+    tensors = {unit: tensor.cpu().contiguous() for unit, tensor in gates}
+    write_bytes(path, save(tensors, {_HEADER: json.dumps(header)}))
 
 
 def load_gates(path: Path, target: Shape) -> Gates:

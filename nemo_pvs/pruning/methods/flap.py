@@ -11,6 +11,8 @@ from nemo_pvs.pruning.options import Units, option
 
 if TYPE_CHECKING:
     from nemo_pvs.pruning.plan import Plan
+    from nemo_pvs.pruning.request import PruneRequest
+    from nemo_pvs.pruning.result import Pruned
 
 
 class FlapOptions(Units):
@@ -31,14 +33,25 @@ def _plan(*arguments: Any, **options: Any) -> Plan:
     return plan_flap(*arguments, **options)
 
 
-def _expected(options: FlapOptions, parent: Shape) -> Expected:
+def _prune(request: PruneRequest[FlapOptions]) -> Pruned:
+    from nemo_pvs.checkpoints.source import shape_of
+    from nemo_pvs.model.layout import Layout
+
+    source = request.source
+    if request.options.bias:  # refuses a family that cannot have them before any scores are measured
+        Layout.for_config(source.config).config(_with_biases(shape_of(source)), source.config)
+    return by_scores(_plan, _expected)(request)
+
+
+def _with_biases(shape: Shape) -> Shape:
     from nemo_pvs.pruning.input_means import FEATURES
 
+    return shape.replace(features=tuple(sorted({*shape.features, *FEATURES})))
+
+
+def _expected(options: FlapOptions, parent: Shape) -> Expected:
     expected = expected_units(options, parent)
-    if not options.bias:
-        return expected
-    features = tuple(sorted({*expected.shape.features, *FEATURES}))
-    return expected._replace(shape=expected.shape.replace(features=features))
+    return expected._replace(shape=_with_biases(expected.shape)) if options.bias else expected
 
 
 METHOD = PruningMethod(
@@ -46,7 +59,7 @@ METHOD = PruningMethod(
     removes="KV groups and FFN channels by fluctuation, with biases",
     paper="2312.11983",
     options=FlapOptions,
-    prune=by_scores(_plan),
+    prune=_prune,
     expected=_expected,
     scored=True,
 )

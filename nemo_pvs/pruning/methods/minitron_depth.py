@@ -34,37 +34,48 @@ class MinitronDepthOptions(SizesOrRatio):
     compat: bool = option("reproduce the published code's quirks, and so its numbers", False)
 
     @property
-    def greedy_ends(self) -> tuple[int, int] | None:
-        """How many layers a greedy search protects at the input and at the output; None for any other search."""
-        if self.search not in _GREEDY:
-            return None
-        default = _GREEDY[self.search]
+    def ends(self) -> tuple[int, int]:
+        """How many layers are protected at the input and at the output."""
+        default = _GREEDY.get(self.search, 0)
         first, last = self.protect_first, self.protect_last
         return default if first is None else first, default if last is None else last
+
+    @property
+    def greedy_ends(self) -> tuple[int, int] | None:
+        """How many layers a greedy search protects at the input and at the output; None for any other search."""
+        return self.ends if self.search in _GREEDY else None
 
 
 def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
     from nemo_pvs.checkpoints.source import shape_of
-    from nemo_pvs.pruning.structured.depth import layers_to_remove, plan_depth, plan_individual, scan_windows
+    from nemo_pvs.pruning.structured.depth import (
+        layers_to_remove,
+        plan_depth,
+        plan_individual,
+        scan_windows,
+        unprotected,
+    )
     from nemo_pvs.pruning.structured.depth_task import plan_task, scan_task
     from nemo_pvs.pruning.structured.greedy import plan_greedy, scan_greedy
 
     options = request.options
-    remove = layers_to_remove(shape_of(request.source), target)
+    parent, (first, last) = shape_of(request.source), options.ends
+    remove = layers_to_remove(parent, target)
+    unprotected(parent.layers, remove, first, last)  # refuses too many before anything is measured
     if options.task is not None and request.task_score is not None:
         if options.search != "contiguous":
             raise UserError("--task compares contiguous runs of layers; leave --search out.")
         score = request.task_score()
         with request.progress("scan layers (task)", "models") as show:
             by_task = scan_task(request.source, remove, score, progress=show)
-        best = max(by_task.scores)
+        plan = plan_task(by_task, compat=options.compat, protect_first=first, protect_last=last)
+        best = by_task.scores[_first_removed(plan)]
         request.say(f"the best shorter model scores {best:.4f}, the dense one {by_task.dense_score:.4f}")
-        return plan_task(by_task, compat=options.compat)
+        return plan
     if options.task_limit is not None:
         raise UserError("--task-limit needs --task; give both, or neither.")
     with request.progress(f"scan layers ({options.search})", "layer passes") as show:
-        if options.greedy_ends is not None:
-            first, last = options.greedy_ends
+        if options.search in _GREEDY:
             greedy = scan_greedy(
                 request.source,
                 request.tokens(),
@@ -78,13 +89,18 @@ def _plan(request: PruneRequest[MinitronDepthOptions], target: Shape) -> Plan:
         width = 1 if options.search == "individual" else remove
         scan = scan_windows(request.source, request.tokens(), width, compute=request.compute, progress=show)
     if options.search == "individual":
-        return plan_individual(scan, remove, **options.given("protect_first", "protect_last"))
-    plan = plan_depth(scan, compat=options.compat)
+        return plan_individual(scan, remove, protect_first=first, protect_last=last)
+    plan = plan_depth(scan, compat=options.compat, protect_first=first, protect_last=last)
+    start = _first_removed(plan)
     request.say(
-        f"without layers {scan.start} to {scan.start + scan.removed - 1} the loss is {min(scan.losses):.3f} "
+        f"without layers {start} to {start + remove - 1} the loss is {scan.losses[start]:.3f} "
         f"instead of {scan.dense_loss:.3f} nats per token"
     )
     return plan
+
+
+def _first_removed(plan: Plan) -> int:
+    return min({*range(plan.parent.layers)} - {*plan.keep_layers})
 
 
 METHOD = PruningMethod(

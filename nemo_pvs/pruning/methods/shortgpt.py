@@ -22,11 +22,13 @@ class ShortGPTOptions(SizesOrRatio, ProtectedLayers):
 
 def _plan(request: PruneRequest[ShortGPTOptions], target: Shape) -> Plan:
     from nemo_pvs.checkpoints.source import shape_of
-    from nemo_pvs.pruning.structured.depth import layers_to_remove
+    from nemo_pvs.pruning.structured.depth import layers_to_remove, unprotected
     from nemo_pvs.pruning.structured.shortgpt import plan_shortgpt
 
-    remove = layers_to_remove(shape_of(request.source), target)
-    return plan_shortgpt(request.scores(), remove, **request.options.given("protect_first", "protect_last"))
+    options, parent = request.options, shape_of(request.source)
+    remove = layers_to_remove(parent, target)
+    unprotected(parent.layers, remove, options.protect_first, options.protect_last)  # before scores are measured
+    return plan_shortgpt(request.scores(), remove, **options.given("protect_first", "protect_last"))
 
 
 METHOD = PruningMethod(

@@ -23,23 +23,35 @@ def to_shape(method: str, plan: Callable[[PruneRequest[Any], Shape], Plan]) -> C
         from nemo_pvs.checkpoints.source import shape_of
 
         parent = shape_of(request.source)
-        target = expected_sizes(method)(request.options, parent).shape
+        target = _target(method, request.options, parent)
+        if parent.uneven:  # which layers are kept determines their sizes
+            return planned(request, plan(request, target))
         _announce(request, parent, target)
         return _pruned(request, plan(request, target))
 
     return prune
 
 
-def by_scores(plan: Callable[..., Plan]) -> Callable[[PruneRequest[Any]], Pruned]:
+def by_scores(
+    plan: Callable[..., Plan], expected: Callable[[Any, Shape], Expected]
+) -> Callable[[PruneRequest[Any]], Pruned]:
     """Return the ``prune`` function of a method that removes a given ratio by the scores of a calibration.
 
     Args:
         plan: Takes the scores, the ratio and the other options that were given, and returns the plan.
+        expected: The method's ``expected``.
     """
 
     def prune(request: PruneRequest[Any]) -> Pruned:
+        from nemo_pvs.checkpoints.source import shape_of
+        from nemo_pvs.pruning.target import with_vocabulary
+
         if request.options.ratio is None:
             raise UserError("Nothing says how much to prune; give --ratio 0.2 for a fifth of the decoder layers.")
+        parent = shape_of(request.source)
+        if request.options.structure.startswith("UL") and not parent.uneven:
+            # No scores can change the sizes, so what is wrong with them is said before any are measured.
+            request.check(with_vocabulary(expected(request.options, parent).shape, request.options))
         others = request.options.given()
         others.pop(VOCAB, None)  # ``_pruned`` removes tokens, whatever the method
         return planned(request, plan(request.scores(), others.pop("ratio"), **others))
@@ -78,14 +90,24 @@ def expected_sizes(method: str) -> Callable[[SizesOrPreset, Shape], Expected]:
     """Return the ``expected`` function of a method whose target is given by sizes, a ratio or a preset."""
 
     def expected(options: SizesOrPreset, parent: Shape) -> Expected:
-        from nemo_pvs.pruning.target import choose_target
+        from nemo_pvs.pruning.target import average_of_layers
 
-        amount: dict[str, Any] = {"sizes": options.sizes, "preset": options.preset}
-        if isinstance(options, SizesOrRatio):
-            amount |= {"ratio": options.ratio, "of": options.of}
-        return Expected(choose_target(parent, method, **amount), exact=True)
+        target = _target(method, options, parent)
+        if parent.uneven:
+            return Expected(average_of_layers(parent, target.layers), exact=False)
+        return Expected(target, exact=True)
 
     return expected
+
+
+def _target(method: str, options: SizesOrPreset, parent: Shape) -> Shape:
+    """Return the target; for a parent with uneven layers only its number of layers counts."""
+    from nemo_pvs.pruning.target import choose_target
+
+    amount: dict[str, Any] = {"sizes": options.sizes, "preset": options.preset}
+    if isinstance(options, SizesOrRatio):
+        amount |= {"ratio": options.ratio, "of": options.of}
+    return choose_target(parent, method, **amount)
 
 
 def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:

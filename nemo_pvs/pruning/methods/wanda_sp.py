@@ -27,7 +27,7 @@ METHOD = PruningMethod(
     removes="KV groups and FFN channels by |W| |x|",
     paper="2312.11983",
     options=WandaSpOptions,
-    prune=by_scores(_plan),
+    prune=by_scores(_plan, expected_units),
     expected=expected_units,
     scored=True,
 )

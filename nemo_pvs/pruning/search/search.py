@@ -48,9 +48,13 @@ class Candidate:
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """Key to sort by: retrained ones first, then measured ones, then by the estimate, the smaller of equals."""
+        """Key to sort by: retrained ones first, then measured ones, then by the estimate, the smaller of equals.
+
+        A loss that is no number, as of a training that diverged, counts as none.
+        """
         losses = (self.retrained_loss, self.loss, self.estimated_loss)
-        return (*(math.inf if loss is None else loss for loss in losses), self.shape.parameters)
+        ranked = (math.inf if loss is None or math.isnan(loss) else loss for loss in losses)
+        return (*ranked, self.shape.parameters)
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,10 @@ def _share_needed(
     """
 
     def reaches(share: float) -> bool:
-        sizes = kept_sizes(start, current, sparsity + share * step, settings)
+        try:
+            sizes = kept_sizes(start, current, sparsity + share * step, settings)
+        except UserError:  # the target may be reached before a layer is pruned to nothing
+            return True
         return start.with_layers(sizes).parameters <= parameters
 
     if not reaches(1.0):

@@ -49,9 +49,13 @@ class Scan:
 
         This rule can reject a candidate that is better than the dense model.
         """
+        return self.distances.index(min(self.distances))
+
+    @property
+    def distances(self) -> list[float]:
+        """Distance of each candidate's perplexity from the dense model's."""
         dense = _perplexity(self.dense_loss)
-        distances = [abs(_perplexity(loss) - dense) for loss in self.losses]
-        return distances.index(min(distances))
+        return [abs(_perplexity(loss) - dense) for loss in self.losses]
 
     @property
     def models(self) -> int:
@@ -121,16 +125,23 @@ def scan_windows(
     )
 
 
-def plan_depth(scan: Scan, *, compat: bool = False) -> Plan:
-    """Remove the run of layers with the lowest loss.
+def plan_depth(scan: Scan, *, compat: bool = False, protect_first: int = 0, protect_last: int = 0) -> Plan:
+    """Remove the run of layers with the lowest loss; ties go to the first.
 
     Args:
         scan: Result of ``scan_windows``.
         compat: Take the run whose perplexity is nearest to the dense model's instead, as llm-pruning-collection does.
+        protect_first: Layers at the input that are always kept.
+        protect_last: Layers at the output that are always kept.
+
+    Raises:
+        UserError: fewer layers are unprotected than the run has.
     """
-    start = scan.nearest_start if compat else scan.start
+    starts = unprotected_starts(scan.shape.layers, scan.removed, protect_first, protect_last)
+    start = min(starts, key=(scan.distances if compat else scan.losses).__getitem__)
     run = range(start, start + scan.removed)
-    return layer_plan(scan.shape, run, METHOD, _provenance(scan, search="contiguous", removed=len(run), compat=compat))
+    settings = {"search": "contiguous", "removed": len(run), "compat": compat, **ends(protect_first, protect_last)}
+    return layer_plan(scan.shape, run, METHOD, _provenance(scan, **settings))
 
 
 def plan_individual(scan: Scan, remove: int, *, protect_first: int = 0, protect_last: int = 0) -> Plan:
@@ -186,6 +197,22 @@ def unprotected(layers: int, remove: int, protect_first: int, protect_last: int)
             f"{protect_last}; protect fewer layers."
         )
     return range(protect_first, layers - protect_last)
+
+
+def unprotected_starts(layers: int, remove: int, protect_first: int, protect_last: int) -> range:
+    """Return the first layers of all runs of ``remove`` layers without a protected one.
+
+    Raises:
+        UserError: there is no such run, or ``remove`` is out of range.
+    """
+    free = unprotected(layers, remove, protect_first, protect_last)
+    return range(free.start, free.stop - remove + 1)
+
+
+def ends(protect_first: int, protect_last: int) -> dict[str, int]:
+    """Return the protected layers as settings of a plan; nothing if none are, as in plans of earlier versions."""
+    protected = {"protect_first": protect_first, "protect_last": protect_last}
+    return protected if any(protected.values()) else {}
 
 
 def layer_plan(shape: Shape, remove: Sequence[int], method: str, provenance: dict[str, Any]) -> Plan:

@@ -13,7 +13,7 @@ from nemo_pvs.model.shape import Shape
 from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
 from nemo_pvs.pruning.request import TaskScorer
-from nemo_pvs.pruning.structured.depth import METHOD, check_removal, layer_plan
+from nemo_pvs.pruning.structured.depth import METHOD, check_removal, ends, layer_plan, unprotected_starts
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,26 @@ def scan_task(
     return TaskScan(shape, fingerprint(source), remove, tuple(scores[1:]), scores[0], tokens, flops)
 
 
-def plan_task(scan: TaskScan, *, compat: bool = False) -> Plan:
+def plan_task(scan: TaskScan, *, compat: bool = False, protect_first: int = 0, protect_last: int = 0) -> Plan:
     """Remove the run of layers with the highest score; ties go to the first.
 
     Args:
         scan: Result of ``scan_task``.
         compat: Take the score nearest to the dense model's instead, as llm-pruning-collection does, which can reject a
             candidate that is better than the dense model.
+        protect_first: Layers at the input that are always kept.
+        protect_last: Layers at the output that are always kept.
+
+    Raises:
+        UserError: fewer layers are unprotected than the run has.
     """
     merits = [-abs(score - scan.dense_score) for score in scan.scores] if compat else list(scan.scores)
-    start = merits.index(max(merits))
+    starts = unprotected_starts(scan.shape.layers, scan.removed, protect_first, protect_last)
+    start = max(starts, key=merits.__getitem__)
+    settings = {"search": "contiguous", "by": "task", "removed": scan.removed, "compat": compat}
     provenance = {
         "model_fingerprint": scan.model_fingerprint,
-        "settings": {"search": "contiguous", "by": "task", "removed": scan.removed, "compat": compat},
+        "settings": {**settings, **ends(protect_first, protect_last)},
         "dense_score": scan.dense_score,
         "scores": list(scan.scores),
         "tokens_read": scan.tokens,
