@@ -80,7 +80,7 @@ def calibrate(
         ignore_manifest=ignore_manifest,
         overwrite=overwrite,
     )
-    console.print(f"{out}: scores of {scores.tokens.ids.numel():,} tokens, {scores.content_hash[:12]}", markup=False)
+    console.print(f"{out}: scores of {scores.tokens.ids.numel():,} tokens, {scores.content_hash[:12]}")
 
 
 _CHECK = "Refuse a shape that does not suit"
@@ -162,4 +162,4 @@ def prune(
             **options,
         )
         if ranks.is_main():
-            console.print(f"{target_folder}: {sentence(describe(target_folder))}", soft_wrap=True, markup=False)
+            console.print(f"{target_folder}: {sentence(describe(target_folder))}", soft_wrap=True)

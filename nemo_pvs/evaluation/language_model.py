@@ -25,7 +25,6 @@ from nemo_pvs.evaluation.store import Answer, Journal
 from nemo_pvs.layerwise.token_scores import TokenScores
 from nemo_pvs.system import ranks
 
-
 _NOTHING_TO_PREDICT = (
     "An answer of the task has no token of its own: it is empty, or the tokenizer joins it to the last token of its "
     "question; correct the task's documents or its target_delimiter, or leave that task out."

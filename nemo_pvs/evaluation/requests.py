@@ -174,13 +174,15 @@ class EvaluationRequest:
         sizes, unless others are given. The text ``none`` stands for no text.
 
         Raises:
-            UserError: as ``parse_tasks``.
+            UserError: as ``parse_tasks``, or nothing is to be measured.
         """
         task_requests = parse_tasks(tasks) if tasks is not None else []
         named = [name for name in presets() if tasks is not None and name in map(str.strip, tasks.split(","))]
         preset = presets()[named[0]] if named else None
         if texts is None:
             texts = preset.perplexity if preset else [] if task_requests else [_TEXT]
+        elif not task_requests and set(texts) <= {"none"}:
+            raise UserError("--perplexity none leaves nothing to measure; add --tasks, or name a text.")
         return cls(
             task_requests,
             [text for text in dict.fromkeys(texts) if text != "none"],

@@ -52,6 +52,17 @@ class LoadedTask:
         """Set the name."""
         self.name = f"{self.task.config.task}/{self.task.config.num_fewshot}-shot"
 
+    @property
+    def generation(self) -> GenerationSettings | None:
+        """How a model writes an answer; None where it chooses among given ones.
+
+        Raises:
+            UserError: the task asks for anything but greedy decoding.
+        """
+        if self.task.OUTPUT_TYPE != "generate_until":
+            return None
+        return GenerationSettings.parse(self.task.config.generation_kwargs, f"The task {self.task.config.task}")
+
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of the definition and all documents, wherever they are stored: equal hashes mean equal questions.
@@ -110,8 +121,7 @@ def load_tasks(requests: Sequence[TaskRequest], data: Path, *, run_generated_cod
                 )
                 loaded.append(LoadedTask(request, task))
     for one in loaded:
-        if one.task.OUTPUT_TYPE == "generate_until":
-            GenerationSettings.parse(one.task.config.generation_kwargs, f"The task {one.task.config.task}")
+        if one.generation is not None:
             _refuse_missing_script(one)
         _refuse_missing_metric(one)
     _refuse_name_collisions(loaded)
@@ -120,7 +130,7 @@ def load_tasks(requests: Sequence[TaskRequest], data: Path, *, run_generated_cod
 
 @contextmanager
 def _settings_of_lm_eval(*, run_generated_code: bool) -> Iterator[None]:
-    """Silence warnings about every option that a definition leaves out, and allow generated code where it is wanted."""
+    """Silence warnings about every option that a definition leaves out, and allow generated code if it is wanted."""
     logger = logging.getLogger("lm_eval")
     level, allowed = logger.level, os.environ.get(_CODE_EVAL)
     logger.setLevel(logging.ERROR)

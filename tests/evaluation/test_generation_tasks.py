@@ -108,7 +108,7 @@ def test_generated_code_does_not_hide_in_a_group(tmp_path):
         with pytest.raises(UserError, match="The task doubling runs the code that the model writes"):
             load_tasks([TaskRequest(name, folder=tasks)], tmp_path)
         assert not (tasks / "ran").exists(), "not even imported"
-    with pytest.raises(UserError, match="The task humaneval_.* runs the code that the model writes"):
+    with pytest.raises(UserError, match=r"The task humaneval_.* runs the code that the model writes"):
         load_tasks([TaskRequest("humaneval_infilling")], tmp_path)
 
 

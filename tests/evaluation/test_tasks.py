@@ -245,7 +245,7 @@ def test_a_group_and_a_tag_read_local_data(tmp_path):
         loaded = load_tasks([TaskRequest(name, folder=folder)], tmp_path / "data")
         assert [task.name for task in loaded] == expected
         assert all(len(task.task.eval_docs) == 8 for task in loaded)
-        with pytest.raises(UserError, match="data of the task first are not.*hf download owner/capitals --repo-type"):
+        with pytest.raises(UserError, match=r"data of the task first are not.*hf download owner/capitals --repo-type"):
             load_tasks([TaskRequest(name, folder=folder)], tmp_path / "nothing")
 
 

@@ -60,7 +60,8 @@ TaskScores = dict[str, dict[str, Score]]
 def read_scores(folder: Path) -> TaskScores:
     """Read a folder of ``pvs evaluate``: ``results.json``, and single questions from ``measured/`` if stored.
 
-    If a model was evaluated on a task with several limits on the number of questions, the largest limit counts.
+    If a model was evaluated on a task with several limits on the number of questions, the largest limit counts, and
+    of several evaluations with that limit the last one, which comes first in the file.
 
     Raises:
         UserError: the folder holds no evaluation.
@@ -68,7 +69,8 @@ def read_scores(folder: Path) -> TaskScores:
     data = read_json(folder / "results.json")
     try:
         by_model: TaskScores = {}
-        for model in sorted(data["models"], key=lambda model: model["limit"] or math.inf):
+        newest_last = data["models"][::-1]
+        for model in sorted(newest_last, key=lambda model: model["limit"] or math.inf):
             scores = {name: _score(folder, model, name, metric) for name, metric in model["measured"].items()}
             for fingerprint in {model["fingerprint"], model.get("earlier_fingerprint", model["fingerprint"])}:
                 by_model.setdefault(fingerprint, {}).update(scores)

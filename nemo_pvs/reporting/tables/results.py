@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from nemo_pvs.ledger.ledger import SHARED_ANSWERS
 from nemo_pvs.reporting.compare.estimates import bits_per_byte_after, final_loss, gap, parent_loss, perplexity_after
@@ -330,11 +330,10 @@ def results_table(results: Results, runs: SideBySide | None = None) -> Table:
         caption.append(PLUS_MINUS)
     shown = [(index, column.terminal) for index, column in enumerate(rows.columns) if column.terminal is not None]
     table = Table(
-        title=escape(results.title),
-        caption=escape("\n".join(caption)),
+        title=Text(results.title, "bold"),  # not a str, in which brackets could be markup
+        caption=Text("\n".join(caption)),
         title_justify="left",
         caption_justify="left",
-        title_style="bold",
         caption_style="",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -351,7 +350,7 @@ def results_table(results: Results, runs: SideBySide | None = None) -> Table:
         for index, heading in shown:
             cell = row[index].replace(NOT_FINITE, _NOT_FINITE)
             # There is room for one interval: that of the gap, which is the comparison.
-            cells.append(escape(cell if index == 0 or heading == _GAP_HEADING else cell.partition("\u00a0±")[0]))
+            cells.append(Text(cell if index == 0 or heading == _GAP_HEADING else cell.partition("\u00a0±")[0]))
         table.add_row(*cells)
     return table
 
