@@ -12,6 +12,7 @@ import yaml
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.summary import Measured, average
+from nemo_pvs.evaluation.texts import check_windows
 from nemo_pvs.recipe.blocks import RecoveryMeasures
 from nemo_pvs.system.files import read_yaml
 
@@ -174,7 +175,7 @@ class EvaluationRequest:
         sizes, unless others are given. The text ``none`` stands for no text.
 
         Raises:
-            UserError: as ``parse_tasks``, or nothing is to be measured.
+            UserError: as ``parse_tasks``, the sizes of windows are invalid, or nothing is to be measured.
         """
         task_requests = parse_tasks(tasks) if tasks is not None else []
         named = [name for name in presets() if tasks is not None and name in map(str.strip, tasks.split(","))]
@@ -183,12 +184,17 @@ class EvaluationRequest:
             texts = preset.perplexity if preset else [] if task_requests else [_TEXT]
         elif not task_requests and set(texts) <= {"none"}:
             raise UserError("--perplexity none leaves nothing to measure; add --tasks, or name a text.")
+        if samples is None:
+            samples = preset.samples if preset else _SAMPLES
+        if sequence_length is None:
+            sequence_length = preset.sequence_length if preset else _SEQUENCE_LENGTH
+        check_windows(samples, sequence_length, stride)
         return cls(
             task_requests,
             [text for text in dict.fromkeys(texts) if text != "none"],
             named,
-            (preset.samples if preset else _SAMPLES) if samples is None else samples,
-            (preset.sequence_length if preset else _SEQUENCE_LENGTH) if sequence_length is None else sequence_length,
+            samples,
+            sequence_length,
             stride,
             train_split,
             next((presets()[name].recovery for name in named if presets()[name].recovery), None),

@@ -104,28 +104,36 @@ def summary_tables(models: list[dict[str, Any]], width: int) -> list[Table]:
         width: Columns of the terminal; models that do not fit next to each other get a table of their own.
     """
     groups: list[list[dict[str, Any]]] = []
-    room = [0]
+    room = 0
     for model in models:
         needed = _least_width(model) + _BORDER
-        if needed > room[-1]:
+        if needed > room:
             groups.append([])
-            room.append(width - 1 - _LEAST_ROOM_FOR_NAMES)
+            room = width - 1 - _LEAST_ROOM_FOR_NAMES
         groups[-1].append(model)
-        room[-1] -= needed
-    return [_table(group, spare // len(group)) for group, spare in zip(groups, room[1:], strict=True)]
+        room -= needed
+    return [_table(group, width) for group in groups]
 
 
-def _table(models: list[dict[str, Any]], spare: int) -> Table:
+def _table(models: list[dict[str, Any]], width: int) -> Table:
     table = Table(Column(overflow="fold"), Column("on", overflow="fold"))
+    spare = (width - 1 - _room_for_names(models, width)) // len(models) - _BORDER
     for model in models:  # a long path is wrapped, a number never
-        path, least = Text(model["checkpoint"]), _least_width(model)
-        table.add_column(path, overflow="fold", width=max(least, min(path.cell_len, least + spare)))
+        path = Text(model["checkpoint"])
+        table.add_column(path, overflow="fold", width=max(_least_width(model), min(path.cell_len, spare)))
     table.add_row("parameters (M)", "", *(_parameters(model) for model in models), end_section=True)
     for name in dict.fromkeys(name for model in models for name in model["measured"]):
         cells = [model["measured"].get(name) for model in models]
         first = next(cell for cell in cells if cell)
         table.add_row(Text(name), _size(first), *("" if cell is None else _cell(name, cell) for cell in cells))
     return table
+
+
+def _room_for_names(models: list[dict[str, Any]], width: int) -> int:
+    """Return how many columns of the terminal the first two of a table get if numbers leave them: up to half."""
+    names = max((len(name) for model in models for name in model["measured"]), default=0)
+    sizes = max((len(_size(result)) for model in models for result in model["measured"].values()), default=0)
+    return min(names + sizes + 2 * _BORDER, max(_LEAST_ROOM_FOR_NAMES, width // 2))
 
 
 def _least_width(model: dict[str, Any]) -> int:

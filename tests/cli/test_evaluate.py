@@ -175,6 +175,9 @@ def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
         "--backend is 'vllm'; choose auto, transformers or megatron": (model, "--backend", "vllm"),
         "--limit is 0; give 1 or more": (model, "--limit", 0),
         "0 samples of 512 tokens predict nothing": (model, "--perplexity", TASKS / "letters.jsonl", "--samples", 0),
+        "A stride of 0 tokens does not fit windows of 512; choose one from 1 to 511": ("no/such", "--stride", 0),
+        "0 samples of 512 tokens": ("no/such", "--samples", 0),
+        "--tensor-parallel is -1; give 1 or more": ("no/such", "--tensor-parallel", -1, "--pipeline-parallel", -1),
         "--perplexity none leaves nothing to measure": (model, "--perplexity", "none"),
         "The task writing/0-shot asks for up to 600 new tokens, which do not fit the context of": (
             *(model, "--tasks", writing, "--perplexity", TASKS / "letters.jsonl", "--sequence-length", 32),
