@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ class Score:
     documents: int
     higher_is_better: bool | None
     by_document: tuple[float, ...] | None = None
-    """The metric for every question, if it was stored."""
+    """The metric for every question, if it was stored and ``value`` is its mean."""
     content: str | None = None
     """Identifies the questions: models with equal values were asked the same questions in the same order."""
     cut: str | None = None
@@ -95,6 +96,8 @@ def _score(folder: Path, model: Mapping[str, Any], name: str, entry: Mapping[str
             and measured.get("value") == plain.value
             and questions
             and all(isinstance(value, (int, float)) for value in questions)
+            # Not so for a perplexity, whose questions have log-likelihoods: their spread is not its error.
+            and math.isclose(statistics.fmean(questions), plain.value, rel_tol=1e-6, abs_tol=1e-9)
         ):
             content = f"{settings['task']} {settings['limit']}"
             return replace(plain, by_document=tuple(map(float, questions)), content=content)
