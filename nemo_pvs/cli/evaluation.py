@@ -133,7 +133,7 @@ def evaluate(
     from nemo_pvs.evaluation.summary import left_out_lines, summary_tables
 
     for table in summary_tables(found.models, console.width):
-        console.print(table)
+        console.print(table, crop=False)
     for line in left_out_lines(found.models):
         console.print(line, soft_wrap=True)
     console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True)

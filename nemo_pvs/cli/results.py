@@ -146,7 +146,7 @@ def _show(results: Any, folder: Path, runs: Any = None) -> None:
     from nemo_pvs.reporting.tables.results import results_table
 
     console.print()
-    console.print(results_table(results, runs))
+    console.print(results_table(results, runs, width=console.width), crop=False)
     if runs is not None and (lines := conclusions_text(runs.findings, runs.recoveries)):
         console.print()
         for line in lines:
