@@ -119,7 +119,12 @@ def evaluate(
     out = Path(out)
     check_folder(out)
     one_of("--backend", backend, _BACKENDS)
-    for option, value in (("--limit", limit), ("--batch-size", batch_size)):
+    for option, value in (
+        ("--limit", limit),
+        ("--batch-size", batch_size),
+        ("--tensor-parallel", tensor_parallel),
+        ("--pipeline-parallel", pipeline_parallel),
+    ):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give 1 or more.")
     # Imported only now: these take seconds, and the checks above should answer at once.

@@ -86,17 +86,17 @@ def convert(
     )
     if converted.manifest is None:
         about, *notes = converted.notes
-        console.print(f"{target}: {about}", soft_wrap=True, markup=False)
+        console.print(f"{target}: {about}", soft_wrap=True)
         for note in notes:
-            console.print(note, soft_wrap=True, markup=False)
+            console.print(note, soft_wrap=True)
         return
     from nemo_pvs.checkpoints.convert import describe_checkpoint
 
-    console.print(f"{target}: {sentence(describe_checkpoint(target))}", soft_wrap=True, markup=False)
+    console.print(f"{target}: {sentence(describe_checkpoint(target))}", soft_wrap=True)
     for note in converted.notes:
-        console.print(note, soft_wrap=True, markup=False)
+        console.print(note, soft_wrap=True)
     if converted.agreement is not None:
-        console.print(f"{source} and {target} have {converted.agreement}", soft_wrap=True, markup=False)
+        console.print(f"{source} and {target} have {converted.agreement}", soft_wrap=True)
 
 
 def inspect(
@@ -108,6 +108,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint is; without --sparsity or --verify no weight is read."""
     from rich.table import Table
+    from rich.text import Text
 
     from nemo_pvs.checkpoints.convert import describe_checkpoint, verify_or_read
     from nemo_pvs.checkpoints.fetch import local_checkpoint
@@ -119,7 +120,7 @@ def inspect(
         about = describe_checkpoint(folder, tensors=tensors)
         table = Table(show_header=False, box=None)
         for name, value in _description(about).items():
-            table.add_row(f"[bold]{name}[/]", value)
+            table.add_row(Text(name, "bold"), value)
         console.print(table)
         if tensors:
             listing = Table("tensor", "dtype", "size", "in Megatron")
@@ -137,7 +138,7 @@ def inspect(
             console.print(zeros)
         if verify:
             with progress("read and verify", "parameters") as show:
-                console.print(f"{path}: {verify_or_read(folder, progress=show)}", soft_wrap=True, markup=False)
+                console.print(f"{path}: {verify_or_read(folder, progress=show)}", soft_wrap=True)
 
 
 def _description(about: dict[str, Any]) -> dict[str, str]:

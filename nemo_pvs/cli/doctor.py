@@ -31,7 +31,7 @@ def doctor(
 
     def show(found: Finding) -> None:
         findings.append(found)
-        console.print(found.line(), soft_wrap=True, markup=False)
+        console.print(found.line(), soft_wrap=True)
 
     for finding in examine(build=build, node=node):
         show(finding)

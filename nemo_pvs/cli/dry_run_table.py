@@ -77,7 +77,7 @@ def show(
 ) -> None:
     """Print a dry run; the other arguments are those of ``show_series``."""
     recipe, train = plan.recipe, plan.recipe.train
-    console.print(f"[bold]{recipe.title}[/]")
+    console.print(recipe.title, style="bold")
     console.print(f"parent: {recipe.parent.name}, {plan.parent}", soft_wrap=True)
     console.print(f"stages: {', '.join(_in_short(plan.stages))}", soft_wrap=True)
     console.print(

@@ -130,9 +130,10 @@ def evaluate(
         ignore_manifest=ignore_manifest,
         force=force,
     )
-    from nemo_pvs.evaluation.summary import left_out_lines, summary_table
+    from nemo_pvs.evaluation.summary import left_out_lines, summary_tables
 
-    console.print(summary_table(found.models))
+    for table in summary_tables(found.models, console.width):
+        console.print(table, crop=False)
     for line in left_out_lines(found.models):
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
+    console.print(f"Results: {(Path(out) / 'results.json').resolve()}", soft_wrap=True)

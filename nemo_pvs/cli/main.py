@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 
@@ -44,6 +45,8 @@ def _version(version: bool = typer.Option(False, "--version", help="print the ve
 
 def main() -> None:
     """Run the command line; exit with 2 for a mistake that the user can fix, 1 for a run that failed."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the locale lacks ±, hours of work do not end in a traceback
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     set_gpu_environment()  # for this process and for the ranks that it starts
     # A streamed tensor is fresh memory; in huge pages it costs a third of the time (tests/benchmarks/README.md).

@@ -80,7 +80,7 @@ def calibrate(
         ignore_manifest=ignore_manifest,
         overwrite=overwrite,
     )
-    console.print(f"{out}: scores of {scores.tokens.ids.numel():,} tokens, {scores.content_hash[:12]}", markup=False)
+    console.print(f"{out}: scores of {scores.tokens.ids.numel():,} tokens, {scores.content_hash[:12]}")
 
 
 _CHECK = "Refuse a shape that does not suit"
@@ -162,5 +162,4 @@ def prune(
             **options,
         )
         if ranks.is_main():
-            described = sentence(describe_checkpoint(target_folder))
-            console.print(f"{target_folder}: {described}", soft_wrap=True, markup=False)
+            console.print(f"{target_folder}: {sentence(describe_checkpoint(target_folder))}", soft_wrap=True)

@@ -93,7 +93,7 @@ def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_r
         show_series(checked, folder, profile_name, mfu, profile if profile.kind == "slurm" else None)
         for name, script in scripts(todo, checked.name, folder, profile).items():
             console.rule(name)
-            console.print(script, soft_wrap=True, markup=False)
+            console.print(script, soft_wrap=True)
         return
     launch(todo, checked.name, folder, profile)
 
@@ -137,7 +137,7 @@ def report(
         force=force,
     )
     for warning in runs.warnings:
-        console.print(warning, soft_wrap=True, markup=False)
+        console.print(warning, soft_wrap=True)
     _show(runs.results, report_folder(folders, out), runs)
 
 
@@ -146,9 +146,9 @@ def _show(results: Any, folder: Path, runs: Any = None) -> None:
     from nemo_pvs.reporting.tables.results import results_table
 
     console.print()
-    console.print(results_table(results, runs))
+    console.print(results_table(results, runs, width=console.width), crop=False)
     if runs is not None and (lines := conclusions_text(runs.findings, runs.recoveries)):
         console.print()
         for line in lines:
-            console.print(line, soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True)
     console.print(f"\nReport: {(folder / 'report.html').resolve()}", soft_wrap=True)

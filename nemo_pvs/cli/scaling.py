@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+from rich.text import Text
 
 from nemo_pvs.api.values import one_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.output_paths import check_file
-from nemo_pvs.system.progress import console, progress
+from nemo_pvs.system.progress import console, progress, warn
 
 if TYPE_CHECKING:
     from nemo_pvs.scaling.advise import Verdict
@@ -78,13 +79,11 @@ def scaling_fit(
     picture = Path(out).with_suffix(".svg")
     check_file(Path(out))
     check_file(picture)
-    from rich.markup import escape
-
     from nemo_pvs.scaling.fit import fit, save_fits
     from nemo_pvs.scaling.plot import write_figure
     from nemo_pvs.scaling.sources import read_series
 
-    read = read_series(runs, lambda why: console.print(f"[yellow]![/] {escape(why)}", soft_wrap=True))
+    read = read_series(runs, warn)
     series = [one for one in read if start in ("both", one.initialisation)]
     if not series:
         raise UserError(f"There is no {start} arm with a validation loss in {', '.join(runs)}; give other runs.")
@@ -161,7 +160,7 @@ def scaling_predict(
     if scratch is not None and len(chosen) > 1:  # of a single run ``overtaking`` refuses it
         chosen = _with_tokens_of(scratch, chosen)
     for one in chosen:
-        console.print(f"\n[bold]{one.name}[/] ({one.form})", soft_wrap=True)
+        console.print(Text.assemble("\n", (one.name, "bold"), f" ({one.form})"), soft_wrap=True)
         found, doubts = [tokens] if tokens else [], list(one.warnings)
         if tokens:
             after = loss_at(one, tokens, at)
@@ -194,7 +193,7 @@ def scaling_predict(
         for count in [count for count in found if math.isfinite(count)] or within:
             doubts += extrapolation(one, count, at)
         for warning in dict.fromkeys(doubts):
-            console.print(f"  [yellow]![/] {warning}", soft_wrap=True)
+            warn(warning, indent="  ")
 
 
 def advise(
@@ -223,7 +222,8 @@ def advise(
 
 
 def _show_fit(fit: Fit) -> None:
-    console.print(f"\n[bold]{fit.name}[/] ({fit.form}; parameters and tokens in billions)", soft_wrap=True)
+    about = f" ({fit.form}; parameters and tokens in billions)"
+    console.print(Text.assemble("\n", (fit.name, "bold"), about), soft_wrap=True)
     intervals = fit.intervals
     for name, value in fit.parameters.items():
         low, high = intervals[name]
@@ -241,7 +241,7 @@ def _show_fit(fit: Fit) -> None:
                 soft_wrap=True,
             )
     for warning in fit.warnings:
-        console.print(f"  [yellow]![/] {warning}", soft_wrap=True)
+        warn(warning, indent="  ")
 
 
 def _error(held: HeldOut) -> str:
@@ -279,7 +279,7 @@ def _with_tokens_of(scratch: Fit, fits: list[Fit]) -> list[Fit]:
         try:
             check_tokenizers([*scratch.series, *one.series])
         except UserError as error:
-            console.print(f"[yellow]![/] {error}", soft_wrap=True)
+            warn(str(error))
         else:
             comparable.append(one)
     return comparable
@@ -305,13 +305,13 @@ def _show_verdict(verdict: Verdict) -> None:
     answer = _ANSWERS[verdict.choice] + (f", by {verdict.granularity}" if verdict.granularity else "")
     sure = "" if verdict.choice == "unknown" else f" ({verdict.sureness})"
     parent = "parent in hand" if verdict.setting == "equal training tokens" else "parent charged"
-    console.print(f"\n[bold]At {verdict.setting} ({parent}): {answer}{sure}[/]")
+    console.print(f"\nAt {verdict.setting} ({parent}): {answer}{sure}", style="bold")
     console.print(f"  {verdict.summary}", soft_wrap=True)
     nearest = sorted(verdict.evidence, key=lambda one: one.out_of_reach.count(";") if one.out_of_reach else -1)
     shown = nearest if verdict.choice != "unknown" else nearest[:_SHOWN]
     for one in shown:
         better = f"{one.advantage:+.2f} {one.unit}"
-        console.print(f"  {better:>12}  {one.statement} \\[{one.source}]", soft_wrap=True)
+        console.print(f"  {better:>12}  {one.statement} [{one.source}]", soft_wrap=True)
         if one.out_of_reach:
             console.print(f"  {'':12}  does not apply: {one.out_of_reach}", soft_wrap=True)
     if len(shown) < len(nearest):

@@ -155,11 +155,9 @@ def search(
         overwrite=overwrite,
     )
     _print_candidates(result, result.candidates[:shortlist], context, batch)
-    console.print(
-        f"{len(result.candidates):,} shapes within the budget; the best is in {out}", soft_wrap=True, markup=False
-    )
+    console.print(f"{len(result.candidates):,} shapes within the budget; the best is in {out}", soft_wrap=True)
     if result.latency_table is not None:
-        console.print(_about_latency(result), soft_wrap=True, markup=False)
+        console.print(_about_latency(result), soft_wrap=True)
     if result.note:
         console.print(result.note, soft_wrap=True)
 

@@ -27,7 +27,7 @@ def tokenizer(
     from nemo_pvs.api.train_tokenizer import train_tokenizer
 
     made = train_tokenizer(inputs, out, vocab=vocab, text_key=text_key)
-    console.print(f"tokenizer with {vocab:,} tokens: {made}", soft_wrap=True, markup=False)
+    console.print(f"tokenizer with {vocab:,} tokens: {made}", soft_wrap=True)
 
 
 def tokenize(
@@ -57,7 +57,7 @@ def tokenize(
         )
     for name, manifest in made.items():
         about = f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
-        console.print(f"{Path(out) / name}.bin: {about}", soft_wrap=True, markup=False)
+        console.print(f"{Path(out) / name}.bin: {about}", soft_wrap=True)
 
 
 def teach(
@@ -122,7 +122,6 @@ def teach(
         f"token {content.first * content.sequence_length:,} of the training order; the {content.top_k} most likely "
         f"tokens hold {made.kept_probability():.1%} of the teacher's probability",
         soft_wrap=True,
-        markup=False,
     )
 
 
@@ -302,4 +301,4 @@ def train(
         parent_tokens=parent_tokens,
         ignore_manifest=ignore_manifest,
     )
-    console.print(f"trained checkpoint: {trained.path}", soft_wrap=True, markup=False)
+    console.print(f"trained checkpoint: {trained.path}", soft_wrap=True)

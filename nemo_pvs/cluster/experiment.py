@@ -152,7 +152,7 @@ def scripts(todo: list[Command], title: str, folder: Path, profile: LocalProfile
     ):
         experiment.dryrun(log=False, delete_exp_dir=False)
         files = {stage.name: next(Path(scratch).rglob(f"{stage.name}_sbatch.sh")) for stage in todo}
-        return {name: file.read_text() for name, file in files.items()}
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
 
 
 def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile | SlurmProfile) -> None:

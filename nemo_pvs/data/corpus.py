@@ -106,7 +106,7 @@ def report_left_out(inputs: Sequence[str | Path]) -> None:
         if left_out:
             few = ", ".join(str(file.relative_to(folder)) for file in left_out[:3])
             more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
-            console.print(f"{folder}: not read as text: {few}{more}.", soft_wrap=True, markup=False)
+            console.print(f"{folder}: not read as text: {few}{more}.", soft_wrap=True)
 
 
 def _sources(name: str | Path) -> list[Path | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +22,9 @@ from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.scoring import TokenScorer, TransformersScorer
 from nemo_pvs.evaluation.store import Store
-from nemo_pvs.layerwise.model import ON_CPU, Compute
+from nemo_pvs.layerwise.model import ON_CPU, Compute, check_length
 from nemo_pvs.layerwise.perplexity import perplexity
+from nemo_pvs.model.hf_classes import model_class
 from nemo_pvs.system import ranks
 from nemo_pvs.system.files import read_json
 from nemo_pvs.system.megatron_import import import_megatron
@@ -113,6 +114,28 @@ class OpenedCheckpoint:
     def context(self) -> int:
         """Maximum number of tokens that the model reads."""
         return int(self.source.config["max_position_embeddings"])
+
+    def check_window(self, length: int) -> None:
+        """Check that the model reads ``length`` tokens, layer by layer.
+
+        Raises:
+            UserError: it does not.
+        """
+        check_length(model_class(self.source.config).config_class.from_dict(dict(self.source.config)), length)
+
+    def check_answers(self, tasks: Sequence[LoadedTask]) -> None:
+        """Check that what tasks ask the model to write fits its context.
+
+        Raises:
+            UserError: it does not; the message names the task.
+        """
+        for task in tasks:
+            new = task.generation.max_new_tokens if task.generation else 0
+            if new >= self.context:
+                raise UserError(
+                    f"The task {task.name} asks for up to {new} new tokens, which do not fit the context of "
+                    f"{self.path}, {self.context} tokens; leave that task out."
+                )
 
     def about(self) -> dict[str, Any]:
         """Return the fields that identify the model in reports."""

@@ -25,6 +25,11 @@ from nemo_pvs.evaluation.store import Answer, Journal
 from nemo_pvs.layerwise.token_scores import TokenScores
 from nemo_pvs.system import ranks
 
+_NOTHING_TO_PREDICT = (
+    "An answer of the task has no token of its own: it is empty, or the tokenizer joins it to the last token of its "
+    "question; correct the task's documents or its target_delimiter, or leave that task out."
+)
+
 
 class _Request(NamedTuple):
     ids: list[int]
@@ -100,7 +105,13 @@ class CheckpointLM(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
-        """Return the answer to each (context, continuation): log-likelihood, and whether it is the greedy one."""
+        """Return the answer to each (context, continuation): log-likelihood, and whether it is the greedy one.
+
+        Raises:
+            UserError: a continuation has no token of its own, or more than the model can read.
+        """
+        if not all(request.args[1] for request in requests):
+            raise UserError(_NOTHING_TO_PREDICT)
         answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
@@ -229,6 +240,8 @@ class CheckpointLM(TemplateLM):
         return [known[key] for key in keys]
 
     def _request(self, context: list[int], continuation: list[int]) -> _Request:
+        if not continuation:  # which would be certain, and so better than all other answers
+            raise UserError(_NOTHING_TO_PREDICT)
         if len(continuation) > self._context:
             raise UserError(
                 f"A continuation of {len(continuation)} tokens does not fit the model's context of {self._context}; "

@@ -62,6 +62,10 @@ def measure(
     measured_before(file)
     loaded, not_here = _load_tasks(request.tasks, task_data, run_generated_code)
     texts = {model.path: _windows(request, model, task_data) for model in models}
+    for model in models:
+        model.check_answers(loaded)
+        for tokens in texts[model.path].values():
+            model.check_window(tokens.ids.shape[1] - 1)  # the last token is only predicted
     recovery = None
     if request.recovery:
         recovery = RecoveryMeasure(request.recovery, parent, store, engine, limit, force)

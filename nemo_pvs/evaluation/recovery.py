@@ -60,7 +60,7 @@ class RecoveryMeasure:
         return None
 
     def check(self, model: OpenedCheckpoint, texts: dict[str, TokenSet]) -> None:
-        """Check that the prompts fit the windows of each text, and with their continuations a model's context.
+        """Check that the prompts fit the windows of each text, and windows and continuations a model's context.
 
         Raises:
             UserError: they do not.
@@ -78,6 +78,8 @@ class RecoveryMeasure:
                     f"The windows of {text} have {length} tokens, and recovery takes prompts of {prompt} from them; "
                     "choose a longer sequence length."
                 )
+            if not self.not_compared(model):
+                model.check_window(length)
 
     def continue_as_parent(self, texts: dict[str, TokenSet]) -> None:
         """Have the parent continue the prompts before other models do, so that one model at a time is in memory.

@@ -12,6 +12,7 @@ import yaml
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.summary import MeasuredMetrics, average
+from nemo_pvs.evaluation.texts import check_windows
 from nemo_pvs.recipe.blocks import RecoveryMeasures
 from nemo_pvs.system.files import read_yaml
 
@@ -174,19 +175,26 @@ class EvaluationRequest:
         sizes, unless others are given. The text ``none`` stands for no text.
 
         Raises:
-            UserError: as ``parse_tasks``.
+            UserError: as ``parse_tasks``, the sizes of windows are invalid, or nothing is to be measured.
         """
         task_requests = parse_tasks(tasks) if tasks is not None else []
         named = [name for name in task_presets() if tasks is not None and name in map(str.strip, tasks.split(","))]
         preset = task_presets()[named[0]] if named else None
         if texts is None:
             texts = preset.perplexity if preset else [] if task_requests else [_TEXT]
+        elif not task_requests and set(texts) <= {"none"}:
+            raise UserError("--perplexity none leaves nothing to measure; add --tasks, or name a text.")
+        if samples is None:
+            samples = preset.samples if preset else _SAMPLES
+        if sequence_length is None:
+            sequence_length = preset.sequence_length if preset else _SEQUENCE_LENGTH
+        check_windows(samples, sequence_length, stride)
         return cls(
             task_requests,
             [text for text in dict.fromkeys(texts) if text != "none"],
             named,
-            (preset.samples if preset else _SAMPLES) if samples is None else samples,
-            (preset.sequence_length if preset else _SEQUENCE_LENGTH) if sequence_length is None else sequence_length,
+            samples,
+            sequence_length,
             stride,
             train_split,
             next((task_presets()[name].recovery for name in named if task_presets()[name].recovery), None),

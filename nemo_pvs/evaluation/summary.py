@@ -8,14 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.files import read_json
 
 _SHARES = ("acc", "acc_norm", "average", "repetition", "distinct_1", "distinct_2", "agreement")
 """Metrics that are shown in per cent."""
+_BORDER = 3
+"""Columns of the terminal that a column of a table takes besides its cells."""
+_LEAST_ROOM_FOR_NAMES = 30
+"""Columns of the terminal for the names of the metrics and what they were measured on."""
 _PRECISE = ("loss", "bits_per_byte", "kl")
 """Beginnings of metrics that are shown with four decimals."""
 
@@ -57,8 +61,8 @@ def measured_before(file: Path) -> list[dict[str, Any]]:
 def with_earlier(models: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return models with their earlier measurements added, followed by all other earlier models.
 
-    Two entries are the same model if fingerprint, backend and document limit are equal. If both have the same metric,
-    the new measurement counts.
+    Two entries are the same model if fingerprint, tokenizer, backend and document limit are equal. If both have the
+    same metric, the new measurement counts.
     """
     known = {_identity(model): model for model in earlier}
     joined = [
@@ -70,7 +74,7 @@ def with_earlier(models: list[dict[str, Any]], earlier: list[dict[str, Any]]) ->
 
 
 def _identity(model: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(model.get(name) for name in ("fingerprint", "backend", "limit"))
+    return tuple(model.get(name) for name in ("fingerprint", "tokenizer_sha256", "backend", "limit"))
 
 
 def summary(models: list[dict[str, Any]], compute: dict[str, Any]) -> dict[str, Any]:
@@ -92,19 +96,52 @@ def summary(models: list[dict[str, Any]], compute: dict[str, Any]) -> dict[str, 
     }
 
 
-def summary_table(models: list[dict[str, Any]]) -> Table:
-    """Return a table with one row per metric and one column per model: value ± standard error."""
-    table = Table("", "on", *(escape(model["checkpoint"]) for model in models))
-    for column in table.columns:
-        column.overflow = "fold"  # wrap long paths,
-    for column, model in zip(table.columns[2:], models, strict=True):
-        column.min_width = max(len(_cell(*item)) for item in model["measured"].items())  # but not numbers
-    table.add_row("parameters (M)", "", *(f"{model['parameters'] / 1e6:,.1f}" for model in models), end_section=True)
+def summary_tables(models: list[dict[str, Any]], width: int) -> list[Table]:
+    """Return tables with one row per metric and one column per model: value ± standard error.
+
+    Args:
+        models: The models, as in ``results.json``.
+        width: Columns of the terminal; models that do not fit next to each other get a table of their own.
+    """
+    groups: list[list[dict[str, Any]]] = []
+    room = 0
+    for model in models:
+        needed = _least_width(model) + _BORDER
+        if needed > room:
+            groups.append([])
+            room = width - 1 - _LEAST_ROOM_FOR_NAMES
+        groups[-1].append(model)
+        room -= needed
+    return [_table(group, width) for group in groups]
+
+
+def _table(models: list[dict[str, Any]], width: int) -> Table:
+    table = Table(Column(overflow="fold"), Column("on", overflow="fold"))
+    spare = (width - 1 - _room_for_names(models, width)) // len(models) - _BORDER
+    for model in models:  # a long path is wrapped, a number never
+        path = Text(model["checkpoint"])
+        table.add_column(path, overflow="fold", width=max(_least_width(model), min(path.cell_len, spare)))
+    table.add_row("parameters (M)", "", *(_parameters(model) for model in models), end_section=True)
     for name in dict.fromkeys(name for model in models for name in model["measured"]):
         cells = [model["measured"].get(name) for model in models]
         first = next(cell for cell in cells if cell)
-        table.add_row(escape(name), _size(first), *("" if cell is None else _cell(name, cell) for cell in cells))
+        table.add_row(Text(name), _size(first), *("" if cell is None else _cell(name, cell) for cell in cells))
     return table
+
+
+def _room_for_names(models: list[dict[str, Any]], width: int) -> int:
+    """Return how many columns of the terminal the first two of a table get if numbers leave them: up to half."""
+    names = max((len(name) for model in models for name in model["measured"]), default=0)
+    sizes = max((len(_size(result)) for model in models for result in model["measured"].values()), default=0)
+    return min(names + sizes + 2 * _BORDER, max(_LEAST_ROOM_FOR_NAMES, width // 2))
+
+
+def _least_width(model: dict[str, Any]) -> int:
+    return max(map(len, [_parameters(model), *(_cell(*item) for item in model["measured"].items())]))
+
+
+def _parameters(model: dict[str, Any]) -> str:
+    return f"{model['parameters'] / 1e6:,.1f}"
 
 
 def _size(result: dict[str, Any]) -> str:

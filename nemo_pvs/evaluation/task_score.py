@@ -46,7 +46,7 @@ def task_score(
         scorer = TransformersScorer(source, dtype=compute.dtype, device=compute.device)
         model = CheckpointLM(scorer, tokenizer, context, ends=ends_of(source, tokenizer))
         firsts = [next(iter(measure_task(task, model, limit).values())) for task in loaded]
-        signed = [first["value"] if first["higher_is_better"] else -first["value"] for first in firsts]
+        signed = [-first["value"] if first["higher_is_better"] is False else first["value"] for first in firsts]
         return Scored(sum(signed) / len(signed), model.read)
 
     return score

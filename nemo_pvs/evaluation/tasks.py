@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 import os
 import re
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import metadata
@@ -14,19 +16,24 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.evaluation.generation_settings import GenerationSettings
 from nemo_pvs.evaluation.language_model import CheckpointLM
 from nemo_pvs.evaluation.offline import offline
 from nemo_pvs.evaluation.requests import PlainLoader, TaskRequest, download
-from nemo_pvs.system.files import read_yaml, sha256_json
+from nemo_pvs.system.files import read_yaml, sha256_file, sha256_json
 
 # lm-eval's own seed for the choice of few-shot examples.
 _FEWSHOT_SEED = 1234
+# The metric code_eval of the package evaluate runs code only if this variable is 1.
+_CODE_EVAL = "HF_ALLOW_CODE_EVAL"
 _LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 # Where the data are stored does not change the questions.
 _PLACES = ("dataset_path", "dataset_kwargs", "metadata")
@@ -45,18 +52,44 @@ class LoadedTask:
         """Set the name."""
         self.name = f"{self.task.config.task}/{self.task.config.num_fewshot}-shot"
 
+    @property
+    def generation(self) -> GenerationSettings | None:
+        """How a model writes an answer; None where it chooses among given ones.
+
+        Raises:
+            UserError: the task asks for anything but greedy decoding.
+        """
+        if self.task.OUTPUT_TYPE != "generate_until":
+            return None
+        return GenerationSettings.parse(self.task.config.generation_kwargs, f"The task {self.task.config.task}")
+
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the definition and all documents, wherever they are stored: equal hashes mean equal questions."""
+        """SHA-256 of the definition and all documents, wherever they are stored: equal hashes mean equal questions.
+
+        The definition includes its functions, and in a folder of the user all code that these may call.
+        """
         definition = {key: value for key, value in self.task.dump_config().items() if key not in _PLACES}
         documents = [dict(document) for document in self.task.eval_docs]
         examples = [dict(document) for document in self.task.fewshot_docs()] if self.task.config.num_fewshot else []
         version = str((self.task.config.metadata or {}).get("version"))
-        return sha256_json(_plain([definition, version, documents, examples]))
+        return sha256_json(_plain([definition, version, documents, examples, *self._code]))
+
+    @property
+    def _code(self) -> list[dict[str, str]]:
+        """The Python files of the task's folder by name; empty if there are none, and for lm-eval's own tasks."""
+        folder = self.request.folder
+        files = sorted(folder.rglob("*.py")) if folder else []
+        return [{str(file.relative_to(folder)): sha256_file(file) for file in files}] if folder and files else []
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON can represent; objects that it cannot become strings."""
+    """Return a value that JSON can represent, the same in every process: of a function its source."""
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (TypeError, OSError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -80,22 +113,37 @@ def load_tasks(requests: Sequence[TaskRequest], data: Path, *, run_generated_cod
             runs generated code or generates text other than greedily, or different tasks have the same name.
     """
     loaded: list[LoadedTask] = []
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every option that a definition leaves out
-    if run_generated_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric code_eval asks for it, too
-    for request in requests:
-        for task in _load(request, _known_tasks(request.folder), data, run_generated_code):
-            task.set_config(
-                key="num_fewshot", value=request.shots if request.shots is not None else _default_shots(task)
-            )
-            loaded.append(LoadedTask(request, task))
+    with _settings_of_lm_eval(run_generated_code=run_generated_code):
+        for request in requests:
+            for task in _load(request, _known_tasks(request.folder), data, run_generated_code):
+                task.set_config(
+                    key="num_fewshot", value=request.shots if request.shots is not None else _default_shots(task)
+                )
+                loaded.append(LoadedTask(request, task))
     for one in loaded:
-        if one.task.OUTPUT_TYPE == "generate_until":
-            GenerationSettings.parse(one.task.config.generation_kwargs, f"The task {one.task.config.task}")
+        if one.generation is not None:
             _refuse_missing_script(one)
         _refuse_missing_metric(one)
     _refuse_name_collisions(loaded)
     return loaded
+
+
+@contextmanager
+def _settings_of_lm_eval(*, run_generated_code: bool) -> Iterator[None]:
+    """Silence warnings about every option that a definition leaves out, and allow generated code if it is wanted."""
+    logger = logging.getLogger("lm_eval")
+    level, allowed = logger.level, os.environ.get(_CODE_EVAL)
+    logger.setLevel(logging.ERROR)
+    if run_generated_code:
+        os.environ[_CODE_EVAL] = "1"
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if allowed is not None:
+            os.environ[_CODE_EVAL] = allowed
+        elif run_generated_code:
+            del os.environ[_CODE_EVAL]
 
 
 def _known_tasks(folder: Path | None) -> TaskManager:
@@ -142,32 +190,59 @@ def _refuse_name_collisions(tasks: Sequence[LoadedTask]) -> None:
 
 
 def _load(request: TaskRequest, manager: TaskManager, data: Path, run_generated_code: bool) -> list[Task]:
-    if request.task not in manager.task_index:
+    """Return a task, or all tasks of a group or tag, each once."""
+    entry = manager.task_index.get(request.task)
+    if entry is None:
         raise UserError(
             f"lm-eval has no task {request.task}; choose one that lm-eval ls tasks lists, or define it in a folder of "
             "YAML files."
         )
-    definition, path = _definition(request, manager)
-    if definition.get("unsafe_code") and not run_generated_code:
-        raise UserError(
-            f"The task {request.task} runs the code that the model writes, with all your rights on this machine; "
-            "allow that with --run-generated-code, in a container without network access, or leave the task out."
-        )
-    repository = definition.get("dataset_path")
-    local = path.parent if repository in _LOCAL_FORMATS else data / str(repository)
-    overrides: dict[str, Any] = {}
-    if repository in _LOCAL_FORMATS:
-        overrides = {"dataset_kwargs": _absolute_files(definition.get("dataset_kwargs") or {}, path.parent)}
-    elif repository and local.is_dir():
-        overrides = {"dataset_path": str(local.resolve())}
-    # lm-eval applies overrides to a known task only inside a group.
-    group = {"group": "request", "task": [{"task": request.task, **overrides}]}
+    factory = _LocalTasks(data, run_generated_code)
     with offline() as hosts:
         try:
-            tasks = manager.load([group if overrides else request.task])["tasks"]
-        except Exception as error:  # each kind of data set raises other errors if its files are missing
-            raise _refusal(request.task, repository, local, hosts, error) from error
-    return list(tasks.values())
+            built = factory.build(entry, registry=manager.task_index)
+        except UserError:
+            raise
+        except Exception as error:  # a group may name a task that does not exist, or define one itself
+            raise _refusal(request.task, None, data, hosts, error) from error
+    tasks = built.get_all_tasks() if isinstance(built, Group) else built if isinstance(built, list) else [built]
+    for task in tasks:
+        _refuse_generated_code(task.config.task, task.config.unsafe_code, run_generated_code)
+    return list({task.config.task: task for task in tasks}.values())
+
+
+class _LocalTasks(TaskFactory):
+    """Builds tasks from local data, also those that a group or a tag names."""
+
+    def __init__(self, data: Path, run_generated_code: bool) -> None:
+        super().__init__()
+        self._data = data
+        self._run_generated_code = run_generated_code
+
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
+        definition, path = _definition(entry)
+        # Before any code of the task is imported.
+        _refuse_generated_code(entry.name, definition.get("unsafe_code"), self._run_generated_code)
+        repository = (overrides or {}).get("dataset_path", definition.get("dataset_path"))
+        local = path.parent if repository in _LOCAL_FORMATS else self._data / str(repository)
+        places: dict[str, Any] = {}
+        if repository in _LOCAL_FORMATS:
+            places = {"dataset_kwargs": _absolute_files(definition.get("dataset_kwargs") or {}, path.parent)}
+        elif repository and local.is_dir():
+            places = {"dataset_path": str(local.resolve())}
+        with offline() as hosts:
+            try:
+                return super()._build_task(entry, {**(overrides or {}), **places})
+            except Exception as error:  # each kind of data set raises other errors if its files are missing
+                raise _refusal(entry.name, repository, local, hosts, error) from error
+
+
+def _refuse_generated_code(task: str, unsafe: Any, run_generated_code: bool) -> None:
+    if unsafe and not run_generated_code:
+        raise UserError(
+            f"The task {task} runs the code that the model writes, with all your rights on this machine; "
+            "allow that with --run-generated-code, in a container without network access, or leave the task out."
+        )
 
 
 def _refusal(task: str, repository: Any, local: Path, hosts: Sequence[str], error: Exception) -> UserError:
@@ -181,7 +256,7 @@ def _refusal(task: str, repository: Any, local: Path, hosts: Sequence[str], erro
             "NLTK's by python -m nltk.downloader punkt_tab, a metric's by python -c \"import evaluate; "
             "evaluate.load('code_eval')\"."
         )
-    if repository in _LOCAL_FORMATS or local.is_dir():
+    if repository is None or repository in _LOCAL_FORMATS or local.is_dir():
         return UserError(
             f"The task {task} cannot be loaded from {local} ({reason}); correct its definition or its data."
         )
@@ -199,9 +274,8 @@ def _with_extra(package: str) -> str:
     return package
 
 
-def _definition(request: TaskRequest, manager: TaskManager) -> tuple[dict[str, Any], Path]:
+def _definition(entry: Entry) -> tuple[dict[str, Any], Path]:
     """Return a task's definition, with the files that it includes merged in, and its YAML file."""
-    entry = manager.task_index[request.task]
     if entry.yaml_path is None:
         return {}, Path()
     return _with_included(Path(entry.yaml_path)), Path(entry.yaml_path)
@@ -233,7 +307,8 @@ def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = No
     """Answer a task's requests and return its metrics by name.
 
     Each has ``value``, ``stderr`` (None if lm-eval has none), ``higher_is_better``, ``documents``, and
-    ``by_document``, the metric of every single document, to compare two models on the same questions.
+    ``by_document``, the metric of every single document, to compare two models on the same questions. If the model
+    answers with NaN, all of its metrics are NaN: lm-eval would take the first choice for the most likely one.
 
     Args:
         loaded: The task.
@@ -244,14 +319,15 @@ def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = No
     # Build the requests again, those of an earlier model contain its answers, and with the same few-shot examples.
     loaded.task._instances = None
     loaded.task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    unsafe = bool(loaded.task.config.unsafe_code)  # load_tasks loads such tasks only if the user wants it
     # lm-eval draws progress bars on standard error for steps that take no time; errors are still raised.
-    with redirect_stderr(StringIO()):
+    with redirect_stderr(StringIO()), _settings_of_lm_eval(run_generated_code=unsafe):
         results = evaluate(
             lm=model,
             task_dict={"tasks": {name: loaded.task}},
             limit=limit,
             bootstrap_iters=1000,
-            confirm_run_unsafe_code=True,  # load_tasks loads such tasks only if the user wants it
+            confirm_run_unsafe_code=unsafe,
         )
     assert results is not None
     scores, better = results["results"][name], loaded.task.higher_is_better()
@@ -263,11 +339,19 @@ def measure_task(loaded: LoadedTask, model: CheckpointLM, limit: int | None = No
         error = scores.get(f"{metric}_stderr,{filter_name}")
         label = metric if filter_name == "none" else f"{metric},{filter_name}"
         samples = [sample for sample in results["samples"][name] if sample["filter"] == filter_name]
+        broken = any(_has_nan(sample["resps"]) for sample in samples)
         measured[label] = {
-            "value": float(value),
-            "stderr": float(error) if isinstance(error, (int, float)) else None,
+            "value": math.nan if broken else float(value),
+            "stderr": float(error) if isinstance(error, (int, float)) and not broken else None,
             "higher_is_better": better.get(metric),
             "documents": len(samples),
-            "by_document": [_plain(sample.get(metric)) for sample in samples],
+            "by_document": [] if broken else [_plain(sample.get(metric)) for sample in samples],
         }
     return measured
+
+
+def _has_nan(answers: Any) -> bool:
+    """Return whether a number in nested answers is NaN."""
+    if isinstance(answers, (list, tuple)):
+        return any(map(_has_nan, answers))
+    return isinstance(answers, float) and math.isnan(answers)

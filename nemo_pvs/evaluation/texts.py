@@ -86,11 +86,7 @@ def windows_of(
         UserError: the text is missing, shorter than one window or in the tokens of another tokenizer, or a number is
             invalid.
     """
-    check_window_size(samples, sequence_length)
-    if stride is not None and not 1 <= stride < sequence_length:
-        raise UserError(
-            f"A stride of {stride} tokens does not fit windows of {sequence_length}; choose a smaller one."
-        )
+    check_windows(samples, sequence_length, stride)
     if train_split and text not in TEXTS:
         raise UserError(f"--compat is for {', '.join(TEXTS)}; leave it out for {text}.")
     if text.endswith(".bin"):
@@ -122,6 +118,20 @@ def windows_of(
         cut=description(sequence_length, stride, train_split=train_split),
         stride=stride,
     )
+
+
+def check_windows(samples: int, sequence_length: int, stride: int | None) -> None:
+    """Check the sizes of ``windows_of``.
+
+    Raises:
+        UserError: a number is invalid.
+    """
+    check_window_size(samples, sequence_length)
+    if stride is not None and not 1 <= stride < sequence_length:
+        raise UserError(
+            f"A stride of {stride} tokens does not fit windows of {sequence_length}; choose one from 1 to "
+            f"{sequence_length - 1}."
+        )
 
 
 def description(sequence_length: int, stride: int | None, *, train_split: bool = False) -> str:

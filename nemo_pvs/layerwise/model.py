@@ -82,13 +82,7 @@ class LayerwiseModel:
         Raises:
             UserError: the sequences are longer than the model's context, or an id is not in its vocabulary.
         """
-        for limit in ("max_position_embeddings", "sliding_window"):  # layers run without a mask, so without a window
-            context = getattr(self._skeleton.config, limit, None)
-            if context is not None and ids.shape[1] > context:
-                raise UserError(
-                    f"Sequences of {ids.shape[1]} tokens do not fit the model's context of {context} "
-                    f"({limit}); choose a shorter sequence_length."
-                )
+        check_length(self._skeleton.config, ids.shape[1])
         if int(ids.min()) < 0 or int(ids.max()) >= self.shape.vocab:
             raise UserError(
                 f"Token ids range from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has "
@@ -213,6 +207,25 @@ class LayerwiseModel:
 
     def _read(self, name: str) -> torch.Tensor:
         return self.source.read(name).to(self.device, self.dtype)
+
+
+def check_length(config: Any, length: int) -> None:
+    """Check that a model reads sequences of ``length`` tokens.
+
+    Args:
+        config: Its config, of ``transformers``.
+        length: Number of tokens.
+
+    Raises:
+        UserError: they do not fit its context, or its attention window: layers run without a mask.
+    """
+    for limit in ("max_position_embeddings", "sliding_window"):
+        context = getattr(config, limit, None)
+        if context is not None and length > context:
+            raise UserError(
+                f"Sequences of {length} tokens do not fit the model's context of {context} "
+                f"({limit}); choose a shorter sequence_length."
+            )
 
 
 def _skeleton(config: Mapping[str, Any]) -> Any:

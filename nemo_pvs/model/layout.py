@@ -239,5 +239,5 @@ def layouts() -> tuple[Layout, ...]:
         (file for file in resources.files("nemo_pvs.conversions").iterdir() if file.name.endswith(".yaml")),
         key=lambda file: file.name,
     )
-    tables = [yaml.safe_load(file.read_text()) for file in files]
+    tables = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
     return tuple(Layout(table["family"], table) for table in tables)

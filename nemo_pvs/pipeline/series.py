@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from rich.text import Text
+
 from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.layerwise.model import ON_CPU, Compute
 from nemo_pvs.pipeline.folder import check_forced
@@ -148,7 +150,7 @@ class RunSeries:
         if len(self._phases) > 1 or len(phase) > 1:
             what = "run" if phase is self._phases[-1] else "learning rates" if self._is_sweep(phase) else "parent"
             names = ", ".join(str(member.folder) for member in phase)
-            console.print(f"[bold]{what}{'s' * (len(phase) > 1)}[/]: {names}", soft_wrap=True)
+            console.print(Text.assemble((f"{what}{'s' * (len(phase) > 1)}", "bold"), f": {names}"), soft_wrap=True)
 
     def _is_sweep(self, phase: Phase) -> bool:
         return any(member.sweep == phase[0].folder for later in self._phases for member in later)

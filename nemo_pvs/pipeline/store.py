@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from nemo_pvs.errors import UserError
 from nemo_pvs.pipeline.records import Record, RecordT
 from nemo_pvs.pipeline.stage import Inputs, Stage
@@ -77,12 +79,12 @@ class Stages:
         record = self._begin(stage, inputs)
         if record is not None:
             if name not in self._reported:
-                console.print(f"[green]✓[/] {name} [dim](done earlier, {short_time(record['seconds'])})[/]")
+                _say_done(name, f"done earlier, {short_time(record['seconds'])}")
             self._reported.add(name)
             earlier = stage.record.from_json(record["result"])
             self._done.setdefault(_kind_and_inputs(stage, inputs), _Done(name, stage.outputs, earlier))
             return earlier
-        console.print(f"[bold]→[/] {name}")
+        console.print(Text.assemble(("→", "bold"), f" {name}"))
         began = time.monotonic() - worked()
         twin = self._twin(stage, inputs)
         if twin is None:
@@ -104,7 +106,7 @@ class Stages:
         )
         self._attempt(name).unlink()
         self._done.setdefault(_kind_and_inputs(stage, inputs), _Done(name, stage.outputs, result))
-        console.print(f"[green]✓[/] {name} [dim]({f'as {twin.name}' if twin else short_time(seconds)})[/]")
+        _say_done(name, f"as {twin.name}" if twin else short_time(seconds))
         self._reported.add(name)
         return result
 
@@ -209,3 +211,7 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any], where: str = ""
             short = all(len(str(value)) < 32 for value in (before, after))
             return f"{where}{key} {before}, not {after}" if short else f"another {where}{key}"
     return "other settings"
+
+
+def _say_done(name: str, how: str) -> None:
+    console.print(Text.assemble(("✓", "green"), f" {name} ", (f"({how})", "dim")))

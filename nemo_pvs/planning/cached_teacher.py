@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from rich.markup import escape
-
 from nemo_pvs.data.teacher_cache import bytes_per_token
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
@@ -163,7 +161,7 @@ def disk_warning(needed: float, folder: Path) -> str | None:
     if free >= needed:
         return None
     return (
-        f"[yellow]![/] the teacher's answers need {_bytes(needed)}, but {escape(str(folder))} has {_bytes(free)} "
+        f"! the teacher's answers need {_bytes(needed)}, but {folder} has {_bytes(free)} "
         "free; keep fewer tokens (top_k), or choose an --out on a larger disk"
     )
 

@@ -109,7 +109,7 @@ def html_report(runs: SideBySide, *, reference: bool = False) -> str:
     table = results_rows(results, runs)
     budgets = budget_rows(runs, reference=reference)
     returning = regained(runs)
-    template = resources.files("nemo_pvs.reporting").joinpath("template.html").read_text()
+    template = resources.files("nemo_pvs.reporting").joinpath("template.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
     # Safe: our figures escape their inputs.

@@ -120,6 +120,8 @@ def fit(
     """
     if draws < FEWEST_DRAWS:
         raise UserError(f"{draws} draws are too few for a {CONFIDENCE:.0f} % interval; use at least {FEWEST_DRAWS}.")
+    if seed < 0:
+        raise UserError(f"The seed {seed} is negative; give 0 or more.")
     check_tokenizers(series)
     law = LAWS[form]
     warnings = law.check(series)

@@ -245,7 +245,7 @@ def _is_dead(lock: _Lock, me: _Holder) -> bool:
     remaining = min(DEAD_SECONDS, DEAD_SECONDS - (_file_system_time(lock.file.parent) - lock.touched))
     if remaining <= 0:
         return True
-    console.print(f"watching {lock.who} for a sign of life, for {remaining:.0f} s", soft_wrap=True, markup=False)
+    console.print(f"watching {lock.who} for a sign of life, for {remaining:.0f} s", soft_wrap=True)
     deadline = time.monotonic() + remaining
     while time.monotonic() < deadline:
         time.sleep(min(1.0, remaining / 10))

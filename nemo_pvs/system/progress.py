@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from functools import cache
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 _LOG_WIDTH = 160
 """Width in columns if none is set and output is not a terminal, as for a pipe or a Slurm log."""
@@ -19,7 +19,8 @@ _LOG_WIDTH = 160
 
 def _made() -> Console:
     first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-    made = Console(highlight=False, quiet=not first)
+    # No markup: brackets in a path or a name are printed, not taken for a style.
+    made = Console(highlight=False, markup=False, emoji=False, quiet=not first)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _LOG_WIDTH
     return made
@@ -32,7 +33,12 @@ console = _made()
 @cache
 def say_once(text: str) -> None:
     """Print a warning, but only the first time that a process calls this with the same text."""
-    console.print(f"[yellow]![/] {escape(text)}", soft_wrap=True)
+    warn(text)
+
+
+def warn(text: str, indent: str = "") -> None:
+    """Print a warning."""
+    console.print(Text.assemble(indent, ("!", "yellow"), f" {text}"), soft_wrap=True)
 
 
 _SECONDS_BETWEEN_LINES = 20.0
@@ -75,7 +81,6 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
             console.print(
                 f"  {what}: {done:,}/{total:,} {unit}, {left} left{', ' + note if note else ''}",
                 soft_wrap=True,
-                markup=False,
             )
 
     yield say

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.masks import check_masks, masks_of
@@ -29,7 +28,7 @@ from nemo_pvs.planning.teacher import check_pairs, check_teacher, check_teacher_
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.training import Training
 from nemo_pvs.system.files import read_json, sha256_json, write_json
-from nemo_pvs.system.progress import console, progress
+from nemo_pvs.system.progress import console, progress, warn
 from nemo_pvs.training.job import TrainingJob
 from nemo_pvs.training.teaching_job import TeachingJob, content_for
 
@@ -244,8 +243,7 @@ def _say_unmasked_zeros(initial: str, source: WeightSource) -> None:
     share = first.zeros / first.weights
     if not masks_of(source).names and share > _SPARSE:
         how = f"--method magnitude --sparsity {first.pattern or f'{share:.4g}'}"
-        console.print(
-            f"[yellow]![/] {escape(initial)} has {share:.0%} zeros in {first.name} and no masks, so training fills "
-            f"them; pvs prune {escape(initial)} DST {how} keeps these zeros and writes their masks.",
-            soft_wrap=True,
+        warn(
+            f"{initial} has {share:.0%} zeros in {first.name} and no masks, so training fills them; "
+            f"pvs prune {initial} DST {how} keeps these zeros and writes their masks."
         )

@@ -268,7 +268,7 @@ def _check_beginning(job: Job) -> None:
         return
     newest, broken = newest_sound(job.checkpoints)
     for sentence in say_broken(newest, broken):
-        console.print(sentence, soft_wrap=True, markup=False)
+        console.print(sentence, soft_wrap=True)
     if newest is not None:
         check_split(newest, job.layout.split, distributed_optimizer=job.layout.distributed_optimizer)
         return

@@ -1,5 +1,6 @@
 """The command line: what a user types, what they see, and what they are told when it cannot work."""
 
+import io
 import json
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import nemo_pvs
+from nemo_pvs.cli.main import main
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 
@@ -64,6 +67,18 @@ def test_every_verb_has_help(pvs):
     for verb in ("convert", "inspect", "calibrate", "prune", "train", "evaluate", "run", "report", "tokenize"):
         assert verb in out
         assert pvs(verb, "--help")[0] == 0
+
+
+def test_a_terminal_without_a_character_gets_a_question_mark(monkeypatch):
+    """As in a locale of ASCII or Latin-1; the results of an evaluation have ±."""
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["pvs", "--version"])
+    monkeypatch.setattr(nemo_pvs, "__version__", "1.0 ± 0.1")
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stdout.flush()
+    assert (end.value.code, output.getvalue()) == (0, b"1.0 ? 0.1\n")
 
 
 @pytest.mark.slow

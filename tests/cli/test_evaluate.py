@@ -14,6 +14,7 @@ from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.layerwise import perplexity as perplexity_module
 from nemo_pvs.reporting.compare.scores import read_scores
 from tests.conftest import make_tiny_llama
+from tests.evaluation.generation_data import write_writing
 from tests.evaluation.models import TASKS, save_byte_model
 from tests.evaluation.paper_data import write_paper_data
 
@@ -163,6 +164,8 @@ def test_the_default_is_perplexity_of_the_same_text(evaluate, model, tmp_path, m
 @pytest.mark.slow
 def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
     bare = make_tiny_llama(tmp_path / "bare")
+    longer = save_byte_model(tmp_path / "longer", max_position_embeddings=1024)
+    writing = write_writing(tmp_path / "writing", "Dear", 600, "{metric: exact_match, aggregation: mean}")
     for sentence, arguments in {
         f"{bare} has no tokenizer": (bare, "--tasks", TASKS),
         "hf download allenai/winogrande": (model, "--tasks", "paper", "--perplexity", "none"),
@@ -171,9 +174,16 @@ def test_mistakes_get_one_sentence(evaluate, model, tmp_path):
         "--backend is 'vllm'; choose auto, transformers or megatron": (model, "--backend", "vllm"),
         "--limit is 0; give 1 or more": (model, "--limit", 0),
         "0 samples of 512 tokens predict nothing": (model, "--perplexity", TASKS / "letters.jsonl", "--samples", 0),
+        "A stride of 0 tokens does not fit windows of 512; choose one from 1 to 511": ("no/such", "--stride", 0),
+        "0 samples of 512 tokens": ("no/such", "--samples", 0),
+        "--tensor-parallel is -1; give 1 or more": ("no/such", "--tensor-parallel", -1, "--pipeline-parallel", -1),
+        "--perplexity none leaves nothing to measure": (model, "--perplexity", "none"),
+        "The task writing/0-shot asks for up to 600 new tokens, which do not fit the context of": (
+            *(model, "--tasks", writing, "--perplexity", TASKS / "letters.jsonl", "--sequence-length", 32),
+        ),
         "need a multiple of 2 ranks, not 1; start them with torchrun": (model, "--tensor-parallel", 2),
         "Sequences of 699 tokens do not fit the model's context of 600": (
-            *(model, "--perplexity", "wikipedia-sample", "--sequence-length", 700),
+            *(longer, model, "--perplexity", "wikipedia-sample", "--sequence-length", 700),
         ),
     }.items():
         code, _, errors = evaluate(*arguments)
@@ -217,7 +227,7 @@ def test_presets_name_the_data_sets_of_their_tasks():
     from nemo_pvs.evaluation.tasks import _definition, _known_tasks
 
     for request in task_presets()["recovery"].requests:
-        assert _definition(request, _known_tasks(None))[0]["dataset_path"] == request.data_set
+        assert _definition(_known_tasks(None).task_index[request.task])[0]["dataset_path"] == request.data_set
 
 
 @pytest.mark.slow

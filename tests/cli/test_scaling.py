@@ -126,6 +126,7 @@ def test_what_cannot_be_fitted_or_asked_is_refused(pvs: Pvs, tmp_path: Path) -> 
     _refused(pvs("scaling-fit", "published", "--form", "p3"), "--form is 'p3'; choose p2, chinchilla or per-run.")
     _refused(pvs("scaling-fit", "published", "--form", "p2", "--out", fit), "at least 2 parents and 2 ratios")
     _refused(pvs("scaling-fit", "published", "--draws", 5), "use at least 39")
+    _refused(pvs("scaling-fit", "published", "--draws", 39, "--seed", -1), "The seed -1 is negative; give 0 or more")
     _refused(pvs("scaling-fit", tmp_path / "none"), "does not exist")
     (tmp_path / "file").write_text("")
     _refused(pvs("scaling-fit", tmp_path / "file"), "does not exist")

@@ -87,6 +87,24 @@ def write_code_task(folder: Path) -> Path:
     return folder
 
 
+def write_writing(folder: Path, start: str, tokens: int, metric: str) -> Path:
+    """Write a task with one generated answer of up to ``tokens`` tokens in ``folder`` and return it."""
+    folder.mkdir()
+    definition = {
+        "task": "writing",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "writing.jsonl"}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{start}}",
+        "doc_to_target": "w4",
+        "generation_kwargs": {"until": ["w999"], "max_gen_toks": tokens, "do_sample": False},
+    }
+    (folder / "writing.yaml").write_text(f"{yaml.safe_dump(definition)}metric_list:\n- {metric}\n")
+    (folder / "writing.jsonl").write_text(json.dumps({"start": start}))
+    return folder
+
+
 def save_counting_model(folder: Path, **settings: Any) -> Path:
     """Save a random model over bytes and answers such as ``#### 2``, and its tokenizer, in ``folder``; return it."""
     answers = [f"#### {number % 3}{' ' * (number // 3)}" for number in range(30)]

@@ -98,6 +98,20 @@ def test_generated_code_runs_only_if_the_user_says_so(folder, data, tmp_path):
     assert measured["passes"]["value"] == 1
 
 
+def test_generated_code_does_not_hide_in_a_group(tmp_path):
+    """As in lm-eval's humaneval_infilling, which runs what the model writes and does not say so itself."""
+    tasks = write_code_task(tmp_path / "tasks")
+    (tasks / "coding.yaml").write_text("group: coding\ntask:\n- doubling\n")
+    (tasks / "tagged.yaml").write_text((tasks / "doubling.yaml").read_text() + "tag: programs\n")
+    (tasks / "doubling.yaml").unlink()
+    for name in ("coding", "programs"):
+        with pytest.raises(UserError, match="The task doubling runs the code that the model writes"):
+            load_tasks([TaskRequest(name, folder=tasks)], tmp_path)
+        assert not (tasks / "ran").exists(), "not even imported"
+    with pytest.raises(UserError, match=r"The task humaneval_.* runs the code that the model writes"):
+        load_tasks([TaskRequest("humaneval_infilling")], tmp_path)
+
+
 def test_other_end_of_text_tokens_are_another_measurement(folder, tmp_path):
     """They are in no tensor, no task and no file of the tokenizer, and a user may have corrected them."""
     model = shutil.copytree(folder, tmp_path / "model")

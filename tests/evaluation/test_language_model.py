@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
@@ -169,10 +171,24 @@ def test_what_cannot_be_answered_is_said(folder):
     model = ours(folder)
     with pytest.raises(UserError, match=f"continuation of {CONTEXT + 1} tokens does not fit the model's context"):
         model.loglikelihood(requests([("x", "y" * (CONTEXT + 1))]))
+    for context in ("", "x"):
+        with pytest.raises(UserError, match="has no token of its own: it is empty, or the tokenizer joins it"):
+            model.loglikelihood(requests([(context, "yes"), (context, "")]))
     assert model.loglikelihood_rolling(requests([("",)])) == [0]
     model.tokenizer.eos_token = None
     with pytest.raises(UserError, match="set eos_token in its config"):
         model.loglikelihood(requests([("", "x")]))
+
+
+def test_an_answer_that_the_tokenizer_joins_to_its_question_is_not_certain(folder, tmp_path):
+    """Nothing would be left to predict, and the sum of no log-probabilities is better than any other."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate([*alphabet, "ab"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [("a", "b")])), eos_token="ab")
+    model = CheckpointLM(ours(folder)._scorer, tokenizer, CONTEXT)
+    assert len(model.loglikelihood(requests([("x", "b")]))) == 1
+    with pytest.raises(UserError, match="has no token of its own"):
+        model.loglikelihood(requests([("xa", "b"), ("xa", "c")]))
 
 
 def test_sharded_scores_need_only_their_own_columns():

@@ -17,6 +17,7 @@ from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.task_score import task_score
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
+from tests.evaluation.generation_data import write_writing
 from tests.multiplications import multiplications
 
 TASKS = Path(__file__).parent / "tasks"
@@ -57,23 +58,18 @@ def test_what_was_read_is_what_was_multiplied(tmp_path: Path) -> None:
     assert products == sum(map(prod, read.items())) * (shape.matrix_parameters + shape.vocab * shape.hidden)
 
 
+def test_a_metric_that_does_not_say_so_is_better_when_higher(tmp_path: Path) -> None:
+    """As in the report; else depth pruning would look for the layers without which the model is worst."""
+    folder = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
+    task = write_writing(tmp_path / "task", "w5", 1, "{metric: !function utils.own, aggregation: mean}")
+    (task / "utils.py").write_text("def own(references, predictions):\n    return 0.75\n")
+    assert task_score(str(task), folder, tmp_path)(open_source(folder)).score == 0.75
+
+
 def test_texts_end_as_when_the_model_is_evaluated(tmp_path: Path) -> None:
     """With any of the tokens that the generation config names, not with the tokenizer's alone."""
     folder = save_tiny_tokenizer(make_tiny_llama(tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(128)]}))
-    task = tmp_path / "task"
-    task.mkdir()
-    definition = {
-        "task": "writing",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "writing.jsonl"}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{start}}",
-        "doc_to_target": "w4",
-        "generation_kwargs": {"until": ["w999"], "max_gen_toks": 8, "do_sample": False},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (task / "writing.yaml").write_text(json.dumps(definition))
-    (task / "writing.jsonl").write_text(json.dumps({"start": "w5 w6 w3"}))
+    metric = "{metric: exact_match, aggregation: mean, higher_is_better: true}"
+    task = write_writing(tmp_path / "task", "w5 w6 w3", 8, metric)
     assert task_score(str(task), folder, tmp_path)(open_source(folder)).read == {3: 1}, "one new token, never read"

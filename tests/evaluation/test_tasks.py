@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from nemo_pvs.evaluation.requests import EvaluationRequest, TaskRequest, parse_t
 from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.summary import average
 from nemo_pvs.evaluation.tasks import load_tasks, measure_task
+from nemo_pvs.layerwise.token_scores import TokenScores
 from tests.evaluation.models import TASKS, save_byte_model
 from tests.evaluation.paper_data import write_paper_data
 
@@ -209,3 +215,85 @@ def test_data_that_are_not_here_are_named_with_the_command_that_gets_them(tmp_pa
     assert "The data of the task winogrande are not available locally" in sentence
     assert f"hf download allenai/winogrande --repo-type dataset --local-dir {tmp_path}/allenai/winogrande" in sentence
     assert "\n" not in sentence
+
+
+def grouped(folder: Path, data: str) -> Path:
+    """Write two tasks on one data set, a group of them with another number of shots, and a tag."""
+    folder.mkdir()
+    for name in ("first", "second"):
+        definition = (TASKS / "capitals.yaml").read_text().replace("task: capitals", f"task: {name}\ntag: geography")
+        definition = re.sub(
+            r"dataset_path.*train: capitals.jsonl", f"dataset_path: {data}", definition, flags=re.DOTALL
+        )
+        (folder / f"{name}.yaml").write_text(definition)
+    members = "- task: first\n  num_fewshot: 1\n- second\n"
+    (folder / "group.yaml").write_text(f"group: places\ntask:\n{members}metadata:\n  version: 1.0\n")
+    return folder
+
+
+def test_a_group_and_a_tag_read_local_data(tmp_path):
+    """Of each of their tasks, which have a data set each; lm-eval's mmlu is a group and ai2_arc is a tag."""
+    for split in ("train", "test"):
+        file = tmp_path / "data" / "owner" / "capitals" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TASKS / "capitals.jsonl", file)
+    folder = grouped(tmp_path / "tasks", "owner/capitals")
+    for name, expected in {
+        "places": ["first/1-shot", "second/0-shot"],
+        "geography": ["first/0-shot", "second/0-shot"],
+    }.items():
+        loaded = load_tasks([TaskRequest(name, folder=folder)], tmp_path / "data")
+        assert [task.name for task in loaded] == expected
+        assert all(len(task.task.eval_docs) == 8 for task in loaded)
+        with pytest.raises(UserError, match=r"data of the task first are not.*hf download owner/capitals --repo-type"):
+            load_tasks([TaskRequest(name, folder=folder)], tmp_path / "nothing")
+
+
+def write_functions(folder: Path) -> Path:
+    """Write the task capitals with a filter in Python that calls a helper."""
+    shutil.copytree(TASKS, folder)
+    filters = "filter_list:\n- name: own\n  filter:\n  - function: custom\n    filter_fn: !function utils.own\n"
+    (folder / "capitals.yaml").write_text((TASKS / "capitals.yaml").read_text() + filters)
+    helper = "def helper():\n    return 1\n\n\n"
+    (folder / "utils.py").write_text(f"{helper}def own(resps, docs):\n    return [one[: helper()] for one in resps]\n")
+    return folder
+
+
+def test_the_hash_covers_functions_and_is_the_same_in_every_process(tmp_path):
+    """Their addresses differ in every process, so that no answer would ever be found again."""
+    folder = write_functions(tmp_path / "tasks")
+
+    def hash_of() -> str:
+        [task] = load_tasks([TaskRequest("capitals", folder=folder)], Path("none"))
+        return task.content_hash
+
+    original = hash_of()
+    for name in [name for name in sys.modules if str(folder) in name]:
+        del sys.modules[name]  # as in another process: another function of the same text
+    assert hash_of() == original
+    helper = folder / "utils.py"
+    helper.write_text(helper.read_text().replace("return 1", "return 2"))
+    assert hash_of() != original, "what the functions call decides their results, too"
+
+
+def test_answers_that_are_no_numbers_are_no_accuracy(model, monkeypatch):
+    """Of NaN, the first choice counts as the most likely one, and a broken model would get its share of the points."""
+    [task] = load_tasks([TaskRequest("capitals", folder=TASKS)], Path("none"))
+    score = model._scorer.score
+
+    def broken(ids: torch.Tensor) -> Any:
+        return TokenScores(*(values * torch.nan for values in score(ids)))
+
+    monkeypatch.setattr(model._scorer, "score", broken)
+    about = measure_task(task, model, limit=3)["acc"]
+    assert math.isnan(about["value"])
+    assert (about["stderr"], about["by_document"], about["documents"]) == (None, [], 3)
+
+
+def test_nothing_stays_changed_in_the_process(model, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    level = logging.getLogger("lm_eval").level
+    [task] = load_tasks([TaskRequest("capitals", folder=TASKS)], Path("none"), run_generated_code=True)
+    measure_task(task, model, limit=1)
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    assert logging.getLogger("lm_eval").level == level

@@ -94,6 +94,27 @@ def test_a_measurement_with_another_limit_is_not_taken_for_this_one(evaluated: R
     assert read_scores(tmp_path)["b" * 64]["arc_easy/0-shot/acc_norm"].by_document is None
 
 
+def test_a_metric_that_is_no_mean_over_questions_is_not_paired(evaluated: Run, tmp_path: Path) -> None:
+    """As the perplexity of LAMBADA, exp of the mean of log-likelihoods: their differences are in other units."""
+    file = tmp_path / "measured" / ("b" * 16) / "arc_easy.json"
+    kept = read_json(file)
+    answers = kept["metrics"]["acc_norm"]["by_document"]
+    assert read_scores(tmp_path)["b" * 64]["arc_easy/0-shot/acc_norm"].by_document == tuple(answers)
+    kept["metrics"]["acc_norm"]["by_document"] = [-3.0 - answer for answer in answers]
+    write_json(file, kept)
+    assert read_scores(tmp_path)["b" * 64]["arc_easy/0-shot/acc_norm"].by_document is None
+
+
+def test_the_last_of_several_evaluations_counts(evaluated: Run, tmp_path: Path) -> None:
+    """Of other backends or tokenizers; the newest is the first in the file."""
+    file = tmp_path / "results.json"
+    known = read_json(file)
+    loss = {"value": 1.0, "stderr": None, "documents": 4, "higher_is_better": False}
+    newest = {**known["models"][0], "backend": "megatron", "measured": {"perplexity/c4/loss": loss}}
+    write_json(file, {**known, "models": [newest, *known["models"]]})
+    assert read_scores(tmp_path)[newest["fingerprint"]]["perplexity/c4/loss"].value == 1.0
+
+
 @pytest.mark.parametrize(
     ("pruned", "scratch", "higher", "winner"),
     [

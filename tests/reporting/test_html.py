@@ -102,6 +102,14 @@ def test_dark_light_and_paper_are_provided_for(results: Results) -> None:
 
 
 @pytest.mark.slow
+def test_the_page_is_the_same_in_every_locale(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, read = _page(results), Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, encoding=None, errors=None: read(self, encoding or "latin-1", errors)
+    )
+    assert _page(results) == page
+
+
 def test_what_users_write_is_shown_and_not_obeyed(results: Results) -> None:
     results.title = "<script>alert(1)</script>"
     results.arms[0].name = results.arms[0].target = "<img src=x>"

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from nemo_pvs.system import progress
 
@@ -29,6 +30,25 @@ def test_tables_in_a_log_are_not_squeezed_into_80_columns(columns, width):
         check=True,
     ).stdout
     assert int(printed) == width
+
+
+def test_brackets_and_colons_are_printed_as_they_are(capsys):
+    """Of paths, names and titles, anywhere: as markup they would be dropped, or be an error."""
+    table = Table("[bold]run[/x]", title="[z]")
+    table.add_row("runs/[red]a[/] :smile:")
+    progress.console.print("runs/[red]a[/y] :smile:", table)
+    progress.console.rule("[w/]")
+    progress.warn("it is in [b/]")
+    printed = capsys.readouterr().out
+    for text in (
+        "[bold]run[/x]",
+        "[z]",
+        "runs/[red]a[/] :smile:",
+        "runs/[red]a[/y] :smile:",
+        "[w/]",
+        "! it is in [b/]",
+    ):
+        assert text in printed
 
 
 @pytest.mark.parametrize(

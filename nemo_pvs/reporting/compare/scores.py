@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ class Score:
     documents: int
     higher_is_better: bool | None
     by_document: tuple[float, ...] | None = None
-    """The metric for every question, if it was stored."""
+    """The metric for every question, if it was stored and ``value`` is its mean."""
     content: str | None = None
     """Identifies the questions: models with equal values were asked the same questions in the same order."""
     cut: str | None = None
@@ -60,7 +61,8 @@ TaskScores = dict[str, dict[str, Score]]
 def read_scores(folder: Path) -> TaskScores:
     """Read a folder of ``pvs evaluate``: ``results.json``, and single questions from ``measured/`` if stored.
 
-    If a model was evaluated on a task with several limits on the number of questions, the largest limit counts.
+    If a model was evaluated on a task with several limits on the number of questions, the largest limit counts, and
+    of several evaluations with that limit the last one, which comes first in the file.
 
     Raises:
         UserError: the folder holds no evaluation.
@@ -68,7 +70,8 @@ def read_scores(folder: Path) -> TaskScores:
     data = read_json(folder / "results.json")
     try:
         by_model: TaskScores = {}
-        for model in sorted(data["models"], key=lambda model: model["limit"] or math.inf):
+        newest_last = data["models"][::-1]
+        for model in sorted(newest_last, key=lambda model: model["limit"] or math.inf):
             scores = {name: _score(folder, model, name, metric) for name, metric in model["measured"].items()}
             by_model.setdefault(model["fingerprint"], {}).update(scores)
         return by_model
@@ -92,6 +95,8 @@ def _score(folder: Path, model: Mapping[str, Any], name: str, entry: Mapping[str
             and measured.get("value") == plain.value
             and questions
             and all(isinstance(value, (int, float)) for value in questions)
+            # Not so for a perplexity, whose questions have log-likelihoods: their spread is not its error.
+            and math.isclose(statistics.fmean(questions), plain.value, rel_tol=1e-6, abs_tol=1e-9)
         ):
             content = f"{settings['task']} {settings['limit']}"
             return replace(plain, by_document=tuple(map(float, questions)), content=content)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from nemo_pvs.ledger.ledger import SHARED_ANSWERS
 from nemo_pvs.reporting.compare.estimates import bits_per_byte_after, final_loss, gap, parent_loss, perplexity_after
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _MANY = 6
 """Comparisons beyond which sentences give a range."""
+_BETWEEN_COLUMNS = 2
+_LEAST_NAME = 12
+"""Columns of the terminal for names."""
 _NOT_FINITE = "NaN/∞"
 """The short form for the terminal, where a wider cell would push out the last column."""
 
@@ -326,12 +329,15 @@ def _alone(value: float | None) -> MeanEstimate | None:
     return None if value is None else MeanEstimate(value, 1)
 
 
-def results_table(results: Results, runs: SideBySide | None = None) -> Table:
+def results_table(results: Results, runs: SideBySide | None = None, *, width: int) -> Table:
     """Return the results as a table for the terminal, without the cost columns, which the report has.
+
+    It can be wider than the terminal, so print it with ``crop=False``.
 
     Args:
         results: The arms.
         runs: The runs that they are the means of; with several seeds the table has their intervals.
+        width: Columns of the terminal, in which long names are folded.
     """
     rows = results_rows(results, runs)
     caption = [outcome(results, runs)]
@@ -339,29 +345,32 @@ def results_table(results: Results, runs: SideBySide | None = None) -> Table:
         caption.append(PLUS_MINUS)
     shown = [(index, column.terminal) for index, column in enumerate(rows.columns) if column.terminal is not None]
     table = Table(
-        title=escape(results.title),
-        caption=escape("\n".join(caption)),
+        title=Text(results.title, "bold"),  # not a str, in which brackets could be markup
+        caption=Text("\n".join(caption)),
         title_justify="left",
         caption_justify="left",
-        title_style="bold",
         caption_style="",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for index, heading in shown:
-        # A name may be folded; a truncated number would be wrong.
-        if index:
-            table.add_column(heading, justify="right", no_wrap=True)
-        else:
-            table.add_column(heading, overflow="fold", min_width=12)
+    lines = []
     for row in rows.rows:
-        cells = []
-        for index, heading in shown:
-            cell = row[index].replace(NOT_FINITE, _NOT_FINITE)
-            # There is room for one interval: that of the gap, which is the comparison.
-            cells.append(escape(cell if index == 0 or heading == _GAP_HEADING else cell.partition("\u00a0±")[0]))
-        table.add_row(*cells)
+        cells = [(heading, row[index].replace(NOT_FINITE, _NOT_FINITE)) for index, heading in shown]
+        # There is room for one interval: that of the gap, which is the comparison.
+        numbers = [cell if heading == _GAP_HEADING else cell.partition("\u00a0±")[0] for heading, cell in cells[1:]]
+        lines.append([cells[0][1], *numbers])
+    widths = []
+    for place, (_, heading) in enumerate(shown):
+        widths.append(max(len(text) for text in [*heading.split("\n"), *(line[place] for line in lines)]))
+    # A name may be folded; a truncated number would be wrong, so a narrow terminal has to wrap the lines.
+    room = width - sum(widths[1:]) - _BETWEEN_COLUMNS * len(widths)
+    widths[0] = max(_LEAST_NAME, min(widths[0], room))
+    table.width = sum(widths) + _BETWEEN_COLUMNS * len(widths)  # else rich makes it as narrow as the terminal
+    for (_, heading), needed in zip(shown, widths, strict=True):
+        table.add_column(heading, justify="right" if table.columns else "left", overflow="fold", width=needed)
+    for line in lines:
+        table.add_row(*map(Text, line))
     return table
 
 
