@@ -20,6 +20,7 @@ from nemo_pvs.reporting.statistics import mean_estimate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "recipes/paper_in_small/results/quick"
+OTHER_METHODS = "recipes/paper_in_small/results/other_methods"
 THREE_QUARTERS = "recipes/paper_in_small/results/three_quarters"
 WITH_TEACHER = "recipes/paper_in_small/results/distilled"
 
@@ -42,18 +43,19 @@ def _gaps(runs: SideBySide) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def both_ratios() -> SideBySide:
-    return compare(read_runs([str(ROOT / RESULTS), str(ROOT / THREE_QUARTERS)]))
+def all_runs() -> SideBySide:
+    """Without a teacher: those by which the findings at equal training tokens are judged."""
+    return compare(read_runs([str(ROOT / folder) for folder in (RESULTS, OTHER_METHODS, THREE_QUARTERS)]))
 
 
-def test_findings(runs: SideBySide, both_ratios: SideBySide) -> None:
+def test_findings(runs: SideBySide, all_runs: SideBySide) -> None:
     """Those at equal total tokens are judged by ``quick``, the only one that has them."""
     held = {finding.name: finding.judgement for finding in runs.findings}
-    of_both = {finding.name: finding.judgement for finding in both_ratios.findings}
+    of_all = {finding.name: finding.judgement for finding in all_runs.findings}
     page = (ROOT / "docs/paper_in_small.md").read_text()
     stated = dict(re.findall(r"^\| (\d[abc])\. [^|]* \| (holds|fails|undecided)", page, re.MULTILINE))
-    assert stated == {**held, **{name: of_both[name] for name in ("1a", "1b", "1c")}}
-    (shrinks,) = (finding for finding in both_ratios.findings if finding.name == "1c")
+    assert stated == {**held, **{name: of_all[name] for name in ("1a", "1b", "1c")}}
+    (shrinks,) = (finding for finding in all_runs.findings if finding.name == "1c")
     assert "Of 9 comparisons, in nats per token, 5 agree" in shrinks.reason
     assert "and 4 are open" in shrinks.reason
 
@@ -66,16 +68,25 @@ def test_gaps_of_the_page_and_of_the_readme(runs: SideBySide) -> None:
         assert f"({gaps[target][-1]})" in (ROOT / "README.md").read_text()
 
 
-def test_gaps_at_three_quarters(both_ratios: SideBySide) -> None:
-    gaps = _gaps(both_ratios)
+def test_gaps_of_other_methods_and_at_three_quarters(all_runs: SideBySide) -> None:
+    gaps = _gaps(all_runs)
     page = (ROOT / "docs/paper_in_small.md").read_text()
-    for target, name in (("depth-75", "depth"), ("width-75", "width"), ("wanda-75", "Wanda")):
+    for target, name in (
+        ("flap-50", "FLAP"),
+        ("sheared-50", "Sheared LLaMA"),
+        ("sparsegpt-50", "SparseGPT"),
+        ("wanda-2-4", "Wanda, 2:4"),
+        ("sparsegpt-2-4", "SparseGPT, 2:4"),
+        ("depth-75", "depth"),
+        ("width-75", "width"),
+        ("wanda-75", "Wanda"),
+    ):
         assert f"| {name} | {' | '.join(gaps[target])} |" in page
 
 
-def test_further_numbers_of_the_page_and_of_the_readme(runs: SideBySide) -> None:
+def test_further_numbers_of_the_page_and_of_the_readme(all_runs: SideBySide) -> None:
     page, readme = (ROOT / "docs/paper_in_small.md").read_text(), (ROOT / "README.md").read_text()
-    equal_training = [float(number.split()[0]) for numbers in _gaps(runs).values() for number in numbers[:-1]]
+    equal_training = [float(number.split()[0]) for numbers in _gaps(all_runs).values() for number in numbers[:3]]
     assert f"{len(equal_training)} of {len(equal_training)}\ncomparisons by {min(equal_training):.2f}" in readme
     assert f"to {max(equal_training):.2f} nats per token" in readme
 
@@ -181,7 +192,7 @@ def test_what_the_teacher_is_worth() -> None:
             assert f"| {name} | {cells(minuend, subtrahend)} |" in page
 
 
-@pytest.mark.parametrize("folder", [RESULTS, THREE_QUARTERS, WITH_TEACHER])
+@pytest.mark.parametrize("folder", [RESULTS, OTHER_METHODS, THREE_QUARTERS, WITH_TEACHER])
 def test_the_report_is_that_of_the_data(folder: str) -> None:
     """Except for when it was made, and from which path."""
 

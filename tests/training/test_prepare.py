@@ -124,10 +124,7 @@ def test_a_run_begins_with_a_whole_step_and_ends_within_the_data(sparse):
 def test_a_run_goes_on_with_its_own_text_alone(sparse):
     """Its validation may be the same, and Megatron's index of the old text would be read as one of the new."""
     _job(sparse, random_init=False)
-    settings = sparse.parent / "run" / "settings.json"
-    earlier = {key: value for key, value in read_json(settings).items() if key != "data"}
-    write_json(settings, earlier)
-    _job(sparse, random_init=False)  # as begun by an earlier version
+    _job(sparse, random_init=False)
     write_tokens(sparse.parent / "data" / "train", list(range(3, 125)) * 10)
     with pytest.raises(UserError, match=r"holds a run on another .*data/train\.bin"):
         _job(sparse, random_init=False)
