@@ -24,6 +24,8 @@ from nemo_pvs.reporting.numbers import duration, fixed, format_perplexity, scale
         (format_perplexity(None), "–"),
         (format_perplexity(999.994), "999.99"),
         (format_perplexity(49152.4), "49,152"),
+        (format_perplexity(9_999_999.0), "9,999,999"),
+        (format_perplexity(1.308e12), "1.31\u00a0×\u00a010¹²"),
         (format_perplexity(math.inf), "not finite"),
         (duration(None), "–"),
         (duration(3725.6), "1:02:06"),
