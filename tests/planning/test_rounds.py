@@ -119,7 +119,7 @@ def test_every_round_is_charged_at_its_own_size() -> None:
     )
     calibration = pruning_cost(recipe, recipe.targets["one"], final, PARENT).charges
     assert len(calibration) == 4
-    # In each round so many of the 50 iterations as its share of the matrices is of all that are left.
+    # Of the 50 iterations a round gets the share that its matrices are of all that are left.
     lost = [1 - after.matrix_parameters / before.matrix_parameters for before, after in pairwise([PARENT, *shapes])]
     for charge, share in zip(calibration, lost, strict=True):
         assert charge.tokens == pytest.approx(share * 50 * 8 * 32, abs=8 * 32)
