@@ -30,7 +30,7 @@ def scientific(value: float | None) -> str:
 
 
 def format_perplexity(value: float | None) -> str:
-    """Format a perplexity: with two decimals below 1000, without decimals below ten million, then as a power of ten."""
+    """Format a perplexity: two decimals below 1000, none below ten million, then a power of ten."""
     if value is not None and 1e7 <= value < math.inf:
         return scientific(value)
     return fixed(value, 2 if value is None or value < 1000 else 0)
