@@ -20,7 +20,7 @@ from nemo_pvs.recipe.fields import Parallelism, Positive, RecipeBlock
 from nemo_pvs.recipe.problems import first_problem
 from nemo_pvs.system.files import StrictLoader, expand_home, read_yaml
 from nemo_pvs.system.gpu_environment import GPU_ENVIRONMENT
-from nemo_pvs.training.preemption import PREEMPTED
+from nemo_pvs.training.preemption import PREEMPTED, USER_ERROR_FILE
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -244,12 +244,14 @@ def _requeue_only(failures: int, folder: str) -> str:
     """
     return f"""
 # Requeue a job whose time was up: training has saved ({PREEMPTED}), and anything else was ended by the signal
-# ({_SIGNALLED}). After other failures at most {failures} times.
+# ({_SIGNALLED}). After other failures at most {failures} times, and never after one that a user has to fix (2).
+export {USER_ERROR_FILE}={shlex.quote(folder)}/user-error-$SLURM_JOB_ID
+rm -f "${USER_ERROR_FILE}"
 scontrol() {{
   if [ "$1" = requeue ] && [ "$exitcode" -ne {PREEMPTED} ] && [ "$exitcode" -ne {_SIGNALLED} ]; then
     failed={shlex.quote(folder)}/failures-$SLURM_JOB_ID
     echo "$exitcode" >> "$failed"
-    if [ "$exitcode" -eq 2 ] || [ "$(wc -l < "$failed")" -gt {failures} ]; then
+    if [ "$exitcode" -eq 2 ] || [ -e "${USER_ERROR_FILE}" ] || [ "$(wc -l < "$failed")" -gt {failures} ]; then
       echo "not requeued: exit code $exitcode"
       return 0
     fi

@@ -27,7 +27,7 @@ from nemo_pvs.system.gpu_environment import set_gpu_environment
 from nemo_pvs.system.megatron_import import import_megatron
 from nemo_pvs.system.processes import die_with_parent, forked_die_with_this
 from nemo_pvs.system.rendezvous import STANDALONE, rank_environment
-from nemo_pvs.training.preemption import PREEMPTED, children, handing_on, send_to_each
+from nemo_pvs.training.preemption import PREEMPTED, USER_ERROR_FILE, children, handing_on, send_to_each
 from nemo_pvs.training.teaching_job import Job, load_job
 
 
@@ -45,6 +45,8 @@ def main(arguments: list[str]) -> int:
         return next((code for job in jobs if (code := _run(job, locked))), 0)
     except UserError as error:
         print(f"pvs: {error}", file=sys.stderr, flush=True)
+        if USER_ERROR_FILE in os.environ:
+            Path(os.environ[USER_ERROR_FILE]).touch()
         return 2
 
 

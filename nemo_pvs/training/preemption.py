@@ -20,6 +20,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PREEMPTED = os.EX_TEMPFAIL
 """Exit code of a run that has saved and stopped on a signal: 75, a temporary failure in sysexits.h."""
 
+USER_ERROR_FILE = "PVS_USER_ERROR_FILE"
+"""Variable with the path of a file that a rank of a Slurm job creates if it ends with a user error.
+
+The other ranks wait for that rank until srun kills them, and srun's exit code is then theirs (137). By the file the
+batch script knows that requeuing is of no use.
+"""
+
 
 @contextmanager
 def handing_on(send: Callable[[int], None]) -> Iterator[list[int]]:

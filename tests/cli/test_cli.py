@@ -135,6 +135,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(pvs, model, text, tmp_path)
             "prune", model, target, "--target", "heads=5", *width,
         ),
         "did you mean hidden?": ("prune", model, target, "--target", "hiden=32", *width),
+        "or leave merge_heads out": ("prune", model, target, "--target", "ffn=48", "--merge-heads", *width),
         "Tensor parallelism 4 does not divide kv_groups=2": (
             "prune", model, target, "--target", "ffn=48", "--tensor-parallel", 4, *width,
         ),

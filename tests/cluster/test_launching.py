@@ -143,14 +143,14 @@ def test_only_what_has_saved_is_queued_again_without_end(tmp_path):
     (folder / "slurm").mkdir(parents=True)
     script = _scripts("smollm2_135m/demo", "slurm_h100", folder)["train-width-pruned"]
     programs = {
-        "srun": 'case "$*" in *launch*) exit $CODE;; *) echo head;; esac',
+        "srun": 'case "$*" in *launch*) $ONE_RANK; exit $CODE;; *) echo head;; esac',
         "scontrol": 'if [ "$1" = requeue ]; then touch $REQUEUED; else echo head; fi',
     }
 
-    def requeued(code: int, job: int) -> bool:
+    def requeued(code: int, job: int, rank: str = "") -> bool:
         flag = tmp_path / "requeued"
         flag.unlink(missing_ok=True)
-        done = _run(script, tmp_path, programs, CODE=code, SLURM_JOB_ID=job, REQUEUED=flag)
+        done = _run(script, tmp_path, programs, CODE=code, SLURM_JOB_ID=job, REQUEUED=flag, ONE_RANK=rank)
         assert done.returncode == code, done.stderr
         return flag.exists()
 
@@ -160,6 +160,9 @@ def test_only_what_has_saved_is_queued_again_without_end(tmp_path):
     assert [requeued(1, 2), requeued(75, 2), requeued(137, 2), requeued(1, 2)] == [True, True, True, False]
     assert not requeued(2, 3), "a user's mistake is one again"
     assert not requeued(0, 4)
+    mistaken = f"{sys.executable} -m nemo_pvs.megatron.launch --slurm job.json"
+    assert not requeued(137, 5, mistaken), "a user's mistake on one rank; the others wait for it until they are killed"
+    assert requeued(137, 5), "what an earlier attempt of the same job found is over"
 
 
 def test_the_batch_script_for_sites_without_nemo_run_queues_again_what_is_not_done(tmp_path):

@@ -107,7 +107,13 @@ def _target(method: str, options: SizesOrPreset, parent: Shape) -> Shape:
     amount: dict[str, Any] = {"sizes": options.sizes, "preset": options.preset}
     if isinstance(options, SizesOrRatio):
         amount |= {"ratio": options.ratio, "of": options.of}
-    return choose_target(parent, method, **amount)
+    target = choose_target(parent, method, **amount)
+    if getattr(options, "merge_heads", False) and target.heads_per_group == parent.heads_per_group:
+        raise UserError(
+            f"merge_heads adds removed query heads to kept ones, but the target keeps all {parent.heads_per_group} query "
+            "heads of each KV group; give heads in the target, or leave merge_heads out."
+        )
+    return target
 
 
 def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
