@@ -110,8 +110,8 @@ def _target(method: str, options: SizesOrPreset, parent: Shape) -> Shape:
     target = choose_target(parent, method, **amount)
     if getattr(options, "merge_heads", False) and target.heads_per_group == parent.heads_per_group:
         raise UserError(
-            f"merge_heads adds removed query heads to kept ones, but the target keeps all {parent.heads_per_group} query "
-            "heads of each KV group; give heads in the target, or leave merge_heads out."
+            f"merge_heads adds removed query heads to kept ones, but the target keeps all {parent.heads_per_group} "
+            "query heads of each KV group; give heads in the target, or leave merge_heads out."
         )
     return target
 
