@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
+from nemo_pvs.model import layout
 from nemo_pvs.model.layout import Layout, layouts
 from tests.conftest import save_tiny_tokenizer
 
@@ -35,18 +37,18 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3", "plain", {}),
     ("qwen3", "tied", {"tie_word_embeddings": True, "num_key_value_heads": 8}),
 ]
-LAYOUTS = {layout.family: layout for layout in layouts()}
+LAYOUTS = {one.family: one for one in layouts()}
 
 
-def model_class(layout: Layout) -> Any:
+def model_class(family: Layout) -> Any:
     """Return the class of a family in ``transformers``."""
-    return getattr(transformers, layout.even_class[0])
+    return getattr(transformers, family.even_class[0])
 
 
 def tiny_config(family: str, **settings: Any) -> Any:
     """Return the ``transformers`` config of a tiny model."""
-    layout = LAYOUTS[family]
-    return model_class(layout).config_class(**{**_SIZES, **settings}, architectures=[layout.even_class[0]])
+    stock = model_class(LAYOUTS[family])
+    return stock.config_class(**{**_SIZES, **settings}, architectures=[stock.__name__])
 
 
 def tiny_model(family: str, seed: int = 0, **settings: Any) -> Any:
@@ -63,6 +65,16 @@ def tiny_model(family: str, seed: int = 0, **settings: Any) -> Any:
                 else:
                     parameter.uniform_(0.5, 1.5)
     return model
+
+
+def without_uneven_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no table name classes for uneven layers, as that of a family which a user has added."""
+
+    def stripped() -> tuple[Layout, ...]:
+        tables = ({key: value for key, value in one.table.items() if key != "uneven"} for one in LAYOUTS.values())
+        return tuple(Layout(table["family"], table) for table in tables)
+
+    monkeypatch.setattr(layout, "layouts", stripped)
 
 
 def save_tiny(folder: Path, family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:

@@ -130,6 +130,10 @@ def prune(
         model = open_source(folder)
         parent = shape_of(model)
         ledger = ancestry(folder, parent_tokens)
+        layout = Layout.for_config(model.config)
+        if uneven == "keep" and chosen.expected:
+            expected = chosen.expected(asked, parent)
+            layout.require_class(expected.shape, uneven=expected.uneven)
 
         @cache
         def read_tokens() -> TokenSet:
@@ -176,7 +180,7 @@ def prune(
         ledger.charges += pruning_charges(spent, options.get("task"))
         shape = shape_of(pruned.source)
         if ranks.is_main():
-            if note := Layout.for_config(model.config).loading_note(shape):
+            if note := layout.loading_note(shape):
                 console.print(note, soft_wrap=True)
             with progress(f"write {wanted}", "parameters") as show:
                 write(

@@ -1,4 +1,4 @@
-"""NeMo's Llama with uneven layers: FFN width, query heads and KV groups may differ between layers.
+"""NeMo's configs of models with uneven layers: FFN width, query heads and KV groups may differ between layers.
 
 A checkpoint of such a model names one of these classes in its ``context/io.json``, so ``io.load_context`` of stock
 NeMo reads it where this package is installed. For NeMo without it, pad the model (``checkpoints/transforms/pad.py``).
@@ -10,6 +10,9 @@ import copy
 from dataclasses import dataclass, field, fields
 
 from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
+from nemo.collections.llm.gpt.model.mistral import MistralConfig7B
+from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
+from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config
 
 
 @dataclass
@@ -51,3 +54,18 @@ class PrunedLlamaConfig(UnevenLayers, LlamaConfig):
 @dataclass
 class PrunedLlama31Config(UnevenLayers, Llama31Config):
     """Llama31Config, which scales rotary frequencies, with uneven layers."""
+
+
+@dataclass
+class PrunedMistralConfig7B(UnevenLayers, MistralConfig7B):
+    """NeMo's config of every Mistral, with uneven layers."""
+
+
+@dataclass
+class PrunedQwen2Config(UnevenLayers, Qwen2Config):
+    """NeMo's Qwen2Config with uneven layers; it shares its name with the class for Transformers."""
+
+
+@dataclass
+class PrunedQwen3Config(UnevenLayers, Qwen3Config):
+    """NeMo's Qwen3Config with uneven layers; it shares its name with the class for Transformers."""

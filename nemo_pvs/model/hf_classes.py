@@ -9,14 +9,19 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_pvs.model.layout import Layout
-from nemo_pvs.model.pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from nemo_pvs.model.uneven_models import (
+    PrunedLlamaForCausalLM,
+    PrunedMistralForCausalLM,
+    PrunedQwen2ForCausalLM,
+    PrunedQwen3ForCausalLM,
+)
 
-__all__ = ["PrunedLlamaConfig", "PrunedLlamaForCausalLM", "model_class"]
+OURS = (PrunedLlamaForCausalLM, PrunedMistralForCausalLM, PrunedQwen2ForCausalLM, PrunedQwen3ForCausalLM)
+"""Our model classes, each with a ``config_class``."""
 
-AutoConfig.register(PrunedLlamaConfig.model_type, PrunedLlamaConfig)
-AutoModelForCausalLM.register(PrunedLlamaConfig, PrunedLlamaForCausalLM)
-
-_OURS = {PrunedLlamaForCausalLM.__name__: PrunedLlamaForCausalLM}
+for _ours in OURS:
+    AutoConfig.register(_ours.config_class.model_type, _ours.config_class)
+    AutoModelForCausalLM.register(_ours.config_class, _ours)
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
@@ -27,4 +32,5 @@ def model_class(config: Mapping[str, Any]) -> Any:
     """
     known = Layout.for_config(config).architectures
     name = next(name for name in config["architectures"] if name in known)
-    return _OURS.get(name) or getattr(transformers, name)
+    ours = {one.__name__: one for one in OURS}
+    return ours.get(name) or getattr(transformers, name)

@@ -168,21 +168,34 @@ class Layout:
         Raises:
             UserError: the family cannot have the biases of the shape.
         """
+        self._require_features(shape)
+        architecture, model_type = (shape.uneven and self.uneven_class) or self.even_class
+        names = {"architectures": [architecture], "model_type": model_type}
+        return {**shape.to_config(config), **_layer_types(shape, config), **names}
+
+    def require_class(self, shape: Shape, *, uneven: bool = False) -> None:
+        """Refuse a shape that no class can load, as some families have none for uneven layers.
+
+        Args:
+            shape: The shape of a model, or the one that pruning is expected to leave.
+            uneven: Whether scores will decide the sizes of each layer.
+
+        Raises:
+            UserError: the family cannot have its biases, or uneven layers.
+        """
+        self._require_features(shape)
+        if (shape.uneven or uneven) and self.uneven_class is None:
+            raise UserError(
+                f"The family {self.family} has no class for uneven layers; prune all layers alike (structure UL-MM, "
+                "where the method has it), or pad them with zeros (--uneven pad of pvs prune and pvs convert)."
+            )
+
+    def _require_features(self, shape: Shape) -> None:
         possible = {*self.table.get("always", ()), *self.optional}
         if not possible.issuperset(shape.features):
             raise UserError(
                 f"The family {self.family} has no {', '.join(sorted({*shape.features} - possible))}; "
                 "use a method that adds no biases."
-            )
-        architecture, model_type = (shape.uneven and self.uneven_class) or self.even_class
-        names = {"architectures": [architecture], "model_type": model_type}
-        return {**shape.to_config(config), **_layer_types(shape, config), **names}
-
-    def require_class(self, shape: Shape) -> None:
-        """Raise UserError if no class can load a model of this shape, as for uneven layers of some families."""
-        if shape.uneven and self.uneven_class is None:
-            raise UserError(
-                f"The family {self.family} has no class for uneven layers; pad them with pvs convert --uneven pad."
             )
 
     def entries(self, shape: Shape) -> Iterator[Entry]:

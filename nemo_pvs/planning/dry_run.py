@@ -118,7 +118,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     config = parent_config(recipe)
     weights = WeightLayout.for_config(config)
     parent = weights.shape(config)
-    check_recipe(recipe, parent, int(config.get("max_position_embeddings", 0)))
+    check_recipe(recipe, parent, config)
     check_recipe_teacher(recipe, parent)
     recipe = settle(recipe, parent)
     teacher = teacher_shape(recipe, parent)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from nemo_pvs.errors import UserError
+from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
 from nemo_pvs.planning.checks import check_context, check_training
 from nemo_pvs.planning.efficient import about_shape
@@ -32,9 +36,9 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
         return Expected(parent, exact=True)
     expected = method_named(target.method).expected
     if expected is None:
-        return Expected(about_shape(target, parent), exact=False)
-    shape, exact = expected(target.asked, parent)
-    return Expected(with_vocabulary(shape, target.asked), exact)
+        return Expected(about_shape(target, parent), exact=False, uneven=True)
+    known = expected(target.asked, parent)
+    return known._replace(shape=with_vocabulary(known.shape, target.asked))
 
 
 def _check_vocabulary(recipe: Recipe, target: Target) -> None:
@@ -51,18 +55,25 @@ def _check_vocabulary(recipe: Recipe, target: Target) -> None:
         raise UserError("a target with vocab cannot be reached in rounds; leave out vocab, or stages.")
 
 
-def check_recipe(recipe: Recipe, parent: Shape, context_length: int) -> None:
+def check_recipe(recipe: Recipe, parent: Shape, config: Mapping[str, Any]) -> None:
     """Refuse targets that the parent cannot be pruned or trained to, before any work.
 
+    Args:
+        recipe: The recipe.
+        parent: The parent's shape.
+        config: The parent's ``config.json``.
+
     Raises:
-        UserError: a target, a layout or a sequence length is impossible.
+        UserError: a target, a layout or a sequence length is impossible, or no class of the family can load a target.
     """
+    layout, context_length = Layout.for_config(config), int(config.get("max_position_embeddings", 0))
     calibrates = any(map(reads_calibration, recipe.targets.values()))
     for name in ("calibrate", "train", "evaluate") if calibrates else ("train", "evaluate"):
         check_context(getattr(recipe, name).sequence_length, context_length, f"{name}.sequence_length")
     for name, target in recipe.targets.items():
         try:
             expected = expected_shape(target, parent)
+            layout.require_class(expected.shape, uneven=expected.uneven)
             check_rounds(recipe, name, target, parent)
             _check_vocabulary(recipe, target)
             check_training(recipe.train, target.layout, expected.shape, exact=expected.exact)

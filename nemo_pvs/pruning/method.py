@@ -19,7 +19,9 @@ class Expected(NamedTuple):
 
     shape: Shape
     exact: bool
-    """Whether the options alone determine it; otherwise scores decide layer by layer, and this is the average."""
+    """Whether the options alone determine it; otherwise scores decide, and this is the average of the layers."""
+    uneven: bool = False
+    """Whether scores decide the sizes of each layer, so that layers become uneven."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import nemo_pvs as pvs
 from nemo_pvs.api.evaluate import Measurement
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
+from tests import families
 from tests.checkpoints.test_gguf_write import llama, saved
 from tests.conftest import make_tiny_llama
 
@@ -48,6 +49,15 @@ def test_a_notebook_calls_everything_twice(model: Path, text: Path, tmp_path: Pa
     rows = ast.literal_eval(done.stdout)
     assert [metric for metric, _ in rows] == ["loss", "perplexity"] * 2
     assert rows[:2] == rows[2:], "a model in two formats"
+
+
+def test_layers_that_no_class_could_load_are_refused_before_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    families.without_uneven_classes(monkeypatch)
+    model = families.save_tiny(tmp_path / "mistral", "mistral")
+    with pytest.raises(UserError, match="mistral has no class for uneven layers; prune all layers alike"):
+        pvs.prune(model, tmp_path / "small", "flap", ratio=0.2, bias=False, data=tmp_path / "no text")
 
 
 def test_three_lines(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

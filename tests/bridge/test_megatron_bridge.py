@@ -33,20 +33,20 @@ from nemo_pvs.checkpoints.open import open_source
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.model.layout import Layout, layouts
 from tests.documents import ROOT, blocks
-from tests.families import CASES, save_tiny
+from tests.families import CASES, LAYOUTS, save_tiny
 from tests.megatron.test_megatron_core import BOUNDS, LLAMA31, SAME_HEADS
-from tests.uneven_model import make_uneven_llama
+from tests.uneven_model import make_uneven
 
 pytestmark = [pytest.mark.bridge, pytest.mark.slow]
 
-MODELS = [*CASES, ("llama", "Llama 3.1 rope scaling", LLAMA31), ("llama", "uneven", {})]
+MODELS = [*CASES, ("llama", "Llama 3.1 rope scaling", LLAMA31), *((family, "uneven", {}) for family in LAYOUTS)]
 STOCK = [(family, about, settings) for family, about, settings in MODELS if about not in ("uneven", "biases")]
 
 
 def _save(folder: Path, model: tuple[str, str, dict[str, Any]]) -> Path:
     family, about, settings = model
     if about == "uneven":
-        return make_uneven_llama(folder, std=0.1, sizes=SAME_HEADS, bounds=BOUNDS)
+        return make_uneven(folder, std=0.1, sizes=SAME_HEADS, bounds=BOUNDS, family=family)
     return save_tiny(folder, family, **settings)
 
 

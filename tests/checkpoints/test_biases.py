@@ -10,7 +10,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.checkpoints.transforms.biases import with_both_biases
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
-from tests.uneven_model import make_uneven_llama, uneven_model
+from tests.uneven_model import make_uneven, uneven_model
 
 HALVES = [{"attention_bias": True}, {"mlp_bias": True}]
 
@@ -62,7 +62,7 @@ def test_nemo_gets_both(make_tiny_llama, tmp_path, half):
 
 @pytest.mark.slow
 def test_an_uneven_half_goes_there_and_back(tmp_path):
-    source = HuggingFaceSource(make_uneven_llama(tmp_path / "hf", attention_bias=True))
+    source = HuggingFaceSource(make_uneven(tmp_path / "hf", attention_bias=True))
     write_nemo(source, tmp_path / "nemo")
     nemo = NemoSource(tmp_path / "nemo")
     assert shape_of(nemo).features == ("attention_bias", "mlp_bias")

@@ -33,7 +33,7 @@ from tests.checkpoints.gguf_writer import MERGING_TOKENIZER, randomise
 from tests.checkpoints.gguf_writer import write_gguf as write_theirs
 from tests.checkpoints.test_gguf_model import SCALING, factors, llama, logits, qwen
 from tests.checkpoints.test_gguf_tokenizer import AWKWARD, PIECES, of_spm, spm, tokenizer_of  # noqa: F401 (a fixture)
-from tests.uneven_model import make_uneven_llama
+from tests.uneven_model import make_uneven
 
 
 def saved(folder: Path, network: Any, **keys: Any) -> Path:
@@ -112,7 +112,7 @@ def _same_tensors(ours: Written, source: WeightSource) -> None:
 
 
 def test_layers_of_different_sizes_are_for_the_graph_that_has_them(tmp_path: Path) -> None:
-    folder = make_uneven_llama(tmp_path / "model", vocab_size=260, attention_bias=True, mlp_bias=True)
+    folder = make_uneven(tmp_path / "model", vocab_size=260, attention_bias=True, mlp_bias=True)
     tokenizer_of(tmp_path, **MERGING_TOKENIZER).save_pretrained(folder)
     ours = written(folder)
     file, source = GgufFile(ours.path), HuggingFaceSource(folder)
@@ -125,10 +125,16 @@ def test_layers_of_different_sizes_are_for_the_graph_that_has_them(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "settings", [{"attention_bias": True, "mlp_bias": True}, {"rope_scaling": SCALING, "rope_theta": 100.0}]
+    "settings",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_scaling": SCALING, "rope_theta": 100.0},
+        {"family": "mistral", "sliding_window": 256},
+        {"family": "qwen2"},
+    ],
 )
 def test_layers_of_different_sizes_are_read_back(settings: dict[str, Any], tmp_path: Path) -> None:
-    folder = make_uneven_llama(tmp_path / "model", vocab_size=260, **settings)
+    folder = make_uneven(tmp_path / "model", vocab_size=260, **settings)
     tokenizer_of(tmp_path, **MERGING_TOKENIZER).save_pretrained(folder)
     again = dequantize_gguf(written(folder).path, tmp_path / "again")
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, again))

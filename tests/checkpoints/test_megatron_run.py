@@ -34,9 +34,9 @@ from nemo_pvs.ledger.ledger import LEDGER, Ledger
 from nemo_pvs.model.layout import layouts
 from nemo_pvs.model.shape import LayerSizes
 from tests.checkpoints.test_convert import flip_a_bit
-from tests.families import CASES, save_tiny
+from tests.families import CASES, LAYOUTS, save_tiny
 from tests.masked_source import MaskedSource
-from tests.uneven_model import make_uneven_llama
+from tests.uneven_model import make_uneven
 
 BRIDGES_OWN = Path(__file__).parent / "megatron_bridge" / "run_config.yaml"
 """What Bridge 0.3.1 wrote for the tiny Llama of ``tests/families.py`` with the scaled rope below."""
@@ -220,18 +220,21 @@ def test_a_source_that_breaks_leaves_nothing(hf, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_layers_of_different_sizes_come_back(tmp_path):
-    folder = make_uneven_llama(tmp_path / "hf", sizes=SAME_HEADS, bounds=BOUNDS)
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_layers_of_different_sizes_come_back(family, tmp_path):
+    folder = make_uneven(tmp_path / "hf", sizes=SAME_HEADS, bounds=BOUNDS, family=family)
     there = convert(folder, tmp_path / "root", to="megatron")
     (tmp_path / "root" / ITERATION / "huggingface_config.json").unlink()
-    assert shape_of(open_source(tmp_path / "root")) == shape_of(HuggingFaceSource(folder))
+    again = open_source(tmp_path / "root")
+    assert shape_of(again) == shape_of(HuggingFaceSource(folder))
+    assert again.config["model_type"] == f"pruned_{family}"
     assert convert(tmp_path / "root", tmp_path / "back", to="hf").tensors == there.tensors
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_uneven_llama, "have 2 to 12 query heads, but .* pad them with pvs convert --uneven pad"),
+        (make_uneven, "have 2 to 12 query heads, but .* pad them with pvs convert --uneven pad"),
         (
             lambda folder: save_tiny(folder, "llama", rope_scaling={**LLAMA3_ROPE, "low_freq_factor": 2.0}),
             "have only llama3 with low_freq_factor 1",
@@ -456,7 +459,7 @@ def test_layers_without_attention_or_mlp_are_refused(part, how, what, theirs):
 def test_nemotrons_spelling_of_layer_sizes_is_read(tmp_path):
     """Heads per group, and the FFN width as a multiple of the hidden size that is rounded up to 256."""
     sizes = (LayerSizes(256, 8, 2), LayerSizes(512, 8, 4))
-    folder = make_uneven_llama(tmp_path / "hf", sizes=sizes, bounds=LayerSizes(512, 16, 4))
+    folder = make_uneven(tmp_path / "hf", sizes=sizes, bounds=LayerSizes(512, 16, 4))
     convert(folder, tmp_path / "root", to="megatron")
     (tmp_path / "root" / ITERATION / "huggingface_config.json").unlink()
     blocks = [

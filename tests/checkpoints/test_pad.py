@@ -18,7 +18,7 @@ from nemo_pvs.pruning.apply import PrunedSource
 from nemo_pvs.pruning.plan import Plan
 from tests import families
 from tests.state_source import StateSource, as_transformers, random_ids, tiny_model
-from tests.uneven_model import BIASES, BOUNDS, LLAMA3_ROPE, make_uneven_llama, uneven_model
+from tests.uneven_model import BIASES, BOUNDS, LLAMA3_ROPE, make_uneven, uneven_model
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_even_models_are_left_alone():
 
 @torch.no_grad()
 def test_stock_transformers_loads_the_padded_folder(tmp_path):
-    folder = make_uneven_llama(tmp_path / "uneven", torch.bfloat16, **BIASES)
+    folder = make_uneven(tmp_path / "uneven", torch.bfloat16, **BIASES)
     write_huggingface(pad_layers(HuggingFaceSource(folder)), tmp_path / "even")
     config = json.loads((tmp_path / "even" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -106,14 +106,11 @@ def test_stock_transformers_loads_the_padded_folder(tmp_path):
     torch.testing.assert_close(stock(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+@pytest.mark.parametrize("family", families.LAYOUTS)
 @torch.no_grad()
-def test_a_family_without_a_class_for_uneven_layers_is_padded_or_refused(family, tmp_path):
-    """Pruned and padded equals the parent with the same units silenced, and unpadded it cannot be written."""
-    settings = (
-        {"num_key_value_heads": 4, "sliding_window": None} if family == "mistral" else {"num_key_value_heads": 4}
-    )
-    parent = families.tiny_model(family, **settings)
+def test_every_family_pruned_unevenly_computes_what_is_left_with_and_without_padding(family, tmp_path):
+    """Both equal the parent with the same units silenced."""
+    parent = families.tiny_model(family, num_key_value_heads=4)
     shape = shape_of(StateSource(parent))
     ffn = ((0, 5, 9), tuple(range(40)), tuple(range(10, 96)))
     groups = ((1,), (0, 1, 2, 3), (0, 2))
@@ -132,6 +129,20 @@ def test_a_family_without_a_class_for_uneven_layers_is_padded_or_refused(family,
         layer.self_attn.o_proj.weight[:, heads.repeat_interleave(shape.heads_per_group * shape.head_dim)] = 0
     ids = random_ids(2, 60).long()
     torch.testing.assert_close(padded(ids).logits, parent(ids).logits, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match="--uneven pad"):
-        write_huggingface(pruned, tmp_path / "uneven")
+    write_huggingface(pruned, tmp_path / "uneven")
+    assert json.loads((tmp_path / "uneven" / "config.json").read_text())["model_type"] == f"pruned_{family}"
+    uneven = AutoModelForCausalLM.from_pretrained(tmp_path / "uneven").eval()
+    torch.testing.assert_close(uneven(ids).logits, parent(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_family_without_a_class_for_uneven_layers_is_refused(tmp_path, monkeypatch):
+    families.without_uneven_classes(monkeypatch)
+    parent = families.tiny_model("qwen2")
+    sizes = [LayerSizes(96, 8, 2), LayerSizes(96, 4, 1), LayerSizes(96, 8, 2)]
+    shape, every = shape_of(StateSource(parent)), tuple(range(96))
+    plan = Plan(
+        "by hand", shape, shape.with_layers(sizes), (0, 1, 2), every[:64], (every,) * 3, ((0, 1), (0,), (0, 1))
+    )
+    with pytest.raises(UserError, match="qwen2 has no class for uneven layers; prune all layers alike"):
+        write_huggingface(PrunedSource(StateSource(parent), plan), tmp_path / "uneven")
     assert not (tmp_path / "uneven").exists()

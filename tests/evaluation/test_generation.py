@@ -24,7 +24,7 @@ from nemo_pvs.evaluation.scoring import TransformersScorer
 from nemo_pvs.evaluation.store import Journal
 from tests.conftest import save_tiny_tokenizer
 from tests.families import CASES, save_tiny
-from tests.uneven_model import BIASES, make_uneven_llama
+from tests.uneven_model import BIASES, make_uneven
 
 NEW = 16
 LENGTHS = (1, 17, 17, 18, 41, 3)
@@ -86,7 +86,7 @@ def requests(*until: str, new: int = NEW, contexts: list[str] = CONTEXTS) -> lis
 @pytest.mark.parametrize(("family", "about", "settings"), [*CASES, ("uneven", "", {})])
 def test_greedy_is_that_of_transformers_for_every_family(family, about, settings, tmp_path):
     if family == "uneven":
-        folder = save_tiny_tokenizer(make_uneven_llama(tmp_path, **BIASES))
+        folder = save_tiny_tokenizer(make_uneven(tmp_path, **BIASES))
     else:
         folder = save_tiny(tmp_path, family, **settings)
     new = 40 if about == "window" else NEW  # past the window of 64 tokens

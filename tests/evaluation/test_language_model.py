@@ -23,7 +23,7 @@ from nemo_pvs.evaluation.store import Journal
 from nemo_pvs.layerwise.token_scores import next_token_scores
 from tests.evaluation.models import TASKS, VOCAB, save_byte_model, save_byte_tokenizer
 from tests.families import save_tiny
-from tests.uneven_model import BIASES, make_uneven_llama
+from tests.uneven_model import BIASES, make_uneven
 
 CONTEXT = 48
 TEXTS = [json.loads(line)["text"] for line in (TASKS / "letters.jsonl").read_text().splitlines()]
@@ -59,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
 
 def make(kind: str, folder: Path) -> Path:
     if kind == "uneven":
-        return save_byte_tokenizer(make_uneven_llama(folder, std=0.1, vocab_size=VOCAB, **BIASES))
+        return save_byte_tokenizer(make_uneven(folder, std=0.1, vocab_size=VOCAB, **BIASES))
     if kind == "tied":
         return save_byte_model(folder, std=0.1, tie_word_embeddings=True)
     return save_byte_tokenizer(save_tiny(folder, kind, vocab_size=VOCAB))

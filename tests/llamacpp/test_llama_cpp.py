@@ -28,7 +28,7 @@ from tests.checkpoints.test_gguf_model import llama, qwen
 from tests.checkpoints.test_gguf_tokenizer import AWKWARD, PUBLISHED, of_spm, spm, tokenizer_of  # noqa: F401
 from tests.checkpoints.test_gguf_write import MODELS, edit, metaspace, mistral, saved
 from tests.llamacpp.engine import Engine
-from tests.uneven_model import LLAMA3_ROPE, make_uneven_llama
+from tests.uneven_model import LLAMA3_ROPE, make_uneven
 
 pytestmark = pytest.mark.llamacpp
 IDS = (torch.arange(2, 202) * 7 % 256).tolist()
@@ -43,7 +43,7 @@ TEXTS = (
 
 
 def uneven(folder: Path, **settings: Any) -> Path:
-    make_uneven_llama(folder, vocab_size=260, **settings)
+    make_uneven(folder, vocab_size=260, **settings)
     tokenizer_of(folder.parent, **MERGING_TOKENIZER).save_pretrained(folder)
     return folder
 
@@ -54,6 +54,8 @@ SMALL: dict[str, Callable[[Path], Path]] = {
     "qwen2 whose heads are wider": lambda folder: saved(folder, qwen(Qwen2Config, head_dim=32)),
     "uneven": lambda folder: uneven(folder),
     "uneven with biases": lambda folder: uneven(folder, attention_bias=True, mlp_bias=True),
+    "uneven mistral": lambda folder: uneven(folder, family="mistral", sliding_window=256),
+    "uneven qwen2": lambda folder: uneven(folder, family="qwen2"),
     "uneven llama 3.2": lambda folder: uneven(folder, rope_scaling=LLAMA3_ROPE),
 }
 

@@ -22,7 +22,7 @@ from tests.families import save_tiny
 from tests.megatron.ranks import run_ranks
 from tests.megatron.test_evaluation import LAYOUTS
 from tests.megatron.test_logits import LLAMA31
-from tests.uneven_model import BIASES, make_uneven_llama
+from tests.uneven_model import BIASES, make_uneven
 
 pytestmark = pytest.mark.parallel
 
@@ -83,7 +83,7 @@ def models(tmp_path_factory) -> tuple[list[Path], list[Any]]:
     made = [
         save_byte_model(folder / "llama"),  # 257 tokens, which two ranks do not divide
         save_byte_model(folder / "tied", std=0.1, **{**LLAMA31, "tie_word_embeddings": True}),
-        save_byte_tokenizer(make_uneven_llama(folder / "uneven", std=0.1, vocab_size=VOCAB + 1, **BIASES)),
+        save_byte_tokenizer(make_uneven(folder / "uneven", std=0.1, vocab_size=VOCAB + 1, **BIASES)),
         save_byte_tokenizer(save_tiny(folder / "qwen3", "qwen3", vocab_size=VOCAB + 1)),
     ]
     for path in made:

@@ -33,7 +33,7 @@ from tests.megatron.gpu_settings import set_up_as_on_gpus
 from tests.megatron.jobs import accumulating, tiny_job
 from tests.megatron.ranks import run_ranks
 from tests.state_source import as_transformers
-from tests.uneven_model import make_uneven_llama
+from tests.uneven_model import make_uneven
 
 pytestmark = pytest.mark.parallel
 
@@ -388,7 +388,7 @@ def test_masks_of_another_model_of_the_same_shape_are_refused_at_the_first_step(
 
 
 def test_uneven_layers_hold(job, tmp_path):
-    dense = HuggingFaceSource(save_tiny_tokenizer(make_uneven_llama(tmp_path / "model")))
+    dense = HuggingFaceSource(save_tiny_tokenizer(make_uneven(tmp_path / "model")))
     write_nemo(MaskedSource(dense), tmp_path / "initial")
     run = _run(
         replace(job, initial=tmp_path / "initial"), tmp_path / "run", {"tensor_parallel": 2, "pipeline_parallel": 2}

@@ -21,7 +21,7 @@ from nemo_pvs.checkpoints.megatron.write import write_megatron
 from nemo_pvs.model.shape import LayerSizes
 from tests.families import CASES, save_tiny
 from tests.megatron.ranks import run_ranks
-from tests.uneven_model import make_uneven_llama
+from tests.uneven_model import make_uneven
 
 pytestmark = pytest.mark.parallel
 
@@ -164,5 +164,5 @@ def test_scaled_rotary_embeddings_have_the_same_logits(layout, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"TP={layout[0]} PP={layout[1]}")
 def test_layers_of_different_sizes_have_the_same_logits(layout, tmp_path):
-    folder = make_uneven_llama(tmp_path / "hf", std=0.1, sizes=SAME_HEADS, bounds=BOUNDS)
+    folder = make_uneven(tmp_path / "hf", std=0.1, sizes=SAME_HEADS, bounds=BOUNDS)
     _assert_same_logits(folder, tmp_path / "root", layout)

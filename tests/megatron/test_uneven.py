@@ -25,7 +25,7 @@ from tests.megatron.jobs import SEQUENCE, VALIDATION_SAMPLES, tiny_job
 from tests.megatron.ranks import run_ranks
 from tests.megatron.test_logits import _largest_difference as largest_logit_difference
 from tests.megatron.test_training import _largest_difference, _losses, _run, _train
-from tests.uneven_model import BIASES, LLAMA3_ROPE, SIZES, make_uneven_llama
+from tests.uneven_model import BIASES, LLAMA3_ROPE, SIZES, make_uneven
 
 pytestmark = pytest.mark.parallel
 
@@ -40,11 +40,23 @@ STEPS = 8
         ({"tie_word_embeddings": True}, (1, 2)),
         ({"rope_scaling": LLAMA3_ROPE, "max_position_embeddings": 4096, **BIASES}, (2, 1)),
         ({"attention_bias": True}, (1, 1)),
+        ({"family": "mistral", "sliding_window": None}, (2, 1)),
+        ({"family": "qwen2"}, (2, 1)),
+        ({"family": "qwen3", "tie_word_embeddings": True}, (1, 2)),
     ],
-    ids=["TP=1", "TP=2", "tied, PP=2", "llama3 rope and biases, TP=2", "attention biases"],
+    ids=[
+        "TP=1",
+        "TP=2",
+        "tied, PP=2",
+        "llama3 rope and biases, TP=2",
+        "attention biases",
+        "mistral, TP=2",
+        "qwen2, TP=2",
+        "qwen3, tied, PP=2",
+    ],
 )
 def test_logits_are_those_of_our_huggingface_class(settings, layout, tmp_path):
-    folder = make_uneven_llama(tmp_path / "hf", std=0.1, **settings)
+    folder = make_uneven(tmp_path / "hf", std=0.1, **settings)
     write_nemo(HuggingFaceSource(folder), tmp_path / "nemo")
     ids = torch.randint(0, 128, (2, 200), generator=torch.Generator().manual_seed(0))
     assert largest_logit_difference(folder, tmp_path / "nemo", ids, layout) < 1e-4
@@ -54,7 +66,7 @@ def test_logits_are_those_of_our_huggingface_class(settings, layout, tmp_path):
 def job(tmp_path_factory) -> TrainingJob:
     """A short run in fp32; tests choose the layout and the folder."""
     folder = tmp_path_factory.mktemp("job")
-    model = save_tiny_tokenizer(make_uneven_llama(folder / "model", std=0.02, **BIASES))
+    model = save_tiny_tokenizer(make_uneven(folder / "model", std=0.02, **BIASES))
     return tiny_job(folder, model, steps=STEPS)
 
 

@@ -20,6 +20,7 @@ from nemo_pvs.system.files import read_json
 from nemo_pvs.training import metrics, trainer
 from nemo_pvs.training.job import METRICS_FILE, TrainingJob
 from nemo_pvs.training.learning_rate import linear_warmup
+from tests.families import save_tiny
 from tests.megatron.launcher import ForkedLauncher
 from tests.megatron.ranks import run_ranks
 from tests.pipeline.test_pipeline import _records, tiny_values
@@ -172,3 +173,21 @@ def test_ranks_that_others_start_train_between_rounds(whole, layout, tmp_path):
     assert (ours.keep_ffn, ours.keep_kv_groups) == (theirs.keep_ffn, theirs.keep_kv_groups)
     charges = [read_json(path / "stages" / "prune-one.json")["result"] for path in (folder, reference.folder)]
     assert charges[0]["charges"] == charges[1]["charges"]
+
+
+def test_rounds_of_another_family(tmp_path, monkeypatch):
+    """The packaged recipe of Adapt-Pruner for Qwen 2.5 in small: uneven layers of a family with biases of its own."""
+    staged = staged_values(tmp_path)
+    staged["parent"] = {"source": str(save_tiny(tmp_path / "qwen2", "qwen2", num_hidden_layers=4))}
+    pipeline = Pipeline(parse_recipe(staged, "test"), tmp_path / "run")
+    monkeypatch.setattr(trainer, "_launch", ForkedLauncher)
+    pipeline.run()
+    for arm in ("one-pruned", "one-random"):
+        model = open_source(pipeline.folder / "models" / arm)
+        assert model.config["model_type"] == "pruned_qwen2"
+        assert shape_of(model).uneven
+        assert shape_of(model).features == ("qkv_bias",)
+    log = (pipeline.folder / "train" / "one-pruned" / "log.txt").read_text()
+    assert "optimizer state of step=7-last after 8 steps is carried over" in log
+    pruned, _ = assemble(pipeline).arms
+    assert pruned.validation[-1].loss < pruned.validation[0].loss

@@ -12,6 +12,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.planning.dry_run import dry_run
 from nemo_pvs.pruning.presets import target_presets
 from nemo_pvs.recipe.load import load_recipe, packaged_recipes, parse_recipe
+from tests import families
 from tests.conftest import make_tiny_llama
 
 BATCH = 512 * 8192
@@ -204,6 +205,29 @@ def test_what_learned_and_iterative_methods_cannot_do_is_one_sentence_and_exit_c
         assert sentence in said.err
         assert said.err.startswith("pvs: Target one: ")
         assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ({"method": "flap", "ratio": 0.2, "bias": False}, "The family mistral has no class for uneven layers"),
+        ({"method": "adapt-pruner", "ratio": 0.2, "of": "body"}, "The family mistral has no class for uneven layers"),
+        ({"method": "flap", "ratio": 0.2, "structure": "UL-MM"}, "The family mistral has no .*bias; use a method"),
+        ({"method": "flap", "ratio": 0.2, "structure": "UL-MM", "bias": False}, None),
+        ({"method": "flap", "ratio": 0.2, "uniform": True, "bias": False}, None),
+    ],
+)
+def test_a_model_that_no_class_could_load_is_refused_before_any_work(target, sentence, monkeypatch):
+    families.without_uneven_classes(monkeypatch)
+    values = load_recipe("smollm2_135m/demo").model_dump()
+    config = families.tiny_config("mistral", num_hidden_layers=4, vocab_size=49152, max_position_embeddings=4096)
+    values["parent"] = {"config": config.to_dict(), "source": "hf://nobody/mistral"}
+    values["targets"] = {"one": target}
+    if sentence is None:
+        assert dry_run(parse_recipe(values, "test")).targets
+        return
+    with pytest.raises(UserError, match=f"^Target one: {sentence}"):
+        dry_run(parse_recipe(values, "test"))
 
 
 def test_a_layout_is_shown_with_all_that_is_not_as_usual():

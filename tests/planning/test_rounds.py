@@ -18,6 +18,7 @@ from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.training.learning_rate import linear_warmup
 
 PARENT = Shape(layers=8, hidden=64, ffn=192, heads=8, kv_groups=4, head_dim=16, vocab=128, tied=True)
+CONFIG = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096}
 
 
 def recipe_of(target: dict[str, Any], **changes: Any) -> Recipe:
@@ -142,12 +143,12 @@ def test_every_round_is_charged_at_its_own_size() -> None:
 )
 def test_rounds_that_cannot_be_are_refused(target: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        check_recipe(recipe_of(target), PARENT, 4096)
+        check_recipe(recipe_of(target), PARENT, CONFIG)
 
 
 def test_rounds_have_one_budget() -> None:
     with pytest.raises(UserError, match="one budget"):
-        check_recipe(recipe_of(adapt(), budgets=[6400, 12800]), PARENT, 4096)
+        check_recipe(recipe_of(adapt(), budgets=[6400, 12800]), PARENT, CONFIG)
 
 
 def test_adapt_pruner_wants_a_ratio_and_a_cosine_no_decay() -> None:

@@ -16,7 +16,7 @@ from nemo_pvs.checkpoints.nemo.checkpoint import write_nemo
 from nemo_pvs.checkpoints.source import WeightSource
 from tests.families import CASES, save_tiny
 from tests.te import stub
-from tests.uneven_model import make_uneven_llama
+from tests.uneven_model import make_uneven
 
 pytestmark = [pytest.mark.te, pytest.mark.slow]
 
@@ -27,7 +27,7 @@ UNEVEN = ("llama", "uneven", {})
 def source(request, tmp_path) -> WeightSource:
     family, about, settings = request.param
     if about == "uneven":
-        return HuggingFaceSource(make_uneven_llama(tmp_path / "hf"))
+        return HuggingFaceSource(make_uneven(tmp_path / "hf"))
     return HuggingFaceSource(save_tiny(tmp_path / "hf", family, **settings))
 
 

@@ -20,10 +20,10 @@ import nemo_pvs as pvs
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.layerwise.model import LayerwiseModel
 from tests.conftest import make_tiny_llama
-from tests.families import CASES, save_tiny
+from tests.families import CASES, LAYOUTS, save_tiny
 from tests.pruning.test_vocabulary import COMMON, ROWS, byte_level, characters, save
 from tests.transformers5.in_version_5 import IDS, TEXT, logits
-from tests.uneven_model import LLAMA3_ROPE, make_uneven_llama
+from tests.uneven_model import LLAMA3_ROPE, make_uneven
 
 pytestmark = pytest.mark.transformers5
 ROPES: dict[str, dict[str, Any]] = {
@@ -71,8 +71,8 @@ WRITTEN: dict[str, Callable[[Path], Any]] = {
     "vocabulary of bytes": lambda folder: fewer_tokens(folder, byte_level()),
     "vocabulary of characters": lambda folder: fewer_tokens(folder, characters()),
     "sparse": lambda folder: pruned(folder, "magnitude", sparsity="2:4"),
-    "uneven": lambda folder: make_uneven_llama(folder),
-    "uneven with biases": lambda folder: make_uneven_llama(folder, attention_bias=True, mlp_bias=True),
+    **{f"uneven {family}": lambda folder, family=family: make_uneven(folder, family=family) for family in LAYOUTS},
+    "uneven with biases": lambda folder: make_uneven(folder, attention_bias=True, mlp_bias=True),
 }
 
 

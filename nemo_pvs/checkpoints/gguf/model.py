@@ -24,6 +24,11 @@ _ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
 }
 """The class and the model type in config.json; ``deci`` has sizes per layer."""
+_WITH_BIASES_OF_QWEN2 = {
+    "llama": ("Qwen2ForCausalLM", "qwen2"),
+    "deci": ("PrunedQwen2ForCausalLM", "pruned_qwen2"),
+}
+"""The same for a Qwen 2 that does not fit the graph of that name; ``write_gguf`` makes such files of it."""
 _PER_LAYER = {
     "intermediate_size": "feed_forward_length",
     "num_attention_heads": "attention.head_count",
@@ -137,10 +142,14 @@ def _config(file: GgufFile) -> dict[str, Any]:
                 f"{architecture}.{key} in {file.path} is {_size(file, key)}, but heads have {head_dim} channels; "
                 f"{_ARCHITECTURES[architecture][0]} does not support that, so use the model's Hugging Face folder."
             )
-    family = "qwen2" if architecture == "llama" and _has_biases_of_qwen2(file) else architecture
+    of_qwen2 = architecture == "qwen2"
+    name, model_type = _ARCHITECTURES[architecture]
+    if architecture in _WITH_BIASES_OF_QWEN2 and _has_biases_of_qwen2(file):
+        of_qwen2 = True
+        name, model_type = _WITH_BIASES_OF_QWEN2[architecture]
     config: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family][0]],
-        "model_type": _ARCHITECTURES[family][1],
+        "architectures": [name],
+        "model_type": model_type,
         "hidden_act": "silu",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -154,9 +163,9 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": "bfloat16",
     }
-    if family != "qwen2":  # Qwen2 always has biases for q, k and v
+    if not of_qwen2:  # which always has biases for q, k and v
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if family in ROTATES_PAIRS:
+    if architecture in ROTATES_PAIRS and not of_qwen2:
         config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     if architecture == "deci":
         config["layer_shapes"] = sizes
@@ -173,10 +182,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
 
 
 def _has_biases_of_qwen2(file: GgufFile) -> bool:
-    """Return whether q and k have biases, but not the output: a Qwen 2 that does not fit the graph of that name.
-
-    ``write_gguf`` makes such files of it (``architecture_of``).
-    """
+    """Return whether q and k have biases, but not the output."""
     q, k, output = (f"blk.0.attn_{name}.bias" in file.tensors for name in ("q", "k", "output"))
     return q and k and not output
 

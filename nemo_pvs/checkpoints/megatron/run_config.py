@@ -77,8 +77,14 @@ def provider_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     family = NemoFamily(Layout.for_config(config))
     layout, shape = family.layout, family.layout.shape(config)
     factor = rope_factor(config)
+    provider = _section(layout).get("uneven" if shape.uneven else "provider")
+    if provider is None:
+        raise UserError(
+            f"No provider of Megatron-Bridge is known for a {layout.family} with layers of different sizes; pad them "
+            "with pvs convert --uneven pad."
+        )
     fields = {
-        "_target_": _section(layout)["uneven" if shape.uneven else "provider"],
+        "_target_": provider,
         **_SETTINGS,
         **family.fixed,
         **to_fields(family, config, _names(layout), vocab_rows=shape.vocab),

@@ -96,7 +96,7 @@ def check_parent(run: RunFolder) -> None:
     if run.recipe.parent.source:
         check_dense_parent(run.recipe, run.parent_source)
         _check_vocabularies(run)
-    check_recipe(run.recipe, run.parent_shape, int(run.parent_config.get("max_position_embeddings", 0)))
+    check_recipe(run.recipe, run.parent_shape, run.parent_config)
     check_recipe_teacher(run.recipe, run.parent_shape)
     distill = run.recipe.train.distill
     if distill and distill.teacher != PARENT:

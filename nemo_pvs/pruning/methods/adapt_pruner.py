@@ -56,7 +56,7 @@ def _expected(options: AdaptPrunerOptions, parent: Shape) -> Expected:
 
     if options.ratio is None:
         raise UserError("Nothing says how much to prune; give a ratio, such as 0.2 for a fifth of all parameters.")
-    return Expected(shrunk(parent, parameters_left(parent, options.ratio, options.of)), exact=False)
+    return Expected(shrunk(parent, parameters_left(parent, options.ratio, options.of)), exact=False, uneven=True)
 
 
 METHOD = PruningMethod(

@@ -94,7 +94,7 @@ def expected_sizes(method: str) -> Callable[[SizesOrPreset, Shape], Expected]:
 
         target = _target(method, options, parent)
         if parent.uneven:
-            return Expected(average_of_layers(parent, target.layers), exact=False)
+            return Expected(average_of_layers(parent, target.layers), exact=False, uneven=True)
         return Expected(target, exact=True)
 
     return expected
@@ -146,7 +146,8 @@ def expected_units(options: Units, parent: Shape, **rules: Any) -> Expected:
         unit_rules,
     )
     layers = (unit_rules.sizes(parent, *kept) for kept in zip(*counts, strict=True))
-    return Expected(parent.with_layers(layers), exact)
+    uneven = not exact and not getattr(options, "uniform", False)
+    return Expected(parent.with_layers(layers), exact, uneven)
 
 
 def expected_masked(options: Sparse, parent: Shape) -> Expected:

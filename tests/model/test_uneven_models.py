@@ -1,4 +1,4 @@
-"""The class for uneven layers: a stock Llama where they are even, and all that transformers does with a model."""
+"""Classes for uneven layers: a stock model where they are even, and all that transformers does with a model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
 from nemo_pvs.layerwise.model import LayerwiseModel
-from nemo_pvs.model.hf_classes import PrunedLlamaConfig, PrunedLlamaForCausalLM, model_class
+from nemo_pvs.model.hf_classes import OURS, model_class
 from nemo_pvs.model.shape import LayerSizes
+from nemo_pvs.model.uneven_models import PrunedLlamaConfig, PrunedLlamaForCausalLM
+from tests import families
 from tests.state_source import StateSource, random_ids, tiny_model
-from tests.uneven_model import BIASES, LLAMA3_ROPE, SIZES, make_uneven_llama, uneven_config, uneven_model
+from tests.uneven_model import (
+    BIASES,
+    LLAMA3_ROPE,
+    SIZES,
+    make_uneven,
+    uneven_class,
+    uneven_config,
+    uneven_model,
+)
+
+every_family = pytest.mark.parametrize("family", families.LAYOUTS)
 
 
 @torch.no_grad()
@@ -34,16 +46,39 @@ def test_even_layers_make_a_stock_llama(settings):
     assert torch.equal(logits(ours, ids), logits(stock, ids))
 
 
+@every_family
+def test_even_layers_make_a_stock_model_of_every_family(family):
+    stock = families.tiny_model(family)
+    ours = uneven_class(family)(uneven_class(family).config_class(**stock.config.to_dict())).eval()
+    ours.load_state_dict(stock.state_dict())
+    ids = random_ids(2, 40)
+    assert torch.equal(logits(ours, ids), logits(stock, ids))
+
+
+def test_every_family_has_a_class_for_uneven_layers():
+    named = {layout.uneven_class for layout in families.LAYOUTS.values()}
+    assert named == {(ours.__name__, ours.config_class.model_type) for ours in OURS}
+
+
 @torch.no_grad()
-def test_each_layer_is_a_stock_layer_of_its_sizes():
-    """Every layer of the model beside a one-layer stock Llama with that layer's sizes and weights."""
-    model = uneven_model(**BIASES)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_theta": 50000.0, "rms_norm_eps": 1e-5, **BIASES}),
+        ("mistral", {"sliding_window": 16}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+    ],
+    ids=["llama with biases", "mistral with a window", "qwen2", "qwen3"],
+)
+def test_each_layer_is_a_stock_layer_of_its_sizes(family, settings):
+    """Every layer of the model compared with a one-layer stock model with that layer's sizes and weights."""
+    model = uneven_model(family=family, **settings)
     ids = random_ids(2, 30).long()
     states = model(ids, output_hidden_states=True).hidden_states
     for index, (ffn, heads, groups) in enumerate(SIZES[:-1]):  # the last state has gone through the final norm
-        stock = tiny_model(
-            num_hidden_layers=1, intermediate_size=ffn, num_attention_heads=heads, num_key_value_heads=groups, **BIASES
-        )
+        sizes = {"intermediate_size": ffn, "num_attention_heads": heads, "num_key_value_heads": groups}
+        stock = families.tiny_model(family, num_hidden_layers=1, **sizes, **settings)
         stock.model.layers[0].load_state_dict(model.model.layers[index].state_dict())
         stock.model.norm = torch.nn.Identity()
         got = stock.model(inputs_embeds=states[index]).last_hidden_state
@@ -58,12 +93,14 @@ def test_parameters_are_those_of_the_shape():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_classes_load_what_was_saved(tmp_path, dtype):
-    folder = make_uneven_llama(tmp_path / "hf", dtype, **BIASES)
+@every_family
+def test_auto_classes_load_what_was_saved(tmp_path, family, dtype):
+    settings = BIASES if family == "llama" else {}
+    folder = make_uneven(tmp_path / "hf", dtype, family=family, **settings)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    assert type(model) is PrunedLlamaForCausalLM
+    assert type(model) is uneven_class(family)
     assert model.dtype == dtype
-    original = uneven_model(**BIASES).to(dtype).state_dict()
+    original = uneven_model(family=family, **settings).to(dtype).state_dict()
     assert original.keys() == model.state_dict().keys()
     assert all(torch.equal(weight, original[name]) for name, weight in model.state_dict().items())
     config = AutoConfig.from_pretrained(folder)
@@ -105,9 +142,12 @@ def test_the_number_of_entries_is_checked():
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, BIASES, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, BIASES, {"tie_word_embeddings": True}, *({"family": family} for family in ("mistral", "qwen2", "qwen3"))],
+)
 def test_layer_by_layer_is_the_whole_model(tmp_path, settings):
-    folder = make_uneven_llama(tmp_path / "hf", **settings)
+    folder = make_uneven(tmp_path / "hf", **settings)
     ids = random_ids(3, 50)
     reference = AutoModelForCausalLM.from_pretrained(folder)
     model = LayerwiseModel(HuggingFaceSource(folder))
@@ -128,7 +168,7 @@ def test_classes_are_looked_up_by_architecture():
 @pytest.mark.slow
 def test_stock_transformers_names_the_model_type(tmp_path):
     """Without the import that the class's docstring names there is an error; with it the folder loads."""
-    folder = make_uneven_llama(tmp_path / "hf")
+    folder = make_uneven(tmp_path / "hf")
     load = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(folder)!r})"
     run = [sys.executable, "-c"]
     stock = subprocess.run([*run, load], capture_output=True, text=True)
