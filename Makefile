@@ -1,7 +1,7 @@
 # make demo         prune SmolLM2-135M, retrain it on Megatron, compare with training from scratch
 # make test         the whole test suite, in 12 minutes on two cores
 # make test-quick   what is fast and needs no NeMo, in a minute
-# make test-full    the suite with ten times the random cases, for a night
+# make test-full    the suite with ten times the random cases and every cluster recipe in miniature, for a night
 # make test-te      checkpoints and models on Transformer Engine's own modules, without a GPU
 # make test-llamacpp our GGUF files in llama.cpp, which it compiles first, in 10 minutes on two cores
 # make test-transformers5 models that Transformers 5 saved or is to load

@@ -36,7 +36,8 @@ def expected_shape(target: Target, parent: Shape) -> Expected:
         return Expected(parent, exact=True)
     expected = method_named(target.method).expected
     if expected is None:
-        return Expected(about_shape(target, parent), exact=False, uneven=True)
+        how = target.pruning_aware
+        return Expected(about_shape(target, parent), exact=False, uneven=how is None or not how.uniform)
     known = expected(target.asked, parent)
     return known._replace(shape=with_vocabulary(known.shape, target.asked))
 
