@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from nemo_pvs.layerwise.model import Compute
 
 AUTO = "auto"
+_CHARACTERS_AT_ONCE = 1 << 23
+"""Of a text that is tokenised, for which the tokenizer needs about 1.2 GB."""
+_LONG = 100 * 10**6
+"""Bytes of a text that takes minutes."""
 
 
 def tokens_of(
@@ -35,10 +39,11 @@ def tokens_of(
     if loader is not None and windows != "packed":
         raise UserError("--loader decides how windows are cut; leave --windows out.")
     from nemo_pvs.data.assets import tokenizer_folder
-    from nemo_pvs.data.corpus import read_documents
+    from nemo_pvs.data.corpus import input_files, read_documents
     from nemo_pvs.data.token_files import check_tokenizer, token_file_manifest
     from nemo_pvs.data.token_set import TokenSet
     from nemo_pvs.data.tokenize import load_tokenizer, tokenizer_hash
+    from nemo_pvs.system.progress import console
 
     settings: dict[str, Any] = {
         "samples": samples,
@@ -64,11 +69,19 @@ def tokens_of(
             check_tokenizer(prefix, tokenizer_hash(folder))
         return TokenSet.from_token_file(prefix, **settings)
     tokenizer = load_tokenizer(folder)
+    size = sum(file.stat().st_size for file in input_files([data]) if file)
+    if size > _LONG:
+        console.print(
+            f"{data} has {size / 1e9:.1f} GB, all of which is tokenised to draw {samples} windows. One of its files, "
+            "or a token file (pvs tokenize), is faster.",
+            soft_wrap=True,
+        )
     return TokenSet.from_documents(
         (document.text for document in read_documents(data)),
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         data_set=data,
         tokenizer_sha256=tokenizer_hash(folder),
+        characters_at_once=_CHARACTERS_AT_ONCE,
         **settings,
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,9 +138,10 @@ class TokenSet:
         *,
         separator: str = "\n\n",
         windows: Windows = "packed",
+        characters_at_once: int | None = None,
         **settings: Any,
     ) -> TokenSet:
-        """Join texts, tokenise them as a whole, and cut windows as ``from_stream`` does with ``settings``.
+        """Join texts, tokenise them, and cut windows as ``from_stream`` does with ``settings``.
 
         Args:
             documents: The texts.
@@ -147,19 +149,24 @@ class TokenSet:
             separator: Inserted between the texts: two line breaks for WikiText's sets, a space for C4, as in
                 llm-pruning-collection.
             windows: With ``documents``, texts are tokenised one by one, and each window is cut from one.
+            characters_at_once: Tokenise the joined text in pieces of whole texts with at least so many characters;
+                None, as a whole. A tokenizer needs about 140 bytes for each character.
             **settings: ``sequence_length``, ``samples``, ``seed``, ``data_set``, ``tokenizer_sha256``.
 
         Raises:
             UserError: as ``from_stream``.
         """
-        texts = list(documents)
-        text = separator.join(texts)
+        at_once = 0 if windows == "documents" else characters_at_once
+        digest = hashlib.sha256()
+        streams: list[npt.NDArray[np.int32]] = []
+        for piece in _pieces(documents, separator, at_once):
+            digest.update(piece.encode())
+            text = piece.removeprefix(separator) if windows == "documents" and streams else piece
+            streams.append(np.asarray(tokenize(text), np.int32))
         if windows == "documents":
-            ids = [tokenize(one) for one in texts]
-            settings["documents"] = [len(one) for one in ids]
-            stream = [token for one in ids for token in one]
-            return cls.from_stream(stream, source_sha256=sha256_bytes(text.encode()), **settings)
-        return cls.from_stream(tokenize(text), source_sha256=sha256_bytes(text.encode()), **settings)
+            settings["documents"] = [len(one) for one in streams]
+        stream = np.concatenate(streams) if streams else np.zeros(0, np.int32)
+        return cls.from_stream(stream, source_sha256=digest.hexdigest(), **settings)
 
     @classmethod
     def from_token_file(cls, prefix: Path, *, windows: Windows = "packed", **settings: Any) -> TokenSet:
@@ -178,6 +185,23 @@ class TokenSet:
             settings["documents"] = document_lengths(prefix)
         source_sha256 = known.get("bin_sha256") or sha256_file(prefix.with_name(prefix.name + ".bin"))
         return cls.from_stream(stream, source_sha256=source_sha256, **settings)
+
+
+def _pieces(texts: Iterable[str], separator: str, at_once: int | None) -> Iterator[str]:
+    """Yield the joined texts in pieces of whole texts with at least ``at_once`` characters; None yields one piece.
+
+    Pieces add up to the joined text: each but the first begins with the separator.
+    """
+    piece: list[str] = []
+    length, begin = 0, ""
+    for text in texts:
+        piece.append(text)
+        length += len(text)
+        if at_once is not None and length >= at_once:
+            yield begin + separator.join(piece)
+            piece, length, begin = [], 0, separator
+    if piece:
+        yield begin + separator.join(piece)
 
 
 def _starts_in_documents(

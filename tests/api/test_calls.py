@@ -12,6 +12,7 @@ import pandas
 import pytest
 
 import nemo_pvs as pvs
+from nemo_pvs.api import values
 from nemo_pvs.api.evaluate import Measurement
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
@@ -49,6 +50,23 @@ def test_a_notebook_calls_everything_twice(model: Path, text: Path, tmp_path: Pa
     rows = ast.literal_eval(done.stdout)
     assert [metric for metric, _ in rows] == ["loss", "perplexity"] * 2
     assert rows[:2] == rows[2:], "a model in two formats"
+
+
+def test_a_long_text_is_read_in_pieces_and_said_to_take_long(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its words are split from each other, so that the tokens are those of the whole."""
+    arguments = (model, str(text), 4, 16, 0)
+    whole = values.tokens_of(*arguments)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(values, "_CHARACTERS_AT_ONCE", 1000)
+    monkeypatch.setattr(values, "_LONG", 1000)
+    pieces = values.tokens_of(*arguments)
+    assert capsys.readouterr().out == (
+        f"{text} has 0.0 GB, all of which is tokenised to draw 4 windows. One of its files, or a token file (pvs "
+        "tokenize), is faster.\n"
+    )
+    assert pieces.manifest == whole.manifest
 
 
 def test_layers_that_no_class_could_load_are_refused_before_text_is_read(

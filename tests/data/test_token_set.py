@@ -13,7 +13,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from nemo_pvs.data.token_set import TokenSet, read_token_file
+from nemo_pvs.data.token_set import TokenSet, Windows, read_token_file
 from nemo_pvs.errors import UserError
 
 
@@ -85,6 +85,29 @@ def test_documents_are_tokenised_as_one_text() -> None:
         ["a", "b"], lambda text: seen.append(text) or [1, 2, 3, 4], separator=" ", sequence_length=2
     )
     assert seen == ["a b"]
+
+
+@pytest.mark.parametrize("windows", ["packed", "documents"])
+def test_pieces_of_a_long_text_add_up_to_it(windows: Windows) -> None:
+    """By characters, which do not depend on what is tokenised together."""
+    texts = ["abcd", "", "\n\nefghijkl", "mnop", "qrstuvwxyz", "\n\n"]
+    seen: list[str] = []
+
+    def characters(text: str) -> list[int]:
+        seen.append(text)
+        return list(text.encode())
+
+    settings: dict[str, Any] = {"tokenize": characters, "windows": windows, "sequence_length": 3}
+    whole = TokenSet.from_documents(texts, **settings)
+    assert whole.manifest["source_sha256"] == hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
+    for at_once in (1, 5, 12, 1000):
+        seen.clear()
+        pieces = TokenSet.from_documents(texts, characters_at_once=at_once, **settings)
+        assert pieces.ids.tolist() == whole.ids.tolist()
+        assert pieces.manifest == whole.manifest
+        if windows == "packed":
+            assert "".join(seen) == "\n\n".join(texts)
+            assert all(len(piece) < at_once + 14 for piece in seen), "no longer than the last text makes it"
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
