@@ -66,5 +66,8 @@ ParentTokens = Annotated[
 ]
 Text = Annotated[
     str,
-    typer.Option(help=".txt, .jsonl[.gz|.zst], .parquet, a folder of them, or wikipedia-sample", rich_help_panel=TEXT),
+    typer.Option(
+        help=".txt, .jsonl[.gz|.zst], .parquet, a folder of them, a token file (.bin), or wikipedia-sample",
+        rich_help_panel=TEXT,
+    ),
 ]

@@ -60,7 +60,7 @@ def calibrate(
     ignore_manifest: IgnoreManifest = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure importance once, for every width target; under torchrun the ranks share the text."""
+    """Measure importance once, for every target; under torchrun the ranks share the text."""
     from nemo_pvs.api.calibrate import calibrate as measure
 
     scores = measure(
@@ -117,12 +117,15 @@ def prune(
     parent_tokens: ParentTokens = None,
     overwrite: Overwrite = False,
     tensor_parallel: Annotated[
-        int, typer.Option(help="that cannot be split over this many ranks", rich_help_panel=_CHECK)
+        int, typer.Option(help="refuse a shape that cannot be split over this many ranks", rich_help_panel=_CHECK)
     ] = 1,
     pipeline_parallel: Annotated[
-        int, typer.Option(help="whose layers cannot be split over this many pipeline stages", rich_help_panel=_CHECK)
+        int,
+        typer.Option(
+            help="refuse one whose layers cannot be split over this many pipeline stages", rich_help_panel=_CHECK
+        ),
     ] = 1,
-    fp8: Annotated[bool, typer.Option(help="whose shards do not suit FP8", rich_help_panel=_CHECK)] = False,
+    fp8: Annotated[bool, typer.Option(help="refuse one whose shards do not suit FP8", rich_help_panel=_CHECK)] = False,
     device: Device = None,
     activation_memory: ActivationMemory = "auto",
     ignore_manifest: IgnoreManifest = False,

@@ -126,7 +126,7 @@ def teach(
 
 
 def train(
-    initial: Annotated[str, typer.Argument(help="checkpoint with the initial weights, Hugging Face or NeMo")],
+    initial: Annotated[str, typer.Argument(help="checkpoint folder with the initial weights, of any format")],
     out: Annotated[str, typer.Argument(help="run folder; an interrupted run in it is resumed")],
     data: Annotated[
         str, typer.Option(help="folder with train.bin and validation.bin from pvs tokenize", rich_help_panel=DATA)
