@@ -138,15 +138,41 @@ def convert(
                 overwrite=overwrite,
                 progress=show,
             )
-        notes: tuple[str, ...] = ()
+        notes = _about_loading(target) + _without_tokenizer(folder)
         if wanted == "megatron":
-            notes = _not_converted(open_source(folder, config)) + how_to_load(target)
+            notes += _not_converted(open_source(folder, config)) + how_to_load(target)
         agreement = None
         if reference is not None:
             model, ids = reference
             with progress("run both models on the same tokens", "layers") as show:
                 agreement = compare_logits(model, open_source(target), ids, progress=show)
     return ConvertedModel(target, manifest, agreement, notes)
+
+
+def _about_loading(target: Path) -> tuple[str, ...]:
+    """Return a note if not every version of Transformers loads a Hugging Face target."""
+    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.checkpoints.source import shape_of
+    from nemo_pvs.model.layout import Layout
+
+    written = open_source(target)
+    note = (
+        Layout.for_config(written.config).loading_note(shape_of(written)) if written.format == "huggingface" else None
+    )
+    return (note,) if note else ()
+
+
+def _without_tokenizer(folder: Path) -> tuple[str, ...]:
+    """Return a note about a tokenizer that a NeMo training names, but does not keep in its checkpoints."""
+    from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
+    from nemo_pvs.checkpoints.nemo.context import tokenizer_elsewhere
+    from nemo_pvs.checkpoints.open import open_source
+
+    source = open_source(folder)
+    name = tokenizer_elsewhere(source.folder / "context") if isinstance(source, NemoSource) else None
+    if name is None:
+        return ()
+    return (f"The result has no tokenizer: {folder} only names {name}; copy its files into the result.",)
 
 
 def _not_converted(source: Any) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_pvs.checkpoints.source import WeightSource
+    from nemo_pvs.checkpoints.gguf.model import GgufSource
+    from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
+    from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
 
 
 def open_checkpoint(
     source: str | Path, *, config: str | Path | None = None, ignore_manifest: bool = False
-) -> WeightSource:
+) -> HuggingFaceSource | NemoSource | GgufSource:
     """Open a checkpoint; no weight is read before it is asked for.
 
     Args:

@@ -180,7 +180,7 @@ def prune(
         ledger.charges += pruning_charges(spent, options.get("task"))
         shape = shape_of(pruned.source)
         if ranks.is_main():
-            if note := layout.loading_note(shape):
+            if note := layout.loading_note(shape.replace(uneven=()) if uneven == "pad" else shape):
                 console.print(note, soft_wrap=True)
             with progress(f"write {wanted}", "parameters") as show:
                 write(

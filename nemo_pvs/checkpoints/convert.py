@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from nemo_pvs.checkpoints.huggingface.folder import MAX_SHARD_BYTES, write_huggingface
+from nemo_pvs.checkpoints.gguf.model import GgufSource
+from nemo_pvs.checkpoints.huggingface.folder import MAX_SHARD_BYTES, HuggingFaceSource, write_huggingface
 from nemo_pvs.checkpoints.manifest import ORIGIN, Manifest
 from nemo_pvs.checkpoints.megatron.write import write_megatron
 from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource, write_nemo
@@ -140,20 +141,18 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
     for name, file in manifest.files.items():
         if name in changed or (file.sha256 is not None and sha256_file(folder / name) != file.sha256):
             raise changed_since(folder, name)
-    read_through(source, progress=progress)
+    read_through(source, manifest, progress=progress)
     return manifest
 
 
-def verify_or_read(path: str | Path, *, progress: Progress | None = None) -> str:
-    """Verify a checkpoint as far as possible and say what was verified.
+def verify_or_read(source: HuggingFaceSource | NemoSource | GgufSource, *, progress: Progress | None = None) -> str:
+    """Verify a checkpoint, or a GGUF file, as far as possible and say what was verified.
 
     Raises:
         UserError: a part of it cannot be read, or differs from its manifest or from the checksums in its files.
     """
-    folder = Path(path)
-    source = open_source(folder)
     if source.manifest is not None:
-        manifest = verify_checkpoint(folder, progress=progress)
+        manifest = verify_checkpoint(source.folder, progress=progress)
         return f"all {len(manifest.tensors):,} tensors and {len(manifest.files):,} files are as written"
     read_through(source, progress=progress)
     if isinstance(source, NemoSource):
@@ -161,8 +160,18 @@ def verify_or_read(path: str | Path, *, progress: Progress | None = None) -> str
     return "every tensor could be read; there is no manifest to compare with"
 
 
-def read_through(source: WeightSource, *, progress: Progress | None = None) -> None:
-    """Read every tensor of a checkpoint; the source compares each with the manifest if there is one.
+def read_through(
+    source: HuggingFaceSource | NemoSource | GgufSource,
+    manifest: Manifest | None = None,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Read every tensor of a checkpoint; the source compares each with its manifest if there is one.
+
+    Args:
+        source: The checkpoint.
+        manifest: Compare with this one, even where the source's own is ignored (``ignoring_manifests``).
+        progress: Called with (done, total) parameters.
 
     Raises:
         UserError: a tensor cannot be read, or is not what was written.
@@ -172,7 +181,10 @@ def read_through(source: WeightSource, *, progress: Progress | None = None) -> N
     reads = ReadAhead(source, names)
     done = 0
     for name in names:
-        done += reads.read(name).numel()
+        tensor = reads.read(name)
+        if manifest is not None and not manifest.describes(name, tensor):
+            raise changed_since(source.folder, name)
+        done += tensor.numel()
         if progress:
             progress(done, shape.parameters)
 
@@ -185,19 +197,31 @@ def describe_checkpoint(
     Args:
         path: A checkpoint folder of any format.
         config: As for ``open_source``.
-        tensors: Add ``tensors``: the name, dtype, size, Megatron name and layer of each.
+        tensors: As for ``describe``.
 
     Returns:
-        ``format`` (huggingface, nemo or megatron), ``family``, ``shape``, ``parameters``, ``body_parameters``,
-        ``flops_per_token`` (training, without attention), ``dtypes`` (parameters by dtype), ``bytes`` of weights,
-        ``masks`` (number of matrices that have one), ``extra_tensors`` (number of stored tensors that are not weights
-        of the model), ``assets`` (file names) and ``manifest``: absent, complete (all its files exist and have the
-        recorded length) or broken.
+        As ``describe``.
 
     Raises:
         UserError: it is not a checkpoint that we read.
     """
-    source = open_source(path, config)
+    return describe(open_source(path, config), tensors=tensors)
+
+
+def describe(source: HuggingFaceSource | NemoSource | GgufSource, *, tensors: bool = False) -> dict[str, Any]:
+    """Describe a model without reading its weights.
+
+    Args:
+        source: The checkpoint, or a GGUF file.
+        tensors: Add ``tensors``: the name, dtype, size, Megatron name and layer of each.
+
+    Returns:
+        ``format`` (huggingface, nemo, megatron or gguf), ``family``, ``shape``, ``parameters``, ``body_parameters``,
+        ``flops_per_token`` (training, without attention), ``dtypes`` (parameters by dtype), ``bytes`` of weights,
+        ``masks`` (number of matrices that have one), ``extra_tensors`` (number of stored tensors that are not weights
+        of the model), ``assets`` (file names) and ``manifest``: absent, complete (all its files exist and have the
+        recorded length) or broken.
+    """
     shape = Layout.for_config(source.config).shape(source.config)
     layout = Layout.for_config(source.config)
     parts = layout.parts(shape)
@@ -216,7 +240,7 @@ def describe_checkpoint(
         "masks": len(source.masks.names),
         "extra_tensors": len(source.extra_tensors),
         "assets": [asset.name for asset in source.assets],
-        "manifest": _manifest_status(source.folder),
+        "manifest": "absent" if source.format == "gguf" else _manifest_status(source.folder),
     }
     if tensors:
         description["tensors"] = []

@@ -98,7 +98,8 @@ def dequantize_gguf(path: Path, target: Path) -> Path:
         source = GgufSource(file)
         build_tokenizer(file).save_pretrained(folder)
         source.assets = asset_files(Path(folder))
-        write_huggingface(source, target, dtype=source.dtype)
+        # What is read may be NaN; commands that do not expect that refuse it themselves, as in any other format.
+        write_huggingface(source, target, dtype=source.dtype_of_matrices, allow_nonfinite=True)
     return target
 
 

@@ -110,14 +110,14 @@ def inspect(
     from rich.table import Table
     from rich.text import Text
 
-    from nemo_pvs.checkpoints.convert import describe_checkpoint, verify_or_read
-    from nemo_pvs.checkpoints.fetch import local_checkpoint
-    from nemo_pvs.checkpoints.open import open_source
+    from nemo_pvs.api.open_checkpoint import open_checkpoint
+    from nemo_pvs.checkpoints.convert import describe, verify_or_read
     from nemo_pvs.checkpoints.sparsity import matrix_sparsity
     from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 
-    with ignoring_manifests(ignore_manifest), local_checkpoint(path) as folder:
-        about = describe_checkpoint(folder, tensors=tensors)
+    with ignoring_manifests(ignore_manifest):
+        source = open_checkpoint(path)
+        about = describe(source, tensors=tensors)
         table = Table(show_header=False, box=None)
         for name, value in _description(about).items():
             table.add_row(Text(name, "bold"), value)
@@ -131,14 +131,14 @@ def inspect(
             console.print(listing)
         if sparsity:
             zeros = Table("matrix", "zeros", "pattern", "mask")
-            for matrix in matrix_sparsity(open_source(folder)):
+            for matrix in matrix_sparsity(source):
                 mask = "none" if matrix.masked is None else f"{matrix.masked / matrix.weights:.2%} pruned"
                 back = f", {matrix.disagreements:,} of them not zero" if matrix.disagreements else ""
                 zeros.add_row(matrix.name, f"{matrix.zeros / matrix.weights:.2%}", matrix.pattern, mask + back)
             console.print(zeros)
         if verify:
             with progress("read and verify", "parameters") as show:
-                console.print(f"{path}: {verify_or_read(folder, progress=show)}", soft_wrap=True)
+                console.print(f"{path}: {verify_or_read(source, progress=show)}", soft_wrap=True)
 
 
 def _description(about: dict[str, Any]) -> dict[str, str]:

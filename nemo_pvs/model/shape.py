@@ -163,8 +163,17 @@ class Shape:
         return Shape(**{**_values(self), **sizes})
 
     def with_layers(self, sizes: Iterable[LayerSizes]) -> Shape:
-        """Return the shape whose layers have these sizes; an even shape if they are all equal."""
+        """Return the shape whose layers have these sizes; an even shape if they are all equal.
+
+        Raises:
+            UserError: there is no layer, or a size is impossible.
+        """
         layers = tuple(sizes)
+        if not layers:
+            raise UserError("A model needs the sizes of at least one layer.")
+        for layer in layers:
+            for name, size in layer._asdict().items():
+                _check_size(f"{name} of every layer", size)
         uneven = layers if len(set(layers)) > 1 else ()
         return self.replace(layers=len(layers), **_bounds(layers)._asdict(), uneven=uneven)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_pvs.checkpoints.nemo.context import check_for_nemo
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import Shape
@@ -68,6 +69,8 @@ def check_recipe(recipe: Recipe, parent: Shape, config: Mapping[str, Any]) -> No
         UserError: a target, a layout or a sequence length is impossible, or no class of the family can load a target.
     """
     layout, context_length = Layout.for_config(config), int(config.get("max_position_embeddings", 0))
+    whole = {**layout.defaults, **layout.config(parent, config), "torch_dtype": "bfloat16"}
+    check_for_nemo(whole, vocab_rows=parent.vocab)
     calibrates = any(map(reads_calibration, recipe.targets.values()))
     for name in ("calibrate", "train", "evaluate") if calibrates else ("train", "evaluate"):
         check_context(getattr(recipe, name).sequence_length, context_length, f"{name}.sequence_length")

@@ -10,6 +10,7 @@ from nemo_pvs.checkpoints.convert import convert, describe_checkpoint, verify_ch
 from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.manifest import MANIFEST
 from nemo_pvs.checkpoints.open import open_source
+from nemo_pvs.checkpoints.stored_tensors import ignoring_manifests
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
 
@@ -71,6 +72,9 @@ def test_a_target_that_reads_back_differently_is_not_kept(make_tiny_llama, tmp_p
     with pytest.raises(UserError, match=message):
         convert(tmp_path / "hf", tmp_path / "out", to="hf", overwrite=True, progress=spoil)
     assert verify_checkpoint(tmp_path / "out") == before  # what was to be replaced is still there
+    seen.clear()
+    with ignoring_manifests(), pytest.raises(UserError, match=message):  # which are those of the source
+        convert(tmp_path / "hf", tmp_path / "out", to="hf", overwrite=True, progress=spoil)
     seen.clear()
     convert(tmp_path / "hf", tmp_path / "out", to="hf", overwrite=True, verify="none", progress=spoil)
     assert seen[-1] == PARAMETERS

@@ -117,11 +117,11 @@ def test_masks_are_compared_too(written, tmp_path):
 
 def test_inspect_verifies_as_far_as_that_is_possible(written, tmp_path):
     for to, tensors in (("hf", 39), ("nemo", 39)):
-        assert verify_or_read(written / to).startswith(f"all {tensors} tensors and ")
+        assert verify_or_read(open_source(written / to)).startswith(f"all {tensors} tensors and ")
         shutil.copytree(written / to, tmp_path / to)
         (tmp_path / to / MANIFEST).unlink()
-    assert verify_or_read(tmp_path / "hf").endswith("there is no manifest to compare with")
-    assert "checksum of PyTorch's archive" in verify_or_read(tmp_path / "nemo")
+    assert verify_or_read(open_source(tmp_path / "hf")).endswith("there is no manifest to compare with")
+    assert "checksum of PyTorch's archive" in verify_or_read(open_source(tmp_path / "nemo"))
 
 
 def without_manifest(written, tmp_path):

@@ -185,6 +185,13 @@ def test_what_nemo_cannot_express_is_refused(family, change, message, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_no_weight_is_written_of_a_model_that_nemo_cannot_express(tmp_path):
+    source = HuggingFaceSource(save_tiny(tmp_path / "hf", "qwen2", rope_scaling={"rope_type": "yarn", "factor": 2.0}))
+    with pytest.raises(UserError, match="rope_scaling of this model is yarn, which NeMo's qwen2 lacks"):
+        write_nemo(source, tmp_path / "nemo", progress=lambda done, total: pytest.fail("it wrote weights"))
+    assert not (tmp_path / "nemo").exists()
+
+
 def write_stock(folder, family, fields):
     """Write an io.json with explicit fields, as NeMo does for a model built from the plain class of a family."""
     sizes = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2}

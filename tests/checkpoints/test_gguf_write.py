@@ -28,6 +28,7 @@ from nemo_pvs.checkpoints.source import WeightSource, shape_of
 from nemo_pvs.checkpoints.transforms.random import RandomSource
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
+from nemo_pvs.model.shape import LayerSizes
 from nemo_pvs.system.direct_io import StreamedWriter
 from tests.checkpoints.gguf_writer import MERGING_TOKENIZER, randomise
 from tests.checkpoints.gguf_writer import write_gguf as write_theirs
@@ -140,6 +141,15 @@ def test_layers_of_different_sizes_are_read_back(settings: dict[str, Any], tmp_p
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, again))
     assert shape_of(HuggingFaceSource(again)) == shape_of(HuggingFaceSource(folder))
     assert torch.equal(logits(after), logits(before))
+
+
+def test_layers_that_differ_in_groups_and_in_heads_of_a_group_are_read_back(tmp_path: Path) -> None:
+    """No layer has as many heads as all layers together fit into: 3 groups of 4."""
+    sizes = (LayerSizes(96, 8, 2), LayerSizes(96, 6, 3))
+    folder = make_uneven(tmp_path / "model", sizes=sizes, bounds=LayerSizes(96, 12, 3), vocab_size=260)
+    tokenizer_of(tmp_path, **MERGING_TOKENIZER).save_pretrained(folder)
+    again = dequantize_gguf(written(folder).path, tmp_path / "again")
+    assert shape_of(HuggingFaceSource(again)) == shape_of(HuggingFaceSource(folder))
 
 
 def test_a_layer_without_attention_is_refused(tmp_path: Path) -> None:

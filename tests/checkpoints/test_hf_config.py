@@ -11,6 +11,7 @@ from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from tests.conftest import tiny_llama_config
 from tests.families import LAYOUTS, tiny_config
+from tests.uneven_model import uneven_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -130,6 +131,27 @@ def test_without_architectures_model_type_decides(family, stated):
     assert normal_config({**config, "architectures": ["Own", architecture], "model_type": None}, "c") == normal_config(
         {**config, "model_type": model_type}, "c"
     )
+
+
+@pytest.mark.parametrize(
+    ("layer_shapes", "message"),
+    [
+        ([], "sizes of at least one layer"),
+        (
+            [{"intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 0}],
+            "kv_groups of every layer",
+        ),
+        (
+            [{"intermediate_size": 8, "num_attention_heads": "2", "num_key_value_heads": 1}],
+            "heads of every layer",
+        ),
+        ([{"intermediate_size": 8}], "lacks 'num_attention_heads'"),
+    ],
+)
+def test_impossible_sizes_of_layers_are_refused(layer_shapes, message):
+    config = uneven_config().to_dict() | {"layer_shapes": layer_shapes}
+    with pytest.raises(UserError, match=message):
+        Layout.for_config(config).shape(config)
 
 
 def test_our_class_for_uneven_layers_is_known_by_its_model_type():

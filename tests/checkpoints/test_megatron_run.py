@@ -21,7 +21,7 @@ from nemo_pvs.checkpoints.fingerprint import fingerprint
 from nemo_pvs.checkpoints.huggingface.folder import HuggingFaceSource
 from nemo_pvs.checkpoints.manifest import ORIGIN
 from nemo_pvs.checkpoints.masks import masks_of
-from nemo_pvs.checkpoints.megatron.how_to_load import unrestored_flags
+from nemo_pvs.checkpoints.megatron.how_to_load import how_to_load, unrestored_flags
 from nemo_pvs.checkpoints.megatron.run_config import read_run_config
 from nemo_pvs.checkpoints.megatron.source import MegatronSource
 from nemo_pvs.checkpoints.megatron.write import write_megatron
@@ -228,6 +228,7 @@ def test_layers_of_different_sizes_come_back(family, tmp_path):
     again = open_source(tmp_path / "root")
     assert shape_of(again) == shape_of(HuggingFaceSource(folder))
     assert again.config["model_type"] == f"pruned_{family}"
+    assert "Megatron-LM does not load layers of different sizes" in "".join(how_to_load(tmp_path / "root"))
     assert convert(tmp_path / "root", tmp_path / "back", to="hf").tensors == there.tensors
 
 

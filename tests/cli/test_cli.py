@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import nemo_pvs
 from nemo_pvs.cli.main import main
+from tests.checkpoints.gguf_writer import write_gguf
+from tests.checkpoints.test_gguf_model import llama as make_llama
 from tests.conftest import make_tiny_llama, save_tiny_tokenizer
 
 
@@ -93,6 +96,15 @@ def test_round_trip_through_nemo(pvs, model, tmp_path):
 
 
 @pytest.mark.slow
+def test_inspect_reads_a_gguf_file_where_it_is(pvs, tmp_path, monkeypatch):
+    file = write_gguf(tmp_path / "model.gguf", make_llama())
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *_, **__: pytest.fail("it writes a copy"))
+    code, out, _ = pvs("inspect", file, "--verify")
+    assert code == 0
+    assert "gguf, family llama" in out
+    assert f"{file}: every tensor could be read; there is no manifest to compare with" in out
+
+
 def test_inspect_says_what_to_do_about_a_broken_manifest(pvs, model, tmp_path):
     pvs("convert", model, tmp_path / "nemo")
     assert "broken" not in pvs("inspect", tmp_path / "nemo")[1]

@@ -230,6 +230,13 @@ def test_a_model_that_no_class_could_load_is_refused_before_any_work(target, sen
         dry_run(parse_recipe(values, "test"))
 
 
+def test_a_parent_that_nemo_cannot_train_is_refused_before_any_work():
+    values = load_recipe("adapt_pruner/qwen25_0p5b").model_dump()
+    values["parent"]["config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    with pytest.raises(UserError, match="rope_scaling of this model is yarn, which NeMo's qwen2 lacks"):
+        dry_run(parse_recipe(values, "test"))
+
+
 def test_a_layout_is_shown_with_all_that_is_not_as_usual():
     values = load_recipe("smollm2_135m/demo").model_dump()
     depth = values["targets"]["depth"]

@@ -14,6 +14,7 @@ from nemo_pvs.checkpoints.gguf.file import GgufFile
 from nemo_pvs.checkpoints.gguf.names import ROPE_FACTORS, ROTATES_PAIRS, gguf_name, is_rotated, pairs_to_halves
 from nemo_pvs.checkpoints.gguf.rope import llama3_scaling
 from nemo_pvs.checkpoints.huggingface.shards import few
+from nemo_pvs.checkpoints.masks import NoMasks
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 
@@ -59,6 +60,11 @@ _MUST_BE_ZERO = {"expert_count", "expert_used_count", "attention.sliding_window"
 class GgufSource:
     """The model in a GGUF file."""
 
+    format = "gguf"
+    manifest = None
+    masks = NoMasks()
+    extra_tensors: tuple[str, ...] = ()
+
     def __init__(self, file: GgufFile, assets: tuple[Path, ...] = ()) -> None:
         """Read the config and check that the file has exactly the tensors that it implies.
 
@@ -71,14 +77,19 @@ class GgufSource:
                 missing, extra or wrongly sized tensors.
         """
         self.assets = assets
+        self.folder = file.path.parent
         self._file = file
         self.config: Mapping[str, Any] = _config(file)
         self._shape = Layout.for_config(self.config).shape(self.config)
         self._names = {name: gguf_name(name) for name in Layout.for_config(self.config).parts(self._shape)}
         self._check_tensors()
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which ``read`` returns a tensor."""
+        return self._file.dtype(self._names[name])
+
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype_of_matrices(self) -> torch.dtype:
         """The dtype of most matrices; vectors are usually float32 whatever the matrices are."""
         names = [name for name in self._names.values() if len(self._file.size(name)) > 1]
         return Counter(self._file.dtype(name) for name in names).most_common(1)[0][0]
@@ -142,6 +153,8 @@ def _config(file: GgufFile) -> dict[str, Any]:
                 f"{architecture}.{key} in {file.path} is {_size(file, key)}, but heads have {head_dim} channels; "
                 f"{_ARCHITECTURES[architecture][0]} does not support that, so use the model's Hugging Face folder."
             )
+    groups = max(size["num_key_value_heads"] for size in sizes)  # what every layer fits into
+    heads_per_group = max(size["num_attention_heads"] // size["num_key_value_heads"] for size in sizes)
     of_qwen2 = architecture == "qwen2"
     name, model_type = _ARCHITECTURES[architecture]
     if architecture in _WITH_BIASES_OF_QWEN2 and _has_biases_of_qwen2(file):
@@ -153,7 +166,9 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "hidden_act": "silu",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
-        **{name: max(size[name] for size in sizes) for name in _PER_LAYER},
+        "intermediate_size": max(size["intermediate_size"] for size in sizes),
+        "num_attention_heads": groups * heads_per_group,
+        "num_key_value_heads": groups,
         "head_dim": head_dim,
         "vocab_size": _rows(file, "token_embd.weight"),
         "max_position_embeddings": _size(file, "context_length"),

@@ -88,8 +88,8 @@ def config_from_arguments(common: Path, *, vocab_rows: int, dtype: str) -> dict[
         value = arguments.get(name, wanted)
         if value != wanted:
             raise UserError(
-                f"{common} has {name}={value}, which a Llama in the Hugging Face format cannot have; such a model is "
-                "not supported."
+                f"{common} has {name}={value}, which a Llama in the Hugging Face format cannot have; if it is another "
+                f"family, {_ELSE}, or name it by --config."
             )
     grouped = arguments.get("group_query_attention", False)
     biases = bool(arguments.get("add_bias_linear", True))  # Megatron-LM's default

@@ -19,15 +19,20 @@ _DTYPES = {"bfloat16": ["--bf16"], "float16": ["--fp16"]}
 def how_to_load(target: Path) -> tuple[str, ...]:
     """Return what a user of a written checkpoint should know, in sentences and lines to copy."""
     source = MegatronSource(latest_checkpoint(target))
+    shape = shape_of(source)
+    if shape.uneven:  # it wants each layer's settings in the terms of a Nemotron config, and scaled rope
+        megatron_lm = "Megatron-LM does not load layers of different sizes; for it, pad them with --uneven pad."
+    else:
+        megatron_lm = (
+            f"Megatron-LM: --load {shlex.quote(str(target.resolve()))} --use-checkpoint-args --ckpt-format torch_dist "
+            f"--finetune {' '.join(unrestored_flags(source.config))} (it restores all other settings from the "
+            "checkpoint, but not these)."
+        )
     notes = [
         f'Megatron-Bridge: checkpoint.pretrained_checkpoint = "{target.resolve()}" in the training config, or '
         f'megatron.bridge.training.model_load_save.load_megatron_model("{source.folder.resolve()}").',
-        f"Megatron-LM: --load {shlex.quote(str(target.resolve()))} --use-checkpoint-args --ckpt-format torch_dist "
-        "--finetune "
-        + " ".join(unrestored_flags(source.config))
-        + " (it restores all other settings from the checkpoint, but not these).",
+        megatron_lm,
     ]
-    shape = shape_of(source)
     if {"attention_bias", "mlp_bias"} & {*shape.features}:
         notes.append(
             "Megatron-Bridge trains the biases of this model, but its own export to Hugging Face fails on them; use "

@@ -48,7 +48,7 @@ def write_megatron(
     """Write a model as a checkpoint of Megatron-Bridge and Megatron-LM, which load it at any parallelism.
 
     Where only the attention or only the MLP has biases, zeros are added for the other (``with_both_biases``). Layers
-    with different KV groups or FFN widths become a heterogeneous model.
+    with different KV groups or FFN widths become a heterogeneous model, which only Bridge loads.
 
     Args:
         source: The model.

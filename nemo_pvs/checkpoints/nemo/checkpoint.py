@@ -19,7 +19,7 @@ from nemo_pvs.checkpoints.fingerprint import same_values
 from nemo_pvs.checkpoints.huggingface.shards import few
 from nemo_pvs.checkpoints.manifest import Manifest, Recorder
 from nemo_pvs.checkpoints.masks import FILE, MaskFile, Masks, NoMasks, masks_of, write_masks
-from nemo_pvs.checkpoints.nemo.context import context_assets, read_context, write_context
+from nemo_pvs.checkpoints.nemo.context import check_for_nemo, context_assets, read_context, write_context
 from nemo_pvs.checkpoints.source import Progress, WeightSource
 from nemo_pvs.checkpoints.stored_tensors import StoredTensors
 from nemo_pvs.checkpoints.tensor_record import TensorRecord, dtype_name
@@ -232,6 +232,9 @@ def write_nemo(
     recorder = Recorder(with_both_biases(source), dtype, progress, allow_nonfinite=allow_nonfinite)
     recorder.layout.require_class(recorder.shape)
     vocab_rows = -(-recorder.shape.vocab // pad_vocab_to_multiple) * pad_vocab_to_multiple
+    first = recorder.dtype_of(next(iter(recorder.parts)))
+    config = recorder.layout.config(recorder.shape, recorder.source.config)
+    check_for_nemo({**config, "torch_dtype": dtype_name(first)}, vocab_rows=vocab_rows)
     states = extra_states(recorder.layout, recorder.shape)
     with whole_folder(Path(target), overwrite=overwrite) as folder:
         write_torch_dist(folder / "weights", weight_blocks(recorder, vocab_rows), states)

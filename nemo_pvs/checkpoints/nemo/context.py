@@ -15,7 +15,7 @@ from nemo_pvs.checkpoints.nemo import fiddle_json
 from nemo_pvs.checkpoints.nemo.fiddle_json import Config, Symbol
 from nemo_pvs.checkpoints.nemo.model_fields import BY_LAYER, from_fields, to_fields
 from nemo_pvs.checkpoints.nemo.nemo_classes import NemoFamily
-from nemo_pvs.data.assets import asset_files, copy_asset
+from nemo_pvs.data.assets import asset_files, copy_asset, tokenizer_among
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.layout import Layout
 from nemo_pvs.model.shape import LayerSizes
@@ -26,6 +26,19 @@ HUGGINGFACE_CONFIG = "huggingface_config.json"
 
 _TOKENIZER = "tokenizer"
 _GENERATION = Path("artifacts", "generation_config.json")  # where NeMo's importer writes it
+
+
+def check_for_nemo(config: Mapping[str, Any], *, vocab_rows: int) -> None:
+    """Refuse a model that NeMo cannot express, before any weight is written.
+
+    Args:
+        config: The model's Hugging Face config with explicit sizes and dtype.
+        vocab_rows: Rows of the embedding, padding included.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    _model_config(config, vocab_rows)
 
 
 def write_context(folder: Path, config: Mapping[str, Any], assets: Iterable[Path], *, vocab_rows: int) -> None:
@@ -40,19 +53,17 @@ def write_context(folder: Path, config: Mapping[str, Any], assets: Iterable[Path
     Raises:
         UserError: NeMo cannot express the config.
     """
-    family = NemoFamily(Layout.for_config(config))
-    model_config = _with_layers(family, config, _nemo_config(family, config, vocab_rows))
+    model_config = _model_config(config, vocab_rows)
     folder.mkdir(parents=True)
-    tokenizer = None
+    assets, tokenizer = tuple(assets), None
     for asset in assets:
-        if asset.name == _GENERATION.name:
-            copy_asset(asset, (folder / _GENERATION).parent)
-        else:
-            copy_asset(asset, folder / _TOKENIZER)
-            tokenizer = Config(
-                Symbol("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
-                {"pretrained_model_name": _TOKENIZER},
-            )
+        copy_asset(asset, (folder / _GENERATION).parent if asset.name == _GENERATION.name else folder / _TOKENIZER)
+    if tokenizer_among(assets):
+        tokenizer = Config(
+            Symbol("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
+            {"pretrained_model_name": _TOKENIZER},
+        )
+    family = NemoFamily(Layout.for_config(config))
     model = Config(family.model, {"config": model_config, "tokenizer": tokenizer})
     context = Config(Symbol("nemo.lightning.io.pl", "TrainerContext"), {"model": model, "trainer": None, "extra": {}})
     write_json(folder / "io.json", fiddle_json.dump(context))
@@ -82,6 +93,13 @@ def read_context(folder: Path, *, vocab_rows: int, dtype: str) -> dict[str, Any]
     return normal_config(config, folder / "io.json")
 
 
+def tokenizer_elsewhere(folder: Path) -> str | None:
+    """Return the name or path of the tokenizer of a model that NeMo trained, if it is not in the checkpoint."""
+    tokenizer = fiddle_json.find(_io_json(folder), "<root>.model.tokenizer")
+    names = [value for value in tokenizer.arguments.values() if isinstance(value, str)] if tokenizer else []
+    return names[0] if names and not tokenizer_among(context_assets(folder)) else None
+
+
 def context_assets(folder: Path) -> tuple[Path, ...]:
     """Return the tokenizer files and the generation config of a checkpoint."""
     tokenizer = fiddle_json.find(_io_json(folder), "<root>.model.tokenizer")
@@ -94,6 +112,11 @@ def context_assets(folder: Path) -> tuple[Path, ...]:
 
 def _io_json(folder: Path) -> Any:
     return read_json(folder / "io.json")
+
+
+def _model_config(config: Mapping[str, Any], vocab_rows: int) -> Config:
+    family = NemoFamily(Layout.for_config(config))
+    return _with_layers(family, config, _nemo_config(family, config, vocab_rows))
 
 
 def _nemo_config(family: NemoFamily, config: Mapping[str, Any], vocab_rows: int) -> Config:
@@ -145,8 +168,11 @@ def _huggingface_config(folder: Path, vocab_rows: int) -> dict[str, Any]:
     if stored.symbol not in family.uneven.values():
         return config
     layout = family.layout
-    sizes = zip(*(fields[name] for name in BY_LAYER), strict=True)
-    return layout.config(layout.shape(config).with_layers(LayerSizes(*layer) for layer in sizes), config)
+    columns: list[Any] = [fields.get(name) for name in BY_LAYER]
+    if not all(isinstance(column, list) for column in columns) or len({len(column) for column in columns}) != 1:
+        raise UserError(f"{path} does not have {', '.join(BY_LAYER)} of every layer; use the checkpoint NeMo wrote.")
+    sizes = [LayerSizes(*layer) for layer in zip(*columns, strict=True)]
+    return layout.config(layout.shape(config).with_layers(sizes), config)
 
 
 def _rope_scaling(family: NemoFamily, fields: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ def pad_layers(source: WeightSource) -> WeightSource:
 
 
 class PaddedSource:
-    """An uneven model padded to its bounds; it is no smaller than an even one, but any Llama implementation runs it.
+    """An uneven model padded to its bounds; it is no smaller than an even one, but stock classes run it.
 
     Zeros are appended to the FFN channels of a layer, to the query heads of each KV group and, as whole groups, to its
     KV groups. An added FFN channel is silu(0) * 0 and an added head has only zeros in ``o_proj``: neither reaches the
