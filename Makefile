@@ -113,4 +113,4 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build

@@ -48,6 +48,10 @@ def run(
     check_jobs(jobs)
     if so_far and (force or launch is not None or prepare_only):
         raise UserError("--so-far trains nothing; do not combine it with --force, --launch or --prepare-only.")
+    if launch is not None and (prepare_only or force or ignore_manifest):
+        raise UserError(
+            "--launch submits every stage as it is; leave out --prepare-only, --force and --ignore-manifest."
+        )
     if jobs is not None and (launch is not None or prepare_only):
         raise UserError("--jobs is for trainings of this command; leave it out with --launch or --prepare-only.")
     if mfu is not None and not dry_run:
@@ -84,7 +88,7 @@ def run(
 
 def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_run: bool, mfu: float | None) -> None:
     from nemo_pvs.cli.dry_run_table import show_series
-    from nemo_pvs.cluster.experiment import launch, scripts, stages
+    from nemo_pvs.cluster.experiment import check_submission, launch, scripts, stages
     from nemo_pvs.cluster.profile import load_profile
 
     profile = load_profile(profile_name)
@@ -95,6 +99,8 @@ def _launch(checked: Any, recipe: str, folder: Path, profile_name: str, *, dry_r
             console.rule(name)
             console.print(script, soft_wrap=True)
         return
+    if profile.kind == "slurm":
+        check_submission(checked, folder, profile)
     launch(todo, checked.name, folder, profile)
 
 

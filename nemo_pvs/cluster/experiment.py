@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile
-from nemo_pvs.errors import TrainingError
+from nemo_pvs.errors import TrainingError, UserError
 from nemo_pvs.recipe.fields import Parallelism
 from nemo_pvs.recipe.recipe import Recipe
 from nemo_pvs.recipe.series import PARENTS, phases
@@ -177,6 +177,31 @@ def launch(todo: list[Command], title: str, folder: Path, profile: LocalProfile 
                 experiment.run(detach=False)
             if str(experiment.status(return_dict=True)[stage.name]["status"]) != "SUCCEEDED":
                 raise TrainingError(f"Stage {stage.name} failed; its output is under {folder / 'nemo_run'}.")
+
+
+def check_submission(recipe: Recipe, folder: Path, profile: SlurmProfile) -> None:
+    """Refuse before the queue what the jobs would refuse after it, when those that depend on them wait in vain.
+
+    Raises:
+        UserError: a dry run refuses the recipe, or jobs would not find the parent's weights.
+    """
+    from nemo_pvs.checkpoints.fetch import SMOLLM2, is_gguf
+    from nemo_pvs.planning.dry_run import dry_run
+
+    source = recipe.parent.source
+    if recipe.parent.normal_config is not None or source is None or Path(source).is_dir():  # its sizes are known here
+        for phase in phases(recipe, folder):
+            dry_run(phase[0].recipe)
+    if source is None or profile.host is not None or source == SMOLLM2 or is_gguf(source) or Path(source).is_dir():
+        return
+    if not source.startswith("hf://"):
+        raise UserError(f"The parent {source} does not exist yet; submit this when the run that makes it has ended.")
+    if profile.variables.get("HF_HUB_OFFLINE") == "1":
+        name = source.removeprefix("hf://").partition("@")[0]
+        raise UserError(
+            f"The jobs have no network (HF_HUB_OFFLINE of the profile) to download {source}; run hf download {name} "
+            f"--local-dir hf/{Path(name).name}, and give that folder as parent.source of a recipe that extends this."
+        )
 
 
 def _check_gpus_here(todo: list[Command]) -> None:

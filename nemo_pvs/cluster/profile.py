@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.fields import Parallelism, Positive, RecipeBlock
@@ -31,8 +31,15 @@ It is on the node, and new for each attempt: a rank that is killed while it comp
 """
 
 _WARNING = signal.SIGUSR1
-_SIGNALLED = 128 + _WARNING
-"""What srun exits with if the warning before the time limit has ended a task."""
+_SIGNALLED = (128 + _WARNING, 128 + signal.SIGTERM)
+"""What srun exits with if the warning before the time limit, or a preemption, has ended a task."""
+
+
+def _text(value: Any) -> Any:
+    """Refuse a number: YAML reads 24:00:00 as 86400."""
+    if isinstance(value, int):
+        raise ValueError(f"is the number {value} in YAML; write it in quotes")
+    return value
 
 
 class _Profile(RecipeBlock):
@@ -84,9 +91,9 @@ class SlurmProfile(_Profile):
 
     kind: Literal["slurm"]
     python: str = "python"
-    account: str
+    account: Annotated[str, BeforeValidator(_text)]
     partition: str | None = None
-    time: str = "04:00:00"
+    time: Annotated[str, BeforeValidator(_text)] = "04:00:00"
     """Time limit of one allocation; a run that needs longer is requeued."""
     gpus_per_node: Positive = 8
     requeues: Annotated[int, Field(ge=0)] = 100
@@ -152,10 +159,14 @@ class SlurmProfile(_Profile):
                 *self.srun_args,
             ],
             setup_lines=_requeue_only(self.failures, jobs) + (_start_in(here) if self.container_image else ""),
-            additional_parameters={"requeue": True, **self.sbatch},
+            additional_parameters={"requeue": True, "kill_on_invalid_dep": "yes", **self.sbatch},
             # Not NeMo-Run's $head_node_ip, from hostname --ip-address: that is all addresses of a host with several,
             # and 127.0.1.1 where /etc/hosts says so, as Debian and Ubuntu write it.
-            env_vars={"MASTER_ADDR": "$head_node", "MASTER_PORT": "29500", **self.variables},
+            env_vars={
+                "MASTER_ADDR": "$head_node",
+                "MASTER_PORT": "29500",
+                **{name: _in_bash(value) for name, value in self.variables.items()},
+            },
             retries=self.requeues,
             tunnel=tunnel,
             packager=run.Packager(),  # no code is copied: nemo_pvs is installed where it runs
@@ -242,13 +253,15 @@ def _requeue_only(failures: int, folder: str) -> str:
     program. A stage that does not train has nothing to save: the signal before the time limit ends it, and the next
     attempt finds what is finished.
     """
+    signalled = " or ".join(map(str, _SIGNALLED))
+    signals = " ".join(f'&& [ "$exitcode" -ne {code} ]' for code in (PREEMPTED, *_SIGNALLED))
     return f"""
 # Requeue a job whose time was up: training has saved ({PREEMPTED}), and anything else was ended by the signal
-# ({_SIGNALLED}). After other failures at most {failures} times, and never after one that a user has to fix (2).
+# ({signalled}). After other failures at most {failures} times, and never after one that a user has to fix (2).
 export {USER_ERROR_FILE}={shlex.quote(folder)}/user-error-$SLURM_JOB_ID
 rm -f "${USER_ERROR_FILE}"
 scontrol() {{
-  if [ "$1" = requeue ] && [ "$exitcode" -ne {PREEMPTED} ] && [ "$exitcode" -ne {_SIGNALLED} ]; then
+  if [ "$1" = requeue ] {signals}; then
     failed={shlex.quote(folder)}/failures-$SLURM_JOB_ID
     echo "$exitcode" >> "$failed"
     if [ "$exitcode" -eq 2 ] || [ -e "${USER_ERROR_FILE}" ] || [ "$(wc -l < "$failed")" -gt {failures} ]; then
@@ -259,6 +272,11 @@ scontrol() {{
   command scontrol "$@"
 }}
 """
+
+
+def _in_bash(value: str) -> str:
+    """Return a value as NeMo-Run's batch script needs it in ``export NAME=value``; variables in it are replaced."""
+    return value if re.fullmatch(r"[\w./:,=+$-]*", value) else '"' + re.sub(r'(["\\`])', r"\\\1", value) + '"'
 
 
 def _start_in(folder: Path) -> str:

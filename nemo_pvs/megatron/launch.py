@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"pvs: {error}", file=sys.stderr, flush=True)
         if USER_ERROR_FILE in os.environ:
-            Path(os.environ[USER_ERROR_FILE]).touch()
+            with suppress(OSError):  # what the user has to fix may be a full disk
+                Path(os.environ[USER_ERROR_FILE]).touch()
         return 2
 
 
@@ -58,7 +59,9 @@ def _run(job: Job, locked: bool) -> int:
         locked: Whether the process that started this one holds it.
     """
     found = rank_environment()
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    # Pyxis sets RANK and WORLD_SIZE=1 in a single task; what starts ranks for us also sets the id.
+    alone = os.environ.get("WORLD_SIZE") == "1" and "TORCHELASTIC_RUN_ID" not in os.environ
+    if alone or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         with locked_folder(job.folder):
             return _start(job)
     size, needed = found.size if found else 1, job.layout.processes

@@ -17,11 +17,12 @@ import pytest
 import torch
 import yaml
 
-from nemo_pvs.cluster.experiment import launch, scripts, stages
+from nemo_pvs.cluster.experiment import check_submission, launch, scripts, stages
 from nemo_pvs.cluster.profile import LocalProfile, SlurmProfile, load_profile, packaged_profiles
 from nemo_pvs.errors import UserError
 from nemo_pvs.recipe.load import load_recipe
 from nemo_pvs.system.gpu_environment import GPU_ENVIRONMENT
+from nemo_pvs.training.preemption import USER_ERROR_FILE
 from tests.documents import DOCUMENTS
 
 SITE = {"SLURM_ACCOUNT": "physics", "SLURM_PARTITION": "h100", "PVS_IMAGE": "/images/pvs.sqsh", "PVS_SHARED": "/"}
@@ -157,6 +158,7 @@ def test_only_what_has_saved_is_queued_again_without_end(tmp_path):
     assert [requeued(75, 1) for _ in range(4)] == [True] * 4
     time_is_up = 128 + signal.SIGUSR1  # of a stage that does not train, and so does not save
     assert [requeued(time_is_up, 1) for _ in range(4)] == [True] * 4
+    assert [requeued(128 + signal.SIGTERM, 1) for _ in range(4)] == [True] * 4, "preempted before there was a handler"
     assert [requeued(1, 2), requeued(75, 2), requeued(137, 2), requeued(1, 2)] == [True, True, True, False]
     assert not requeued(2, 3), "a user's mistake is one again"
     assert not requeued(0, 4)
@@ -169,15 +171,63 @@ def test_the_batch_script_for_sites_without_nemo_run_queues_again_what_is_not_do
     script = (Path(__file__).parents[2] / "launch" / "slurm.sbatch").read_text()
     programs = {"srun": "exit $CODE", "scontrol": 'if [ "$1" = requeue ]; then touch $REQUEUED; else echo head; fi'}
 
-    def requeued(code: int) -> bool:
-        flag = tmp_path / str(code)
-        assert (
-            _run(script, tmp_path, programs, CODE=code, JOB="job.json", VENV="/venv", REQUEUED=flag).returncode == code
-        )
+    def requeued(code: int, restarts: int = 99) -> bool:
+        flag = tmp_path / f"{code}-{restarts}"
+        variables = {
+            "CODE": code,
+            "JOB": "job.json",
+            "VENV": "/venv",
+            "REQUEUED": flag,
+            "SLURM_RESTART_COUNT": restarts,
+        }
+        assert _run(script, tmp_path, programs, **variables).returncode == code
         return flag.exists()
 
-    assert [requeued(code) for code in (75, 128 + signal.SIGUSR1)] == [True] * 2
-    assert [requeued(code) for code in (0, 1, 2, 137, 143)] == [False] * 5
+    assert [requeued(code) for code in (75, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)] == [True] * 3
+    assert [requeued(code) for code in (0, 1, 2, 137)] == [False] * 4
+    assert not requeued(75, restarts=100), "a time limit that is too short for any progress"
+
+
+def test_what_jobs_would_refuse_is_refused_before_the_queue(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_ACCOUNT", "physics")
+    profile = load_profile("slurm_h100")
+    with pytest.raises(
+        UserError, match="runs/llama31_8b_p200/models/p200-random-200B does not exist yet; submit this"
+    ):
+        check_submission(load_recipe("llama31_8b/minitron_width"), tmp_path / "run", profile)
+    check_submission(load_recipe("llama31_8b/p200"), tmp_path / "run", profile)
+    elsewhere = profile.model_copy(update={"host": "login"})
+    check_submission(load_recipe("llama31_8b/minitron_width"), tmp_path / "run", elsewhere)
+    with pytest.raises(UserError, match=r"hf download Qwen/Qwen2\.5-1\.5B --local-dir hf/Qwen2\.5-1\.5B, and give"):
+        check_submission(load_recipe("qwen25_1p5b/compare"), tmp_path / "run", profile)
+    recipe = load_recipe("qwen25_1p5b/compare")
+    too_long = recipe.model_copy(update={"train": recipe.train.model_copy(update={"sequence_length": 1 << 20})})
+    with pytest.raises(UserError, match="sequence_length"):
+        check_submission(too_long, tmp_path / "run", profile)
+
+
+@pytest.mark.slow
+def test_variables_reach_the_batch_script_as_they_are(tmp_path):
+    path = tmp_path / "mine.yaml"
+    values = {"WANDB_NAME": "my run", "XLA_FLAGS": '--a --b="c"; `d`', "HOME_OF": "$PWD/x"}
+    settings = {"kind": "slurm", "account": "physics", "python": "/venv/bin/python", "environment": values}
+    path.write_text(yaml.safe_dump(settings))
+    (tmp_path / "slurm").mkdir()
+    script = _scripts("smollm2_135m/demo", str(path), tmp_path)["train-width-pruned"]
+    seen = tmp_path / "seen"
+    programs = {"srun": f'case "$*" in *launch*) env > {seen};; *) echo head;; esac', "scontrol": "echo head"}
+    assert _run(script, tmp_path, programs).returncode == 0
+    lines = seen.read_text().splitlines()
+    assert {f"WANDB_NAME={values['WANDB_NAME']}", f"XLA_FLAGS={values['XLA_FLAGS']}"} <= {*lines}
+    assert f"HOME_OF={Path.cwd()}/x" in lines
+
+
+def test_a_number_where_yaml_took_away_the_text_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("kind: slurm\naccount: physics\ntime: 24:00:00\n")
+    with pytest.raises(UserError, match="is the number 86400 in YAML; write it in quotes"):
+        load_profile(str(path))
 
 
 def test_without_a_container_an_environment_is_used(tmp_path):
@@ -410,6 +460,7 @@ def test_a_task_that_srun_did_not_start_is_told_so(monkeypatch, capsys):
     from nemo_pvs.megatron.launch import main
 
     monkeypatch.delenv("SLURM_PROCID", raising=False)
+    monkeypatch.setenv(USER_ERROR_FILE, str(Path("no", "such", "folder")))  # as on a full disk
     assert main(["--slurm", "job.json"]) == 2
     said = "pvs: --slurm is for a task that srun starts, but SLURM_PROCID is not set; leave --slurm out.\n"
     assert capsys.readouterr().err == said

@@ -76,6 +76,7 @@ def test_a_rank_locks_the_folder_unless_what_started_it_has(job, monkeypatch, ca
     for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
@@ -95,6 +96,15 @@ def test_a_job_with_more_ranks_than_gpus_is_refused_before_it_starts(job, monkey
         assert launch.main([str(replace(job, layout=Parallelism(data_parallel=ranks)).save())]) == code
     assert "arm needs 128 ranks, but this machine has 8 GPUs; " in (said := capsys.readouterr().err)
     assert "--launch" in said
+
+
+def test_a_task_to_which_a_container_gives_the_variables_of_a_rank_starts_the_ranks(job, monkeypatch):
+    """Pyxis with enroot's hook for PyTorch sets them, but no TORCHELASTIC_RUN_ID, in any single task."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(launch, "_start", lambda job: job.layout.processes)
+    assert launch.main([str(replace(job, layout=Parallelism(data_parallel=8)).save())]) == 8
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 4), (4, 4), (8, 4), (1, 4), (4, 8)])

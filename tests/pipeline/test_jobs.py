@@ -181,6 +181,13 @@ def test_no_jobs_are_refused_in_one_sentence(pvs, prepared, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
+@pytest.mark.parametrize("option", ["--prepare-only", "--force=train", "--ignore-manifest"])
+def test_what_a_submission_would_ignore_is_refused(pvs, option):
+    done = pvs("run", "smollm2_135m/demo", "--launch", "slurm_h100", option)
+    assert done.code == 2
+    assert "leave out --prepare-only, --force and --ignore-manifest" in done.errors
+
+
 @pytest.mark.parametrize("option", [["--prepare-only"], ["--launch", "local_cpu"]])
 def test_jobs_of_others_are_refused(pvs, prepared, tmp_path, monkeypatch, option):
     monkeypatch.chdir(tmp_path)

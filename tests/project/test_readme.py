@@ -30,7 +30,7 @@ FOREIGN = (
     "git clone",
     "python3.11 -m venv",
     "PIP_CONSTRAINT= python -m pip install",
-    ".venv/bin/pip install",
+    ".venv-gpu/bin/pip install",
     "docker ",
     "enroot import",
     "export ",
