@@ -15,6 +15,7 @@ from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io import IOMixin
 
 from nemo_pvs.megatron.distillation.callback import EMBEDDINGS, HIDDEN, KL
+from nemo_pvs.megatron.preemption import finish_saving
 from nemo_pvs.training import metrics
 from nemo_pvs.training.checkpoints import (
     KEPT,
@@ -150,6 +151,11 @@ class CheckpointCallback(nl.ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         if trainer.global_step in self.keep:
             self.save(trainer)
+
+    def on_train_end(self, trainer, *args, **kwargs):
+        """Save the last step, and wait until it is written."""
+        super().on_train_end(trainer, *args, **kwargs)
+        finish_saving(trainer)
 
     def save(self, trainer, *, stopping: bool = False) -> None:
         """Save a checkpoint now, unless there is one of this step.

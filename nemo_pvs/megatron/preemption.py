@@ -18,6 +18,7 @@ from nemo_pvs.training.checkpoints import newest_sound, say_broken
 from nemo_pvs.training.preemption import PREEMPTED, SIGNALS
 
 _SAVE, _STOP = 1.0, 2.0
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class SaveOnTimeOrSignal(pl.Callback, IOMixin):
@@ -38,8 +39,8 @@ class SaveOnTimeOrSignal(pl.Callback, IOMixin):
         """Install signal handlers; before this there is nothing to save, and a signal ends the process as usual."""
         self._handlers = {number: signal.signal(number, self._request) for number in SIGNALS}
 
-    def on_train_end(self, trainer, pl_module):
-        """Restore the previous signal handlers."""
+    def teardown(self, trainer, pl_module, stage):
+        """Restore the previous signal handlers, now that the last save is finished, which goes on after training."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
@@ -62,13 +63,25 @@ class SaveOnTimeOrSignal(pl.Callback, IOMixin):
                 f"step {trainer.global_step}: stop requested: saving; the same command resumes from here", flush=True
             )
         checkpoint.save(trainer, stopping=True)
-        if isinstance(trainer.strategy.checkpoint_io, AsyncFinalizableCheckpointIO):
-            trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+        finish_saving(trainer)
         torch.distributed.barrier()
         sys.exit(PREEMPTED)
 
     def _request(self, number, frame):
         self._requested = True
+
+
+def finish_saving(trainer: pl.Trainer) -> None:
+    """Wait, on all ranks, until an asynchronous save is finished.
+
+    To wait by ``blocking`` is one collective, in which ranks that have written wait for those that still write; NCCL
+    ends a job that waits for ten minutes. Each collective of this loop is short.
+    """
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if isinstance(checkpoint_io, AsyncFinalizableCheckpointIO):
+        while checkpoint_io.async_calls_queue.get_num_unfinalized_calls():
+            if not checkpoint_io.maybe_finalize_save_checkpoint(blocking=False):
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 class Resume(nl.AutoResume):

@@ -176,7 +176,16 @@ def trainer(job: TrainingJob, precision: str, machine: Machine) -> run.Config:
     if machine.gpu and layout.tensor_parallel * layout.pipeline_parallel > 1:
         # The settings above overlap data parallel communication; this callback overlaps that of TP and PP.
         overlapped = machine.tp_overlap(layout, precision)
-        callbacks.append(run.Config(MegatronCommOverlapCallback, tp_comm_overlap=overlapped))
+        ddp = strategy.ddp  # told again, because without data parallelism it would set these to its own defaults
+        callbacks.append(
+            run.Config(
+                MegatronCommOverlapCallback,
+                tp_comm_overlap=overlapped,
+                bucket_size=ddp.bucket_size,
+                overlap_grad_reduce=ddp.overlap_grad_reduce,
+                overlap_param_gather=ddp.overlap_param_gather,
+            )
+        )
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(layout.processes, machine.processes_per_node)))
     return run.Config(
         nl.Trainer,

@@ -115,6 +115,11 @@ class PruningAware(RecipeBlock):
                 "efficient-llm only prunes models whose layers all have the same sizes, and this one's differ; choose "
                 "another method or parent."
             )
+        if self.compensate and self.compensation_tokens <= train.global_batch_size:
+            raise UserError(
+                f"compensation_tokens of {int(self.compensation_tokens):,} are the first token of each of the "
+                f"{train.global_batch_size:,} sequences of a step, which says nothing about the others; give more."
+            )
         removals = fewest_removals(parent, self.rules)
         steps, first = self.training(train).steps, self.start_step(train)
         times = max(0, -(-(steps - first) // self.every))

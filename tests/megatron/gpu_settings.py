@@ -6,6 +6,7 @@ weights that are gathered, while others are computed, in several buckets; and wo
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 from dataclasses import replace
 from typing import Any
@@ -31,11 +32,16 @@ def recipe_of_gpus(job: TrainingJob) -> Any:
     assert strategy.ckpt_parallel_load
     assert strategy.ckpt_parallel_save
     assert strategy.ddp.overlap_grad_reduce == strategy.ddp.overlap_param_gather == job.layout.distributed_optimizer
+    ddp = copy.copy(strategy.ddp)
     strategy.ddp.bucket_size = BUCKET
     recipe.trainer.accelerator = "cpu"
     recipe.data.pin_memory = False
     recipe.model.config.use_cpu_initialization = True
-    # It asks CUDA for its version, and sets what is set already.
+    # It asks CUDA for its version, and sets what is set already, as it is told.
+    told = ("bucket_size", "overlap_grad_reduce", "overlap_param_gather")
+    for one in callbacks:
+        if one.__fn_or_cls__ is MegatronCommOverlapCallback:
+            assert [getattr(one, name) for name in told] == [getattr(ddp, name) for name in told]
     recipe.trainer.callbacks = [one for one in callbacks if one.__fn_or_cls__ is not MegatronCommOverlapCallback]
     return recipe
 

@@ -278,3 +278,21 @@ def test_a_target_that_is_not_reached_stops_before_the_last_checkpoint(job, tmp_
         _run(replace(job, pruning=how), tmp_path / "run")
     assert state_file(tmp_path / "run", 9).exists()
     assert not state_file(tmp_path / "run", STEPS).exists()
+
+
+def test_samples_of_inputs_keep_no_whole_input_in_memory() -> None:
+    run_ranks(1, _check_samples)
+
+
+def _check_samples() -> None:
+    from nemo_pvs.megatron.pruning.input_samples import InputSamples
+
+    for sequences in (1, 2):
+        module, site = torch.nn.Linear(8, 8), (0, "mlp.linear_fc1")
+        samples = InputSamples({site: module}, stride=16, sequence_parallel=False)
+        samples.active = True
+        states = torch.randn(64, sequences, 8)
+        module(states)
+        [kept] = samples._kept[site]
+        assert torch.equal(kept, states[::16].flatten(0, 1))
+        assert kept.untyped_storage().nbytes() == kept.nbytes

@@ -63,6 +63,7 @@ def test_it_is_planned_and_charged_as_training_of_the_whole_parent() -> None:
         ({}, {"parameters": 100}, "pruned to nothing next"),
         ({}, {"every": 40}, r"takes at least \d+ removals, so [\d,]+ steps, but 10,240 tokens are 40 steps with 1 "),
         ({}, {"start_tokens": 40 * PER_STEP, "pace": "linear"}, "with 0 removals"),
+        ({}, {"pace": "linear", "compensation_tokens": 8}, "the first token of each of the 8 sequences of a step"),
         ({"tensor_parallel": 2}, {"pace": "linear"}, r"must divide pruning_aware\.groups_at_once \(1\)"),
         ({"data_parallel": 2}, {"pace": "linear", "layout": {"data_parallel": 3}}, "not a multiple of"),
         ({}, {"pace": "linear", "layout": {"tensor_parallel": 3}}, "[Tt]ensor parallel"),

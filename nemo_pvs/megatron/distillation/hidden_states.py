@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import distributed
 
 from nemo_pvs.megatron.distillation.losses import hidden_loss, initial_projection
 from nemo_pvs.megatron.distillation.teacher import EMBEDDING, Teacher, places_of
+from nemo_pvs.pruning.learned.mask_learning import on_cpu
 
 
 class HiddenStates:
@@ -128,7 +128,7 @@ class HiddenStates:
         state: dict[str, Any] = {"alpha": self._alpha} if self._dynamic else {}
         if self.projection is not None:
             state |= {"projection": self.projection.detach(), "optimizer": self._optimizer.state_dict()}
-        return deepcopy(state)
+        return on_cpu(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that an interrupted run has saved."""

@@ -22,7 +22,8 @@ Site = tuple[int | None, str]
 class InputSamples:
     """Inputs of every linear layer of a rank, at evenly spaced positions of every sequence.
 
-    The positions depend only on the step's tokens, so that every layout samples the same ones.
+    The positions depend only on the step's tokens, so that every layout samples the same ones (with context
+    parallelism only if the stride divides the tokens of a rank's chunks).
     """
 
     def __init__(self, modules: dict[Site, torch.nn.Module], stride: int, *, sequence_parallel: bool) -> None:
@@ -47,7 +48,9 @@ class InputSamples:
                 first = 0
                 if self._sequence_parallel and site[1] in COLUMN_PARALLEL:
                     first = len(states) * parallel_state.get_tensor_model_parallel_rank()
-                self._kept[site].append(states[-first % self._stride :: self._stride].flatten(0, 1))
+                sampled = states[-first % self._stride :: self._stride].flatten(0, 1)
+                # With one sequence flattening does not copy, and a view would keep the whole input in memory.
+                self._kept[site].append(sampled.clone())
 
         return keep
 

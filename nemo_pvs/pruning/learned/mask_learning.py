@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.model.shape import Shape
@@ -145,7 +146,7 @@ class MaskLearner:
         """Return all that an interrupted run needs to resume."""
         tensors = {f"log_alpha.{unit}": alpha.detach().cpu() for unit, alpha in self.log_alpha.items()}
         tensors |= {f"multipliers.{unit}": pair.detach().cpu() for unit, pair in self.multipliers.items()}
-        return {"tensors": tensors, "optimizer": self._optimizer.state_dict()}
+        return {"tensors": tensors, "optimizer": on_cpu(self._optimizer.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned, for the same parent and target."""
@@ -154,6 +155,14 @@ class MaskLearner:
                 self.log_alpha[unit].copy_(state["tensors"][f"log_alpha.{unit}"])
                 self.multipliers[unit].copy_(state["tensors"][f"multipliers.{unit}"])
         self._optimizer.load_state_dict(dict(state["optimizer"]))
+
+
+def on_cpu(state: Any) -> Any:
+    """Return a copy of nested state with its tensors on the CPU.
+
+    Ranks send each other, pickled, the state that they have in common, and all would restore a tensor of GPU 0 there.
+    """
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone().cpu(), state)
 
 
 def kept_units(target: Shape) -> dict[str, int]:
