@@ -91,10 +91,11 @@ def write_files(runs: SideBySide, folder: Path, *, reference: bool = False) -> N
     write_text(folder / "report.html", html_report(runs, reference=reference))
     write_json(folder / "report.json", data)
     write_text(folder / "report.csv", csv_text(data["arms"]))
-    if data["equal_terms"]:
-        write_text(folder / "equal_terms.csv", csv_text(data["equal_terms"]))
-    if data["tasks"]:
-        write_text(folder / "tasks.csv", csv_text(data["averages"] + data["tasks"]))
+    for name, rows in (("equal_terms.csv", data["equal_terms"]), ("tasks.csv", data["averages"] + data["tasks"])):
+        if rows:
+            write_text(folder / name, csv_text(rows))
+        else:
+            (folder / name).unlink(missing_ok=True)  # of an earlier report of other runs
     write_text(folder / "loss.svg", standalone(loss_figure(runs.results, deviations_of(runs), runs.missing)))
 
 

@@ -155,7 +155,7 @@ class Results:
     @property
     def parent_origin(self) -> str | None:
         """A hash of how the parent was trained, without its seeds; None if unknown."""
-        return self.parent.origin["recipe"] if self.parent and self.parent.origin else None
+        return self.parent.origin.get("recipe") if self.parent and self.parent.origin else None
 
     @property
     def all_same_tokens(self) -> bool:

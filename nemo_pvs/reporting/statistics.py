@@ -135,11 +135,12 @@ def recovered(difference: MeanEstimate, margin: float) -> Recovered:
     """Test whether a difference in quality, positive where the model is better, is within a margin.
 
     Each side is a one-sided test at 5 %: not inferior if the lower bound exceeds ``-margin``, equivalent if the upper
-    bound is also below ``margin`` (two one-sided tests), inferior if the upper bound is below ``-margin``.
+    bound is also below ``margin`` (two one-sided tests), inferior if the upper bound is below ``-margin``. The bounds
+    are Student's: they are too narrow where nearly all single differences are equal.
     """
     low, high = difference.lower_bound, difference.upper_bound
-    if low is None or high is None:
-        return "undecided"
+    if low is None or high is None or not difference.stderr:
+        return "undecided"  # where all differences are equal, so few may have been seen that nothing is known
     if low > -margin:
         return "equivalent" if high < margin else "not inferior"
     return "inferior" if high < -margin else "undecided"

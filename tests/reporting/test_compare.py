@@ -17,6 +17,7 @@ from nemo_pvs.reporting.compare.runs import Run
 from nemo_pvs.reporting.data import arm_rows
 from nemo_pvs.reporting.figures.loss import loss_panels
 from nemo_pvs.reporting.results import Results
+from nemo_pvs.reporting.tables.results import outcome
 
 
 def _repeated(results: Results, seed: int, shifts: dict[str, float]) -> Run:
@@ -214,11 +215,29 @@ def test_shapes_are_compared_seed_by_seed(results: Results) -> None:
 
 def test_the_seeds_that_recipes_do_not_share_are_named(results: Results) -> None:
     twice = [_repeated(results, seed, {}) for seed in (1, 2)]
-    once = Run("runs/other", copy.deepcopy(twice[0].results))
+    once = Run("runs/other", copy.deepcopy(_repeated(results, 3, {}).results))
     once.results.recipe["more"] = True
     once.results.arms = once.results.arms[:1]
-    with pytest.raises(UserError, match=r"its seed is 1 in runs/seed1 and 2 in runs/seed2 and 1 in runs/other"):
+    with pytest.raises(UserError, match=r"its seed is 1 in runs/seed1 and 2 in runs/seed2 and 3 in runs/other"):
         compare([*twice, once])
+
+
+def test_a_recipe_of_which_a_seed_is_not_finished_is_compared_by_the_others(results: Results) -> None:
+    twice = [_repeated(results, seed, {}) for seed in (1, 2)]
+    once = Run("runs/other", copy.deepcopy(twice[0].results))
+    once.results.recipe["more"] = True
+    assert compare([*twice, once]).differences == ()
+    assert compare([once, *twice]).differences == ()
+
+
+def test_the_headline_names_no_winner_within_the_error_of_the_seeds(results: Results) -> None:
+    """Gaps on depth of +0.30, -0.20 and -0.02: their mean is positive, and its interval holds zero."""
+    scratch = next(arm.name for arm in results.arms if arm.initialisation == "random")
+    shifts = [gap - 0.10 for gap in (0.30, -0.20, -0.02)]
+    runs = compare([_repeated(results, seed, {scratch: shift}) for seed, shift in enumerate(shifts)])
+    said = outcome(runs.results, runs)
+    assert "on depth pruning was ahead by 0.03 nats per token, within the error of 3 seeds" in said
+    assert "on width training from scratch won by 0.20 nats per token" in said
 
 
 def test_what_a_run_does_not_say_is_no_difference(results: Results) -> None:

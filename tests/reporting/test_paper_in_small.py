@@ -63,6 +63,17 @@ def test_findings(runs: SideBySide, all_runs: SideBySide) -> None:
     assert "and 4 are open" in shrinks.reason
 
 
+def test_gaps_with_a_teacher_are_compared_among_themselves() -> None:
+    """Whatever the order of the folders; half of the width with a teacher was compared with three quarters without."""
+    for folders in ((RESULTS, WITH_TEACHER, THREE_QUARTERS), (WITH_TEACHER, RESULTS, THREE_QUARTERS)):
+        runs = compare(read_runs([str(ROOT / folder) for folder in folders]))
+        (shrinks,) = (finding for finding in runs.findings if finding.name == "1c")
+        assert "Of 9 comparisons, in nats per token, 5 agree" in shrinks.reason
+    runs = compare(read_runs([str(ROOT / folder) for folder in (WITH_TEACHER, THREE_QUARTERS)]))
+    (shrinks,) = (finding for finding in runs.findings if finding.name == "1c")
+    assert "Missing: gaps of one method at two shares removed" in shrinks.reason
+
+
 def test_gaps_of_the_page_and_of_the_readme(runs: SideBySide) -> None:
     gaps = _gaps(runs)
     page = (ROOT / "docs/paper_in_small.md").read_text()

@@ -159,7 +159,8 @@ def test_the_verdict_turns_the_sign_where_lower_is_better(results: Results) -> N
     assert repeated.difference.mean == pytest.approx(expected.mean)
     assert repeated.difference.stderr == pytest.approx(expected.stderr)
     assert (repeated.verdict, repeated.basis) == ("inferior", "40 prompts and 1 seed")
-    assert tests["gsm8k/5-shot/exact_match,strict-match"].verdict == "equivalent"
+    # All 40 answers are as right as the parent's, which does not exclude that one in fourteen is not.
+    assert tests["gsm8k/5-shot/exact_match,strict-match"].verdict == "undecided"
 
     nats = {test.measure: test for test in judge_non_inferiority(compare([_run(results)]), 1.0, "nats")}
     divergence = nats["recovery/test/kl"]

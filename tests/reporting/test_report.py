@@ -134,6 +134,15 @@ def test_the_numbers_of_the_page_are_those_of_the_json(folders: list[str], tmp_p
         assert cells[6] == row["winner"]
 
 
+def test_a_report_leaves_no_table_of_an_earlier_one(folders: list[str], results: Results, tmp_path: Path) -> None:
+    report(folders, out=str(tmp_path / "report"), evaluation=[str(tmp_path / "more")])
+    assert {"equal_terms.csv", "tasks.csv"} <= {file.name for file in (tmp_path / "report").iterdir()}
+    results.arms = results.arms[1:2]
+    results.save(tmp_path / "alone" / "results.json")
+    report([str(tmp_path / "alone")], out=str(tmp_path / "report"))
+    assert not {"equal_terms.csv", "tasks.csv"} & {file.name for file in (tmp_path / "report").iterdir()}
+
+
 @pytest.mark.slow
 def test_csv_and_markdown_say_the_same(folders: list[str], tmp_path: Path) -> None:
     report(folders, out=str(tmp_path), evaluation=[str(tmp_path / "more")])

@@ -41,10 +41,13 @@ def ask_tasks(run: RunFolder) -> Stage[TasksRecord]:
     of_recovery = {"recovery", "samples", "sequence_length"} if RECOVERY in settings.tasks else set()
 
     def inputs() -> Inputs:
+        # Once the data of a task are there, the stage is done again, and reuses the answers that it has.
+        lacking = _left_out(settings)
         return {
             "models": [fingerprint(open_source(model.path)) for model in _models(run)],
             "text": run.text("test"),
             "tasks": settings.model_dump(include={"tasks", "task_limit", *of_recovery}),
+            **({"left out": lacking} if lacking else {}),
         }
 
     def work() -> TasksRecord:
@@ -84,15 +87,19 @@ def say_left_out(settings: Evaluation, folder: Path) -> None:
         settings: The recipe's ``evaluate`` block.
         folder: The folder for ``results.json``, which has the commands that download the data.
     """
-    public = [task for task in settings.tasks if task != NAME]
-    missing = left_out(parse_tasks(",".join(public)), Path(settings.task_data)) if public else {}
+    missing = _left_out(settings)
     if missing:
-        names = and_list([request.task for request in missing])
         console.print(
-            f"Left out of the tasks: {names}, whose data are not in {settings.task_data}; "
+            f"Left out of the tasks: {and_list(missing)}, whose data are not in {settings.task_data}; "
             f"{folder / 'results.json'} has the commands that download them.",
             soft_wrap=True,
         )
+
+
+def _left_out(settings: Evaluation) -> list[str]:
+    """Return the names of the tasks whose data are not here."""
+    public = [task for task in settings.tasks if task != NAME]
+    return [one.task for one in left_out(parse_tasks(",".join(public)), Path(settings.task_data))] if public else []
 
 
 @dataclass(frozen=True)

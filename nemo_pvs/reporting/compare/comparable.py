@@ -40,7 +40,9 @@ def differences_of(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         recipes.setdefault(run.identity, []).append(run)
     first_group, *others = recipes.values()
-    if other := next((group for group in others if _seeds(group) != _seeds(first_group)), None):
+    # A recipe that is not finished has fewer seeds; gaps are paired by those that it has.
+    same = (_seeds(group) <= _seeds(first_group) or _seeds(group) >= _seeds(first_group) for group in others)
+    if other := next((group for group, alike in zip(others, same, strict=True) if not alike), None):
         differences.append(
             f"data order differs, its seed is {_listed(first_group)} and {_listed(other)}, and they are not one "
             "recipe repeated with the same seeds"
@@ -63,7 +65,13 @@ def _listed(runs: Sequence[Run]) -> str:
 def _fields(results: Results) -> dict[tuple[str, str], Any]:
     """Return what runs must have in common, by kind and name; None if a run does not record it."""
     recipe, hashes = results.recipe, results.hashes
-    order = ("train.sequence_length", "train.global_batch_size", "data.seed", "data.token_ranges")
+    order = (
+        "train.sequence_length",
+        "train.global_batch_size",
+        "train.dynamic_loading",
+        "data.seed",
+        "data.token_ranges",
+    )
     windows = ("train.validation_samples", "train.sequence_length")
     perplexity = ("evaluate.samples", "evaluate.sequence_length")
     return {

@@ -81,18 +81,21 @@ def gap_shrinks_with_ratio(runs: SideBySide) -> PaperFinding:
 
     Per method and budget, the gap at the smallest share removed minus that at the largest.
     """
-    groups: dict[tuple[str, int, int], list[ArmResult]] = {}
+    groups: dict[tuple[str, int, int, bool], list[ArmResult]] = {}
     for arm in _pruned(runs):
         if gap_by_seed(runs, arm):
-            # Gaps per token of different vocabularies cannot be compared.
-            groups.setdefault((method_of(runs, arm), _tokens(arm), arm.shape.vocab), []).append(arm)
+            # Gaps per token of different vocabularies cannot be compared, nor those with a teacher and without.
+            taught = any(charge.is_teacher_pass for charge in arm.ledger.charges)
+            groups.setdefault((method_of(runs, arm), _tokens(arm), arm.shape.vocab, taught), []).append(arm)
     evidence: list[NamedEstimate] = []
-    for (method, tokens, _), arms in groups.items():
+    for (method, tokens, _, taught), arms in groups.items():
         ordered = sorted(arms, key=lambda arm: arm.shape.parameters - arm.masked_parameters, reverse=True)
         least, most = (removed_share(runs.results, arm) or 0.0 for arm in (ordered[0], ordered[-1]))
         if most - least < _SAME_SHARE:
             continue
-        name = f"{method} at {_short(tokens)} tokens, from {fixed(100 * least, 0)} to {fixed(100 * most, 0)} % removed"
+        taught_by = " with a teacher" if taught else ""
+        share = f"from {fixed(100 * least, 0)} to {fixed(100 * most, 0)} % removed"
+        name = f"{method}{taught_by} at {_short(tokens)} tokens, {share}"
         evidence += _drop(name, runs, ordered[0], ordered[-1])
     missing = [] if evidence else ["gaps of one method at two shares removed and one budget"]
     return _judge(runs, "1c", _EQUAL_TRAINING, "The gap shrinks as more is removed", evidence, missing)

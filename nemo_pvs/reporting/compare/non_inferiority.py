@@ -149,6 +149,10 @@ def _of_tasks(
         difference = crossed_estimate(known)
         what = "windows" if unit == "nats" else "prompts" if metric_of(measure) in _OF_PROMPTS else "questions"
         basis = f"{sum(table.shape[1] for table in known):,} {what} and {_seeds(difference)}"
+    elif any(ours.content != parent.content for pairs in tasks for ours, parent in pairs):
+        return _non_inferiority(
+            arm, measure, unit, margin, None, "the arm and its parent were asked different questions"
+        )
     else:
         differences = [[_sign(ours) * (ours.value - parent.value) for ours, parent in pairs] for pairs in tasks]
         of_seeds = _over_seeds(np.mean(differences, axis=0).tolist())

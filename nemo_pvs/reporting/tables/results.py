@@ -155,21 +155,23 @@ def outcome(results: Results, runs: SideBySide | None = None) -> str:
     for arm in compared:
         alone = sum(other in compared for other in results.targets[arm.target]) == 1
         verdicts.append(
-            f"on {arm.target} {_verdict(_mean_gap(results, arm, runs), 'pruning' if alone else f'“{arm.name}”')}"
+            f"on {arm.target} {_verdict(_gap(results, arm, runs), 'pruning' if alone else f'“{arm.name}”')}"
         )
     return f"At equal training tokens, {', '.join(verdicts)}."
 
 
 def _summary(compared: list[ArmResult], runs: SideBySide | None, results: Results) -> str:
     """Return the headline for more comparisons than a reader would read one by one."""
-    gaps = [_mean_gap(results, arm, runs) for arm in compared]
-    finite = [value for value in gaps if value is not None and math.isfinite(value)]
-    ahead, behind = [value for value in finite if value > 0], [-value for value in finite if value < 0]
+    gaps = [_gap(results, arm, runs) for arm in compared]
+    finite = [gap_ for gap_ in gaps if gap_ is not None and math.isfinite(gap_.mean)]
+    ahead, behind = ([gap_.mean * side for gap_ in finite if _winner(gap_) == side] for side in (1, -1))
     parts = [f"pruning won {len(ahead)} of {len(compared)} comparisons{_range(ahead)}"]
     if behind:
         parts.append(f"training from scratch won {len(behind)}{_range(behind)}")
     if undecided := len(compared) - len(ahead) - len(behind):
-        parts.append(f"{undecided} had no winner")
+        parts.append(
+            f"{undecided} {'was' if undecided == 1 else 'were'} within the error of the seeds, or without a winner"
+        )
     return f"At equal training tokens, {', '.join(parts)}."
 
 
@@ -177,19 +179,29 @@ def _range(leads: list[float]) -> str:
     return f" by {fixed(min(leads))} to {fixed(max(leads))} nats per token" if leads else ""
 
 
-def _mean_gap(results: Results, arm: ArmResult, runs: SideBySide | None) -> float | None:
-    over_seeds = gap(runs, arm) if runs else _alone(results.gap(arm))
-    return over_seeds.mean if over_seeds else None
+def _gap(results: Results, arm: ArmResult, runs: SideBySide | None) -> MeanEstimate | None:
+    return gap(runs, arm) if runs else _alone(results.gap(arm))
 
 
-def _verdict(difference: float | None, pruned: str) -> str:
+def _winner(difference: MeanEstimate) -> int:
+    """Return 1 for pruning and -1 for scratch; 0 if the interval over seeds contains zero, or the two are equal."""
+    if difference.stderr is not None:
+        return difference.sign
+    return int(difference.mean > 0) - int(difference.mean < 0)
+
+
+def _verdict(difference: MeanEstimate | None, pruned: str) -> str:
     if difference is None:
         return f"{pruned} was not compared with training from scratch"
-    if not math.isfinite(difference):
+    if not math.isfinite(difference.mean):
         return f"{pruned} or training from scratch diverged"
-    if fixed(abs(difference)) == "0.00":
+    lead = fixed(abs(difference.mean))
+    if lead == "0.00":
         return f"{pruned} and training from scratch were equal to two decimals"
-    return f"{pruned if difference > 0 else 'training from scratch'} won by {fixed(abs(difference))} nats per token"
+    ahead = pruned if difference.mean > 0 else "training from scratch"
+    if not _winner(difference):
+        return f"{ahead} was ahead by {lead} nats per token, within the error of {difference.count} seeds"
+    return f"{ahead} won by {lead} nats per token"
 
 
 def total_cost(results: Results) -> str:
