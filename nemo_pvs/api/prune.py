@@ -131,7 +131,7 @@ def prune(
         parent = shape_of(model)
         ledger = ancestry(folder, parent_tokens)
         layout = Layout.for_config(model.config)
-        if uneven == "keep" and chosen.expected:
+        if uneven == "keep" and layout.uneven_class is None and chosen.expected:
             expected = chosen.expected(asked, parent)
             layout.require_class(expected.shape, uneven=expected.uneven)
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nemo_pvs.errors import UserError
 from nemo_pvs.system.processes import boot_id, is_running, pid_namespace, start_time
@@ -202,19 +202,48 @@ def _successor(base: Path, id_: str) -> Path:
 
 def _create(file: Path, holder: _Holder) -> bool:
     """Create a lock file and return True, or return False if it exists."""
+    text = json.dumps(asdict(holder))
+    try:
+        return _create_at_once(file, text)
+    except OSError:  # shared file systems have no files without a name
+        pass
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return False
     try:
         with os.fdopen(descriptor, "w") as handle:
-            handle.write(json.dumps(asdict(holder)))
-            handle.flush()
-            os.fsync(handle.fileno())
+            _write(handle, text)
     except BaseException:
         file.unlink(missing_ok=True)
         raise
     return True
+
+
+def _create_at_once(file: Path, text: str) -> bool:
+    """Create a lock file that is complete whenever it exists: whoever is killed while he writes it leaves nothing.
+
+    Raises:
+        OSError: the file system cannot do that.
+    """
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        descriptor = os.open(file.parent, os.O_WRONLY | os.O_TMPFILE, 0o644)
+        with os.fdopen(descriptor, "w") as handle:
+            _write(handle, text)
+            try:
+                os.link(f"/proc/self/fd/{descriptor}", file, src_dir_fd=folder)  # with a folder it follows the link
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        os.close(folder)
+
+
+def _write(handle: TextIO, text: str) -> None:
+    handle.write(text)
+    handle.flush()
+    os.fsync(handle.fileno())
 
 
 def _read(file: Path) -> _Lock | None:

@@ -100,7 +100,7 @@ def test_uneven_layers_count_as_their_mean(ratio: float, layers: int) -> None:
     options = method_named("minitron-depth").options.parse("minitron-depth", {"ratio": ratio})
     expected = method_named("minitron-depth").expected
     assert expected is not None
-    shape, exact = expected(options, parent)
+    shape, exact, _ = expected(options, parent)
     assert (shape.layers, exact) == (layers, False)
     wanted = parent.parameters - (4 - layers) / 4 * (parent.matrix_parameters + parent.vector_parameters)
     assert shape.parameters == pytest.approx(wanted, rel=0.01)

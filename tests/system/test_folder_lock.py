@@ -348,3 +348,25 @@ def test_a_forked_child_is_ended_by_signals_at_once(tmp_path):
         assert all(signal.getsignal(number) != signal.SIG_DFL for number in handled), (
             "the holder still removes its lock"
         )
+
+
+def test_a_lock_is_complete_as_soon_as_it_exists(tmp_path, monkeypatch):
+    """Who is killed while he writes it leaves no lock that others would watch for two minutes."""
+    file, seen = tmp_path / "lock", []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append(file.exists()), fsync(descriptor)))
+    assert folder_lock._create(file, folder_lock._Holder.current())
+    assert seen == [False]
+    assert folder_lock._read(file).holder is not None
+    assert not folder_lock._create(file, folder_lock._Holder.current())
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_file_system_without_nameless_files_has_locks_too(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert folder_lock._create(tmp_path / "lock", folder_lock._Holder.current())
+    assert not folder_lock._create(tmp_path / "lock", folder_lock._Holder.current())
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
