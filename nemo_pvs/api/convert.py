@@ -138,9 +138,10 @@ def convert(
                 overwrite=overwrite,
                 progress=show,
             )
-        notes = _about_loading(target) + _without_tokenizer(folder)
+        converted = open_source(folder, config)
+        notes = _about_loading(open_source(target)) + _without_tokenizer(converted)
         if wanted == "megatron":
-            notes += _not_converted(open_source(folder, config)) + how_to_load(target)
+            notes += _not_converted(converted) + how_to_load(target)
         agreement = None
         if reference is not None:
             model, ids = reference
@@ -149,30 +150,25 @@ def convert(
     return ConvertedModel(target, manifest, agreement, notes)
 
 
-def _about_loading(target: Path) -> tuple[str, ...]:
-    """Return a note if not every version of Transformers loads a Hugging Face target."""
-    from nemo_pvs.checkpoints.open import open_source
+def _about_loading(written: Any) -> tuple[str, ...]:
+    """Return a note if not every version of Transformers loads what was written."""
     from nemo_pvs.checkpoints.source import shape_of
     from nemo_pvs.model.layout import Layout
 
-    written = open_source(target)
-    note = (
-        Layout.for_config(written.config).loading_note(shape_of(written)) if written.format == "huggingface" else None
-    )
+    if written.format != "huggingface":
+        return ()
+    note = Layout.for_config(written.config).loading_note(shape_of(written))
     return (note,) if note else ()
 
 
-def _without_tokenizer(folder: Path) -> tuple[str, ...]:
+def _without_tokenizer(source: Any) -> tuple[str, ...]:
     """Return a note about a tokenizer that a NeMo training names, but does not keep in its checkpoints."""
-    from nemo_pvs.checkpoints.nemo.checkpoint import NemoSource
     from nemo_pvs.checkpoints.nemo.context import tokenizer_elsewhere
-    from nemo_pvs.checkpoints.open import open_source
 
-    source = open_source(folder)
-    name = tokenizer_elsewhere(source.folder / "context") if isinstance(source, NemoSource) else None
+    name = tokenizer_elsewhere(source.folder / "context") if source.format == "nemo" else None
     if name is None:
         return ()
-    return (f"The result has no tokenizer: {folder} only names {name}; copy its files into the result.",)
+    return (f"The result has no tokenizer: {source.folder} only names {name}; copy its files into the result.",)
 
 
 def _not_converted(source: Any) -> tuple[str, ...]:

@@ -14,8 +14,11 @@ import pytest
 import nemo_pvs as pvs
 from nemo_pvs.api import values
 from nemo_pvs.api.evaluate import Measurement
+from nemo_pvs.checkpoints.nemo import fiddle_json
+from nemo_pvs.checkpoints.nemo.fiddle_json import Config, Symbol
 from nemo_pvs.checkpoints.source import shape_of
 from nemo_pvs.errors import UserError
+from nemo_pvs.system.files import read_json, write_json
 from tests import families
 from tests.checkpoints.test_gguf_write import llama, saved
 from tests.conftest import make_tiny_llama
@@ -50,6 +53,34 @@ def test_a_notebook_calls_everything_twice(model: Path, text: Path, tmp_path: Pa
     rows = ast.literal_eval(done.stdout)
     assert [metric for metric, _ in rows] == ["loss", "perplexity"] * 2
     assert rows[:2] == rows[2:], "a model in two formats"
+
+
+def test_a_megatron_run_is_converted_with_and_without_a_config(tmp_path: Path) -> None:
+    """Neither has NeMo's context, which says where a tokenizer is."""
+    model = make_tiny_llama(tmp_path / "hf")
+    there = pvs.convert(model, tmp_path / "root", to="megatron")
+    back = pvs.convert(tmp_path / "root", tmp_path / "nemo", to="nemo")
+    assert back.manifest is not None
+    assert there.manifest is not None
+    assert back.manifest.source == there.manifest.source
+    [iteration] = (tmp_path / "root").glob("iter_*")
+    for name in ("run_config.yaml", "huggingface_config.json", "common.pt"):
+        (iteration / name).rename(tmp_path / name)
+    bare = pvs.convert(iteration, tmp_path / "bare", to="hf", config=model)
+    assert bare.manifest is not None
+    assert bare.manifest.source == there.manifest.source
+
+
+def test_a_tokenizer_that_a_nemo_training_only_names_is_named(tmp_path: Path) -> None:
+    pvs.convert(make_tiny_llama(tmp_path / "hf"), tmp_path / "nemo")
+    path = tmp_path / "nemo" / "context" / "io.json"
+    stored = fiddle_json.find(read_json(path), "<root>.model")
+    assert stored is not None
+    tokenizer = Config(Symbol("nemo.collections.common.tokenizers", "AutoTokenizer"), {"pretrained_model_name": "a/b"})
+    model = Config(stored.symbol, {**stored.arguments, "tokenizer": tokenizer})
+    write_json(path, fiddle_json.dump(Config(Symbol("nemo.lightning.io.pl", "TrainerContext"), {"model": model})))
+    notes = pvs.convert(tmp_path / "nemo", tmp_path / "back").notes
+    assert f"The result has no tokenizer: {tmp_path / 'nemo'} only names a/b; copy its files into the result." in notes
 
 
 def test_a_long_text_is_read_in_pieces_and_said_to_take_long(
