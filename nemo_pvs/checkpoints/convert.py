@@ -141,7 +141,8 @@ def verify_checkpoint(path: str | Path, *, progress: Progress | None = None) -> 
     for name, file in manifest.files.items():
         if name in changed or (file.sha256 is not None and sha256_file(folder / name) != file.sha256):
             raise changed_since(folder, name)
-    read_through(source, manifest, progress=progress)
+    # The source does that itself unless --ignore-manifest is set, which is about a command's source.
+    read_through(source, None if source.manifest else manifest, progress=progress)
     return manifest
 
 

@@ -149,8 +149,8 @@ class TokenSet:
             separator: Inserted between the texts: two line breaks for WikiText's sets, a space for C4, as in
                 llm-pruning-collection.
             windows: With ``documents``, texts are tokenised one by one, and each window is cut from one.
-            characters_at_once: Tokenise the joined text in pieces of whole texts with at least so many characters;
-                None, as a whole. A tokenizer needs about 140 bytes for each character.
+            characters_at_once: Tokenise the joined text in pieces of whole texts, each of at least this many
+                characters; None tokenises it as a whole. A tokenizer needs about 140 bytes for each character.
             **settings: ``sequence_length``, ``samples``, ``seed``, ``data_set``, ``tokenizer_sha256``.
 
         Raises:

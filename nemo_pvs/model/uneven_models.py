@@ -84,7 +84,7 @@ class UnevenModel:
         self.post_init()  # type: ignore[attr-defined]
 
 
-# Transformers 5 would generate an __init__ for a config class that has none of its own.
+# Transformers 5 would generate an __init__ for a config class that does not define one.
 
 
 class PrunedLlamaConfig(UnevenConfig, LlamaConfig):

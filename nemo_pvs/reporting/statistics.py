@@ -140,7 +140,7 @@ def recovered(difference: MeanEstimate, margin: float) -> Recovered:
     """
     low, high = difference.lower_bound, difference.upper_bound
     if low is None or high is None or not difference.stderr:
-        return "undecided"  # where all differences are equal, so few may have been seen that nothing is known
+        return "undecided"  # with no variation among the differences, the bounds mean nothing
     if low > -margin:
         return "equivalent" if high < margin else "not inferior"
     return "inferior" if high < -margin else "undecided"

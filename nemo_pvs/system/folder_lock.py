@@ -221,7 +221,7 @@ def _create(file: Path, holder: _Holder) -> bool:
 
 
 def _create_at_once(file: Path, text: str) -> bool:
-    """Create a lock file that is complete whenever it exists: whoever is killed while he writes it leaves nothing.
+    """Create a lock file that is complete whenever it exists: a process that is killed while writing leaves nothing.
 
     Raises:
         OSError: the file system cannot do that.

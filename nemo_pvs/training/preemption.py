@@ -23,8 +23,8 @@ PREEMPTED = os.EX_TEMPFAIL
 USER_ERROR_FILE = "PVS_USER_ERROR_FILE"
 """Variable with the path of a file that a rank of a Slurm job creates if it ends with a user error.
 
-The other ranks wait for that rank until srun kills them, and srun's exit code is then theirs (137). By the file the
-batch script knows that requeuing is of no use.
+The other ranks wait for that rank until srun kills them, and srun's exit code is then theirs (137). The
+file tells the batch script that requeuing would not help.
 """
 
 

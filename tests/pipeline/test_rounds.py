@@ -176,7 +176,7 @@ def test_ranks_that_others_start_train_between_rounds(whole, layout, tmp_path):
 
 
 def test_rounds_of_another_family(tmp_path, monkeypatch):
-    """The packaged recipe of Adapt-Pruner for Qwen 2.5 in small: uneven layers of a family with biases of its own."""
+    """Adapt-Pruner on a Qwen 2, as in the packaged recipe for Qwen 2.5: uneven layers in a family that has biases."""
     staged = staged_values(tmp_path)
     staged["parent"] = {"source": str(save_tiny(tmp_path / "qwen2", "qwen2", num_hidden_layers=4))}
     pipeline = Pipeline(parse_recipe(staged, "test"), tmp_path / "run")

@@ -222,7 +222,7 @@ def test_the_seeds_that_recipes_do_not_share_are_named(results: Results) -> None
         compare([*twice, once])
 
 
-def test_a_recipe_of_which_a_seed_is_not_finished_is_compared_by_the_others(results: Results) -> None:
+def test_a_recipe_with_an_unfinished_seed_is_compared_by_the_others(results: Results) -> None:
     twice = [_repeated(results, seed, {}) for seed in (1, 2)]
     once = Run("runs/other", copy.deepcopy(twice[0].results))
     once.results.recipe["more"] = True

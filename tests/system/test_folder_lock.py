@@ -351,7 +351,7 @@ def test_a_forked_child_is_ended_by_signals_at_once(tmp_path):
 
 
 def test_a_lock_is_complete_as_soon_as_it_exists(tmp_path, monkeypatch):
-    """Who is killed while he writes it leaves no lock that others would watch for two minutes."""
+    """A process that is killed while writing it leaves no lock that others would watch for two minutes."""
     file, seen = tmp_path / "lock", []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append(file.exists()), fsync(descriptor)))

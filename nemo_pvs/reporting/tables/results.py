@@ -163,8 +163,9 @@ def outcome(results: Results, runs: SideBySide | None = None) -> str:
 def _summary(compared: list[ArmResult], runs: SideBySide | None, results: Results) -> str:
     """Return the headline for more comparisons than a reader would read one by one."""
     gaps = [_gap(results, arm, runs) for arm in compared]
-    finite = [gap_ for gap_ in gaps if gap_ is not None and math.isfinite(gap_.mean)]
-    ahead, behind = ([gap_.mean * side for gap_ in finite if _winner(gap_) == side] for side in (1, -1))
+    finite = [estimate for estimate in gaps if estimate is not None and math.isfinite(estimate.mean)]
+    ahead = [estimate.mean for estimate in finite if _winner(estimate) == 1]
+    behind = [-estimate.mean for estimate in finite if _winner(estimate) == -1]
     parts = [f"pruning won {len(ahead)} of {len(compared)} comparisons{_range(ahead)}"]
     if behind:
         parts.append(f"training from scratch won {len(behind)}{_range(behind)}")
