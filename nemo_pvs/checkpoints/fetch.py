@@ -120,6 +120,18 @@ def is_gguf(source: str) -> bool:
     return Path(source).suffix == ".gguf" and Path(source).is_file()
 
 
+def needs_network(source: str) -> bool:
+    """Return whether a source is a model on the hub that is not in the cache of ``huggingface_hub``."""
+    if not source.startswith(_HUB):
+        return False
+    repository, _, revision = source.removeprefix(_HUB).partition("@")
+    try:
+        _from_cache(repository, revision or None, None)
+    except UserError:
+        return True
+    return False
+
+
 def _download(model: str, folder: Path | None = None) -> Path:
     """Download ``owner/name[@revision]`` into a folder, or into the hub's cache; return the folder."""
     from huggingface_hub import HfApi, snapshot_download

@@ -185,7 +185,7 @@ def check_submission(recipe: Recipe, folder: Path, profile: SlurmProfile) -> Non
     Raises:
         UserError: a dry run refuses the recipe, or jobs would not find the parent's weights.
     """
-    from nemo_pvs.checkpoints.fetch import SMOLLM2, is_gguf
+    from nemo_pvs.checkpoints.fetch import SMOLLM2, is_gguf, needs_network
     from nemo_pvs.planning.dry_run import dry_run
 
     source = recipe.parent.source
@@ -196,7 +196,8 @@ def check_submission(recipe: Recipe, folder: Path, profile: SlurmProfile) -> Non
         return
     if not source.startswith("hf://"):
         raise UserError(f"The parent {source} does not exist yet; submit this when the run that makes it has ended.")
-    if profile.variables.get("HF_HUB_OFFLINE") == "1":
+    fetched = folder / "parent"  # by an earlier attempt
+    if profile.variables.get("HF_HUB_OFFLINE") == "1" and not fetched.exists() and needs_network(source):
         name = source.removeprefix("hf://").partition("@")[0]
         raise UserError(
             f"The jobs have no network (HF_HUB_OFFLINE of the profile) to download {source}; run hf download {name} "

@@ -201,6 +201,10 @@ def test_what_jobs_would_refuse_is_refused_before_the_queue(tmp_path, monkeypatc
     check_submission(load_recipe("llama31_8b/minitron_width"), tmp_path / "run", elsewhere)
     with pytest.raises(UserError, match=r"hf download Qwen/Qwen2\.5-1\.5B --local-dir hf/Qwen2\.5-1\.5B, and give"):
         check_submission(load_recipe("qwen25_1p5b/compare"), tmp_path / "run", profile)
+    (tmp_path / "fetched" / "parent").mkdir(parents=True)
+    check_submission(load_recipe("qwen25_1p5b/compare"), tmp_path / "fetched", profile)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))  # it is in the cache
+    check_submission(load_recipe("qwen25_1p5b/compare"), tmp_path / "run", profile)
     recipe = load_recipe("qwen25_1p5b/compare")
     too_long = recipe.model_copy(update={"train": recipe.train.model_copy(update={"sequence_length": 1 << 20})})
     with pytest.raises(UserError, match="sequence_length"):
